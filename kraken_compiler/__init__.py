@@ -1,0 +1,1 @@
+"""Rewrites standard Transformers into Kraken form for multi-device inference."""

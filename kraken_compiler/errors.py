@@ -1,0 +1,72 @@
+"""Errors meant for users: each says what is wrong, where, and what to try.
+
+Our own invariants are `assert`s. Every class carries the exit code that the command line returns for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class KrakenError(Exception):
+    """Base of every error a user can cause or meet."""
+
+    exit_code = 1
+
+
+class UsageError(KrakenError):
+    """Wrong options: unknown form, a degree that does not divide, a bad layer range."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(KrakenError):
+    """The model is readable, but a part of it cannot be rewritten."""
+
+    exit_code = 3
+
+    def __init__(self, rejections: Sequence[Rejection]) -> None:
+        self.rejections = tuple(rejections)
+        super().__init__("\n".join(str(rejection) for rejection in self.rejections))
+
+
+class VerificationError(KrakenError):
+    """An emitted program does not compute what it must, or lost its overlap."""
+
+    exit_code = 4
+
+
+class InputFileError(KrakenError):
+    """A model file or an artifact is missing, truncated, tampered with, or cannot be read or written."""
+
+    exit_code = 5
+
+
+class RankFailedError(KrakenError):
+    """One of the cooperating processes died or hung."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a part of a model was not matched.
+
+    Attributes:
+        reason: One sentence for the user.
+        nodes: Names of the guilty graph nodes.
+        path: Module path of the first guilty node, as the source model spells it ("" if unknown).
+        hint: What to try instead.
+    """
+
+    reason: str
+    nodes: tuple[str, ...] = ()
+    path: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"module '{self.path}'" if self.path else "the model"
+        guilty = f" (node {', '.join(self.nodes[:3])}{', ...' if len(self.nodes) > 3 else ''})" if self.nodes else ""
+        hint = f" {self.hint}" if self.hint else ""
+        return f"unsupported: {place}{guilty}: {self.reason}.{hint}"

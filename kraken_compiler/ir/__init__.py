@@ -1,0 +1,1 @@
+"""The records every part of the compiler shares. This package imports nothing of ours."""

@@ -1,0 +1,29 @@
+"""Index sets: which positions of one tensor dimension belong to one lane, kept as half-open ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+IndexSet = tuple[tuple[int, int], ...]
+"""Ascending, disjoint, non-touching half-open ranges `(start, stop)`."""
+
+
+def from_indices(indices: Iterable[int]) -> IndexSet:
+    """Compress ascending positions into ranges: `0 1 2 7` -> `((0, 3), (7, 8))`."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return tuple(ranges)
+
+
+def to_indices(index_set: IndexSet) -> list[int]:
+    """Expand ranges into ascending positions."""
+    return [index for start, stop in index_set for index in range(start, stop)]
+
+
+def size(index_set: IndexSet) -> int:
+    """Number of positions in the set."""
+    return sum(stop - start for start, stop in index_set)

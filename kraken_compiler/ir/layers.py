@@ -1,0 +1,75 @@
+"""What recognition finds: the layers and branches of a Transformer, as frozen records that can be printed and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One computation that reads the residual stream and adds to it.
+
+    Attributes:
+        index: Number of the branch, 1-based, in execution order over the whole model.
+        layer: Number of its layer, 0-based.
+        kind: "attention" or "ffn".
+        path: Module path in the source model ("" if the graph does not carry one).
+        stream: Node whose value the branch reads in the source model.
+        reads: How many branches have contributed to `stream` (the branch's source point).
+        output: Node whose value the branch adds to the stream.
+        nodes: Every node of the branch, in graph order; nodes shared with a sibling branch appear in both.
+        heads: Query heads (0 for an FFN).
+        kv_heads: Key and value heads as the weights hold them (0 for an FFN).
+        columns: Width of the input of the output projection.
+    """
+
+    index: int
+    layer: int
+    kind: str
+    path: str
+    stream: str
+    reads: int
+    output: str
+    nodes: tuple[str, ...]
+    heads: int = 0
+    kv_heads: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: an attention branch and the FFN branches that follow it."""
+
+    index: int
+    path: str
+    branches: tuple[Branch, ...]
+
+    @property
+    def parallel(self) -> bool:
+        """True if the source model's branches all read the same point of the stream."""
+        return len(self.branches) > 1 and len({branch.reads for branch in self.branches}) == 1
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The residual stream and everything on it.
+
+    Attributes:
+        embedding: Node where the stream begins (all embeddings summed).
+        joins: `joins[m]` is the node whose value is the stream after m branches, for every m at which the source model
+            has one (parallel branches join together).
+        final: Node of the stream after the last branch.
+        head: The vocabulary projection's node, "" if the model has none.
+        layers: The layers in order.
+    """
+
+    embedding: str
+    joins: tuple[tuple[int, str], ...]
+    final: str
+    head: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """All branches in order; branch number k is at position k - 1."""
+        return tuple(branch for layer in self.layers for branch in layer.branches)

@@ -1,0 +1,134 @@
+"""The collective ops of the lane program, and what they mean when all lanes live in one process.
+
+`kraken::all_reduce_start(x) -> h` and `kraken::wait(h) -> y` sum a tensor over the lanes; `kraken::all_gather(x, dim)`
+concatenates the lanes' parts. In a graph they are opaque. Under `torch.vmap` over the lanes their batching rules *are*
+the collectives: a sum or a concatenation over the lane dimension, whose result no longer depends on the lane. A
+backend for N devices replaces them with real collectives. Called for one lane alone they are the identity.
+
+`kraken::attention` is scaled_dot_product_attention with a batching rule that folds the lanes into the batch (torch
+2.13 has none for its CPU kernel and falls back to a loop over the lanes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("kraken::all_reduce_start", mutates_args=())
+def all_reduce_start(x: Tensor) -> Tensor:
+    """Begin the sum of `x` over the lanes; the handle may only be given to `wait`."""
+    return x.clone()
+
+
+@torch.library.custom_op("kraken::wait", mutates_args=())
+def wait(handle: Tensor) -> Tensor:
+    """The finished sum, same shape as the operand of the start."""
+    return handle.clone()
+
+
+@torch.library.custom_op("kraken::all_gather", mutates_args=())
+def all_gather(x: Tensor, dim: int, degree: int) -> Tensor:
+    """Concatenate the lanes' parts along `dim`, lane 0 first; the result is `degree` times as long there."""
+    return torch.cat([x] * degree, dim=dim)
+
+
+@all_reduce_start.register_fake
+@wait.register_fake
+def _same_shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@all_gather.register_fake
+def _gathered(x: Tensor, dim: int, degree: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] * degree
+    return x.new_empty(shape)
+
+
+def _all_reduce_start_vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, None]:
+    lane_dim = in_dims[0]
+    return (x * info.batch_size if lane_dim is None else x.sum(lane_dim)), None
+
+
+def _wait_vmap(info: Any, in_dims: tuple[int | None], handle: Tensor) -> tuple[Tensor, int | None]:
+    return handle, in_dims[0]
+
+
+def _all_gather_vmap(
+    info: Any, in_dims: tuple[int | None, None, None], x: Tensor, dim: int, degree: int
+) -> tuple[Tensor, None]:
+    lane_dim = in_dims[0]
+    assert lane_dim is not None, "an all_gather needs an operand that differs between lanes"
+    return torch.cat(x.unbind(lane_dim), dim=dim), None
+
+
+all_reduce_start.register_vmap(_all_reduce_start_vmap)
+wait.register_vmap(_wait_vmap)
+all_gather.register_vmap(_all_gather_vmap)
+
+
+def _identity_backward(context: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+all_reduce_start.register_autograd(_identity_backward)
+wait.register_autograd(_identity_backward)
+
+_library = torch.library.Library("kraken", "FRAGMENT")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
+)
+_library.impl("attention", F.scaled_dot_product_attention, "CompositeImplicitAutograd")
+
+
+def _attention_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, int]:
+    lanes = info.batch_size
+
+    def fold(tensor: Tensor, lane_dim: int | None) -> Tensor:
+        """[N, B, ...] -> [N * B, ...], or a view that broadcasts where the tensor is the same on every lane."""
+        stacked = tensor.expand(lanes, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
+        return stacked.flatten(0, 1)
+
+    mask = attn_mask
+    if mask is not None and mask.dim() - (in_dims[3] is not None) == query.dim() - (in_dims[0] is not None):
+        batch = query.shape[(1 if in_dims[0] == 0 else 0) if in_dims[0] is not None else 0]
+        mask_batch_dim = 0 if in_dims[3] is None else (1 if in_dims[3] == 0 else 0)
+        if mask.shape[mask_batch_dim] == 1 and in_dims[3] is None:
+            pass
+        else:
+            shape = list(mask.shape)
+            shape[mask_batch_dim] = batch
+            mask = fold(mask.expand(shape), in_dims[3])
+    else:
+        assert in_dims[3] is None or mask is None, "a mask that differs between lanes must have a batch dim"
+    out = F.scaled_dot_product_attention(
+        fold(query, in_dims[0]),
+        fold(key, in_dims[1]),
+        fold(value, in_dims[2]),
+        mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    return out.unflatten(0, (lanes, -1)), 0
+
+
+torch.library.register_vmap("kraken::attention", _attention_vmap, lib=_library)

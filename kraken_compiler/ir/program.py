@@ -1,0 +1,109 @@
+"""The program: one FX graph (ATen ops), its weight table, its calling convention, and what the passes found out.
+
+A captured model is a program of degree 1 whose weights are all whole. A *lane program* is a program of degree N: the
+same graph runs on every lane, the weight table says which part of each tensor lane i owns, and `kraken::` ops are the
+only communication. Every backend takes a lane program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.schedule import FormPlan, Window
+from kraken_compiler.ir.weight_table import WeightSpec
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor input of the graph.
+
+    Attributes:
+        name: Placeholder name.
+        parameter: The argument of the source model's `forward` that it belongs to.
+        dtype: torch dtype name, e.g. "int64".
+        shape: Sizes; a dynamic one is the name of its symbol, e.g. "batch".
+    """
+
+    name: str
+    parameter: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The source model's call signature and output structure.
+
+    Attributes:
+        parameters: Names of `forward`'s parameters, in positional order.
+        constants: Arguments that were fixed at capture, with the value they had.
+        trees: For each captured argument, the serialized pytree of its tensors (`torch.utils._pytree`).
+        out_tree: The serialized pytree of the output.
+        out_names: A name for every output leaf, for when the output class is not importable.
+        model_class: The source model's class, for messages.
+    """
+
+    parameters: tuple[str, ...]
+    constants: dict[str, bool | int | float | str | None]
+    trees: dict[str, str]
+    out_tree: str
+    out_names: tuple[str, ...]
+    model_class: str = ""
+
+
+@dataclass
+class Program:
+    """A graph with everything needed to understand and run it.
+
+    Attributes:
+        module: The graph. Placeholders: first every weight in the order of `weights`, then every input in the order of
+            `inputs`. Output: a flat tuple of tensors. Every node carries `meta["val"]` (fake tensors, symbolic sizes).
+        weights: Placeholder name -> spec.
+        inputs: The tensor inputs.
+        call: Calling convention of the source model.
+        constants: Values of tensors that are no part of a checkpoint (lifted constants, non-persistent buffers, lane
+            indices), by source name.
+        degree: Number of lanes.
+        layers: Set by recognition.
+        plan: Set by form assignment.
+        windows: Set by scheduling.
+    """
+
+    module: fx.GraphModule
+    weights: dict[str, WeightSpec]
+    inputs: tuple[InputSpec, ...]
+    call: CallSpec
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    degree: int = 1
+    layers: LayerTable | None = None
+    plan: FormPlan | None = None
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def copy(self) -> Program:
+        """A program with its own graph; records and tensors are shared."""
+        graph = fx.Graph()
+        value_map: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, value_map)
+        graph.output(output)
+        for source, target in value_map.items():
+            target.meta = dict(source.meta)
+        module = fx.GraphModule(torch.nn.Module(), graph)
+        return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
+
+    def reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """Extend a weight store's `read` by this program's own constants."""
+        return lambda source: self.constants[source] if source in self.constants else read(source)
+
+
+def parameter_count(table: Mapping[str, WeightSpec]) -> int:
+    """Number of parameters one lane holds."""
+    return sum(torch.Size(spec.shape).numel() for spec in table.values() if spec.kind == "parameter")

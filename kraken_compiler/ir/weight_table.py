@@ -1,0 +1,109 @@
+"""The weight table: which part of every source tensor each lane owns.
+
+Legend: a *source* tensor is one of the captured model; a *local* tensor is the part of it that one lane holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.ir.index_set import IndexSet, size
+
+
+@dataclass(frozen=True)
+class DimShard:
+    """The positions of dimension `dim` that each lane keeps, one `IndexSet` per lane.
+
+    Lanes may overlap (replicated KV heads). A lane that keeps fewer positions than the others is padded with zeros
+    at the end (a vocabulary that the degree does not divide).
+    """
+
+    dim: int
+    lanes: tuple[IndexSet, ...]
+
+    @property
+    def local_size(self) -> int:
+        return max(size(kept) for kept in self.lanes)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight placeholder of the graph and where its values come from.
+
+    Attributes:
+        name: Placeholder name in the graph, unique.
+        source: Name of the tensor in the weight store (the source model's qualified name) or in `Program.constants`.
+        source_shape: Shape of the source tensor.
+        dtype: torch dtype name without the prefix, e.g. "bfloat16".
+        kind: "parameter" (trainable), "buffer" or "constant".
+        shards: The dims that are split; empty means every lane holds the whole tensor.
+        scale: Factor on the values of every lane (1/N for a bias that all lanes add before a sum).
+    """
+
+    name: str
+    source: str
+    source_shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    shards: tuple[DimShard, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Local shape, the same on every lane."""
+        shape = list(self.source_shape)
+        for shard in self.shards:
+            shape[shard.dim] = shard.local_size
+        return tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the local tensor."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    def take(self, source: Tensor, lane: int) -> Tensor:
+        """Cut lane `lane`'s part out of the source tensor.
+
+        Args:
+            source: The whole source tensor, shape `source_shape`.
+            lane: Lane number, 0-based.
+
+        Returns:
+            A contiguous tensor of shape `shape` that shares no memory with `source` when it is a part of it.
+        """
+        local = source
+        for shard in self.shards:
+            pieces = [local.narrow(shard.dim, start, stop - start) for start, stop in shard.lanes[lane]]
+            missing = shard.local_size - size(shard.lanes[lane])
+            if missing:
+                pad_shape = list(local.shape)
+                pad_shape[shard.dim] = missing
+                pieces.append(local.new_zeros(pad_shape))
+            local = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
+        if self.scale != 1.0:
+            local = local * self.scale
+        return local.contiguous()
+
+
+def lane_weights(
+    table: Mapping[str, WeightSpec], lane: int, read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Every weight of one lane, read one source tensor at a time.
+
+    Args:
+        table: Placeholder name -> spec.
+        lane: Lane number, 0-based.
+        read: Gives the whole source tensor for a source name.
+    """
+    return {name: spec.take(read(spec.source), lane) for name, spec in table.items()}

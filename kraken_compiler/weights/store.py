@@ -1,0 +1,37 @@
+"""Where weight values come from: the seam between capture, which knows the files, and everything that needs numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class WeightStore(Protocol):
+    """Tensors by source name, read one at a time and never kept."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU.
+
+        Raises:
+            InputFileError: The file that holds it is missing, truncated or lacks it.
+        """
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """Every source name that `read` accepts."""
+        ...
+
+
+class MemoryStore:
+    """A store over tensors that are already in memory, e.g. the state of an `nn.Module`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
