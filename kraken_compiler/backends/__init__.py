@@ -1,0 +1,1 @@
+"""Backends: each turns a lane program into something that runs."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
+from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.ir.weight_table import WeightSpec
 
 
@@ -70,6 +71,7 @@ class Program:
             indices), by source name.
         degree: Number of lanes.
         layers: Set by recognition.
+        shards: Set by shard planning.
         plan: Set by form assignment.
         windows: Set by scheduling.
     """
@@ -81,6 +83,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     degree: int = 1
     layers: LayerTable | None = None
+    shards: tuple[BranchShards, ...] = ()
     plan: FormPlan | None = None
     windows: tuple[Window, ...] = ()
 
@@ -96,7 +99,7 @@ class Program:
         graph.output(output)
         for source, target in value_map.items():
             target.meta = dict(source.meta)
-        module = fx.GraphModule(torch.nn.Module(), graph)
+        module = fx.GraphModule(self.module, graph)
         return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
 
     def reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

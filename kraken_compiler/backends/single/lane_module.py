@@ -1,0 +1,106 @@
+"""A lane program as an ordinary `nn.Module`: all lanes in one process, batched by `torch.vmap` over stacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.ir.devices import retarget
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.passes.graph_tools import ATTENTION
+
+
+class LaneModule(nn.Module):
+    """Runs all lanes of a program on one device.
+
+    It has the source model's call signature and output structure, trains, moves between devices and saves like any
+    module. A weight that differs between lanes is one parameter of shape [degree, *local shape].
+
+    Attributes:
+        program: The lane program.
+        weights: Holds the parameters and buffers, by weight-table name.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.weights = nn.Module()
+        self._lanes = _batched_graph(program)
+        self._in_dims = tuple(0 if spec.shards else None for spec in program.weights.values())
+
+    @classmethod
+    def from_program(cls, program: Program, read: Callable[[str], Tensor]) -> Self:
+        """Fill a module with the program's weights.
+
+        Args:
+            program: The lane program.
+            read: Gives a source tensor by name; called for one tensor at a time, and nothing read is kept.
+        """
+        module = cls(program)
+        read = program.reader(read)
+        for spec in program.weights.values():
+            module._set_weight(spec, _stacked(spec, read(spec.source), program.degree))
+        return module
+
+    def _set_weight(self, spec: WeightSpec, value: Tensor) -> None:
+        if spec.kind == "parameter" and value.is_floating_point():
+            self.weights.register_parameter(spec.name, nn.Parameter(value))
+        else:
+            self.weights.register_buffer(spec.name, value)
+
+    def lane_weight(self, name: str, lane: int) -> Tensor:
+        """One lane's tensor, as lane `lane` of a multi-device program holds it."""
+        value: Tensor = getattr(self.weights, name)
+        return value[lane] if self.program.weights[name].shards else value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = bind(self.program.call, self.program.inputs, args, kwargs)
+        return unflatten_output(self.program.call, self.run_flat(inputs))
+
+    def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
+        weights = [getattr(self.weights, name) for name in self.program.weights]
+        if all(dim is None for dim in self._in_dims):
+            outputs: tuple[Tensor, ...] = self._lanes(*weights, *inputs)
+            return outputs
+        in_dims = (*self._in_dims, *(None for _ in inputs))
+        outputs = torch.vmap(self._lanes, in_dims=in_dims, out_dims=None)(*weights, *inputs)
+        return outputs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
+        if tensor is not None:
+            retarget(self._lanes, tensor.device)
+        return self
+
+
+def _stacked(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
+    """All lanes' parts, [degree, *local shape], or the whole tensor if lanes do not differ. Owns its memory."""
+    if not spec.shards:
+        whole = spec.take(source, 0)
+        return whole.clone() if whole.data_ptr() == source.data_ptr() else whole
+    stacked = source.new_empty((degree, *spec.shape))
+    for lane in range(degree):
+        stacked[lane] = spec.take(source, lane)
+    return stacked
+
+
+def _batched_graph(program: Program) -> fx.GraphModule:
+    """The program's graph for vmap: attention that batches over lanes, and no waits, for the sum is there at once."""
+    module = program.copy().module
+    for node in list(module.graph.nodes):
+        if node.target is ATTENTION:
+            node.target = torch.ops.kraken.attention.default
+        elif node.target is torch.ops.kraken.wait.default:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    for node in module.graph.nodes:
+        node.meta = {}
+    module.recompile()
+    return module

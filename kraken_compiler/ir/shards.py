@@ -1,0 +1,35 @@
+"""Kept sets: which part of every tensor inside a branch is computed on which lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kraken_compiler.ir.index_set import IndexSet
+
+KeptDim = tuple[IndexSet, ...] | None
+"""One index set per lane, or None if every lane keeps the whole dimension."""
+
+Kept = tuple[KeptDim, ...]
+"""One entry per dimension of a tensor."""
+
+
+@dataclass(frozen=True)
+class BranchShards:
+    """The split of one branch.
+
+    Attributes:
+        branch: Number of the branch, 1-based.
+        inputs: Names of the projections that are split by output column.
+        output: Name of the projection that is split by input column.
+        region: Names of the nodes between them, in graph order.
+        kept: For every tensor of the branch that is not whole on every lane: its kept sets, by node name. Covers the
+            projections' outputs, the region, and what the region reads from outside.
+        columns: The columns of the output projection that each lane keeps.
+    """
+
+    branch: int
+    inputs: tuple[str, ...]
+    output: str
+    region: tuple[str, ...]
+    kept: dict[str, Kept]
+    columns: tuple[IndexSet, ...]

@@ -1,0 +1,41 @@
+"""Give every layer a form, and derive from the forms table what that means for the whole model. An analysis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kraken_compiler.ir.forms import STANDARD, Form
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.form.derive_schedule import derive_plan
+from kraken_compiler.passes.shapes import value_of
+
+
+@dataclass(frozen=True)
+class AssignForms(Pass):
+    """Layers in `layers` take `form`, the others are standard.
+
+    Attributes:
+        form: The form.
+        layers: Layer numbers; None means all.
+    """
+
+    form: Form = STANDARD
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "assign-forms"
+    requires: ClassVar[tuple[str, ...]] = ("layers",)
+    ensures: ClassVar[tuple[str, ...]] = ("plan",)
+
+    def run(self, program: Program) -> PassResult:
+        assert program.layers is not None
+        count = len(program.layers.layers)
+        chosen = range(count) if self.layers is None else self.layers
+        forms = [self.form if index in chosen else STANDARD for index in range(count)]
+        nodes = {node.name: node for node in program.graph.nodes}
+        output = value_of(nodes[program.layers.branches[0].output])
+        width = math.prod(int(size) for size in output.shape[2:])
+        program.plan = derive_plan(program.layers.branches, forms, width * output.dtype.itemsize)
+        return PassResult(count)

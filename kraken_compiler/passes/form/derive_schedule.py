@@ -1,0 +1,80 @@
+"""From forms to reads, reduces, starts and waits: the arithmetic of the forms table, without a graph.
+
+Legend: a *point* m means "after m branches have contributed"; branch k runs after k - 1 others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kraken_compiler.ir.forms import Form
+from kraken_compiler.ir.layers import Branch
+from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
+
+
+_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_token: int = 0) -> FormPlan:
+    """Derive what every branch reads, which partial outputs share a reduce, and when reduces start and are awaited.
+
+    A read never looks further than the source model's own read does, so branches that are parallel in the source stay
+    parallel in a form with own lag 1. Partial outputs share a reduce when no read needs the sum between them. A reduce
+    starts as soon as its last operand exists and is awaited at the first read that needs it.
+
+    Args:
+        branches: All branches of the model in execution order.
+        forms: One form per layer.
+        bytes_per_token: Payload of one reduce per token.
+
+    Returns:
+        The plan; `plan.reads[k - 1]` belongs to branch k.
+    """
+    reads = tuple(_read(branch, forms[branch.layer]) for branch in branches)
+    total = len(branches)
+    needed = sorted({read.peers for read in reads} | {total})
+    points = [point for point in needed if point > 0]
+    reduces = []
+    for index, last in enumerate(points):
+        first = points[index - 1] + 1 if index else 1
+        awaited_by = next((read.branch for read in reads if read.peers >= last), None)
+        stop = awaited_by if awaited_by is not None else total + 1
+        reduces.append(Reduce(index, first, last, awaited_by, tuple(range(last + 1, stop)), bytes_per_token))
+    return FormPlan(tuple(form.name for form in forms), reads, tuple(reduces))
+
+
+def _read(branch: Branch, form: Form) -> Read:
+    lag = form.lag(branch.kind)
+    own = max(0, min(branch.index - lag.own, branch.reads))
+    peers = max(0, min(branch.index - lag.peers, branch.reads))
+    return Read(branch.index, own, peers)
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """Read a layer selection such as `15-29`, `-15--1`, `0,2,5-7`; negative numbers count from the end.
+
+    Args:
+        text: The selection.
+        count: Number of layers in the model.
+
+    Raises:
+        ValueError: The text is no selection, or names a layer the model does not have.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"'{part.strip()}' is no layer or range of layers; write e.g. 15-29, -4--1 or 0,2,5-7")
+        first, last = (_resolve(number, count) for number in (match[1], match[2] or match[1]))
+        if first > last:
+            raise ValueError(f"the layer range '{part.strip()}' is empty")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+def _resolve(number: str, count: int) -> int:
+    layer = int(number)
+    if not -count <= layer < count:
+        raise ValueError(f"the model has layers 0 to {count - 1}, there is no layer {layer}")
+    return layer % count

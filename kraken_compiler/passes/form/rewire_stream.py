@@ -1,0 +1,161 @@
+"""Rebuild the residual stream so that every branch reads what its form says, and insert the reduces.
+
+    %a = %x + attention(norm(%x))        ->     %h = kraken.all_reduce_start(attention(norm(%x)))
+    %y = %a + ffn(norm(%a))                     %a = %x + kraken.wait(%h)
+                                                ...
+
+Each branch is built again on its own read, so branches that shared a norm in the source model get one each where their
+reads differ. The nodes a branch does not share with the stream (masks, rotary tables) are kept once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ir.layers import Branch, LayerTable
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import aten, descendants
+
+_START = torch.ops.kraken.all_reduce_start.default
+_WAIT = torch.ops.kraken.wait.default
+
+
+@dataclass(frozen=True)
+class RewireStream(Pass):
+    name: ClassVar[str] = "rewire-stream"
+    requires: ClassVar[tuple[str, ...]] = ("layers", "plan")
+
+    def run(self, program: Program) -> PassResult:
+        assert program.layers is not None
+        assert program.plan is not None
+        if any(node.target is _START for node in program.graph.nodes):
+            return PassResult()
+        builder = _Builder(program, program.layers, program.plan)
+        program.module = fx.GraphModule(program.module, builder.build())
+        program.layers = builder.renamed()
+        return PassResult(len(program.plan.reduces))
+
+
+class _Builder:
+    """Builds the new graph: what comes before the stream, the branches in order, what comes after."""
+
+    def __init__(self, program: Program, layers: LayerTable, plan: FormPlan) -> None:
+        self.program, self.layers, self.plan = program, layers, plan
+        self.old = {node.name: node for node in program.graph.nodes}
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.parts: list[fx.Node] = []
+        self.stream: dict[int, fx.Node] = {}
+        self.sums: dict[tuple[int, int], fx.Node] = {}
+        self.handles: dict[int, fx.Node] = {}
+
+    def build(self) -> fx.Graph:
+        final = self.old[self.layers.final]
+        embedding = self.old[self.layers.embedding]
+        on_stream = descendants([embedding]) - {embedding}
+        for node in self.program.graph.nodes:
+            if node not in on_stream and node.op != "output":
+                self.new[node] = self._copy(node, self.new)
+        self.stream[0] = self.new[embedding]
+        for branch in self.layers.branches:
+            self._branch(branch)
+        self.new[final] = self._point(len(self.parts))
+        tail = descendants([final]) - {final}
+        for node in self.program.graph.nodes:
+            if node in tail:
+                self.new[node] = self._copy(node, self.new)
+        return self.graph
+
+    def renamed(self) -> LayerTable:
+        """The layer table with the new graph's node names."""
+        layers = []
+        for layer in self.layers.layers:
+            branches = []
+            for branch in layer.branches:
+                read = self._read(branch)
+                names = tuple(self.copies[self.old[name], read].name for name in branch.nodes)
+                output = self.copies[self.old[branch.output], read].name
+                branches.append(replace(branch, stream=read.name, output=output, nodes=names))
+            layers.append(replace(layer, branches=tuple(branches)))
+        head = self.layers.head
+        return replace(
+            self.layers,
+            embedding=self.stream[0].name,
+            joins=tuple((point, node.name) for point, node in sorted(self.stream.items())),
+            final=self.new[self.old[self.layers.final]].name,
+            head=self.new[self.old[head]].name if head in self.old else head,
+            layers=tuple(layers),
+        )
+
+    def _copy(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+        copy = self.graph.node_copy(node, lambda operand: values[operand])
+        copy.meta = dict(node.meta)
+        return copy
+
+    def _branch(self, branch: Branch) -> None:
+        source, read = self.old[branch.stream], self._read(branch)
+        values = _Overlay(self.new, {source: read})
+        for name in branch.nodes:
+            node = self.old[name]
+            if (node, read) not in self.copies:
+                self.copies[node, read] = self._copy(node, values)
+            values[node] = self.copies[node, read]
+        part = values[self.old[branch.output]]
+        self.parts.append(part)
+        for reduce in self.plan.reduces:
+            if reduce.last == branch.index:
+                operand = self._sum(reduce.first, reduce.last)
+                self.handles[reduce.index] = self.graph.call_function(_START, (operand,))
+
+    def _read(self, branch: Branch) -> fx.Node:
+        """G[peers] + (O[own] - O[peers]): the landed sum plus the lane's own parts since."""
+        read = self.plan.reads[branch.index - 1]
+        landed = self._point(read.peers)
+        if read.own == read.peers:
+            return landed
+        return self._add(landed, self._sum(read.peers + 1, read.own))
+
+    def _point(self, point: int) -> fx.Node:
+        """The whole stream after `point` branches; waits for the reduces that are still under way."""
+        if point not in self.stream:
+            reduce = self._reduce_ending_at(point)
+            before = self._point(reduce.first - 1)
+            arrived = self.graph.call_function(_WAIT, (self.handles[reduce.index],))
+            self.stream[point] = self._add(before, arrived)
+        return self.stream[point]
+
+    def _reduce_ending_at(self, point: int) -> Reduce:
+        return next(reduce for reduce in self.plan.reduces if reduce.last == point)
+
+    def _sum(self, first: int, last: int) -> fx.Node:
+        """The lane's own parts of branches first..last."""
+        if first == last:
+            return self.parts[first - 1]
+        if (first, last) not in self.sums:
+            self.sums[first, last] = self._add(self._sum(first, last - 1), self.parts[last - 1])
+        return self.sums[first, last]
+
+    def _add(self, left: fx.Node, right: fx.Node) -> fx.Node:
+        key = (left, right)
+        if key not in self.copies:
+            self.copies[key] = self.graph.call_function(aten.add.Tensor, (left, right))
+        return self.copies[key]
+
+
+class _Overlay(dict[fx.Node, fx.Node]):
+    """A few values on top of many."""
+
+    def __init__(self, base: dict[fx.Node, fx.Node], top: dict[fx.Node, fx.Node]) -> None:
+        super().__init__(top)
+        self._base = base
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        return self._base[node]

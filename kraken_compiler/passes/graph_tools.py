@@ -1,0 +1,82 @@
+"""Small questions that many passes ask of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+LINEAR = aten.linear.default
+ATTENTION = aten.scaled_dot_product_attention.default
+GEMMS = frozenset(
+    {LINEAR, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+)
+NORMS = frozenset(
+    {aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default}
+)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose `forward` made `node`, as the source model spells it; "" if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return str(paths[-1]).removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
+
+
+def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+    """The graph's calls of `targets`, in order, safe against erasing while looping."""
+    return iter([node for node in graph.nodes if node.op == "call_function" and node.target in targets])
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Every node that `node` reads, in order, each once."""
+    return list(node.all_input_nodes)
+
+
+def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on `roots`, the roots included."""
+    seen = set(roots)
+    todo = list(seen)
+    while todo:
+        for user in todo.pop().users:
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return seen
+
+
+def ancestors(node: fx.Node, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()) -> set[fx.Node]:
+    """All nodes that `node` depends on, itself included, without going past `stop` (whose members are left out)."""
+    seen = {node} - stop
+    todo = list(seen)
+    while todo:
+        for operand in todo.pop().all_input_nodes:
+            if operand not in seen and operand not in stop:
+                seen.add(operand)
+                todo.append(operand)
+    return seen
+
+
+def in_order(graph: fx.Graph, nodes: set[fx.Node]) -> list[fx.Node]:
+    """`nodes` in graph order."""
+    return [node for node in graph.nodes if node in nodes]
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Let every user of `node` read `new` instead, and remove `node`."""
+    if "val" in node.meta and "val" not in new.meta:
+        new.meta["val"] = node.meta["val"]
+    new.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Spell each thing one way. These passes keep the numbers."""

@@ -1,0 +1,96 @@
+"""Every product with a weight is a `linear`, with its bias inside and without flattening around it.
+
+    %f = reshape(%x, [-1, 32])                       ->     %y = linear(%x, permute(%w, [1, 0]), %b)
+    %m = addmm(%b, %f, %w)
+    %y = reshape(%m, [b, s, 96])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import LINEAR, argument, aten, calls, descendants, replace
+from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
+
+
+@dataclass(frozen=True)
+class CanonicalizeLinear(Pass):
+    name: ClassVar[str] = "canonicalize-linear"
+
+    def run(self, program: Program) -> PassResult:
+        weights = weight_derived(program)
+        matches = sum(_from_product(node, weights) for node in calls(program.graph, *_PRODUCTS))
+        matches += sum(_absorb_bias(node, weights) for node in calls(program.graph, LINEAR))
+        return PassResult(matches + sum(_unflatten(node) for node in calls(program.graph, LINEAR)))
+
+
+_PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
+
+
+def weight_derived(program: Program) -> set[fx.Node]:
+    """The tensors that are functions of weights alone, the weights included."""
+    inputs = {spec.name for spec in program.inputs}
+    dynamic = descendants(node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs)
+    return {
+        node
+        for node in program.graph.nodes
+        if node not in dynamic and is_tensor(node) and (node.op == "placeholder" or node.all_input_nodes)
+    }
+
+
+def _from_product(node: fx.Node, weights: set[fx.Node]) -> bool:
+    bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
+    if weight not in weights or x in weights or len(shape_of(weight)) != 2 or (bias and bias not in weights):
+        return False
+    if node.target is aten.addmm.default and any(argument(node, 9, name, 1) != 1 for name in ("beta", "alpha")):
+        return False
+    with node.graph.inserting_before(node):
+        turned = node.graph.call_function(aten.permute.default, (weight, [1, 0]))
+        operands = (x, turned) if bias is None else (x, turned, bias)
+        replace(node, node.graph.call_function(LINEAR, operands))
+    return True
+
+
+def _absorb_bias(node: fx.Node, weights: set[fx.Node]) -> bool:
+    if argument(node, 2, "bias") is not None or len(node.users) != 1:
+        return False
+    (user,) = node.users
+    if user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
+        return False
+    bias = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(bias, fx.Node) or bias not in weights or shape_of(bias) != shape_of(node)[-1:]:
+        return False
+    with node.graph.inserting_before(user):
+        replace(user, node.graph.call_function(LINEAR, (*node.args[:2], bias)))
+    node.graph.erase_node(node)
+    return True
+
+
+def _unflatten(node: fx.Node) -> bool:
+    """linear of a flattened tensor, unflattened again: drop both reshapes."""
+    flat, users = node.args[0], list(node.users)
+    assert isinstance(flat, fx.Node)
+    if flat.target is not aten.reshape.default or not users:
+        return False
+    x = flat.args[0]
+    assert isinstance(x, fx.Node)
+    leading = shape_of(x)[:-1]
+    if not same_size(shape_of(x)[-1], shape_of(flat)[-1]):
+        return False
+    for user in users:
+        if user.target is not aten.reshape.default or len(shape_of(user)) != len(leading) + 1:
+            return False
+        if not all(map(same_size, shape_of(user), (*leading, shape_of(node)[-1]))):
+            return False
+    with node.graph.inserting_before(node):
+        linear = node.graph.call_function(LINEAR, (x, *node.args[1:]), node.kwargs)
+    linear.meta["val"] = users[0].meta["val"]
+    for user in users:
+        replace(user, linear)
+    node.graph.erase_node(node)
+    return True

@@ -1,0 +1,96 @@
+"""Remove what computes nothing: asserts, copies, casts to the same dtype, slices of everything, dropout in eval mode.
+
+    %c = clone(%x)                                   ->     (users of %c read %x)
+    %s = slice(%c, 0, 0, 9223372036854775807)
+    _assert_tensor_metadata(%s, ...)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import argument, aten
+from kraken_compiler.passes.shapes import is_tensor, same_shape, value_of
+
+_ASSERTS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.default,
+        aten._assert_async.msg,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+_COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.lift_fresh.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+_CASTS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten.type_as.default,
+        aten._to_copy.default,
+    }
+)
+_RESIZES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
+)
+
+
+@dataclass(frozen=True)
+class DropNoops(Pass):
+    name: ClassVar[str] = "drop-noops"
+
+    def run(self, program: Program) -> PassResult:
+        matches = 0
+        for node in list(program.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _ASSERTS:
+                program.graph.erase_node(node)
+                matches += 1
+            elif _computes_its_first_operand(node):
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+                matches += 1
+        return PassResult(matches)
+
+
+def _computes_its_first_operand(node: fx.Node) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node) or not is_tensor(node) or not is_tensor(node.args[0]):
+        return False
+    operand = node.args[0]
+    if node.target in _COPIES:
+        return True
+    if node.target in _CASTS:
+        return value_of(node).dtype == value_of(operand).dtype
+    if node.target in _RESIZES:
+        # A full slice may step backwards in no model we can capture, so equal shape means equal value.
+        return same_shape(node, operand)
+    if node.target is aten.dropout.default:
+        return argument(node, 2, "train", False) is False or argument(node, 1, "p", 0.0) == 0.0
+    if node.target is aten.add.Tensor:
+        return _is_number(node.args[1], 0) and value_of(node).dtype == value_of(operand).dtype
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return _is_number(node.args[1], 1) and value_of(node).dtype == value_of(operand).dtype
+    return False
+
+
+def _is_number(value: object, number: int) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, torch.SymInt) and value == number

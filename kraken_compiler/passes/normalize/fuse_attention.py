@@ -1,0 +1,182 @@
+"""Write eager attention as one `scaled_dot_product_attention`, with every mask gathered into one additive bias.
+
+    %s = div(matmul(%q, permute(%k)), 8.0)           ->     %b = where(%m, 0, -3e38) + %alibi
+    %s = add(where(%m, %s, -3e38), %alibi)                  %y = scaled_dot_product_attention(%q, %k, %v, %b, scale=1/8)
+    %y = matmul(softmax(%s, -1), %v)
+
+Three-dimensional products over batch * heads (baddbmm, bmm) are brought back to four dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import ATTENTION, argument, aten, calls, replace
+from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, value_of
+
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+_SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
+
+
+@dataclass(frozen=True)
+class FuseAttention(Pass):
+    name: ClassVar[str] = "fuse-attention"
+
+    def run(self, program: Program) -> PassResult:
+        nodes = calls(program.graph, aten.softmax.int, aten._softmax.default)
+        return PassResult(sum(_fuse(node) for node in nodes))
+
+
+@dataclass
+class _Scores:
+    """scores = scale * q k^T + bias, on the way from the product to the softmax."""
+
+    query: fx.Node
+    key: fx.Node
+    scale: float = 1.0
+    bias: fx.Node | None = None
+    sizes: list[Any] | None = None
+    """The arguments of the reshape to [batch, heads, queries, keys], if the product has three dims."""
+
+
+def _fuse(softmax: fx.Node) -> bool:
+    rank = len(shape_of(softmax))
+    if int(softmax.args[1]) % rank != rank - 1:
+        return False
+    product = _follow(softmax)
+    if product is None or product.args[0] not in (softmax, *_chain_down(softmax)):
+        return False
+    graph = softmax.graph
+    with graph.inserting_before(softmax):
+        scores = _parse(softmax.args[0], graph)
+        if scores is None or (scores.sizes is None and len(shape_of(scores.query)) != 4):
+            return False
+        query, key, value = scores.query, scores.key, product.args[1]
+        if scores.sizes is not None:
+            batch, heads, queries = scores.sizes[:3]
+            query, key, value = (
+                graph.call_function(aten.reshape.default, (tensor, [batch, heads, length, shape_of(tensor)[-1]]))
+                for tensor, length in ((query, queries), (key, -1), (value, -1))
+            )
+        bias = scores.bias
+        if bias is not None:
+            dtype = value_of(scores.query).dtype
+            bias = graph.call_function(aten.to.dtype, (bias, dtype)) if _dtype(bias) != dtype else bias
+    with graph.inserting_before(product):
+        new = graph.call_function(ATTENTION, (query, key, value, bias), {"scale": scores.scale})
+        if scores.sizes is not None:
+            new = graph.call_function(aten.reshape.default, (new, [-1, scores.sizes[2], shape_of(product)[-1]]))
+    replace(product, new)
+    return True
+
+
+def _chain_down(node: fx.Node) -> list[fx.Node]:
+    """The casts and reshapes that follow `node`, as long as each is the only user of the one before."""
+    chain: list[fx.Node] = []
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target not in (*_CASTS, aten.reshape.default):
+            break
+        chain.append(node)
+    return chain
+
+
+def _follow(softmax: fx.Node) -> fx.Node | None:
+    """The product of the probabilities with the values."""
+    last = [softmax, *_chain_down(softmax)][-1]
+    if len(last.users) != 1:
+        return None
+    (product,) = last.users
+    return product if product.target in _PRODUCTS and product.args[0] is last else None
+
+
+def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
+    """Read the scores from `node` back to the product of queries and keys; inserts the nodes that build the bias."""
+    if not isinstance(node, fx.Node) or not is_tensor(node):
+        return None
+    if node.target in _PRODUCTS or node.target is aten.baddbmm.default:
+        return _parse_product(node, graph)
+    if node.target in _CASTS:
+        return _parse(node.args[0], graph)
+    if node.target is aten.reshape.default:
+        scores = _parse(node.args[0], graph)
+        if scores is None or scores.sizes is not None or len(shape_of(node)) != 4:
+            return None
+        scores.sizes = list(argument(node, 1, "shape"))
+        if scores.bias is not None:
+            batch, heads, queries = scores.sizes[:3]
+            rows = 1 if same_size(shape_of(scores.bias)[1], 1) else queries
+            scores.bias = graph.call_function(aten.reshape.default, (scores.bias, [batch, heads, rows, -1]))
+        return scores
+    if node.target in _SCALINGS and isinstance(node.args[1], (int, float)):
+        scores = _parse(node.args[0], graph)
+        if scores is None:
+            return None
+        factor = float(node.args[1])
+        scores.scale = scores.scale / factor if "div" in str(node.target) else scores.scale * factor
+        if scores.bias is not None:
+            scores.bias = graph.call_function(node.target, (scores.bias, node.args[1]))
+        return scores
+    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+        for scored, bias in (node.args[:2], node.args[1::-1]):
+            scores = _parse(scored, graph)
+            if scores is not None:
+                old = scores.bias
+                scores.bias = bias if old is None else graph.call_function(aten.add.Tensor, (old, bias))
+                return scores if isinstance(bias, fx.Node) else None
+        return None
+    return _parse_mask(node, graph)
+
+
+def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+    """where(keep, scores, low) and masked_fill(scores, drop, low), `low` a number or a tensor of one number."""
+    if node.target in (aten.where.self, aten.where.ScalarOther):
+        condition, scored, low = node.args[:3]
+        keep = True
+    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        scored, condition, low = node.args[:3]
+        keep = False
+    else:
+        return None
+    scores = _parse(scored, graph)
+    if scores is None:
+        return None
+    dtype = value_of(scores.query).dtype
+    if not isinstance(low, fx.Node):
+        low = graph.call_function(aten.full.default, ([], low), {"dtype": dtype, "device": torch.device("cpu")})
+    rest = scores.bias if scores.bias is not None else graph.call_function(aten.zeros_like.default, (low,))
+    pair = (rest, low) if keep else (low, rest)
+    scores.bias = graph.call_function(aten.where.self, (condition, *pair))
+    return scores
+
+
+def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+    bias, (query, turned) = None, node.args[:2]
+    scale = 1.0
+    if node.target is aten.baddbmm.default:
+        bias, query, turned = node.args[:3]
+        scale = float(node.kwargs.get("alpha", 1.0))
+        beta = node.kwargs.get("beta", 1.0)
+        if beta == 0:
+            bias = None
+        elif beta != 1:
+            bias = graph.call_function(aten.mul.Tensor, (bias, beta))
+    if not isinstance(query, fx.Node) or not isinstance(turned, fx.Node) or len(shape_of(query)) not in (3, 4):
+        return None
+    rank = len(shape_of(turned))
+    if rank != len(shape_of(query)):
+        return None
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    return _Scores(query, graph.call_function(aten.permute.default, (turned, swap)), scale, bias)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,53 @@
+"""The pipelines: which passes run, in which order."""
+
+from __future__ import annotations
+
+from kraken_compiler.ir.forms import Form
+from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.form.assign_forms import AssignForms
+from kraken_compiler.passes.form.rewire_stream import RewireStream
+from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
+from kraken_compiler.passes.normalize.canonicalize_linear import CanonicalizeLinear
+from kraken_compiler.passes.normalize.drop_noops import DropNoops
+from kraken_compiler.passes.normalize.fuse_attention import FuseAttention
+from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
+from kraken_compiler.passes.normalize.inline_regions import InlineRegions
+from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
+from kraken_compiler.passes.recognize.find_layers import FindLayers
+from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
+from kraken_compiler.passes.shard.plan_shards import PlanShards
+from kraken_compiler.passes.shard.split_branches import SplitBranches
+from kraken_compiler.passes.shard.split_head import SplitHead
+
+RECOGNIZE: tuple[Pass, ...] = (
+    InlineRegions(),
+    DropNoops(),
+    CanonicalizeLayout(),
+    LowerEinsum(),
+    CanonicalizeLinear(),
+    CanonicalizeLayout(),
+    FuseRmsNorm(),
+    FuseAttention(),
+    DropNoops(),
+    CanonicalizeLayout(),
+    FindLayers(),
+)
+"""From a captured model to its layer table. Keeps the numbers."""
+
+
+def rewrite(degree: int, form: Form, layers: tuple[int, ...] | None = None) -> tuple[Pass, ...]:
+    """From a recognised model to a scheduled lane program.
+
+    Args:
+        degree: Number of lanes.
+        form: The form of the layers in `layers`; the others are standard.
+        layers: Layer numbers; None means all.
+    """
+    return (
+        AssignForms(form, layers),
+        PlanShards(degree),
+        SplitBranches(degree),
+        SplitHead(),
+        RewireStream(),
+        PlaceCollectives(),
+    )

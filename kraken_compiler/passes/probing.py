@@ -1,0 +1,95 @@
+"""Run a region of a graph on small random float64 tensors, to see which elements depend on which.
+
+A region lies between leaves (projection outputs, attention outputs) that are cut: they become random tensors, so no
+weight of a projection is needed and a model without weights can be probed. Operators with flat or dead ranges have a
+smooth stand-in, because a zero gradient must mean "does not depend" and not "was negative".
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from kraken_compiler.passes.graph_tools import aten
+from kraken_compiler.passes.shapes import Concretizer
+
+_SMOOTH: dict[Any, Any] = {
+    aten.relu.default: F.softplus,
+    aten.clamp.default: lambda x, *bounds, **named: x,
+    aten.clamp_min.default: lambda x, *bounds, **named: x,
+    aten.clamp_max.default: lambda x, *bounds, **named: x,
+    aten.hardtanh.default: lambda x, *bounds, **named: x,
+    aten.relu6.default: F.softplus,
+    aten.hardswish.default: F.silu,
+    aten.hardsigmoid.default: torch.sigmoid,
+    aten.abs.default: lambda x: torch.sqrt(x * x + 1),
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Region:
+    """A part of a graph that can be run.
+
+    Args:
+        nodes: The nodes to run, in graph order.
+        leaves: Nodes whose value is replaced by a random tensor; one of `nodes` among them is not run.
+        known: Values of constants, by node name.
+        seed: Seed of the random numbers.
+    """
+
+    def __init__(
+        self, nodes: Iterable[fx.Node], leaves: Iterable[fx.Node], known: Mapping[str, Tensor], seed: int = 0
+    ) -> None:
+        self.leaves = list(leaves)
+        region, cut = list(nodes), set(self.leaves)
+        self.nodes = [node for node in region if node not in cut]
+        inside = set(region) | cut
+        self.externals = list(
+            dict.fromkeys(operand for node in region for operand in node.all_input_nodes if operand not in inside)
+        )
+        generator = torch.Generator().manual_seed(seed)
+        sizes = Concretizer()
+        self.inputs: dict[fx.Node, Any] = {
+            node: sizes.value(node, generator, known) for node in (*self.leaves, *self.externals)
+        }
+
+    def run(self, changed: Mapping[fx.Node, Tensor] | None = None, gradients: bool = False) -> dict[fx.Node, Any]:
+        """Values of all nodes.
+
+        Args:
+            changed: Values to use instead of the region's own inputs.
+            gradients: Whether the inputs should require gradients.
+        """
+        values: dict[fx.Node, Any] = dict(self.inputs)
+        values.update(changed or {})
+        if gradients:
+            for node, value in values.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    values[node] = value.detach().clone().requires_grad_()
+        for node in self.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = _call(node, args, kwargs)
+        return values
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.target in _SMOOTH:
+        return _SMOOTH[node.target](*args, **kwargs)
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    args, kwargs = (_widen(part) for part in (args, dict(kwargs)))
+    return node.target(*args, **kwargs)
+
+
+def _widen(part: Any) -> Any:
+    """Replace dtype arguments by float64, so that a cast inside the region does not break the probe."""
+    if isinstance(part, dict):
+        return {key: _widen(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_widen(value) for value in part)
+    return torch.float64 if part in _FLOATS else part

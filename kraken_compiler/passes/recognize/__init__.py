@@ -1,0 +1,1 @@
+"""Find the residual stream, the layers and the branches. These passes only look."""

@@ -1,0 +1,125 @@
+"""The projections of one branch: where the stream enters it and the one linear through which it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.graph_tools import ATTENTION, LINEAR, NORMS, ancestors, aten, module_path
+from kraken_compiler.passes.probing import Region
+
+_LINEAR_OPS = frozenset(
+    {
+        aten.reshape.default,
+        aten.permute.default,
+        aten.squeeze.dim,
+        aten.unsqueeze.default,
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.neg.default,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of a branch.
+
+    Attributes:
+        inputs: The linears nearest to the branch's core (the attention, or the output projection's input): they are
+            split by output column.
+        output: The linear through which the branch leaves: split by input column.
+        region: The nodes between `inputs` and `output`, both excluded, in graph order.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+    region: tuple[fx.Node, ...]
+
+    def kv_heads(self, attention: fx.Node, program: Program) -> int:
+        """How many different key heads reach `attention`: repeated ones hold equal values, so they are counted once."""
+        key = attention.args[1]
+        assert isinstance(key, fx.Node)
+        nodes = ancestors(key, set(self.inputs))
+        inside = [node for node in self.region if node in nodes]
+        values = Region(inside, self.inputs, known_constants(program)).run()
+        heads = values[key].transpose(0, 1).flatten(1)
+        return int(torch.unique(heads, dim=0).shape[0])
+
+
+def known_constants(program: Program) -> dict[str, torch.Tensor]:
+    """Values of the small constant tensors of the graph, by placeholder name."""
+    return {
+        name: program.constants[spec.source]
+        for name, spec in program.weights.items()
+        if spec.source in program.constants and program.constants[spec.source].numel() <= 4096
+    }
+
+
+def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> Projections | Rejection:
+    """Find the projections of the branch whose output is `term`.
+
+    Args:
+        term: What the branch adds to the stream.
+        nodes: The nodes of the branch, in graph order.
+        weights: The nodes that are functions of weights alone.
+    """
+    inside = set(nodes)
+    output = _output_projection(term, inside, weights)
+    if isinstance(output, Rejection):
+        return output
+    source = output.args[0]
+    assert isinstance(source, fx.Node)
+    linears = {node for node in nodes if node.target is LINEAR and node is not output}
+    attentions = [node for node in nodes if node.target is ATTENTION]
+    inputs: set[fx.Node] = set()
+    cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
+    for core in cores:
+        reached = ancestors(core, linears | set(attentions)) & inside
+        inputs |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
+        inputs |= {core} & linears
+    if not inputs:
+        reason = "no projection was found between the residual stream and the branch's output projection"
+        return Rejection(reason, (output.name,), module_path(output))
+    for first in inputs:
+        if any(attention in ancestors(first) for attention in attentions):
+            reason = "a second projection follows the attention before the output projection"
+            return Rejection(reason, (first.name,), module_path(first))
+    between = ancestors(source, inputs) & inside
+    return Projections(
+        tuple(node for node in nodes if node in inputs), output, tuple(node for node in nodes if node in between)
+    )
+
+
+def _output_projection(term: fx.Node, inside: set[fx.Node], weights: set[fx.Node]) -> fx.Node | Rejection:
+    """Walk back from the branch's output through linear operations to its last projection.
+
+    Only then is the output a sum of the lanes' parts.
+    """
+    node = term
+    while node.target is not LINEAR or node.args[1] not in weights:
+        operands = [operand for operand in node.all_input_nodes if operand in inside]
+        commutes = node.target is aten.mul.Tensor or (operands and node.args[0] is operands[0])
+        if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes:
+            return Rejection(_why_not_linear(node), (node.name,), module_path(node), _HINT)
+        node = operands[0]
+    if node.args[0] not in inside:
+        reason = "the branch is a single projection of the stream, with nothing to split between lanes"
+        return Rejection(reason, (node.name,), module_path(node))
+    return node
+
+
+_HINT = "A branch must leave through one linear projection, so that its output is the sum of what the lanes compute."
+
+
+def _why_not_linear(node: fx.Node) -> str:
+    if node.target in NORMS:
+        return "the branch's output is normalised before it is added to the stream (sandwich norm)"
+    name = str(node.target).removeprefix("aten.").removesuffix(".default")
+    return f"'{name}' stands between the branch's output projection and the residual stream (mixture of experts?)"

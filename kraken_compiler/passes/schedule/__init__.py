@@ -1,0 +1,1 @@
+"""Start collectives early, await them late, and check that compute lies in between."""

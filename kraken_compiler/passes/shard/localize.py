@@ -1,0 +1,165 @@
+"""Rewrite the literal sizes and positions of one node so that it works on a lane's part of its operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.index_set import IndexSet, size, to_indices
+from kraken_compiler.ir.shards import Kept, KeptDim
+from kraken_compiler.passes.graph_tools import argument, aten, module_path
+
+_SIZED = frozenset({aten.reshape.default, aten.expand.default})
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+
+
+def localize(
+    node: fx.Node, kept: dict[str, Kept], shapes: dict[str, tuple[Any, ...]], known: dict[str, Tensor]
+) -> Rejection | dict[fx.Node, Tensor]:
+    """Change `node`'s literals in place.
+
+    Args:
+        node: A node between a branch's projections.
+        kept: Kept sets by node name.
+        shapes: Shapes before the split, by node name.
+        known: Values of constants, by node name.
+
+    Returns:
+        Constants that must take new values for this node (positions that moved), or a rejection.
+    """
+    out = kept.get(node.name)
+    operand = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    into = kept.get(operand.name) if operand is not None else None
+    if node.target in _SIZED and out is not None:
+        return _resize(node, out)
+    if operand is None or into is None:
+        return {}
+    before = shapes[operand.name]
+    if node.target is aten.unflatten.int and out is not None:
+        dim = int(node.args[1]) % len(before)
+        local = [size(entry[0]) if entry else None for entry in out[dim:]]
+        sizes = [new if new is not None else old for old, new in zip(node.args[2], local)]
+        node.args = (operand, dim, sizes)
+        return {}
+    if node.target is aten.slice.Tensor:
+        dim = int(argument(node, 1, "dim", 0)) % len(before)
+        return _slice(node, dim, before[dim], into[dim])
+    if node.target is aten.select.int:
+        dim = int(node.args[1]) % len(before)
+        rank = _rank(into[dim], int(node.args[2]) % int(before[dim])) if into[dim] else int(node.args[2])
+        if rank is None:
+            return _moved(node)
+        node.args = (operand, dim, rank)
+        return {}
+    if node.target in _SPLITS:
+        return _split(node, operand, before, into)
+    if node.target is aten.repeat_interleave.self_int:
+        dim = int(argument(node, 2, "dim")) % len(before)
+        if into[dim] is not None or (out is not None and out[dim] is not None):
+            have = size(into[dim][0]) if into[dim] else int(before[dim])
+            want = size(out[dim][0]) if out is not None and out[dim] else int(shapes[node.name][dim])
+            node.args = (operand, want // have, dim)
+        return {}
+    if node.target is aten.index.Tensor:
+        return _index(node, before, into, known)
+    return {}
+
+
+def _moved(node: fx.Node) -> Rejection:
+    reason = "it picks fixed positions of a split dimension that are not at the same place on every lane"
+    return Rejection(reason, (node.name,), module_path(node))
+
+
+def _resize(node: fx.Node, out: Kept) -> Rejection | dict[fx.Node, Tensor]:
+    sizes = list(argument(node, 1, "shape" if node.target is aten.reshape.default else "size"))
+    for dim, lanes in enumerate(out):
+        if lanes is None or sizes[dim] == -1:
+            continue
+        if isinstance(sizes[dim], fx.Node):
+            reason = "a split dimension has a size that is computed, not a number"
+            return Rejection(reason, (node.name,), module_path(node))
+        sizes[dim] = size(lanes[0])
+    node.args = (node.args[0], sizes)
+    return {}
+
+
+def _rank(lanes: KeptDim, position: int) -> int | None:
+    """The local place of a global position, if it is the same on every lane."""
+    assert lanes is not None
+    places = set()
+    for kept in lanes:
+        indices = to_indices(kept)
+        places.add(indices.index(position) if position in indices else None)
+    return places.pop() if len(places) == 1 else None
+
+
+def _slice(node: fx.Node, dim: int, before: Any, lanes: KeptDim) -> Rejection | dict[fx.Node, Tensor]:
+    if lanes is None:
+        return {}
+    start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    if any(isinstance(bound, fx.Node) for bound in (start, stop)):
+        return _moved(node)
+    chosen = set(range(*slice(start, stop, step).indices(int(before))))
+    local = {tuple(_places(kept, chosen)) for kept in lanes}
+    places = local.pop() if len(local) == 1 else ()
+    strides = {later - earlier for earlier, later in zip(places, places[1:])} or {1}
+    if not places or len(strides) > 1:
+        return _moved(node)
+    node.args = (node.args[0], dim, places[0], places[-1] + 1, strides.pop())
+    node.kwargs = {}
+    return {}
+
+
+def _places(kept: IndexSet, chosen: set[int]) -> list[int]:
+    return [place for place, index in enumerate(to_indices(kept)) if index in chosen]
+
+
+def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept) -> Rejection | dict[fx.Node, Tensor]:
+    """Cut the local tensor where the whole one was cut."""
+    dim = int(argument(node, 2, "dim", 0)) % len(before)
+    lanes = into[dim]
+    if lanes is None:
+        return {}
+    total = int(before[dim])
+    if node.target is aten.split_with_sizes.default:
+        sizes = [int(length) for length in node.args[1]]
+    elif node.target is aten.chunk.default:
+        length = -(-total // int(node.args[1]))
+        sizes = [min(length, total - start) for start in range(0, total, length)]
+    else:
+        length = int(node.args[1])
+        sizes = [min(length, total - start) for start in range(0, total, length)]
+    bounds = [sum(sizes[:position]) for position in range(len(sizes) + 1)]
+    local = {
+        tuple(sum(start <= index < stop for index in to_indices(kept)) for start, stop in zip(bounds, bounds[1:]))
+        for kept in lanes
+    }
+    if len(local) > 1:
+        return _moved(node)
+    node.target = aten.split_with_sizes.default
+    node.args = (operand, list(local.pop()), dim)
+    node.kwargs = {}
+    return {}
+
+
+def _index(
+    node: fx.Node, before: tuple[Any, ...], into: Kept, known: dict[str, Tensor]
+) -> Rejection | dict[fx.Node, Tensor]:
+    """x[..., positions]: the positions move to where the lane holds those elements."""
+    constants: dict[fx.Node, Tensor] = {}
+    for dim, positions in enumerate(node.args[1]):
+        lanes = into[dim]
+        if positions is None or lanes is None:
+            continue
+        values = known.get(positions.name)
+        if values is None or values.dtype == torch.bool:
+            return _moved(node)
+        places = [_rank(lanes, int(value) % int(before[dim])) for value in values.flatten().tolist()]
+        if any(place is None for place in places):
+            return _moved(node)
+        constants[positions] = torch.tensor(places, dtype=values.dtype).reshape(values.shape)
+    return constants
+

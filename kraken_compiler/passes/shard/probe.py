@@ -1,0 +1,137 @@
+"""Find the kept sets of a branch by probing it: which elements of every tensor does each lane need?
+
+An attention lane owns a contiguous group of heads of the attention's output, an FFN lane a contiguous group of columns
+of the output projection's input. One backward pass per lane from there marks the elements it needs of every tensor back
+to the input projections and of everything read from outside (per-head gains, ALiBi biases). The marks must be a product
+of index sets, one per dimension; if they are not, the branch mixes across lanes and is rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.index_set import IndexSet, from_indices
+from kraken_compiler.ir.layers import Branch
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
+from kraken_compiler.passes.graph_tools import ATTENTION, argument, module_path
+from kraken_compiler.passes.probing import Region
+from kraken_compiler.passes.recognize.projections import Projections, known_constants
+
+
+def probe_branch(branch: Branch, projections: Projections, program: Program, degree: int) -> BranchShards | Rejection:
+    """Split one branch over `degree` lanes.
+
+    Args:
+        branch: The branch.
+        projections: Its projections.
+        program: The program it belongs to.
+        degree: Number of lanes; divides the branch's heads or columns.
+    """
+    attention = next((node for node in projections.region if node.target is ATTENTION), None)
+    leaves = [*projections.inputs, *([attention] if attention else [])]
+    region = Region(projections.region, leaves, known_constants(program))
+    values = region.run(gradients=True)
+    source = projections.output.args[0]
+    assert isinstance(source, fx.Node)
+    if attention is None:
+        groups = _blocks(branch.columns, degree)
+        columns = groups
+    else:
+        groups = _blocks(branch.heads, degree)
+        columns = [_reached(region, attention, group, source) for group in groups]
+        if sorted(index for lane in columns for index in lane) != list(range(branch.columns)):
+            reason = "what follows the attention mixes its heads, so the heads cannot be divided among lanes"
+            return Rejection(reason, (source.name,), module_path(attention))
+
+    marked = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
+    marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked}
+    for lane in range(degree):
+        seeds = [values[source][..., columns[lane]]]
+        if attention is not None:
+            seeds += _attention_operands(attention, values, groups[lane], branch.heads)
+        loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
+        tensors = [values[node] for node in marked]
+        gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+        for node, tensor, gradient in zip(marked, tensors, gradients):
+            marks[node].append(torch.zeros_like(tensor, dtype=torch.bool) if gradient is None else gradient != 0)
+
+    kept: dict[str, Kept] = {}
+    for node, lanes in marks.items():
+        sets = _kept_sets(lanes)
+        if sets is None:
+            reason = f"the part of '{node.name}' that a lane needs is no block of it, so it mixes across lanes"
+            return Rejection(reason, (node.name,), module_path(node), _HINT)
+        if any(dim is not None for dim in sets):
+            kept[node.name] = sets
+    return BranchShards(
+        branch=branch.index,
+        inputs=tuple(node.name for node in projections.inputs),
+        output=projections.output.name,
+        region=tuple(node.name for node in projections.region),
+        kept=kept,
+        columns=tuple(from_indices(lane) for lane in columns),
+    )
+
+
+_HINT = "Try another degree; one that divides the number of KV heads is the least demanding."
+
+
+def _blocks(count: int, degree: int) -> list[list[int]]:
+    """`count` positions in `degree` contiguous blocks."""
+    size = count // degree
+    return [list(range(lane * size, (lane + 1) * size)) for lane in range(degree)]
+
+
+def _reached(region: Region, attention: fx.Node, heads: list[int], source: fx.Node) -> list[int]:
+    """Columns of `source` that change when the attention's output changes on `heads`."""
+    moved = region.inputs[attention].clone()
+    moved[:, heads] += torch.rand_like(moved[:, heads]).add(0.5)
+    change = region.run({attention: moved})[source] != region.run()[source]
+    return torch.nonzero(change.flatten(0, -2).any(0)).flatten().tolist()
+
+
+def _attention_operands(attention: fx.Node, values: dict[fx.Node, Tensor], heads: list[int], count: int) -> list[Tensor]:
+    """The parts of query, key, value and mask that `heads` need."""
+    parts = []
+    for operand in (*attention.args[:3], argument(attention, 3, "attn_mask")):
+        if not isinstance(operand, fx.Node):
+            continue
+        tensor = values[operand]
+        have = tensor.shape[-3] if tensor.dim() >= 3 else 1
+        if have == 1:
+            parts.append(tensor)
+            continue
+        group = count // have
+        needed = sorted({head // group for head in heads})
+        parts.append(tensor.movedim(-3, 0)[needed])
+    return parts
+
+
+def _kept_sets(lanes: Sequence[Tensor]) -> Kept | None:
+    """The index sets whose product the marks are, per dimension; None if they are no product or differ in size."""
+    if not any(marks.any() for marks in lanes):
+        return (None,) * lanes[0].dim()
+    per_lane: list[list[IndexSet]] = []
+    for marks in lanes:
+        sets, elements = [], 1
+        for dim in range(marks.dim()):
+            others = [other for other in range(marks.dim()) if other != dim]
+            line = marks.any(dim=others) if others else marks
+            indices = torch.nonzero(line).flatten().tolist()
+            elements *= len(indices)
+            sets.append(from_indices(indices))
+        if elements == 0 or elements != int(marks.sum()):
+            return None
+        per_lane.append(sets)
+    kept: list[KeptDim] = []
+    for dim, size in enumerate(lanes[0].shape):
+        mine = tuple(sets[dim] for sets in per_lane)
+        if len({sum(stop - start for start, stop in one) for one in mine}) > 1:
+            return None
+        kept.append(None if all(one == ((0, size),) for one in mine) else mine)
+    return tuple(kept)

@@ -1,0 +1,194 @@
+"""Cut every branch to one lane: its weights, its literal sizes, and what it reads from outside.
+
+    %q = linear(%n, %w)            [b, s, 64]        ->     %q = linear(%n, %w_lane)       [b, s, 16]
+    %r = reshape(%q, [b, s, 8, 8])                          %r = reshape(%q, [b, s, 2, 8])
+    %y = linear(%a, %o, %bias)                              %y = linear(%a, %o_lane, %bias / 4)
+
+After this pass a branch's output is the lane's *part* of the branch's output; the sum over lanes is the whole. Every
+distinct structure is checked on numbers: each lane's part, computed from its slices, equals the slice of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.index_set import to_indices
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.shards import BranchShards, Kept
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import argument, module_path
+from kraken_compiler.passes.probing import Region
+from kraken_compiler.passes.recognize.projections import known_constants
+from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
+from kraken_compiler.passes.shard.localize import localize
+from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes, weight_kept
+
+
+@dataclass(frozen=True)
+class SplitBranches(Pass):
+    """Cut to one of `degree` lanes."""
+
+    degree: int = 1
+
+    name: ClassVar[str] = "split-branches"
+    requires: ClassVar[tuple[str, ...]] = ("layers", "shards")
+
+    def run(self, program: Program) -> PassResult:
+        if program.degree == self.degree:
+            return PassResult()
+        shapes = original_shapes(program)
+        splitter = WeightSplitter(program, shapes)
+        nodes = {node.name: node for node in program.graph.nodes}
+        checked: set[tuple[Any, ...]] = set()
+        checks = []
+        for plan in program.shards:
+            region = [nodes[name] for name in plan.region]
+            leaves = [nodes[name] for name in plan.inputs]
+            key = (tuple(plan.kept.values()), tuple(str(node.target) for node in region), plan.columns)
+            check = _Check(plan, leaves, region, nodes[plan.output], program) if key not in checked else None
+            checked.add(key)
+            rejection = _split(plan, nodes, shapes, splitter, check)
+            if rejection is not None:
+                return PassResult(rejections=(rejection,))
+            if check is not None:
+                checks.append(check)
+        program.degree = self.degree
+        sort_weights(program)
+        for plan in program.shards:
+            for name in (*plan.inputs, *plan.region):
+                del nodes[name].meta["val"]
+        rejection = _refresh(program, nodes, shapes) or next(filter(None, (check.run() for check in checks)), None)
+        return PassResult(len(program.shards), (rejection,) if rejection else ())
+
+
+def _split(
+    plan: BranchShards,
+    nodes: dict[str, fx.Node],
+    shapes: dict[str, tuple[Any, ...]],
+    splitter: WeightSplitter,
+    check: _Check | None,
+) -> Rejection | None:
+    known = known_constants(splitter.program)
+    degree = len(plan.columns)
+    for name in plan.inputs:
+        _split_input(nodes[name], plan.kept.get(name), shapes, splitter)
+    inside = {*plan.inputs, *plan.region}
+    for name in plan.region:
+        node = nodes[name]
+        moved = localize(node, plan.kept, shapes, known)
+        if isinstance(moved, Rejection):
+            return moved
+        for constant, value in moved.items():
+            source = f"kraken.{constant.name}.{value.flatten().tolist()}".replace(" ", "")
+            _use(node, constant, splitter.add_constant(source, value), check)
+        for operand in node.all_input_nodes:
+            if operand.name not in inside and operand.name in plan.kept:
+                _use(node, operand, splitter.part(operand, plan.kept[operand.name]), check)
+    output = nodes[plan.output]
+    weight, bias = output.args[1], argument(output, 2, "bias")
+    assert isinstance(weight, fx.Node)
+    kept = weight_kept(2, 1, plan.columns, int(shapes[weight.name][1]))
+    parts = [output.args[0], splitter.part(weight, kept)]
+    if bias is not None:
+        # Every lane adds its N-th, so that the sum over lanes adds the bias once.
+        parts.append(splitter.part(bias, (None,), scale=1.0 / degree))
+    output.args, output.kwargs = tuple(parts), {}
+    return None
+
+
+def _split_input(
+    node: fx.Node, kept: Kept | None, shapes: dict[str, tuple[Any, ...]], splitter: WeightSplitter
+) -> None:
+    lanes = kept[-1] if kept else None
+    if lanes is None:
+        return
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    parts = [node.args[0], splitter.part(weight, (lanes, None))]
+    if bias is not None:
+        parts.append(splitter.part(bias, (lanes,)))
+    node.args, node.kwargs = tuple(parts), {}
+
+
+def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> None:
+    node.replace_input_with(old, new)
+    if check is not None:
+        check.replaced[new] = old
+
+
+def _refresh(program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]]) -> Rejection | None:
+    """Recompute shapes; the lane's shapes must be the ones the plan says."""
+    expected = {}
+    for plan in program.shards:
+        for name in (*plan.inputs, *plan.region):
+            if name in shapes:
+                whole, sets = shapes[name], plan.kept.get(name)
+                expected[name] = [
+                    sum(stop - start for start, stop in lanes[0]) if lanes else length
+                    for length, lanes in zip(whole, sets or (None,) * len(whole))
+                ]
+    try:
+        refresh_shapes(program.graph)
+    except (RuntimeError, ValueError, IndexError) as error:
+        culprit = next(node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
+        reason = f"it does not work on a lane's part of its operands ({str(error).splitlines()[0]})"
+        return Rejection(reason, (culprit.name,), module_path(culprit))
+    for name, sizes in expected.items():
+        have = shape_of(nodes[name])
+        if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
+            reason = "it mixes values across the heads or columns that would be divided among the lanes"
+            return Rejection(reason, (name,), module_path(nodes[name]))
+    return None
+
+
+class _Check:
+    """One structure on numbers: the branch's core on every lane against the whole."""
+
+    def __init__(
+        self, plan: BranchShards, leaves: list[fx.Node], region: list[fx.Node], output: fx.Node, program: Program
+    ) -> None:
+        self.plan, self.leaves, self.region, self.output = plan, leaves, region, output
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self._program = program
+        whole = Region(region, leaves, known_constants(program), seed=1)
+        self._inputs = whole.inputs
+        self._whole = whole.run()[output.args[0]]
+
+    def run(self) -> Rejection | None:
+        for lane in range(self._program.degree):
+            local = Region(self.region, self.leaves, known_constants(self._program), seed=1)
+            values = {}
+            for node in (*self.leaves, *local.externals):
+                source = self.replaced.get(node, node)
+                if source is not node and source.name not in self.plan.kept:
+                    continue
+                values[node] = self._cut(self._inputs[source], source.name, lane)
+            part = local.run(values)[self.output.args[0]]
+            want = self._whole[..., to_indices(self.plan.columns[lane])]
+            if not torch.allclose(part, want, rtol=1e-9, atol=1e-9):
+                reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
+                return Rejection(reason, (self.output.name,), module_path(self.output))
+        return None
+
+    def _cut(self, value: Any, name: str, lane: int) -> Any:
+        for dim, lanes in enumerate(self.plan.kept.get(name, ())):
+            if lanes is not None and isinstance(value, Tensor):
+                value = value.index_select(dim, torch.tensor(to_indices(lanes[lane])))
+        return value
+
+
+def sort_weights(program: Program) -> None:
+    """Bring the weight table into graph order and drop rows and placeholders that nothing reads."""
+    table = {}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and node.name in program.weights:
+            if node.users:
+                table[node.name] = program.weights[node.name]
+            else:
+                program.graph.erase_node(node)
+    program.weights = table
+

@@ -1,0 +1,70 @@
+"""Split the vocabulary projection by rows; an all-gather puts the logits together.
+
+    %l = linear(%n, %w)     [b, s, 97]               ->     %p = linear(%n, %w_lane)            [b, s, 25]
+                                                            %g = kraken.all_gather(%p, -1, 4)   [b, s, 100]
+                                                            %l = slice(%g, -1, 0, 97)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ir.index_set import IndexSet
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import LINEAR, argument, aten, replace
+from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shard.split_branches import sort_weights
+from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
+
+
+@dataclass(frozen=True)
+class SplitHead(Pass):
+    """Split the head over the program's lanes.
+
+    Attributes:
+        smallest: Rows per lane below which a head stays whole; gathering it would cost more than it saves.
+    """
+
+    smallest: int = 16
+
+    name: ClassVar[str] = "split-head"
+    requires: ClassVar[tuple[str, ...]] = ("layers",)
+
+    def run(self, program: Program) -> PassResult:
+        assert program.layers is not None
+        head = next((node for node in program.graph.nodes if node.name == program.layers.head), None)
+        degree = program.degree
+        if head is None or degree == 1 or any(user.target is _ALL_GATHER for user in head.users):
+            return PassResult()
+        rows = int(shape_of(head)[-1])
+        size = -(-rows // degree)
+        if size < self.smallest or (degree - 1) * size >= rows:
+            return PassResult()
+        lanes: tuple[IndexSet, ...] = tuple(
+            ((lane * size, min((lane + 1) * size, rows)),) for lane in range(degree)
+        )
+        splitter = WeightSplitter(program, original_shapes(program))
+        weight, bias = head.args[1], argument(head, 2, "bias")
+        assert isinstance(weight, fx.Node)
+        parts = [head.args[0], splitter.part(weight, (lanes, None))]
+        if bias is not None:
+            parts.append(splitter.part(bias, (lanes,)))
+        graph = program.graph
+        with graph.inserting_before(head):
+            local = graph.call_function(LINEAR, tuple(parts))
+            whole = graph.call_function(_ALL_GATHER, (local, len(shape_of(head)) - 1, degree))
+            if size * degree > rows:
+                whole = graph.call_function(aten.slice.Tensor, (whole, len(shape_of(head)) - 1, 0, rows))
+        local.meta["nn_module_stack"] = head.meta.get("nn_module_stack", {})
+        replace(head, whole)
+        sort_weights(program)
+        return PassResult(1)
+
+
+_ALL_GATHER = torch.ops.kraken.all_gather.default

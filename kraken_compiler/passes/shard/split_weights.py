@@ -1,0 +1,191 @@
+"""Give a lane its part of a tensor: through the weight table for weights, by selecting it for anything else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.ir.index_set import IndexSet, from_indices, size, to_indices
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.shards import Kept, KeptDim
+from kraken_compiler.ir.weight_table import DimShard, WeightSpec
+from kraken_compiler.passes.graph_tools import aten
+from kraken_compiler.passes.shapes import fake_mode_of, shape_of
+
+
+@dataclass
+class WeightSplitter:
+    """Makes and reuses the lane-local versions of tensors while a graph is being cut to one lane.
+
+    Attributes:
+        program: The program whose graph and weight table are changed.
+        shapes: Shapes before the split, by node name.
+    """
+
+    program: Program
+    shapes: dict[str, tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        self._made: dict[Any, fx.Node] = {}
+        self._fake_mode = fake_mode_of(self.program.graph)
+
+    def part(self, node: fx.Node, kept: Kept, scale: float = 1.0) -> fx.Node:
+        """The part `kept` of what `node` computes, as a node placed before all users of `node`.
+
+        Args:
+            node: A weight, a reshape or permute of one, or any tensor that is whole on every lane.
+            kept: The part.
+            scale: Factor on the values.
+        """
+        if all(lanes is None for lanes in kept) and scale == 1.0:
+            return node
+        key = (node, kept, scale)
+        if key not in self._made:
+            self._made[key] = self._make(node, kept, scale)
+        return self._made[key]
+
+    def _make(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+        if node.name in self.program.weights:
+            return self._weight(node, kept, scale)
+        if node.target is aten.permute.default:
+            inner: list[KeptDim] = [None] * len(kept)
+            for dim, source in enumerate(node.args[1]):
+                inner[source] = kept[dim]
+            part = self.part(node.args[0], tuple(inner), scale)
+            return self._insert(aten.permute.default, (part, node.args[1]))
+        if node.target is aten.reshape.default and (inner_kept := self._before_reshape(node, kept)) is not None:
+            part = self.part(node.args[0], inner_kept, scale)
+            sizes = [size(lanes[0]) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
+            return self._insert(aten.reshape.default, (part, sizes))
+        part = node
+        for dim, lanes in enumerate(kept):
+            if lanes is not None:
+                index = self._lane_index(lanes, int(self.shapes[node.name][dim]))
+                part = self._insert(aten.index_select.default, (part, dim, index))
+        if scale != 1.0:
+            part = self._insert(aten.mul.Tensor, (part, scale))
+        return part
+
+    def _insert(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A call placed as early as its operands allow, so that every later user of the same part can read it."""
+        computed = [arg for arg in args if isinstance(arg, fx.Node) and arg.op != "placeholder"]
+        graph = self.program.graph
+        if computed:
+            assert len(computed) == 1
+            with graph.inserting_after(computed[0]):
+                return graph.call_function(target, args)
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first):
+            return graph.call_function(target, args)
+
+    def _weight(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+        spec = self.program.weights[node.name]
+        shards = tuple(DimShard(dim, lanes) for dim, lanes in enumerate(kept) if lanes is not None)
+        return self.add_weight(replace(spec, shards=shards, scale=scale), near=node)
+
+    def add_weight(self, spec: WeightSpec, near: fx.Node | None = None) -> fx.Node:
+        """A placeholder for a new row of the weight table."""
+        graph = self.program.graph
+        key = (spec.source, spec.shards, spec.scale)
+        if key in self._made:
+            return self._made[key]
+        first = near if near is not None else next(iter(graph.nodes))
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(f"{spec.name}_lane" if near is not None else spec.name)
+        with self._fake_mode:
+            placeholder.meta["val"] = torch.empty(spec.shape, dtype=spec.torch_dtype)
+        self.program.weights[placeholder.name] = replace(spec, name=placeholder.name)
+        self._made[key] = placeholder
+        return placeholder
+
+    def add_constant(self, source: str, value: Tensor, shards: tuple[DimShard, ...] = ()) -> fx.Node:
+        """A placeholder for a tensor that the compiler made up."""
+        self.program.constants[source] = value
+        dtype = str(value.dtype).removeprefix("torch.")
+        name = source.replace(".", "_")
+        return self.add_weight(WeightSpec(name, source, tuple(value.shape), dtype, "constant", shards))
+
+    def _lane_index(self, lanes: tuple[IndexSet, ...], whole: int) -> fx.Node:
+        """The positions each lane keeps, as a weight of whole numbers."""
+        return self.add_constant(f"kraken.positions.{whole}", torch.arange(whole), (DimShard(0, lanes),))
+
+    def _before_reshape(self, node: fx.Node, kept: Kept) -> Kept | None:
+        """Kept sets of a reshape's operand, group of dims by group of dims; None if they are no product."""
+        operand = node.args[0]
+        before, after = self.shapes[operand.name], self.shapes[node.name]
+        if not all(isinstance(length, int) for length in (*before, *after)):
+            return None
+        inner: list[KeptDim] = [None] * len(before)
+        for source, target in _groups(before, after):
+            if all(kept[dim] is None for dim in target):
+                continue
+            lanes = [_unravel(lane, kept, source, target, before, after) for lane in range(self._lanes(kept))]
+            if any(lane is None for lane in lanes):
+                return None
+            for place, dim in enumerate(source):
+                sets = tuple(lane[place] for lane in lanes if lane is not None)
+                inner[dim] = None if all(one == ((0, before[dim]),) for one in sets) else sets
+        return tuple(inner)
+
+    def _lanes(self, kept: Kept) -> int:
+        return next(len(lanes) for lanes in kept if lanes is not None)
+
+
+def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the smallest groups of dims with equal products."""
+    groups = []
+    left = right = 0
+    while left < len(before) or right < len(after):
+        source, target = [], []
+        product_before = product_after = 1
+        while not source or not target or product_before != product_after:
+            if not target or (product_before >= product_after and source and right < len(after)):
+                target.append(right)
+                product_after *= after[right]
+                right += 1
+            else:
+                source.append(left)
+                product_before *= before[left]
+                left += 1
+        groups.append((source, target))
+    return groups
+
+
+def _unravel(
+    lane: int, kept: Kept, source: list[int], target: list[int], before: tuple[int, ...], after: tuple[int, ...]
+) -> list[IndexSet] | None:
+    """What a lane keeps of the dims `source`, given what it keeps of the dims `target` they were reshaped to."""
+    mask = torch.ones([after[dim] for dim in target], dtype=torch.bool)
+    for place, dim in enumerate(target):
+        lanes = kept[dim]
+        if lanes is not None:
+            line = torch.zeros(after[dim], dtype=torch.bool)
+            line[to_indices(lanes[lane])] = True
+            mask &= line.reshape([-1 if other == place else 1 for other in range(len(target))])
+    mask = mask.reshape([before[dim] for dim in source])
+    sets = []
+    for place in range(len(source)):
+        others = [other for other in range(len(source)) if other != place]
+        line = mask.any(dim=others) if others else mask
+        sets.append(from_indices(torch.nonzero(line).flatten().tolist()))
+    return sets if math.prod(map(size, sets)) == int(mask.sum()) else None
+
+
+def weight_kept(rank: int, dim: int, lanes: tuple[IndexSet, ...], whole: int) -> Kept:
+    """Kept sets of a tensor that is split on one dim only; nothing is split if every lane keeps all of it."""
+    sets: list[KeptDim] = [None] * rank
+    if any(lane != ((0, whole),) for lane in lanes):
+        sets[dim] = lanes
+    return tuple(sets)
+
+
+def original_shapes(program: Program) -> dict[str, tuple[Any, ...]]:
+    """Shapes of all tensors, by node name."""
+    return {
+        node.name: shape_of(node) for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)
+    }
+
