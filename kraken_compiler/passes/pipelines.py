@@ -13,6 +13,8 @@ from kraken_compiler.passes.normalize.fuse_attention import FuseAttention
 from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
 from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
+from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
+from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from kraken_compiler.passes.shard.plan_shards import PlanShards
@@ -25,7 +27,9 @@ RECOGNIZE: tuple[Pass, ...] = (
     CanonicalizeLayout(),
     LowerEinsum(),
     CanonicalizeLinear(),
+    UnflattenTokens(),
     CanonicalizeLayout(),
+    MergeSplitNorms(),
     FuseRmsNorm(),
     FuseAttention(),
     DropNoops(),

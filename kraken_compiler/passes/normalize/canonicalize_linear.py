@@ -1,8 +1,8 @@
-"""Every product with a weight is a `linear`, with its bias inside and without flattening around it.
+"""Every product with a weight is a `linear`, with its bias inside.
 
-    %f = reshape(%x, [-1, 32])                       ->     %y = linear(%x, permute(%w, [1, 0]), %b)
-    %m = addmm(%b, %f, %w)
-    %y = reshape(%m, [b, s, 96])
+    %y = addmm(%b, %x, %w)                           ->     %y = linear(%x, permute(%w, [1, 0]), %b)
+    %m = matmul(%x, permute(%w))                     ->     %y = linear(%x, %w, %b)
+    %y = add(%m, %b)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import LINEAR, argument, aten, calls, descendants, replace
-from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
+from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class CanonicalizeLinear(Pass):
     def run(self, program: Program) -> PassResult:
         weights = weight_derived(program)
         matches = sum(_from_product(node, weights) for node in calls(program.graph, *_PRODUCTS))
-        matches += sum(_absorb_bias(node, weights) for node in calls(program.graph, LINEAR))
-        return PassResult(matches + sum(_unflatten(node) for node in calls(program.graph, LINEAR)))
+        return PassResult(matches + sum(_absorb_bias(node, weights) for node in calls(program.graph, LINEAR)))
 
 
 _PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
@@ -67,30 +66,5 @@ def _absorb_bias(node: fx.Node, weights: set[fx.Node]) -> bool:
         return False
     with node.graph.inserting_before(user):
         replace(user, node.graph.call_function(LINEAR, (*node.args[:2], bias)))
-    node.graph.erase_node(node)
-    return True
-
-
-def _unflatten(node: fx.Node) -> bool:
-    """linear of a flattened tensor, unflattened again: drop both reshapes."""
-    flat, users = node.args[0], list(node.users)
-    assert isinstance(flat, fx.Node)
-    if flat.target is not aten.reshape.default or not users:
-        return False
-    x = flat.args[0]
-    assert isinstance(x, fx.Node)
-    leading = shape_of(x)[:-1]
-    if not same_size(shape_of(x)[-1], shape_of(flat)[-1]):
-        return False
-    for user in users:
-        if user.target is not aten.reshape.default or len(shape_of(user)) != len(leading) + 1:
-            return False
-        if not all(map(same_size, shape_of(user), (*leading, shape_of(node)[-1]))):
-            return False
-    with node.graph.inserting_before(node):
-        linear = node.graph.call_function(LINEAR, (x, *node.args[1:]), node.kwargs)
-    linear.meta["val"] = users[0].meta["val"]
-    for user in users:
-        replace(user, linear)
     node.graph.erase_node(node)
     return True

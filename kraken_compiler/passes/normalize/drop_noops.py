@@ -16,7 +16,7 @@ from torch import fx
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import argument, aten
-from kraken_compiler.passes.shapes import is_tensor, same_shape, value_of
+from kraken_compiler.passes.shapes import is_tensor, same_shape, same_size, shape_of, value_of
 
 _ASSERTS = frozenset(
     {
@@ -65,6 +65,8 @@ class DropNoops(Pass):
             if node.target in _ASSERTS:
                 program.graph.erase_node(node)
                 matches += 1
+            elif node.target is aten.cat.default and _drop_empty_operands(node):
+                matches += 1
             elif _computes_its_first_operand(node):
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
@@ -90,6 +92,20 @@ def _computes_its_first_operand(node: fx.Node) -> bool:
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _is_number(node.args[1], 1) and value_of(node).dtype == value_of(operand).dtype
     return False
+
+
+def _drop_empty_operands(node: fx.Node) -> bool:
+    """cat([%x, <no elements>]) is %x: partial rotary embeddings that rotate everything concatenate nothing."""
+    tensors, dim = node.args[0], int(argument(node, 1, "dim", 0))
+    full = [tensor for tensor in tensors if not same_size(shape_of(tensor)[dim], 0)]
+    if len(full) == len(tensors) or not full:
+        return False
+    if len(full) == 1:
+        node.replace_all_uses_with(full[0])
+        node.graph.erase_node(node)
+    else:
+        node.args = (full, dim)
+    return True
 
 
 def _is_number(value: object, number: int) -> bool:

@@ -62,8 +62,8 @@ def _fuse(softmax: fx.Node) -> bool:
         if scores.sizes is not None:
             batch, heads, queries = scores.sizes[:3]
             query, key, value = (
-                graph.call_function(aten.reshape.default, (tensor, [batch, heads, length, shape_of(tensor)[-1]]))
-                for tensor, length in ((query, queries), (key, -1), (value, -1))
+                graph.call_function(aten.reshape.default, (tensor, [batch, heads, length, shape_of(like)[-1]]))
+                for tensor, length, like in ((query, queries, query), (key, -1, query), (value, -1, product))
             )
         bias = scores.bias
         if bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +107,7 @@ class WeightSplitter:
         """A placeholder for a tensor that the compiler made up."""
         self.program.constants[source] = value
         dtype = str(value.dtype).removeprefix("torch.")
-        name = source.replace(".", "_")
+        name = re.sub(r"\W+", "_", source).strip("_")
         return self.add_weight(WeightSpec(name, source, tuple(value.shape), dtype, "constant", shards))
 
     def _lane_index(self, lanes: tuple[IndexSet, ...], whole: int) -> fx.Node:

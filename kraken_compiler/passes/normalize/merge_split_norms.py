@@ -1,0 +1,72 @@
+"""Write norms that were split off head by head, each with its own weights, as one norm of all heads.
+
+    %s = split(%q, 1, 1)                             ->     %n = layer_norm(%q, [d])
+    %y = cat([layer_norm(%s[0], [d], %w0),                  %y = mul(%n, reshape(stack([%w0, %w1]), [2, 1, d]))
+              layer_norm(%s[1], [d], %w1)], 1)
+
+A lane program is the same on every lane, so heads must differ by data and not by nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import argument, aten, calls, replace
+from kraken_compiler.passes.shapes import shape_of
+
+
+@dataclass(frozen=True)
+class MergeSplitNorms(Pass):
+    name: ClassVar[str] = "merge-split-norms"
+
+    def run(self, program: Program) -> PassResult:
+        return PassResult(sum(_merge(node) for node in calls(program.graph, aten.cat.default)))
+
+
+def _merge(cat: fx.Node) -> bool:
+    norms: list[Any] = list(cat.args[0])
+    dim = int(argument(cat, 1, "dim", 0)) % len(shape_of(cat))
+    first = norms[0]
+    if first.target not in (aten.layer_norm.default, aten.rms_norm.default) or dim >= len(shape_of(cat)) - 1:
+        return False
+    source = _split_source(first, 0, dim)
+    if source is None or shape_of(source)[dim] != len(norms):
+        return False
+    for place, norm in enumerate(norms):
+        alike = norm.target is first.target and norm.args[1] == first.args[1] and len(norm.args) == len(first.args)
+        if not alike or _split_source(norm, place, dim) is not source or norm.args[4:] != first.args[4:]:
+            return False
+    graph = cat.graph
+    is_layer_norm = first.target is aten.layer_norm.default
+    with graph.inserting_before(cat):
+        rest = (None, None, *first.args[4:]) if is_layer_norm else (None, *first.args[3:])
+        merged = graph.call_function(first.target, (source, first.args[1], *rest))
+        for position, combine in ((2, aten.mul.Tensor), (3, aten.add.Tensor)):
+            weights = [argument(norm, position, "weight" if position == 2 else "bias") for norm in norms]
+            if position == 3 and not is_layer_norm or any(weight is None for weight in weights):
+                continue
+            stacked = graph.call_function(aten.stack.default, (weights,))
+            sizes = [len(norms), *[1] * (len(shape_of(cat)) - dim - 2), shape_of(cat)[-1]]
+            merged = graph.call_function(combine, (merged, graph.call_function(aten.reshape.default, (stacked, sizes))))
+    replace(cat, merged)
+    return True
+
+
+def _split_source(norm: fx.Node, place: int, dim: int) -> fx.Node | None:
+    """The tensor of which `norm` reads slice number `place` along `dim`, if it does."""
+    item = norm.args[0]
+    if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != place:
+        return None
+    split = item.args[0]
+    assert isinstance(split, fx.Node)
+    if split.target is not aten.split.Tensor or split.args[1] != 1:
+        return None
+    source = split.args[0]
+    assert isinstance(source, fx.Node)
+    return source if int(argument(split, 2, "dim", 0)) % len(shape_of(source)) == dim else None
