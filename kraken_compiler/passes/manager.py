@@ -33,6 +33,7 @@ def run_passes(
     *,
     dump_directory: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    first_number: int = 0,
 ) -> tuple[PassRecord, ...]:
     """Run `pipeline` over `program` in place.
 
@@ -41,6 +42,7 @@ def run_passes(
         pipeline: The passes, in order.
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
+        first_number: Number of the first pass in the dumps' file names.
 
     Returns:
         One record per pass.
@@ -50,7 +52,7 @@ def run_passes(
         InputFileError: The dump directory cannot be written.
     """
     history = []
-    for number, step in enumerate(pipeline):
+    for number, step in enumerate(pipeline, first_number):
         for fact in step.requires:
             assert getattr(program, fact), f"pass '{step.name}' needs '{fact}', which no earlier pass set"
         if progress is not None:

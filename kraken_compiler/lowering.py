@@ -1,0 +1,100 @@
+"""From a captured model to a scheduled lane program: options checked, passes run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
+from kraken_compiler.ir.forms import FORMS, Form
+from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.form.derive_schedule import parse_layers
+from kraken_compiler.passes.manager import PassRecord, run_passes
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
+
+
+def lower(
+    captured: Program,
+    degree: int | None = None,
+    form: str | Form = "kraken",
+    layers: str | Sequence[int] | None = None,
+    *,
+    dump_directory: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Program, tuple[PassRecord, ...]]:
+    """Rewrite a captured model into a lane program. The captured program is not changed.
+
+    Args:
+        captured: A program of degree 1, as `capture` makes it.
+        degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
+            valid degree above 1.
+        form: A row of the forms table, by name or as a `Form`.
+        layers: The layers that take the form, the others stay standard: numbers (negative ones count from the end) or
+            text such as "15-29"; None means all.
+        dump_directory: Where to write the graph as text after every pass.
+        progress: Called with each pass's name before it runs.
+
+    Returns:
+        The lane program and the record of every pass.
+
+    Raises:
+        UsageError: Unknown form, layer or degree; the message lists what is valid.
+        UnsupportedModelError: A part of the model cannot be rewritten.
+    """
+    row = find_form(form)
+    program = captured.copy()
+    history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
+    assert program.layers is not None
+    chosen = find_layers(layers, len(program.layers.layers))
+    lanes = find_degree(degree, program.layers)
+    pipeline = rewrite(lanes, row, chosen)
+    history += run_passes(
+        program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
+    )
+    return program, history
+
+
+def find_form(form: str | Form) -> Form:
+    """A row of the forms table; an unknown name is a `UsageError` that suggests the nearest."""
+    if isinstance(form, Form):
+        return form
+    if form in FORMS:
+        return FORMS[form]
+    nearest = difflib.get_close_matches(form, FORMS, n=1, cutoff=0.0)
+    raise UsageError(f"there is no form '{form}'; did you mean '{nearest[0]}'? Forms: {', '.join(FORMS)}")
+
+
+def find_layers(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+    """Layer numbers from a selection; a wrong one is a `UsageError`."""
+    if layers is None:
+        return None
+    text = layers if isinstance(layers, str) else ",".join(str(layer) for layer in layers)
+    try:
+        return parse_layers(text, count)
+    except ValueError as error:
+        raise UsageError(f"--layers: {error}") from error
+
+
+def find_degree(degree: int | None, layers: LayerTable) -> int:
+    """A valid degree, or a `UsageError` that lists the valid ones."""
+    valid = valid_degrees(layers)
+    wanted = degree
+    if wanted is None:
+        visible = torch.accelerator.device_count()
+        wanted = visible if visible > 1 else smallest_degree(layers)
+    if wanted in valid:
+        return wanted
+    branches = layers.branches
+    attention = next(branch for branch in branches if branch.kind == "attention")
+    columns = sorted({branch.columns for branch in branches if branch.kind == "ffn"})
+    if len(valid) == 1 and degree is None:
+        raise UnsupportedModelError([Rejection("its heads and FFN columns have no common divisor above 1")])
+    raise UsageError(
+        f"degree {wanted} does not divide the model ({attention.heads} heads, {attention.kv_heads} KV heads, "
+        f"FFN columns {', '.join(map(str, columns))}); valid degrees: {', '.join(map(str, valid))}"
+    )

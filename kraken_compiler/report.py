@@ -1,0 +1,162 @@
+"""What the compiler found and decided, for people (text) and for programs (dict)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kraken_compiler.ir.program import Program, parameter_count
+from kraken_compiler.ir.schedule import Reduce, Window
+from kraken_compiler.passes.manager import PassRecord
+
+
+@dataclass(frozen=True)
+class Report:
+    """The recognition and schedule report of one lane program.
+
+    Attributes:
+        data: Everything, as plain values that serialize to JSON.
+    """
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return self.data
+
+    @property
+    def text(self) -> str:
+        """The report as a page of plain text."""
+        return "\n".join(self.lines())
+
+    def __str__(self) -> str:
+        return self.text
+
+    def lines(self) -> list[str]:
+        data = self.data
+        exact = "computes what the source model computes" if data["exact"] else "changes the function of the model"
+        lines = [
+            f"{data['model_class'] or 'model'}: {len(data['layers'])} layers, degree {data['degree']}, {exact}",
+            "",
+            *table(("lane", "parameters", "bytes", "heads", "KV heads"), map(_lane_row, data["lanes"])),
+            "",
+            *table(
+                ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
+                map(_layer_row, data["layers"]),
+            ),
+        ]
+        return lines
+
+
+def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
+    """Summarize a lane program.
+
+    Args:
+        program: A scheduled lane program.
+        history: The records of the passes that made it.
+    """
+    layers, plan = program.layers, program.plan
+    assert layers is not None
+    assert plan is not None
+    attentions = [branch for branch in layers.branches if branch.kind == "attention"]
+    windows = {window.reduce: window for window in program.windows}
+    lane = {
+        "parameters": parameter_count(program.weights),
+        "bytes": sum(spec.nbytes for spec in program.weights.values()),
+        "heads": attentions[0].heads // program.degree,
+        "kv_heads": max(1, attentions[0].kv_heads // program.degree),
+    }
+    rows = []
+    for layer in layers.layers:
+        last = {branch.index for branch in layer.branches}
+        reduces = [reduce for reduce in plan.reduces if reduce.last in last]
+        rows.append(
+            {
+                "layer": layer.index,
+                "module": layer.path,
+                "form": plan.forms[layer.index],
+                "parallel": layer.parallel,
+                "branches": [
+                    {
+                        "kind": branch.kind,
+                        "module": branch.path,
+                        "heads": branch.heads,
+                        "kv_heads": branch.kv_heads,
+                        "columns": branch.columns,
+                    }
+                    for branch in layer.branches
+                ],
+                "reduces": [_reduce_entry(reduce, windows.get(reduce.index)) for reduce in reduces],
+            }
+        )
+    return Report(
+        {
+            "model_class": program.call.model_class,
+            "degree": program.degree,
+            "exact": is_exact(program),
+            "lanes": [{"lane": index, **lane} for index in range(program.degree)],
+            "layers": rows,
+            "passes": [vars(record) for record in history],
+        }
+    )
+
+
+def is_exact(program: Program) -> bool:
+    """True if every branch reads what it reads in the source model, so that the function is unchanged."""
+    assert program.layers is not None
+    assert program.plan is not None
+    return all(
+        read.own == branch.reads and (read.peers == branch.reads or program.degree == 1)
+        for read, branch in zip(program.plan.reads, program.layers.branches, strict=True)
+    )
+
+
+def _reduce_entry(reduce: Reduce, window: Window | None) -> dict[str, Any]:
+    return {
+        "reduce": reduce.index,
+        "branches": [reduce.first, reduce.last],
+        "awaited_by_branch": reduce.awaited_by,
+        "bytes_per_token": reduce.bytes_per_token,
+        "window_branches": list(reduce.window),
+        "window_gemms": list(window.gemms) if window else [],
+    }
+
+
+def _lane_row(lane: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(lane["lane"]),
+        f"{lane['parameters']:,}",
+        format_bytes(lane["bytes"]),
+        str(lane["heads"]),
+        str(lane["kv_heads"]),
+    )
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    reduces = layer["reduces"]
+    windows = [str(len(reduce["window_gemms"])) if reduce["window_gemms"] else "none" for reduce in reduces]
+    return (
+        str(layer["layer"]),
+        layer["module"],
+        layer["form"],
+        str(len(reduces)),
+        str(sum(reduce["bytes_per_token"] for reduce in reduces)),
+        ", ".join(windows),
+    )
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, e.g. 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns under a header."""
+    body = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]
