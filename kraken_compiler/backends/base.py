@@ -1,0 +1,50 @@
+"""What a backend is: it writes the files that run a lane program, one program per device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import Window
+
+Progress = Callable[[int, int, str], None]
+"""Called with (units done, units in all, name of the unit)."""
+
+
+class Backend(ABC):
+    """Turns a lane program into files.
+
+    Attributes:
+        name: What `--backend` calls it; also the name of its directory in an artifact.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def write(
+        self,
+        program: Program,
+        read: Callable[[str], Tensor],
+        directory: Path,
+        progress: Progress | None = None,
+    ) -> tuple[Window, ...]:
+        """Write one program per lane.
+
+        Args:
+            program: The lane program; it is not changed.
+            read: Gives a whole source tensor by name; called for one at a time, and nothing read may be kept.
+            directory: An existing empty directory of the backend's own.
+            progress: Told about long stages.
+
+        Returns:
+            For every reduce, what lies between its start and its wait in the program that was written.
+
+        Raises:
+            VerificationError: The written program differs from the lane program.
+            OSError: The directory cannot be written.
+        """

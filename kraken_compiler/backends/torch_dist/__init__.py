@@ -1,0 +1,1 @@
+"""The torch.distributed backend: one process per lane, NCCL on GPUs, gloo on CPUs."""

@@ -1,0 +1,35 @@
+"""Writes the torch backend's part of an artifact: the lane graph once, and every lane's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from kraken_compiler.backends.base import Backend, Progress
+from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
+from kraken_compiler.backends.torch_dist.graph_file import load_graph, save_graph
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.weights.shards import write_lane_shards
+
+
+class TorchBackend(Backend):
+    """`lane.pt2` and `lane-0.safetensors` ... `lane-(N-1).safetensors`."""
+
+    name: ClassVar[str] = "torch"
+
+    def write(
+        self,
+        program: Program,
+        read: Callable[[str], Tensor],
+        directory: Path,
+        progress: Progress | None = None,
+    ) -> tuple[Window, ...]:
+        graph_file = directory / "lane.pt2"
+        save_graph(program, graph_file)
+        windows = check_schedule(load_graph(graph_file), program.plan)
+        write_lane_shards(program, read, directory, progress)
+        return windows

@@ -1,0 +1,270 @@
+"""One rank's program: the lane graph with real asynchronous collectives, and that lane's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+
+from kraken_compiler._torch_compat import functional_collectives
+from kraken_compiler.backends.torch_dist.graph_file import load_graph
+from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir import ops
+from kraken_compiler.ir.devices import retarget
+from kraken_compiler.ir.program import CallSpec, InputSpec, Program
+from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
+
+if TYPE_CHECKING:
+    from kraken_compiler.artifact.read import Artifact
+
+GRAPH_FILE = "torch/lane.pt2"
+
+
+def lane_file(lane: int) -> str:
+    """Path of a lane's weights inside an artifact."""
+    return f"torch/lane-{lane}.safetensors"
+
+
+class RankProgram(nn.Module):
+    """The program of one rank of a process group; every rank of the group must call it together.
+
+    It has the source model's call signature and output structure, and every rank returns the whole output. It is for
+    inference: its parameters take no gradients.
+
+    Attributes:
+        lane: Number of the lane this rank runs.
+        degree: Number of lanes.
+        graph: The graph with real collectives; placeholders are the weights, then the inputs.
+        weights: Holds this lane's parameters and buffers, by weight-table name.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        table: Mapping[str, WeightSpec],
+        inputs: tuple[InputSpec, ...],
+        call: CallSpec,
+        weights: Mapping[str, Tensor],
+        *,
+        degree: int,
+        lane: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Bind a lane graph to a group and weights.
+
+        Args:
+            graph: The lane graph, with `kraken::` collectives; it is changed.
+            table: The weight table.
+            inputs: The graph's tensor inputs.
+            call: The source model's calling convention.
+            weights: This lane's tensors by weight-table name, each of the table's local shape.
+            degree: Number of lanes.
+            lane: Number of this rank's lane; it must be the rank in the group.
+            group: The ranks that run the lanes; None means all.
+
+        Raises:
+            UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
+        """
+        super().__init__()
+        self.lane = lane
+        self.degree = degree
+        self.inputs = inputs
+        self.call = call
+        resolved = _checked_group(group, degree, lane)
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        assert names == [*table, *(spec.name for spec in inputs)], "placeholders are the weights, then the inputs"
+        self._weight_names = tuple(table)
+        self.graph = with_real_collectives(graph, resolved.group_name, degree)
+        self.weights = nn.Module()
+        for name, spec in table.items():
+            value = weights[name]
+            assert tuple(value.shape) == spec.shape, f"weight {name}: {tuple(value.shape)} is not {spec.shape}"
+            if spec.kind == "parameter" and value.is_floating_point():
+                self.weights.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            else:
+                self.weights.register_buffer(name, value)
+
+    @classmethod
+    def from_program(
+        cls,
+        program: Program,
+        read: Callable[[str], Tensor],
+        lane: int | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Self:
+        """Build one rank's program from a lane program in memory.
+
+        Args:
+            program: The lane program; it is not changed.
+            read: Gives a whole source tensor by name; `program.constants` are read from the program.
+            lane: Number of the lane; None means this rank's.
+            group: The ranks that run the lanes; None means all.
+
+        Raises:
+            UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
+        """
+        lane = _own_lane(group) if lane is None else lane
+        _checked_group(group, program.degree, lane)
+        weights = lane_weights(program.weights, lane, program.reader(read))
+        return cls(
+            program.copy().module,
+            program.weights,
+            program.inputs,
+            program.call,
+            weights,
+            degree=program.degree,
+            lane=lane,
+            group=group,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        artifact: Artifact,
+        lane: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        verify: bool = True,
+    ) -> Self:
+        """Build one rank's program from an artifact. Reads only the graph and this lane's weights.
+
+        Args:
+            artifact: An open artifact.
+            lane: Number of the lane; None means this rank's.
+            group: The ranks that run the lanes; None means all.
+            device: Where the weights go.
+            verify: Check the hashes of the two files that are read.
+
+        Raises:
+            UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
+            InputFileError: A file is missing, truncated or tampered with.
+        """
+        manifest = artifact.manifest
+        lane = _own_lane(group) if lane is None else lane
+        _checked_group(group, manifest.degree, lane)
+        if verify:
+            artifact.verify(GRAPH_FILE, lane_file(lane))
+        table = manifest.weight_table
+        weights = load_lane_weights(artifact.path(lane_file(lane)), table)
+        program = cls(
+            load_graph(artifact.path(GRAPH_FILE)),
+            table,
+            manifest.inputs,
+            manifest.call,
+            weights,
+            degree=manifest.degree,
+            lane=lane,
+            group=group,
+        )
+        return program.to(device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run this rank's part; the call signature is the source model's."""
+        return unflatten_output(self.call, self.run_flat(bind(self.call, self.inputs, args, kwargs)))
+
+    def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs."""
+        weights = [getattr(self.weights, name) for name in self._weight_names]
+        outputs: tuple[Tensor, ...] = self.graph(*weights, *inputs)
+        return outputs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
+        if tensor is not None:
+            retarget(self.graph, tensor.device)
+        return self
+
+
+def with_real_collectives(module: fx.GraphModule, group_name: str, degree: int) -> fx.GraphModule:
+    """Replace every `kraken::` collective by the functional collective of a group, in place.
+
+    A reduce really starts at the node that stood for its start, and is awaited at the node that stood for its wait.
+
+    Args:
+        module: A lane graph.
+        group_name: The process group's name, as functional collectives take it.
+        degree: Number of ranks in the group.
+
+    Returns:
+        `module`, recompiled.
+    """
+    assert ops is not None  # importing it defines the kraken ops
+    real = functional_collectives()
+    aten, kraken = torch.ops.aten, torch.ops.kraken
+    graph = module.graph
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.target is kraken.all_reduce_start.default:
+                new = graph.call_function(real.all_reduce.default, (node.args[0], "sum", group_name))
+            elif node.target is kraken.wait.default:
+                new = graph.call_function(real.wait_tensor.default, (node.args[0],))
+            elif node.target is kraken.all_gather.default:
+                part, dim, _ = node.args
+                whole = graph.call_function(aten.contiguous.default, (part,))
+                gathering = graph.call_function(real.all_gather_into_tensor.default, (whole, degree, group_name))
+                gathered = graph.call_function(real.wait_tensor.default, (gathering,))
+                # Ranks are gathered along the first dim, whatever dim the lanes' parts belong to.
+                parts = graph.call_function(torch.chunk, (gathered, degree))
+                new = graph.call_function(aten.cat.default, (parts, dim))
+            else:
+                continue
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
+    """Map one lane's weights into memory; their pages are read when they are used.
+
+    Raises:
+        InputFileError: The file is missing or damaged, or lacks a weight of the table.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            missing = [name for name in table if name not in held]
+            if missing:
+                raise InputFileError(f"{path}: lacks {len(missing)} weights, the first is '{missing[0]}'")
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in table}
+    except (OSError, SafetensorError) as error:
+        raise InputFileError(f"{path}: cannot be read: {error}") from error
+    for name, spec in table.items():
+        found = tensors[name]
+        if tuple(found.shape) != spec.shape or found.dtype != spec.torch_dtype:
+            raise InputFileError(
+                f"{path}: weight '{name}' is {found.dtype} {list(found.shape)}, the manifest says "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
+    return tensors
+
+
+def _own_lane(group: dist.ProcessGroup | None) -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise UsageError("a rank's program needs an initialised torch.distributed process group")
+    return dist.get_rank(group)
+
+
+def _checked_group(group: dist.ProcessGroup | None, degree: int, lane: int) -> dist.ProcessGroup:
+    rank = _own_lane(group)
+    size = dist.get_world_size(group)
+    if size != degree:
+        raise UsageError(
+            f"the program has {degree} lanes, the process group {size} rank{'s' * (size != 1)}; "
+            f"start {degree} ranks, or compile for degree {size}"
+        )
+    if lane != rank:
+        raise UsageError(f"rank {rank} of the group must run lane {rank}, not lane {lane}")
+    resolved = dist.group.WORLD if group is None else group
+    assert resolved is not None
+    return resolved
