@@ -1,0 +1,30 @@
+"""Tiny random models for tests, every one with weights large enough that a lost bias or branch shows.
+
+    from tests.zoo import FAMILIES, PLAIN, REJECTED, logits_of, token_batch
+
+    model = FAMILIES["llama"]()                    # fp32, eval mode, the same weights every time
+    ids = token_batch(model, batch=2, seq=7)       # int64 [2, 7]
+    logits = logits_of(model, ids)                 # float32 [2, 7, model.vocab]
+
+`FAMILIES` are transformers models, `PLAIN` are models no library wrote, `SUPPORTED` is both, `REJECTED` are models the
+compiler must refuse, with a part of the reason it must give.
+"""
+
+from tests.zoo.builder import Builder, logits_of, random_tokens, token_batch
+from tests.zoo.families import FAMILIES
+from tests.zoo.plain import PLAIN
+from tests.zoo.rejected import REJECTED, Rejected
+
+SUPPORTED: dict[str, Builder] = {**FAMILIES, **PLAIN}
+
+__all__ = [
+    "FAMILIES",
+    "PLAIN",
+    "REJECTED",
+    "SUPPORTED",
+    "Builder",
+    "Rejected",
+    "logits_of",
+    "random_tokens",
+    "token_batch",
+]

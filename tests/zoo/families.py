@@ -1,0 +1,96 @@
+"""Tiny random transformers models, one or more for every family the compiler promises by name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from tests.zoo.builder import Builder
+
+_EAGER_ONLY = {"gptj", "gpt_neo", "bloom", "codegen", "gemma2"}
+"""Families without a scaled_dot_product_attention path."""
+
+# The families disagree about what to call the same five sizes.
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "intermediate_size": 96}
+_GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
+
+
+def from_config(family: str, **config: Any) -> nn.Module:
+    """A causal language model of a transformers family with the library's initial weights."""
+    import transformers
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "use_cache": False}
+    settings = transformers.AutoConfig.for_model(family, **ids, **config)
+    attention = "eager" if family in _EAGER_ONLY else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _family(
+    name: str, family: str, sizes: dict[str, Any], *, vocab: int = 97, kv_heads: int = 8, **config: Any
+) -> Builder:
+    make = partial(from_config, family, vocab_size=vocab, **sizes, **config)
+    return Builder(name, make, vocab=vocab, kv_heads=kv_heads)
+
+
+def _modern(name: str, family: str, *, vocab: int = 97, kv_heads: int = 8, **config: Any) -> Builder:
+    config = {"num_key_value_heads": kv_heads, "max_position_embeddings": 64, **config}
+    return _family(name, family, _SIZES, vocab=vocab, kv_heads=kv_heads, **config)
+
+
+def _falcon(name: str, *, kv_heads: int, **config: Any) -> Builder:
+    sizes = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
+    return _family(name, "falcon", sizes, kv_heads=kv_heads, num_kv_heads=kv_heads, ffn_hidden_size=96, **config)
+
+
+_BUILDERS = (
+    _family("gpt2", "gpt2", _GPT_SIZES),
+    _family(
+        "gpt_neo",
+        "gpt_neo",
+        {"hidden_size": 64, "num_layers": 3, "num_heads": 8, "intermediate_size": 96, "max_position_embeddings": 64},
+        attention_types=[[["global", "local"], 1], [["global"], 1]],
+        window_size=6,
+    ),
+    _family("gptj", "gptj", _GPT_SIZES, rotary_dim=4),
+    _family("codegen", "codegen", _GPT_SIZES, rotary_dim=4),
+    _family("gpt_neox", "gpt_neox", _SIZES, rotary_pct=0.5, max_position_embeddings=64),
+    _family("gpt_neox_sequential", "gpt_neox", _SIZES, rotary_pct=0.5, use_parallel_residual=False),
+    _family(
+        "opt",
+        "opt",
+        {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "ffn_dim": 96},
+        word_embed_proj_dim=64,
+        max_position_embeddings=64,
+    ),
+    _family("bloom", "bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 8}),
+    _falcon("falcon", kv_heads=1, multi_query=True, parallel_attn=True),
+    _falcon("falcon40", kv_heads=2, new_decoder_architecture=True),
+    _falcon("falcon_alibi", kv_heads=8, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    _modern("llama", "llama", kv_heads=2),
+    _modern("llama_bias", "llama", vocab=96, kv_heads=4, attention_bias=True, mlp_bias=True),
+    _modern("mistral", "mistral", kv_heads=4, head_dim=8, sliding_window=6),
+    _modern("qwen2", "qwen2", kv_heads=2, tie_word_embeddings=True),
+    _modern("qwen3", "qwen3", kv_heads=4, head_dim=16),
+    _modern("phi", "phi", kv_heads=8),
+    _modern("phi_qk_norm", "phi", kv_heads=4, qk_layernorm=True),
+    _modern("phi3", "phi3", kv_heads=2),
+    _modern("starcoder2", "starcoder2", kv_heads=2),
+    _modern("stablelm", "stablelm", vocab=98, kv_heads=2, qk_layernorm=True, use_qkv_bias=True),
+    _modern("stablelm_parallel", "stablelm", kv_heads=4, qk_layernorm=True, use_parallel_residual=True),
+    _modern("cohere", "cohere", kv_heads=2, use_qk_norm=True, logit_scale=0.25),
+    _modern(
+        "granite",
+        "granite",
+        kv_heads=4,
+        attention_multiplier=0.4,
+        residual_multiplier=0.5,
+        embedding_multiplier=2.0,
+        logits_scaling=2.0,
+    ),
+)
+
+FAMILIES: dict[str, Builder] = {builder.name: builder for builder in _BUILDERS}

@@ -1,0 +1,180 @@
+"""Models the compiler must refuse, each with a part of the reason it must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.builder import Builder, random_tokens
+from tests.zoo.families import from_config
+from tests.zoo.plain import FFN, LAYERS, D, Decoder, GptBlock, H
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A model to refuse.
+
+    Attributes:
+        build: Makes it.
+        reason: A part of the reason the compiler must give, in any letter case.
+        inputs: The arguments of its forward, all of them token ids.
+    """
+
+    build: Builder
+    reason: str
+    inputs: tuple[str, ...] = ("input_ids",)
+
+    def __call__(self) -> nn.Module:
+        return self.build()
+
+    def example_inputs(self, batch: int = 2, seq: int = 8) -> dict[str, Tensor]:
+        """Seeded token ids for every input."""
+        return {name: random_tokens(self.build.vocab, batch, seq, seed) for seed, name in enumerate(self.inputs)}
+
+
+def _masked_lm(family: str, **config: Any) -> nn.Module:
+    import transformers
+
+    model = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _seq2seq(family: str, **config: Any) -> nn.Module:
+    import transformers
+
+    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+class SoftMoeBlock(GptBlock):
+    """The FFN is four experts, mixed by a softmax over a router's scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D)) for _ in range(4))
+        self.ffn = nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + attend(self, self.norm1(x_BSD))
+        y_BSD = self.norm2(x_BSD)
+        share = torch.softmax(self.router(y_BSD), dim=-1)
+        mixed = torch.stack([expert(y_BSD) for expert in self.experts], dim=-1)
+        return x_BSD + (mixed * share.unsqueeze(-2)).sum(-1)
+
+
+class PostNormBlock(GptBlock):
+    """The norms sit on the stream itself, after each addition (Vaswani et al. 2017)."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.norm1(x_BSD + attend(self, x_BSD))
+        return self.norm2(x_BSD + self.ffn(x_BSD))
+
+
+class SandwichNormBlock(GptBlock):
+    """A second norm on each branch's output, before it is added to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after1, self.after2 = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.after1(attend(self, self.norm1(x_BSD)))
+        return x_BSD + self.after2(self.ffn(self.norm2(x_BSD)))
+
+
+class FfnBlock(nn.Module):
+    """No attention: every position for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.ffn = nn.Sequential(nn.Linear(D, FFN), nn.GELU(), nn.Linear(FFN, D))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.ffn(self.norm(x_BSD))
+
+
+def attend(block: GptBlock, x_BSD: Tensor) -> Tensor:
+    """Causal self-attention with a GPT block's projections."""
+    q, k, v = (proj(x_BSD).unflatten(-1, (H, -1)).transpose(1, 2) for proj in (block.q, block.k, block.v))
+    y_BHSE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return block.o(y_BHSE.transpose(1, 2).flatten(2))
+
+
+class SkipDecoder(nn.Module):
+    """U-net skips: an early state of the stream is concatenated to a late one and projected back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(97, D)
+        self.down, self.up = GptBlock(), GptBlock()
+        self.middle = GptBlock()
+        self.fuse = nn.Linear(2 * D, D)
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, 97, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        early = self.down(self.tokens(input_ids))
+        late = self.middle(early)
+        return self.head(self.norm(self.up(self.fuse(torch.cat([late, early], dim=-1)))))
+
+
+class EncoderLayers(nn.Module):
+    """torch's own encoder between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(97, D)
+        layer = nn.TransformerEncoderLayer(D, H, FFN, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.head = nn.Linear(D, 97)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.tokens(input_ids)))
+
+
+def _decoder(block: Callable[[], nn.Module]) -> nn.Module:
+    return Decoder([block() for _ in range(LAYERS)], nn.LayerNorm(D), 97, positions=True, tied=False)
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": D,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": H,
+    "intermediate_size": FFN,
+    "max_position_embeddings": 64,
+}
+_T5 = {"vocab_size": 97, "d_model": D, "d_kv": 8, "d_ff": FFN, "num_layers": 2, "num_heads": H, "is_gated_act": False}
+
+_MODELS = (
+    Rejected(
+        Builder(
+            "mixtral",
+            partial(
+                from_config, "mixtral", **_SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+            ),
+        ),
+        "",
+    ),
+    Rejected(Builder("soft_moe", partial(_decoder, SoftMoeBlock)), ""),
+    Rejected(Builder("post_norm", partial(_decoder, PostNormBlock)), "norm"),
+    Rejected(Builder("transformer_encoder", EncoderLayers), "norm"),
+    Rejected(Builder("bert", partial(_masked_lm, "bert", **_SIZES)), "norm"),
+    Rejected(Builder("gemma2", partial(from_config, "gemma2", **_SIZES, num_key_value_heads=2, head_dim=8)), "norm"),
+    Rejected(Builder("sandwich_norm", partial(_decoder, SandwichNormBlock)), "norm"),
+    Rejected(Builder("t5", partial(_seq2seq, "t5", **_T5)), "", inputs=("input_ids", "decoder_input_ids")),
+    Rejected(Builder("no_attention", partial(_decoder, FfnBlock)), "attention"),
+    Rejected(Builder("unet_skip", SkipDecoder), ""),
+)
+
+REJECTED: dict[str, Rejected] = {model.build.name: model for model in _MODELS}
