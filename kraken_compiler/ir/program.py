@@ -43,10 +43,12 @@ class CallSpec:
     Attributes:
         parameters: Names of `forward`'s parameters, in positional order.
         constants: Arguments that were fixed at capture, with the value they had.
-        trees: For each captured argument, the serialized pytree of its tensors (`torch.utils._pytree`).
+        trees: For each captured argument, the serialized pytree of its leaves (`torch.utils._pytree`).
         out_tree: The serialized pytree of the output.
         out_names: A name for every output leaf, for when the output class is not importable.
         model_class: The source model's class, for messages.
+        none_inputs: For a captured argument, which of its leaves were None; the others are tensors.
+        none_outputs: Which leaves of the output were None; the others are the graph's outputs, in order.
     """
 
     parameters: tuple[str, ...]
@@ -55,6 +57,8 @@ class CallSpec:
     out_tree: str
     out_names: tuple[str, ...]
     model_class: str = ""
+    none_inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    none_outputs: tuple[int, ...] = ()
 
 
 @dataclass

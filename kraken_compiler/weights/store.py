@@ -23,15 +23,26 @@ class WeightStore(Protocol):
         """Every source name that `read` accepts."""
         ...
 
+    def validate(self) -> None:
+        """Check that every tensor is there with the shape the model needs, without reading values.
+
+        Raises:
+            InputFileError: One is not; the message names it and the file.
+        """
+        ...
+
 
 class MemoryStore:
-    """A store over tensors that are already in memory, e.g. the state of an `nn.Module`."""
+    """A store over tensors that are already in memory, e.g. the state of an `nn.Module`; nothing is copied."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+        return self._tensors[name].detach().cpu()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
+
+    def validate(self) -> None:
+        """Tensors in memory are what the model was captured with."""

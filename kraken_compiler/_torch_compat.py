@@ -1,0 +1,172 @@
+"""Every private torch API we use, in one place. Holds for torch 2.11 to 2.13; `tests/test_capture_torch_compat.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import IO, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+TreeSpec = pytree.TreeSpec
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake-tensor mode that `torch.export` accepts for a model's parameters while its buffers stay real."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """True if the tensor has a shape but no values."""
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to every leaf of a pytree; the containers are kept."""
+    return pytree.tree_map(function, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of a pytree; None is a leaf."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of a pytree and its structure."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: Iterable[Any], spec: TreeSpec) -> Any:
+    """The pytree of structure `spec` with these leaves."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def tree_dumps(spec: TreeSpec) -> str:
+    """Serialize a structure as JSON.
+
+    Raises:
+        NotImplementedError: A container class has no serialized name.
+    """
+    return pytree.treespec_dumps(spec)
+
+
+def tree_loads(text: str) -> TreeSpec:
+    """The structure that `tree_dumps` wrote.
+
+    Raises:
+        NotImplementedError: A container class is not registered in this process.
+    """
+    return pytree.treespec_loads(text)
+
+
+def tree_children(spec: TreeSpec) -> list[TreeSpec]:
+    """The structures one level below."""
+    # A method since 2.13; the attribute it replaces warns.
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
+def tree_leaf_names(spec: TreeSpec) -> list[str]:
+    """A readable name for every leaf, e.g. `logits` or `hidden_states.0`; `output` for a bare leaf."""
+    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(numbered)
+    by_leaf = {leaf: ".".join(_key_name(key) for key in path) or "output" for path, leaf in paths}
+    return [by_leaf[leaf] for leaf in range(spec.num_leaves)]
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def load_archive(file: IO[bytes]) -> dict[str, ExportedProgram]:
+    """Every exported program of a `torch.export.save` archive, by name.
+
+    `torch.export.load` is this plus a fallback that replaces the error a user needs to see by another one. It
+    unpickles; check the file first (`capture/archive_safety.py`).
+    """
+    from torch.export.pt2_archive._package import load_pt2
+
+    return load_pt2(file).exported_programs
+
+
+def in_spec(exported: ExportedProgram) -> TreeSpec:
+    """Structure of `(args, kwargs)` as the model was called."""
+    spec = exported.call_spec.in_spec
+    assert spec is not None
+    return spec
+
+
+def out_spec(exported: ExportedProgram) -> TreeSpec:
+    """Structure of the output."""
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    return spec
+
+
+def forward_arg_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """Names of the arguments the model was called with, in order."""
+    signature = exported.module_call_graph[0].signature
+    return tuple((signature.forward_arg_names or ()) if signature is not None else ())
+
+
+def shape_symbol(size: Any) -> str | None:
+    """Text of a symbolic size, None for a plain integer."""
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else None
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """True if the node calls an op that writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def flat_archive(graph: fx.Graph) -> bytes:
+    """A `torch.export` archive of a graph whose placeholders are all plain inputs and whose output is a flat tuple.
+
+    It holds no weights, no constants and no example inputs, so nothing in it is a pickle. Node order is kept; every
+    node needs `meta["val"]`. Consumes `graph`.
+    """
+    import io
+
+    from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+    from torch.export.graph_signature import (
+        ExportGraphSignature,
+        InputKind,
+        InputSpec,
+        OutputKind,
+        OutputSpec,
+        TensorArgument,
+    )
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in placeholders],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
+    )
+    call = ModuleCallSignature(
+        [spec.arg for spec in signature.input_specs],
+        [spec.arg for spec in signature.output_specs],
+        pytree.tree_flatten((tuple(range(len(placeholders))), {}))[1],
+        pytree.tree_flatten(tuple(range(len(outputs))))[1],
+    )
+    mode = next((mode for node in placeholders if (mode := getattr(node.meta["val"], "fake_mode", None))), None)
+    symbols = mode.shape_env.var_to_range if mode is not None and mode.shape_env is not None else {}
+    program = ExportedProgram(
+        torch.nn.Module(), graph, signature, {}, dict(symbols), [ModuleCallEntry("", call)], example_inputs=None
+    )
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def functional_collectives() -> Any:
+    """The namespace of the functional collectives: all_reduce, all_gather_into_tensor, wait_tensor."""
+    import torch.distributed._functional_collectives
+
+    return torch.ops._c10d_functional

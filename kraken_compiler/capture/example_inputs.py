@@ -1,0 +1,186 @@
+"""The example inputs a model is captured with: given, parsed from `NAME=DTYPE[SIZES]`, or inferred."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
+
+HOW_TO = (
+    "give one with --input input_ids=int64[2,16] "
+    "(from Python: example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.int64)})"
+)
+BATCH, SEQUENCE = 2, 16
+"""Sizes of inferred inputs: above 1, which torch.export would take for a constant, and not equal."""
+
+_SPEC = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([a-z]+\d*\w*)\s*\[([\d\s,]*)\]\s*")
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CallExample:
+    """One call of the model: what `torch.export` traces.
+
+    Attributes:
+        args: Positional arguments; empty unless the signature forces them.
+        kwargs: Named arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> CallExample:
+        """The same call with every tensor replaced."""
+
+        def leaf(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
+
+        return CallExample(compat.tree_map(leaf, self.args), compat.tree_map(leaf, self.kwargs))
+
+    def dynamic_shapes(self) -> Any:
+        """Which dims may vary, in the structure `torch.export` wants."""
+        if self.args:
+            return compat.tree_map(_dynamic_dims, self.args)
+        return {name: compat.tree_map(_dynamic_dims, value) for name, value in self.kwargs.items()}
+
+
+def parse_input_spec(text: str) -> tuple[str, Tensor]:
+    """Parse `input_ids=int64[2,16]` into a name and a tensor.
+
+    Integers are zeros (a valid token id in every vocabulary), floating-point values random, booleans true.
+
+    Raises:
+        UsageError: The text is not of this form.
+    """
+    match = _SPEC.fullmatch(text)
+    dtype = getattr(torch, match[2], None) if match else None
+    if match is None or not isinstance(dtype, torch.dtype):
+        raise UsageError(f"'{text}' is no input: write NAME=DTYPE[SIZES], e.g. input_ids=int64[2,16]")
+    sizes = [int(size) for size in match[3].replace(",", " ").split()]
+    return match[1], _filled(dtype, sizes)
+
+
+def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs: Sequence[str]) -> CallExample:
+    """The call to capture: what the user gave, else what a Hugging Face model's config implies.
+
+    Raises:
+        UsageError: Nothing was given and nothing can be inferred, an argument is unknown, or a size is below 2.
+        UnsupportedModelError: The model needs several kinds of inputs (encoder-decoders).
+    """
+    if example_inputs is not None and input_specs:
+        raise UsageError("give example inputs or input specs, not both")
+    if input_specs:
+        example = CallExample(kwargs=dict(map(parse_input_spec, input_specs)))
+    elif example_inputs is not None:
+        example = _normalize(example_inputs)
+    else:
+        example = CallExample(kwargs=_infer(model))
+    example = _by_name(model, example)
+    _check_sizes(example)
+    return _without_cache(model, example)
+
+
+def is_huggingface(model: nn.Module) -> bool:
+    """True if the model is a `transformers.PreTrainedModel`; does not import transformers."""
+    return any(
+        cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__
+    )
+
+
+def _filled(dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(*sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.ones(*sizes, dtype=dtype) if dtype == torch.bool else torch.zeros(*sizes, dtype=dtype)
+
+
+def _normalize(given: ExampleInputs) -> CallExample:
+    if isinstance(given, Tensor):
+        return CallExample(args=(given,))
+    if isinstance(given, Mapping):
+        return CallExample(kwargs=dict(given))
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return CallExample(args=tuple(given))
+    raise UsageError(f"example_inputs must be a tuple of arguments or a dict of them, got a {type(given).__name__}")
+
+
+def _infer(model: nn.Module) -> dict[str, Any]:
+    name = type(model).__name__
+    if not is_huggingface(model):
+        raise UsageError(f"{name} needs example inputs to be captured: {HOW_TO}")
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError([Rejection("encoder-decoder models are not supported yet", path=name)])
+    main_input = getattr(model, "main_input_name", None)
+    if main_input == "input_ids":
+        return {"input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if main_input == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return {"pixel_values": _filled(dtype, (BATCH, channels, size, size))}
+    raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
+
+
+def _by_name(model: nn.Module, example: CallExample) -> CallExample:
+    """Name positional arguments, so that only one spelling is left; check the names."""
+    kinds = inspect.Parameter
+    parameters = inspect.signature(model.forward).parameters
+    named = [name for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+    takes = f"{type(model).__name__} takes {', '.join(named) or 'no named arguments'}"
+    for name in example.kwargs:
+        if name not in named:
+            raise UsageError(f"'{name}' is no argument of the model: {takes}")
+    positional = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
+    if not example.args or any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters.values()):
+        return example
+    if len(example.args) > len(positional):
+        raise UsageError(f"{len(example.args)} example inputs were given, but {takes}")
+    return CallExample(kwargs=dict(zip(positional, example.args)) | example.kwargs)
+
+
+def _check_sizes(example: CallExample) -> None:
+    arguments = {str(index): value for index, value in enumerate(example.args)} | example.kwargs
+    tensors = 0
+    for name, value in arguments.items():
+        for leaf in compat.tree_leaves(value):
+            if not isinstance(leaf, Tensor):
+                continue
+            tensors += 1
+            if any(leaf.shape[dim] < 2 for dim in _required_dynamic(leaf)):
+                raise UsageError(
+                    f"example input '{name}' has shape {list(leaf.shape)}: the batch and sequence sizes must be at "
+                    "least 2, because a size of 1 would be taken for a constant"
+                )
+    if not tensors:
+        raise UsageError(f"the example inputs hold no tensor: {HOW_TO}")
+
+
+def _without_cache(model: nn.Module, example: CallExample) -> CallExample:
+    if not is_huggingface(model) or "use_cache" in example.kwargs or example.args:
+        return example
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        return example
+    return CallExample(kwargs=example.kwargs | {"use_cache": False})
+
+
+def _required_dynamic(tensor: Tensor) -> range:
+    """Batch, and sequence where dim 1 can be nothing else (images and masks have channels or heads there)."""
+    return range(min(tensor.dim(), 2 if tensor.dim() <= 3 else 1))
+
+
+def _dynamic_dims(leaf: Any) -> dict[int, Any] | None:
+    if not isinstance(leaf, Tensor):
+        return None
+    wanted = set(_required_dynamic(leaf))
+    if leaf.dim() > 3:
+        # The sizes of an attention mask follow the sequence; torch.export finds out which of them do.
+        wanted |= {dim for dim in range(1, leaf.dim()) if leaf.shape[dim] >= 2}
+    return dict.fromkeys(sorted(wanted), Dim.AUTO)

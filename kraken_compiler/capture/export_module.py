@@ -1,0 +1,120 @@
+"""Module to `ExportedProgram`: `torch.export` in evaluation mode, without cache, free of in-place ops."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
+from kraken_compiler.errors import Rejection, UnsupportedModelError
+
+
+def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool = True) -> ExportedProgram:
+    """Trace a module; its training flags and config are as before afterwards, its state is shared, not copied.
+
+    Args:
+        model: The module; its parameters may be fake tensors.
+        example: The call to trace.
+        allow_strict: Try the bytecode tracer when the direct one fails (it cannot see fake parameters).
+
+    Raises:
+        UnsupportedModelError: No tracer can follow the model's code.
+    """
+    with _capture_state(model):
+        exported = _trace(model, example, allow_strict=allow_strict)
+        return functionalize(exported)
+
+
+def functionalize(exported: ExportedProgram) -> ExportedProgram:
+    """Remove in-place ops.
+
+    Re-tracing takes as long as tracing, so it only happens where an op really writes; `detach_` on a lifted constant,
+    which every `torch.tensor(...)` in a forward leaves behind, is renamed instead.
+    """
+    for graph in _graphs(exported.graph_module):
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.detach_.default:
+                node.target = torch.ops.aten.detach.default
+    if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
+        return exported.run_decompositions({})
+    exported.graph_module.recompile()
+    return exported
+
+
+def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> ExportedProgram:
+    failures: list[str] = []
+    for strict in (False, True) if allow_strict else (False,):
+        try:
+            with _quiet():
+                return torch.export.export(
+                    model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=strict
+                )
+        except Exception as error:
+            # torch.export passes on whatever the model's own code raises, so there is no narrower class to name.
+            failures.append(_summary(error))
+    reason = f"torch.export cannot trace it: {failures[0]}"
+    if len(failures) > 1 and failures[1] != failures[0]:
+        reason += f" (strict mode: {failures[1]})"
+    raise UnsupportedModelError(
+        [
+            Rejection(
+                reason,
+                path=type(model).__name__,
+                hint="Check that torch.export.export(model, ...) works; its error says what to change.",
+            )
+        ]
+    )
+
+
+def _summary(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+@contextmanager
+def _capture_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no cache inside, everything as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    config: Any = model.config if is_huggingface(model) else None
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        # Flags one by one: `eval()` may be overridden to do more.
+        for module in training:
+            module.training = False
+        if use_cache is not None:
+            config.use_cache = False
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        if use_cache is not None:
+            config.use_cache = use_cache
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns about its own internals; nothing there is for our users."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph and those of its regions."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield part.graph

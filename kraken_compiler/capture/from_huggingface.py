@@ -1,0 +1,195 @@
+"""Capture a Hugging Face directory: the graph from `config.json` alone, the weights read lazily from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kraken_compiler.capture.build_program import build_program
+from kraken_compiler.capture.checkpoint_map import map_checkpoint
+from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
+from kraken_compiler.capture.export_module import export_module
+from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
+from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_files
+from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.weights.checkpoint import Checkpoint, PickledCheckpoint, SafetensorsCheckpoint, weight_files
+from kraken_compiler.weights.checkpoint_store import CheckpointStore, ExpectedTensor
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def capture_directory(
+    path: Path,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    input_specs: Sequence[str] = (),
+    trust_pickle: bool = False,
+    dtype: torch.dtype | None = None,
+    require_weights: bool = True,
+) -> Capture:
+    """Capture the model that a directory's `config.json` describes.
+
+    Args:
+        path: The directory.
+        example_inputs, input_specs: What to trace with; inferred if neither is given.
+        trust_pickle: Accept `pytorch_model.bin`.
+        dtype: Element type of the model; default: the config's, else the checkpoint's, else float32.
+        require_weights: Fail if there are no weight files.
+
+    Raises:
+        InputFileError: A file is missing or damaged.
+        UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
+    """
+    config = _read_config(path)
+    checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)
+    model = _build(config, path, dtype or _own_dtype(config, checkpoint))
+    example = resolve(model, example_inputs, input_specs)
+    with fake_parameters(model) as mode:
+        # The inputs must belong to the parameters' fake mode, or torch.export makes a second one.
+        example = example.map_tensors(mode.from_tensor)
+        exported = export_module(model, example, allow_strict=False)
+    program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
+
+    expected = {
+        name: ExpectedTensor(tensor.dtype, tuple(tensor.shape))
+        for name, tensor in _named_state(model).items()
+        if name in exported.state_dict
+    }
+    sources = map_checkpoint(model, checkpoint) if checkpoint is not None else {}
+    store = CheckpointStore(checkpoint, sources, expected, path)
+    if checkpoint is not None:
+        store.validate()
+    files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
+    has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+    origin = Origin(
+        kind="huggingface",
+        path=str(path),
+        model_class=class_name(model),
+        digest=lambda: digest_files(files),
+        tokenizer=TokenizerSource(str(path)) if has_tokenizer else None,
+    )
+    return Capture(program, store, origin, config_dict(model), notes)
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise InputFileError(f"{path} is a Hugging Face directory: install kraken-compiler[hf] to read it") from error
+    import json
+
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{path / 'config.json'} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputFileError(f"{path / 'config.json'} is damaged: it is no JSON object")
+    if fields.get("quantization_config"):
+        raise _unsupported("its weights are quantized", "Save it unquantized first.")
+    if "auto_map" in fields and not _known_type(fields.get("model_type")):
+        raise _unsupported(
+            "its architecture is Python code next to the weights (auto_map in config.json), which is never executed",
+            "Load the model yourself and pass the module to kraken_compiler.transform.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unsupported(
+            f"transformers does not know the architecture that {path / 'config.json'} describes "
+            f"(model_type {fields.get('model_type')!r})",
+            "A newer transformers may.",
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unsupported("encoder-decoder models are not supported yet")
+    return config
+
+
+def _known_type(model_type: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters on the meta device."""
+    failure: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            with parameters_on_meta():
+                model = _instantiate(config, attention, dtype)
+        except ValueError as error:
+            # transformers says so this way when a class has no such attention.
+            failure = error
+        except (TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            failure = error
+            break
+        else:
+            return model
+    reason = (str(failure) or type(failure).__name__).splitlines()[0]
+    raise InputFileError(f"{path / 'config.json'} does not describe a model that can be built: {reason}") from failure
+
+
+def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    model: nn.Module
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    else:
+        model = getattr(transformers, named)._from_config(config, attn_implementation=attention, dtype=dtype)
+    return model
+
+
+def _own_dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
+    """The config's element type, else that of the checkpoint's first floating-point tensor, as transformers does."""
+    named = getattr(config, "dtype", None)
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    for key in checkpoint.keys() if checkpoint is not None else ():
+        held = checkpoint.describe(key)[0]
+        if held is not None and held.is_floating_point:
+            return held
+    return torch.float32
+
+
+def _open_checkpoint(path: Path, *, trust_pickle: bool, required: bool) -> Checkpoint | None:
+    files = weight_files(path, ".safetensors", "model.safetensors.index.json", "model.safetensors")
+    if files:
+        return SafetensorsCheckpoint.open(files)
+    pickled = weight_files(path, ".bin", "pytorch_model.bin.index.json", "pytorch_model.bin")
+    pickled = tuple(file for file in pickled if file.name.startswith("pytorch_model"))
+    if pickled and trust_pickle:
+        return PickledCheckpoint.open(pickled)
+    if pickled and required:
+        raise InputFileError(
+            f"{path} has its weights only as {pickled[0].name}, a pickle, which can run any code when it is opened: "
+            "save the model again with save_pretrained(..., safe_serialization=True), or pass --trust-pickle"
+        )
+    if required:
+        raise InputFileError(f"{path} has no weight files (*.safetensors), only a config")
+    return None
+
+
+def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _unsupported(reason: str, hint: str = "") -> UnsupportedModelError:
+    return UnsupportedModelError([Rejection(reason, hint=hint)])

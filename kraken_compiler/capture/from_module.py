@@ -1,0 +1,74 @@
+"""Capture a live `nn.Module`; its parameters are shared, never copied."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kraken_compiler.capture.build_program import build_program
+from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, resolve
+from kraken_compiler.capture.export_module import export_module
+from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
+from kraken_compiler.weights.store import MemoryStore
+
+
+def capture_module(
+    model: nn.Module,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    input_specs: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    kind: str = "module",
+    path: str | None = None,
+    digest: Callable[[], str] | None = None,
+    tokenizer: TokenizerSource | None = None,
+) -> Capture:
+    """Trace a module and keep its state as the weight store.
+
+    Args:
+        model: The module.
+        example_inputs: Its arguments, positional (a tuple) or named (a dict).
+        input_specs: The same as texts, `NAME=DTYPE[SIZES]`.
+        dtype: Convert the module to this type first, in place.
+        kind, path, digest, tokenizer: For `Origin`, if the module was loaded from a file.
+    """
+    if dtype is not None:
+        model.to(dtype)
+    exported = export_module(model, resolve(model, example_inputs, input_specs))
+    program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
+    store = MemoryStore(exported.state_dict)
+    origin = Origin(
+        kind=kind,
+        path=path,
+        model_class=class_name(model),
+        digest=digest or (lambda: digest_tensors(store)),
+        tokenizer=tokenizer,
+    )
+    return Capture(program, store, origin, config_dict(model), notes)
+
+
+def forward_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names that `forward` accepts, in positional order; those that only a name can give come last."""
+    kinds = inspect.Parameter
+    fixed = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in fixed)
+
+
+def class_name(model: nn.Module) -> str:
+    """Qualified name of the model's class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def config_dict(model: nn.Module) -> dict[str, Any] | None:
+    """A Hugging Face model's config as a dict, None for other modules."""
+    if not is_huggingface(model):
+        return None
+    config: Any = model.config
+    return dict(config.to_dict())

@@ -1,0 +1,121 @@
+"""What capture returns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.weights.store import WeightStore
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where the model's tokenizer is.
+
+    Attributes:
+        directory: Directory of the tokenizer files, or of the GGUF file.
+        gguf_file: Name of the GGUF file that holds the tokenizer, if one does.
+    """
+
+    directory: str
+    gguf_file: str | None = None
+
+    def load(self) -> Any:
+        """The tokenizer, a `transformers.PreTrainedTokenizerBase`.
+
+        Raises:
+            InputFileError: The files are damaged or need code that is not part of transformers.
+        """
+        from transformers import AutoTokenizer
+
+        extra = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.directory, trust_remote_code=False, local_files_only=True, **extra
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a program came from.
+
+    Attributes:
+        kind: "huggingface", "gguf", "export", "pickle" or "module".
+        path: The file or directory; None for a live module.
+        model_class: Qualified name of the source model's class, "" if the source does not say.
+        tokenizer: Its tokenizer, if it came with one.
+        digest: Computes `sha256`.
+    """
+
+    kind: str
+    path: str | None
+    model_class: str
+    digest: Callable[[], str] = field(repr=False, compare=False)
+    tokenizer: TokenizerSource | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of every byte of the source that matters; reads it all, so it is computed when first asked for."""
+        return self.digest()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    Attributes:
+        program: Degree 1, every weight whole.
+        store: The values of the weights that are not in `program.constants`.
+        origin: Where it came from.
+        config: The source's `config.json`, for cross-checks and reports; None if it has none.
+        notes: What a user should know, one sentence each (e.g. a dimension that turned out to be fixed).
+    """
+
+    program: Program
+    store: WeightStore
+    origin: Origin
+    config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def digest_files(files: tuple[Path, ...]) -> str:
+    """sha256 over the files' names and contents; a single file's own sha256 for one file.
+
+    Raises:
+        InputFileError: A file cannot be read.
+    """
+    try:
+        if len(files) == 1:
+            return _file_digest(files[0])
+        total = hashlib.sha256()
+        for path in sorted(files):
+            total.update(f"{_file_digest(path)}  {path.name}\n".encode())
+        return total.hexdigest()
+    except OSError as error:
+        raise InputFileError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+
+def digest_tensors(store: WeightStore) -> str:
+    """sha256 over names, element types, shapes and values of a store's tensors, read one at a time."""
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(store.names()):
+        tensor = store.read(name).contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

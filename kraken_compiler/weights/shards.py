@@ -1,0 +1,69 @@
+"""Write every lane's part of the weights, reading each source tensor once and holding one at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
+
+FORMAT = {"format": "pt", "kraken_weights": "1"}
+
+Progress = Callable[[int, int, str], None]
+"""Called after each source tensor: number done, number in all, name."""
+
+
+def write_lane_shards(
+    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Progress | None = None
+) -> list[Path]:
+    """Write `lane-0.safetensors` ... `lane-(N-1).safetensors`, keyed by placeholder name.
+
+    Memory stays around the largest single tensor, whatever the size of a shard.
+
+    Args:
+        program: A lane program; its weight table says what each lane owns.
+        read: Gives a whole source tensor (`program.constants` are read from the program itself).
+        directory: An existing directory.
+        progress: Told about every source tensor that is done.
+
+    Returns:
+        The files, lane 0 first.
+
+    Raises:
+        InputFileError: A source tensor cannot be read or a file cannot be written.
+    """
+    by_source: dict[str, list[WeightSpec]] = defaultdict(list)
+    for spec in program.weights.values():
+        by_source[spec.source].append(spec)
+    contents = {name: (spec.torch_dtype, spec.shape) for name, spec in program.weights.items()}
+    paths = [directory / f"lane-{lane}.safetensors" for lane in range(program.degree)]
+    reader = program.reader(read)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(StreamingSafetensorsWriter(path, contents, FORMAT | {"lane": str(lane)}))
+            for lane, path in enumerate(paths)
+        ]
+        for done, (source, specs) in enumerate(by_source.items(), start=1):
+            tensor = reader(source)
+            for spec in specs:
+                _check_shape(spec, tensor)
+                for lane, writer in enumerate(writers):
+                    writer.write(spec.name, spec.take(tensor, lane).to(spec.torch_dtype))
+            del tensor
+            if progress is not None:
+                progress(done, len(by_source), source)
+    return paths
+
+
+def _check_shape(spec: WeightSpec, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != spec.source_shape:
+        raise InputFileError(
+            f"weight '{spec.source}' has shape {list(tensor.shape)}, the program needs {list(spec.source_shape)}"
+        )
