@@ -36,7 +36,7 @@ class Report:
     def lines(self) -> list[str]:
         data = self.data
         exact = "computes what the source model computes" if data["exact"] else "changes the function of the model"
-        lines = [
+        return [
             f"{data['model_class'] or 'model'}: {len(data['layers'])} layers, degree {data['degree']}, {exact}",
             "",
             *table(("lane", "parameters", "bytes", "heads", "KV heads"), map(_lane_row, data["lanes"])),
@@ -46,7 +46,6 @@ class Report:
                 map(_layer_row, data["layers"]),
             ),
         ]
-        return lines
 
 
 def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:

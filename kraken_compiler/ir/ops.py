@@ -78,7 +78,7 @@ def _identity_backward(context: Any, grad: Tensor) -> Tensor:
 all_reduce_start.register_autograd(_identity_backward)
 wait.register_autograd(_identity_backward)
 
-_library = torch.library.Library("kraken", "FRAGMENT")
+_library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
@@ -101,34 +101,27 @@ def _attention_vmap(
 ) -> tuple[Tensor, int]:
     lanes = info.batch_size
 
-    def fold(tensor: Tensor, lane_dim: int | None) -> Tensor:
-        """[N, B, ...] -> [N * B, ...], or a view that broadcasts where the tensor is the same on every lane."""
-        stacked = tensor.expand(lanes, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
-        return stacked.flatten(0, 1)
+    def lanes_first(tensor: Tensor, lane_dim: int | None) -> Tensor:
+        return tensor.expand(lanes, *tensor.shape) if lane_dim is None else tensor.movedim(lane_dim, 0)
 
+    q, k, v = map(lanes_first, (query, key, value), in_dims[:3])
     mask = attn_mask
-    if mask is not None and mask.dim() - (in_dims[3] is not None) == query.dim() - (in_dims[0] is not None):
-        batch = query.shape[(1 if in_dims[0] == 0 else 0) if in_dims[0] is not None else 0]
-        mask_batch_dim = 0 if in_dims[3] is None else (1 if in_dims[3] == 0 else 0)
-        if mask.shape[mask_batch_dim] == 1 and in_dims[3] is None:
-            pass
-        else:
-            shape = list(mask.shape)
-            shape[mask_batch_dim] = batch
-            mask = fold(mask.expand(shape), in_dims[3])
-    else:
-        assert in_dims[3] is None or mask is None, "a mask that differs between lanes must have a batch dim"
+    # A mask that is the same for all lanes and all sequences broadcasts as it is; copying it per lane would be a waste.
+    if mask is not None and not (in_dims[3] is None and (mask.dim() < q.dim() - 1 or mask.shape[0] == 1)):
+        mask = lanes_first(mask, in_dims[3])
+        mask = mask.reshape(lanes, *(1,) * (q.dim() - mask.dim()), *mask.shape[1:])
+        mask = mask.expand(lanes, q.shape[1], *mask.shape[2:]).flatten(0, 1)
     out = F.scaled_dot_product_attention(
-        fold(query, in_dims[0]),
-        fold(key, in_dims[1]),
-        fold(value, in_dims[2]),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         mask,
         dropout_p,
         is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
     )
-    return out.unflatten(0, (lanes, -1)), 0
+    return out.reshape(lanes, -1, *out.shape[1:]), 0
 
 
 torch.library.register_vmap("kraken::attention", _attention_vmap, lib=_library)

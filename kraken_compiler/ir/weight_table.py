@@ -96,9 +96,7 @@ class WeightSpec:
         return local.contiguous()
 
 
-def lane_weights(
-    table: Mapping[str, WeightSpec], lane: int, read: Callable[[str], Tensor]
-) -> dict[str, Tensor]:
+def lane_weights(table: Mapping[str, WeightSpec], lane: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Every weight of one lane, read one source tensor at a time.
 
     Args:

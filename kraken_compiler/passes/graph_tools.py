@@ -15,9 +15,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 GEMMS = frozenset(
     {LINEAR, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 )
-NORMS = frozenset(
-    {aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default}
-)
+NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
 
 
 def module_path(node: fx.Node) -> str:
@@ -32,10 +30,15 @@ def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
     return iter([node for node in graph.nodes if node.op == "call_function" and node.target in targets])
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments, without the type of everything that an argument may be."""
+    return node.args
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument that may be given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
+    if len(args_of(node)) > position:
+        return args_of(node)[position]
     return node.kwargs.get(name, default)
 
 

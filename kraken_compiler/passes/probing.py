@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kraken_compiler.passes.graph_tools import aten
+from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.shapes import Concretizer
 
 _SMOOTH: dict[Any, Any] = {
@@ -72,7 +72,7 @@ class Region:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     values[node] = value.detach().clone().requires_grad_()
         for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = fx.node.map_arg((args_of(node), node.kwargs), values.__getitem__)
             values[node] = _call(node, args, kwargs)
         return values
 
@@ -83,6 +83,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
     args, kwargs = (_widen(part) for part in (args, dict(kwargs)))
+    assert callable(node.target)
     return node.target(*args, **kwargs)
 
 

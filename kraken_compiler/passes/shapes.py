@@ -49,7 +49,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 def same_size(left: Any, right: Any) -> bool:
     """True if two sizes are equal as expressions, without adding a guard."""
-    return _expression(left) == _expression(right)
+    return bool(_expression(left) == _expression(right))
 
 
 def same_shape(left: fx.Node, right: fx.Node) -> bool:

@@ -69,8 +69,7 @@ class LaneModule(nn.Module):
             outputs: tuple[Tensor, ...] = self._lanes(*weights, *inputs)
             return outputs
         in_dims = (*self._in_dims, *(None for _ in inputs))
-        outputs = torch.vmap(self._lanes, in_dims=in_dims, out_dims=None)(*weights, *inputs)
-        return outputs
+        return torch.vmap(self._lanes, in_dims=in_dims, out_dims=None)(*weights, *inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -1,1 +1,1 @@
-"""Give every layer a form and rewire what its branches read. These passes change the numbers, unless the form is exact."""
+"""Give every layer a form and rewire what its branches read; the numbers change, unless the form is exact."""

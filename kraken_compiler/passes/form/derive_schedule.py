@@ -12,7 +12,6 @@ from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
 
-
 _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 

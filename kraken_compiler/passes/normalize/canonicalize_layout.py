@@ -15,7 +15,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import same_shape, shape_of
 
 _RESHAPE = aten.reshape.default
@@ -35,7 +35,7 @@ class CanonicalizeLayout(Pass):
             permutation = _permutation(node) if node.op == "call_function" else None
             if permutation is not None and node.target is not _PERMUTE:
                 with program.graph.inserting_before(node):
-                    replace(node, program.graph.call_function(_PERMUTE, (node.args[0], permutation)))
+                    replace(node, program.graph.call_function(_PERMUTE, (args_of(node)[0], permutation)))
                 matches += 1
         return PassResult(matches + sum(_merge(node) for node in calls(program.graph, _RESHAPE, _PERMUTE)))
 
@@ -49,11 +49,11 @@ def _permutation(node: fx.Node) -> list[int] | None:
     if node.target is aten.mT.default:
         return [*dims[:-2], rank - 1, rank - 2]
     if node.target in (aten.transpose.int, aten.swapaxes.default):
-        first, second = (int(dim) % rank for dim in node.args[1:3])
+        first, second = (int(dim) % rank for dim in args_of(node)[1:3])
         dims[first], dims[second] = dims[second], dims[first]
         return dims
     if node.target is _PERMUTE:
-        return [int(dim) % rank for dim in node.args[1]]
+        return [int(dim) % rank for dim in args_of(node)[1]]
     return None
 
 
@@ -71,7 +71,7 @@ _TRANSPOSITIONS = frozenset(
 
 def _merge(node: fx.Node) -> bool:
     """Merge `node` with an operand of its own kind, or drop it if nothing changes."""
-    operand = node.args[0]
+    operand = args_of(node)[0]
     assert isinstance(operand, fx.Node)
     merged = False
     while operand.target is node.target:
@@ -79,10 +79,10 @@ def _merge(node: fx.Node) -> bool:
             inner, outer = _permutation(operand), _permutation(node)
             assert inner is not None
             assert outer is not None
-            node.args = (operand.args[0], [inner[dim] for dim in outer])
+            node.args = (args_of(operand)[0], [inner[dim] for dim in outer])
         else:
-            node.args = (operand.args[0], argument(node, 1, "shape"))
-        operand = node.args[0]
+            node.args = (args_of(operand)[0], argument(node, 1, "shape"))
+        operand = args_of(node)[0]
         merged = True
     if node.target is _PERMUTE:
         identity = _permutation(node) == list(range(len(shape_of(node))))

@@ -1,8 +1,8 @@
 """Every product with a weight is a `linear`, with its bias inside.
 
-    %y = addmm(%b, %x, %w)                           ->     %y = linear(%x, permute(%w, [1, 0]), %b)
-    %m = matmul(%x, permute(%w))                     ->     %y = linear(%x, %w, %b)
-    %y = add(%m, %b)
+%y = addmm(%b, %x, %w)                           ->     %y = linear(%x, permute(%w, [1, 0]), %b)
+%m = matmul(%x, permute(%w))                     ->     %y = linear(%x, %w, %b)
+%y = add(%m, %b)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, argument, aten, calls, descendants, replace
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten, calls, descendants, replace
 from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 
@@ -43,7 +43,7 @@ def weight_derived(program: Program) -> set[fx.Node]:
 
 
 def _from_product(node: fx.Node, weights: set[fx.Node]) -> bool:
-    bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
+    bias, x, weight = args_of(node)[:3] if node.target is aten.addmm.default else (None, *args_of(node)[:2])
     if weight not in weights or x in weights or len(shape_of(weight)) != 2 or (bias and bias not in weights):
         return False
     if node.target is aten.addmm.default and any(argument(node, 9, name, 1) != 1 for name in ("beta", "alpha")):
@@ -61,10 +61,10 @@ def _absorb_bias(node: fx.Node, weights: set[fx.Node]) -> bool:
     (user,) = node.users
     if user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
         return False
-    bias = user.args[1] if user.args[0] is node else user.args[0]
+    bias = args_of(user)[1] if args_of(user)[0] is node else args_of(user)[0]
     if not isinstance(bias, fx.Node) or bias not in weights or shape_of(bias) != shape_of(node)[-1:]:
         return False
     with node.graph.inserting_before(user):
-        replace(user, node.graph.call_function(LINEAR, (*node.args[:2], bias)))
+        replace(user, node.graph.call_function(LINEAR, (*args_of(node)[:2], bias)))
     node.graph.erase_node(node)
     return True

@@ -1,8 +1,8 @@
 """Remove what computes nothing: asserts, copies, casts to the same dtype, slices of everything, dropout in eval mode.
 
-    %c = clone(%x)                                   ->     (users of %c read %x)
-    %s = slice(%c, 0, 0, 9223372036854775807)
-    _assert_tensor_metadata(%s, ...)
+%c = clone(%x)                                   ->     (users of %c read %x)
+%s = slice(%c, 0, 0, 9223372036854775807)
+_assert_tensor_metadata(%s, ...)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import argument, aten
+from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_shape, same_size, shape_of, value_of
 
 _ASSERTS = frozenset(
@@ -68,16 +68,16 @@ class DropNoops(Pass):
             elif node.target is aten.cat.default and _drop_empty_operands(node):
                 matches += 1
             elif _computes_its_first_operand(node):
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(args_of(node)[0])
                 program.graph.erase_node(node)
                 matches += 1
         return PassResult(matches)
 
 
 def _computes_its_first_operand(node: fx.Node) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node) or not is_tensor(node) or not is_tensor(node.args[0]):
+    operand = args_of(node)[0] if node.args else None
+    if not isinstance(operand, fx.Node) or not is_tensor(node) or not is_tensor(operand):
         return False
-    operand = node.args[0]
     if node.target in _COPIES:
         return True
     if node.target in _CASTS:
@@ -88,15 +88,15 @@ def _computes_its_first_operand(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return argument(node, 2, "train", False) is False or argument(node, 1, "p", 0.0) == 0.0
     if node.target is aten.add.Tensor:
-        return _is_number(node.args[1], 0) and value_of(node).dtype == value_of(operand).dtype
+        return _is_number(args_of(node)[1], 0) and value_of(node).dtype == value_of(operand).dtype
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        return _is_number(node.args[1], 1) and value_of(node).dtype == value_of(operand).dtype
+        return _is_number(args_of(node)[1], 1) and value_of(node).dtype == value_of(operand).dtype
     return False
 
 
 def _drop_empty_operands(node: fx.Node) -> bool:
     """cat([%x, <no elements>]) is %x: partial rotary embeddings that rotate everything concatenate nothing."""
-    tensors, dim = node.args[0], int(argument(node, 1, "dim", 0))
+    tensors, dim = args_of(node)[0], int(argument(node, 1, "dim", 0))
     full = [tensor for tensor in tensors if not same_size(shape_of(tensor)[dim], 0)]
     if len(full) == len(tensors) or not full:
         return False

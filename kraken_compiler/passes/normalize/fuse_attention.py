@@ -17,7 +17,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTION, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, value_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -48,17 +48,17 @@ class _Scores:
 
 def _fuse(softmax: fx.Node) -> bool:
     rank = len(shape_of(softmax))
-    if int(softmax.args[1]) % rank != rank - 1:
+    if int(args_of(softmax)[1]) % rank != rank - 1:
         return False
     product = _follow(softmax)
-    if product is None or product.args[0] not in (softmax, *_chain_down(softmax)):
+    if product is None or args_of(product)[0] not in (softmax, *_chain_down(softmax)):
         return False
     graph = softmax.graph
     with graph.inserting_before(softmax):
-        scores = _parse(softmax.args[0], graph)
+        scores = _parse(args_of(softmax)[0], graph)
         if scores is None or (scores.sizes is None and len(shape_of(scores.query)) != 4):
             return False
-        query, key, value = scores.query, scores.key, product.args[1]
+        query, key, value = scores.query, scores.key, args_of(product)[1]
         if scores.sizes is not None:
             batch, heads, queries = scores.sizes[:3]
             query, key, value = (
@@ -94,7 +94,7 @@ def _follow(softmax: fx.Node) -> fx.Node | None:
     if len(last.users) != 1:
         return None
     (product,) = last.users
-    return product if product.target in _PRODUCTS and product.args[0] is last else None
+    return product if product.target in _PRODUCTS and args_of(product)[0] is last else None
 
 
 def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
@@ -104,9 +104,9 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
     if node.target in _PRODUCTS or node.target is aten.baddbmm.default:
         return _parse_product(node, graph)
     if node.target in _CASTS:
-        return _parse(node.args[0], graph)
+        return _parse(args_of(node)[0], graph)
     if node.target is aten.reshape.default:
-        scores = _parse(node.args[0], graph)
+        scores = _parse(args_of(node)[0], graph)
         if scores is None or scores.sizes is not None or len(shape_of(node)) != 4:
             return None
         scores.sizes = list(argument(node, 1, "shape"))
@@ -115,17 +115,17 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
             rows = 1 if same_size(shape_of(scores.bias)[1], 1) else queries
             scores.bias = graph.call_function(aten.reshape.default, (scores.bias, [batch, heads, rows, -1]))
         return scores
-    if node.target in _SCALINGS and isinstance(node.args[1], (int, float)):
-        scores = _parse(node.args[0], graph)
+    if node.target in _SCALINGS and isinstance(args_of(node)[1], (int, float)):
+        scores = _parse(args_of(node)[0], graph)
         if scores is None:
             return None
-        factor = float(node.args[1])
+        factor = float(args_of(node)[1])
         scores.scale = scores.scale / factor if "div" in str(node.target) else scores.scale * factor
         if scores.bias is not None:
-            scores.bias = graph.call_function(node.target, (scores.bias, node.args[1]))
+            scores.bias = graph.call_function(node.target, (scores.bias, args_of(node)[1]))
         return scores
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        for scored, bias in (node.args[:2], node.args[1::-1]):
+        for scored, bias in (args_of(node)[:2], args_of(node)[1::-1]):
             scores = _parse(scored, graph)
             if scores is not None:
                 old = scores.bias
@@ -138,10 +138,10 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
 def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
     """where(keep, scores, low) and masked_fill(scores, drop, low), `low` a number or a tensor of one number."""
     if node.target in (aten.where.self, aten.where.ScalarOther):
-        condition, scored, low = node.args[:3]
+        condition, scored, low = args_of(node)[:3]
         keep = True
     elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        scored, condition, low = node.args[:3]
+        scored, condition, low = args_of(node)[:3]
         keep = False
     else:
         return None
@@ -158,12 +158,12 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
 
 
 def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | None:
-    bias, (query, turned) = None, node.args[:2]
+    bias, (query, turned) = None, args_of(node)[:2]
     scale = 1.0
     if node.target is aten.baddbmm.default:
-        bias, query, turned = node.args[:3]
-        scale = float(node.kwargs.get("alpha", 1.0))
-        beta = node.kwargs.get("beta", 1.0)
+        bias, query, turned = args_of(node)[:3]
+        options: dict[str, Any] = dict(node.kwargs)
+        scale, beta = float(options.get("alpha", 1.0)), options.get("beta", 1.0)
         if beta == 0:
             bias = None
         elif beta != 1:

@@ -1,7 +1,7 @@
 """Write a decomposed RMSNorm as one `rms_norm`.
 
-    %v = mean(pow(%x, 2), [-1], True)                ->     %y = rms_norm(%x, [d], %w, eps)
-    %y = mul(%w, mul(%x, rsqrt(add(%v, eps))))
+%v = mean(pow(%x, 2), [-1], True)                ->     %y = rms_norm(%x, [d], %w, eps)
+%y = mul(%w, mul(%x, rsqrt(add(%v, eps))))
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.shapes import is_tensor, shape_of, value_of
 
@@ -35,11 +35,11 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool:
         return False
     x, epsilon = root
     (last,) = rsqrt.users
-    if last.target is not aten.mul.Tensor or set(last.args) != {x, rsqrt}:
+    if last.target is not aten.mul.Tensor or set(args_of(last)) != {x, rsqrt}:
         return False
     # A model in half precision computes the norm in float32 and casts back; the fused kernel does the same inside.
     if x.target in _CASTS:
-        narrow = x.args[0]
+        narrow = args_of(x)[0]
         assert isinstance(narrow, fx.Node)
         cast = _only_user(last)
         if cast is None or cast.target not in _CASTS or value_of(cast).dtype != value_of(narrow).dtype:
@@ -49,7 +49,7 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool:
     weight = None
     scaled = _only_user(last)
     if scaled is not None and scaled.target is aten.mul.Tensor:
-        other = scaled.args[1] if scaled.args[0] is last else scaled.args[0]
+        other = args_of(scaled)[1] if args_of(scaled)[0] is last else args_of(scaled)[0]
         if isinstance(other, fx.Node) and other in weights and shape_of(other) == (width,):
             same_dtype = value_of(other).dtype == value_of(x).dtype == value_of(scaled).dtype
             weight, last = (other, scaled) if same_dtype else (None, last)
@@ -60,22 +60,22 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool:
 
 def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | None:
     """x and eps of rsqrt(mean(x * x, -1, keepdim) + eps)."""
-    shifted = rsqrt.args[0]
+    shifted = args_of(rsqrt)[0]
     if not isinstance(shifted, fx.Node) or shifted.target is not aten.add.Tensor:
         return None
-    mean, epsilon = shifted.args[:2]
+    mean, epsilon = args_of(shifted)[:2]
     if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim or not isinstance(epsilon, float):
         return None
-    square, dims = mean.args[:2]
+    square, dims = args_of(mean)[:2]
     rank = len(shape_of(mean))
     if [dim % rank for dim in dims] != [rank - 1] or argument(mean, 2, "keepdim", False) is not True:
         return None
-    if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
-        x = square.args[0]
-    elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:
-        x = square.args[0]
-    elif square.target is aten.square.default:
-        x = square.args[0]
+    if (
+        (square.target is aten.pow.Tensor_Scalar and args_of(square)[1] == 2)
+        or (square.target is aten.mul.Tensor and args_of(square)[0] is args_of(square)[1])
+        or square.target is aten.square.default
+    ):
+        x = args_of(square)[0]
     else:
         return None
     return (x, epsilon) if is_tensor(x) else None

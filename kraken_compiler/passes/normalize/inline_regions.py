@@ -1,7 +1,7 @@
 """Inline `with torch.no_grad()` and `with autocast(enabled=False)` regions, which export as calls of a sub-graph.
 
-    %r = wrap_with_set_grad_enabled(False, %submod, %x)     ->     %cos = cos(%x)
-    %cos = getitem(%r, 0)
+%r = wrap_with_set_grad_enabled(False, %submod, %x)     ->     %cos = cos(%x)
+%cos = getitem(%r, 0)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import module_path
+from kraken_compiler.passes.graph_tools import args_of, module_path
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -30,7 +30,7 @@ class InlineRegions(Pass):
         matches = 0
         while regions := [node for node in program.graph.nodes if node.target in (_SET_GRAD, _AUTOCAST)]:
             for region in regions:
-                if region.target is _AUTOCAST and region.args[2]:
+                if region.target is _AUTOCAST and args_of(region)[2]:
                     reason = "it computes under torch.autocast, whose casts are not in the graph"
                     hint = "Cast the model to the dtype it should run in and capture it without autocast."
                     return PassResult(matches, (Rejection(reason, (region.name,), module_path(region), hint),))
@@ -41,23 +41,23 @@ class InlineRegions(Pass):
 
 def _inline(module: fx.GraphModule, region: fx.Node) -> None:
     first_operand = 2 if region.target is _SET_GRAD else 5
-    reference = region.args[first_operand - 1]
+    reference = args_of(region)[first_operand - 1]
     assert isinstance(reference, fx.Node)
     assert isinstance(reference.target, str)
     body = module.get_submodule(reference.target)
     assert isinstance(body, fx.GraphModule)
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
-    values: dict[fx.Node, Any] = dict(zip(placeholders, region.args[first_operand:], strict=True))
+    values: dict[fx.Node, Any] = dict(zip(placeholders, args_of(region)[first_operand:], strict=True))
     with module.graph.inserting_before(region):
         for node in body.graph.nodes:
             if node.op == "get_attr":
                 setattr(module, str(node.target), getattr(body, str(node.target)))
             if node.op in ("call_function", "get_attr"):
                 values[node] = module.graph.node_copy(node, values.__getitem__)
-    outputs = fx.node.map_arg(body.graph.output_node().args[0], values.__getitem__)
+    outputs: Any = fx.node.map_arg(body.graph.output_node().args[0], values.__getitem__)
     for user in list(region.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(outputs[args_of(user)[1]])
         module.graph.erase_node(user)
     module.graph.erase_node(region)
     if not reference.users:

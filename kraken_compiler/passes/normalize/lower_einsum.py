@@ -1,7 +1,7 @@
 """Write a two-operand einsum as a linear (with a weight) or a matmul (of two activations).
 
-    %q = einsum("bsd,hdk->bhsk", [%x, %w])     ->     %y = linear(%x, reshape(permute(%w, h k d), [h*k, d]))
-                                                      %q = permute(reshape(%y, [b, s, h, k]), b h s k)
+%q = einsum("bsd,hdk->bhsk", [%x, %w])     ->     %y = linear(%x, reshape(permute(%w, h k d), [h*k, d]))
+                                                  %q = permute(reshape(%y, [b, s, h, k]), b h s k)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, aten, calls, replace
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, aten, calls, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.shapes import shape_of
 
@@ -27,7 +27,7 @@ class LowerEinsum(Pass):
         weights = weight_derived(program)
         matches = 0
         for node in calls(program.graph, aten.einsum.default):
-            equation, tensors = node.args[0].replace(" ", ""), node.args[1]
+            equation, tensors = args_of(node)[0].replace(" ", ""), args_of(node)[1]
             if len(tensors) != 2 or "->" not in equation or "." in equation:
                 continue
             (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]

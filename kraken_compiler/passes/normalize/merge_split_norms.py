@@ -17,7 +17,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import shape_of
 
 
@@ -30,7 +30,7 @@ class MergeSplitNorms(Pass):
 
 
 def _merge(cat: fx.Node) -> bool:
-    norms: list[Any] = list(cat.args[0])
+    norms: list[Any] = list(args_of(cat)[0])
     dim = int(argument(cat, 1, "dim", 0)) % len(shape_of(cat))
     first = norms[0]
     if first.target not in (aten.layer_norm.default, aten.rms_norm.default) or dim >= len(shape_of(cat)) - 1:
@@ -39,17 +39,19 @@ def _merge(cat: fx.Node) -> bool:
     if source is None or shape_of(source)[dim] != len(norms):
         return False
     for place, norm in enumerate(norms):
-        alike = norm.target is first.target and norm.args[1] == first.args[1] and len(norm.args) == len(first.args)
-        if not alike or _split_source(norm, place, dim) is not source or norm.args[4:] != first.args[4:]:
+        alike = norm.target is first.target and len(norm.args) == len(first.args)
+        if not alike or norm.args[1] != first.args[1] or norm.args[4:] != first.args[4:]:
+            return False
+        if _split_source(norm, place, dim) is not source:
             return False
     graph = cat.graph
     is_layer_norm = first.target is aten.layer_norm.default
     with graph.inserting_before(cat):
-        rest = (None, None, *first.args[4:]) if is_layer_norm else (None, *first.args[3:])
-        merged = graph.call_function(first.target, (source, first.args[1], *rest))
+        rest = (None, None, *args_of(first)[4:]) if is_layer_norm else (None, *args_of(first)[3:])
+        merged = graph.call_function(first.target, (source, args_of(first)[1], *rest))
         for position, combine in ((2, aten.mul.Tensor), (3, aten.add.Tensor)):
             weights = [argument(norm, position, "weight" if position == 2 else "bias") for norm in norms]
-            if position == 3 and not is_layer_norm or any(weight is None for weight in weights):
+            if (position == 3 and not is_layer_norm) or any(weight is None for weight in weights):
                 continue
             stacked = graph.call_function(aten.stack.default, (weights,))
             sizes = [len(norms), *[1] * (len(shape_of(cat)) - dim - 2), shape_of(cat)[-1]]
@@ -60,13 +62,13 @@ def _merge(cat: fx.Node) -> bool:
 
 def _split_source(norm: fx.Node, place: int, dim: int) -> fx.Node | None:
     """The tensor of which `norm` reads slice number `place` along `dim`, if it does."""
-    item = norm.args[0]
-    if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != place:
+    item = args_of(norm)[0]
+    if not isinstance(item, fx.Node) or item.target is not operator.getitem or args_of(item)[1] != place:
         return None
-    split = item.args[0]
+    split = args_of(item)[0]
     assert isinstance(split, fx.Node)
-    if split.target is not aten.split.Tensor or split.args[1] != 1:
+    if split.target is not aten.split.Tensor or args_of(split)[1] != 1:
         return None
-    source = split.args[0]
+    source = args_of(split)[0]
     assert isinstance(source, fx.Node)
     return source if int(argument(split, 2, "dim", 0)) % len(shape_of(source)) == dim else None

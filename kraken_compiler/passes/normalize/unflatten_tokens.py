@@ -17,7 +17,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, aten
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, aten
 from kraken_compiler.passes.shapes import is_tensor, same_shape, same_size, shape_of
 
 _LAST_DIM = (LINEAR, aten.layer_norm.default, aten.rms_norm.default)
@@ -34,7 +34,7 @@ class UnflattenTokens(Pass):
             if node.op != "call_function" or not is_tensor(node):
                 continue
             if node.target is aten.reshape.default:
-                source = node.args[0]
+                source = args_of(node)[0]
                 if source in twins and same_shape(node, twins[source]):
                     node.replace_all_uses_with(twins[source])
                     program.graph.erase_node(node)
@@ -62,7 +62,7 @@ def _is_per_token(node: fx.Node, twins: dict[fx.Node, fx.Node]) -> bool:
             return False
     rest = [operand for operand in operands if operand not in twins]
     if node.target in _LAST_DIM:
-        return node.args[0] in twins and len(flat) == 1
+        return args_of(node)[0] in twins and len(flat) == 1
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags and all(len(shape_of(operand)) <= 1 for operand in rest)
 

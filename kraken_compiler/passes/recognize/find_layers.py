@@ -11,8 +11,9 @@ scaled_dot_product_attention in it is an attention branch, any other an FFN bran
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import networkx as nx
 from torch import fx
@@ -27,6 +28,7 @@ from kraken_compiler.passes.graph_tools import (
     LINEAR,
     NORMS,
     ancestors,
+    args_of,
     aten,
     descendants,
     in_order,
@@ -115,7 +117,7 @@ def _embeddings(program: Program) -> list[fx.Node]:
     lookups = [
         node
         for node in program.graph.nodes
-        if node.target is aten.embedding.default and node.args[1] in by_value and value_of(node).is_floating_point()
+        if node.target is aten.embedding.default and args_of(node)[1] in by_value and value_of(node).is_floating_point()
     ]
     return lookups or [node for node in inputs if value_of(node).is_floating_point()]
 
@@ -127,7 +129,7 @@ def _dominator_chain(roots: list[fx.Node], hidden: set[fx.Node], output: fx.Node
     flow.add_edges_from((node, user) for node in hidden for user in node.users)
     dominator = nx.immediate_dominators(flow, "start")
     chain: list[fx.Node] = []
-    node = output
+    node: Any = output
     while node != "start":
         chain.append(node)
         node = dominator[node]
@@ -136,7 +138,7 @@ def _dominator_chain(roots: list[fx.Node], hidden: set[fx.Node], output: fx.Node
 
 def _find_joins(chain: list[fx.Node], hidden: set[fx.Node]) -> list[_Join]:
     joins = []
-    for before, after in zip(chain, chain[1:]):
+    for before, after in itertools.pairwise(chain):
         terms = _terms(after, before, hidden)
         if terms.count(before) != 1 or len(terms) < 2 or any(term not in hidden for term in terms):
             continue
@@ -152,7 +154,7 @@ def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return [node]
     terms: list[fx.Node] = []
-    for operand in node.args[:2]:
+    for operand in args_of(node)[:2]:
         if not isinstance(operand, fx.Node):
             return [node]
         nested = operand is not stream and operand in hidden and len(operand.users) == 1
@@ -160,11 +162,9 @@ def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node
     return terms
 
 
-def _check_stream(
-    chain: list[fx.Node], joins: list[_Join], hidden: set[fx.Node], graph: fx.Graph
-) -> Rejection | None:
+def _check_stream(chain: list[fx.Node], joins: list[_Join], hidden: set[fx.Node], graph: fx.Graph) -> Rejection | None:
     """Everything between the first and the last join must be joins, and all attention must be inside them."""
-    for left, right in zip(joins, joins[1:]):
+    for left, right in itertools.pairwise(joins):
         if left.after is not right.before:
             between = chain[chain.index(left.after) + 1 : chain.index(right.before) + 1]
             norm = next((node for node in between if node.target in NORMS), None)
@@ -216,7 +216,7 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
                     nodes=tuple(node.name for node in nodes),
                     heads=heads,
                     kv_heads=found.kv_heads(attentions[0], program) if attentions else 0,
-                    columns=int(shape_of(found.output.args[0])[-1]),
+                    columns=int(shape_of(args_of(found.output)[0])[-1]),
                 )
             )
         points.append((len(branches), join.after.name))
@@ -231,7 +231,9 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
     )
 
 
-_ATTENTION_HINT = "Attention must be a scaled_dot_product_attention or softmax(q k^T + mask) v over [batch, heads, ...]."
+_ATTENTION_HINT = (
+    "Attention must be a scaled_dot_product_attention or softmax(q k^T + mask) v over [batch, heads, ...]."
+)
 
 
 def _heads(attention: fx.Node) -> int:

@@ -9,7 +9,7 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import ATTENTION, LINEAR, NORMS, ancestors, aten, module_path
+from kraken_compiler.passes.graph_tools import ATTENTION, LINEAR, NORMS, ancestors, args_of, aten, module_path
 from kraken_compiler.passes.probing import Region
 
 _LINEAR_OPS = frozenset(
@@ -44,7 +44,7 @@ class Projections:
 
     def kv_heads(self, attention: fx.Node, program: Program) -> int:
         """How many different key heads reach `attention`: repeated ones hold equal values, so they are counted once."""
-        key = attention.args[1]
+        key = args_of(attention)[1]
         assert isinstance(key, fx.Node)
         nodes = ancestors(key, set(self.inputs))
         inside = [node for node in self.region if node in nodes]
@@ -74,7 +74,7 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
     output = _output_projection(term, inside, weights)
     if isinstance(output, Rejection):
         return output
-    source = output.args[0]
+    source = args_of(output)[0]
     assert isinstance(source, fx.Node)
     linears = {node for node in nodes if node.target is LINEAR and node is not output}
     attentions = [node for node in nodes if node.target is ATTENTION]
@@ -103,13 +103,13 @@ def _output_projection(term: fx.Node, inside: set[fx.Node], weights: set[fx.Node
     Only then is the output a sum of the lanes' parts.
     """
     node = term
-    while node.target is not LINEAR or node.args[1] not in weights:
+    while node.target is not LINEAR or args_of(node)[1] not in weights:
         operands = [operand for operand in node.all_input_nodes if operand in inside]
-        commutes = node.target is aten.mul.Tensor or (operands and node.args[0] is operands[0])
+        commutes = node.target is aten.mul.Tensor or (operands and args_of(node)[0] is operands[0])
         if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes:
             return Rejection(_why_not_linear(node), (node.name,), module_path(node), _HINT)
         node = operands[0]
-    if node.args[0] not in inside:
+    if args_of(node)[0] not in inside:
         reason = "the branch is a single projection of the stream, with nothing to split between lanes"
         return Rejection(reason, (node.name,), module_path(node))
     return node

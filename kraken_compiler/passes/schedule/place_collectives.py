@@ -1,8 +1,8 @@
 """Start every reduce right after its operand, await it right before its first use, and record what lies between.
 
-    %h = kraken.all_reduce_start(%u)
-    ...                                  <- the window: compute that hides the reduce
-    %y = kraken.wait(%h)
+%h = kraken.all_reduce_start(%u)
+...                                  <- the window: compute that hides the reduce
+%y = kraken.wait(%h)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTION, GEMMS
+from kraken_compiler.passes.graph_tools import ATTENTION, GEMMS, args_of
 
 _START = torch.ops.kraken.all_reduce_start.default
 _WAIT = torch.ops.kraken.wait.default
@@ -35,7 +35,7 @@ class PlaceCollectives(Pass):
         moved = 0
         for node in list(program.graph.nodes):
             if node.target is _START:
-                operand = node.args[0]
+                operand = args_of(node)[0]
                 moved += operand.next is not node
                 operand.append(node)
             elif node.target is _WAIT:

@@ -11,9 +11,7 @@ def valid_degrees(layers: LayerTable) -> tuple[int, ...]:
     KV heads are split too, or replicated when the degree exceeds them, so one count must divide the other.
     """
     most = max((branch.heads for branch in layers.branches), default=1)
-    return tuple(
-        degree for degree in range(1, most + 1) if all(_divides(degree, branch) for branch in layers.branches)
-    )
+    return tuple(degree for degree in range(1, most + 1) if all(_divides(degree, branch) for branch in layers.branches))
 
 
 def smallest_degree(layers: LayerTable) -> int:

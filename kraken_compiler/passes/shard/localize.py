@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import IndexSet, size, to_indices
 from kraken_compiler.ir.shards import Kept, KeptDim
-from kraken_compiler.passes.graph_tools import argument, aten, module_path
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, module_path
 
 _SIZED = frozenset({aten.reshape.default, aten.expand.default})
+_REPEATS = frozenset({aten.repeat_interleave.self_int, aten.repeat.default})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
 
@@ -31,38 +33,33 @@ def localize(
         Constants that must take new values for this node (positions that moved), or a rejection.
     """
     out = kept.get(node.name)
-    operand = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    operand = args_of(node)[0] if args_of(node) and isinstance(args_of(node)[0], fx.Node) else None
     into = kept.get(operand.name) if operand is not None else None
     if node.target in _SIZED and out is not None:
         return _resize(node, out)
+    if node.target in _REPEATS and (out is not None or into is not None):
+        return _repeat(node, shapes, into, out)
     if operand is None or into is None:
         return {}
     before = shapes[operand.name]
     if node.target is aten.unflatten.int and out is not None:
-        dim = int(node.args[1]) % len(before)
+        dim = int(args_of(node)[1]) % len(before)
         local = [size(entry[0]) if entry else None for entry in out[dim:]]
-        sizes = [new if new is not None else old for old, new in zip(node.args[2], local)]
+        sizes = [new if new is not None else old for old, new in zip(args_of(node)[2], local)]
         node.args = (operand, dim, sizes)
         return {}
     if node.target is aten.slice.Tensor:
         dim = int(argument(node, 1, "dim", 0)) % len(before)
         return _slice(node, dim, before[dim], into[dim])
     if node.target is aten.select.int:
-        dim = int(node.args[1]) % len(before)
-        rank = _rank(into[dim], int(node.args[2]) % int(before[dim])) if into[dim] else int(node.args[2])
+        dim = int(args_of(node)[1]) % len(before)
+        rank = _rank(into[dim], int(args_of(node)[2]) % int(before[dim])) if into[dim] else int(args_of(node)[2])
         if rank is None:
             return _moved(node)
         node.args = (operand, dim, rank)
         return {}
     if node.target in _SPLITS:
         return _split(node, operand, before, into)
-    if node.target is aten.repeat_interleave.self_int:
-        dim = int(argument(node, 2, "dim")) % len(before)
-        if into[dim] is not None or (out is not None and out[dim] is not None):
-            have = size(into[dim][0]) if into[dim] else int(before[dim])
-            want = size(out[dim][0]) if out is not None and out[dim] else int(shapes[node.name][dim])
-            node.args = (operand, want // have, dim)
-        return {}
     if node.target is aten.index.Tensor:
         return _index(node, before, into, known)
     return {}
@@ -82,7 +79,31 @@ def _resize(node: fx.Node, out: Kept) -> Rejection | dict[fx.Node, Tensor]:
             reason = "a split dimension has a size that is computed, not a number"
             return Rejection(reason, (node.name,), module_path(node))
         sizes[dim] = size(lanes[0])
-    node.args = (node.args[0], sizes)
+    node.args = (args_of(node)[0], sizes)
+    return {}
+
+
+def _repeat(
+    node: fx.Node, shapes: dict[str, tuple[Any, ...]], into: Kept | None, out: Kept | None
+) -> dict[fx.Node, Tensor]:
+    """Repeat a lane's heads as often as it needs them."""
+    before, after = shapes[args_of(node)[0].name], shapes[node.name]
+
+    def local(sets: Kept | None, dim: int, whole: tuple[Any, ...]) -> Any:
+        lanes = sets[dim] if sets is not None else None
+        return size(lanes[0]) if lanes is not None else whole[dim]
+
+    if node.target is aten.repeat_interleave.self_int:
+        dim = int(argument(node, 2, "dim")) % len(before)
+        if isinstance(before[dim], int):
+            node.args = (args_of(node)[0], local(out, dim, after) // local(into, dim, before), dim)
+        return {}
+    repeats = list(args_of(node)[1])
+    offset = len(after) - len(before)
+    for dim, lanes in enumerate(out or ()):
+        if lanes is not None:
+            repeats[dim] = size(lanes[0]) // (local(into, dim - offset, before) if dim >= offset else 1)
+    node.args = (args_of(node)[0], repeats)
     return {}
 
 
@@ -105,10 +126,10 @@ def _slice(node: fx.Node, dim: int, before: Any, lanes: KeptDim) -> Rejection | 
     chosen = set(range(*slice(start, stop, step).indices(int(before))))
     local = {tuple(_places(kept, chosen)) for kept in lanes}
     places = local.pop() if len(local) == 1 else ()
-    strides = {later - earlier for earlier, later in zip(places, places[1:])} or {1}
+    strides = {later - earlier for earlier, later in itertools.pairwise(places)} or {1}
     if not places or len(strides) > 1:
         return _moved(node)
-    node.args = (node.args[0], dim, places[0], places[-1] + 1, strides.pop())
+    node.args = (args_of(node)[0], dim, places[0], places[-1] + 1, strides.pop())
     node.kwargs = {}
     return {}
 
@@ -125,16 +146,16 @@ def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept)
         return {}
     total = int(before[dim])
     if node.target is aten.split_with_sizes.default:
-        sizes = [int(length) for length in node.args[1]]
+        sizes = [int(length) for length in args_of(node)[1]]
     elif node.target is aten.chunk.default:
-        length = -(-total // int(node.args[1]))
+        length = -(-total // int(args_of(node)[1]))
         sizes = [min(length, total - start) for start in range(0, total, length)]
     else:
-        length = int(node.args[1])
+        length = int(args_of(node)[1])
         sizes = [min(length, total - start) for start in range(0, total, length)]
     bounds = [sum(sizes[:position]) for position in range(len(sizes) + 1)]
     local = {
-        tuple(sum(start <= index < stop for index in to_indices(kept)) for start, stop in zip(bounds, bounds[1:]))
+        tuple(sum(start <= index < stop for index in to_indices(kept)) for start, stop in itertools.pairwise(bounds))
         for kept in lanes
     }
     if len(local) > 1:
@@ -150,7 +171,7 @@ def _index(
 ) -> Rejection | dict[fx.Node, Tensor]:
     """x[..., positions]: the positions move to where the lane holds those elements."""
     constants: dict[fx.Node, Tensor] = {}
-    for dim, positions in enumerate(node.args[1]):
+    for dim, positions in enumerate(args_of(node)[1]):
         lanes = into[dim]
         if positions is None or lanes is None:
             continue
@@ -162,4 +183,3 @@ def _index(
             return _moved(node)
         constants[positions] = torch.tensor(places, dtype=values.dtype).reshape(values.shape)
     return constants
-

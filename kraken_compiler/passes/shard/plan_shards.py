@@ -1,4 +1,4 @@
-"""Plan the split of every branch over the lanes. An analysis: one probe per distinct structure, reused for its twins."""
+"""Plan the split of every branch over the lanes. An analysis: one probe a structure, reused for its twins."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import args_of
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections, known_constants
 from kraken_compiler.passes.shard.degrees import valid_degrees
@@ -76,8 +77,8 @@ def _structure(
         describe(leaf)
     for node in projections.region:
         named = tuple((name, describe(argument)) for name, argument in sorted(node.kwargs.items()))
-        key.append((str(node.target), describe(node.args), named, describe(node)))
-    describe(projections.output.args[0])
+        key.append((str(node.target), describe(args_of(node)), named, describe(node)))
+    describe(args_of(projections.output)[0])
     describe(projections.output)
     return [node.name for node in numbers], tuple(key)
 

@@ -18,7 +18,7 @@ from kraken_compiler.ir.index_set import IndexSet, from_indices
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
-from kraken_compiler.passes.graph_tools import ATTENTION, argument, module_path
+from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
 
@@ -36,7 +36,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     leaves = [*projections.inputs, *([attention] if attention else [])]
     region = Region(projections.region, leaves, known_constants(program))
     values = region.run(gradients=True)
-    source = projections.output.args[0]
+    source = args_of(projections.output)[0]
     assert isinstance(source, fx.Node)
     if attention is None:
         groups = _blocks(branch.columns, degree)
@@ -95,10 +95,12 @@ def _reached(region: Region, attention: fx.Node, heads: list[int], source: fx.No
     return torch.nonzero(change.flatten(0, -2).any(0)).flatten().tolist()
 
 
-def _attention_operands(attention: fx.Node, values: dict[fx.Node, Tensor], heads: list[int], count: int) -> list[Tensor]:
+def _attention_operands(
+    attention: fx.Node, values: dict[fx.Node, Tensor], heads: list[int], count: int
+) -> list[Tensor]:
     """The parts of query, key, value and mask that `heads` need."""
     parts = []
-    for operand in (*attention.args[:3], argument(attention, 3, "attn_mask")):
+    for operand in (*args_of(attention)[:3], argument(attention, 3, "attn_mask")):
         if not isinstance(operand, fx.Node):
             continue
         tensor = values[operand]

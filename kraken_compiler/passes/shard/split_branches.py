@@ -21,7 +21,7 @@ from kraken_compiler.ir.index_set import to_indices
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import argument, module_path
+from kraken_compiler.passes.graph_tools import args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
@@ -90,10 +90,10 @@ def _split(
             if operand.name not in inside and operand.name in plan.kept:
                 _use(node, operand, splitter.part(operand, plan.kept[operand.name]), check)
     output = nodes[plan.output]
-    weight, bias = output.args[1], argument(output, 2, "bias")
+    weight, bias = args_of(output)[1], argument(output, 2, "bias")
     assert isinstance(weight, fx.Node)
     kept = weight_kept(2, 1, plan.columns, int(shapes[weight.name][1]))
-    parts = [output.args[0], splitter.part(weight, kept)]
+    parts = [args_of(output)[0], splitter.part(weight, kept)]
     if bias is not None:
         # Every lane adds its N-th, so that the sum over lanes adds the bias once.
         parts.append(splitter.part(bias, (None,), scale=1.0 / degree))
@@ -107,8 +107,8 @@ def _split_input(
     lanes = kept[-1] if kept else None
     if lanes is None:
         return
-    weight, bias = node.args[1], argument(node, 2, "bias")
-    parts = [node.args[0], splitter.part(weight, (lanes, None))]
+    weight, bias = args_of(node)[1], argument(node, 2, "bias")
+    parts = [args_of(node)[0], splitter.part(weight, (lanes, None))]
     if bias is not None:
         parts.append(splitter.part(bias, (lanes,)))
     node.args, node.kwargs = tuple(parts), {}
@@ -156,7 +156,7 @@ class _Check:
         self._program = program
         whole = Region(region, leaves, known_constants(program), seed=1)
         self._inputs = whole.inputs
-        self._whole = whole.run()[output.args[0]]
+        self._whole = whole.run()[args_of(output)[0]]
 
     def run(self) -> Rejection | None:
         for lane in range(self._program.degree):
@@ -167,7 +167,7 @@ class _Check:
                 if source is not node and source.name not in self.plan.kept:
                     continue
                 values[node] = self._cut(self._inputs[source], source.name, lane)
-            part = local.run(values)[self.output.args[0]]
+            part = local.run(values)[args_of(self.output)[0]]
             want = self._whole[..., to_indices(self.plan.columns[lane])]
             if not torch.allclose(part, want, rtol=1e-9, atol=1e-9):
                 reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
@@ -191,4 +191,3 @@ def sort_weights(program: Program) -> None:
             else:
                 program.graph.erase_node(node)
     program.weights = table
-

@@ -1,8 +1,8 @@
 """Split the vocabulary projection by rows; an all-gather puts the logits together.
 
-    %l = linear(%n, %w)     [b, s, 97]               ->     %p = linear(%n, %w_lane)            [b, s, 25]
-                                                            %g = kraken.all_gather(%p, -1, 4)   [b, s, 100]
-                                                            %l = slice(%g, -1, 0, 97)
+%l = linear(%n, %w)     [b, s, 97]               ->     %p = linear(%n, %w_lane)            [b, s, 25]
+                                                        %g = kraken.all_gather(%p, -1, 4)   [b, s, 100]
+                                                        %l = slice(%g, -1, 0, 97)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.index_set import IndexSet
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, argument, aten, replace
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten, replace
 from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
@@ -46,13 +46,11 @@ class SplitHead(Pass):
         size = -(-rows // degree)
         if size < self.smallest or (degree - 1) * size >= rows:
             return PassResult()
-        lanes: tuple[IndexSet, ...] = tuple(
-            ((lane * size, min((lane + 1) * size, rows)),) for lane in range(degree)
-        )
+        lanes: tuple[IndexSet, ...] = tuple(((lane * size, min((lane + 1) * size, rows)),) for lane in range(degree))
         splitter = WeightSplitter(program, original_shapes(program))
-        weight, bias = head.args[1], argument(head, 2, "bias")
+        weight, bias = args_of(head)[1], argument(head, 2, "bias")
         assert isinstance(weight, fx.Node)
-        parts = [head.args[0], splitter.part(weight, (lanes, None))]
+        parts = [args_of(head)[0], splitter.part(weight, (lanes, None))]
         if bias is not None:
             parts.append(splitter.part(bias, (lanes,)))
         graph = program.graph

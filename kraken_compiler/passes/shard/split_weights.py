@@ -14,7 +14,7 @@ from kraken_compiler.ir.index_set import IndexSet, from_indices, size, to_indice
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
-from kraken_compiler.passes.graph_tools import aten
+from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.shapes import fake_mode_of, shape_of
 
 
@@ -54,12 +54,12 @@ class WeightSplitter:
             return self._weight(node, kept, scale)
         if node.target is aten.permute.default:
             inner: list[KeptDim] = [None] * len(kept)
-            for dim, source in enumerate(node.args[1]):
+            for dim, source in enumerate(args_of(node)[1]):
                 inner[source] = kept[dim]
-            part = self.part(node.args[0], tuple(inner), scale)
-            return self._insert(aten.permute.default, (part, node.args[1]))
+            part = self.part(args_of(node)[0], tuple(inner), scale)
+            return self._insert(aten.permute.default, (part, args_of(node)[1]))
         if node.target is aten.reshape.default and (inner_kept := self._before_reshape(node, kept)) is not None:
-            part = self.part(node.args[0], inner_kept, scale)
+            part = self.part(args_of(node)[0], inner_kept, scale)
             sizes = [size(lanes[0]) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
             return self._insert(aten.reshape.default, (part, sizes))
         part = node
@@ -116,7 +116,7 @@ class WeightSplitter:
 
     def _before_reshape(self, node: fx.Node, kept: Kept) -> Kept | None:
         """Kept sets of a reshape's operand, group of dims by group of dims; None if they are no product."""
-        operand = node.args[0]
+        operand = args_of(node)[0]
         before, after = self.shapes[operand.name], self.shapes[node.name]
         if not all(isinstance(length, int) for length in (*before, *after)):
             return None
@@ -141,7 +141,8 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     groups = []
     left = right = 0
     while left < len(before) or right < len(after):
-        source, target = [], []
+        source: list[int] = []
+        target: list[int] = []
         product_before = product_after = 1
         while not source or not target or product_before != product_after:
             if not target or (product_before >= product_after and source and right < len(after)):
@@ -186,7 +187,4 @@ def weight_kept(rank: int, dim: int, lanes: tuple[IndexSet, ...], whole: int) ->
 
 def original_shapes(program: Program) -> dict[str, tuple[Any, ...]]:
     """Shapes of all tensors, by node name."""
-    return {
-        node.name: shape_of(node) for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)
-    }
-
+    return {node.name: shape_of(node) for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
