@@ -19,17 +19,21 @@ from kraken_compiler.ir import ops
 SCHEMA_MAJOR = 8
 
 _OP = re.compile(r"torch\.ops\.(aten|prims|kraken)\.([A-Za-z_0-9]+)\.([A-Za-z_0-9]+)")
-_SCALAR_OPS: dict[str, Callable[..., Any]] = {
-    f"_operator.{name}": getattr(operator, name)
-    for name in (
-        *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "lshift", "rshift"),
-    )
-} | {
-    f"torch.{name}": getattr(torch, name)
-    for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt")
-    if hasattr(torch, name)
-} | {"math.trunc": math.trunc}
+_SCALAR_OPS: dict[str, Callable[..., Any]] = (
+    {
+        f"_operator.{name}": getattr(operator, name)
+        for name in (
+            *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos"),
+            *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "lshift", "rshift"),
+        )
+    }
+    | {
+        f"torch.{name}": getattr(torch, name)
+        for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt")
+        if hasattr(torch, name)
+    }
+    | {"math.trunc": math.trunc}
+)
 
 _DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -86,13 +90,12 @@ class _Reader:
             else:
                 args.append(value)
         outputs = [_output_names(output) for output in entry["outputs"]]
-        if len(outputs) == 1 and isinstance(outputs[0], str):
-            name = outputs[0]
-            self.nodes[name] = self.graph.create_node("call_function", target, tuple(args), kwargs, name)
+        first = outputs[0] if len(outputs) == 1 else outputs
+        if isinstance(first, str):
+            self.nodes[first] = self.graph.create_node("call_function", target, tuple(args), kwargs, first)
             return
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, entry.get("name"))
-        elements = outputs[0] if len(outputs) == 1 else outputs
-        for position, name in enumerate(elements):
+        for position, name in enumerate(first or ()):
             if isinstance(name, str):
                 self.nodes[name] = self.graph.create_node(
                     "call_function", operator.getitem, (node, position), name=name
@@ -127,8 +130,10 @@ class _Reader:
         if kind == "as_layout":
             return _LAYOUTS[value]
         if kind == "as_device":
-            return torch.device(value["type"], value["index"]) if value["index"] is not None else torch.device(
-                value["type"]
+            return (
+                torch.device(value["type"], value["index"])
+                if value["index"] is not None
+                else torch.device(value["type"])
             )
         raise UnknownGraphError(f"an argument of kind '{kind}'")
 

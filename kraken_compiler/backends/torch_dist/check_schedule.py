@@ -47,7 +47,9 @@ def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tupl
     for index, start in enumerate(launched):
         waits = [user for user in start.users if user.target in wait_targets]
         if not waits or len(waits) != len(start.users):
-            raise VerificationError(f"the handle of reduce {index} (node {start.name}) must go to its wait and only there")
+            raise VerificationError(
+                f"the handle of reduce {index} (node {start.name}) must go to its wait and only there"
+            )
         wait = min(waits, key=position.__getitem__)
         between = tuple(node.name for node in gemms if position[start] < position[node] < position[wait])
         promised = plan.reduces[index].window if plan is not None else ()
@@ -82,4 +84,4 @@ def _collective_targets() -> tuple[frozenset[object], frozenset[object]]:
 
 
 def _is_gemm(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in _GEMM_PACKETS
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _GEMM_PACKETS

@@ -21,7 +21,9 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 
 _GRAPH_ENTRY = "models/model.json"
-_SMALL_ENTRIES = frozenset({"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"})
+_SMALL_ENTRIES = frozenset(
+    {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
+)
 _EMPTY_ENTRIES = frozenset({"data/sample_inputs/model.pt"})
 _CONFIG_ENTRIES = frozenset({"data/weights/model_weights_config.json", "data/constants/model_constants_config.json"})
 

@@ -175,7 +175,7 @@ class RankProgram(nn.Module):
         return outputs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
         if tensor is not None:
             retarget(self.graph, tensor.device)
@@ -211,7 +211,7 @@ def with_real_collectives(module: fx.GraphModule, group_name: str, degree: int) 
                 gathering = graph.call_function(real.all_gather_into_tensor.default, (whole, degree, group_name))
                 gathered = graph.call_function(real.wait_tensor.default, (gathering,))
                 # Ranks are gathered along the first dim, whatever dim the lanes' parts belong to.
-                parts = graph.call_function(torch.chunk, (gathered, degree))
+                parts = graph.call_function(aten.chunk.default, (gathered, degree))
                 new = graph.call_function(aten.cat.default, (parts, dim))
             else:
                 continue

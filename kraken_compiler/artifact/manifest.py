@@ -1,0 +1,96 @@
+"""What `manifest.json` says. Unknown keys are errors: a manifest that is not understood is not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.program import CallSpec, InputSpec
+from kraken_compiler.ir.schedule import FormPlan, Window
+from kraken_compiler.ir.weight_table import WeightSpec
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+
+def _inside(name: str) -> str:
+    """Accept a plain relative path only: whatever a manifest says, nothing outside its directory is opened."""
+    path = PurePosixPath(name)
+    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts and name != "."
+    if not plain or "\\" in name or "\0" in name or ":" in name:
+        raise ValueError(f"'{name}' is not a path inside the artifact")
+    return name
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file as it was written."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Source(_Record):
+    """Where the model came from.
+
+    Attributes:
+        kind: E.g. "huggingface", "gguf", "export", "pickle", "module".
+        name: Last part of the path, or the class name; never a full path, which would tell about the user's machine.
+        sha256: Hash of the source files, "" for a module in memory.
+        model_class: The source model's class.
+    """
+
+    kind: str
+    name: str
+    sha256: str = ""
+    model_class: str = ""
+
+
+class Manifest(_Record):
+    """Everything about an artifact but the numbers.
+
+    Attributes:
+        format_version: Version of this layout.
+        kraken_compiler, torch: Versions that wrote it.
+        source: Where the model came from.
+        degree: Number of lanes.
+        forms: Form of every layer.
+        dtype: The dtype most parameters have.
+        inputs, call: How the program is called.
+        weights: The weight table, in the order of the graph's placeholders.
+        layers, plan, windows: What the passes found; windows are those of the emitted program.
+        backends: Names of the backends that wrote a program.
+        has_tokenizer: True if there is a tokenizer directory.
+        files: Every file but the manifest, by path inside the artifact.
+    """
+
+    format_version: int
+    kraken_compiler: str
+    torch: str
+    source: Source
+    degree: Annotated[int, Field(ge=1)]
+    forms: tuple[str, ...]
+    dtype: str
+    inputs: tuple[InputSpec, ...]
+    call: CallSpec
+    weights: tuple[WeightSpec, ...]
+    layers: LayerTable | None
+    plan: FormPlan | None
+    windows: tuple[Window, ...]
+    backends: tuple[str, ...]
+    has_tokenizer: bool
+    files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]
+
+    @property
+    def weight_table(self) -> dict[str, WeightSpec]:
+        """The weight table by placeholder name."""
+        return {spec.name: spec for spec in self.weights}
