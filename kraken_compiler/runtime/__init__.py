@@ -1,0 +1,1 @@
+"""Running compiled models: starting ranks, watching them, generating text."""

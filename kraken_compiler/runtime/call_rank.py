@@ -1,0 +1,26 @@
+"""What every rank of `run_ranks` runs: `python -m kraken_compiler.runtime.call_rank MODULE:FUNCTION DIRECTORY`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from kraken_compiler.runtime.session import rank_session
+
+
+def main() -> None:
+    """Call the function as this rank; arguments and result are JSON files in the directory."""
+    function_path, name = sys.argv[1:]
+    directory = Path(name)
+    with rank_session() as session:
+        module, _, function = function_path.partition(":")
+        payload = json.loads((directory / "payload.json").read_text())
+        session.status.progress(f"running {function_path}")
+        result = getattr(importlib.import_module(module), function)(payload, session)
+        (directory / f"result-{session.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Runs functions and compiled programs on real ranks and brings the results back, for verification and tests."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.launch import launch
+from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session
+
+
+def run_ranks(
+    function_path: str,
+    degree: int,
+    payload: Mapping[str, Any] | None = None,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> list[Any]:
+    """Call a function on `degree` local ranks that form a process group.
+
+    Args:
+        function_path: "package.module:function"; called as `function(payload, session)` on every rank.
+        degree: Number of ranks.
+        payload: JSON; large data goes through files that it names.
+        timeout: Seconds without progress (`session.status.progress`) after which a rank counts as hanging.
+
+    Returns:
+        What each rank returned (JSON), rank 0 first.
+
+    Raises:
+        RankFailedError: A rank died or hung; its own traceback comes first.
+        InputFileError, UsageError: A rank raised one.
+    """
+    with tempfile.TemporaryDirectory(prefix="kraken-ranks-") as name:
+        directory = Path(name)
+        (directory / "payload.json").write_text(json.dumps(payload or {}))
+        launch(
+            degree,
+            [function_path, name],
+            module="kraken_compiler.runtime.call_rank",
+            timeout=timeout,
+            show_output=False,
+        )
+        return [json.loads((directory / f"result-{rank}.json").read_text()) for rank in range(degree)]
+
+
+def execute_on_ranks(
+    artifact_directory: Path | str,
+    inputs: Sequence[Mapping[str, Tensor]],
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> list[list[tuple[Tensor, ...]]]:
+    """Run an artifact's real programs, one process per lane, on given inputs.
+
+    Starting ranks takes seconds, so give all input sets at once.
+
+    Args:
+        artifact_directory: The artifact.
+        inputs: Input sets; each maps the names of the manifest's inputs to tensors.
+        timeout: Seconds without progress after which a rank counts as hanging.
+
+    Returns:
+        `result[rank][set]` is the tuple of the graph's outputs.
+
+    Raises:
+        UsageError: An input set lacks an input.
+        RankFailedError: A rank died or hung; its own traceback comes first.
+        InputFileError: A file of the artifact is missing, truncated or tampered with.
+    """
+    artifact = open_artifact(artifact_directory, verify=False)
+    names = [spec.name for spec in artifact.manifest.inputs]
+    for given in inputs:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UsageError(f"the program needs the inputs {', '.join(names)}; missing: {', '.join(missing)}")
+    degree = artifact.manifest.degree
+    with tempfile.TemporaryDirectory(prefix="kraken-execute-") as exchange:
+        directory = Path(exchange)
+        flat = {f"{index}.{name}": given[name] for index, given in enumerate(inputs) for name in names}
+        save_file({key: tensor.contiguous().clone() for key, tensor in flat.items()}, directory / "in.safetensors")
+        payload = {
+            "artifact": str(Path(artifact_directory).absolute()),
+            "exchange": exchange,
+            "names": names,
+            "sets": len(inputs),
+        }
+        counts = run_ranks(f"{__name__}:_execute", degree, payload, timeout=timeout)
+        results = []
+        for rank, count in enumerate(counts):
+            tensors = load_file(directory / f"out-{rank}.safetensors")
+            results.append(
+                [tuple(tensors[f"{index}.{output}"] for output in range(count)) for index in range(len(inputs))]
+            )
+        return results
+
+
+def _execute(payload: Mapping[str, Any], session: Session) -> int:
+    """One rank's part of `execute_on_ranks`; returns the number of outputs."""
+    directory = Path(payload["exchange"])
+    program = RankProgram.load(open_artifact(payload["artifact"], verify=False), device=session.device)
+    session.status.progress("executing")
+    tensors = load_file(directory / "in.safetensors", device=str(session.device))
+    results: dict[str, Tensor] = {}
+    count = 0
+    with torch.inference_mode():
+        for index in range(payload["sets"]):
+            outputs = program.run_flat([tensors[f"{index}.{name}"] for name in payload["names"]])
+            count = len(outputs)
+            for position, output in enumerate(outputs):
+                results[f"{index}.{position}"] = output.contiguous().clone().cpu()
+            session.status.progress("executing")
+    save_file(results, directory / f"out-{session.rank}.safetensors")
+    return count

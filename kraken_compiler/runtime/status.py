@@ -1,0 +1,173 @@
+"""What a rank tells its launcher: that it lives, how far it is, and how it failed.
+
+Ranks write small files into a directory that the launcher made. Files outlive their writer, which is what is needed
+of the reports of processes that die.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
+"""Environment variable: where a local launcher wants the reports; unset under plain torchrun."""
+RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
+"""Environment variable: seconds without progress after which a run is given up."""
+
+_BEAT_SECONDS = 0.5
+_PEER_SIGNS = (
+    *("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket timeout"),
+    *("timed out waiting", "recvvalue failed", "sendbytes failed", "failed to recv", "remote process exited"),
+    *("nccl communicator was aborted", "watchdog caught collective", "application timeout caused pair closure"),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank failed.
+
+    Attributes:
+        rank: Which one.
+        time: Seconds since the epoch.
+        summary: Type and message of the exception.
+        traceback: The whole traceback.
+        of_peer: True if the exception says only that another rank went away.
+    """
+
+    rank: int
+    time: float
+    summary: str
+    traceback: str
+    of_peer: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's latest sign of life.
+
+    Attributes:
+        pid: Its process.
+        alive: When it wrote this, seconds since the epoch.
+        progress: When its main thread last got something done.
+        stage: What it said it is doing.
+        done: True once it has nothing left to do but exit.
+    """
+
+    pid: int
+    alive: float
+    progress: float
+    stage: str
+    done: bool = False
+
+
+class StatusWriter:
+    """A rank's side. Without a run directory it does nothing."""
+
+    def __init__(self, rank: int, directory: Path | None) -> None:
+        self._rank = rank
+        self._directory = directory
+        self._parent = os.getppid()
+        self._stage = "starting"
+        self._done = False
+        self._progress = time.time()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_environment(cls, rank: int) -> StatusWriter:
+        """Report to the launcher that started this process, if one did."""
+        directory = os.environ.get(RUN_DIRECTORY)
+        return cls(rank, Path(directory) if directory else None)
+
+    def start(self) -> None:
+        """Begin to beat, and to answer a request for this process's stacks."""
+        if self._directory is None:
+            return
+        # faulthandler writes from the signal itself, so a main thread stuck inside C code is shown too.
+        self._stacks = stacks_file(self._directory, self._rank).open("w")
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=False)
+        self._beat()
+        threading.Thread(target=self._keep_beating, name="kraken-heartbeat", daemon=True).start()
+
+    def progress(self, stage: str) -> None:
+        """Say that something got done, and what comes next."""
+        self._stage = stage
+        self._progress = time.time()
+
+    def finish(self) -> None:
+        """Say that nothing is left to do."""
+        self._done = True
+        self._stop.set()
+        if self._directory is not None:
+            self._beat()
+
+    def fail(self, error: BaseException) -> None:
+        """Record why this rank ends."""
+        if self._directory is None:
+            return
+        text = "".join(traceback.format_exception(error))
+        failure = Failure(self._rank, time.time(), _summary(error), text, is_of_peer(error))
+        _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(_BEAT_SECONDS):
+            if os.getppid() != self._parent:
+                # The launcher is gone without having ended us; nobody is left to talk to.
+                os._exit(1)
+            self._beat()
+
+    def _beat(self) -> None:
+        assert self._directory is not None
+        beat = Beat(os.getpid(), time.time(), self._progress, self._stage, self._done)
+        with self._lock:
+            if self._directory.is_dir():
+                _write(_beat_file(self._directory, self._rank), json.dumps(asdict(beat)))
+
+
+def is_of_peer(error: BaseException) -> bool:
+    """True if an exception is what a rank sees when another one goes away."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_SIGNS)
+
+
+def read_failures(directory: Path) -> dict[int, Failure]:
+    """Every failure that was recorded, by rank."""
+    found = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
+    return {failure.rank: failure for failure in found}
+
+
+def read_beats(directory: Path) -> dict[int, Beat]:
+    """Every rank's latest sign of life, by rank."""
+    paths = directory.glob("beat-*.json")
+    return {int(path.stem.removeprefix("beat-")): Beat(**json.loads(path.read_text())) for path in paths}
+
+
+def stacks_file(directory: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is asked to."""
+    return directory / f"stacks-{rank}.txt"
+
+
+def _failure_file(directory: Path, rank: int) -> Path:
+    return directory / f"failure-{rank}.json"
+
+
+def _beat_file(directory: Path, rank: int) -> Path:
+    return directory / f"beat-{rank}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write whole or not at all, so that a reader never sees half a file."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _summary(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
