@@ -41,6 +41,13 @@ VERSIONS = (
 )
 
 
+EXPLANATION = """\
+The standard version computes what the source model computes, with two all-reduces a layer that nothing hides. The
+Kraken versions have one a layer, hidden behind the next attention, but change what each branch sees: KL is how far
+their predictions have moved from the source's. Nothing was retrained or calibrated here, so with all layers rewritten
+the text is expected to be poor, and far better with only the last 15."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile a real language model for three devices and let it speak.")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the compiled models go")
@@ -105,12 +112,7 @@ def summarize(rows: list[tuple[Version, float | None, str]]) -> int:
     for version, kl, continuation in rows:
         cost = "not measured" if kl is None else f"{kl:.2f} nats per token from the source model"
         print(f"  {version.name:13} KL {cost:42} {PROMPT}[{continuation.splitlines()[0] if continuation else ''}]")
-    print(
-        "\nThe standard version computes what the source model computes, with two all-reduces a layer that nothing hides.\n"
-        "The Kraken versions have one a layer, hidden behind the next attention, but change what each branch sees: KL is\n"
-        "how far their predictions have moved from the source's. Nothing was retrained or calibrated here, so with all\n"
-        "layers rewritten the text is expected to be poor, and far better with only the last 15."
-    )
+    print(f"\n{EXPLANATION}")
     if not rows[0][2].startswith(" Paris"):
         print("\nThis is wrong: the standard version should have continued with ' Paris'.", file=sys.stderr)
         return 1
