@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 TreeSpec = pytree.TreeSpec
@@ -17,6 +16,9 @@ TreeSpec = pytree.TreeSpec
 
 def new_fake_mode() -> FakeTensorMode:
     """A fake-tensor mode that `torch.export` accepts for a model's parameters while its buffers stay real."""
+    # Imported here because it loads sympy, a second of start-up that no running rank needs.
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
