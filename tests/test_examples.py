@@ -1,0 +1,44 @@
+"""The examples run as their docstrings say, each in a fresh Python and a folder of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _run(*command: str, cwd: Path, timeout: int = 250) -> str:
+    """Run a command and return what it prints; what it said goes into the failure if there is one."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_model_pt_compiles_for_four_devices(root: Path, tmp_path: Path) -> None:
+    _run(str(root / "examples/write_model_pt.py"), cwd=tmp_path)
+    assert (tmp_path / "model.pt").stat().st_size > 1_000_000
+    _run("-m", "kraken_compiler.cli.compile", "model.pt", "--degree", "4", "-o", "model.kraken", cwd=tmp_path)
+    assert (tmp_path / "model.kraken" / "manifest.json").exists()
+
+
+def test_transform_in_python(root: Path, tmp_path: Path) -> None:
+    printed = _run(str(root / "examples/transform_in_python.py"), cwd=tmp_path)
+    assert "torch.Size([2, 16, 1000])" in printed
+    differences = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines() if "differs" in line}
+    assert differences["standard"] < 1e-4 < differences["kraken"]
+
+
+@pytest.mark.real
+def test_demo_speaks_of_paris(root: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
+    printed = _run(str(root / "examples/demo.py"), "--only", "standard", "--tokens", "2", cwd=tmp_path)
+    assert smollm2_gguf.name in printed
+    assert "The capital of France is[ Paris" in printed
