@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import torch
@@ -94,19 +95,35 @@ def load_archive(file: IO[bytes]) -> dict[str, ExportedProgram]:
     """
     from torch.export.pt2_archive._package import load_pt2
 
-    return load_pt2(file).exported_programs
+    programs = load_pt2(file).exported_programs
+    for program in programs.values():
+        # Python source out of the file, which torch would execute if the program were run as a module.
+        program._guards_code = []
+    return programs
+
+
+def read_archive_entries(file: IO[bytes]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Name and reader of every entry of an archive, seen by the very reader that `load_archive` uses.
+
+    Another zip reader may disagree with it about a crafted file.
+    """
+    from torch.export.pt2_archive._package import PT2ArchiveReader
+
+    with PT2ArchiveReader(file) as reader:
+        for name in reader.get_file_names():
+            yield name, functools.partial(reader.read_bytes, name)
 
 
 def in_spec(exported: ExportedProgram) -> TreeSpec:
     """Structure of `(args, kwargs)` as the model was called."""
-    spec = exported.call_spec.in_spec
+    spec: TreeSpec | None = exported.call_spec.in_spec
     assert spec is not None
     return spec
 
 
 def out_spec(exported: ExportedProgram) -> TreeSpec:
     """Structure of the output."""
-    spec = exported.call_spec.out_spec
+    spec: TreeSpec | None = exported.call_spec.out_spec
     assert spec is not None
     return spec
 

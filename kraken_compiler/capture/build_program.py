@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ConstantArgument,
-    InputKind,
-    InputSpec as ExportInput,
-    OutputKind,
-    OutputSpec as ExportOutput,
-    TensorArgument,
-)
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import InputSpec as ExportInput
+from torch.export.graph_signature import OutputSpec as ExportOutput
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import Rejection, UnsupportedModelError
@@ -100,7 +95,7 @@ def _check_outputs(specs: Sequence[ExportOutput], exported: ExportedProgram) -> 
     nones: list[int] = []
     for index, spec in enumerate(specs):
         if spec.kind is not OutputKind.USER_OUTPUT:
-            what = spec.target or getattr(spec.arg, "name", "")
+            what = str(spec.target or spec.arg.name)
             raise _unsupported(f"its forward writes to '{what}' ({spec.kind.name.lower()})", what)
         if isinstance(spec.arg, TensorArgument):
             tensors.append(spec.arg.name)

@@ -27,7 +27,7 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor
     Returns:
         Tensor name -> source; tensors that the checkpoint does not hold under any name are left out.
     """
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
     wanted.update(model.named_buffers(remove_duplicate=False))
     sources = _renamed(model, wanted, checkpoint)
     for names in _aliases(wanted):
@@ -48,7 +48,7 @@ def _renamed(model: Any, wanted: dict[str, Tensor], checkpoint: Checkpoint) -> d
     prefix = model.base_model_prefix
     sources: dict[str, TensorSource] = {}
     parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for key in sorted(checkpoint.keys(), key=dot_natural_key):
+    for key in sorted(checkpoint.names(), key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = key, None

@@ -148,7 +148,7 @@ def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     named = (getattr(config, "architectures", None) or [""])[0]
     model: nn.Module
     if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
-        auto = transformers.AutoModelForCausalLM
+        auto: Any = transformers.AutoModelForCausalLM
         model = auto.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
     else:
         model = getattr(transformers, named)._from_config(config, attn_implementation=attention, dtype=dtype)
@@ -161,8 +161,8 @@ def _own_dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if isinstance(dtype, torch.dtype):
         return dtype
-    for key in checkpoint.keys() if checkpoint is not None else ():
-        held = checkpoint.describe(key)[0]
+    kinds = [checkpoint.describe(key)[0] for key in checkpoint.names()] if checkpoint is not None else []
+    for held in kinds:
         if held is not None and held.is_floating_point:
             return held
     return torch.float32

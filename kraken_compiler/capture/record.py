@@ -11,6 +11,7 @@ from typing import Any
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
 
 
@@ -106,13 +107,11 @@ def digest_files(files: tuple[Path, ...]) -> str:
 
 def digest_tensors(store: WeightStore) -> str:
     """sha256 over names, element types, shapes and values of a store's tensors, read one at a time."""
-    import torch
-
     total = hashlib.sha256()
     for name in sorted(store.names()):
         tensor = store.read(name).contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(byte_view(tensor))
     return total.hexdigest()
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from kraken_compiler.errors import InputFileError
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_ACCEPTED = "a Hugging Face directory, a GGUF file, a torch.export archive or (with --trust-pickle) a module saved by torch.save"
+_ACCEPTED = (
+    "a Hugging Face directory, a GGUF file, a torch.export archive "
+    "or (with --trust-pickle) a module saved by torch.save"
+)
 
 
 class SourceKind(Enum):

@@ -23,7 +23,7 @@ class Checkpoint(Protocol):
         """The files, sorted."""
         ...
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
         ...
 
@@ -59,7 +59,7 @@ class SafetensorsCheckpoint:
             entries.update(read_header(path))
         return cls(files, entries)
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
     def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
@@ -98,7 +98,7 @@ class PickledCheckpoint:
             tensors.update((key, (path, value)) for key, value in state.items() if isinstance(value, Tensor))
         return cls(files, tensors)
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
 
     def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:

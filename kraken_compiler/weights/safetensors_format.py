@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            view = memoryview(buffer.numpy())
+            view = byte_view(buffer)
             done = 0
             while done < entry.nbytes:
                 count = file.readinto(view[done:])
@@ -126,6 +127,12 @@ def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
     except OSError as error:
         raise InputFileError(f"cannot read {entry.path}: {error.strerror or error}") from error
     return buffer.view(entry.dtype).reshape(entry.shape)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def encode_header(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.safetensors_format import encode_header
+from kraken_compiler.weights.safetensors_format import byte_view, encode_header
 
 
 class StreamingSafetensorsWriter:
@@ -48,9 +48,8 @@ class StreamingSafetensorsWriter:
         dtype, shape = self._tensors[name]
         assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         try:
-            self._write_all(self._positions[name], memoryview(data))
+            self._write_all(self._positions[name], byte_view(tensor.cpu().contiguous()))
         except OSError as error:
             raise _cannot_write(self._path, error) from error
         self._missing.discard(name)
