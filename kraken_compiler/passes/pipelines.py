@@ -11,6 +11,7 @@ from kraken_compiler.passes.normalize.canonicalize_linear import CanonicalizeLin
 from kraken_compiler.passes.normalize.drop_noops import DropNoops
 from kraken_compiler.passes.normalize.fuse_attention import FuseAttention
 from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
+from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
 from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
 from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
@@ -26,6 +27,7 @@ RECOGNIZE: tuple[Pass, ...] = (
     DropNoops(),
     CanonicalizeLayout(),
     LowerEinsum(),
+    HoistSizes(),
     CanonicalizeLinear(),
     UnflattenTokens(),
     CanonicalizeLayout(),

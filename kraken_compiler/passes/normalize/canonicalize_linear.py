@@ -44,7 +44,10 @@ def weight_derived(program: Program) -> set[fx.Node]:
 
 def _from_product(node: fx.Node, weights: set[fx.Node]) -> bool:
     bias, x, weight = args_of(node)[:3] if node.target is aten.addmm.default else (None, *args_of(node)[:2])
-    if weight not in weights or x in weights or len(shape_of(weight)) != 2 or (bias and bias not in weights):
+    if weight not in weights or x in weights or len(shape_of(weight)) != 2:
+        return False
+    # A linear's bias has one value per column; addmm also broadcasts others.
+    if bias is not None and (bias not in weights or shape_of(bias) != shape_of(weight)[1:]):
         return False
     if node.target is aten.addmm.default and any(argument(node, 9, name, 1) != 1 for name in ("beta", "alpha")):
         return False

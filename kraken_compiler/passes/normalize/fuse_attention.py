@@ -18,7 +18,7 @@ from torch import fx
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, aten, calls, replace
-from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, value_of
+from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
@@ -112,6 +112,8 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
         scores.sizes = list(argument(node, 1, "shape"))
         if scores.bias is not None:
             batch, heads, queries = scores.sizes[:3]
+            # The bias may have been made here, by a scaling or a sum, and then has no shape yet.
+            refresh_shapes(graph)
             rows = 1 if same_size(shape_of(scores.bias)[1], 1) else queries
             scores.bias = graph.call_function(aten.reshape.default, (scores.bias, [batch, heads, rows, -1]))
         return scores

@@ -51,8 +51,11 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
     with module.graph.inserting_before(region):
         for node in body.graph.nodes:
             if node.op == "get_attr":
-                setattr(module, str(node.target), getattr(body, str(node.target)))
-            if node.op in ("call_function", "get_attr"):
+                # Every region numbers its own sub-graphs from 1, so their names need the region's in front.
+                name = f"{reference.target}_{node.target}"
+                setattr(module, name, getattr(body, str(node.target)))
+                values[node] = module.graph.get_attr(name)
+            elif node.op == "call_function":
                 values[node] = module.graph.node_copy(node, values.__getitem__)
     outputs: Any = fx.node.map_arg(body.graph.output_node().args[0], values.__getitem__)
     for user in list(region.users):

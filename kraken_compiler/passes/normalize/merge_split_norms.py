@@ -39,10 +39,7 @@ def _merge(cat: fx.Node) -> bool:
     if source is None or shape_of(source)[dim] != len(norms):
         return False
     for place, norm in enumerate(norms):
-        alike = norm.target is first.target and len(norm.args) == len(first.args)
-        if not alike or norm.args[1] != first.args[1] or norm.args[4:] != first.args[4:]:
-            return False
-        if _split_source(norm, place, dim) is not source:
+        if _signature(norm) != _signature(first) or _split_source(norm, place, dim) is not source:
             return False
     graph = cat.graph
     is_layer_norm = first.target is aten.layer_norm.default
@@ -58,6 +55,11 @@ def _merge(cat: fx.Node) -> bool:
             merged = graph.call_function(combine, (merged, graph.call_function(aten.reshape.default, (stacked, sizes))))
     replace(cat, merged)
     return True
+
+
+def _signature(norm: fx.Node) -> tuple[Any, ...]:
+    """What norms that can be merged have in common: everything but their operands' values."""
+    return (norm.target, *(type(value) if isinstance(value, fx.Node) else value for value in args_of(norm)[1:]))
 
 
 def _split_source(norm: fx.Node, place: int, dim: int) -> fx.Node | None:
