@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ def toy_sources(seed: int = 0) -> dict[str, Tensor]:
     return tensors | {"scale": torch.tensor(0.5)}
 
 
+@lru_cache
 def toy_program(degree: int) -> Program:
-    """The lane program; `degree` divides the heads. The head's vocabulary is padded where it has to be."""
+    """The lane program; `degree` divides the heads. The head's vocabulary is padded where it has to be.
+
+    Made once a process; whoever changes its graph takes a copy.
+    """
     table = [_spec("embedding", (VOCABULARY, WIDTH), degree)]
     for layer in range(LAYERS):
         table += [_spec(f"{layer}.{part}", (WIDTH, WIDTH), degree, 0) for part in "qkv"]

@@ -126,7 +126,8 @@ def _explain(directory: Path, exit_codes: Mapping[int, int], verdict: Verdict | 
 def _as_error(failure: Failure) -> KrakenError:
     kind = getattr(errors, failure.summary.partition(":")[0], None)
     if kind in (InputFileError, UsageError):
-        return kind(failure.summary.partition(": ")[2])
+        error: KrakenError = kind(failure.summary.partition(": ")[2])
+        return error
     return RankFailedError(f"rank {failure.rank} failed: {failure.summary}\n{failure.traceback.rstrip()}")
 
 
