@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +13,7 @@ from torch.export import ExportedProgram
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
+from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
 
@@ -45,7 +44,8 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
             if node.target is torch.ops.aten.detach_.default:
                 node.target = torch.ops.aten.detach.default
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
-        functional: ExportedProgram = exported.run_decompositions({})
+        with quiet_torch():
+            functional: ExportedProgram = exported.run_decompositions({})
         return functional
     exported.graph_module.recompile()
     return exported
@@ -55,7 +55,7 @@ def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> Exp
     failures: list[str] = []
     for strict in (False, True) if allow_strict else (False,):
         try:
-            with quiet():
+            with quiet_torch():
                 return torch.export.export(
                     model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=strict
                 )
@@ -111,20 +111,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch.export warns about its own internals; nothing there is for our users."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:

@@ -14,6 +14,7 @@ from kraken_compiler.capture.checkpoint_map import map_checkpoint
 from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
+from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_files
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
@@ -52,7 +53,8 @@ def capture_directory(
         InputFileError: A file is missing or damaged.
         UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
     """
-    config = _read_config(path)
+    with quiet_transformers():
+        config = _read_config(path)
     checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)
     model = _build(config, path, dtype or _own_dtype(config, checkpoint))
     example = resolve(model, example_inputs, input_specs)
@@ -127,7 +129,7 @@ def _build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
     failure: Exception | None = None
     for attention in ("sdpa", "eager"):
         try:
-            with parameters_on_meta():
+            with parameters_on_meta(), quiet_transformers():
                 model = _instantiate(config, attention, dtype)
         except ValueError as error:
             # transformers says so this way when a class has no such attention.

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.weights.safetensors_format import byte_view
@@ -37,9 +38,10 @@ class TokenizerSource:
 
         extra = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         try:
-            return AutoTokenizer.from_pretrained(
-                self.directory, trust_remote_code=False, local_files_only=True, **extra
-            )
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(
+                    self.directory, trust_remote_code=False, local_files_only=True, **extra
+                )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error

@@ -1,0 +1,156 @@
+"""Check that opening a `torch.export` archive runs no code of the archive's own.
+
+`torch.export.load` opens several kinds of entries without restriction, and evaluates some texts as Python:
+
+- `data/sample_inputs/*.pt`: restricted unpickling first, then *unrestricted* if that fails
+- weights and constants marked `use_pickle`, script and opaque objects, `.pt` files of older archives: unpickled
+- `data/aotinductor/`: machine code
+- symbolic sizes in `models/*.json`: given to `sympy.sympify`, which calls `eval`
+- serialized structures (pytrees): import the modules that they name
+
+So every one of them is inspected first. What is left, ATen ops and raw tensor bytes, is data.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.errors import InputFileError
+
+_MODULES_ALLOWED = ("builtins", "collections", "torch", "transformers")
+"""Packages that a serialized structure may import; importing them runs nothing of the archive's."""
+
+# ASCII only: Python takes look-alike letters in a name for the plain ones, a check by spelling would not.
+_QUOTED_NAME = re.compile(r"\b(Symbol|Float)\s*\(\s*'[\w.+-]*'", re.ASCII)
+_PLAIN_TEXT = re.compile(r"[\w\s+\-*/%(),.<>=!&|~]*", re.ASCII)
+_CALL = re.compile(r"([A-Za-z_]\w*)\s*\(", re.ASCII)
+_ATTRIBUTE_OR_CALLED_RESULT = re.compile(r"\)\s*\(|\.\s*[A-Za-z_]|[A-Za-z_)]\w*\s*\.", re.ASCII)
+_FUNCTIONS = """
+    Abs Add And CeilDiv CeilToInt CleanDiv Eq Equality FloatPow FloatTrueDiv Float FloorDiv FloorToInt Ge GreaterThan
+    Gt Identity IntTrueDiv Integer IsNonOverlappingAndDenseIndicator LShift Le LessThan Lt Max Min Mod ModularIndexing
+    Mul Ne Not Or Piecewise Pow PowByNatural PythonMod RShift Rational RoundDecimal RoundToInt StrictGreaterThan
+    StrictLessThan Symbol ToFloat TruncToFloat TruncToInt Unequality Where ceiling floor sqrt
+"""
+_KNOWN_FUNCTIONS = frozenset(_FUNCTIONS.split())
+
+
+def inspect_archive(file: IO[bytes], path: Path, *, trust_pickle: bool) -> tuple[str, ...]:
+    """Look through an archive without opening anything that could run code.
+
+    Args:
+        file: The archive.
+        path: Its path, for messages.
+        trust_pickle: Let dangerous entries pass.
+
+    Returns:
+        Modules of transformers whose classes the model takes or returns.
+
+    Raises:
+        InputFileError: It is damaged; or it needs trust and has none.
+    """
+    modules: set[str] = set()
+    try:
+        for name, read in compat.read_archive_entries(file):
+            danger = next(_dangers(name, read, modules), None)
+            if danger is not None and not trust_pickle:
+                raise InputFileError(
+                    f"{path} cannot be opened safely: {danger} ({name}). Export the model again without it, "
+                    "or pass --trust-pickle if you trust where the file comes from"
+                )
+    except (RuntimeError, OSError, ValueError, AttributeError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputFileError(f"{path} is truncated or damaged: {reason}") from error
+    return tuple(sorted(modules))
+
+
+def _dangers(name: str, read: Callable[[], bytes], modules: set[str]) -> Iterator[str]:
+    """Why an entry could run code; collects the modules of known classes on the way."""
+    if name.startswith("data/aotinductor/"):
+        yield "it holds machine code"
+    elif name.startswith("data/sample_inputs/"):
+        if not _is_plain_pickle(read()):
+            yield "its sample inputs are a pickle that runs code"
+    elif name.startswith(("data/weights/", "data/constants/")):
+        if name.endswith(".pt"):
+            yield "it holds a pickled object"
+        elif name.endswith(".json") and _marks_pickle(json.loads(read())):
+            yield "some of its tensors or objects are pickled"
+    elif name.startswith("models/"):
+        model = json.loads(read())
+        yield from (f"a size in it is no arithmetic, {text[:60]!r}" for text in _bad_sizes(model))
+        for module, imported_by_torch in _structure_modules(model):
+            if imported_by_torch and module.partition(".")[0] not in _MODULES_ALLOWED:
+                yield f"it imports the module {module!r}"
+            elif module.startswith("transformers."):
+                modules.add(module)
+
+
+def _is_plain_pickle(content: bytes) -> bool:
+    if not content:
+        return True
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _marks_pickle(config: Any) -> bool:
+    return any(
+        entry.get("use_pickle") or str(entry.get("path_name")).startswith(("custom_obj", "opaque_obj"))
+        for entry in config.get("config", {}).values()
+    )
+
+
+def _bad_sizes(value: Any) -> Iterator[str]:
+    for key, item in _items(value):
+        if key == "expr_str" and not (isinstance(item, str) and _is_arithmetic(item)):
+            yield str(item)
+        yield from _bad_sizes(item)
+
+
+def _is_arithmetic(text: str) -> bool:
+    """True for names, numbers, operators and calls of known functions: nothing that `eval` could be misled by."""
+    text = _QUOTED_NAME.sub(r"\1(0", text)
+    return (
+        _PLAIN_TEXT.fullmatch(text) is not None
+        and "__" not in text
+        and not _ATTRIBUTE_OR_CALLED_RESULT.search(text)
+        and all(function in _KNOWN_FUNCTIONS for function in _CALL.findall(text))
+    )
+
+
+def _structure_modules(value: Any) -> Iterator[tuple[str, bool]]:
+    """Modules named by serialized pytrees, and whether torch imports them.
+
+    Pytrees are JSON texts inside the JSON, with more JSON texts inside.
+    """
+    for key, item in _items(value):
+        if not isinstance(item, str):
+            yield from _structure_modules(item)
+        elif key == "type" and "." in item:
+            yield item.rpartition(".")[0], False
+        elif key in ("fqn", "default_factory_module"):
+            yield item.partition(":")[0], True
+        elif item[:1] in ("[", "{", '"'):
+            try:
+                nested = json.loads(item)
+            except ValueError:
+                continue
+            yield from _structure_modules({key: nested} if isinstance(nested, str) else nested)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        yield from (("", item) for item in value)
