@@ -139,7 +139,7 @@ def _structure_modules(value: Any) -> Iterator[tuple[str, bool]]:
             yield from _structure_modules(item)
         elif key == "type" and "." in item:
             yield item.rpartition(".")[0], False
-        elif key in ("fqn", "default_factory_module"):
+        elif key == "default_factory_module" or (key == "fqn" and "__enum__" in value):
             yield item.partition(":")[0], True
         elif item[:1] in ("[", "{", '"'):
             try:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -25,7 +26,9 @@ def quiet_torch() -> Iterator[None]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no log lines of transformers below errors."""
-    from transformers.utils import logging as hf_logging
+    import transformers.utils.logging
+
+    hf_logging: Any = transformers.utils.logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
