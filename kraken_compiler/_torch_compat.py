@@ -135,8 +135,10 @@ def forward_arg_names(exported: ExportedProgram) -> tuple[str, ...]:
 
 
 def shape_symbol(size: Any) -> str | None:
-    """Text of a symbolic size, None for a plain integer."""
-    return str(size.node.expr) if isinstance(size, torch.SymInt) else None
+    """Text of a symbolic size, None for an integer (which tracing may have found out late)."""
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
+        return None
+    return str(size.node.expr)
 
 
 def is_mutating(node: fx.Node) -> bool:

@@ -84,6 +84,10 @@ def build_program(
         },
         none_outputs=none_outputs,
     )
+    for name, _ in inputs:
+        if fx.Graph().placeholder(name).name != name:
+            # torch renames arguments called like a Python builtin (`input`) in every copy of a graph; do it now, once.
+            placeholders[name].name = f"arg_{name}"
     input_specs = tuple(_input_spec(placeholders[name], parameter, symbols) for name, parameter in inputs)
     program = Program(exported.graph_module, weights, input_specs, call, constants)
     return program, _notes(exported, input_specs, symbols)

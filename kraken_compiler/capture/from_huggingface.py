@@ -107,12 +107,15 @@ def _read_config(path: Path) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unsupported(
-            f"transformers does not know the architecture that {path / 'config.json'} describes "
-            f"(model_type {fields.get('model_type')!r})",
-            "A newer transformers may.",
-        ) from error
+    except Exception as error:
+        # Configs check themselves in code of their own, which raises what it likes.
+        if not _known_type(fields.get("model_type")):
+            raise _unsupported(
+                f"transformers does not know the architecture that {path / 'config.json'} describes "
+                f"(model_type {fields.get('model_type')!r})",
+                "A newer transformers may.",
+            ) from error
+        raise _not_buildable(path, error) from error
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported("encoder-decoder models are not supported yet")
     return config
@@ -139,8 +142,8 @@ def _build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
             break
         else:
             return model
-    reason = (str(failure) or type(failure).__name__).splitlines()[0]
-    raise InputFileError(f"{path / 'config.json'} does not describe a model that can be built: {reason}") from failure
+    assert failure is not None
+    raise _not_buildable(path, failure) from failure
 
 
 def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
@@ -191,6 +194,11 @@ def _open_checkpoint(path: Path, *, trust_pickle: bool, required: bool) -> Check
 def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name they have."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _not_buildable(path: Path, error: Exception) -> InputFileError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputFileError(f"{path / 'config.json'} does not describe a model that can be built: {reason}")
 
 
 def _unsupported(reason: str, hint: str = "") -> UnsupportedModelError:
