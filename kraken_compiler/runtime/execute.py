@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.launch import launch
-from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session
+from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session, load_rank_program
 
 
 def run_ranks(
@@ -107,8 +106,7 @@ def execute_on_ranks(
 def _execute(payload: Mapping[str, Any], session: Session) -> int:
     """One rank's part of `execute_on_ranks`; returns the number of outputs."""
     directory = Path(payload["exchange"])
-    program = RankProgram.load(open_artifact(payload["artifact"], verify=False), device=session.device)
-    session.status.progress("executing")
+    _, program = load_rank_program(payload["artifact"], session)
     tensors = load_file(directory / "in.safetensors", device=str(session.device))
     results: dict[str, Tensor] = {}
     count = 0

@@ -7,17 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.status import RUN_TIMEOUT, StatusWriter
 
 DEFAULT_TIMEOUT = 60.0
 """Seconds without progress after which a run is given up."""
 
-_GRACE_SECONDS = 15.0
+_BACKSTOP_SECONDS = 600.0
+
+
+_SLOWEST_DISK = 50e6
+"""Bytes per second at which a file is read and hashed at the least."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
     try:
         device = _device(device_type, local_rank, local_degree)
         _join(device, _collective_timeout(timeout))
+        status.progress("working")
         yield Session(rank, degree, device, status)
         status.progress("leaving")
         # A rank that leaves early would look like a dead one to peers that still compute.
@@ -68,6 +76,23 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
         raise
     dist.destroy_process_group()
     status.finish()
+
+
+def load_rank_program(directory: Path | str, session: Session) -> tuple[Artifact, RankProgram]:
+    """Load this rank's program, and go on when all ranks have theirs.
+
+    Raises:
+        InputFileError: A file of the artifact is missing, truncated or tampered with.
+        UsageError: There are more or fewer ranks than lanes.
+    """
+    artifact = open_artifact(directory, verify=False)
+    largest = max((record.bytes for record in artifact.manifest.files.values()), default=0)
+    session.status.progress("loading the program", extra=largest / _SLOWEST_DISK)
+    program = RankProgram.load(artifact, device=session.device)
+    # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
+    dist.barrier()
+    session.status.progress("running")
+    return artifact, program
 
 
 def _device(device_type: str | None, local_rank: int, local_degree: int) -> torch.device:
@@ -91,5 +116,6 @@ def _collective_timeout(timeout: float | None) -> timedelta:
     under_launcher = os.environ.get(RUN_TIMEOUT)
     if under_launcher is None:
         return timedelta(seconds=DEFAULT_TIMEOUT)
-    # The launcher's watchdog sees all ranks and can tell which one hangs, so it is given the first word.
-    return timedelta(seconds=float(under_launcher) + _GRACE_SECONDS)
+    # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load, so it is
+    # given the first word.
+    return timedelta(seconds=float(under_launcher) + _BACKSTOP_SECONDS)

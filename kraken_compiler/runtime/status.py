@@ -22,6 +22,7 @@ RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 """Environment variable: seconds without progress after which a run is given up."""
 
 _BEAT_SECONDS = 0.5
+_START_SECONDS = 90.0
 _PEER_SIGNS = (
     *("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket timeout"),
     *("timed out waiting", "recvvalue failed", "sendbytes failed", "failed to recv", "remote process exited"),
@@ -57,6 +58,7 @@ class Beat:
         alive: When it wrote this, seconds since the epoch.
         progress: When its main thread last got something done.
         stage: What it said it is doing.
+        extra: Seconds that this stage may take beyond the run's timeout.
         done: True once it has nothing left to do but exit.
     """
 
@@ -64,6 +66,7 @@ class Beat:
     alive: float
     progress: float
     stage: str
+    extra: float = 0.0
     done: bool = False
 
 
@@ -75,6 +78,8 @@ class StatusWriter:
         self._directory = directory
         self._parent = os.getppid()
         self._stage = "starting"
+        # Ranks start at different speeds: the first one waits for the last, and that is no hang.
+        self._extra = _START_SECONDS
         self._done = False
         self._progress = time.time()
         self._stop = threading.Event()
@@ -96,10 +101,13 @@ class StatusWriter:
         self._beat()
         threading.Thread(target=self._keep_beating, name="kraken-heartbeat", daemon=True).start()
 
-    def progress(self, stage: str) -> None:
-        """Say that something got done, and what comes next."""
+    def progress(self, stage: str, extra: float = 0.0) -> None:
+        """Say that something got done, what comes next, and how many seconds beyond the timeout that may take."""
         self._stage = stage
+        self._extra = extra
         self._progress = time.time()
+        if self._directory is not None:
+            self._beat()
 
     def finish(self) -> None:
         """Say that nothing is left to do."""
@@ -125,7 +133,7 @@ class StatusWriter:
 
     def _beat(self) -> None:
         assert self._directory is not None
-        beat = Beat(os.getpid(), time.time(), self._progress, self._stage, self._done)
+        beat = Beat(os.getpid(), time.time(), self._progress, self._stage, self._extra, self._done)
         with self._lock:
             if self._directory.is_dir():
                 _write(_beat_file(self._directory, self._rank), json.dumps(asdict(beat)))

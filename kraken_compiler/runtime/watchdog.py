@@ -17,7 +17,7 @@ from pathlib import Path
 from kraken_compiler.runtime.status import Beat, read_beats, stacks_file
 
 _POLL_SECONDS = 0.2
-_STALE_SECONDS = 3.0
+_STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 1.0
 _WAITING_PLACES = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py")
@@ -75,12 +75,10 @@ class Watchdog:
     def _is_late(self, beat: Beat | None) -> bool:
         now = time.time()
         if beat is None:
-            return now - self._started > max(self._timeout, _START_SECONDS)
+            return now - self._started > self._timeout + _START_SECONDS
         if beat.done:
             return False
-        # Ranks start at different speeds: the first one waits for the last, and that is no hang.
-        patience = max(self._timeout, _START_SECONDS) if beat.stage == "starting" else self._timeout
-        return now - beat.progress > patience
+        return now - beat.progress > self._timeout + beat.extra
 
     def _judge(self, beats: dict[int, Beat], late: list[int]) -> Verdict:
         silent = [rank for rank in range(self._degree) if rank not in beats]

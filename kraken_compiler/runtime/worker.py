@@ -10,27 +10,23 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Manifest
-from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import InputSpec
 from kraken_compiler.runtime.generate import greedy
-from kraken_compiler.runtime.session import Session, rank_session
+from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.runtime.session import Session, load_rank_program, rank_session
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Generate as this rank; rank 0 prints the continuation, and nothing else, to standard output."""
     options = _parser().parse_args(arguments)
     with rank_session(options.timeout, options.device) as session:
-        session.status.progress("loading the program")
-        artifact = open_artifact(options.artifact, verify=False)
-        program = RankProgram.load(artifact, device=session.device)
-        session.status.progress("generating")
+        artifact, program = load_rank_program(options.artifact, session)
         if options.input_ids is not None:
             tokens = _tokens(program, artifact.manifest, session, options.input_ids, options.max_new_tokens, ())
             _print_ids(tokens, session)
@@ -42,50 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         tokens = _tokens(program, artifact.manifest, session, prompt, options.max_new_tokens, eos)
         _print_text(tokens, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), session)
-
-
-def logits_function(
-    manifest: Manifest, run_flat: Callable[[list[Tensor]], Sequence[Tensor]]
-) -> Callable[[Tensor], Tensor]:
-    """Turn a program into a function from token ids to logits.
-
-    Args:
-        manifest: Says what the program's inputs and outputs are.
-        run_flat: Runs the program on its flat inputs.
-
-    Returns:
-        Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary].
-
-    Raises:
-        UsageError: The program needs an input that does not follow from the ids, or has no logits.
-    """
-    sources = [_input_source(spec, len(manifest.inputs)) for spec in manifest.inputs]
-    names = [name for leaf, name in enumerate(manifest.call.out_names) if leaf not in manifest.call.none_outputs]
-    position = next((index for index, name in enumerate(names) if name.endswith("logits")), 0)
-
-    def logits_of(ids: Tensor) -> Tensor:
-        logits = run_flat([source(ids) for source in sources])[position]
-        if logits.dim() != 3:
-            raise UsageError(f"the program is no language model: its output '{names[position]}' is {logits.dim()}-d")
-        return logits
-
-    return logits_of
-
-
-def _input_source(spec: InputSpec, inputs: int) -> Callable[[Tensor], Tensor]:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    if spec.parameter == "input_ids" or (inputs == 1 and not dtype.is_floating_point):
-        return lambda ids: ids.to(dtype)
-    if spec.parameter == "attention_mask":
-        return lambda ids: torch.ones_like(ids, dtype=dtype)
-    if spec.parameter in ("position_ids", "cache_position"):
-        return lambda ids: _positions(ids, dtype, flat=len(spec.shape) == 1)
-    raise UsageError(f"cannot generate: the program also needs the input '{spec.parameter}'")
-
-
-def _positions(ids: Tensor, dtype: torch.dtype, flat: bool) -> Tensor:
-    positions = torch.arange(ids.shape[1], dtype=dtype, device=ids.device)
-    return positions if flat else positions.expand_as(ids)
 
 
 def _tokens(
@@ -100,7 +52,7 @@ def _tokens(
         dist.broadcast(choice, src=0)
         return choice
 
-    logits_of = logits_function(manifest, program.run_flat)
+    logits_of = logits_function(manifest.inputs, manifest.call, program.run_flat)
     tokens = greedy(logits_of, prompt, max_new_tokens, eos=eos, agree=first_rank_decides, device=session.device)
     for done, token in enumerate(tokens, start=1):
         session.status.progress(f"generating token {done + 1}")

@@ -1,0 +1,122 @@
+"""What ranks run in the runtime's tests. Apart from the tests, so that a rank does not import pytest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.load import load, load_program
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram, with_real_collectives
+from kraken_compiler.errors import InputFileError, KrakenError
+from kraken_compiler.runtime.session import Session
+from tests.toy_lane_program import toy_sources
+
+START = torch.ops.kraken.all_reduce_start.default
+
+
+def keep_reducing() -> None:
+    """What the ranks that behave do while one does not."""
+    for _ in range(2000):
+        dist.all_reduce(torch.ones(4))
+        time.sleep(0.05)
+
+
+def misbehave(payload: Mapping[str, Any], session: Session) -> None:
+    """Rank 1 ends or hangs in the way that the payload says, in the middle of its work."""
+    for _ in range(3):
+        dist.all_reduce(torch.ones(4))
+        session.status.progress("reducing")
+    if session.rank != 1:
+        keep_reducing()
+    if payload["how"] == "raise":
+        fail_on_purpose()
+    elif payload["how"] == "input":
+        raise InputFileError("/some/where/lane-1.safetensors: truncated")
+    elif payload["how"] == "exit":
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    elif payload["how"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif payload["how"] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif payload["how"] == "sleep":
+        oversleep()
+
+
+def fail_on_purpose() -> None:
+    raise ValueError("rank one fails on purpose")
+
+
+def oversleep() -> None:
+    time.sleep(600)
+
+
+def sleep_for_long(payload: Mapping[str, Any], session: Session) -> None:
+    """Say which process this is, then hang."""
+    with open(f"{payload['directory']}/pid-{session.rank}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+
+
+def check_dtypes(session: Session) -> None:
+    """Every dtype that weights have can be summed and gathered, also along a middle dim and not contiguous."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    total = graph.call_function(torch.ops.kraken.wait.default, (graph.call_function(START, (x,)),))
+    graph.output((total, graph.call_function(torch.ops.kraken.all_gather.default, (x, 1, session.degree))))
+    module = with_real_collectives(fx.GraphModule({}, graph), dist.group.WORLD.group_name, session.degree)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        mine = torch.arange(24, dtype=dtype).view(2, 4, 3).transpose(1, 2) + session.rank
+        total, gathered = module(mine)
+        parts = [mine - session.rank + rank for rank in range(session.degree)]
+        assert torch.equal(total, sum(parts))
+        assert torch.equal(gathered, torch.cat(parts, dim=1))
+
+
+def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """Compare a rank's program with the single-process module in every way that needs a real group."""
+    three = open_artifact(payload["three"])
+    ids = torch.tensor(payload["ids"])
+    reference = LaneModule.from_program(load_program(three), toy_sources().__getitem__)(ids)
+    loaded = load(payload["three"])
+    assert isinstance(loaded, RankProgram)
+    differences = {}
+
+    def compare(name: str, output: Any) -> None:
+        assert list(output) == ["logits", "hidden"]
+        differences[name] = max(float((output[key] - reference[key]).abs().max()) for key in output)
+
+    compare("loaded", loaded(ids))
+    compare("by name", loaded(input_ids=ids))
+    built = RankProgram.from_program(load_program(three), toy_sources().__getitem__)
+    compare("built", built(ids))
+    check_dtypes(session)
+
+    # Two of the three ranks run the program of degree 2; the third takes no part.
+    pair = dist.new_group([0, 1])
+    errors = []
+    if session.rank < 2:
+        compare("pair", load(payload["two"], group=pair)(ids))
+    for attempt in (
+        lambda: load(payload["two"]),
+        lambda: RankProgram.load(three, lane=(session.rank + 1) % 3),
+    ):
+        try:
+            attempt()
+        except KrakenError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    moved = built.to("meta")
+    factories = [node for node in moved.graph.graph.nodes if "device" in node.kwargs]
+    assert factories
+    assert all(node.kwargs["device"] == torch.device("meta") for node in factories)
+    return {"rank": session.rank, "threads": torch.get_num_threads(), "differences": differences, "errors": errors}
