@@ -1,1 +1,40 @@
-"""Rewrites standard Transformers into Kraken form for multi-device inference."""
+"""Rewrites standard Transformers into Kraken form for multi-device inference.
+
+module = kraken_compiler.transform(model, degree=4)          # all lanes in this process
+kraken_compiler.compile("model-directory", "model.kraken", degree=4)
+program = kraken_compiler.load("model.kraken")               # one rank's inside a process group
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kraken_compiler.api import CompileResult, transform, verify_artifact
+    from kraken_compiler.api import compile_model as compile
+    from kraken_compiler.backends.torch_dist.load import load
+    from kraken_compiler.errors import KrakenError
+
+__all__ = ["CompileResult", "KrakenError", "compile", "load", "transform", "verify_artifact"]
+
+_HOMES = {
+    "CompileResult": ("kraken_compiler.api", "CompileResult"),
+    "KrakenError": ("kraken_compiler.errors", "KrakenError"),
+    "compile": ("kraken_compiler.api", "compile_model"),
+    "load": ("kraken_compiler.backends.torch_dist.load", "load"),
+    "transform": ("kraken_compiler.api", "transform"),
+    "verify_artifact": ("kraken_compiler.api", "verify_artifact"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that the import of the package costs nothing (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kraken_compiler' has no attribute '{name}'")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

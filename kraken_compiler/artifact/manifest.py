@@ -44,14 +44,20 @@ class Source(_Record):
 
     Attributes:
         kind: E.g. "huggingface", "gguf", "export", "pickle", "module".
-        name: Last part of the path, or the class name; never a full path, which would tell about the user's machine.
+        name: Last part of the path, or the class name.
+        path: Where the source was when it was compiled, so that a later verification finds it; "" for a live module.
         sha256: Hash of the source files, "" for a module in memory.
+        input_specs: The example inputs that were given as text.
+        dtype: The element type that was asked for, "" for the source's own.
         model_class: The source model's class.
     """
 
     kind: str
     name: str
+    path: str = ""
     sha256: str = ""
+    input_specs: tuple[str, ...] = ()
+    dtype: str = ""
     model_class: str = ""
 
 

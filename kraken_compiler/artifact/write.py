@@ -31,6 +31,9 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 
+Check = Callable[[Path], Mapping[str, Any]]
+"""Checks an artifact directory; raises if it must not be used."""
+
 TokenizerSaver = Callable[[Path], None]
 """Saves a tokenizer's files into a directory, which exists and is empty."""
 
@@ -44,6 +47,7 @@ def write_artifact(
     backends: Sequence[Backend],
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
+    check: Check | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -60,6 +64,8 @@ def write_artifact(
         backends: Who writes programs, each into a directory of its name.
         tokenizer_saver: Saves the tokenizer, None if there is none.
         report: What to keep as `report.json`.
+        check: Runs on the complete artifact before anybody can see it; what it returns joins the report under
+            "verification". If it raises, nothing is written.
         force: Replace a target that is not empty.
         progress: Told about long stages.
 
@@ -79,7 +85,11 @@ def write_artifact(
     except OSError as error:
         raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
     try:
-        _fill(partial, program, read, source, backends, tokenizer_saver, report or {}, progress)
+        kept = dict(report or {})
+        manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, progress)
+        if check is not None:
+            kept["verification"] = check(partial)
+            _write_report(partial, kept, manifest)
         _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
@@ -119,7 +129,7 @@ def _fill(
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
     progress: Progress | None,
-) -> None:
+) -> Manifest:
     windows: tuple[Window, ...] = program.windows
     for backend in backends:
         own = directory / backend.name
@@ -155,6 +165,14 @@ def _fill(
     )
     # Last, so that a directory with a manifest is a whole artifact.
     _write_durably(directory / MANIFEST_FILE, _as_json(manifest))
+    return manifest
+
+
+def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest) -> None:
+    """Replace the report of a complete artifact."""
+    _write_durably(directory / REPORT_FILE, json.dumps(report, indent=1, sort_keys=True))
+    files = {**manifest.files, REPORT_FILE: _record(directory / REPORT_FILE)}
+    _write_durably(directory / MANIFEST_FILE, _as_json(manifest.model_copy(update={"files": files})))
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -16,6 +16,20 @@ GEMMS = frozenset(
     {LINEAR, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 )
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
+SHAPE_ONLY = frozenset(
+    {
+        aten.sym_size.int,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+    }
+)
+"""Operators that ask their operand for its shape and not for its values."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -57,6 +71,12 @@ def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
                 seen.add(user)
                 todo.append(user)
     return seen
+
+
+def value_descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on `roots`, the roots included; who only asks a root for its shape does not."""
+    found = set(roots)
+    return found | descendants(user for root in found for user in root.users if user.target not in SHAPE_ONLY)
 
 
 def ancestors(node: fx.Node, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()) -> set[fx.Node]:

@@ -1,0 +1,1 @@
+"""What a changed form costs: the quality contract."""

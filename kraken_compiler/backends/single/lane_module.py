@@ -13,6 +13,7 @@ from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.passes.graph_tools import ATTENTION
+from kraken_compiler.report import Report
 
 
 class LaneModule(nn.Module):
@@ -24,7 +25,10 @@ class LaneModule(nn.Module):
     Attributes:
         program: The lane program.
         weights: Holds the parameters and buffers, by weight-table name.
+        report: What was recognised and scheduled, if the module was made by `transform`.
     """
+
+    report: Report | None = None
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -65,14 +69,14 @@ class LaneModule(nn.Module):
     def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
         weights = [getattr(self.weights, name) for name in self.program.weights]
-        if all(dim is None for dim in self._in_dims):
-            outputs: tuple[Tensor, ...] = self._lanes(*weights, *inputs)
-            return outputs
-        in_dims = (*self._in_dims, *(None for _ in inputs))
-        return torch.vmap(self._lanes, in_dims=in_dims, out_dims=None)(*weights, *inputs)
+        run: Callable[..., tuple[Tensor, ...]] = self._lanes
+        if any(dim is not None for dim in self._in_dims):
+            in_dims = (*self._in_dims, *(None for _ in inputs))
+            run = torch.vmap(run, in_dims=in_dims, out_dims=None)
+        return run(*weights, *inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
         if tensor is not None:
             retarget(self._lanes, tensor.device)

@@ -21,7 +21,7 @@ from kraken_compiler.ir.layers import Branch, LayerTable
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import FormPlan, Reduce
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import aten, descendants
+from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants
 
 _START = torch.ops.kraken.all_reduce_start.default
 _WAIT = torch.ops.kraken.wait.default
@@ -60,7 +60,7 @@ class _Builder:
     def build(self) -> fx.Graph:
         final = self.old[self.layers.final]
         embedding = self.old[self.layers.embedding]
-        on_stream = descendants([embedding]) - {embedding}
+        on_stream = value_descendants([embedding]) - {embedding}
         for node in self.program.graph.nodes:
             if node not in on_stream and node.op != "output":
                 self.new[node] = self._copy(node, self.new)

@@ -27,7 +27,7 @@ class HoistSizes(Pass):
         homes = _homes(program)
         hoisted: dict[Any, fx.Node] = {}
         matches = 0
-        first = next(node for node in program.graph.nodes if node.op != "placeholder")
+        last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
         for node in calls(program.graph, aten.sym_size.int):
             size = node.meta["val"]
             expression = size.node.expr if isinstance(size, torch.SymInt) else None
@@ -35,12 +35,12 @@ class HoistSizes(Pass):
                 continue
             if expression not in hoisted:
                 if args_of(node) == homes[expression]:
-                    hoisted[expression] = node
-                    first.prepend(node) if node is not first else None
+                    last.append(node)
+                    last = hoisted[expression] = node
                     continue
-                with program.graph.inserting_before(first):
-                    hoisted[expression] = program.graph.call_function(aten.sym_size.int, homes[expression])
-                hoisted[expression].meta["val"] = size
+                with program.graph.inserting_after(last):
+                    last = hoisted[expression] = program.graph.call_function(aten.sym_size.int, homes[expression])
+                last.meta["val"] = size
             node.replace_all_uses_with(hoisted[expression])
             program.graph.erase_node(node)
             matches += 1

@@ -27,30 +27,18 @@ from kraken_compiler.passes.graph_tools import (
     GEMMS,
     LINEAR,
     NORMS,
+    SHAPE_ONLY,
     ancestors,
     args_of,
     aten,
     descendants,
     in_order,
     module_path,
+    value_descendants,
 )
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import find_projections
 from kraken_compiler.passes.shapes import is_tensor, shape_of, value_of
-
-_SHAPE_ONLY = frozenset(
-    {
-        aten.sym_size.int,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.empty_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
-        aten.new_empty.default,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ def _find(program: Program) -> LayerTable | Rejection:
     roots = _embeddings(program)
     if not roots:
         return _reject("no embedding lookup and no floating-point input was found, so no residual stream begins")
-    hidden = descendants(roots)
+    hidden = value_descendants(roots)
     output = graph.output_node()
     if output not in hidden:
         return _reject("the output does not depend on the embeddings")
@@ -97,7 +85,7 @@ def _find(program: Program) -> LayerTable | Rejection:
     fault = _check_stream(chain, joins, hidden, graph)
     if fault is not None:
         return fault
-    return _layer_table(program, joins, hidden)
+    return _layer_table(program, joins, hidden - set(roots))
 
 
 _HINT = (
@@ -112,7 +100,7 @@ def _embeddings(program: Program) -> list[fx.Node]:
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     by_value = set(inputs)
     for node in program.graph.nodes:
-        if node.target not in _SHAPE_ONLY and any(operand in by_value for operand in node.all_input_nodes):
+        if node.target not in SHAPE_ONLY and any(operand in by_value for operand in node.all_input_nodes):
             by_value.add(node)
     lookups = [
         node
@@ -126,7 +114,7 @@ def _dominator_chain(roots: list[fx.Node], hidden: set[fx.Node], output: fx.Node
     """The nodes that lie on every path from the embeddings to the output, first to last."""
     flow = nx.DiGraph()
     flow.add_edges_from(("start", root) for root in roots)
-    flow.add_edges_from((node, user) for node in hidden for user in node.users)
+    flow.add_edges_from((node, user) for node in hidden for user in node.users if user in hidden)
     dominator = nx.immediate_dominators(flow, "start")
     chain: list[fx.Node] = []
     node: Any = output

@@ -1,0 +1,303 @@
+"""What the package does, in two functions: `transform` for a module in memory, `compile_model` for an artifact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.write import check_target, write_artifact
+from kraken_compiler.backends.registry import backend_named
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files, read_from_source
+from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.torch_dist.rank_program import lane_file
+from kraken_compiler.capture import Capture, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.forms import Form
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.report import Report, is_exact, make_report
+from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.verify.against_source import compare_with_source
+from kraken_compiler.verify.verification import SIZES, Verification, verify_programs
+
+Model = nn.Module | str | os.PathLike[str]
+
+
+def transform(
+    model: Model,
+    degree: int | None = None,
+    form: str | Form = "kraken",
+    layers: str | Sequence[int] | None = None,
+    example_inputs: ExampleInputs | None = None,
+) -> LaneModule:
+    """Rewrite a model into N parallel lanes that run in one process.
+
+    Args:
+        model: A module, or the path of anything `kraken-compile` takes. Its weights are copied one tensor at a time.
+        degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
+            valid degree above 1.
+        form: A row of the forms table: "standard", "kraken", "ladder", "sync-drop", "parallel", or a `Form`.
+        layers: The layers that take the form, e.g. "15-29" or [0, -1]; the others stay standard. None means all.
+        example_inputs: Arguments to trace with, a tuple or a dict of tensors whose sizes are at least 2; inferred for
+            Hugging Face models.
+
+    Returns:
+        A module with the model's call signature and output structure. It trains, moves between devices and saves.
+        `.program` is the lane program, `.report` what was recognised and scheduled.
+
+    Raises:
+        UsageError: Unknown form, wrong degree or layers, missing example inputs.
+        UnsupportedModelError: A part of the model cannot be rewritten; names module, node and reason.
+        InputFileError: A model file is missing or damaged.
+    """
+    captured = capture(model, example_inputs=example_inputs)
+    program, history = lower(captured.program, degree, form, layers)
+    module = LaneModule.from_program(program, captured.store.read)
+    module.report = make_report(program, history)
+    return module
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        report: What was recognised and scheduled.
+        verification: What was checked; None if checking was switched off, or nothing was written.
+        directory: The artifact; None if only a plan was asked for.
+    """
+
+    report: Report
+    verification: Verification | None = None
+    directory: Path | None = None
+
+
+def compile_model(
+    model: Model,
+    directory: str | os.PathLike[str] | None,
+    *,
+    degree: int | None = None,
+    form: str | Form = "kraken",
+    layers: str | Sequence[int] | None = None,
+    backends: Sequence[str] = ("torch",),
+    dtype: torch.dtype | None = None,
+    example_inputs: ExampleInputs | None = None,
+    input_specs: Sequence[str] = (),
+    text: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    trust_pickle: bool = False,
+    force: bool = False,
+    dump_directory: str | os.PathLike[str] | None = None,
+    timeout: float = 120.0,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile a model into an artifact directory, checked before it is put in place.
+
+    Args:
+        model: A module, or a path: a Hugging Face directory, a `.gguf` file, a torch.export archive, a pickled module.
+        directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
+        degree, form, layers, example_inputs: See `transform`.
+        backends: Names of the backends that write programs.
+        dtype: Element type of the compiled model; None keeps the source's.
+        input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
+        text: A text file to measure a changed form on; None means a small built-in sample.
+        verify: Check the programs and measure the quality.
+        trust_pickle: Allow files that can run any code when they are opened.
+        force: Replace a directory that is not empty.
+        dump_directory: Where to write the graph as text after every pass.
+        timeout: Seconds without progress after which a rank counts as hanging.
+        progress: Is told about long stages.
+
+    Raises:
+        UsageError, UnsupportedModelError, InputFileError: See `transform`.
+        VerificationError: A program computes something else, or lost its overlap; nothing is written then.
+        RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
+    """
+    show = progress or Silent()
+    emitters = [backend_named(name) for name in backends]
+    if directory is not None:
+        check_target(Path(directory), force)
+    with show.stage("capture"):
+        captured = capture(
+            model,
+            example_inputs=example_inputs,
+            input_specs=input_specs,
+            trust_pickle=trust_pickle,
+            dtype=dtype,
+            require_weights=directory is not None,
+        )
+    with show.stage("rewrite"):
+        dumps = Path(dump_directory) if dump_directory is not None else None
+        program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
+    report = make_report(program, history)
+    if directory is None:
+        return CompileResult(report)
+
+    comparisons = []
+    if verify:
+        with show.stage("compare with the source"):
+            standard = program if is_exact(program) else lower(captured.program, program.degree, "standard")[0]
+            comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
+        Verification(tuple(comparisons)).require_passed()
+
+    verification: Verification | None = None
+
+    def check(partial: Path) -> dict[str, object]:
+        """Runs on the complete artifact before it is put in place."""
+        nonlocal verification
+        with show.stage("run on ranks"):
+            found, windows = verify_programs(partial, SIZES, timeout)
+        verification = Verification((*comparisons, *found), windows)
+        verification.require_passed()
+        verification = _with_quality(verification, partial, captured, text, show)
+        return verification.to_dict()
+
+    with show.steps("write") as advance:
+        written = write_artifact(
+            program,
+            program.reader(captured.store.read),
+            Path(directory),
+            source=_source(captured, input_specs, dtype),
+            backends=emitters,
+            tokenizer_saver=_tokenizer_saver(captured),
+            report=report.to_dict(),
+            check=check if verify else None,
+            force=force,
+            progress=advance,
+        )
+    return CompileResult(report, verification, written)
+
+
+def verify_artifact(
+    directory: str | os.PathLike[str],
+    *,
+    source: Model | None = None,
+    text: str | os.PathLike[str] | None = None,
+    trust_pickle: bool = False,
+    timeout: float = 120.0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check an artifact again, as its compile did.
+
+    Args:
+        directory: The artifact.
+        source: The source model; None means where it was when the artifact was compiled.
+        text, trust_pickle, timeout, progress: See `compile_model`.
+
+    Raises:
+        InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
+        UsageError: `text` was given, but there is no source to compare with.
+        VerificationError, RankFailedError: See `compile_model`.
+    """
+    show = progress or Silent()
+    path = Path(directory)
+    with show.stage("check hashes"):
+        artifact = open_artifact(path)
+    with show.stage("run on ranks"):
+        comparisons, windows = verify_programs(path, SIZES, timeout)
+    result = Verification(tuple(comparisons), windows)
+    result.require_passed()
+    recorded = artifact.manifest.source
+    where = source if source is not None else recorded.path
+    if not where or (not isinstance(where, nn.Module) and not Path(where).exists()):
+        missing = (
+            f"no comparison with the source: it is not at '{where}'; name it with --source"
+            if where
+            else ("no comparison with the source: it was a module in memory; name a file of it with --source")
+        )
+        if text is not None:
+            raise UsageError(missing)
+        return replace(result, skipped=(missing,))
+    with show.stage("capture"):
+        captured = capture(
+            where, trust_pickle=trust_pickle, input_specs=recorded.input_specs, dtype=_dtype(recorded.dtype)
+        )
+    if recorded.sha256 and captured.origin.sha256 != recorded.sha256:
+        raise InputFileError(f"{where}: is not the model that {path} was compiled from (its hash differs)")
+    with show.stage("compare with the source"):
+        standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
+        comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
+    result = replace(result, comparisons=tuple(comparisons))
+    result.require_passed()
+    return _with_quality(result, path, captured, text, show)
+
+
+def _with_quality(
+    verification: Verification,
+    directory: Path,
+    captured: Capture,
+    text: str | os.PathLike[str] | None,
+    show: Progress,
+) -> Verification:
+    """Measure what the artifact's form costs."""
+    artifact = open_artifact(directory, verify=False)
+    batches = batches_for(captured, Path(text) if text is not None else None)
+    if isinstance(batches, str):
+        return replace(verification, skipped=(*verification.skipped, batches))
+    tokens, name = batches
+    with show.steps("quality") as advance:
+        total = sum(ids.numel() for ids in tokens)
+        done = 0
+
+        def count(ids: int) -> None:
+            nonlocal done
+            done += ids
+            advance(done, total, "tokens")
+
+        source = StreamingProgram(captured.program, read_from_source(captured.program, captured.store.read))
+        rewritten = _artifact_logits(artifact)
+        quality = evaluate(_logits_of(captured.program, source), rewritten, tokens, name, count)
+    return replace(verification, quality=quality)
+
+
+def _artifact_logits(artifact: Artifact) -> LogitsOf:
+    program = load_program(artifact)
+    files = [artifact.path(lane_file(lane)) for lane in range(program.degree)]
+    return _logits_of(program, StreamingProgram(program, read_from_lane_files(files)))
+
+
+def _logits_of(program: Program, streaming: StreamingProgram) -> LogitsOf:
+    return logits_function(program.inputs, program.call, streaming.run_flat)
+
+
+def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | None) -> Source:
+    origin = captured.origin
+    path = Path(origin.path).absolute() if origin.path else None
+    return Source(
+        kind=origin.kind,
+        name=path.name if path else origin.model_class,
+        path=str(path) if path else "",
+        sha256=origin.sha256 if path else "",
+        model_class=origin.model_class,
+        input_specs=tuple(input_specs),
+        dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
+    )
+
+
+def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:
+    tokenizer = captured.origin.tokenizer
+    if tokenizer is None:
+        return None
+
+    def save(directory: Path) -> None:
+        tokenizer.load().save_pretrained(directory)
+
+    return save
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    value = getattr(torch, name) if name else None
+    assert value is None or isinstance(value, torch.dtype)
+    return value

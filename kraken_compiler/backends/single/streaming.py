@@ -1,0 +1,130 @@
+"""Runs a program of any size in little memory: node by node, each weight read when it is needed and dropped after.
+
+It is the reference that everything else is checked against: no vmap, no compiler, no process group; a value that
+differs between lanes is a list of one tensor per lane, and a reduce is a sum over that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx
+
+from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+
+ReadLane = Callable[[WeightSpec, int], Tensor]
+"""Gives the local tensor of one weight on one lane."""
+
+
+def read_from_source(program: Program, read: Callable[[str], Tensor]) -> ReadLane:
+    """Local tensors cut out of the source's tensors; the last source tensor is kept, for the next lane wants it too."""
+    read = program.reader(read)
+    last: dict[str, Tensor] = {}
+
+    def read_lane(spec: WeightSpec, lane: int) -> Tensor:
+        if spec.source not in last:
+            last.clear()
+            last[spec.source] = read(spec.source)
+        return spec.take(last[spec.source], lane)
+
+    return read_lane
+
+
+def read_from_lane_files(paths: Sequence[Path]) -> ReadLane:
+    """Local tensors out of the lanes' safetensors files."""
+    files: list[Any] = [safe_open(path, framework="pt") for path in paths]
+    return lambda spec, lane: files[lane].get_tensor(spec.name)
+
+
+class _Lanes(list[Any]):
+    """One value per lane."""
+
+
+class StreamingProgram(fx.Interpreter):
+    """Runs all lanes of a program, one after the other at every node.
+
+    Args:
+        program: The program; its graph is not changed.
+        read_lane: Where weights come from.
+    """
+
+    def __init__(self, program: Program, read_lane: ReadLane) -> None:
+        super().__init__(program.module, garbage_collect_values=True)
+        self._program = program
+        self._read_lane = read_lane
+        self._taps: dict[str, Any] = {}
+        self._tap_names: frozenset[str] = frozenset()
+
+    def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
+        with torch.no_grad():
+            outputs: tuple[Tensor, ...] = self.run(*self._program.weights.values(), *inputs, enable_io_processing=False)
+        return outputs
+
+    def run_with_taps(
+        self, inputs: Sequence[Tensor], names: Collection[str]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Like `run_flat`, and also the values of some nodes, none of which may differ between lanes."""
+        self._tap_names, self._taps = frozenset(names), {}
+        outputs = self.run_flat(inputs)
+        self._tap_names = frozenset()
+        return outputs, self._taps
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._tap_names:
+            assert not isinstance(value, _Lanes), f"{n.name} differs between lanes"
+            self._taps[n.name] = value
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.kraken.wait.default:
+            return args[0]
+        if target is torch.ops.kraken.all_reduce_start.default:
+            return self._reduced(args[0])
+        if target is torch.ops.kraken.all_gather.default:
+            return torch.cat(args[0], dim=args[1])
+        if not self._differs((args, kwargs)):
+            args, kwargs = self._on_lane((args, kwargs), 0)
+            return super().call_function(target, args, kwargs)
+        values = _Lanes()
+        for lane in range(self._program.degree):
+            lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
+            values.append(super().call_function(target, lane_args, lane_kwargs))
+        return values
+
+    def _reduced(self, value: Any) -> Tensor:
+        if not isinstance(value, _Lanes):
+            assert isinstance(value, Tensor)
+            return value * self._program.degree if self._program.degree > 1 else value
+        total: Tensor = value[0]
+        for part in value[1:]:
+            total = total + part
+        return total
+
+    def _differs(self, value: Any) -> bool:
+        if isinstance(value, _Lanes):
+            return True
+        if isinstance(value, WeightSpec):
+            return bool(value.shards)
+        if isinstance(value, (list, tuple)):
+            return any(map(self._differs, value))
+        return isinstance(value, dict) and any(map(self._differs, value.values()))
+
+    def _on_lane(self, value: Any, lane: int) -> Any:
+        """Arguments as lane `lane` sees them, with the weights read."""
+        if isinstance(value, _Lanes):
+            return value[lane]
+        if isinstance(value, WeightSpec):
+            return self._read_lane(value, lane)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._on_lane(element, lane) for element in value)
+        if isinstance(value, dict):
+            return {key: self._on_lane(element, lane) for key, element in value.items()}
+        return value

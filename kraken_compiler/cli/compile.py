@@ -1,0 +1,152 @@
+"""`kraken-compile MODEL --degree N -o DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kraken_compiler.cli.config import CompileConfig, load_config
+from kraken_compiler.cli.console import (
+    EXIT_CODES,
+    ConsoleProgress,
+    errors_as_exit_codes,
+    print_json,
+    print_lines,
+    set_up_logging,
+)
+from kraken_compiler.errors import UsageError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EXIT_CODES)
+def compile_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face directory, a .gguf file, a torch.export archive, or a pickled module.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The artifact's directory. [default: MODEL's name .kraken]")
+    ] = None,
+    degree: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of lanes. [default: the visible accelerators, else the smallest valid degree above 1]"
+        ),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="standard, kraken, ladder, sync-drop or parallel. [default: kraken]")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Backends, separated by commas. [default: torch]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the model's own]")] = None,
+    input: Annotated[
+        list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure the form's cost on. [default: a small built-in sample]")
+    ] = None,
+    plan: Annotated[
+        bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
+    ] = None,
+    verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Check the result. [default: on]")] = None,
+    dump_graphs: Annotated[Path | None, typer.Option(help="Directory for the graph as text after every pass.")] = None,
+    trust_pickle: Annotated[
+        bool | None, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
+    ] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Replace an output directory that is not empty.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. [default: 120]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same keys; the command line wins.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what every pass did.")] = False,
+) -> None:
+    """Rewrite a Transformer into N parallel lanes and write one program per device."""
+    given: dict[str, Any] = {
+        "model": model,
+        "output": _text(output),
+        "degree": degree,
+        "form": form,
+        "layers": layers,
+        "backend": backend,
+        "dtype": dtype,
+        "input": input,
+        "text": _text(text),
+        "plan": plan,
+        "verify": verify,
+        "dump_graphs": _text(dump_graphs),
+        "trust_pickle": trust_pickle,
+        "force": force,
+        "timeout": timeout,
+    }
+    set_up_logging(verbose)
+    with errors_as_exit_codes(json_output):
+        merged = load_config(config, {key: value for key, value in given.items() if value not in (None, [])})
+        _compile(merged, json_output, quiet)
+
+
+def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
+    if config.model is None:
+        raise UsageError("name the MODEL to compile, on the command line or as 'model' in the config file")
+    # Imported late, so that --help does not load torch.
+    from kraken_compiler.api import compile_model
+    from kraken_compiler.cli.dtypes import dtype_named
+
+    output = config.output or f"{Path(config.model).name.removesuffix(Path(config.model).suffix)}.kraken"
+    result = compile_model(
+        config.model,
+        None if config.plan else output,
+        degree=config.degree,
+        form=config.form,
+        layers=config.layers,
+        backends=config.backend.split(","),
+        dtype=dtype_named(config.dtype),
+        input_specs=config.input,
+        text=config.text,
+        verify=config.verify,
+        trust_pickle=config.trust_pickle,
+        force=config.force,
+        dump_directory=config.dump_graphs,
+        timeout=config.timeout,
+        progress=ConsoleProgress(quiet or json_output),
+    )
+    if json_output:
+        print_json(
+            {
+                "artifact": str(result.directory) if result.directory else None,
+                "report": result.report.to_dict(),
+                "verification": result.verification.to_dict() if result.verification else None,
+            }
+        )
+    elif not quiet:
+        lines = result.report.lines()
+        if result.verification is not None:
+            lines += ["", *result.verification.lines()]
+        if result.directory is not None:
+            lines += ["", f"wrote {result.directory}"]
+        print_lines(lines)
+
+
+def _text(path: Path | None) -> str | None:
+    return str(path) if path is not None else None
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="kraken-compile")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`--config FILE.toml`: the options of `kraken-compile` from a file. What the command line gives wins."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kraken_compiler.errors import InputFileError, UsageError
+
+
+class CompileConfig(BaseModel):
+    """The keys of a config file: the long names of the command line's options."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, strict=True)
+
+    model: str | None = None
+    output: str | None = None
+    degree: int | None = Field(default=None, ge=1)
+    form: str = "kraken"
+    layers: str | None = None
+    backend: str = "torch"
+    dtype: str | None = None
+    input: list[str] = []
+    text: str | None = None
+    dump_graphs: str | None = Field(default=None, alias="dump-graphs")
+    timeout: float = Field(default=120.0, gt=0)
+    verify: bool = True
+    trust_pickle: bool = Field(default=False, alias="trust-pickle")
+    force: bool = False
+    plan: bool = False
+
+
+def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
+    """Merge a config file with the options that the command line gave.
+
+    Args:
+        path: The file, or None.
+        given: Options by field name; those that were not given are left out.
+
+    Raises:
+        UsageError: An unknown key, with the nearest known one, or a value of the wrong type.
+        InputFileError: The file cannot be read or is no TOML.
+    """
+    table = _read(path) if path is not None else {}
+    known = [field.alias or name for name, field in CompileConfig.model_fields.items()]
+    for key in table:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise UsageError(f"{path}: there is no key '{key}'; did you mean '{nearest[0]}'?")
+    try:
+        config = CompileConfig.model_validate({**table, "timeout": float(table.get("timeout", 120.0))})
+        return CompileConfig.model_validate({**config.model_dump(), **given})
+    except (ValidationError, ValueError, TypeError) as error:
+        reason = _first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"{path or 'options'}: {reason}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise InputFileError(f"--config: cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputFileError(f"--config: {path} is no TOML: {error}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

@@ -1,0 +1,67 @@
+"""`kraken-verify DIR [--text FILE]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kraken_compiler.cli.console import (
+    EXIT_CODES,
+    ConsoleProgress,
+    errors_as_exit_codes,
+    print_json,
+    print_lines,
+    set_up_logging,
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify_command(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure the form's cost on. [default: a small built-in sample]")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The source model. [default: where it was when the artifact was compiled]")
+    ] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Open a source that can run any code when it is opened.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without progress after which a rank counts as hanging.")
+    ] = 120.0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what every pass did.")] = False,
+) -> None:
+    """Check an artifact again: hashes, real ranks, overlap, the source model, and what the form costs on text."""
+    set_up_logging(verbose)
+    with errors_as_exit_codes(json_output):
+        # Imported late, so that --help does not load torch.
+        from kraken_compiler.api import verify_artifact
+
+        result = verify_artifact(
+            artifact,
+            source=source,
+            text=text,
+            trust_pickle=trust_pickle,
+            timeout=timeout,
+            progress=ConsoleProgress(quiet or json_output),
+        )
+        if json_output:
+            print_json(result.to_dict())
+        elif not quiet:
+            print_lines(result.lines())
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="kraken-verify")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Contract 1, second half: N real ranks compute what all lanes compute in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
+from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.torch_dist.rank_program import lane_file
+from kraken_compiler.runtime.execute import execute_on_ranks
+from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance
+from kraken_compiler.verify.example_inputs import example_inputs
+
+
+def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], timeout: float) -> list[Comparison]:
+    """Run an artifact's programs on one process per lane, and its lanes in this process, on the same inputs.
+
+    Args:
+        directory: The artifact.
+        sizes: Batch and sequence sizes to try.
+        timeout: Seconds without progress after which a rank counts as hanging.
+
+    Raises:
+        RankFailedError: A rank died or hung.
+        InputFileError: A file of the artifact is damaged.
+    """
+    artifact = open_artifact(directory, verify=False)
+    program = load_program(artifact)
+    inputs = [example_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
+    outputs = execute_on_ranks(directory, inputs, timeout=timeout)
+    lanes = StreamingProgram(
+        program, read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
+    )
+    comparisons = []
+    for number, size in enumerate(sizes):
+        want = lanes.run_flat(list(inputs[number].values()))
+        tolerance = rank_tolerance(want[0].dtype)
+        for rank, results in enumerate(outputs):
+            absolute, relative = largest_errors(results[number], want)
+            what = f"rank {rank} against the lanes in one process"
+            comparisons.append(Comparison(what, size, absolute, relative, tolerance))
+    return comparisons

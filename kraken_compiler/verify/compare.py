@@ -1,0 +1,77 @@
+"""Comparing what two programs computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+_RANK_TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+def source_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error of a rewritten program against its source: sums over lanes round differently."""
+    return _SOURCE_TOLERANCE[str(dtype).removeprefix("torch.")]
+
+
+def rank_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error of N ranks against the lanes in one process."""
+    return _RANK_TOLERANCE[str(dtype).removeprefix("torch.")]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of outputs.
+
+    Attributes:
+        what: What was compared with what.
+        sizes: Batch and sequence size.
+        max_abs_error: Largest absolute difference.
+        max_rel_error: Largest absolute difference over the largest absolute value of the reference.
+        tolerance: What `max_rel_error` may be.
+        first_diverging: The first layer that differs by more, "" if none does or layers were not compared.
+    """
+
+    what: str
+    sizes: tuple[int, int]
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    first_diverging: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """True if the error is within the tolerance; a NaN is not."""
+        return self.max_rel_error <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "FAILED"
+        where = f", first diverging: {self.first_diverging}" if self.first_diverging else ""
+        return (
+            f"{self.what}, batch {self.sizes[0]} x {self.sizes[1]}: {verdict}, relative error "
+            f"{self.max_rel_error:.1e} (tolerance {self.tolerance:.0e}){where}"
+        )
+
+
+def errors(have: Tensor, want: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and that over the largest absolute reference value. Shapes must be equal."""
+    assert have.shape == want.shape, f"{tuple(have.shape)} is not {tuple(want.shape)}"
+    if not want.is_floating_point():
+        return (0.0, 0.0) if torch.equal(have, want) else (float("inf"), float("inf"))
+    difference = (have.double() - want.double()).abs().max().item()
+    scale = want.double().abs().max().item()
+    return difference, difference / scale if scale > 0 else difference
+
+
+def largest_errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float]:
+    """`errors` over several outputs. A NaN anywhere is returned as NaN, for no comparison may hide it."""
+    pairs = [errors(one, other) for one, other in zip(have, want, strict=True)]
+    stacked = torch.tensor(pairs, dtype=torch.float64)
+    worst = stacked.amax(0)
+    return worst[0].item(), worst[1].item()

@@ -1,0 +1,75 @@
+"""Inputs to check a program with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.ir.program import InputSpec, Program
+
+_LOOKUPS = (torch.ops.aten.embedding.default,)
+
+
+def example_inputs(program: Program, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of a given batch and sequence size.
+
+    Whole numbers that index an embedding are drawn from its rows; other whole numbers and flags are ones, as in a mask.
+
+    Args:
+        program: The program, before or after lowering.
+        batch, sequence: Sizes for the program's symbolic dims; fixed dims keep theirs.
+        seed: Seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"batch": batch, "sequence": sequence}
+    inputs = {}
+    for spec in program.inputs:
+        shape = [sizes.get(size, sequence) if isinstance(size, str) else size for size in spec.shape]
+        inputs[spec.name] = _random(spec, shape, _rows(program, spec.name), generator)
+    return inputs
+
+
+def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torch.Generator) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if rows is None:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randint(rows, shape, generator=generator).to(dtype)
+
+
+def _rows(program: Program, name: str) -> int | None:
+    """Rows of the smallest embedding that an input indexes; None if it indexes none."""
+    rows = [
+        program.weights[node.args[0].name].source_shape[0]
+        for node in program.graph.nodes
+        if node.target in _LOOKUPS and node.args[1].name == name and node.args[0].name in program.weights
+    ]
+    return min(rows, default=None)
+
+
+def token_input(program: Program) -> InputSpec | None:
+    """The input that carries token ids: the one whole-number input that indexes an embedding."""
+    found = [spec for spec in program.inputs if len(spec.shape) == 2 and _rows(program, spec.name) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def vocabulary(program: Program) -> int:
+    """Rows of the token embedding."""
+    spec = token_input(program)
+    rows = _rows(program, spec.name) if spec else None
+    assert rows is not None
+    return rows
+
+
+def position_limit(program: Program) -> int:
+    """The longest sequence that the program's learned positions allow: rows of the embeddings that hold no tokens."""
+    token = token_input(program)
+    rows = [
+        program.weights[node.args[0].name].source_shape[0]
+        for node in program.graph.nodes
+        if node.target in _LOOKUPS
+        and node.args[0].name in program.weights
+        and node.args[1].name != (token and token.name)
+    ]
+    return min(rows, default=1 << 30)

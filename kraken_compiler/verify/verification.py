@@ -1,0 +1,86 @@
+"""Everything that was checked about an artifact, and the run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
+from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.verify.against_ranks import compare_with_ranks
+from kraken_compiler.verify.compare import Comparison
+
+SIZES = ((1, 7), (3, 12))
+"""Batch and sequence sizes that programs are compared at; none is the one they were captured with."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked.
+
+    Attributes:
+        comparisons: The program contract.
+        windows: The schedule of the program that runs.
+        quality: What the form costs on text; None if it was not measured.
+        skipped: Checks that were not made, each with the reason.
+    """
+
+    comparisons: tuple[Comparison, ...] = ()
+    windows: tuple[Window, ...] = ()
+    quality: Quality | None = None
+    skipped: tuple[str, ...] = field(default=())
+
+    def require_passed(self) -> None:
+        """Raise if a comparison failed.
+
+        Raises:
+            VerificationError: Names the first failed comparison.
+        """
+        failed = [comparison for comparison in self.comparisons if not comparison.passed]
+        if failed:
+            raise VerificationError(f"the program computes something else: {failed[0]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "program": {
+                "max_abs_error": max((entry.max_abs_error for entry in self.comparisons), default=None),
+                "max_rel_error": max((entry.max_rel_error for entry in self.comparisons), default=None),
+                "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            },
+            "schedule": [asdict(window) for window in self.windows],
+            "quality": self.quality.to_dict() if self.quality else None,
+            "skipped": list(self.skipped),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        lines = [f"program   {comparison}" for comparison in self.comparisons]
+        promised = [window for window in self.windows if window.promised]
+        fewest = min((len(window.gemms) for window in promised), default=0)
+        hidden = f"{len(promised)} hidden, each behind at least {fewest} matrix products" if promised else "none hidden"
+        lines.append(f"schedule  {len(self.windows)} reduces, {hidden}")
+        if self.quality is not None:
+            lines += [f"quality   {line}" for line in self.quality.lines()]
+        return lines + [f"skipped   {reason}" for reason in self.skipped]
+
+
+def verify_programs(
+    directory: Path, sizes: Sequence[tuple[int, int]] = SIZES, timeout: float = 120.0
+) -> tuple[list[Comparison], tuple[Window, ...]]:
+    """Check an artifact without its source: real ranks against the lanes, and the schedule of what will run.
+
+    Raises:
+        VerificationError: A window that the form promises is empty, or a rank computes something else.
+        RankFailedError: A rank died or hung.
+    """
+    program = load_program(open_artifact(directory, verify=False))
+    windows = check_schedule(program.module, program.plan)
+    require_overlap(windows)
+    return compare_with_ranks(directory, tuple(sizes), timeout), windows
