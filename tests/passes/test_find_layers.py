@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kraken_compiler.ir.forms import STANDARD
+from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.recognize.find_layers import FindLayers
+from tests.passes.helpers import assert_close, captured, check_analysis, hidden, recognized
+from tests.passes.models import COLUMNS, Attention, Block, D, E, Ffn, Gpt, H, TalkingHeads
+
+
+def table_of(module: nn.Module) -> LayerTable:
+    _, program = recognized(module)
+    check_analysis(FindLayers(), program, "layers")
+    assert program.layers is not None
+    return program.layers
+
+
+def test_finds_sequential_layers() -> None:
+    table = table_of(Gpt(layers=2))
+    assert [(b.index, b.layer, b.kind, b.reads) for b in table.branches] == [
+        (1, 0, "attention", 0),
+        (2, 0, "ffn", 1),
+        (3, 1, "attention", 2),
+        (4, 1, "ffn", 3),
+    ]
+    assert [layer.path for layer in table.layers] == ["blocks.0", "blocks.1"]
+    assert [branch.path for branch in table.layers[1].branches] == ["blocks.1.attention", "blocks.1.ffn"]
+    assert not any(layer.parallel for layer in table.layers)
+    attention, ffn = table.layers[0].branches
+    assert (attention.heads, attention.kv_heads, attention.columns) == (H, H, H * E)
+    assert (ffn.heads, ffn.kv_heads, ffn.columns) == (0, 0, COLUMNS)
+    assert [point for point, _ in table.joins] == [0, 1, 2, 3, 4]
+    assert table.joins[0][1] == table.embedding
+    assert table.joins[-1][1] == table.final
+    assert table.head
+
+
+def test_finds_parallel_layers() -> None:
+    """Both branches read the same point and join together, attention first."""
+    table = table_of(Gpt(layers=2, parallel=True))
+    assert [(b.kind, b.reads) for b in table.branches] == [("attention", 0), ("ffn", 0), ("attention", 2), ("ffn", 2)]
+    assert all(layer.parallel for layer in table.layers)
+    assert [point for point, _ in table.joins] == [0, 2, 4]
+
+
+def test_counts_kv_heads_by_their_values() -> None:
+    """Repeated key heads hold equal values, however the model repeats them."""
+
+    class Expanded(Attention):
+        def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    assert table_of(Gpt(attention=lambda: Attention(2))).branches[0].kv_heads == 2
+    assert table_of(Gpt(attention=lambda: Attention(1))).branches[0].kv_heads == 1
+    assert table_of(Gpt(attention=lambda: Expanded(2))).branches[0].kv_heads == 2
+
+
+def test_finds_layers_without_embedding_or_head() -> None:
+    """An encoder that reads and writes hidden states; its argument is called `input`, like a Python builtin."""
+    encoder = nn.Sequential(Block(Attention(), Ffn()), Block(Attention(), Ffn()))
+    sample = captured(encoder, hidden(D))
+    table = sample.after(*RECOGNIZE).layers
+    assert table is not None
+    assert len(table.layers) == 2
+    assert table.head == ""
+    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+
+
+def test_sees_through_a_constant_factor_on_a_branch() -> None:
+    """Granite multiplies every branch's output before it adds it."""
+
+    class Scaled(Ffn):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            return super().forward(x_BSD) * 0.5
+
+    assert [branch.kind for branch in table_of(Gpt(ffn=Scaled)).branches] == ["attention", "ffn"]
+
+
+class PostNorm(Block):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.norm1(x_BSD + self.attention(x_BSD))
+        return self.norm2(x_BSD + self.ffn(x_BSD))
+
+
+class SandwichNorm(Block):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.norm1(x_BSD))
+        return x_BSD + self.norm2(self.ffn(x_BSD))
+
+
+class Decay(Block):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(x_BSD * 0.9)
+
+
+class Experts(Ffn):
+    """Two FFNs, mixed by a gate computed from the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.other = nn.Linear(D, 1), Ffn()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        share = torch.sigmoid(self.gate(x_BSD))
+        return super().forward(x_BSD) * share + self.other(x_BSD) * (1 - share)
+
+
+class OneProjection(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(D, D)
+
+
+class TwoAttentions(Attention):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().mix(q, k, super().mix(q, k, v))
+
+
+class Pooled(Gpt):
+    """The head reads the stream before its last layer, too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x_BSD = self.tokens(ids)
+        y_BSD = self.blocks[0](x_BSD)
+        return self.head(torch.cat([self.norm(x_BSD), y_BSD], dim=-1)[..., :D])
+
+
+def with_blocks(block: type[Block], layers: int = 2) -> Gpt:
+    model = Gpt(layers)
+    model.blocks = nn.ModuleList(block(Attention(), Ffn()) for _ in range(layers))
+    return model
+
+
+def reason(module: nn.Module) -> tuple[str, str]:
+    rejection = captured(module).rejection(*RECOGNIZE)
+    return rejection.reason, rejection.path
+
+
+def test_rejects_norms_on_the_stream() -> None:
+    text, path = reason(with_blocks(PostNorm))
+    assert "post-norm" in text
+    assert path == "blocks.0.norm1"
+
+
+def test_rejects_norms_after_a_branch() -> None:
+    text, path = reason(with_blocks(SandwichNorm))
+    assert "sandwich norm" in text
+    assert path == "blocks.0.norm2"
+
+
+def test_rejects_a_rewritten_stream() -> None:
+    text, path = reason(with_blocks(Decay))
+    assert "rewritten between layers" in text
+    assert path == "blocks.1"
+
+
+def test_rejects_experts() -> None:
+    text, path = reason(Gpt(ffn=Experts))
+    assert "mixture of experts" in text
+    assert path == "blocks.0.ffn"
+
+
+def test_rejects_a_branch_with_nothing_to_split() -> None:
+    text, path = reason(Gpt(ffn=OneProjection))
+    assert "no projection was found" in text
+    assert path == "blocks.0.ffn"
+
+
+def test_rejects_two_attentions_in_a_branch() -> None:
+    text, path = reason(Gpt(attention=TwoAttentions))
+    assert "more than one attention" in text
+    assert path == "blocks.0.attention"
+
+
+def test_rejects_a_projection_after_attention() -> None:
+    """Talking heads: the learned matrix mixes what the lanes would divide."""
+    text, path = reason(Gpt(attention=TalkingHeads))
+    assert "second projection follows the attention" in text
+    assert path == "blocks.0.attention"
+
+
+def test_rejects_skips_around_layers() -> None:
+    text, _ = reason(Pooled(2))
+    assert "no residual stream" in text
+
+
+def test_rejects_layers_without_attention() -> None:
+    model = Gpt(2)
+    model.blocks = nn.ModuleList(_FfnOnly() for _ in range(2))
+    text, _ = reason(model)
+    assert "no branch of the residual stream holds an attention" in text
+
+
+class _FfnOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Ffn()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.ffn(x_BSD)
+
+
+def test_rejects_what_does_not_depend_on_the_tokens() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return ids.shape[0] * self.weight.cos()
+
+    text, _ = reason(Constant())
+    assert "no embedding lookup" in text
