@@ -207,7 +207,7 @@ def test_bad_calls_name_the_argument_and_the_way_out() -> None:
         run(captured, IDS, torch.ones(2, 16), double=False)
     with pytest.raises(UsageError, match="needs the argument 'mask'; it takes ids, mask"):
         run(captured, IDS)
-    with pytest.raises(UsageError, match="without the argument 'extra', so it may only be None; .*--input extra="):
+    with pytest.raises(UsageError, match=r"without the argument 'extra', so it may only be None; .*--input extra="):
         run(captured, IDS, torch.ones(2, 16), extra=IDS)
     with pytest.raises(UsageError, match="no argument 'masc'; it takes ids, mask"):
         run(captured, IDS, masc=torch.ones(2, 16))

@@ -24,6 +24,7 @@ from typing import IO, Any
 import torch
 
 from kraken_compiler import _torch_compat as compat
+from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import InputFileError
 
 _MODULES_ALLOWED = ("builtins", "collections", "torch", "transformers")
@@ -67,7 +68,8 @@ def inspect_archive(file: IO[bytes], path: Path, *, trust_pickle: bool) -> tuple
                     "or pass --trust-pickle if you trust where the file comes from"
                 )
     except (RuntimeError, OSError, ValueError, AttributeError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # The first sentence; torch's reader goes on about its own library.
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise InputFileError(f"{path} is truncated or damaged: {reason}") from error
     return tuple(sorted(modules))
 
@@ -98,7 +100,8 @@ def _is_plain_pickle(content: bytes) -> bool:
     if not content:
         return True
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with quiet_torch():
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError):
         return False
     return True

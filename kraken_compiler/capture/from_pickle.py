@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
+from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.capture.record import Capture, digest_files
 from kraken_compiler.errors import InputFileError
 
@@ -62,7 +63,8 @@ def capture_pickle(
 def _reject_tensors(path: Path) -> None:
     try:
         # Mapped, so that a large state dict is not read for an error message.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with quiet_torch():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         return
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
@@ -79,7 +81,8 @@ def _reject_tensors(path: Path) -> None:
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        with quiet_torch():
+            return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         # Unpickling runs the file's own code: any exception may come out of it.
         missing = isinstance(error, AttributeError | ImportError)

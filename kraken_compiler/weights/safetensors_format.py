@@ -95,8 +95,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(path: Path, data_start: int, fields: Mapping[str, object]) -> TensorEntry:
     shape, offsets = fields["shape"], fields["data_offsets"]
-    assert isinstance(shape, list)
-    assert isinstance(offsets, list)
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        raise TypeError("shape and offsets must be lists")
     start, stop = map(int, offsets)
     dtype = DTYPES.get(str(fields["dtype"]))
     sizes = tuple(map(int, shape))
