@@ -15,7 +15,7 @@ import pytest
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import check_target
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UsageError, VerificationError
 from tests.toy_lane_program import edit_manifest, toy_program, write_toy
 
 
@@ -110,6 +110,19 @@ def test_a_failed_write_leaves_the_old_artifact_and_nothing_else(artifact: Path,
             write_toy(target, 2, force=True, tokenizer_saver=fail)
     open_artifact(artifact)
     assert beside(tmp_path) == [artifact.name]
+
+
+def test_what_fails_its_check_is_never_seen(artifact: Path) -> None:
+    def refuse(directory: Path) -> dict[str, object]:
+        assert open_artifact(directory).manifest.degree == 2
+        raise VerificationError("computes something else")
+
+    with pytest.raises(VerificationError, match="computes something else"):
+        write_toy(artifact, 2, force=True, check=refuse, report={"note": "second"})
+    assert open_artifact(artifact).report() == {"note": "toy"}
+    assert beside(artifact.parent) == [artifact.name]
+    write_toy(artifact, 2, force=True, check=lambda _: {"passed": True})
+    assert open_artifact(artifact).report() == {"note": "toy", "verification": {"passed": True}}
 
 
 def test_tokenizer_files_are_part_of_it(tmp_path: Path) -> None:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
 from kraken_compiler.runtime.generate import greedy
+from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.runtime.session import Session
 from kraken_compiler.runtime.status import StatusWriter
-from kraken_compiler.runtime.worker import _print_text, logits_function, main
+from kraken_compiler.runtime.worker import _print_text, main
 from tests.toy_lane_program import write_toy
 
 pytestmark = pytest.mark.timeout(120)
@@ -48,7 +48,8 @@ def test_greedy() -> None:
 def expected(artifact: Path, prompt: list[int], count: int) -> str:
     module = load(artifact)
     assert isinstance(module, LaneModule)
-    logits_of = logits_function(open_artifact(artifact).manifest, module.run_flat)
+    manifest = open_artifact(artifact).manifest
+    logits_of = logits_function(manifest.inputs, manifest.call, module.run_flat)
     return ",".join(map(str, greedy(logits_of, prompt, count)))
 
 
@@ -80,12 +81,8 @@ def test_the_worker_alone_says_how_to_start_it(artifact: Path, monkeypatch: pyte
         main([str(artifact), "--input-ids", "1"])
 
 
-def with_inputs(manifest: Manifest, *inputs: InputSpec) -> Manifest:
-    return manifest.model_copy(update={"inputs": inputs})
-
-
 def test_inputs_that_follow_from_the_ids(artifact: Path) -> None:
-    manifest = open_artifact(artifact).manifest
+    call = open_artifact(artifact).manifest.call
     ids = InputSpec("input_ids", "input_ids", "int64", ("batch", "length"))
     mask = InputSpec("mask", "attention_mask", "int64", ("batch", "length"))
     positions = InputSpec("positions", "position_ids", "int64", ("batch", "length"))
@@ -96,16 +93,16 @@ def test_inputs_that_follow_from_the_ids(artifact: Path) -> None:
         given.extend(inputs)
         return torch.zeros(2, 3, 5), torch.zeros(2, 3, 4)
 
-    logits = logits_function(with_inputs(manifest, mask, ids, positions, cache), run_flat)(torch.full((2, 3), 8))
+    logits = logits_function([mask, ids, positions, cache], call, run_flat)(torch.full((2, 3), 8))
     assert logits.shape == (2, 3, 5)
     assert [tensor.tolist() for tensor in given] == [[[1] * 3] * 2, [[8] * 3] * 2, [[0, 1, 2]] * 2, [0, 1, 2]]
     only = replace(ids, name="tokens", parameter="tokens")
-    assert logits_function(with_inputs(manifest, only), run_flat)(torch.zeros(2, 3)).shape == (2, 3, 5)
+    assert logits_function([only], call, run_flat)(torch.zeros(2, 3)).shape == (2, 3, 5)
     pixels = InputSpec("pixels", "pixel_values", "float32", ("batch", 3))
     with pytest.raises(UsageError, match="also needs the input 'pixel_values'"):
-        logits_function(with_inputs(manifest, ids, pixels), run_flat)
+        logits_function([ids, pixels], call, run_flat)
     with pytest.raises(UsageError, match="no language model"):
-        logits_function(manifest, lambda _: (torch.zeros(2, 5),))(torch.zeros(2, 3))
+        logits_function([ids], call, lambda _: (torch.zeros(2, 5),))(torch.zeros(2, 3))
 
 
 def test_text_grows_by_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
