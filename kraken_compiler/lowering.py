@@ -83,6 +83,8 @@ def find_layers(layers: str | Sequence[int] | None, count: int) -> tuple[int, ..
 def find_degree(degree: int | None, layers: LayerTable) -> int:
     """A valid degree, or a `UsageError` that lists the valid ones."""
     valid = valid_degrees(layers)
+    if len(valid) == 1 and degree is None:
+        raise UnsupportedModelError([Rejection("its heads and FFN columns have no common divisor above 1")])
     wanted = degree
     if wanted is None:
         visible = torch.accelerator.device_count()
@@ -92,8 +94,6 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     branches = layers.branches
     attention = next(branch for branch in branches if branch.kind == "attention")
     columns = sorted({branch.columns for branch in branches if branch.kind == "ffn"})
-    if len(valid) == 1 and degree is None:
-        raise UnsupportedModelError([Rejection("its heads and FFN columns have no common divisor above 1")])
     raise UsageError(
         f"degree {wanted} does not divide the model ({attention.heads} heads, {attention.kv_heads} KV heads, "
         f"FFN columns {', '.join(map(str, columns))}); valid degrees: {', '.join(map(str, valid))}"

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives, find_windows
+from tests.passes.helpers import Golden, assert_close, captured, check_idempotent
+from tests.passes.models import Gpt
+
+START = torch.ops.kraken.all_reduce_start.default
+WAIT = torch.ops.kraken.wait.default
+
+
+def lowered(form: Form, degree: int = 2) -> Program:
+    return captured(Gpt(layers=2)).after(*RECOGNIZE, *rewrite(degree, form))
+
+
+def test_kraken_hides_every_reduce_but_the_last_behind_an_attention() -> None:
+    program = lowered(KRAKEN)
+    first, last = program.windows
+    assert first.promised == (3,)
+    assert len(first.gemms) == 5, "q, k, v, the attention and its output projection"
+    assert program.layers is not None
+    assert set(first.gemms) <= set(program.layers.branches[2].nodes)
+    assert (last.promised, last.gemms) == ((), ())
+    check_idempotent(PlaceCollectives(), program)
+
+
+def test_ladder_hides_behind_the_next_branch() -> None:
+    """The last two branches share a reduce: nobody reads the sum between them, and nothing is left to hide it."""
+    assert [len(window.gemms) for window in lowered(LADDER).windows] == [2, 5, 0]
+
+
+def test_standard_promises_nothing() -> None:
+    windows = lowered(STANDARD).windows
+    assert [window.promised for window in windows] == [()] * 4
+    assert [window.gemms for window in windows] == [()] * 4
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_starts_follow_their_operand_and_waits_precede_their_reader(form: Form) -> None:
+    program = lowered(form)
+    order = list(program.graph.nodes)
+    for node in order:
+        if node.target is START:
+            assert node.prev is node.args[0]
+        elif node.target is WAIT:
+            assert node.next in node.users
+
+
+def test_misplaced_collectives_are_moved_back() -> None:
+    """A late start and an early wait cost the overlap; the pass restores both and the numbers hold."""
+    sample = captured(Gpt(layers=2))
+    program = sample.after(*RECOGNIZE, *rewrite(2, KRAKEN))
+    want, windows = sample.run(program), program.windows
+    start, wait = (next(node for node in program.graph.nodes if node.target is target) for target in (START, WAIT))
+    wait.prev.append(start)
+    assert find_windows(program)[0].gemms == ()
+    result = PlaceCollectives().run(program)
+    assert result.matches == 1
+    assert not result.rejections
+    assert program.windows == windows
+    program.module.recompile()
+    assert_close(sample.run(program), want)
+    check_idempotent(PlaceCollectives(), program)
+
+
+def test_an_empty_window_that_a_form_promises_is_an_error() -> None:
+    """A reader of the sum that stands right behind the start leaves nothing to hide the reduce behind."""
+    program = lowered(KRAKEN)
+    start, wait = (next(node for node in program.graph.nodes if node.target is target) for target in (START, WAIT))
+    with program.graph.inserting_after(start):
+        early = program.graph.call_function(torch.ops.aten.cos.default, (wait,))
+    early.meta["val"] = wait.meta["val"]
+    (rejection,) = PlaceCollectives().run(program).rejections
+    assert "reduce 0 should be hidden behind branches [3]" in rejection.reason
+    assert rejection.nodes == (start.name, wait.name)
+    assert find_windows(program)[0].gemms == ()
+
+
+def test_golden(golden: Golden) -> None:
+    golden("place_collectives", lowered(KRAKEN))

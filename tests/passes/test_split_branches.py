@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.pipelines import RECOGNIZE
+from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.plan_shards import PlanShards
+from kraken_compiler.passes.shard.split_branches import SplitBranches
+from tests.passes.helpers import Golden, Sample, check_idempotent, check_untouched, recognized, targets
+from tests.passes.models import Attention, FusedQkv, GainAttention, GatedFfn, Gpt
+
+
+def branch_values(sample: Sample, program: Program, lane: int) -> list[Tensor]:
+    """What every branch adds to the stream, on one lane."""
+    assert program.layers is not None
+    wanted = {branch.output for branch in program.layers.branches}
+    values: list[Tensor] = []
+
+    class Record(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            value = super().run_node(node)
+            if node.name in wanted:
+                values.append(value)
+            return value
+
+    read = program.reader(sample.read)
+    weights = [spec.take(read(spec.source), lane) for spec in program.weights.values()]
+    with torch.no_grad():
+        Record(program.module).run(*weights, *sample.inputs[1])
+    return values
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Gpt(),
+        Gpt(attention=lambda: Attention(2)),
+        Gpt(attention=lambda: FusedQkv("contiguous", 2), ffn=lambda: GatedFfn("chunk")),
+        Gpt(attention=GainAttention, ffn=lambda: GatedFfn("interleaved")),
+    ],
+    ids=["separate", "grouped", "fused", "gains"],
+)
+def test_the_lanes_parts_add_up(model: Gpt) -> None:
+    """The first branch still reads the whole stream, so its parts must sum to the source model's branch."""
+    sample, program = recognized(model)
+    want = branch_values(sample, program, 0)[0]
+    PlanShards(4).run(program)
+    SplitBranches(4).run(program)
+    program.module.recompile()
+    parts = [branch_values(sample, program, lane)[0] for lane in range(4)]
+    torch.testing.assert_close(sum(parts), want, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(parts[0], parts[1])
+    check_idempotent(SplitBranches(4), program)
+
+
+def test_one_lane_changes_nothing() -> None:
+    _, program = recognized(Gpt())
+    before = targets(program)
+    PlanShards(1).run(program)
+    check_idempotent(SplitBranches(1), program)
+    assert targets(program) == before
+    assert not any(spec.shards for spec in program.weights.values())
+
+
+def test_a_wrong_plan_is_noticed() -> None:
+    """Every structure is checked on numbers: a plan that mixes up two lanes' columns does not pass."""
+    _, program = recognized(Gpt())
+    PlanShards(2).run(program)
+    attention, *rest = program.shards
+    program.shards = (replace(attention, columns=attention.columns[::-1]), *rest)
+    (rejection,) = SplitBranches(2).run(program).rejections
+    assert "lane 0's part of the branch differs" in rejection.reason
+    assert rejection.path == "blocks.0.attention.o"
+
+
+def test_valid_degrees() -> None:
+    _, program = recognized(Gpt(attention=lambda: Attention(2)))
+    assert program.layers is not None
+    assert valid_degrees(program.layers) == (1, 2, 4)
+    assert smallest_degree(program.layers) == 2
+
+
+def test_golden(golden: Golden) -> None:
+    sample, _ = recognized(Gpt(attention=lambda: FusedQkv("contiguous", 2)))
+    program = sample.after(*RECOGNIZE, PlanShards(2), SplitBranches(2))
+    check_untouched(SplitBranches(2), replace(sample, program=program))
+    golden("split_branches", program)

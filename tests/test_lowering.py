@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
+from kraken_compiler.ir.forms import FORMS
+from kraken_compiler.lowering import lower
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.report import make_report
+from tests.passes.helpers import Sample, captured
+from tests.passes.models import Attention, Ffn, Gpt
+
+
+@cache
+def sample() -> Sample:
+    return captured(Gpt(layers=2, attention=lambda: Attention(2)))
+
+
+def refusal(**options: object) -> str:
+    with pytest.raises(UsageError) as caught:
+        lower(sample().program, **options)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("karken", "kraken"), ("Standard", "standard"), ("sync_drop", "sync-drop"), ("laddr", "ladder"), ("", "standard")],
+)
+def test_an_unknown_form_suggests_the_nearest(typo: str, meant: str) -> None:
+    message = refusal(degree=2, form=typo)
+    assert f"there is no form '{typo}'" in message
+    assert f"did you mean '{meant}'" in message or not typo
+    assert all(name in message for name in FORMS)
+
+
+@pytest.mark.parametrize("degree", [3, 8, 0, -2])
+def test_a_wrong_degree_lists_the_valid_ones(degree: int) -> None:
+    message = refusal(degree=degree)
+    assert f"degree {degree} does not divide the model (4 heads, 2 KV heads, FFN columns 24)" in message
+    assert message.endswith("valid degrees: 1, 2, 4")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("0-2", "--layers: the model has layers 0 to 1, there is no layer 2"),
+        ([5], "there is no layer 5"),
+        ("-3", "there is no layer -3"),
+        ("last", "'last' is no layer or range"),
+    ],
+)
+def test_layers_out_of_range(layers: str | list[int], message: str) -> None:
+    assert message in refusal(degree=2, layers=layers)
+
+
+def test_layers_by_number() -> None:
+    program, _ = lower(sample().program, 2, "kraken", [-1])
+    assert program.plan is not None
+    assert program.plan.forms == ("standard", "kraken")
+
+
+def test_the_default_is_kraken_at_the_smallest_degree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    program, history = lower(sample().program)
+    assert program.degree == 2
+    assert program.plan is not None
+    assert program.plan.forms == ("kraken", "kraken")
+    assert [record.name for record in history] == [step.name for step in (*RECOGNIZE, *rewrite(2, FORMS["kraken"]))]
+
+
+def test_the_default_degree_is_the_number_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert lower(sample().program)[0].degree == 4
+
+
+def test_a_model_that_no_degree_divides() -> None:
+    odd = captured(Gpt(ffn=lambda: Ffn(columns=25)))
+    with pytest.raises(UnsupportedModelError, match="no common divisor"):
+        lower(odd.program)
+    assert lower(odd.program, 1)[0].degree == 1
+
+
+def test_graphs_are_dumped_after_every_pass(tmp_path: Path) -> None:
+    seen: list[str] = []
+    _, history = lower(sample().program, 2, dump_directory=tmp_path / "graphs", progress=seen.append)
+    names = sorted(path.name for path in (tmp_path / "graphs").iterdir())
+    assert names == [f"{number:02d}-{record.name}.txt" for number, record in enumerate(history)]
+    assert seen == [record.name for record in history]
+    assert "kraken.wait" in (tmp_path / "graphs" / names[-1]).read_text()
+
+
+def test_a_dump_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "graphs").write_text("")
+    with pytest.raises(InputFileError, match="cannot write the graph dump"):
+        lower(sample().program, 2, dump_directory=tmp_path / "graphs")
+
+
+def test_the_report_says_what_was_decided() -> None:
+    program, history = lower(sample().program, 2, "kraken", "1")
+    report = make_report(program, history)
+    data = report.to_dict()
+    assert data["degree"] == 2
+    assert not data["exact"]
+    assert [layer["form"] for layer in data["layers"]] == ["standard", "kraken"]
+    assert [len(layer["reduces"]) for layer in data["layers"]] == [2, 1]
+    assert [lane["kv_heads"] for lane in data["lanes"]] == [1, 1]
+    assert "changes the function" in report.text
+    assert "computes what the source model computes" in make_report(lower(sample().program, 2, "standard")[0]).text
