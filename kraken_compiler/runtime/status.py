@@ -55,6 +55,7 @@ class Beat:
 
     Attributes:
         pid: Its process.
+        main_thread: Identifier of its main thread.
         alive: When it wrote this, seconds since the epoch.
         progress: When its main thread last got something done.
         stage: What it said it is doing.
@@ -63,6 +64,7 @@ class Beat:
     """
 
     pid: int
+    main_thread: int
     alive: float
     progress: float
     stage: str
@@ -95,9 +97,10 @@ class StatusWriter:
         """Begin to beat, and to answer a request for this process's stacks."""
         if self._directory is None:
             return
-        # faulthandler writes from the signal itself, so a main thread stuck inside C code is shown too.
+        # faulthandler writes from the signal itself, so a main thread stuck inside C code is shown too. Any thread may
+        # get the signal, so all are written; the beat says which one is the main thread.
         self._stacks = stacks_file(self._directory, self._rank).open("w")
-        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self._beat()
         threading.Thread(target=self._keep_beating, name="kraken-heartbeat", daemon=True).start()
 
@@ -133,7 +136,8 @@ class StatusWriter:
 
     def _beat(self) -> None:
         assert self._directory is not None
-        beat = Beat(os.getpid(), time.time(), self._progress, self._stage, self._extra, self._done)
+        thread = threading.main_thread().ident or 0
+        beat = Beat(os.getpid(), thread, time.time(), self._progress, self._stage, self._extra, self._done)
         with self._lock:
             if self._directory.is_dir():
                 _write(_beat_file(self._directory, self._rank), json.dumps(asdict(beat)))
@@ -160,6 +164,13 @@ def read_beats(directory: Path) -> dict[int, Beat]:
 def stacks_file(directory: Path, rank: int) -> Path:
     """Where a rank writes its stacks when it is asked to."""
     return directory / f"stacks-{rank}.txt"
+
+
+def read_stack(directory: Path, rank: int, beat: Beat) -> str:
+    """The stack of a rank's main thread, innermost call first; "" until it has answered."""
+    path = stacks_file(directory, rank)
+    sections = path.read_text(errors="replace").split("\n\n") if path.exists() else []
+    return next((section.strip() for section in sections if f"0x{beat.main_thread:016x} " in section), "")
 
 
 def _failure_file(directory: Path, rank: int) -> Path:

@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kraken_compiler.runtime.status import Beat, read_beats, stacks_file
+from kraken_compiler.runtime.status import Beat, read_beats, read_stack
 
 _POLL_SECONDS = 0.2
 _STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
-_ANSWER_SECONDS = 1.0
+_ANSWER_SECONDS = 5.0
 _WAITING_PLACES = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py")
 
 
@@ -92,14 +92,25 @@ class Watchdog:
             _signal(beat, signal.SIGUSR1)
             # A stopped process answers only once it goes on; it is killed right after.
             _signal(beat, signal.SIGCONT)
-        self._stop.wait(_ANSWER_SECONDS)
-        stacks = {rank: _read(stacks_file(self._directory, rank)) for rank in beats}
+        stacks = self._stacks(beats)
         elsewhere = [rank for rank in late if stacks[rank] and not _is_waiting(stacks[rank])]
         rank = (stopped or elsewhere or late)[0]
         state = "stopped answering" if rank in stopped else "made no progress"
         if not stopped and not elsewhere and len(late) > 1:
             state = "and its peers made no progress"
         return Verdict(rank, f"{state} for {self._timeout:g} s while {beats[rank].stage}", stacks[rank])
+
+    def _stacks(self, beats: dict[int, Beat]) -> dict[int, str]:
+        """The stacks that ranks were asked for; a busy machine may take its time, a dead process never answers."""
+        end = time.monotonic() + _ANSWER_SECONDS
+        stacks: dict[int, str] = {}
+        while time.monotonic() < end:
+            before = stacks
+            stacks = {rank: read_stack(self._directory, rank, beat) for rank, beat in beats.items()}
+            # Twice the same: none is still being written.
+            if (all(stacks.values()) and stacks == before) or self._stop.wait(_POLL_SECONDS):
+                break
+        return stacks
 
 
 def _signal(beat: Beat | None, number: signal.Signals) -> None:
@@ -112,7 +123,3 @@ def _is_waiting(stack: str) -> bool:
     """True if the innermost calls are those of a rank that waits for, or computes, a part of the program."""
     innermost = [line for line in stack.splitlines() if line.lstrip().startswith("File ")][:2]
     return any(place in line for line in innermost for place in _WAITING_PLACES)
-
-
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.exists() else ""
