@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.lowering import lower
 from kraken_compiler.passes.form.derive_schedule import derive_plan, parse_layers
-from tests.passes.helpers import Sample, assert_close, captured
-from tests.passes.models import Gpt
+from tests.passes.helpers import Sample, assert_close, gpt
 from tests.passes.reference import UnrolledGpt
 
 LATE = Form("late", Lag(1, 2), Lag(1, 4), "made up for this test: peers up to four branches late")
@@ -143,9 +141,8 @@ def test_lags_that_make_no_sense() -> None:
 # The lane program against the unrolled model ----------------------------------------------------------------------
 
 
-@cache
 def sample(parallel: bool = False) -> Sample:
-    return captured(Gpt(LAYERS, parallel=parallel))
+    return gpt(LAYERS, parallel)
 
 
 def lowered(form: Form, degree: int, layers: str | None = None, parallel: bool = False) -> Program:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
-from tests.passes.models import VOCAB
+from tests.passes.models import VOCAB, Gpt
 
 MakeInputs = Callable[[int, int], tuple[Tensor, ...]]
 """Inputs for a batch size and a sequence length."""
@@ -47,10 +48,18 @@ class Sample:
     read: Callable[[str], Tensor]
     inputs: tuple[tuple[Tensor, ...], ...]
 
+    @cached_property
+    def recognized(self) -> Program:
+        """The program after recognition; do not change it."""
+        program = self.program.copy()
+        run_passes(program, RECOGNIZE)
+        return program
+
     def after(self, *pipeline: Pass) -> Program:
         """A copy of the program with passes run over it."""
-        program = self.program.copy()
-        run_passes(program, pipeline)
+        known = pipeline[: len(RECOGNIZE)] == RECOGNIZE
+        program = (self.recognized if known else self.program).copy()
+        run_passes(program, pipeline[len(RECOGNIZE) :] if known else pipeline)
         return program
 
     def run(self, program: Program) -> list[Tensor]:
@@ -106,6 +115,12 @@ def captured(module: nn.Module, make_inputs: MakeInputs = tokens, *, dtype: torc
     module = module.to(dtype).eval()
     found = capture(module, example_inputs=make_inputs(2, 8))
     return Sample(module, found.program, found.store.read, (make_inputs(2, 8), make_inputs(3, 5)))
+
+
+@cache
+def gpt(layers: int = 1, parallel: bool = False) -> Sample:
+    """The plain tiny GPT, captured once for all tests."""
+    return captured(Gpt(layers, parallel=parallel))
 
 
 def recognized(module: nn.Module) -> tuple[Sample, Program]:
@@ -185,8 +200,10 @@ class Golden:
     directory: Path
     update: bool
 
-    def __call__(self, name: str, program: Program) -> None:
-        text, path = golden_text(program), self.directory / f"{name}.txt"
+    def __call__(self, name: str, program: Program, *, last: int = 0) -> None:
+        """Compare the program, or only its `last` lines, with `name`.txt."""
+        lines = golden_text(program).splitlines(keepends=True)
+        text, path = "".join(lines[-last:]), self.directory / f"{name}.txt"
         if self.update:
             path.write_text(text)
         assert path.exists(), f"{path.name} is missing: run pytest tests/passes --update-golden"

@@ -7,15 +7,14 @@ from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives, find_windows
-from tests.passes.helpers import Golden, assert_close, captured, check_idempotent
-from tests.passes.models import Gpt
+from tests.passes.helpers import Golden, assert_close, check_idempotent, gpt
 
 START = torch.ops.kraken.all_reduce_start.default
 WAIT = torch.ops.kraken.wait.default
 
 
 def lowered(form: Form, degree: int = 2) -> Program:
-    return captured(Gpt(layers=2)).after(*RECOGNIZE, *rewrite(degree, form))
+    return gpt(2).after(*RECOGNIZE, *rewrite(degree, form))
 
 
 def test_kraken_hides_every_reduce_but_the_last_behind_an_attention() -> None:
@@ -53,7 +52,7 @@ def test_starts_follow_their_operand_and_waits_precede_their_reader(form: Form) 
 
 def test_misplaced_collectives_are_moved_back() -> None:
     """A late start and an early wait cost the overlap; the pass restores both and the numbers hold."""
-    sample = captured(Gpt(layers=2))
+    sample = gpt(2)
     program = sample.after(*RECOGNIZE, *rewrite(2, KRAKEN))
     want, windows = sample.run(program), program.windows
     start, wait = (next(node for node in program.graph.nodes if node.target is target) for target in (START, WAIT))

@@ -8,14 +8,14 @@ from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
 from kraken_compiler.passes.form.assign_forms import AssignForms
 from kraken_compiler.passes.form.rewire_stream import RewireStream
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from tests.passes.helpers import Golden, assert_close, captured, check_idempotent, check_pass, targets
+from tests.passes.helpers import Golden, assert_close, captured, check_idempotent, check_pass, gpt, targets
 from tests.passes.models import AlibiAttention, Gpt
 
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_standard_form_keeps_the_numbers(parallel: bool) -> None:
     """On one lane; two reduces a layer, or one where the branches are parallel in the source."""
-    sample = captured(Gpt(layers=2, parallel=parallel))
+    sample = gpt(2, parallel)
     reduces = 2 if parallel else 4
     program = check_pass(RewireStream(), sample, matches=reduces, before=(*RECOGNIZE, AssignForms(STANDARD)))
     calls = targets(program)
@@ -25,7 +25,7 @@ def test_standard_form_keeps_the_numbers(parallel: bool) -> None:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_layer_table_follows(form: Form) -> None:
     """Names in the table are names of the new graph, and every branch's nodes are all there."""
-    program = captured(Gpt(layers=2)).after(*RECOGNIZE, AssignForms(form), RewireStream())
+    program = gpt(2).after(*RECOGNIZE, AssignForms(form), RewireStream())
     assert program.layers is not None
     nodes = {node.name: node for node in program.graph.nodes}
     table = program.layers
@@ -61,4 +61,4 @@ def test_parallel_branches_with_one_norm_get_one_each_where_their_reads_differ()
 
 
 def test_golden(golden: Golden) -> None:
-    golden("rewire_stream", captured(Gpt(layers=2)).after(*RECOGNIZE, AssignForms(LADDER), RewireStream()))
+    golden("rewire_stream", gpt(2).after(*RECOGNIZE, AssignForms(LADDER), RewireStream()))

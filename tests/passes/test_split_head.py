@@ -7,7 +7,7 @@ from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.split_head import SplitHead
-from tests.passes.helpers import Golden, Sample, assert_close, captured, check_idempotent, check_untouched, targets
+from tests.passes.helpers import Golden, Sample, assert_close, captured, check_idempotent, check_untouched, gpt, targets
 from tests.passes.models import VOCAB, D, Gpt
 
 
@@ -26,7 +26,7 @@ def whole(sample: Sample, degree: int, smallest: int) -> list[Tensor]:
 @pytest.mark.parametrize("degree", [2, 4])
 def test_splits_by_rows_and_gathers(degree: int) -> None:
     """The vocabulary of 67 divides by neither degree: the last lane is padded, the logits are cut back."""
-    sample = captured(Gpt())
+    sample = gpt()
     program = sample.after(*before(degree), SplitHead())
     calls = targets(program)
     assert calls.count("kraken.all_gather") == 1
@@ -51,14 +51,14 @@ def test_a_tied_head_leaves_the_embedding_whole() -> None:
 
 
 def test_small_heads_stay_whole() -> None:
-    sample = captured(Gpt())
+    sample = gpt()
     check_untouched(SplitHead(smallest=18), sample, before=before(4))
     assert_close(whole(sample, 4, 18), sample.expected())
     assert_close(whole(sample, 4, 17), sample.expected())
 
 
 def test_one_lane_has_nothing_to_gather() -> None:
-    check_untouched(SplitHead(), captured(Gpt()), before=before(1))
+    check_untouched(SplitHead(), gpt(), before=before(1))
 
 
 def test_a_model_without_head() -> None:
@@ -68,4 +68,4 @@ def test_a_model_without_head() -> None:
 
 
 def test_golden(golden: Golden) -> None:
-    golden("split_head", captured(Gpt()).after(*before(4), SplitHead()))
+    golden("split_head", gpt().after(*before(4), SplitHead()), last=5)
