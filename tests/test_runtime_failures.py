@@ -84,7 +84,9 @@ def test_a_users_error_stays_one() -> None:
 def test_no_rank_survives_the_launcher(number: signal.Signals, code: int | None, tmp_path: Path) -> None:
     call = f"run_ranks('tests.runtime_functions:sleep_for_long', 2, {{'directory': {str(tmp_path)!r}}})"
     program = f"from kraken_compiler.runtime.execute import run_ranks\n{call}"
-    launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    # A launcher that is killed cannot tidy up; pytest does it.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment)
     try:
         files = [tmp_path / "pid-0", tmp_path / "pid-1"]
         assert wait_for(lambda: all(path.exists() and path.read_text() for path in files))
