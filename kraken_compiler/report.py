@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Report:
             "",
             *table(
                 ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
-                map(_layer_row, data["layers"]),
+                _layer_rows(data["layers"]),
             ),
         ]
 
@@ -143,6 +144,19 @@ def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
         str(sum(reduce["bytes_per_token"] for reduce in reduces)),
         ", ".join(windows),
     )
+
+
+def _layer_rows(layers: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One row for every run of layers that differ in nothing but their number."""
+    rows = []
+    for _, run in itertools.groupby(layers, key=lambda layer: _layer_row(layer)[2:]):
+        first, *rest = run
+        row = _layer_row(first)
+        if rest:
+            last = _layer_row(rest[-1])
+            row = (f"{row[0]}-{last[0]}", f"{row[1]} ... {last[1]}", *row[2:])
+        rows.append(row)
+    return rows
 
 
 def format_bytes(count: float) -> str:

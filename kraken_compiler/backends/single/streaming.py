@@ -52,12 +52,15 @@ class StreamingProgram(fx.Interpreter):
     Args:
         program: The program; its graph is not changed.
         read_lane: Where weights come from.
+        reverse_sums: Add the lanes' parts last lane first. Any order is right; the difference between two is the
+            rounding noise that the program has of its own.
     """
 
-    def __init__(self, program: Program, read_lane: ReadLane) -> None:
+    def __init__(self, program: Program, read_lane: ReadLane, *, reverse_sums: bool = False) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self._program = program
         self._read_lane = read_lane
+        self._reverse_sums = reverse_sums
         self._taps: dict[str, Any] = {}
         self._tap_names: frozenset[str] = frozenset()
 
@@ -103,8 +106,9 @@ class StreamingProgram(fx.Interpreter):
         if not isinstance(value, _Lanes):
             assert isinstance(value, Tensor)
             return value * self._program.degree if self._program.degree > 1 else value
-        total: Tensor = value[0]
-        for part in value[1:]:
+        first, *rest = reversed(value) if self._reverse_sums else value
+        total: Tensor = first
+        for part in rest:
             total = total + part
         return total
 
