@@ -1,18 +1,31 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.pipelines import RECOGNIZE
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.plan_shards import PlanShards
 from kraken_compiler.passes.shard.split_branches import SplitBranches
-from tests.passes.helpers import Golden, Sample, check_idempotent, check_untouched, recognized, targets
-from tests.passes.models import Attention, FusedQkv, GainAttention, GatedFfn, Gpt
+from tests.passes.helpers import (
+    Golden,
+    Sample,
+    assert_close,
+    captured,
+    check_idempotent,
+    check_untouched,
+    recognized,
+    targets,
+)
+from tests.passes.models import Attention, D, E, FusedQkv, GainAttention, GatedFfn, Gpt, H
 
 
 def branch_values(sample: Sample, program: Program, lane: int) -> list[Tensor]:
@@ -56,6 +69,57 @@ def test_the_lanes_parts_add_up(model: Gpt) -> None:
     torch.testing.assert_close(sum(parts), want, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(parts[0], parts[1])
     check_idempotent(SplitBranches(4), program)
+
+
+class NativeGroups(Attention):
+    """Groups of queries inside the attention operator."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class EagerMultiQuery(Attention):
+    """One key head that broadcasts over all queries, softmax by hand."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT / 2
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+
+
+class GatedAttention(Attention):
+    """A third projection gates the heads' outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, H * E)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BSE = self.mix(*self.project(x_BSD)).transpose(1, 2).flatten(2)
+        return self.o(y_BSE * torch.sigmoid(self.gate(x_BSD)))
+
+
+class RelativeBias(Attention):
+    """A learned bias per head and distance, looked up in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, H)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        bias_SSH = self.table((place[:, None] - place[None, :]).clamp(-15, 15) + 16)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_SSH.permute(2, 0, 1)[None])
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [partial(NativeGroups, 2), partial(NativeGroups, 1), partial(EagerMultiQuery, 1), GatedAttention, RelativeBias],
+)
+def test_attentions_of_all_kinds_split_exactly(attention: Callable[[], Attention]) -> None:
+    """Four lanes, so the KV heads of the first three are replicated."""
+    sample = captured(Gpt(attention=attention))
+    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(4, STANDARD))), sample.expected())
 
 
 def test_one_lane_changes_nothing() -> None:
