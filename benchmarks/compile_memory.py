@@ -97,6 +97,7 @@ class Result:
     peak_pss_mb: float
     beyond_rss_mb: float
     beyond_pss_mb: float
+    beyond_rss_by_process_mb: tuple[float, ...]
     limit_mb: float
 
     @property
@@ -185,6 +186,7 @@ def measure(name: str, arguments: list[str], modules: Path, size: int, limit: fl
     helpers = max(len(sample.rss) for sample in samples) - 1
     with importers(json.loads(modules.read_text()), helpers) as tree:
         imports = snapshot(tree)
+    worst = max(samples, key=lambda sample: sum(beyond(sample.rss, imports.rss)))
     return Result(
         run=name,
         checkpoint_mb=size / MB,
@@ -193,16 +195,17 @@ def measure(name: str, arguments: list[str], modules: Path, size: int, limit: fl
         import_rss_mb=imports.rss[0] / MB,
         peak_rss_mb=max(sum(sample.rss) for sample in samples) / MB,
         peak_pss_mb=max(sum(sample.pss) for sample in samples) / MB,
-        beyond_rss_mb=max(beyond(sample.rss, imports.rss) for sample in samples) / MB,
-        beyond_pss_mb=max(beyond(sample.pss, imports.pss) for sample in samples) / MB,
+        beyond_rss_mb=sum(beyond(worst.rss, imports.rss)) / MB,
+        beyond_pss_mb=max(sum(beyond(sample.pss, imports.pss)) for sample in samples) / MB,
+        beyond_rss_by_process_mb=tuple(size / MB for size in beyond(worst.rss, imports.rss)),
         limit_mb=limit / MB,
     )
 
 
-def beyond(processes: tuple[int, ...], imports: tuple[int, ...]) -> int:
-    """What the processes hold more than their imports; `imports` is the main process's and then a helper's."""
+def beyond(processes: tuple[int, ...], imports: tuple[int, ...]) -> tuple[int, ...]:
+    """What each process holds more than its imports; `imports` is the main process's and then a helper's."""
     helper = imports[1] if len(imports) > 1 else 0
-    return max(0, processes[0] - imports[0]) + sum(max(0, size - helper) for size in processes[1:])
+    return (max(0, processes[0] - imports[0]), *(max(0, size - helper) for size in processes[1:]))
 
 
 def observe(process: subprocess.Popen[bytes]) -> Iterator[Memory]:
@@ -259,6 +262,9 @@ def report(results: list[Result], path: Path | None) -> None:
             f"{row.run:20}{row.seconds:>7.0f}s{row.processes:>6}{row.import_rss_mb:>9.0f}{row.peak_rss_mb:>8.0f}"
             f"{row.peak_pss_mb:>8.0f}{row.beyond_rss_mb:>12.0f}{row.beyond_pss_mb:>12.0f}"
             f"  {row.limit_mb:.0f} {verdict}"
+        )
+        print(
+            f"  at the RSS peak, process by process: {' + '.join(f'{mb:.0f}' for mb in row.beyond_rss_by_process_mb)}"
         )
     document = json.dumps([{**asdict(row), "headline_mb": row.headline_mb} for row in results])
     print(document)
