@@ -77,11 +77,13 @@ class CompileResult:
         report: What was recognised and scheduled.
         verification: What was checked; None if checking was switched off, or nothing was written.
         directory: The artifact; None if only a plan was asked for.
+        notes: What a user should know about the capture, one sentence each.
     """
 
     report: Report
     verification: Verification | None = None
     directory: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def compile_model(
@@ -143,7 +145,7 @@ def compile_model(
         program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
     report = make_report(program, history)
     if directory is None:
-        return CompileResult(report)
+        return CompileResult(report, notes=captured.notes)
 
     comparisons = []
     if verify:
@@ -177,7 +179,7 @@ def compile_model(
             force=force,
             progress=advance,
         )
-    return CompileResult(report, verification, written)
+    return CompileResult(report, verification, written, captured.notes)
 
 
 def verify_artifact(

@@ -127,11 +127,13 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
             {
                 "artifact": str(result.directory) if result.directory else None,
                 "report": result.report.to_dict(),
+                "notes": list(result.notes),
                 "verification": result.verification.to_dict() if result.verification else None,
             }
         )
     elif not quiet:
         lines = result.report.lines()
+        lines += [f"note      {note}" for note in result.notes]
         if result.verification is not None:
             lines += ["", *result.verification.lines()]
         if result.directory is not None:

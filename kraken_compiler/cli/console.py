@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -64,7 +65,11 @@ def print_json(data: Any) -> None:
 
 
 def set_up_logging(verbose: bool) -> None:
-    """`-v` shows what every pass did."""
+    """`-v` shows what every pass did; libraries keep their remarks and bars to themselves without it."""
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(message)s", force=True
     )

@@ -25,6 +25,7 @@ class BranchShards:
         kept: For every tensor of the branch that is not whole on every lane: its kept sets, by node name. Covers the
             projections' outputs, the region, and what the region reads from outside.
         columns: The columns of the output projection that each lane keeps.
+        structure: Number of the branch's structure; branches with the same number are split alike, node by node.
     """
 
     branch: int
@@ -33,3 +34,4 @@ class BranchShards:
     region: tuple[str, ...]
     kept: dict[str, Kept]
     columns: tuple[IndexSet, ...]
+    structure: int = 0

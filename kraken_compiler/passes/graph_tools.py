@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,21 +79,31 @@ def value_descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return found | descendants(user for root in found for user in root.users if user.target not in SHAPE_ONLY)
 
 
-def ancestors(node: fx.Node, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()) -> set[fx.Node]:
-    """All nodes that `node` depends on, itself included, without going past `stop` (whose members are left out)."""
+def ancestors(
+    node: fx.Node,
+    stop: set[fx.Node] | frozenset[fx.Node] = frozenset(),
+    within: set[fx.Node] | None = None,
+) -> set[fx.Node]:
+    """All nodes that `node` depends on, itself included.
+
+    Args:
+        node: Where to begin.
+        stop: Not gone past; its members are left out.
+        within: If given, nothing outside it is looked at.
+    """
     seen = {node} - stop
     todo = list(seen)
     while todo:
         for operand in todo.pop().all_input_nodes:
-            if operand not in seen and operand not in stop:
+            if operand not in seen and operand not in stop and (within is None or operand in within):
                 seen.add(operand)
                 todo.append(operand)
     return seen
 
 
-def in_order(graph: fx.Graph, nodes: set[fx.Node]) -> list[fx.Node]:
-    """`nodes` in graph order."""
-    return [node for node in graph.nodes if node in nodes]
+def in_order(place: Mapping[fx.Node, int], nodes: set[fx.Node]) -> list[fx.Node]:
+    """`nodes` in graph order, given every node's place in it."""
+    return sorted(nodes, key=place.__getitem__)
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

@@ -64,7 +64,6 @@ def run_passes(
         program.graph.eliminate_dead_code()
         program.graph.lint()
         refresh_shapes(program.graph)
-        program.module.recompile()
         for fact in step.ensures:
             assert getattr(program, fact), f"pass '{step.name}' promised '{fact}' and did not set it"
         record = PassRecord(step.name, result.matches, len(program.graph.nodes), time.perf_counter() - started)
@@ -72,6 +71,8 @@ def run_passes(
         history.append(record)
         if dump_directory is not None:
             _dump(program, dump_directory / f"{number:02d}-{step.name}.txt")
+    # Once, for the passes work on the graph and only its users run the code.
+    program.module.recompile()
     return tuple(history)
 
 

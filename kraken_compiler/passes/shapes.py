@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,15 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     raise AssertionError("the graph carries no fake tensor")
 
 
-def refresh_shapes(graph: fx.Graph) -> None:
-    """Give every node without `meta["val"]` one, by running it on its operands' fake tensors."""
-    missing = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
+def refresh_shapes(graph: fx.Graph, skip: Container[fx.Node] = ()) -> None:
+    """Give every node without `meta["val"]` one by running it on its operands' fake tensors.
+
+    Args:
+        graph: The graph.
+        skip: Nodes that stay without.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    missing = [node for node in calls if "val" not in node.meta and node not in skip]
     if not missing:
         return
     with fake_mode_of(graph):

@@ -132,9 +132,13 @@ def _find_joins(chain: list[fx.Node], hidden: set[fx.Node]) -> list[_Join]:
             continue
         others = tuple(term for term in terms if term is not before)
         # The sum of two embeddings is no join: neither is computed from the other.
-        if all(before in ancestors(term, frozenset()) for term in others):
+        if all(_depends_on(term, before, hidden) for term in others):
             joins.append(_Join(before, after, others))
     return joins
+
+
+def _depends_on(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> bool:
+    return any(stream in above.all_input_nodes for above in ancestors(node, {stream}, hidden))
 
 
 def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node]:
@@ -160,9 +164,7 @@ def _check_stream(chain: list[fx.Node], joins: list[_Join], hidden: set[fx.Node]
                 reason = "the residual stream itself is normalised between layers (post-norm)"
                 return _reject(reason, norm, _HINT)
             return _reject("the residual stream is rewritten between layers, not only added to", between[0], _HINT)
-    inside = {
-        node for join in joins for term in join.terms for node in ancestors(term, {join.before}) if node in hidden
-    }
+    inside = {node for join in joins for term in join.terms for node in ancestors(term, {join.before}, hidden)}
     for node in graph.nodes:
         if node.target is ATTENTION and node not in inside:
             reason = "an attention lies outside the layers of the one residual stream that reaches the output"
@@ -172,6 +174,7 @@ def _check_stream(chain: list[fx.Node], joins: list[_Join], hidden: set[fx.Node]
 
 def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> LayerTable | Rejection:
     weights = weight_derived(program)
+    place = {node: number for number, node in enumerate(program.graph.nodes)}
     branches: list[Branch] = []
     points = [(0, joins[0].before.name)]
     layer = -1
@@ -179,7 +182,7 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
         reads = len(branches)
         measured = []
         for term in join.terms:
-            nodes = in_order(program.graph, ancestors(term, {join.before}) & hidden)
+            nodes = in_order(place, ancestors(term, {join.before}, hidden))
             attentions = [node for node in nodes if node.target is ATTENTION]
             if len(attentions) > 1:
                 return _reject("a branch holds more than one attention", attentions[1])

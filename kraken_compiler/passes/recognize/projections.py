@@ -81,17 +81,17 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
     inputs: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
     for core in cores:
-        reached = ancestors(core, linears | set(attentions)) & inside
+        reached = ancestors(core, linears | set(attentions), inside) & inside
         inputs |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
         inputs |= {core} & linears
     if not inputs:
         reason = "no projection was found between the residual stream and the branch's output projection"
         return Rejection(reason, (output.name,), module_path(output))
     for first in inputs:
-        if any(attention in ancestors(first) for attention in attentions):
+        if any(attention in ancestors(first, within=inside) for attention in attentions):
             reason = "a second projection follows the attention before the output projection"
             return Rejection(reason, (first.name,), module_path(first))
-    between = ancestors(source, inputs) & inside
+    between = ancestors(source, inputs, inside) & inside
     return Projections(
         tuple(node for node in nodes if node in inputs), output, tuple(node for node in nodes if node in between)
     )

@@ -49,6 +49,7 @@ class PlanShards(Pass):
             plan = probe_branch(branch, projections, program, self.degree)
             if isinstance(plan, Rejection):
                 return PassResult(len(plans), (plan,))
+            plan = replace(plan, structure=len(probed))
             probed[structure] = (names, plan)
             plans.append(plan)
         program.shards = tuple(plans)

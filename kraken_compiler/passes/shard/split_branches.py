@@ -44,14 +44,13 @@ class SplitBranches(Pass):
         shapes = original_shapes(program)
         splitter = WeightSplitter(program, shapes)
         nodes = {node.name: node for node in program.graph.nodes}
-        checked: set[tuple[Any, ...]] = set()
+        firsts: dict[int, BranchShards] = {}
         checks = []
         for plan in program.shards:
             region = [nodes[name] for name in plan.region]
             leaves = [nodes[name] for name in plan.inputs]
-            key = (tuple(plan.kept.values()), tuple(str(node.target) for node in region), plan.columns)
-            check = _Check(plan, leaves, region, nodes[plan.output], program) if key not in checked else None
-            checked.add(key)
+            is_first = firsts.setdefault(plan.structure, plan) is plan
+            check = _Check(plan, leaves, region, nodes[plan.output], program) if is_first else None
             rejection = _split(plan, nodes, shapes, splitter, check)
             if rejection is not None:
                 return PassResult(rejections=(rejection,))
@@ -59,10 +58,9 @@ class SplitBranches(Pass):
                 checks.append(check)
         program.degree = self.degree
         sort_weights(program)
-        for plan in program.shards:
-            for name in (*plan.inputs, *plan.region):
-                del nodes[name].meta["val"]
-        rejection = _refresh(program, nodes, shapes) or next(filter(None, (check.run() for check in checks)), None)
+        rejection = _refresh(program, nodes, shapes, firsts) or next(
+            filter(None, (check.run() for check in checks)), None
+        )
         return PassResult(len(program.shards), (rejection,) if rejection else ())
 
 
@@ -120,10 +118,19 @@ def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> Non
         check.replaced[new] = old
 
 
-def _refresh(program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]]) -> Rejection | None:
-    """Recompute shapes; the lane's shapes must be the ones the plan says."""
-    expected = {}
+def _refresh(
+    program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]], firsts: dict[int, BranchShards]
+) -> Rejection | None:
+    """Recompute shapes, once a structure; the lane's shapes must be the ones the plan says."""
+    twins: dict[fx.Node, fx.Node] = {}
     for plan in program.shards:
+        first = firsts[plan.structure]
+        for name, of_first in zip((*plan.inputs, *plan.region), (*first.inputs, *first.region), strict=True):
+            del nodes[name].meta["val"]
+            if plan is not first:
+                twins[nodes[name]] = nodes[of_first]
+    expected = {}
+    for plan in firsts.values():
         for name in (*plan.inputs, *plan.region):
             if name in shapes:
                 whole, sets = shapes[name], plan.kept.get(name)
@@ -132,17 +139,21 @@ def _refresh(program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tupl
                     for length, lanes in zip(whole, sets or (None,) * len(whole))
                 ]
     try:
-        refresh_shapes(program.graph)
+        refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError) as error:
-        culprit = next(node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
-        reason = f"it does not work on a lane's part of its operands ({str(error).splitlines()[0]})"
-        return Rejection(reason, (culprit.name,), module_path(culprit))
+        missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
+        culprit = next(node for node in missing if node not in twins)
+        return Rejection(f"{_MIXES} ({str(error).splitlines()[0]})", (culprit.name,), module_path(culprit))
     for name, sizes in expected.items():
         have = shape_of(nodes[name])
         if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
-            reason = "it mixes values across the heads or columns that would be divided among the lanes"
-            return Rejection(reason, (name,), module_path(nodes[name]))
+            return Rejection(_MIXES, (name,), module_path(nodes[name]))
+    for twin, model in twins.items():
+        twin.meta["val"] = model.meta["val"]
     return None
+
+
+_MIXES = "it mixes values across the heads or columns that would be divided among the lanes"
 
 
 class _Check:
