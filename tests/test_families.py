@@ -1,0 +1,183 @@
+"""Every family the compiler promises, all lanes in one process: exact where the form is, and refused where it must be.
+
+One test does everything about one model, so that a model is captured once however the tests are spread over workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.check_schedule import require_overlap
+from kraken_compiler.backends.torch_dist.graph_file import node_order
+from kraken_compiler.capture import capture
+from kraken_compiler.errors import UnsupportedModelError, UsageError
+from kraken_compiler.ir.forms import FORMS
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+from kraken_compiler.passes.manager import run_passes
+from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.report import is_exact
+from kraken_compiler.verify.compare import errors
+from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
+
+DEGREES = (2, 4)
+SIZES = ((1, 7), (3, 13))
+"""Batch and sequence; models are captured with 2 x 16."""
+
+SHARDING = ("plan-shards", "split-branches", "split-head")
+
+CHANGED = 1e-3
+"""A form that changes the function of a zoo model moves its logits by more than this; rounding is far below."""
+
+REASONS = {
+    "mixtral": ("mixture of experts", "model.layers.0.mlp"),
+    "soft_moe": ("mixture of experts", "blocks.0"),
+    "post_norm": ("post-norm", "blocks.0.norm1"),
+    "transformer_encoder": ("post-norm", "encoder.layers.0.norm1"),
+    "bert": ("post-norm", "bert.encoder.layer.0.attention.output.LayerNorm"),
+    "gemma2": ("sandwich norm", "model.layers.0.post_attention_layernorm"),
+    "sandwich_norm": ("sandwich norm", "blocks.0.after1"),
+    "t5": ("encoder-decoders", "encoder.block.0"),
+    "no_attention": ("no branch of the residual stream holds an attention", "blocks.0"),
+    # The concatenation is in the model's own forward, which has no path.
+    "unet_skip": ("not only added to", ""),
+}
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """A zoo model and its program after recognition; neither may be changed."""
+
+    model: nn.Module
+    captured: Program
+    program: Program
+    read: Callable[[str], Tensor]
+
+
+@cache
+def recognized(name: str) -> Recognized:
+    model = SUPPORTED[name]()
+    captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
+    program = captured.program.copy()
+    run_passes(program, RECOGNIZE)
+    return Recognized(model, captured.program, program, captured.store.read)
+
+
+@cache
+def sharded(name: str, degree: int) -> Program:
+    """A recognised program with its shards, which are the same for every form; it may not be changed."""
+    program = recognized(name).program.copy()
+    run_passes(program, [step for step in rewrite(degree, FORMS["standard"]) if step.name in SHARDING])
+    return program
+
+
+def lane_program(name: str, degree: int, form: str) -> Program:
+    """What `lower` makes, without recognising and sharding the model for every form again."""
+    program = sharded(name, degree).copy()
+    run_passes(program, [step for step in rewrite(degree, FORMS[form]) if step.name not in SHARDING])
+    return program
+
+
+def relative_error(have: Tensor, want: Tensor) -> float:
+    assert torch.isfinite(want).all()
+    return errors(have, want)[1]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
+    model = recognized(name).model
+    batches = [token_batch(model, *size, seed) for seed, size in enumerate(SIZES)]
+    wanted = [logits_of(model, ids) for ids in batches]
+    wrong = []
+    for degree in DEGREES:
+        for form in FORMS:
+            program = lane_program(name, degree, form)
+            lanes = LaneModule.from_program(program, recognized(name).read)
+            found = [relative_error(logits_of(lanes, ids), want) for ids, want in zip(batches, wanted)]
+            right = all(error < 1e-4 for error in found) if is_exact(program) else min(found) > CHANGED
+            assert is_exact(program) or form != "standard"
+            if not right:
+                wrong.append(f"degree {degree}, {form}: relative errors {found}, exact: {is_exact(program)}")
+            require_overlap(program.windows)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "degree", "form"),
+    [("falcon", 2, "kraken"), ("gpt2", 4, "ladder"), ("plain_fused_llama", 4, "parallel"), ("qwen3", 2, "standard")],
+)
+def test_lower_makes_the_same_program(name: str, degree: int, form: str) -> None:
+    """The shortcut that the tests above take shows in nothing that comes out but the nodes' numbers."""
+    program, _ = lower(recognized(name).captured, degree, form)
+    shortcut = lane_program(name, degree, form)
+    assert node_order(program.module) == node_order(shortcut.module)
+    assert program.weights == shortcut.weights
+    assert program.plan == shortcut.plan
+    ids = token_batch(recognized(name).model, 3, 13)
+    outputs = [logits_of(LaneModule.from_program(made, recognized(name).read), ids) for made in (program, shortcut)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "falcon", "plain_parallel"])
+@pytest.mark.parametrize("form", ["standard", "kraken", "sync-drop"])
+def test_one_lane_is_the_source_model(name: str, form: str) -> None:
+    """With one lane there are no peers, so a form whose own lag is 1 reads what the source model reads."""
+    model = recognized(name).model
+    lanes = LaneModule.from_program(lane_program(name, 1, form), recognized(name).read)
+    ids = token_batch(model, 3, 13)
+    assert is_exact(lanes.program)
+    assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["falcon", "llama", "plain_alibi"])
+def test_degree_may_exceed_the_key_value_heads(name: str) -> None:
+    degree = max(SUPPORTED[name].degrees)
+    assert degree > SUPPORTED[name].kv_heads
+    model = recognized(name).model
+    lanes = LaneModule.from_program(lane_program(name, degree, "standard"), recognized(name).read)
+    ids = token_batch(model, 3, 13)
+    assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "plain_interleaved"])
+def test_a_wrong_degree_lists_the_valid_ones(name: str) -> None:
+    for degree in (3, 16):
+        with pytest.raises(UsageError) as caught:
+            lower(recognized(name).captured, degree)
+        message = str(caught.value)
+        assert f"degree {degree} does not divide the model (8 heads" in message
+        assert message.endswith("valid degrees: 1, 2, 4, 8")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_what_is_not_supported_is_refused(name: str) -> None:
+    rejected = REJECTED[name]
+    reason, path = REASONS[name]
+    assert rejected.reason.lower() in reason.lower()
+    with pytest.raises(UnsupportedModelError) as caught:
+        lower(capture(rejected(), example_inputs=rejected.example_inputs()).program, 2, "standard")
+    first, message = caught.value.rejections[0], str(caught.value)
+    assert reason in message
+    assert first.path.startswith(path)
+    assert f"module '{first.path}'" in message if path else "unsupported: the model" in message
+    assert first.nodes
+    assert f"(node {first.nodes[0]}" in message
+    assert first.hint
+
+
+def test_every_refused_model_has_its_reason_here() -> None:
+    assert REASONS.keys() == REJECTED.keys()
+
+
+def test_tokens_fit_every_model() -> None:
+    """The tests on ranks give all models the same tokens."""
+    smallest = min(build.vocab for build in SUPPORTED.values())
+    assert int(random_tokens(smallest, 3, 13).max()) < smallest
