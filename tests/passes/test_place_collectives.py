@@ -5,8 +5,9 @@ import torch
 
 from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives, find_windows
+from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from tests.passes.helpers import Golden, assert_close, check_idempotent, gpt
 
 START = torch.ops.kraken.all_reduce_start.default
@@ -57,7 +58,7 @@ def test_misplaced_collectives_are_moved_back() -> None:
     want, windows = sample.run(program), program.windows
     start, wait = (next(node for node in program.graph.nodes if node.target is target) for target in (START, WAIT))
     wait.prev.append(start)
-    assert find_windows(program)[0].gemms == ()
+    assert measure_windows(program.graph, program.plan)[0].gemms == ()
     result = PlaceCollectives().run(program)
     assert result.matches == 1
     assert not result.rejections
@@ -77,7 +78,7 @@ def test_an_empty_window_that_a_form_promises_is_an_error() -> None:
     (rejection,) = PlaceCollectives().run(program).rejections
     assert "reduce 0 should be hidden behind branches [3]" in rejection.reason
     assert rejection.nodes == (start.name, wait.name)
-    assert find_windows(program)[0].gemms == ()
+    assert measure_windows(program.graph, program.plan)[0].gemms == ()
 
 
 def test_golden(golden: Golden) -> None:

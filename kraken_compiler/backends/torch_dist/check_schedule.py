@@ -1,7 +1,4 @@
-"""What really lies between every reduce's start and its wait in the program that will run.
-
-The plan says what should be there; compilers and exporters move nodes, so the emitted graph is what counts.
-"""
+"""What really lies between every reduce's start and its wait in the program that will run."""
 
 from __future__ import annotations
 
@@ -12,49 +9,30 @@ from torch import fx
 
 from kraken_compiler._torch_compat import functional_collectives
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir import ops
 from kraken_compiler.ir.schedule import FormPlan, Window
-
-_GEMM_PACKETS = frozenset(
-    {
-        *("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"),
-        *("aten::scaled_dot_product_attention", "kraken::attention"),
-    }
-)
+from kraken_compiler.ir.windows import measure_windows
 
 
 def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tuple[Window, ...]:
-    """Measure the window of every reduce, in launch order.
+    """Measure the window of every reduce of a lane graph or of a rank's graph, in launch order.
 
     Args:
         module: A lane graph with `kraken::` collectives, or a rank's graph with real ones.
         plan: Where the promised windows come from; None promises nothing.
 
-    Returns:
-        One record per reduce; `gemms` are node names in program order.
-
     Raises:
         VerificationError: A reduce is never awaited, or there are more or fewer reduces than planned.
     """
-    starts, wait_targets = _collective_targets()
-    nodes = list(module.graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
-    gemms = [node for node in nodes if _is_gemm(node)]
-    launched = [node for node in nodes if node.target in starts]
-    if plan is not None and len(plan.reduces) != len(launched):
-        raise VerificationError(f"the plan has {len(plan.reduces)} reduces, the program {len(launched)}")
-    windows = []
-    for index, start in enumerate(launched):
-        waits = [user for user in start.users if user.target in wait_targets]
-        if not waits or len(waits) != len(start.users):
-            raise VerificationError(
-                f"the handle of reduce {index} (node {start.name}) must go to its wait and only there"
-            )
-        wait = min(waits, key=position.__getitem__)
-        between = tuple(node.name for node in gemms if position[start] < position[node] < position[wait])
-        promised = plan.reduces[index].window if plan is not None else ()
-        windows.append(Window(index, start.name, wait.name, between, promised))
-    return tuple(windows)
+    starts: list[object] = []
+    waits: list[object] = []
+    if torch.distributed.is_available():
+        real = functional_collectives()
+        starts.append(real.all_reduce.default)
+        waits.append(real.wait_tensor.default)
+    try:
+        return measure_windows(module.graph, plan, more_starts=starts, more_waits=waits)
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
 
 
 def require_overlap(windows: Sequence[Window]) -> None:
@@ -70,18 +48,3 @@ def require_overlap(windows: Sequence[Window]) -> None:
             f"{len(lost)} of {len(windows)} reduces lost their overlap: no matrix multiplication between start and "
             f"wait of {places}"
         )
-
-
-def _collective_targets() -> tuple[frozenset[object], frozenset[object]]:
-    assert ops is not None  # importing it defines the kraken ops
-    starts: set[object] = {torch.ops.kraken.all_reduce_start.default}
-    waits: set[object] = {torch.ops.kraken.wait.default}
-    if torch.distributed.is_available():
-        real = functional_collectives()
-        starts.add(real.all_reduce.default)
-        waits.add(real.wait_tensor.default)
-    return frozenset(starts), frozenset(waits)
-
-
-def _is_gemm(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _GEMM_PACKETS

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTION, GEMMS, args_of
+from kraken_compiler.passes.graph_tools import args_of
 
 _START = torch.ops.kraken.all_reduce_start.default
 _WAIT = torch.ops.kraken.wait.default
@@ -42,7 +41,7 @@ class PlaceCollectives(Pass):
                 first = min(node.users, key=place.__getitem__)
                 moved += node.next is not first
                 first.prepend(node)
-        program.windows = find_windows(program)
+        program.windows = measure_windows(program.graph, program.plan)
         faults = [
             Rejection(
                 f"reduce {window.reduce} should be hidden behind branches {list(window.promised)}, "
@@ -53,22 +52,3 @@ class PlaceCollectives(Pass):
             if window.promised and not window.gemms
         ]
         return PassResult(moved, tuple(faults))
-
-
-def find_windows(program: Program) -> tuple[Window, ...]:
-    """For every reduce of the program, the matrix products and attentions between its start and its wait."""
-    assert program.plan is not None
-    order = list(program.graph.nodes)
-    starts = [node for node in order if node.target is _START]
-    windows = []
-    for reduce, start in zip(program.plan.reduces, starts, strict=True):
-        (wait,) = start.users
-        between = order[order.index(start) + 1 : order.index(wait)]
-        gemms = tuple(node.name for node in between if is_gemm(node))
-        windows.append(Window(reduce.index, start.name, wait.name, gemms, reduce.window))
-    return tuple(windows)
-
-
-def is_gemm(node: fx.Node) -> bool:
-    """True for the operations long enough to hide a collective behind."""
-    return node.target in GEMMS or node.target is ATTENTION
