@@ -166,7 +166,7 @@ def compile_model(
         verification = _with_quality(verification, partial, captured, text, show)
         return verification.to_dict()
 
-    with show.steps("write") as advance:
+    with show.steps("write and check" if verify else "write") as advance:
         written = write_artifact(
             program,
             program.reader(captured.store.read),

@@ -71,8 +71,8 @@ def find_form(form: str | Form) -> Form:
 
 def find_layers(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
     """Layer numbers from a selection; a wrong one is a `UsageError`."""
-    if layers is None:
-        return None
+    if layers is None or (len(layers) == 0 and not isinstance(layers, str)):
+        return None if layers is None else ()
     text = layers if isinstance(layers, str) else ",".join(str(layer) for layer in layers)
     try:
         return parse_layers(text, count)
