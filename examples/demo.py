@@ -64,7 +64,7 @@ def main() -> int:
         print(f"\n--- {version.name}: {version.meaning}")
         artifact = options.out / f"{version.name}.kraken"
         run("kraken-compile", str(model), "--degree", str(DEGREE), *version.options, "-o", str(artifact), "--force")
-        findings = describe(json.loads((artifact / "report.json").read_text())["verification"])
+        findings = describe(json.loads((artifact / "report.json").read_text()))
         print(f"verified: {findings}")
         text = run("kraken-run", str(artifact), "--prompt", PROMPT, "--max-new-tokens", str(options.tokens))
         print(f"{PROMPT}{text}")
@@ -102,13 +102,12 @@ def run(command: str, *arguments: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def describe(verification: dict[str, Any]) -> str:
-    """The verification in one line."""
-    windows, quality = verification["schedule"], verification["quality"]
-    hidden = sum(bool(window["gemms"]) for window in windows)
-    reduces = f"{len(windows)} all-reduces, {hidden} hidden"
-    if quality is None:
-        return f"{reduces}; logits equal the source's to {verification['program']['max_rel_error']:.0e}"
+def describe(report: dict[str, Any]) -> str:
+    """What the compile verified, in one line."""
+    program, windows, quality = (report["verification"][part] for part in ("program", "schedule", "quality"))
+    reduces = f"{len(windows)} all-reduces, {sum(bool(window['gemms']) for window in windows)} hidden"
+    if report["exact"]:
+        return f"{reduces}; same function as the source, logits within {program['max_rel_error']:.0e}"
     return (
         f"{reduces}; KL {quality['kl']:.2f} nats per token from the source, "
         f"same top token {quality['top1_agreement']:.0%}, "
