@@ -11,11 +11,16 @@ import torch
 from torch import nn
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import check_target, write_artifact
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files, read_from_source
+from kraken_compiler.backends.single.streaming import (
+    ReadLane,
+    StreamingProgram,
+    read_from_lane_files,
+    read_from_source,
+)
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.capture import Capture, capture
@@ -24,8 +29,8 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
-from kraken_compiler.progress import Progress, Silent
-from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.progress import Advance, Progress, Silent
+from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import batches_for
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.logits import logits_function
@@ -236,6 +241,45 @@ def verify_artifact(
     return _with_quality(result, path, captured, text, show)
 
 
+def measure_quality(
+    captured: Capture,
+    program: Program,
+    text: str | os.PathLike[str] | None = None,
+    *,
+    read_lane: ReadLane | None = None,
+    advance: Advance | None = None,
+) -> Quality | str:
+    """Measure what a lane program's form costs against its source.
+
+    Args:
+        captured: The source model.
+        program: The lane program.
+        text: A text file; None means a small built-in sample.
+        read_lane: Where the lanes' weights come from; None means the source.
+        advance: Is told how many tokens are done.
+
+    Returns:
+        The measurement, or the reason why the model cannot be measured.
+    """
+    batches = batches_for(captured, Path(text) if text is not None else None)
+    if isinstance(batches, str):
+        return batches
+    tokens, name = batches
+    total = sum(ids.numel() for ids in tokens)
+    done = 0
+
+    def count(ids: int) -> None:
+        nonlocal done
+        done += ids
+        if advance is not None:
+            advance(done, total, "tokens")
+
+    read = captured.store.read
+    source = StreamingProgram(captured.program, read_from_source(captured.program, read))
+    rewritten = StreamingProgram(program, read_lane or read_from_source(program, read))
+    return evaluate(_logits_of(captured.program, source), _logits_of(program, rewritten), tokens, name, count)
+
+
 def _with_quality(
     verification: Verification,
     directory: Path,
@@ -243,31 +287,15 @@ def _with_quality(
     text: str | os.PathLike[str] | None,
     show: Progress,
 ) -> Verification:
-    """Measure what the artifact's form costs."""
+    """Measure an artifact's form, with the weights in its lane files."""
     artifact = open_artifact(directory, verify=False)
-    batches = batches_for(captured, Path(text) if text is not None else None)
-    if isinstance(batches, str):
-        return replace(verification, skipped=(*verification.skipped, batches))
-    tokens, name = batches
-    with show.steps("quality") as advance:
-        total = sum(ids.numel() for ids in tokens)
-        done = 0
-
-        def count(ids: int) -> None:
-            nonlocal done
-            done += ids
-            advance(done, total, "tokens")
-
-        source = StreamingProgram(captured.program, read_from_source(captured.program, captured.store.read))
-        rewritten = _artifact_logits(artifact)
-        quality = evaluate(_logits_of(captured.program, source), rewritten, tokens, name, count)
-    return replace(verification, quality=quality)
-
-
-def _artifact_logits(artifact: Artifact) -> LogitsOf:
     program = load_program(artifact)
-    files = [artifact.path(lane_file(lane)) for lane in range(program.degree)]
-    return _logits_of(program, StreamingProgram(program, read_from_lane_files(files)))
+    read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
+    with show.steps("quality") as advance:
+        quality = measure_quality(captured, program, text, read_lane=read_lane, advance=advance)
+    if isinstance(quality, str):
+        return replace(verification, skipped=(*verification.skipped, quality))
+    return replace(verification, quality=quality)
 
 
 def _logits_of(program: Program, streaming: StreamingProgram) -> LogitsOf:
