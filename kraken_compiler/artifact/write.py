@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -26,13 +26,33 @@ from kraken_compiler.artifact.manifest import (
     Manifest,
     Source,
 )
-from kraken_compiler.backends.base import Backend, Progress
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.progress import Advance
 
 Check = Callable[[Path], Mapping[str, Any]]
 """Checks an artifact directory; raises if it must not be used."""
+
+
+class Emitter(Protocol):
+    """What an artifact asks of a backend (`backends.base.Backend`)."""
+
+    @property
+    def name(self) -> str:
+        """Name of its directory in the artifact."""
+        ...
+
+    def write(
+        self,
+        program: Program,
+        read: Callable[[str], Tensor],
+        directory: Path,
+        progress: Advance | None = None,
+    ) -> tuple[Window, ...]:
+        """Write one program per lane; see `Backend.write`."""
+        ...
+
 
 TokenizerSaver = Callable[[Path], None]
 """Saves a tokenizer's files into a directory, which exists and is empty."""
@@ -44,12 +64,12 @@ def write_artifact(
     directory: Path | str,
     *,
     source: Source,
-    backends: Sequence[Backend],
+    backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
     check: Check | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Path:
     """Write a lane program as an artifact.
 
@@ -125,10 +145,10 @@ def _fill(
     program: Program,
     read: Callable[[str], Tensor],
     source: Source,
-    backends: Sequence[Backend],
+    backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> Manifest:
     windows: tuple[Window, ...] = program.windows
     for backend in backends:

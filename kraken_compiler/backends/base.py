@@ -11,9 +11,7 @@ from torch import Tensor
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
-
-Progress = Callable[[int, int, str], None]
-"""Called with (units done, units in all, name of the unit)."""
+from kraken_compiler.progress import Advance
 
 
 class Backend(ABC):
@@ -31,7 +29,7 @@ class Backend(ABC):
         program: Program,
         read: Callable[[str], Tensor],
         directory: Path,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> tuple[Window, ...]:
         """Write one program per lane.
 

@@ -12,16 +12,14 @@ from torch import Tensor
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.progress import Advance
 from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
 
 FORMAT = {"format": "pt", "kraken_weights": "1"}
 
-Progress = Callable[[int, int, str], None]
-"""Called after each source tensor: number done, number in all, name."""
-
 
 def write_lane_shards(
-    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Progress | None = None
+    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
 ) -> list[Path]:
     """Write `lane-0.safetensors` ... `lane-(N-1).safetensors`, keyed by placeholder name.
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kraken_compiler.backends.base import Backend, Progress
+from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import load_graph, save_graph
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 
 
@@ -26,7 +27,7 @@ class TorchBackend(Backend):
         program: Program,
         read: Callable[[str], Tensor],
         directory: Path,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> tuple[Window, ...]:
         graph_file = directory / "lane.pt2"
         save_graph(program, graph_file)
