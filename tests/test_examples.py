@@ -39,7 +39,8 @@ def test_transform_in_python(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timeout(900)
 def test_demo_speaks_of_paris(root: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
-    printed = _run(str(root / "examples/demo.py"), "--only", "standard", "--tokens", "2", cwd=tmp_path)
+    printed = _run(str(root / "examples/demo.py"), "--only", "standard", "--tokens", "2", cwd=tmp_path, timeout=850)
     assert smollm2_gguf.name in printed
     assert "The capital of France is[ Paris" in printed
