@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ class Recognized:
     read: Callable[[str], Tensor]
 
 
-@cache
+# One model at a time: hundreds of kept graphs would make every garbage collection slow.
+@lru_cache(maxsize=1)
 def recognized(name: str) -> Recognized:
     model = SUPPORTED[name]()
     captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
@@ -70,7 +71,7 @@ def recognized(name: str) -> Recognized:
     return Recognized(model, captured.program, program, captured.store.read)
 
 
-@cache
+@lru_cache(maxsize=1)
 def sharded(name: str, degree: int) -> Program:
     """A recognised program with its shards, which are the same for every form; it may not be changed."""
     program = recognized(name).program.copy()
