@@ -58,19 +58,20 @@ def _fuse(softmax: fx.Node) -> bool:
         scores = _parse(args_of(softmax)[0], graph)
         if scores is None or (scores.sizes is None and len(shape_of(scores.query)) != 4):
             return False
-        query, key, value = scores.query, scores.key, args_of(product)[1]
+    query, key, value = scores.query, scores.key, args_of(product)[1]
+    dtype, out_dtype = value_of(query).dtype, value_of(product).dtype
+    with graph.inserting_before(product):
         if scores.sizes is not None:
             batch, heads, queries = scores.sizes[:3]
             query, key, value = (
                 graph.call_function(aten.reshape.default, (tensor, [batch, heads, length, shape_of(like)[-1]]))
                 for tensor, length, like in ((query, queries, query), (key, -1, query), (value, -1, product))
             )
-        bias = scores.bias
-        if bias is not None:
-            dtype = value_of(scores.query).dtype
-            bias = graph.call_function(aten.to.dtype, (bias, dtype)) if _dtype(bias) != dtype else bias
-    with graph.inserting_before(product):
+        # A model in half precision may compute its scores in float32; then all of its attention is.
+        value, bias = (_cast(tensor, dtype) for tensor in (value, scores.bias))
         new = graph.call_function(ATTENTION, (query, key, value, bias), {"scale": scores.scale})
+        if out_dtype != dtype:
+            new = graph.call_function(aten.to.dtype, (new, out_dtype))
         if scores.sizes is not None:
             new = graph.call_function(aten.reshape.default, (new, [-1, scores.sizes[2], shape_of(product)[-1]]))
     replace(product, new)
@@ -179,6 +180,8 @@ def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | None:
     return _Scores(query, graph.call_function(aten.permute.default, (turned, swap)), scale, bias)
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+def _cast(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    """`node` as `dtype`; new nodes whose type is not known yet are cast too, for a cast to the same type is dropped."""
+    if node is None or ("val" in node.meta and value_of(node).dtype == dtype):
+        return node
+    return node.graph.call_function(aten.to.dtype, (node, dtype))
