@@ -9,7 +9,7 @@ import kraken_compiler
 from tests.zoo import SUPPORTED, logits_of, token_batch
 
 # Eager attention in float32, fused and decomposed norms, ALiBi, and plain code: one of each kind keeps this fast.
-KINDS = ("llama", "gpt_neo", "gptj", "bloom", "cohere", "falcon_alibi", "plain_fused_llama")
+KINDS = ("llama", "gpt_neo", "gptj", "bloom", "cohere", "falcon_alibi", "plain_in_place")
 
 
 @pytest.mark.parametrize("name", KINDS)
