@@ -1,0 +1,81 @@
+"""Every family in every form on real gloo ranks: N processes compute what all lanes compute in one.
+
+Starting ranks takes seconds, so many programs are run in one launch; capturing takes seconds too, so both degrees of a
+model are in one test. Two tests, because there are usually two workers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.ir.forms import FORMS
+from kraken_compiler.runtime.execute import run_ranks
+from tests.test_families import DEGREES, SIZES, lane_program, recognized, relative_error
+from tests.zoo import SUPPORTED, random_tokens
+
+NAMES = list(SUPPORTED)
+HALVES = (NAMES[0::2], NAMES[1::2])
+
+
+def write_programs(name: str, degree: int, directory: Path, batches: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Write a model in every form as artifacts.
+
+    Yields:
+        Program and number of the batch, and what all lanes compute in one process.
+    """
+    read = recognized(name).read
+    for form in FORMS:
+        program, made = lane_program(name, degree, form), f"{name}.{form}"
+        source = Source(kind="module", name=name)
+        write_artifact(program, program.reader(read), directory / made, source=source, backends=[TorchBackend()])
+        lanes = LaneModule.from_program(program, read)
+        with torch.no_grad():
+            for number, ids in enumerate(batches):
+                yield f"{made} {number}", lanes.run_flat([ids])[0]
+
+
+def wrong_on_ranks(degree: int, directory: Path, expected: dict[str, Tensor]) -> list[str]:
+    """Run all programs of a directory and say which differ on which rank."""
+    programs = sorted({name.split()[0] for name in expected})
+    payload = {"directory": str(directory), "programs": programs}
+    run_ranks("tests.rank_functions:run_programs", degree, payload, timeout=120)
+    wrong = []
+    for rank in range(degree):
+        found = load_file(directory / f"out-{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, want in expected.items():
+            error = relative_error(found[name], want)
+            if not error <= 1e-5:
+                wrong.append(f"degree {degree}, {name}: rank {rank} differs by {error:.1e}")
+    return wrong
+
+
+@pytest.mark.parametrize("names", HALVES, ids=["one half", "other half"])
+@pytest.mark.timeout(900)
+def test_ranks_equal_the_single_process(names: list[str], tmp_path: Path) -> None:
+    vocabulary = min(build.vocab for build in SUPPORTED.values())
+    batches = [random_tokens(vocabulary, *size, seed) for seed, size in enumerate(SIZES)]
+    expected: dict[int, dict[str, Tensor]] = {degree: {} for degree in DEGREES}
+    for name in names:
+        for degree in DEGREES:
+            expected[degree].update(write_programs(name, degree, tmp_path / str(degree), batches))
+    wrong = []
+    for degree in DEGREES:
+        assert len(expected[degree]) == len(names) * len(FORMS) * len(SIZES)
+        directory = tmp_path / str(degree)
+        save_file({str(number): ids for number, ids in enumerate(batches)}, directory / "batches.safetensors")
+        wrong += wrong_on_ranks(degree, directory, expected[degree])
+        # pytest keeps the folders of the last runs, and this one is large.
+        shutil.rmtree(directory)
+    assert not wrong, "\n".join(wrong)
