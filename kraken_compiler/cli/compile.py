@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +105,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
     from kraken_compiler.api import compile_model
     from kraken_compiler.cli.dtypes import dtype_named
 
-    output = config.output or f"{Path(config.model).name.removesuffix(Path(config.model).suffix)}.kraken"
+    output = config.output or f"{_name_of(Path(config.model))}.kraken"
     result = compile_model(
         config.model,
         None if config.plan else output,
@@ -139,6 +140,12 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         if result.directory is not None:
             lines += ["", f"wrote {result.directory}"]
         print_lines(lines)
+
+
+def _name_of(model: Path) -> str:
+    """A model's name; only files have suffixes, the dot in a directory named `Llama-3.2-1B` begins none."""
+    path = Path(os.path.abspath(model))
+    return path.name if path.is_dir() else path.stem
 
 
 def _text(path: Path | None) -> str | None:

@@ -70,14 +70,16 @@ def evaluate(
     kl = agreement = loss = source_loss = 0.0
     tokens = predicted = 0
     for ids in batches:
-        log_p, log_q = (F.log_softmax(model(ids).float(), dim=-1) for model in (source, rewritten))
-        kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        agreement += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-        following = ids[:, 1:, None]
-        source_loss -= log_p[:, :-1].gather(-1, following).sum().item()
-        loss -= log_q[:, :-1].gather(-1, following).sum().item()
+        # Row by row, because log-probabilities of a whole batch over a large vocabulary take more than the model does.
+        for row, p_SV, q_SV in zip(ids, source(ids), rewritten(ids), strict=True):
+            log_p, log_q = (F.log_softmax(logits_SV.float(), dim=-1) for logits_SV in (p_SV, q_SV))
+            kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            agreement += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+            following = row[1:, None]
+            source_loss -= log_p[:-1].gather(-1, following).sum().item()
+            loss -= log_q[:-1].gather(-1, following).sum().item()
+            predicted += following.numel()
         tokens += ids.numel()
-        predicted += following.numel()
         if progress is not None:
             progress(ids.numel())
     assert tokens, "there is nothing to evaluate on"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 _ROW = 256
-_RANDOM_ROWS = 4
+_RANDOM_BATCHES = 2
 
 
 def batches_for(captured: Capture, path: Path | None) -> tuple[list[Tensor], str] | str:
@@ -45,7 +45,7 @@ def batches_for(captured: Capture, path: Path | None) -> tuple[list[Tensor], str
     if captured.origin.tokenizer is None:
         if path is not None:
             raise UsageError(f"--text: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
-        return [_random_rows(program, row)], "random tokens (the model has no tokenizer)"
+        return _random_batches(program, row), "random tokens (the model has no tokenizer)"
     name = str(path) if path is not None else "the built-in sample"
     ids = captured.origin.tokenizer.load()(_read(path), verbose=False)["input_ids"]
     batches = token_batches(ids, row)
@@ -65,10 +65,10 @@ def _read(path: Path | None) -> str:
         raise InputFileError(f"--text: {path} is not UTF-8 text") from error
 
 
-def _random_rows(program: Program, row: int) -> Tensor:
+def _random_batches(program: Program, row: int) -> list[Tensor]:
     spec = token_input(program)
     assert spec is not None
-    return example_inputs(program, _RANDOM_ROWS, row)[spec.name]
+    return [example_inputs(program, 2, row, seed)[spec.name] for seed in range(_RANDOM_BATCHES)]
 
 
 def _config_limit(config: dict[str, Any] | None) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kraken_compiler.ir.program import InputSpec, Program
 
 _LOOKUPS = (torch.ops.aten.embedding.default,)
+
+_RESHAPES = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("view", "reshape", "_unsafe_view", "unsqueeze", "expand", "alias", "contiguous", "clone", "_to_copy")
+)
+"""What a model may do to token ids before it looks them up (GPT-2 flattens them)."""
 
 
 def example_inputs(program: Program, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
@@ -43,9 +49,18 @@ def _rows(program: Program, name: str) -> int | None:
     rows = [
         program.weights[node.args[0].name].source_shape[0]
         for node in program.graph.nodes
-        if node.target in _LOOKUPS and node.args[1].name == name and node.args[0].name in program.weights
+        if node.target in _LOOKUPS and _index(node) == name and node.args[0].name in program.weights
     ]
     return min(rows, default=None)
+
+
+def _index(lookup: fx.Node) -> str:
+    """Name of the node whose numbers a lookup takes, whatever their shape."""
+    node = lookup.args[1]
+    while isinstance(node, fx.Node) and node.target in _RESHAPES:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node.name
 
 
 def token_input(program: Program) -> InputSpec | None:
@@ -68,8 +83,6 @@ def position_limit(program: Program) -> int:
     rows = [
         program.weights[node.args[0].name].source_shape[0]
         for node in program.graph.nodes
-        if node.target in _LOOKUPS
-        and node.args[0].name in program.weights
-        and node.args[1].name != (token and token.name)
+        if node.target in _LOOKUPS and node.args[0].name in program.weights and _index(node) != (token and token.name)
     ]
     return min(rows, default=1 << 30)

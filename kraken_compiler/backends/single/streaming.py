@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.weights.safetensors_format import read_header, read_tensor
 
 ReadLane = Callable[[WeightSpec, int], Tensor]
 """Gives the local tensor of one weight on one lane."""
@@ -37,9 +37,9 @@ def read_from_source(program: Program, read: Callable[[str], Tensor]) -> ReadLan
 
 
 def read_from_lane_files(paths: Sequence[Path]) -> ReadLane:
-    """Local tensors out of the lanes' safetensors files."""
-    files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-    return lambda spec, lane: files[lane].get_tensor(spec.name)
+    """Local tensors out of the lanes' safetensors files, copied: a mapped page would stay resident after its use."""
+    headers = [read_header(path) for path in paths]
+    return lambda spec, lane: read_tensor(spec.name, headers[lane][spec.name])
 
 
 class _Lanes(list[Any]):
