@@ -33,32 +33,32 @@ def compile_command(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The artifact's directory. [default: MODEL's name .kraken]")
+        Path | None, typer.Option("--output", "-o", help="The artifact's directory. (default: MODEL's name .kraken)")
     ] = None,
     degree: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of lanes. [default: the visible accelerators, else the smallest valid degree above 1]"
+            min=1, help="Number of lanes. (default: the visible accelerators, else the smallest valid degree above 1)"
         ),
     ] = None,
     form: Annotated[
-        str | None, typer.Option(help="standard, kraken, ladder, sync-drop or parallel. [default: kraken]")
+        str | None, typer.Option(help="standard, kraken, ladder, sync-drop or parallel. (default: kraken)")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Backends, separated by commas. [default: torch]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the model's own]")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backends, separated by commas. (default: torch)")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")] = None,
     input: Annotated[
         list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text to measure the form's cost on. [default: a small built-in sample]")
+        Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
     ] = None,
     plan: Annotated[
         bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
     ] = None,
-    verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Check the result. [default: on]")] = None,
+    verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(help="Directory for the graph as text after every pass.")] = None,
     trust_pickle: Annotated[
         bool | None, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
@@ -67,7 +67,7 @@ def compile_command(
         bool | None, typer.Option("--force", help="Replace an output directory that is not empty.")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. [default: 120]")
+        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. (default: 120)")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with the same keys; the command line wins.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
