@@ -107,16 +107,16 @@ def without_tokenizer(name: str) -> Capture:
     return capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
 
 
-@pytest.mark.parametrize("name", ["plain_gpt", "plain_alibi", "llama"])
+@pytest.mark.parametrize("name", ["plain_gpt", "plain_alibi", "llama", "gpt2"])
 def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> None:
     answer = batches_for(without_tokenizer(name), None)
     assert not isinstance(answer, str)
     batches, text = answer
     assert text == "random tokens (the model has no tokenizer)"
-    assert [int(batch.max()) < 97 for batch in batches] == [True]
+    assert all(int(batch.max()) < 97 for batch in batches)
     assert len(batches[0].unique()) > 40
     # All these models have 64 positions, but for the one whose biases need none.
-    assert batches[0].shape == (4, 256 if name == "plain_alibi" else 64)
+    assert {batch.shape[1] for batch in batches} == {256 if name == "plain_alibi" else 64}
 
 
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""Verification finds what is broken: a weight, a shard, a lane file, a schedule; and says where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.graph_file import save_graph
+from kraken_compiler.backends.torch_dist.rank_program import GRAPH_FILE, lane_file
+from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.verify.against_ranks import compare_with_ranks
+from kraken_compiler.verify.against_source import compare_with_source
+from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, source_tolerance
+from kraken_compiler.ir.sample_inputs import sample_inputs, position_limit, token_input, vocabulary
+from kraken_compiler.verify.verification import Verification, verify_programs
+from tests.test_families import lane_program, recognized
+from tests.zoo import SUPPORTED
+
+SIZES = ((2, 5),)
+NAME = "plain_gpt"
+START, WAIT = torch.ops.kraken.all_reduce_start.default, torch.ops.kraken.wait.default
+
+Read = Callable[[str], Tensor]
+
+
+def compare(standard: Program, captured_read: Read | None = None) -> Comparison:
+    source = recognized(NAME)
+    (comparison,) = compare_with_source(source.captured, standard, captured_read or source.read, SIZES)
+    return comparison
+
+
+def with_weight(program: Program, source: str, change: Callable[[Any], Any]) -> Program:
+    """A program whose weight-table entries for one source tensor are changed."""
+    broken = program.copy()
+    names = [name for name, spec in program.weights.items() if spec.source == source]
+    assert names, source
+    broken.weights.update({name: change(broken.weights[name]) for name in names})
+    return broken
+
+
+def swapped(spec: Any) -> Any:
+    """The lanes hold each other's parts."""
+    return replace(spec, shards=tuple(replace(shard, lanes=shard.lanes[::-1]) for shard in spec.shards))
+
+
+# against the source --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def standard() -> Program:
+    return lane_program(NAME, 2, "standard")
+
+
+def test_a_right_program_passes(standard: Program) -> None:
+    comparison = compare(standard)
+    assert comparison.passed
+    assert comparison.first_diverging == ""
+    assert comparison.max_rel_error < 1e-5
+    assert comparison.sizes == SIZES[0]
+    Verification((comparison,)).require_passed()
+
+
+@pytest.mark.parametrize(
+    ("weight", "where"),
+    [
+        ("blocks.1.o.weight", "layer 1, attention (blocks.1)"),
+        ("blocks.2.ffn.2.weight", "layer 2, ffn (blocks.2"),
+        ("blocks.0.q.bias", "layer 0, attention (blocks.0)"),
+    ],
+)
+def test_swapped_shards_are_found_where_they_are(standard: Program, weight: str, where: str) -> None:
+    comparison = compare(with_weight(standard, weight, swapped))
+    assert not comparison.passed
+    assert comparison.first_diverging.startswith(where)
+    with pytest.raises(
+        VerificationError, match=r"computes something else: standard form .* FAILED, relative error"
+    ) as e:
+        Verification((comparison,)).require_passed()
+    assert where in str(e.value)
+
+
+def test_a_bias_that_every_lane_adds_is_found(standard: Program) -> None:
+    comparison = compare(with_weight(standard, "blocks.1.o.bias", lambda spec: replace(spec, scale=1.0)))
+    assert comparison.first_diverging.startswith("layer 1, attention")
+
+
+def test_a_wrong_embedding_is_found(standard: Program) -> None:
+    comparison = compare(with_weight(standard, "positions.weight", lambda spec: replace(spec, scale=0.5)))
+    assert comparison.first_diverging == "the embedding"
+
+
+def test_one_changed_number_in_the_weights_is_found(standard: Program) -> None:
+    """The lanes read one value that differs from the source's."""
+    broken = standard.copy()
+    (name,) = [name for name, spec in broken.weights.items() if spec.source == "blocks.1.ffn.0.weight"]
+    broken.weights[name] = replace(broken.weights[name], source="broken")
+    value = recognized(NAME).read("blocks.1.ffn.0.weight").clone()
+    value[3, 5] += 5
+    broken.constants["broken"] = value
+    assert compare(broken).first_diverging.startswith("layer 1, ffn")
+
+
+def test_a_changed_form_is_no_standard_form() -> None:
+    comparison = compare(lane_program(NAME, 2, "sync-drop"))
+    assert not comparison.passed
+    assert comparison.max_rel_error > 1e-2
+
+
+def test_not_a_number_never_passes(standard: Program) -> None:
+    comparison = compare(with_weight(standard, "blocks.1.o.bias", lambda spec: replace(spec, scale=math.nan)))
+    assert not comparison.passed
+    assert math.isnan(comparison.max_rel_error)
+    assert comparison.first_diverging.startswith("layer 1")
+
+
+# against ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kraken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program, read = lane_program(NAME, 2, "kraken"), recognized(NAME).read
+    target = tmp_path_factory.mktemp("verify") / "kraken"
+    source = Source(kind="module", name=NAME)
+    return write_artifact(program, program.reader(read), target, source=source, backends=[TorchBackend()])
+
+
+@pytest.fixture
+def artifact(kraken: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(kraken, tmp_path / "kraken"))
+
+
+def rehash(artifact: Path) -> None:
+    """Make the manifest agree with the files again, as whoever tampers with them on purpose would."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    for name, record in manifest["files"].items():
+        content = (artifact / name).read_bytes()
+        record.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    open_artifact(artifact)
+
+
+def test_ranks_that_compute_the_same_pass(kraken: Path) -> None:
+    comparisons, windows = verify_programs(kraken, ((1, 7), (3, 4)))
+    assert [comparison.sizes for comparison in comparisons] == [(1, 7), (3, 4)]
+    assert all(comparison.passed and comparison.max_rel_error < 1e-5 for comparison in comparisons)
+    assert all("2 ranks against the lanes in one process" in str(comparison) for comparison in comparisons)
+    assert sum(bool(window.promised) for window in windows) == 2
+
+
+def test_a_rank_that_computes_something_else(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of lane 1's file is changed after the reference was taken, and the manifest with it."""
+    path = artifact / lane_file(1)
+    tensors = load_file(path)
+    name = next(name for name in tensors if "ffn_2_weight" in name)
+    whole = {key: value.clone() for key, value in tensors.items()}
+    tensors[name][0, 0] += 3
+    save_file(tensors, path)
+    rehash(artifact)
+
+    def untampered(paths: list[Path]) -> Callable[[Any, int], Tensor]:
+        lanes = [load_file(paths[0]), whole]
+        return lambda spec, lane: lanes[lane][spec.name]
+
+    monkeypatch.setattr("kraken_compiler.verify.against_ranks.read_from_lane_files", untampered)
+    (comparison,) = compare_with_ranks(artifact, SIZES, timeout=60)
+    assert not comparison.passed
+    assert comparison.max_rel_error > 1e-3
+    with pytest.raises(VerificationError, match="2 ranks against the lanes in one process"):
+        Verification((comparison,)).require_passed()
+
+
+# the schedule --------------------------------------------------------------------------------------------------------
+
+
+def emptied(program: Program) -> Program:
+    """A program whose first promised wait stands right behind its start."""
+    broken = program.copy()
+    window = next(window for window in program.windows if window.promised)
+    nodes = {node.name: node for node in broken.graph.nodes}
+    nodes[window.start].append(nodes[window.wait])
+    broken.module.recompile()
+    return broken
+
+
+def test_an_emptied_window_is_found() -> None:
+    program = lane_program(NAME, 2, "kraken")
+    require_overlap(check_schedule(program.module, program.plan))
+    windows = check_schedule(emptied(program).module, program.plan)
+    with pytest.raises(
+        VerificationError, match=r"1 of 3 reduces lost their overlap: no matrix multiplication .*reduce"
+    ):
+        require_overlap(windows)
+
+
+def test_an_emptied_window_still_computes_the_same() -> None:
+    """So no comparison of numbers would find it."""
+    program, read = lane_program(NAME, 2, "kraken"), recognized(NAME).read
+    ids = torch.arange(10).view(2, 5)
+    whole, broken = (LaneModule.from_program(made, read).run_flat([ids])[0] for made in (program, emptied(program)))
+    assert torch.equal(whole, broken)
+
+
+def test_an_artifact_that_lost_its_overlap_is_found(artifact: Path) -> None:
+    save_graph(emptied(lane_program(NAME, 2, "kraken")), artifact / GRAPH_FILE)
+    rehash(artifact)
+    with pytest.raises(VerificationError, match="lost their overlap"):
+        verify_programs(artifact, SIZES)
+
+
+def test_a_reduce_that_is_never_awaited_is_found() -> None:
+    program = lane_program(NAME, 2, "kraken").copy()
+    wait = next(node for node in program.graph.nodes if node.target is WAIT)
+    wait.replace_all_uses_with(wait.args[0].args[0])
+    program.graph.erase_node(wait)
+    with pytest.raises(VerificationError, match="must go to its wait and only there"):
+        check_schedule(program.module, program.plan)
+
+
+# what it is tried on -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "plain_gpt", "plain_alibi"])
+def test_tokens_are_drawn_from_the_vocabulary(name: str) -> None:
+    """Also where the model reshapes them before it looks them up, as GPT-2 does."""
+    program = recognized(name).captured
+    spec = token_input(program)
+    assert spec is not None
+    assert spec.name == "input_ids"
+    assert vocabulary(program) == SUPPORTED[name].vocab
+    ids = example_inputs(program, 4, 50)["input_ids"]
+    assert ids.shape == (4, 50)
+    assert len(ids.unique()) > 60
+    # OPT has two rows more than it has positions.
+    assert (position_limit(program) <= 66) == (name != "plain_alibi")
+
+
+# the measure ---------------------------------------------------------------------------------------------------------
+
+
+def test_errors() -> None:
+    want = torch.tensor([[1.0, -4.0]])
+    assert errors(want + 0.5, want) == (0.5, 0.125)
+    assert errors(torch.zeros(2), torch.zeros(2)) == (0, 0)
+    assert errors(torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)) == (math.inf, math.inf)
+    one, nan = (torch.ones(1), torch.ones(1)), (torch.full((1,), math.nan), torch.ones(1))
+    assert largest_errors(one, one) == (0, 0)
+    assert all(map(math.isnan, largest_errors((one[0], nan[0]), one)))
+
+
+def test_tolerances_follow_the_element_type() -> None:
+    ordered = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    for tolerances in ([source_tolerance(dtype) for dtype in ordered], [rank_tolerance(dtype, 0) for dtype in ordered]):
+        assert tolerances == sorted(tolerances)
+    assert source_tolerance(torch.float32) == 1e-4
+    assert rank_tolerance(torch.float32, 0) == 1e-5
+    # An ill-conditioned program may be as far off as rounding alone makes it, up to a limit.
+    assert rank_tolerance(torch.float32, 1e-4) == pytest.approx(1e-3)
+    assert rank_tolerance(torch.float32, 1.0) == 1e-2
+
+
+def test_a_verification_as_text_and_as_values() -> None:
+    good = Comparison("one", (1, 2), 1e-6, 1e-7, 1e-4)
+    bad = Comparison("two", (1, 2), 2.0, 0.5, 1e-4, "layer 3, ffn (h.3.mlp)")
+    verification = Verification((good, bad), skipped=("something: no reason",))
+    data = json.loads(json.dumps(verification.to_dict()))
+    assert (data["program"]["max_abs_error"], data["program"]["max_rel_error"]) == (2.0, 0.5)
+    assert [entry["passed"] for entry in data["program"]["comparisons"]] == [True, False]
+    assert data["skipped"] == ["something: no reason"]
+    text = "\n".join(verification.lines())
+    assert "one, batch 1 x 2: ok" in text
+    assert "two, batch 1 x 2: FAILED, relative error 5.0e-01" in text
+    assert "first diverging: layer 3, ffn (h.3.mlp)" in text
+    assert "skipped   something: no reason" in text
