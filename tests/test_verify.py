@@ -26,10 +26,10 @@ from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.rank_program import GRAPH_FILE, lane_file
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, source_tolerance
-from kraken_compiler.ir.sample_inputs import sample_inputs, position_limit, token_input, vocabulary
 from kraken_compiler.verify.verification import Verification, verify_programs
 from tests.test_families import lane_program, recognized
 from tests.zoo import SUPPORTED
@@ -246,7 +246,7 @@ def test_tokens_are_drawn_from_the_vocabulary(name: str) -> None:
     assert spec is not None
     assert spec.name == "input_ids"
     assert vocabulary(program) == SUPPORTED[name].vocab
-    ids = example_inputs(program, 4, 50)["input_ids"]
+    ids = sample_inputs(program, 4, 50)["input_ids"]
     assert ids.shape == (4, 50)
     assert len(ids.unique()) > 60
     # OPT has two rows more than it has positions.

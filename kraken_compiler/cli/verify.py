@@ -23,10 +23,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def verify_command(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text to measure the form's cost on. [default: a small built-in sample]")
+        Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option(help="The source model. [default: where it was when the artifact was compiled]")
+        Path | None, typer.Option(help="The source model. (default: where it was when the artifact was compiled)")
     ] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Open a source that can run any code when it is opened.")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input
 from kraken_compiler.quality.evaluate import token_batches
-from kraken_compiler.verify.example_inputs import example_inputs, position_limit, token_input
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -68,7 +68,7 @@ def _read(path: Path | None) -> str:
 def _random_batches(program: Program, row: int) -> list[Tensor]:
     spec = token_input(program)
     assert spec is not None
-    return [example_inputs(program, 2, row, seed)[spec.name] for seed in range(_RANDOM_BATCHES)]
+    return [sample_inputs(program, 2, row, seed)[spec.name] for seed in range(_RANDOM_BATCHES)]
 
 
 def _config_limit(config: dict[str, Any] | None) -> int:

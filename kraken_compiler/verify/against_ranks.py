@@ -8,9 +8,9 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.backends.torch_dist.rank_program import lane_file
+from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
 from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance
-from kraken_compiler.verify.example_inputs import example_inputs
 
 
 def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], timeout: float) -> list[Comparison]:
@@ -27,7 +27,7 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
     """
     artifact = open_artifact(directory, verify=False)
     program = load_program(artifact)
-    inputs = [example_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
+    inputs = [sample_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
     outputs = execute_on_ranks(directory, inputs, timeout=timeout)
     read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
     lanes, reordered = (StreamingProgram(program, read_lane, reverse_sums=reverse) for reverse in (False, True))

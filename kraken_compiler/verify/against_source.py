@@ -9,10 +9,10 @@ from torch import Tensor
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, source_tolerance
-from kraken_compiler.verify.example_inputs import example_inputs
 
 
 def compare_with_source(
@@ -35,7 +35,7 @@ def compare_with_source(
     assert standard.layers is not None
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        inputs = list(example_inputs(captured, batch, sequence, seed).values())
+        inputs = list(sample_inputs(captured, batch, sequence, seed).values())
         want = _streaming(captured, read).run_flat(inputs)
         tolerance = source_tolerance(want[0].dtype)
         _, source_stream = _streaming(recognized, read).run_with_taps(inputs, _joins(recognized.layers).values())

@@ -57,11 +57,6 @@ class LaneModule(nn.Module):
         else:
             self.weights.register_buffer(spec.name, value)
 
-    def lane_weight(self, name: str, lane: int) -> Tensor:
-        """One lane's tensor, as lane `lane` of a multi-device program holds it."""
-        value: Tensor = getattr(self.weights, name)
-        return value[lane] if self.program.weights[name].shards else value
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = bind(self.program.call, self.program.inputs, args, kwargs)
         return unflatten_output(self.program.call, self.run_flat(inputs))

@@ -1,0 +1,88 @@
+"""Inputs to check a program with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.ir.program import InputSpec, Program
+
+_LOOKUPS = (torch.ops.aten.embedding.default,)
+
+_RESHAPES = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("view", "reshape", "_unsafe_view", "unsqueeze", "expand", "alias", "contiguous", "clone", "_to_copy")
+)
+"""What a model may do to token ids before it looks them up (GPT-2 flattens them)."""
+
+
+def sample_inputs(program: Program, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of a given batch and sequence size.
+
+    Whole numbers that index an embedding are drawn from its rows; other whole numbers and flags are ones, as in a mask.
+
+    Args:
+        program: The program, before or after lowering.
+        batch, sequence: Sizes for the program's symbolic dims; fixed dims keep theirs.
+        seed: Seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"batch": batch, "sequence": sequence}
+    inputs = {}
+    for spec in program.inputs:
+        shape = [sizes.get(size, sequence) if isinstance(size, str) else size for size in spec.shape]
+        inputs[spec.name] = _random(spec, shape, _rows(program, spec.name), generator)
+    return inputs
+
+
+def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torch.Generator) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if rows is None:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randint(rows, shape, generator=generator).to(dtype)
+
+
+def _rows(program: Program, name: str) -> int | None:
+    """Rows of the smallest embedding that an input indexes; None if it indexes none."""
+    rows = [
+        program.weights[node.args[0].name].source_shape[0]
+        for node in program.graph.nodes
+        if node.target in _LOOKUPS and _index(node) == name and node.args[0].name in program.weights
+    ]
+    return min(rows, default=None)
+
+
+def _index(lookup: fx.Node) -> str:
+    """Name of the node whose numbers a lookup takes, whatever their shape."""
+    node = lookup.args[1]
+    while isinstance(node, fx.Node) and node.target in _RESHAPES:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node.name
+
+
+def token_input(program: Program) -> InputSpec | None:
+    """The input that carries token ids: the one whole-number input that indexes an embedding."""
+    found = [spec for spec in program.inputs if len(spec.shape) == 2 and _rows(program, spec.name) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def vocabulary(program: Program) -> int:
+    """Rows of the token embedding."""
+    spec = token_input(program)
+    rows = _rows(program, spec.name) if spec else None
+    assert rows is not None
+    return rows
+
+
+def position_limit(program: Program) -> int:
+    """The longest sequence that the program's learned positions allow: rows of the embeddings that hold no tokens."""
+    token = token_input(program)
+    rows = [
+        program.weights[node.args[0].name].source_shape[0]
+        for node in program.graph.nodes
+        if node.target in _LOOKUPS and node.args[0].name in program.weights and _index(node) != (token and token.name)
+    ]
+    return min(rows, default=1 << 30)
