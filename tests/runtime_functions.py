@@ -120,3 +120,8 @@ def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str
     assert factories
     assert all(node.kwargs["device"] == torch.device("meta") for node in factories)
     return {"rank": session.rank, "threads": torch.get_num_threads(), "differences": differences, "errors": errors}
+
+
+def backend_name(payload: Mapping[str, Any], session: Session) -> str:
+    """The communication library that this rank's group uses."""
+    return str(dist.get_backend())
