@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
@@ -184,6 +185,14 @@ def flat_archive(graph: fx.Graph) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
+
+
+def largest_size(size: int | torch.SymInt) -> int | None:
+    """The largest number that a symbolic size can be, as far as the export proved it; None if nothing bounds it."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer and int(upper) < sys.maxsize - 1 else None
 
 
 def functional_collectives() -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.quality.evaluate import evaluate, token_batches
@@ -101,13 +102,19 @@ def test_token_batches(length: int, shapes: list[tuple[int, int]]) -> None:
 # which tokens --------------------------------------------------------------------------------------------------------
 
 
+def test_the_largest_proven_size() -> None:
+    program = without_tokenizer("plain_parallel").program
+    batch, sequence = next(node for node in program.graph.nodes if node.name == "input_ids").meta["val"].shape
+    assert [largest_size(size) for size in (batch, sequence, sequence + 1, 7)] == [None, 64, 65, 7]
+
+
 @cache
 def without_tokenizer(name: str) -> Capture:
     model = SUPPORTED[name]()
     return capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
 
 
-@pytest.mark.parametrize("name", ["plain_gpt", "plain_alibi", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["plain_gpt", "plain_parallel", "plain_alibi", "llama", "gpt2"])
 def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> None:
     answer = batches_for(without_tokenizer(name), None)
     assert not isinstance(answer, str)
@@ -115,7 +122,7 @@ def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> N
     assert text == "random tokens (the model has no tokenizer)"
     assert all(int(batch.max()) < 97 for batch in batches)
     assert len(batches[0].unique()) > 40
-    # All these models have 64 positions, but for the one whose biases need none.
+    # All these models have 64 positions (plain_parallel: rows of its mask), but for the one whose biases need none.
     assert {batch.shape[1] for batch in batches} == {256 if name == "plain_alibi" else 64}
 
 

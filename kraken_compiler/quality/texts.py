@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input
@@ -41,7 +42,7 @@ def batches_for(captured: Capture, path: Path | None) -> tuple[list[Tensor], str
         if path is not None:
             raise UsageError("--text: the model reads no tokens")
         return "no quality measurement: the model reads no tokens"
-    row = min(_ROW, position_limit(program), _config_limit(captured.config))
+    row = min(_ROW, position_limit(program), _proven_limit(program), _config_limit(captured.config))
     if captured.origin.tokenizer is None:
         if path is not None:
             raise UsageError(f"--text: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
@@ -69,6 +70,14 @@ def _random_batches(program: Program, row: int) -> list[Tensor]:
     spec = token_input(program)
     assert spec is not None
     return [sample_inputs(program, 2, row, seed)[spec.name] for seed in range(_RANDOM_BATCHES)]
+
+
+def _proven_limit(program: Program) -> int:
+    """The longest sequence that fits the graph's own tables, such as a causal mask that the model keeps."""
+    spec = token_input(program)
+    assert spec is not None
+    ids = next(node.meta["val"] for node in program.graph.nodes if node.name == spec.name)
+    return largest_size(ids.shape[1]) or _ROW
 
 
 def _config_limit(config: dict[str, Any] | None) -> int:
