@@ -218,7 +218,8 @@ def verify_artifact(
     result.require_passed()
     recorded = artifact.manifest.source
     where = source if source is not None else recorded.path
-    if not where or (not isinstance(where, nn.Module) and not Path(where).exists()):
+    # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
+    if source is None and not (recorded.path and Path(recorded.path).exists()):
         missing = (
             f"no comparison with the source: it is not at '{where}'; name it with --source"
             if where
