@@ -1,0 +1,139 @@
+"""Trained models, whose weights are not random: a GPT-2 of microbe genera, and SmolLM2 from its GGUF file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kraken_compiler.api import compile_model
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.load import load_lanes
+from kraken_compiler.capture import Capture, capture
+from kraken_compiler.lowering import lower
+from kraken_compiler.quality.evaluate import Quality, evaluate
+from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.verify.compare import errors
+from tests.zoo import logits_of, random_tokens
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+
+# a GPT-2 of microbe genera -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def microbes(microformer: Path) -> tuple[Any, Capture]:
+    """The model as transformers loads it, and captured from its directory; its weights are a `pytorch_model.bin`."""
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(microformer, dtype=torch.float32).eval(), capture(
+        microformer, trust_pickle=True
+    )
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_a_trained_gpt2_in_standard_form(microbes: tuple[Any, Capture], degree: int) -> None:
+    source, captured = microbes
+    program, _ = lower(captured.program, degree, "standard")
+    lanes = LaneModule.from_program(program, captured.store.read)
+    for seed, size in enumerate(((1, 7), (3, 100))):
+        ids = random_tokens(9669, *size, seed)
+        assert errors(logits_of(lanes, ids), logits_of(source, ids))[1] < 1e-4
+
+
+def test_a_trained_gpt2_on_ranks(microformer: Path, tmp_path: Path) -> None:
+    result = compile_model(microformer, tmp_path / "out", degree=4, form="kraken", layers="4-7", trust_pickle=True)
+    assert result.verification is not None
+    assert all(comparison.passed for comparison in result.verification.comparisons)
+    quality = result.verification.quality
+    assert quality is not None
+    # Its tokenizer is a pickle, which nobody opens.
+    assert quality.text == "random tokens (the model has no tokenizer)"
+    assert 0 < quality.kl < 5
+    assert [layer["form"] for layer in result.report.to_dict()["layers"]] == ["standard"] * 4 + ["kraken"] * 4
+
+
+# SmolLM2 -------------------------------------------------------------------------------------------------------------
+
+IDS = torch.randint(49152, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Capture:
+    return capture(smollm2_gguf, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def standard(smollm2: Capture, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """SmolLM2 for three ranks, in standard form: what a compile writes, without capturing the model again."""
+    program, _ = lower(smollm2.program, 3, "standard")
+    tokenizer = smollm2.origin.tokenizer
+    assert tokenizer is not None
+    target = write_artifact(
+        program,
+        smollm2.store.read,
+        tmp_path_factory.mktemp("smollm2") / "standard",
+        source=Source(kind="gguf", name="SmolLM2"),
+        backends=[TorchBackend()],
+        tokenizer_saver=lambda place: tokenizer.load().save_pretrained(place),
+    )
+    return open_artifact(target, verify=False)
+
+
+@pytest.fixture(scope="module")
+def source(smollm2_gguf: Path) -> Any:
+    """The model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": smollm2_gguf.name, "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, **options).eval()
+
+
+def test_smollm2_in_standard_form(standard: Artifact, source: Any) -> None:
+    lanes = load_lanes(standard)
+    assert lanes.program.degree == 3
+    assert errors(logits_of(lanes, IDS), logits_of(source, IDS))[1] < 1e-4
+
+
+def test_smollm2_speaks_on_three_ranks(standard: Artifact) -> None:
+    command = [sys.executable, "-m", "kraken_compiler.cli.run", str(standard.directory)]
+    options = ["--prompt", "The capital of France is", "--max-new-tokens", "3", "--timeout", "120"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Paris")
+
+
+def measured(smollm2: Capture, source: Any, layers: str | None, tokens: Tensor) -> Quality:
+    program, _ = lower(smollm2.program, 3, "kraken", layers)
+    lanes = LaneModule.from_program(program, smollm2.store.read)
+    rewritten = logits_function(program.inputs, program.call, lanes.run_flat)
+    with torch.inference_mode():
+        return evaluate(lambda ids: source(ids).logits, rewritten, [tokens], "a part of the built-in sample")
+
+
+def test_what_the_kraken_form_costs_before_calibration(
+    smollm2: Capture, source: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = batches_for(smollm2, None)
+    assert not isinstance(found, str)
+    tokens = found[0][0][:1]
+    everywhere, late, last = (measured(smollm2, source, layers, tokens) for layers in (None, "15-29", "29"))
+    with capsys.disabled():
+        print(f"\nSmolLM2, kraken form, zero-shot KL: all layers {everywhere.kl:.2f}, last 15 {late.kl:.2f}")
+    assert 2 < everywhere.kl < 6
+    assert late.kl < everywhere.kl / 3
+    assert last.kl < late.kl
+    assert everywhere.perplexity > late.perplexity > 0.9 * late.source_perplexity
+    assert everywhere.top1_agreement < late.top1_agreement <= 1
+    assert everywhere.source_perplexity == late.source_perplexity
