@@ -215,3 +215,20 @@ def test_rejects_what_does_not_depend_on_the_tokens() -> None:
 
     text, _ = reason(Constant())
     assert "no embedding lookup" in text
+
+
+class ReturnsHiddenStates(Gpt):
+    """Also returns the stream after every layer, as models do when asked for hidden states."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x_BSD, between = self.tokens(ids), []
+        for block in self.blocks:
+            x_BSD = block(x_BSD)
+            between.append(x_BSD)
+        return (self.head(self.norm(x_BSD)), *between)
+
+
+def test_rejects_outputs_from_between_the_layers() -> None:
+    rejection = captured(ReturnsHiddenStates(layers=2)).rejection(*RECOGNIZE)
+    assert "returns values from between its layers" in rejection.reason
+    assert "hidden states" in rejection.hint

@@ -79,9 +79,12 @@ def _find(program: Program) -> LayerTable | Rejection:
     chain = _dominator_chain(roots, hidden, output)
     joins = _find_joins(chain, hidden)
     first, *more = output.all_input_nodes
-    if more and first in hidden and len(_find_joins(_dominator_chain(roots, hidden, first), hidden)) > len(joins):
-        reason = "besides its first output the model returns values from between its layers"
-        return _reject(reason, more[0], "Return only what follows the last layer (no hidden states).")
+    if more and first in hidden:
+        own_chain = _dominator_chain(roots, hidden, first)
+        own_joins = _find_joins(own_chain, hidden)
+        if len(own_joins) > len(joins) and _check_stream(own_chain, own_joins, hidden, graph) is None:
+            reason = "besides its first output the model returns values from between its layers"
+            return _reject(reason, more[0], "Return only what follows the last layer (no hidden states).")
     if not joins:
         strayed = next((node for node in graph.nodes if node.target is ATTENTION), None)
         reason = "no residual stream was found: no sum of a stream and a branch lies on every path to the output"
