@@ -191,6 +191,7 @@ def verify_artifact(
     directory: str | os.PathLike[str],
     *,
     source: Model | None = None,
+    example_inputs: ExampleInputs | None = None,
     text: str | os.PathLike[str] | None = None,
     trust_pickle: bool = False,
     timeout: float = 120.0,
@@ -201,7 +202,7 @@ def verify_artifact(
     Args:
         directory: The artifact.
         source: The source model; None means where it was when the artifact was compiled.
-        text, trust_pickle, timeout, progress: See `compile_model`.
+        example_inputs, text, trust_pickle, timeout, progress: See `compile_model`.
 
     Raises:
         InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
@@ -230,7 +231,11 @@ def verify_artifact(
         return replace(result, skipped=(missing,))
     with show.stage("capture"):
         captured = capture(
-            where, trust_pickle=trust_pickle, input_specs=recorded.input_specs, dtype=_dtype(recorded.dtype)
+            where,
+            example_inputs=example_inputs,
+            input_specs=recorded.input_specs if example_inputs is None else (),
+            trust_pickle=trust_pickle,
+            dtype=_dtype(recorded.dtype),
         )
     if recorded.sha256 and captured.origin.sha256 != recorded.sha256:
         raise InputFileError(f"{where}: is not the model that {path} was compiled from (its hash differs)")
