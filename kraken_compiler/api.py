@@ -237,7 +237,8 @@ def verify_artifact(
             trust_pickle=trust_pickle,
             dtype=_dtype(recorded.dtype),
         )
-    if recorded.sha256 and captured.origin.sha256 != recorded.sha256:
+    comparable = recorded.sha256 and captured.origin.kind == recorded.kind
+    if comparable and captured.origin.sha256 != recorded.sha256:
         raise InputFileError(f"{where}: is not the model that {path} was compiled from (its hash differs)")
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
