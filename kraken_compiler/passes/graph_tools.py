@@ -56,11 +56,6 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def operands(node: fx.Node) -> list[fx.Node]:
-    """Every node that `node` reads, in order, each once."""
-    return list(node.all_input_nodes)
-
-
 def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
     """All nodes that depend on `roots`, the roots included."""
     seen = set(roots)
