@@ -1,0 +1,1 @@
+"""What `benchmarks/ttft.py` is made of; it is run from there."""

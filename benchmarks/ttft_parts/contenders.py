@@ -1,0 +1,71 @@
+"""Who competes: a family (what is computed, by whom) in a mode (eager or compiled)."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+TP_PLAN = "tp_plan"
+DTENSOR = "dtensor"
+BOUND = "bound"
+PEERS = (TP_PLAN, DTENSOR)
+FORMS = ("standard", "kraken", "ladder", "sync-drop")
+MODES = ("eager", "compiled")
+
+MEANING = {
+    TP_PLAN: 'transformers, loaded with tp_plan="auto"; eager with a DynamicCache, compiled with a StaticCache',
+    DTENSOR: "torch's parallelize_module (DTensor) on transformers' model; the same two caches",
+    **{form: f"ours, {form} form" for form in FORMS},
+    BOUND: "ours, kraken form with the collectives removed: wrong numbers, the time no communication could beat",
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One column of the comparison."""
+
+    family: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.mode}"
+
+    @property
+    def form(self) -> str | None:
+        """The form to compile for it; None if it is not ours."""
+        return {BOUND: "kraken"}.get(self.family, None if self.family in PEERS else self.family)
+
+    @property
+    def checkable(self) -> bool:
+        """The bound never adds up its parts, so there is nothing its numbers could be compared with."""
+        return self.family != BOUND
+
+
+ALL = tuple(Contender(family, mode) for family in (*PEERS, *FORMS, BOUND) for mode in MODES)
+
+
+def chosen(patterns: list[str]) -> tuple[Contender, ...]:
+    """The contenders that match any pattern: a name, a family, or a shell pattern such as `kraken/*`.
+
+    Raises:
+        ValueError: A pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(_matches(contender, pattern) for contender in ALL):
+            raise ValueError(f"no contender matches '{pattern}'; there are {', '.join(one.name for one in ALL)}")
+    return tuple(contender for contender in ALL if any(_matches(contender, pattern) for pattern in patterns))
+
+
+def named(name: str) -> Contender:
+    return next(contender for contender in ALL if contender.name == name)
+
+
+def rotated(contenders: list[Contender], repetition: int) -> list[Contender]:
+    """The order of one repetition: nobody always runs after the same neighbour's caches, or always first."""
+    start = repetition % max(1, len(contenders))
+    return contenders[start:] + contenders[:start]
+
+
+def _matches(contender: Contender, pattern: str) -> bool:
+    return contender.family == pattern or fnmatch.fnmatchcase(contender.name, pattern)

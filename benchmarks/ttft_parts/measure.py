@@ -1,0 +1,220 @@
+"""The run itself: every cell, every repetition, every contender in turn."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttft_parts.check import Judge
+from ttft_parts.contenders import Contender, named, rotated
+from ttft_parts.load import BUSY, OthersLoad
+from ttft_parts.network import UNLIMITED, Network, network
+from ttft_parts.ranks import CommandError, Ranks, RanksFailedError, started
+from ttft_parts.windows import ELEMENT_BYTES
+from ttft_parts.workloads import Workload, prompt_ids
+
+_LINK_PROBE_BYTES = 32_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run of a workload.
+
+    Attributes:
+        tpot_repetitions: In so many of the repetitions all new tokens are generated, in the others only the first.
+    """
+
+    workload: Workload
+    dtypes: tuple[str, ...]
+    links: tuple[str, ...]
+    prompts: tuple[int, ...]
+    contenders: tuple[Contender, ...]
+    repetitions: int
+    tpot_repetitions: int
+    new_tokens: int
+    network: str = "auto"
+
+
+@dataclass
+class Outcome:
+    """Everything one workload has shown, as plain values; grows while it is measured."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, plan: Plan, shape: dict[str, Any], where: Network, pinned: bool) -> None:
+        self.data |= {
+            "name": plan.workload.name,
+            "degree": plan.workload.degree,
+            "shape": shape,
+            "network": {"kind": where.kind, "note": where.note},
+            "pinned": pinned,
+            "new_tokens": plan.new_tokens,
+            "links": {},
+            "checks": [],
+            "cells": [],
+            "problems": [],
+        }
+
+
+def run(plan: Plan, work: Path) -> dict[str, Any]:
+    """Measure a workload; `work` is an empty directory for models, logs and logits."""
+    outcome = Outcome()
+    source = work / "model"
+    _say(f"{plan.workload.name}: writing the model")
+    shape = plan.workload.write(source)
+    degree = plan.workload.degree
+    with network(degree, plan.network) as where:
+        outcome.start(plan, shape, where, len(os.sched_getaffinity(0)) >= degree)
+        artifacts: dict[str, dict[str, Path]] = {}
+        for dtype in plan.dtypes:
+            # The unsplit fp32 lanes are what bf16 is held against.
+            for needed in dict.fromkeys(("float32", dtype)):
+                if needed not in artifacts:
+                    artifacts[needed] = _compile(plan, source, needed, work, outcome.data["problems"])
+            usable = [one for one in plan.contenders if one.form is None or one.form in artifacts[dtype]]
+            settings = {
+                "model": str(source),
+                "artifacts": {form: str(path) for form, path in artifacts[dtype].items()},
+                "dtype": dtype,
+                "vocabulary": shape["vocabulary"],
+            }
+            judge = Judge(source, artifacts, dtype)
+            try:
+                with started(where, degree, work / f"ranks-{dtype}", settings) as ranks:
+                    _Session(plan, dtype, where, ranks, judge, usable, outcome.data, work).run()
+            except RanksFailedError as error:
+                _say(f"{plan.workload.name} {dtype}: given up: {error}")
+                outcome.data["problems"].append(f"{dtype}: given up: {error}")
+    return outcome.data
+
+
+def _compile(plan: Plan, source: Path, dtype: str, work: Path, problems: list[str]) -> dict[str, Path]:
+    """Our artifacts by form; a form that cannot be compiled is left out and noted."""
+    found = {}
+    for form in dict.fromkeys(one.form for one in plan.contenders if one.form is not None):
+        from kraken_compiler.api import compile_model
+        from kraken_compiler.errors import KrakenError
+
+        target = work / f"{form}-{dtype}.kraken"
+        _say(f"{plan.workload.name}: compiling {form}, {dtype}")
+        options = {"degree": plan.workload.degree, "form": form, "dtype": getattr(torch, dtype)}
+        try:
+            compile_model(source, target, verify=False, force=True, **options)
+        except KrakenError as error:
+            problems.append(f"{form} {dtype}: cannot be compiled: {error}")
+            continue
+        found[form] = target
+    return found
+
+
+@dataclass
+class _Session:
+    """One dtype with one group of ranks."""
+
+    plan: Plan
+    dtype: str
+    where: Network
+    ranks: Ranks
+    judge: Judge
+    usable: list[Contender]
+    data: dict[str, Any]
+    work: Path
+
+    def run(self) -> None:
+        self._measure_links()
+        for prompt in self.plan.prompts:
+            self.where.set_link(UNLIMITED)
+            self.ranks.tell("start_prompt", size=prompt)
+            timed = [one for one in self.usable if self._prepared(one, prompt)]
+            self.ranks.tell("settle")
+            for link in self.plan.links:
+                self.where.set_link(link)
+                self._measure_cell(link, prompt, timed)
+        self.where.set_link(UNLIMITED)
+
+    def _measure_links(self) -> None:
+        element = ELEMENT_BYTES[self.dtype]
+        sizes = [tokens * self.data["shape"]["width"] * element for tokens in (1, *self.plan.prompts)]
+        self.data["links"][self.dtype] = {}
+        for link in self.plan.links:
+            self.where.set_link(link)
+            found = self.ranks.tell("measure_link", send_bytes=_LINK_PROBE_BYTES, reduce_bytes=sizes)[0]
+            self.data["links"][self.dtype][link] = found
+            _say(f"link {link}: {found['gbits']:.2f} Gbit/s reached")
+
+    def _prepared(self, contender: Contender, prompt: int) -> bool:
+        """Warm a contender up, and see whether it is right; only then it is timed."""
+        file = self.work / "logits.pt"
+        record: dict[str, Any] = {"dtype": self.dtype, "prompt": prompt, "contender": contender.name}
+        arguments = {"contender": contender.name, "new_tokens": self.plan.new_tokens, "logits_file": str(file)}
+        try:
+            answers = self.ranks.tell("prepare", **arguments)
+        except CommandError as error:
+            record |= {"right": False, "why": f"failed: {error}"}
+        else:
+            tokens = answers[0]["tokens"]
+            record |= {"seconds_to_prepare": max(answer["seconds"] for answer in answers), "tokens": tokens}
+            if not contender.checkable:
+                record |= {"right": None, "why": "not checked: its parts are never added up"}
+            elif any(answer["tokens"] != tokens for answer in answers):
+                record |= {"right": False, "why": "the ranks do not agree on the tokens"}
+            else:
+                ids = prompt_ids(self.data["shape"]["vocabulary"], prompt)
+                record |= self.judge.judge(contender, ids, tokens, torch.load(file))
+        self.data["checks"].append(record)
+        verdict = {True: "right", False: "WRONG", None: "warm"}[record["right"]]
+        took = f", {record['seconds_to_prepare']:.0f} s" if "seconds_to_prepare" in record else ""
+        _say(f"{self.dtype} {prompt} {contender.name}: {verdict}{took} {record['why']}")
+        return record["right"] is not False
+
+    def _measure_cell(self, link: str, prompt: int, timed: list[Contender]) -> None:
+        began = time.monotonic()
+        others = OthersLoad(process.pid for process in self.ranks.processes)
+        place = {"dtype": self.dtype, "link": link, "prompt": prompt}
+        cells = {one.name: {**place, "contender": one.name, "ttft": [], "tpot": []} for one in timed}
+        for repetition in range(self.plan.repetitions):
+            new_tokens = self.plan.new_tokens if repetition < self.plan.tpot_repetitions else 1
+            for contender in rotated(timed, repetition):
+                cell = cells[contender.name]
+                # One that failed or contradicted itself is not run again in this cell.
+                if "problem" not in cell:
+                    self._measure(cell, new_tokens)
+        share = others.share()
+        for cell in cells.values():
+            cell["others"] = share
+            if "problem" in cell:
+                self.data["problems"].append(f"{self.dtype} {prompt} {link} {cell['contender']}: {cell['problem']}")
+                cell |= {"ttft": [], "tpot": []}
+        self.data["cells"] += cells.values()
+        busy = f", others took {share:.0%} of the cores" if share is not None and share > BUSY else ""
+        _say(f"{self.dtype} {prompt} tokens, link {link}: {time.monotonic() - began:.0f} s{busy}")
+
+    def _measure(self, cell: dict[str, Any], new_tokens: int) -> None:
+        try:
+            answers = self.ranks.tell("generate", contender=cell["contender"], new_tokens=new_tokens)
+        except CommandError as error:
+            cell["problem"] = str(error)
+            return
+        tokens = answers[0]["tokens"]
+        if named(cell["contender"]).checkable:
+            checked = self._checked_tokens(cell)[:new_tokens]
+            if any(answer["tokens"] != checked for answer in answers):
+                cell["problem"] = f"generated {tokens} where it was {checked} when it was checked"
+                return
+        cell["ttft"].append(answers[0]["ttft"])
+        if answers[0]["tpot"] is not None:
+            cell["tpot"].append(answers[0]["tpot"])
+
+    def _checked_tokens(self, cell: dict[str, Any]) -> list[int]:
+        place = ("dtype", "prompt", "contender")
+        return next(one["tokens"] for one in self.data["checks"] if all(one[key] == cell[key] for key in place))
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,146 @@
+"""From raw samples to ratios: medians per cell, geometric means over cells, and what was aimed at."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ttft_parts.contenders import BOUND, DTENSOR, MODES, TP_PLAN
+from ttft_parts.network import gbits
+from ttft_parts.windows import Window, window
+
+METRICS = ("ttft", "tpot")
+MARKED = "marked"
+Place = tuple[str, int, str]
+"""Where something was measured: dtype, prompt, link."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A ratio of two families' times and what it should be; the lowest cell counts as well where `every` is given."""
+
+    metric: str
+    over: str
+    under: str
+    at_least: float | None = None
+    every: float | None = None
+    at_most_marked: float | None = None
+
+
+AIMS = (
+    Aim("ttft", "standard", "kraken", at_least=1.36, every=1.0),
+    Aim("ttft", TP_PLAN, "kraken", at_least=1.6, every=1.0),
+    Aim("ttft", DTENSOR, "kraken"),
+    Aim("ttft", "kraken", BOUND, at_most_marked=1.15),
+    Aim("ttft", TP_PLAN, "standard", at_least=1.0),
+    Aim("ttft", DTENSOR, "standard", at_least=1.0),
+    Aim("ttft", "standard", "ladder"),
+    Aim("ttft", "standard", "sync-drop"),
+    Aim("tpot", "standard", "kraken", at_least=1.2),
+    Aim("tpot", TP_PLAN, "kraken", at_least=2.0),
+    Aim("tpot", DTENSOR, "kraken"),
+    Aim("tpot", "kraken", BOUND),
+    Aim("tpot", TP_PLAN, "standard", at_least=1.0),
+    Aim("tpot", DTENSOR, "standard", at_least=1.0),
+)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One aim over the cells of a dtype (or of all): geometric mean, both ends, verdict (None: nothing aimed at)."""
+
+    aim: Aim
+    scope: str
+    mean: float
+    low: float
+    low_at: Place
+    high: float
+    high_at: Place
+    cells: int
+    holds: bool | None
+
+
+def geomean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def medians(cells: Iterable[Mapping[str, Any]], metric: str) -> dict[tuple[Place, str], float]:
+    """Median seconds by place and contender."""
+    return {(_place(cell), cell["contender"]): statistics.median(cell[metric]) for cell in cells if cell[metric]}
+
+
+def best_modes(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, str], str]:
+    """For every dtype and family the faster mode, by the geometric mean over all cells of the dtype.
+
+    One mode for the whole dtype, as somebody who serves the model would have to choose one. A mode that lacks a cell
+    that the other one has is not chosen.
+    """
+    by_mode: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for (place, contender), value in medians(cells, metric).items():
+        family, mode = contender.split("/")
+        by_mode.setdefault((place[0], family), {}).setdefault(mode, []).append(value)
+    return {
+        key: min(modes, key=lambda mode: (-len(modes[mode]), geomean(modes[mode]), MODES.index(mode)))
+        for key, modes in by_mode.items()
+    }
+
+
+def of_families(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[Place, float]]:
+    """Every family's times in its better mode, by place."""
+    modes = best_modes(cells, metric)
+    found: dict[str, dict[Place, float]] = {}
+    for (place, contender), value in medians(cells, metric).items():
+        family, mode = contender.split("/")
+        if modes[place[0], family] == mode:
+            found.setdefault(family, {})[place] = value
+    return found
+
+
+def windows(workload: Mapping[str, Any]) -> dict[Place, Window]:
+    """The window of every cell in which the bound was measured.
+
+    The unlimited link has no rate to calculate with; it takes the one that was measured on it.
+    """
+    found = {}
+    for place, seconds in of_families(workload["cells"], "ttft").get(BOUND, {}).items():
+        dtype, prompt, link = place
+        rate = gbits(link) or workload["links"][dtype][link]["gbits"]
+        found[place] = window(workload["shape"], dtype, prompt, workload["degree"], rate, seconds)
+    return found
+
+
+def ratios(workload: Mapping[str, Any]) -> list[Ratio]:
+    """Every aim for which both families were measured, for each dtype and over all."""
+    families = {metric: of_families(workload["cells"], metric) for metric in METRICS}
+    marked = {place for place, found in windows(workload).items() if found.fits}
+    dtypes = list(dict.fromkeys(cell["dtype"] for cell in workload["cells"]))
+    found = []
+    for aim in AIMS:
+        over, under = (families[aim.metric].get(family, {}) for family in (aim.over, aim.under))
+        values = {place: over[place] / under[place] for place in over if place in under}
+        for scope in [*dtypes, *["all"] * (len(dtypes) > 1)]:
+            inside = {place: value for place, value in values.items() if scope in (place[0], "all")}
+            if inside:
+                found.append(_ratio(aim, scope, inside, marked))
+    return found
+
+
+def _ratio(aim: Aim, scope: str, values: dict[Place, float], marked: set[Place]) -> Ratio:
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    mean = geomean(values.values())
+    demands = []
+    if aim.at_least is not None:
+        demands.append(mean >= aim.at_least)
+    if aim.every is not None:
+        demands.append(values[low] >= aim.every)
+    if aim.at_most_marked is not None:
+        demands += [value <= aim.at_most_marked for place, value in values.items() if place in marked]
+    holds = all(demands) if demands else None
+    return Ratio(aim, scope, mean, values[low], low, values[high], high, len(values), holds)
+
+
+def _place(cell: Mapping[str, Any]) -> Place:
+    return cell["dtype"], cell["prompt"], cell["link"]

