@@ -10,9 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_OUT ?= build/bench
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench-memory clean
+.PHONY: help setup demo test lint type bench bench-memory clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +34,10 @@ lint: $(VENV)/.package ## ruff, rules and format
 type: $(VENV)/.package ## mypy --strict on the package
 	$(BIN)/mypy --strict --package kraken_compiler
 
+bench: $(VENV)/.models $(VENV)/.bench ## time first and following tokens beside two peers, on links of a set rate (root; else loopback)
+	@mkdir -p $(BENCH_OUT)
+	@$(TEST_ENV) $(BIN)/python benchmarks/ttft.py --json $(BENCH_OUT)/ttft.json --plot $(BENCH_OUT)/ttft.png $(BENCH_ARGS)
+
 bench-memory: $(VENV)/.package ## measure the memory a compile of a 1 GB checkpoint takes
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_memory.py
 
@@ -48,6 +54,10 @@ $(VENV)/.created:
 $(VENV)/.package: $(VENV)/.created pyproject.toml
 	@echo "setting up, once: kraken-compiler and what it needs (torch is the bulk of it; a few minutes)"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.package requirements/models.txt

@@ -156,7 +156,7 @@ class _Session:
         try:
             answers = self.ranks.tell("prepare", **arguments)
         except CommandError as error:
-            record |= {"right": False, "why": f"failed: {error}"}
+            record |= {"right": False, "failed": True, "why": str(error)}
         else:
             tokens = answers[0]["tokens"]
             record |= {"seconds_to_prepare": max(answer["seconds"] for answer in answers), "tokens": tokens}
@@ -168,7 +168,7 @@ class _Session:
                 ids = prompt_ids(self.data["shape"]["vocabulary"], prompt)
                 record |= self.judge.judge(contender, ids, tokens, torch.load(file))
         self.data["checks"].append(record)
-        verdict = {True: "right", False: "WRONG", None: "warm"}[record["right"]]
+        verdict = "FAILED" if "failed" in record else {True: "right", False: "WRONG", None: "warm"}[record["right"]]
         took = f", {record['seconds_to_prepare']:.0f} s" if "seconds_to_prepare" in record else ""
         _say(f"{self.dtype} {prompt} {contender.name}: {verdict}{took} {record['why']}")
         return record["right"] is not False

@@ -58,7 +58,7 @@ class Ranks:
             except BrokenPipeError:
                 raise RanksFailedError(self._why(rank, "is gone")) from None
         answers = self._answers(do)
-        failed = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]
+        failed = dict.fromkeys(answer["error"] for answer in answers if "error" in answer)
         if failed:
             raise CommandError("; ".join(failed))
         return [answer["result"] for answer in answers]

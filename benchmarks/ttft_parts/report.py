@@ -56,7 +56,7 @@ def _workload(workload: Mapping[str, Any]) -> list[str]:
         "",
         *_links(workload["links"]),
     ]
-    lines += [f"WRONG, not timed: {_check(check)}" for check in workload["checks"] if check["right"] is False]
+    lines += [_not_timed(check) for check in workload["checks"] if check["right"] is False]
     lines += [f"problem: {problem.splitlines()[0]}" for problem in workload["problems"]]
     checked = [check for check in workload["checks"] if check["right"]]
     if checked:
@@ -165,8 +165,9 @@ def _disturbed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _check(check: Mapping[str, Any]) -> str:
-    return f"{check['contender']}, {check['dtype']}, prompt {check['prompt']}: {check['why']}"
+def _not_timed(check: Mapping[str, Any]) -> str:
+    verdict = "FAILED" if "failed" in check else "WRONG"
+    return f"{verdict}, not timed: {check['contender']}, {check['dtype']}, prompt {check['prompt']}: {check['why']}"
 
 
 def _families(workload: Mapping[str, Any]) -> list[str]:
