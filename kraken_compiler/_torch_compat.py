@@ -200,3 +200,32 @@ def functional_collectives() -> Any:
     import torch.distributed._functional_collectives
 
     return torch.ops._c10d_functional
+
+
+def rendezvous_host(group: Any) -> str | None:
+    """Name or address of the host at which the ranks of a process group met; None if they met otherwise."""
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d._world.pg_map.get(group, (None, None))[1]
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    host = getattr(store, "host", None)
+    return str(host) if host else None
+
+
+def group_timeout(group: Any) -> float:
+    """Seconds that a collective of a process group may take."""
+    device = torch.device("cuda" if "nccl" in torch.distributed.get_backend(group) else "cpu")
+    return float(group._get_backend(device).options._timeout.total_seconds())
+
+
+def new_dynamic_size(mode: FakeTensorMode, name: str) -> torch.SymInt:
+    """A new symbolic size in the shape environment of a fake mode."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    fake = mode.from_tensor(torch.empty(7), symbolic_context=context, source=ConstantSource(name))
+    size = fake.shape[0]
+    assert isinstance(size, torch.SymInt)
+    return size

@@ -8,7 +8,8 @@ from torch import fx
 
 from kraken_compiler.backends.registry import BACKENDS, backend_named
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
-from kraken_compiler.backends.torch_dist.rank_program import with_real_collectives
+from kraken_compiler.backends.torch_dist.collectives import bind_collectives, with_real_collectives
+from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError, VerificationError
 from tests.toy_lane_program import toy_program
 
@@ -43,6 +44,19 @@ def test_real_collectives_keep_their_places() -> None:
         window.gemms for window in check_schedule(program.module, program.plan)
     ]
     assert "kraken" not in real.code
+
+
+def test_a_communicators_methods_keep_their_places() -> None:
+    program = toy_program(2)
+    communicator = NoCommunication(0, 2)
+    bound = bind_collectives(program.copy().module, communicator)
+    calls = [node.target for node in bound.graph.nodes if getattr(node.target, "__self__", None) is communicator]
+    layer = [communicator.start, communicator.start, communicator.wait, communicator.wait]
+    assert calls == [*layer, *layer, communicator.all_gather]
+    assert [window.gemms for window in check_schedule(bound, program.plan)] == [
+        window.gemms for window in check_schedule(program.module, program.plan)
+    ]
+    communicator.close()
 
 
 def test_a_lost_overlap_is_an_error() -> None:

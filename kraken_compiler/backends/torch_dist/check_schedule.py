@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import functional_collectives
+from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.windows import measure_windows
@@ -23,8 +24,7 @@ def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tupl
     Raises:
         VerificationError: A reduce is never awaited, or there are more or fewer reduces than planned.
     """
-    starts: list[object] = []
-    waits: list[object] = []
+    starts, waits = _communicator_calls(module.graph)
     if torch.distributed.is_available():
         real = functional_collectives()
         starts.append(real.all_reduce.default)
@@ -33,6 +33,13 @@ def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tupl
         return measure_windows(module.graph, plan, more_starts=starts, more_waits=waits)
     except ValueError as error:
         raise VerificationError(str(error)) from error
+
+
+def _communicator_calls(graph: fx.Graph) -> tuple[list[object], list[object]]:
+    """The methods of communicators that a rank's graph calls to start and to await a reduce."""
+    targets = [node.target for node in graph.nodes if isinstance(getattr(node.target, "__self__", None), Communicator)]
+    named = [(target, getattr(target, "__name__", "")) for target in targets]
+    return [target for target, name in named if name == "start"], [target for target, name in named if name == "wait"]
 
 
 def require_overlap(windows: Sequence[Window]) -> None:

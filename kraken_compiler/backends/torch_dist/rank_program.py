@@ -10,17 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from kraken_compiler._torch_compat import functional_collectives
+from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph, with_real_collectives
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.communicators.base import Communicator
+from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir import ops
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
+
+__all__ = ["GRAPH_FILE", "RankProgram", "lane_file", "load_lane_weights", "with_real_collectives"]
 
 GRAPH_FILE = "torch/lane.pt2"
 
@@ -39,6 +42,7 @@ class RankProgram(nn.Module):
     Attributes:
         lane: Number of the lane this rank runs.
         degree: Number of lanes.
+        communicator: What adds up the lanes' parts.
         graph: The graph with real collectives; placeholders are the weights, then the inputs.
         weights: Holds this lane's parameters and buffers, by weight-table name.
     """
@@ -54,32 +58,43 @@ class RankProgram(nn.Module):
         degree: int,
         lane: int,
         group: dist.ProcessGroup | None = None,
+        communicator: Communicator | str | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """Bind a lane graph to a group and weights.
 
         Args:
-            graph: The lane graph, with `kraken::` collectives; it is changed.
+            graph: The lane graph, with `kraken::` collectives; it is not changed.
             table: The weight table.
             inputs: The graph's tensor inputs.
             call: The source model's calling convention.
             weights: This lane's tensors by weight-table name, each of the table's local shape.
             degree: Number of lanes.
             lane: Number of this rank's lane; it must be the rank in the group.
-            group: The ranks that run the lanes; None means all.
+            group: The ranks that run the lanes; None means all. Not asked for if `communicator` is an object.
+            communicator: What adds up the lanes' parts: an object, a kind of `communicators.choose.KINDS`, or None
+                for the default of the device that the weights are on.
+            reduce_dtype: To which each lane's part is rounded before it is sent; None leaves it.
 
         Raises:
-            UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
+            UsageError: There is no process group, its size is not the degree, the lane is not this rank's, or there is
+                no such communicator.
         """
         super().__init__()
         self.lane = lane
         self.degree = degree
         self.inputs = inputs
         self.call = call
-        resolved = _checked_group(group, degree, lane)
+        if isinstance(communicator, Communicator):
+            _check_place(communicator.rank, communicator.degree, degree, lane)
+            self._choose: Callable[[torch.device], Communicator] = lambda device: communicator
+        else:
+            resolved = _checked_group(group, degree, lane)
+            self._choose = lambda device: default_communicator(device, resolved, reduce_dtype, communicator)
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         assert names == [*table, *(spec.name for spec in inputs)], "placeholders are the weights, then the inputs"
         self._weight_names = tuple(table)
-        self.graph = with_real_collectives(graph, resolved.group_name, degree)
+        self._lane_graph = copy_graph(graph.graph)
         self.weights = nn.Module()
         for name, spec in table.items():
             value = weights[name]
@@ -88,6 +103,7 @@ class RankProgram(nn.Module):
                 self.weights.register_parameter(name, nn.Parameter(value, requires_grad=False))
             else:
                 self.weights.register_buffer(name, value)
+        self._bind()
 
     @classmethod
     def from_program(
@@ -96,6 +112,9 @@ class RankProgram(nn.Module):
         read: Callable[[str], Tensor],
         lane: int | None = None,
         group: dist.ProcessGroup | None = None,
+        *,
+        communicator: Communicator | str | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> Self:
         """Build one rank's program from a lane program in memory.
 
@@ -104,15 +123,15 @@ class RankProgram(nn.Module):
             read: Gives a whole source tensor by name; `program.constants` are read from the program.
             lane: Number of the lane; None means this rank's.
             group: The ranks that run the lanes; None means all.
+            communicator, reduce_dtype: As for the class.
 
         Raises:
             UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
         """
-        lane = _own_lane(group) if lane is None else lane
-        _checked_group(group, program.degree, lane)
+        lane = _lane(lane, group, communicator, program.degree)
         weights = lane_weights(program.weights, lane, program.reader(read))
         return cls(
-            program.copy().module,
+            program.module,
             program.weights,
             program.inputs,
             program.call,
@@ -120,6 +139,8 @@ class RankProgram(nn.Module):
             degree=program.degree,
             lane=lane,
             group=group,
+            communicator=communicator,
+            reduce_dtype=reduce_dtype,
         )
 
     @classmethod
@@ -131,6 +152,8 @@ class RankProgram(nn.Module):
         *,
         device: torch.device | str = "cpu",
         verify: bool = True,
+        communicator: Communicator | str | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> Self:
         """Build one rank's program from an artifact. Reads only the graph and this lane's weights.
 
@@ -140,14 +163,14 @@ class RankProgram(nn.Module):
             group: The ranks that run the lanes; None means all.
             device: Where the weights go.
             verify: Check the hashes of the two files that are read.
+            communicator, reduce_dtype: As for the class.
 
         Raises:
             UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
             InputFileError: A file is missing, truncated or tampered with.
         """
         manifest = artifact.manifest
-        lane = _own_lane(group) if lane is None else lane
-        _checked_group(group, manifest.degree, lane)
+        lane = _lane(lane, group, communicator, manifest.degree)
         if verify:
             artifact.verify(GRAPH_FILE, lane_file(lane))
         table = manifest.weight_table
@@ -161,6 +184,8 @@ class RankProgram(nn.Module):
             degree=manifest.degree,
             lane=lane,
             group=group,
+            communicator=communicator,
+            reduce_dtype=reduce_dtype,
         )
         return program.to(device)
 
@@ -176,50 +201,18 @@ class RankProgram(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
-        if tensor is not None:
-            retarget(self.graph, tensor.device)
+        self._bind()
         return self
 
-
-def with_real_collectives(module: fx.GraphModule, group_name: str, degree: int) -> fx.GraphModule:
-    """Replace every `kraken::` collective by the functional collective of a group, in place.
-
-    A reduce really starts at the node that stood for its start, and is awaited at the node that stood for its wait.
-
-    Args:
-        module: A lane graph.
-        group_name: The process group's name, as functional collectives take it.
-        degree: Number of ranks in the group.
-
-    Returns:
-        `module`, recompiled.
-    """
-    assert ops is not None  # importing it defines the kraken ops
-    real = functional_collectives()
-    aten, kraken = torch.ops.aten, torch.ops.kraken
-    graph = module.graph
-    for node in list(graph.nodes):
-        with graph.inserting_before(node):
-            if node.target is kraken.all_reduce_start.default:
-                new = graph.call_function(real.all_reduce.default, (node.args[0], "sum", group_name))
-            elif node.target is kraken.wait.default:
-                new = graph.call_function(real.wait_tensor.default, (node.args[0],))
-            elif node.target is kraken.all_gather.default:
-                part, dim, _ = node.args
-                whole = graph.call_function(aten.contiguous.default, (part,))
-                gathering = graph.call_function(real.all_gather_into_tensor.default, (whole, degree, group_name))
-                gathered = graph.call_function(real.wait_tensor.default, (gathering,))
-                # Ranks are gathered along the first dim, whatever dim the lanes' parts belong to.
-                parts = graph.call_function(aten.chunk.default, (gathered, degree))
-                new = graph.call_function(aten.cat.default, (parts, dim))
-            else:
-                continue
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    module.recompile()
-    return module
+    def _bind(self) -> None:
+        """Make the graph that runs on the weights' device."""
+        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
+        device = torch.device("cpu") if tensor is None else tensor.device
+        communicator = self._choose(device)
+        if getattr(self, "communicator", None) is not communicator:
+            self.communicator = communicator
+            self.graph = bind_collectives(fx.GraphModule({}, copy_graph(self._lane_graph)), communicator)
+        retarget(self.graph, device)
 
 
 def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
@@ -249,6 +242,23 @@ def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, 
     return tensors
 
 
+def _lane(
+    lane: int | None, group: dist.ProcessGroup | None, communicator: Communicator | str | None, degree: int
+) -> int:
+    """The lane that was asked for, or else this rank's.
+
+    Raises:
+        UsageError: This rank cannot run it.
+    """
+    if isinstance(communicator, Communicator):
+        lane = communicator.rank if lane is None else lane
+        _check_place(communicator.rank, communicator.degree, degree, lane)
+    else:
+        lane = _own_lane(group) if lane is None else lane
+        _checked_group(group, degree, lane)
+    return lane
+
+
 def _own_lane(group: dist.ProcessGroup | None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise UsageError("a rank's program needs an initialised torch.distributed process group")
@@ -256,8 +266,13 @@ def _own_lane(group: dist.ProcessGroup | None) -> int:
 
 
 def _checked_group(group: dist.ProcessGroup | None, degree: int, lane: int) -> dist.ProcessGroup:
-    rank = _own_lane(group)
-    size = dist.get_world_size(group)
+    _check_place(_own_lane(group), dist.get_world_size(group), degree, lane)
+    resolved = dist.group.WORLD if group is None else group
+    assert resolved is not None
+    return resolved
+
+
+def _check_place(rank: int, size: int, degree: int, lane: int) -> None:
     if size != degree:
         raise UsageError(
             f"the program has {degree} lanes, the process group {size} rank{'s' * (size != 1)}; "
@@ -265,6 +280,3 @@ def _checked_group(group: dist.ProcessGroup | None, degree: int, lane: int) -> d
         )
     if lane != rank:
         raise UsageError(f"rank {rank} of the group must run lane {rank}, not lane {lane}")
-    resolved = dist.group.WORLD if group is None else group
-    assert resolved is not None
-    return resolved

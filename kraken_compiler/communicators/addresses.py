@@ -1,0 +1,48 @@
+"""Where a rank can be reached by its peers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch.distributed as dist
+
+from kraken_compiler._torch_compat import rendezvous_host
+
+
+def bind_host(group: dist.ProcessGroup) -> str:
+    """The interface or address that peers reach this rank at: the one that the process group uses.
+
+    `GLOO_SOCKET_IFNAME` names it; else it is the address that packets to the rendezvous come from.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if interface:
+        return interface
+    master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
+    try:
+        family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            host = str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def network_id() -> str:
+    """The same for two processes only if they share their network interfaces, so that loopback connects them."""
+    parts = [socket.gethostname()]
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/net")
+    if boot.exists():
+        parts.append(boot.read_text().strip())
+    if namespace.exists():
+        parts.append(str(namespace.stat().st_ino))
+    return "/".join(parts)
+
+
+def is_loopback(endpoint: str) -> bool:
+    """True if only processes of this machine can connect to `tcp://HOST:PORT`."""
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    return host.startswith("127.") or host == "::1"
