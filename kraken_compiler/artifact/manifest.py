@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import CallSpec, InputSpec
 from kraken_compiler.ir.schedule import FormPlan, Window
@@ -61,6 +62,18 @@ class Source(_Record):
     model_class: str = ""
 
 
+class CacheRecord(_Record):
+    """The program with a KV cache.
+
+    Attributes:
+        plan: Its caches and tables.
+        inputs: The inputs of its step graph.
+    """
+
+    plan: CachePlan
+    inputs: tuple[InputSpec, ...]
+
+
 class Manifest(_Record):
     """Everything about an artifact but the numbers.
 
@@ -74,6 +87,8 @@ class Manifest(_Record):
         inputs, call: How the program is called.
         weights: The weight table, in the order of the graph's placeholders.
         layers, plan, windows: What the passes found; windows are those of the emitted program.
+        cache: The program with a KV cache; None if there is none.
+        no_cache: Why there is none.
         backends: Names of the backends that wrote a program.
         has_tokenizer: True if there is a tokenizer directory.
         files: Every file but the manifest, by path inside the artifact.
@@ -92,6 +107,8 @@ class Manifest(_Record):
     layers: LayerTable | None
     plan: FormPlan | None
     windows: tuple[Window, ...]
+    cache: CacheRecord | None = None
+    no_cache: str = ""
     backends: tuple[str, ...]
     has_tokenizer: bool
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]

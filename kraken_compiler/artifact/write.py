@@ -22,6 +22,7 @@ from kraken_compiler.artifact.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
     TOKENIZER_DIRECTORY,
+    CacheRecord,
     FileRecord,
     Manifest,
     Source,
@@ -165,6 +166,7 @@ def _fill(
         for path in sorted(directory.rglob("*"))
         if not path.is_dir()
     }
+    cached = program.cached
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         kraken_compiler=_own_version(),
@@ -179,6 +181,8 @@ def _fill(
         layers=program.layers,
         plan=program.plan,
         windows=windows,
+        cache=CacheRecord(plan=cached.plan, inputs=cached.step.inputs) if cached is not None else None,
+        no_cache=program.no_cache,
         backends=tuple(backend.name for backend in backends),
         has_tokenizer=tokenizer_saver is not None,
         files=files,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.shards import BranchShards
@@ -78,6 +79,8 @@ class Program:
         shards: Set by shard planning.
         plan: Set by form assignment.
         windows: Set by scheduling.
+        cached: The same computation with a KV cache; set by the cache pass, None if the model allows none.
+        no_cache: Why it allows none, "" if it does or nobody has asked.
     """
 
     module: fx.GraphModule
@@ -90,6 +93,8 @@ class Program:
     shards: tuple[BranchShards, ...] = ()
     plan: FormPlan | None = None
     windows: tuple[Window, ...] = ()
+    cached: CachedProgram | None = None
+    no_cache: str = ""
 
     @property
     def graph(self) -> fx.Graph:
@@ -109,6 +114,24 @@ class Program:
     def reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
         """Extend a weight store's `read` by this program's own constants."""
         return lambda source: self.constants[source] if source in self.constants else read(source)
+
+
+@dataclass(frozen=True)
+class CachedProgram:
+    """A lane program with a KV cache.
+
+    Attributes:
+        step: Prefill and decode in one graph: the weights, then the token ids [batch, tokens], what `CachePlan` names,
+            and the inputs `positions`, `slots`, `past` and `picks` (see `kraken::cached_attention`; `picks` [batch, k]
+            says which of the new tokens' logits are wanted). Output: the logits [batch, k, vocabulary].
+        tables: The position tables and prepared weights that `step` reads: the weights and token ids [1, capacity] of
+            any value in, the tables in the order of `plan.tables` out.
+        plan: The caches, tables and slopes.
+    """
+
+    step: Program
+    tables: Program
+    plan: CachePlan
 
 
 def parameter_count(table: Mapping[str, WeightSpec]) -> int:

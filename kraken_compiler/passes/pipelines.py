@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.form.assign_forms import AssignForms
 from kraken_compiler.passes.form.rewire_stream import RewireStream
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
@@ -56,4 +57,5 @@ def rewrite(degree: int, form: Form, layers: tuple[int, ...] | None = None) -> t
         SplitHead(),
         RewireStream(),
         PlaceCollectives(),
+        CacheAttention(),
     )

@@ -30,10 +30,18 @@ def refresh_shapes(graph: fx.Graph, skip: Container[fx.Node] = ()) -> None:
     missing = [node for node in calls if "val" not in node.meta and node not in skip]
     if not missing:
         return
-    with fake_mode_of(graph):
-        for node in missing:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-            node.meta["val"] = node.target(*args, **kwargs)
+    mode = fake_mode_of(graph)
+    for node in missing:
+        compute_shape(node, mode)
+
+
+def compute_shape(node: fx.Node, mode: FakeTensorMode) -> fx.Node:
+    """Give one call its `meta["val"]` by running it on its operands' fake tensors; returns the node."""
+    assert callable(node.target)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)
+    return node
 
 
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:

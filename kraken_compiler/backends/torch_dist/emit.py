@@ -18,7 +18,7 @@ from kraken_compiler.weights.shards import write_lane_shards
 
 
 class TorchBackend(Backend):
-    """`lane.pt2` and `lane-0.safetensors` ... `lane-(N-1).safetensors`."""
+    """`lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and `lane-0.safetensors` to `lane-(N-1)`."""
 
     name: ClassVar[str] = "torch"
 
@@ -32,5 +32,9 @@ class TorchBackend(Backend):
         graph_file = directory / "lane.pt2"
         save_graph(program, graph_file)
         windows = check_schedule(load_graph(graph_file), program.plan)
+        if program.cached is not None:
+            save_graph(program.cached.step, directory / "step.pt2")
+            check_schedule(load_graph(directory / "step.pt2"), program.plan)
+            save_graph(program.cached.tables, directory / "tables.pt2")
         write_lane_shards(program, read, directory, progress)
         return windows

@@ -1,0 +1,166 @@
+"""Prefill and decode with a KV cache, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan
+from kraken_compiler.ir.program import InputSpec
+
+STEP_FILE, TABLES_FILE = "torch/step.pt2", "torch/tables.pt2"
+
+RunStep = Callable[..., tuple[Tensor, ...]]
+"""The step graph: the weights, then its inputs."""
+
+
+class CachedDecoder:
+    """A batch of sequences that grow; every rank of the group must call it together.
+
+    Attributes:
+        batch: Number of sequences.
+        capacity: Most tokens of a sequence, prompt and new ones together.
+        identical_on_all_ranks: True if all ranks get bit-identical logits.
+    """
+
+    def __init__(
+        self,
+        run_step: RunStep,
+        tables: fx.GraphModule,
+        plan: CachePlan,
+        inputs: Sequence[InputSpec],
+        weights: Sequence[Tensor],
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        identical_on_all_ranks: bool = False,
+    ) -> None:
+        """Allocate the caches and compute the tables.
+
+        Args:
+            run_step: The step graph with its collectives bound.
+            tables: The tables graph.
+            plan: How the step graph is fed.
+            inputs: Its inputs.
+            weights: This lane's weights, in the order of the placeholders.
+            batch, capacity: See the class.
+            device: Where it all lives.
+            identical_on_all_ranks: Whether the collectives give all ranks the same bits.
+
+        Raises:
+            UsageError: The capacity is beyond what the model's positions allow, or a size is not positive.
+        """
+        if batch < 1 or capacity < 1:
+            raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
+        if plan.limit is not None and capacity > plan.limit:
+            raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
+        self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
+        self._run, self._weights, self._device = run_step, list(weights), device
+        self._every_slot = torch.arange(capacity, device=device)
+        self._fixed = dict(zip(plan.tables, _run_tables(tables, weights, capacity, device), strict=True))
+        for cache in plan.caches:
+            dtype: torch.dtype = getattr(torch, cache.dtype)
+            for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
+                # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
+                store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
+                self._fixed[name] = store
+        self._names = [spec.name for spec in inputs]
+        self._tokens_dtype: torch.dtype = getattr(torch, inputs[0].dtype)
+        self._lengths = [0] * batch
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens every sequence has."""
+        return tuple(self._lengths)
+
+    def reset(self) -> None:
+        """Forget all sequences; the buffers are kept."""
+        self._lengths = [0] * self.batch
+
+    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Append several tokens to every sequence.
+
+        Args:
+            ids: int64 [batch, tokens], right-padded.
+            lengths: int64 [batch], how many of them count; at least 1.
+
+        Returns:
+            Logits [batch, vocabulary] after every sequence's last token.
+
+        Raises:
+            UsageError: They do not fit into the cache, or the shapes are wrong.
+        """
+        counts = [int(count) for count in lengths.tolist()]
+        tokens = ids.shape[1] if ids.dim() == 2 else 0
+        if ids.dim() != 2 or ids.shape[0] != self.batch or len(counts) != self.batch:
+            raise UsageError(
+                f"expected token ids [{self.batch}, tokens] and {self.batch} lengths, got {list(ids.shape)}"
+            )
+        if any(not 1 <= count <= tokens for count in counts):
+            raise UsageError(f"every sequence must bring 1 to {tokens} tokens, got {counts}")
+        picks = lengths.to(self._device).view(-1, 1) - 1
+        return self._append(ids, picks, counts)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to every sequence.
+
+        Args:
+            tokens: int64 [batch].
+
+        Returns:
+            Logits [batch, vocabulary] after it.
+
+        Raises:
+            UsageError: The cache is full, or there is nothing to append to.
+        """
+        if not all(self._lengths):
+            raise UsageError("give the prompt to prefill first")
+        picks = torch.zeros(self.batch, 1, dtype=torch.int64, device=self._device)
+        return self._append(tokens.view(-1, 1), picks, [1] * self.batch)
+
+    def _append(self, ids: Tensor, picks: Tensor, counts: Sequence[int]) -> Tensor:
+        tokens, longest = ids.shape[1], max(self._lengths)
+        needed = max(length + count for length, count in zip(self._lengths, counts))
+        if needed > self.capacity or longest + tokens > self.capacity:
+            raise UsageError(
+                f"the KV cache is full: it holds {self.capacity} tokens and {max(needed, longest + tokens)} are needed; "
+                "ask for fewer new tokens or a larger capacity"
+            )
+        alike = longest == min(self._lengths)
+        # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
+        static = self._device.type == "cuda" and tokens == 1 and self.capacity > 1
+        if alike and not static:
+            slots, past = longest + tokens, longest
+            positions = self._every_slot[longest:slots].view(1, -1)
+        else:
+            slots, past = (self.capacity if static else longest + tokens), 0
+            starts = torch.tensor(self._lengths, device=self._device).view(-1, 1)
+            positions = starts + self._every_slot[:tokens]
+        fed = {
+            **self._fixed,
+            POSITIONS: positions,
+            SLOTS: self._every_slot[:slots],
+            PAST: self._every_slot[:past],
+            PICKS: picks,
+            self._names[0]: ids.to(device=self._device, dtype=self._tokens_dtype),
+        }
+        (logits,) = self._run(*self._weights, *(fed[name] for name in self._names))
+        self._lengths = [length + count for length, count in zip(self._lengths, counts)]
+        return logits[:, 0]
+
+
+def _run_tables(
+    tables: fx.GraphModule, weights: Sequence[Tensor], capacity: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
+    try:
+        with torch.inference_mode():
+            values: tuple[Tensor, ...] = tables(*weights, ids)
+    except (IndexError, RuntimeError) as error:
+        # Stored position tables end somewhere, and only running into it shows where.
+        raise UsageError(f"the model's positions do not reach {capacity} tokens: {error}") from error
+    return values

@@ -1,0 +1,42 @@
+"""What a program with a KV cache needs besides its graph: its caches and its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POSITIONS, SLOTS, PAST, PICKS = "positions", "slots", "past", "picks"
+"""Names of the step graph's inputs that say where in the cache its tokens go and which logits are wanted."""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The keys and values that one attention keeps on one lane, [batch, heads, capacity, dim] each.
+
+    Attributes:
+        key, value: Names of the step graph's inputs.
+        heads: KV heads that the lane holds.
+        key_dim, value_dim: Size of a head.
+        dtype: torch dtype name.
+    """
+
+    key: str
+    value: str
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How a step graph is fed.
+
+    Attributes:
+        caches: One per attention, in graph order.
+        tables: The inputs that the tables graph computes once, in the order of its outputs.
+        limit: The longest sequence that the program is right for; None if nothing bounds it.
+    """
+
+    caches: tuple[CacheSpec, ...]
+    tables: tuple[str, ...]
+    limit: int | None = None

@@ -1,0 +1,325 @@
+"""Derive from a lane program the step program: the same computation on new tokens only, with a KV cache.
+
+    lane program(ids [b, s])                     step program(ids [b, t], positions [b, t], caches, tables, ...)
+    %y = scaled_dot_product_attention(           %y = kraken.cached_attention(%q, %k, %v,
+             %q, %k, %v, %mask)                           %key_0, %value_0, %positions, ...)
+    %q = mul(%x, %cos)                           %q = mul(%x, index(%cos_table, [%positions]))
+
+What depends on positions alone (rotary and learned embeddings, prepared weights) moves to the tables program, which
+runs once for a capacity. The lane program stays as it is. A model whose tokens meet anywhere but in causal attention
+gets no step program, and `program.no_cache` says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler._torch_compat import new_dynamic_size
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op)
+from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
+from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
+from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
+from kraken_compiler.passes.cache.hoist_tables import Tables, gather, users_rank
+from kraken_compiler.passes.cache.mixing import mixes_tokens
+from kraken_compiler.passes.cache.positional_values import evaluate, origins
+from kraken_compiler.passes.cache.unrepeat import unrepeated
+from kraken_compiler.passes.graph_tools import (
+    ATTENTION,
+    ancestors,
+    args_of,
+    argument,
+    aten,
+    in_order,
+    module_path,
+    value_descendants,
+)
+from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_size, shape_of, value_of
+
+_CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
+
+
+@dataclass(frozen=True)
+class CacheAttention(Pass):
+    name: ClassVar[str] = "cache-attention"
+    requires: ClassVar[tuple[str, ...]] = ("layers", "windows")
+
+    def run(self, program: Program) -> PassResult:
+        if program.cached is not None:
+            return PassResult()
+        found = _derive(program)
+        if isinstance(found, Rejection):
+            program.no_cache = str(found)
+            return PassResult()
+        program.cached = found
+        return PassResult(len(found.plan.caches))
+
+
+def _derive(program: Program) -> CachedProgram | Rejection:
+    token = token_input(program)
+    if token is None or len(program.inputs) != 1:
+        return Rejection("it takes more than token ids")
+    logits = _logits(program)
+    if logits is None or program.layers is None:
+        return Rejection("it has no logits")
+    builder = _Builder(program, next(node for node in program.graph.nodes if node.name == token.name), logits)
+    return builder.build()
+
+
+def _logits(program: Program) -> fx.Node | None:
+    """The output that the vocabulary projection makes, [batch, sequence, vocabulary]."""
+    (results,) = program.graph.output_node().args
+    assert isinstance(results, tuple)
+    names = [name for leaf, name in enumerate(program.call.out_names) if leaf not in program.call.none_outputs]
+    position = next((index for index, name in enumerate(names) if name.endswith("logits")), 0)
+    result = results[position]
+    return result if isinstance(result, fx.Node) and len(shape_of(result)) == 3 else None
+
+
+class _Builder:
+    """Builds the step graph node by node, and the tables graph as tables turn out to be needed."""
+
+    def __init__(self, program: Program, tokens: fx.Node, logits: fx.Node) -> None:
+        assert program.layers is not None
+        self.program, self.tokens, self.logits = program, tokens, logits
+        self.final = next(node for node in program.graph.nodes if node.name == program.layers.final)
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.table_inputs: list[fx.Node] = []
+        self.gathered: dict[tuple[int, int, int], fx.Node] = {}
+        self.caches: list[CacheSpec] = []
+        self.rules: dict[fx.Node | None, MaskRule] = {}
+        self.inputs: list[InputSpec] = []
+        self.limits: list[int] = []
+        self.on_tokens: set[fx.Node] = set()
+        self.mode = fake_mode_of(program.graph)
+        self.tables = Tables(program.graph, tokens, self.mode)
+
+    def build(self) -> CachedProgram | Rejection:
+        """The step program, or why there is none."""
+        needed = ancestors(self.logits)
+        on_tokens = self.on_tokens = value_descendants([self.tokens]) & needed
+        if self.final not in on_tokens or len(shape_of(self.final)) != 3:
+            return Rejection("its residual stream does not reach the logits", (self.logits.name,))
+        self._placeholders()
+        tail = value_descendants([self.final])
+        for node in self.program.graph.nodes:
+            if node not in on_tokens or node is self.tokens:
+                continue
+            rejection = self._attention(node) if node.target is ATTENTION else self._plain(node, tail)
+            if rejection is not None:
+                return rejection
+            if node is self.final:
+                self.new[node] = self._picked(self.new[node])
+        self.graph.output((self.new[self.logits],))
+        # The runtime writes into inputs; a placeholder that nothing reads is still part of the calling convention.
+        self.graph.lint()
+        return self._program()
+
+    def _program(self) -> CachedProgram:
+        program = self.program
+        limits = [*self.limits, *(rule.limit for rule in self.rules.values() if rule.limit is not None)]
+        plan = CachePlan(
+            tuple(self.caches),
+            tuple(node.name for node in self.table_inputs),
+            min(limits, default=None),
+        )
+        tables = self.tables.finish()
+        call = replace(program.call, out_names=("logits",), none_outputs=())
+        step = replace(
+            program,
+            module=fx.GraphModule({}, self.graph),
+            inputs=(*program.inputs, *self.inputs),
+            call=call,
+            weights=dict(program.weights),
+            cached=None,
+        )
+        table_program = replace(
+            program, module=fx.GraphModule({}, tables), call=call, weights=dict(program.weights), cached=None
+        )
+        return CachedProgram(step, table_program, plan)
+
+    def _placeholders(self) -> None:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.new[node] = self.graph.node_copy(node)
+                self.new[node].meta = dict(node.meta)
+        self.tables.begin()
+        batch, sequence = shape_of(self.tokens)
+        sizes = {name: new_dynamic_size(self.mode, name) for name in ("slots", "past", "picks", "capacity")}
+        self.capacity = sizes["capacity"]
+        self.positions = self._input(POSITIONS, (batch, sequence), torch.int64, ("batch", "sequence"))
+        self.slots = self._input(SLOTS, (sizes["slots"],), torch.int64, ("slots",))
+        self.past = self._input(PAST, (sizes["past"],), torch.int64, ("past",))
+        self.picks = self._input(PICKS, (batch, sizes["picks"]), torch.int64, ("batch", "picks"))
+
+    def _input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype, symbols: tuple[int | str, ...]) -> fx.Node:
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        assert node.name == name, f"the name {name} is taken"
+        with self.mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        self.inputs.append(InputSpec(name, name, str(dtype).removeprefix("torch."), symbols))
+        return node
+
+    def _plain(self, node: fx.Node, tail: set[fx.Node]) -> Rejection | None:
+        """Copy a node; its position tables are looked up, and after the last layer there are only picked tokens."""
+        in_tail = node in tail and node is not self.final
+        reason = mixes_tokens(node, shape_of(self.tokens)[1])
+        if reason:
+            return Rejection(reason, (node.name,), module_path(node))
+        for operand in node.all_input_nodes:
+            if (operand in self.new and operand.op == "placeholder") or operand in self.on_tokens:
+                continue
+            if not is_tensor(operand):
+                self._size(operand)
+                continue
+            rejection = self._table(operand, node, in_tail)
+            if rejection is not None:
+                return rejection
+        values: dict[fx.Node, fx.Node] = {}
+        for operand in node.all_input_nodes:
+            if operand not in self.new:
+                values[operand] = self.gathered[self._key(operand, node)]
+            elif in_tail and not is_tensor(operand) and self._is_sequence(operand):
+                values[operand] = self._picks_size()
+            else:
+                values[operand] = self.new[operand]
+        self.new[node] = self.graph.node_copy(node, values.__getitem__)
+        self.new[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        self._refresh(self.new[node], None if in_tail else node)
+        return None
+
+    def _refresh(self, new: fx.Node, like: fx.Node | None) -> None:
+        compute_shape(new, self.mode)
+        if like is None or not is_tensor(like):
+            return
+        have, want = value_of(new), value_of(like)
+        same = len(have.shape) == len(want.shape) and all(map(same_size, have.shape, want.shape))
+        assert same, f"{like.name}: {have.shape} in the step graph, {want.shape} before"
+        assert have.dtype == want.dtype, f"{like.name}: {have.dtype} in the step graph, {want.dtype} before"
+
+    def _size(self, node: fx.Node) -> None:
+        """Copy a computed size with what it is computed from."""
+        place = {other: number for number, other in enumerate(self.program.graph.nodes)}
+        for other in in_order(place, ancestors(node, stop=set(self.new))):
+            assert not is_tensor(other), f"{node.name} is computed from the tensor {other.name}"
+            self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
+            self.new[other].meta = dict(other.meta)
+
+    def _is_sequence(self, node: fx.Node) -> bool:
+        return bool(same_size(node.meta["val"], shape_of(self.tokens)[1]))
+
+    def _picks_size(self) -> fx.Node:
+        return compute_shape(self.graph.call_function(aten.sym_size.int, (self.picks, 1)), self.mode)
+
+    def _key(self, operand: fx.Node, user: fx.Node) -> tuple[int, int, int]:
+        return (id(operand), users_rank(operand, [user]), 0)
+
+    def _table(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> Rejection | None:
+        key = self._key(operand, user)
+        if key in self.gathered:
+            return None
+        rank = key[1]
+        if operand.target is aten.embedding.default:
+            self.limits.append(self._rows(operand))
+        found = self.tables.add(operand, rank)
+        if isinstance(found, Rejection):
+            return found
+        number, along = found
+        if in_tail and along >= 0:
+            return Rejection("positions matter after the last layer", (operand.name,), module_path(operand))
+        table = self._table_input(number)
+        if along >= 0:
+            known = (number, along, rank)
+            if known not in self.gathered:
+                self.gathered[known] = gather(self.graph, table, self.positions, along, rank, self.mode)
+            table = self.gathered[known]
+        self.gathered[key] = table
+        return None
+
+    def _rows(self, lookup: fx.Node) -> int:
+        """For how many positions an embedding of positions has rows."""
+        table, index = args_of(lookup)[:2]
+        tokens = 8
+        last = int(evaluate(self.program, origins(self.program, index), tokens, 0).max())
+        return int(shape_of(table)[0]) - (last - (tokens - 1))
+
+    def _attention(self, node: fx.Node) -> Rejection | None:
+        query, key, value = args_of(node)[:3]
+        if argument(node, 4, "dropout_p", 0.0):
+            return Rejection("its attention drops scores at random", (node.name,), module_path(node))
+        mask = argument(node, 3, "attn_mask")
+        if mask is not None and mask in self.on_tokens:
+            return Rejection("its mask depends on the inputs", (node.name,), module_path(node))
+        if mask is None or mask not in self.rules:
+            rule = classify_mask(self.program, node)
+            if isinstance(rule, Rejection):
+                return rule
+            self.rules[mask] = rule
+        rule = self.rules[mask]
+        batch, sequence = shape_of(self.tokens)
+        for part in (query, key, value):
+            shape = shape_of(part)
+            if len(shape) != 4 or not same_size(shape[0], batch) or not same_size(shape[2], sequence):
+                reason = "its attention is not over [batch, heads, sequence, head size] of the tokens"
+                return Rejection(reason, (node.name,), module_path(node))
+        keys, values = unrepeated(key), unrepeated(value)
+        if shape_of(keys)[1] != shape_of(values)[1]:
+            keys, values = key, value
+        number = len(self.caches)
+        spec = CacheSpec(
+            f"key_{number}",
+            f"value_{number}",
+            int(shape_of(keys)[1]),
+            int(shape_of(keys)[3]),
+            int(shape_of(values)[3]),
+            str(value_of(keys).dtype).removeprefix("torch."),
+        )
+        self.caches.append(spec)
+        stores = [
+            self._input(
+                name,
+                (batch, spec.heads, self.capacity, dim),
+                getattr(torch, spec.dtype),
+                ("batch", spec.heads, "capacity", dim),
+            )
+            for name, dim in ((spec.key, spec.key_dim), (spec.value, spec.value_dim))
+        ]
+        operands = (self.new[query], self.new[keys], self.new[values], *stores, self.positions, self.slots, self.past)
+        scale = node.kwargs.get("scale")
+        extra = (self._slopes(rule, mask), rule.window, scale)
+        self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
+        self._refresh(self.new[node], node)
+        return None
+
+    def _slopes(self, rule: MaskRule, mask: fx.Node | None) -> fx.Node | None:
+        return self._table_input(self.tables.add_slopes(mask)) if rule.slopes and mask is not None else None
+
+    def _table_input(self, number: int) -> fx.Node:
+        """The input that brings a table."""
+        while len(self.table_inputs) <= number:
+            value = value_of(self.tables.outputs[len(self.table_inputs)])
+            constant = all(isinstance(size, int) for size in value.shape)
+            shape = tuple(value.shape) if constant else (self.capacity, *value.shape[1:])
+            symbols = tuple(size if isinstance(size, int) else "capacity" for size in shape)
+            name = f"table_{len(self.table_inputs)}"
+            self.table_inputs.append(self._input(name, shape, value.dtype, symbols))
+        return self.table_inputs[number]
+
+    def _picked(self, stream: fx.Node) -> fx.Node:
+        """The tokens whose logits are wanted; nothing after the last layer is computed for the others."""
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            return compute_shape(self.graph.call_function(target, args), self.mode)
+
+        index = call(aten.unsqueeze.default, self.picks, -1)
+        index = call(aten.expand.default, index, [-1, -1, int(shape_of(self.final)[2])])
+        return call(aten.gather.default, stream, 1, index)

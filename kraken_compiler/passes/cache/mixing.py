@@ -1,0 +1,94 @@
+"""Whether an operator lets one token see another. Only attention may, or a cache of keys and values is not enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.passes.graph_tools import LINEAR, NORMS, args_of, argument, aten
+from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
+
+_TOKEN_BY_TOKEN = frozenset(
+    {
+        LINEAR,
+        aten.embedding.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.dropout.default,
+        aten.sym_size.int,
+        torch.ops.kraken.all_reduce_start.default,
+        torch.ops.kraken.wait.default,
+        torch.ops.kraken.all_gather.default,
+    }
+)
+_ALONG_DIM = {
+    aten.slice.Tensor: 1,
+    aten.select.int: 1,
+    aten.split.Tensor: 2,
+    aten.split_with_sizes.default: 2,
+    aten.chunk.default: 2,
+    aten.cat.default: 1,
+    aten.stack.default: 1,
+    aten.softmax.int: 1,
+    aten.index_select.default: 1,
+    aten.repeat_interleave.self_int: 2,
+    aten.unflatten.int: 1,
+    aten.unbind.int: 1,
+    aten.mean.dim: 1,
+    aten.sum.dim_IntList: 1,
+    aten.var.correction: 1,
+    aten.amax.default: 1,
+    aten.linalg_vector_norm.default: 2,
+    aten.glu.default: 1,
+    aten.flip.default: 1,
+}
+"""Operators that work along a dim, and which argument says along which."""
+
+_FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
+
+
+def mixes_tokens(node: fx.Node, sequence: Any) -> str:
+    """Why `node` may mix tokens; "" if it does not.
+
+    Args:
+        node: An operator that is no attention.
+        sequence: The size of the sequence dim.
+    """
+    target = node.target
+    name = getattr(getattr(target, "_schema", None), "name", str(target))
+    if getattr(target, "__name__", "") == "getitem" or not isinstance(target, torch._ops.OpOverload):
+        return ""
+    if target in _TOKEN_BY_TOKEN or torch.Tag.pointwise in target.tags:
+        return ""
+    operand = next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
+    if operand is None:
+        return ""
+    if target in NORMS:
+        shape = argument(node, 1, "normalized_shape")
+        return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"
+    if target in _ALONG_DIM:
+        dims = argument(node, _ALONG_DIM[target], "dim", 0)
+        dims = dims if isinstance(dims, (list, tuple)) else [dims]
+        shape = shape_of(operand)
+        rank = len(shape) + (target is aten.stack.default)
+        along = [shape[dim % rank] for dim in dims if dim % rank < len(shape)]
+        return f"{name} works along the sequence" if any(same_size(size, sequence) for size in along) else ""
+    if target is aten.flatten.using_ints:
+        shape = shape_of(operand)
+        first, last = (int(argument(node, place, name_, value)) % len(shape) for place, name_, value in _FLATTENED)
+        merged = shape[first : last + 1]
+        together = len(merged) > 1 and any(same_size(size, sequence) for size in merged)
+        return f"{name} merges the sequence with another dim" if together else ""
+    if target is aten.index.Tensor:
+        picked = [size for size, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
+        return f"{name} picks tokens" if any(same_size(size, sequence) for size in picked) else ""
+    return f"{name} may mix tokens, which a KV cache does not allow"
