@@ -155,6 +155,7 @@ def flat_archive(graph: fx.Graph) -> bytes:
     """
     import io
 
+    from torch._export.verifier import TrainingIRVerifier
     from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
     from torch.export.graph_signature import (
         ExportGraphSignature,
@@ -180,7 +181,15 @@ def flat_archive(graph: fx.Graph) -> bytes:
     mode = next((mode for node in placeholders if (mode := getattr(node.meta["val"], "fake_mode", None))), None)
     symbols = mode.shape_env.var_to_range if mode is not None and mode.shape_env is not None else {}
     program = ExportedProgram(
-        torch.nn.Module(), graph, signature, {}, dict(symbols), [ModuleCallEntry("", call)], example_inputs=None
+        torch.nn.Module(),
+        graph,
+        signature,
+        {},
+        dict(symbols),
+        [ModuleCallEntry("", call)],
+        example_inputs=None,
+        # The dialect in which an op may write to its operands, as attention with a cache does.
+        verifiers=[TrainingIRVerifier],
     )
     buffer = io.BytesIO()
     torch.export.save(program, buffer)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 import torch.distributed as dist
 
 from kraken_compiler._torch_compat import rendezvous_host
+
+_SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's IPv4 address (netdevice(7))."""
 
 
 def bind_host(group: dist.ProcessGroup) -> str:
@@ -18,7 +22,7 @@ def bind_host(group: dist.ProcessGroup) -> str:
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if interface:
-        return interface
+        return _address_of(interface)
     master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
     try:
         family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
@@ -28,6 +32,22 @@ def bind_host(group: dist.ProcessGroup) -> str:
     except OSError:
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
+
+
+def _address_of(interface: str) -> str:
+    """The interface's IPv4 address; its name if it has none, for ZeroMQ to make sense of.
+
+    ZeroMQ does not find the address itself where an interface also has a link-local IPv6 one.
+    """
+    import fcntl
+
+    request = struct.pack("256s", interface.encode()[:15])
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+    except OSError:
+        return interface
+    return socket.inet_ntoa(reply[20:24])
 
 
 def network_id() -> str:

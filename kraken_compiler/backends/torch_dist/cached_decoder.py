@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan
-from kraken_compiler.ir.program import InputSpec
-
-STEP_FILE, TABLES_FILE = "torch/step.pt2", "torch/tables.pt2"
+from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
+from kraken_compiler.ir.devices import retarget
 
 RunStep = Callable[..., tuple[Tensor, ...]]
 """The step graph: the weights, then its inputs."""
@@ -29,9 +28,7 @@ class CachedDecoder:
     def __init__(
         self,
         run_step: RunStep,
-        tables: fx.GraphModule,
-        plan: CachePlan,
-        inputs: Sequence[InputSpec],
+        graphs: CachedGraphs,
         weights: Sequence[Tensor],
         *,
         batch: int,
@@ -43,9 +40,7 @@ class CachedDecoder:
 
         Args:
             run_step: The step graph with its collectives bound.
-            tables: The tables graph.
-            plan: How the step graph is fed.
-            inputs: Its inputs.
+            graphs: How it is fed, and the graph of the tables.
             weights: This lane's weights, in the order of the placeholders.
             batch, capacity: See the class.
             device: Where it all lives.
@@ -54,6 +49,7 @@ class CachedDecoder:
         Raises:
             UsageError: The capacity is beyond what the model's positions allow, or a size is not positive.
         """
+        plan, inputs = graphs.plan, graphs.inputs
         if batch < 1 or capacity < 1:
             raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
         if plan.limit is not None and capacity > plan.limit:
@@ -61,7 +57,7 @@ class CachedDecoder:
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
         self._every_slot = torch.arange(capacity, device=device)
-        self._fixed = dict(zip(plan.tables, _run_tables(tables, weights, capacity, device), strict=True))
+        self._fixed = dict(zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True))
         for cache in plan.caches:
             dtype: torch.dtype = getattr(torch, cache.dtype)
             for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
@@ -125,9 +121,10 @@ class CachedDecoder:
     def _append(self, ids: Tensor, picks: Tensor, counts: Sequence[int]) -> Tensor:
         tokens, longest = ids.shape[1], max(self._lengths)
         needed = max(length + count for length, count in zip(self._lengths, counts))
-        if needed > self.capacity or longest + tokens > self.capacity:
+        needed = max(needed, longest + tokens)
+        if needed > self.capacity:
             raise UsageError(
-                f"the KV cache is full: it holds {self.capacity} tokens and {max(needed, longest + tokens)} are needed; "
+                f"the KV cache is full: it holds {self.capacity} tokens and {needed} are needed; "
                 "ask for fewer new tokens or a larger capacity"
             )
         alike = longest == min(self._lengths)
@@ -156,6 +153,7 @@ class CachedDecoder:
 def _run_tables(
     tables: fx.GraphModule, weights: Sequence[Tensor], capacity: int, device: torch.device
 ) -> tuple[Tensor, ...]:
+    retarget(tables, device)
     ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
     try:
         with torch.inference_mode():

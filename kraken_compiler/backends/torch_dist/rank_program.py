@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, RunStep
+from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph, with_real_collectives
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.calling import bind, unflatten_output
@@ -94,6 +97,9 @@ class RankProgram(nn.Module):
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         assert names == [*table, *(spec.name for spec in inputs)], "placeholders are the weights, then the inputs"
         self._weight_names = tuple(table)
+        self._cached_graphs: Callable[[], CachedGraphs] | None = None
+        self._graphs: CachedGraphs | None = None
+        self._steps: dict[Any, RunStep] = {}
         self._lane_graph = copy_graph(graph.graph)
         self.weights = nn.Module()
         for name, spec in table.items():
@@ -130,7 +136,7 @@ class RankProgram(nn.Module):
         """
         lane = _lane(lane, group, communicator, program.degree)
         weights = lane_weights(program.weights, lane, program.reader(read))
-        return cls(
+        made = cls(
             program.module,
             program.weights,
             program.inputs,
@@ -142,6 +148,9 @@ class RankProgram(nn.Module):
             communicator=communicator,
             reduce_dtype=reduce_dtype,
         )
+        if program.cached is not None:
+            made._cached_graphs = partial(CachedGraphs.of, program.cached)
+        return made
 
     @classmethod
     def load(
@@ -187,6 +196,8 @@ class RankProgram(nn.Module):
             communicator=communicator,
             reduce_dtype=reduce_dtype,
         )
+        if manifest.cache is not None:
+            program._cached_graphs = partial(CachedGraphs.load, artifact, verify=verify)
         return program.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +210,51 @@ class RankProgram(nn.Module):
         outputs: tuple[Tensor, ...] = self.graph(*weights, *inputs)
         return outputs
 
+    @property
+    def has_cache(self) -> bool:
+        """True if `decoder` can give one."""
+        return self._cached_graphs is not None
+
+    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> CachedDecoder:
+        """Room for a batch of sequences, to be generated with a KV cache.
+
+        Args:
+            batch: Number of sequences.
+            capacity: Most tokens of a sequence, prompt and new ones together.
+            compiled: Run the steps through torch.compile.
+
+        Raises:
+            UsageError: The program has no cache, or its positions end before the capacity.
+        """
+        if self._cached_graphs is None:
+            raise UsageError("the program has no KV cache")
+        if self._graphs is None:
+            self._graphs = self._cached_graphs()
+        weights = [getattr(self.weights, name) for name in self._weight_names]
+        device = self._device()
+        return CachedDecoder(
+            self._step(self._graphs, compiled),
+            self._graphs,
+            weights,
+            batch=batch,
+            capacity=capacity,
+            device=device,
+            identical_on_all_ranks=self.communicator.identical_on_all_ranks,
+        )
+
+    def _step(self, graphs: CachedGraphs, compiled: bool) -> RunStep:
+        """The step graph with this rank's collectives, made once."""
+        key = (self.communicator.name, self._device(), compiled)
+        if key not in self._steps:
+            step = bind_collectives(fx.GraphModule({}, copy_graph(graphs.step.graph)), self.communicator)
+            retarget(step, self._device())
+            self._steps[key] = step
+        return self._steps[key]
+
+    def _device(self) -> torch.device:
+        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
+        return torch.device("cpu") if tensor is None else tensor.device
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._bind()
@@ -206,8 +262,7 @@ class RankProgram(nn.Module):
 
     def _bind(self) -> None:
         """Make the graph that runs on the weights' device."""
-        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
-        device = torch.device("cpu") if tensor is None else tensor.device
+        device = self._device()
         communicator = self._choose(device)
         if getattr(self, "communicator", None) is not communicator:
             self.communicator = communicator

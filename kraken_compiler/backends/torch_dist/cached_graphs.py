@@ -1,0 +1,57 @@
+"""The graphs of a program with a KV cache, from memory or from an artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from kraken_compiler.backends.torch_dist.graph_file import load_graph
+from kraken_compiler.ir.cache import CachePlan
+from kraken_compiler.ir.program import CachedProgram, InputSpec
+
+if TYPE_CHECKING:
+    from kraken_compiler.artifact.read import Artifact
+
+STEP_FILE, TABLES_FILE = "torch/step.pt2", "torch/tables.pt2"
+
+
+@dataclass(frozen=True)
+class CachedGraphs:
+    """Graphs without weights; placeholders are all weights of the lane program, then the inputs.
+
+    Attributes:
+        step: Prefill and decode, with `kraken::` collectives.
+        tables: What is computed once for a capacity.
+        plan: How the step graph is fed.
+        inputs: Inputs of the step graph.
+    """
+
+    step: fx.GraphModule
+    tables: fx.GraphModule
+    plan: CachePlan
+    inputs: tuple[InputSpec, ...]
+
+    @classmethod
+    def of(cls, cached: CachedProgram) -> CachedGraphs:
+        """From a program in memory."""
+        return cls(cached.step.module, cached.tables.module, cached.plan, cached.step.inputs)
+
+    @classmethod
+    def load(cls, artifact: Artifact, *, verify: bool = True) -> CachedGraphs:
+        """From an artifact that has a cache.
+
+        Args:
+            artifact: An open artifact.
+            verify: Check the hashes of the two files.
+
+        Raises:
+            InputFileError: A file is missing, truncated or tampered with.
+        """
+        record = artifact.manifest.cache
+        assert record is not None, "the artifact has no program with a cache"
+        if verify:
+            artifact.verify(STEP_FILE, TABLES_FILE)
+        step, tables = (load_graph(artifact.path(name)) for name in (STEP_FILE, TABLES_FILE))
+        return cls(step, tables, record.plan, record.inputs)
