@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +17,16 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
-from kraken_compiler.runtime.generate import greedy
+from kraken_compiler.runtime.decoder import Decoder, RecomputingDecoder
+from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.generate import generate, pack
 from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.session import Session
-from kraken_compiler.runtime.status import StatusWriter
-from kraken_compiler.runtime.worker import _print_text, main
+from kraken_compiler.runtime.options import RunOptions
+from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.runtime.worker import run_rank
+from tests.generation_functions import continuation
 from tests.toy_lane_program import write_toy
+from tests.zoo import SUPPORTED, logits_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -38,11 +41,123 @@ def count_up(ids: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(ids + 1, 100).float()
 
 
-def test_greedy() -> None:
-    assert list(greedy(count_up, [3, 7], 4)) == [8, 9, 10, 11]
-    assert list(greedy(count_up, [7], 4, eos={10})) == [8, 9]
-    assert list(greedy(count_up, [7], 0)) == []
-    assert list(greedy(count_up, [7], 2, agree=lambda choice: choice + 5)) == [13, 19]
+def counting(batch: int, capacity: int = 30) -> Decoder:
+    return RecomputingDecoder(count_up, batch, capacity)
+
+
+# the loop ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_grows_by_a_token_a_row() -> None:
+    assert list(generate(counting(1), [[3, 7]], 4)) == [[8], [9], [10], [11]]
+    assert list(generate(counting(2), [[3, 7], [40]], 3)) == [[8, 41], [9, 42], [10, 43]]
+    assert list(generate(counting(1), [[7]], 0)) == []
+    assert list(generate(counting(1), [[7]], 2, agree=lambda choice: choice + 5)) == [[13], [19]]
+
+
+def test_every_row_ends_by_itself() -> None:
+    assert list(generate(counting(1), [[7]], 4, eos={10})) == [[8], [9]]
+    steps = list(generate(counting(3), [[7], [8], [30]], 4, eos={10, 33}))
+    assert steps == [[8, 9, 31], [9, None, 32]]
+    assert list(generate(counting(2), [[7], [30]], 3, eos={9, 99})) == [[8, 31], [None, 32], [None, 33]]
+
+
+def test_a_decoder_that_is_the_same_everywhere_needs_no_agreement() -> None:
+    decoder = counting(1)
+    decoder.identical_on_all_ranks = True  # type: ignore[attr-defined]
+    assert list(generate(decoder, [[7]], 2, agree=lambda choice: choice + 5)) == [[8], [9]]
+
+
+def test_a_decoder_can_be_used_again() -> None:
+    decoder = counting(2)
+    assert list(generate(decoder, [[3, 4, 5], [4]], 1)) == list(generate(decoder, [[5], [8, 4]], 1)) == [[6, 5]]
+    decoder.reset()
+    assert decoder.prefill(torch.tensor([[1, 2], [5, 0]]), torch.tensor([2, 1])).argmax(-1).tolist() == [3, 6]
+
+
+def test_the_grad_mode_of_the_caller_is_left_alone() -> None:
+    for _ in generate(counting(1), [[7]], 3):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_what_does_not_fit() -> None:
+    assert len(list(generate(counting(2, 5), [[1], [1, 2]], 3))) == 3
+    with pytest.raises(UsageError, match="room for 6 tokens, there is room for 5; shorten the prompt"):
+        generate(counting(2, 5), [[1], [1, 2]], 4)
+    with pytest.raises(UsageError, match="the prompt has no tokens"):
+        generate(counting(2), [[1], []], 4)
+    decoder = counting(1, 2)
+    with pytest.raises(UsageError, match="room for 3 tokens, there is room for 2"):
+        decoder.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([3]))
+    decoder.prefill(torch.tensor([[1, 2]]), torch.tensor([2]))
+    with pytest.raises(UsageError, match="room for 3 tokens, there is room for 2"):
+        decoder.step(torch.tensor([3]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, seed=3)])
+def test_ragged_rows_are_the_rows_alone(name: str, sampling: Sampling) -> None:
+    """Row 0 alone has the random numbers of row 0 in a batch; the others are compared without chance."""
+    model = SUPPORTED[name]()
+    prompts = [[5, 6, 40, 8, 9], [7], [20, 21, 22]]
+
+    def rows(prompts: list[list[int]]) -> list[list[int | None]]:
+        decoder = RecomputingDecoder(lambda ids: logits_of(model, ids), len(prompts), 20)
+        return [list(row) for row in zip(*generate(decoder, prompts, 6, sampling=sampling))]
+
+    together = rows(prompts)
+    assert together[0] == rows(prompts[:1])[0]
+    if not sampling.temperature:
+        assert together == [rows([prompt])[0] for prompt in prompts]
+        assert together[0] == continuation(lambda ids: logits_of(model, ids), prompts[0], 6)
+
+
+def test_a_model_that_gives_the_last_logits_only() -> None:
+    decoder = RecomputingDecoder(lambda ids: count_up(ids)[:, -1:], 2, 20)
+    assert list(generate(decoder, [[3, 7, 8], [40]], 3)) == [[9, 41], [10, 42], [11, 43]]
+
+
+def test_ranks_choose_the_same_although_their_logits_differ() -> None:
+    first, second = run_ranks("tests.generation_functions:choose_near_ties", 2)
+    assert first[:2] == second[:2]
+    assert first[0] == [[3, 3]] * 20
+    assert len({token for step in first[1] for token in step}) > 5
+    # Without agreement the last bit decides: that the ranks' logits are different was no illusion.
+    assert (first[2], second[2]) == ([[3, 3]] * 20, [[4, 4]] * 20)
+
+
+# packing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "packed", "lengths"),
+    [
+        (None, [[5, 6, 7], [8, 9, 4]], [3, 3]),
+        ([[1, 1, 0], [1, 1, 1]], [[5, 6, 0], [8, 9, 4]], [2, 3]),
+        ([[0, 1, 1], [0, 0, 1]], [[6, 7], [4, 0]], [2, 1]),
+        ([[0, 1, 0], [1, 1, 0]], [[6, 0], [8, 9]], [1, 2]),
+    ],
+)
+def test_pack(mask: list[list[int]] | None, packed: list[list[int]], lengths: list[int]) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 4]], dtype=torch.int32)
+    for dtype in (torch.int64, torch.bool, torch.float32):
+        found = pack(ids, None if mask is None else torch.tensor(mask, dtype=dtype))
+        assert [part.tolist() for part in found] == [packed, lengths]
+        assert [part.dtype for part in found] == [torch.int64] * 2
+
+
+def test_pack_refuses() -> None:
+    ids = torch.ones(2, 4)
+    with pytest.raises(UsageError, match="row 1 has a hole"):
+        pack(ids, torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]]))
+    with pytest.raises(UsageError, match="row 1 has no token"):
+        pack(ids, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+    with pytest.raises(UsageError, match=r"not \[2, 4\] and \[2, 3\]"):
+        pack(ids, torch.ones(2, 3))
+
+
+# on ranks ------------------------------------------------------------------------------------------------------------
 
 
 def expected(artifact: Path, prompt: list[int], count: int) -> str:
@@ -50,7 +165,7 @@ def expected(artifact: Path, prompt: list[int], count: int) -> str:
     assert isinstance(module, LaneModule)
     manifest = open_artifact(artifact).manifest
     logits_of = logits_function(manifest.inputs, manifest.call, module.run_flat)
-    return ",".join(map(str, greedy(logits_of, prompt, count)))
+    return ",".join(map(str, continuation(logits_of, prompt, count)))
 
 
 def test_only_the_result_reaches_standard_output(artifact: Path) -> None:
@@ -69,16 +184,16 @@ def test_torchrun_does_the_same(artifact: Path) -> None:
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
     torchrun += ["--master-addr", "localhost", "--master-port", str(port), "-m", "kraken_compiler.runtime.worker"]
-    arguments = [str(artifact), "--input-ids", "9", "--max-new-tokens", "3"]
+    arguments = [str(artifact), "--input-ids", "9", "--input-ids", "5,6", "--max-new-tokens", "3"]
     done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == expected(artifact, [9], 3) + "\n"
+    assert done.stdout == expected(artifact, [9], 3) + "\n" + expected(artifact, [5, 6], 3) + "\n"
 
 
 def test_the_worker_alone_says_how_to_start_it(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match="kraken-run or torchrun"):
-        main([str(artifact), "--input-ids", "1"])
+        run_rank(RunOptions(artifact=artifact, input_ids=["1"]))
 
 
 def test_inputs_that_follow_from_the_ids(artifact: Path) -> None:
@@ -103,21 +218,3 @@ def test_inputs_that_follow_from_the_ids(artifact: Path) -> None:
         logits_function([ids, pixels], call, run_flat)
     with pytest.raises(UsageError, match="no language model"):
         logits_function([ids], call, lambda _: (torch.zeros(2, 5),))(torch.zeros(2, 3))
-
-
-def test_text_grows_by_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bytes of a character that several tokens share are held back until it is whole."""
-    pieces = [b" Pa", b"ris ", "é".encode()[:1], "é".encode()[1:], b"!"]
-    session = Session(0, 1, torch.device("cpu"), StatusWriter(0, None))
-    seen: list[str] = []
-
-    def tokens() -> Iterator[int]:
-        for token in range(len(pieces)):
-            yield token
-            seen.append(capsys.readouterr().out)
-
-    _print_text(tokens(), lambda ids: b"".join(pieces[token] for token in ids).decode(errors="replace"), session)
-    assert seen == [" Pa", "ris ", "", "é", "!"]
-    assert capsys.readouterr().out == "\n"
-    _print_text(iter([0]), lambda ids: "silent", Session(1, 2, session.device, session.status))
-    assert capsys.readouterr().out == ""

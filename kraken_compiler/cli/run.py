@@ -1,44 +1,95 @@
-"""`kraken-run DIR --prompt TEXT --max-new-tokens K`: N local ranks, and only the text on standard output."""
+"""`kraken-run DIR --prompt TEXT`: N local ranks, and only the text on standard output."""
 
 from __future__ import annotations
 
+import os
+import select
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, set_up_logging
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.options import RunOptions, options_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_DESCRIPTION = """Run an artifact on this machine, one process per lane, and print the continuation of prompts.
+
+Without --prompt, --prompt-file and --input-ids, every line of standard input is answered (with a chat template) or
+continued (without). /reset begins a new conversation, /exit or Ctrl-D ends it."""
+
+_CHUNK = 1 << 16
 
 
-@app.command(epilog=EXIT_CODES)
-def run_command(
-    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    input_ids: Annotated[
-        str | None, typer.Option(help="Token ids to continue, e.g. 1,2,3, for a model without a tokenizer.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 32,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds without progress after which a rank counts as hanging.")
-    ] = 60.0,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the launcher does.")] = False,
-) -> None:
-    """Run an artifact on this machine, one process per lane, and print the continuation."""
-    set_up_logging(verbose)
-    with errors_as_exit_codes():
-        if (prompt is None) == (input_ids is None):
-            raise UsageError("give either --prompt TEXT or --input-ids 1,2,3")
+def run(options: RunOptions) -> None:
+    """Start the ranks, and wait for them."""
+    set_up_logging(options.verbose)
+    with errors_as_exit_codes(options.json):
+        options.check()
         # Imported late, so that --help does not load torch.
         from kraken_compiler.artifact.read import open_artifact
         from kraken_compiler.runtime.launch import launch
+        from kraken_compiler.runtime.session import DEFAULT_TIMEOUT
+        from kraken_compiler.runtime.text import require_tokenizer
+        from kraken_compiler.runtime.worker import OPTIONS_FILE
 
-        manifest = open_artifact(artifact, verify=False).manifest
-        what = ["--prompt", prompt] if prompt is not None else ["--input-ids", str(input_ids)]
-        arguments = [str(artifact), *what, "--max-new-tokens", str(max_new_tokens)]
-        launch(manifest.degree, arguments, timeout=timeout)
+        artifact = open_artifact(options.artifact, verify=False)
+        if not options.input_ids:
+            require_tokenizer(artifact)
+            options.prompts()
+        with tempfile.TemporaryDirectory(prefix="kraken-options-") as name, _input_for_ranks(options) as terminal:
+            file = Path(name) / "options.json"
+            # The launcher's timeout reaches the ranks by itself.
+            file.write_text(replace(options, timeout=None, terminal=terminal).to_json(), encoding="utf-8")
+            launch(artifact.manifest.degree, [OPTIONS_FILE, str(file)], timeout=options.timeout or DEFAULT_TIMEOUT)
+
+
+@contextmanager
+def _input_for_ranks(options: RunOptions) -> Iterator[bool]:
+    """Make standard input a pipe into which this process copies the real one; yields whether a person types there.
+
+    Ranks inherit standard input, but live in sessions of their own: when this process is stopped or in the background,
+    they would read what is typed for the shell.
+    """
+    if not options.interactive:
+        yield False
+        return
+    try:
+        real = os.dup(sys.stdin.fileno())
+    except (AttributeError, OSError, ValueError):
+        raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input") from None
+    reading, writing = os.pipe()
+    stopping, stop = os.pipe()
+    os.dup2(reading, 0)
+    os.close(reading)
+    copier = threading.Thread(target=_copy, args=(real, writing, stopping), name="kraken-input", daemon=True)
+    copier.start()
+    try:
+        yield os.isatty(real) and sys.stdout.isatty()
+    finally:
+        os.write(stop, b"\n")
+        os.dup2(real, 0)
+
+
+def _copy(source: int, target: int, stopping: int) -> None:
+    """Copy until the source ends; a copy that waits for its reader dies with this process."""
+    while True:
+        ready, _, _ = select.select([source, stopping], [], [])
+        if stopping in ready:
+            return
+        content = os.read(source, _CHUNK)
+        if not content:
+            # The ranks see the end of their input.
+            os.close(target)
+            return
+        while content:
+            content = content[os.write(target, content) :]
+
+
+app = options_app(run, _DESCRIPTION, EXIT_CODES)
 
 
 def main() -> None:

@@ -1,4 +1,11 @@
-"""Greedy generation that recomputes the prefix for every token."""
+"""The loop that generates text: a batch of prompts, one token per row and step.
+
+Ranks must choose the same tokens, or they would go on with different texts. Their logits are not the same to the last
+bit in general: collectives may sum in another order on every rank, and libraries pick kernels per device; at a near tie
+that is another token, greedy or sampled. So rank 0's choice is sent to all at every step, [batch] whole numbers, which
+holds whatever the logits do. A decoder that promises `identical_on_all_ranks` saves that: sampling is a function of the
+logits, the seed, the row and the step, so equal logits choose equal tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +14,114 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.decoder import Decoder, check_capacity
+from kraken_compiler.runtime.sampling import Sampling
 
-def greedy(
-    logits_of: Callable[[Tensor], Tensor],
-    prompt: Sequence[int],
+GREEDY = Sampling()
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    sampling: Sampling = GREEDY,
     eos: Collection[int] = (),
     agree: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[int]:
-    """Generate token by token; the most likely one is taken.
+) -> Iterator[list[int | None]]:
+    """Continue a batch of prompts.
 
     Args:
-        logits_of: Token ids [1, sequence] -> logits [1, sequence or 1, vocabulary].
-        prompt: Token ids, at least one.
+        decoder: The model; it is reset first, and its batch is the number of prompts.
+        prompts: Token ids of every row, at least one each; rows may differ in length.
         max_new_tokens: How many to generate at most.
-        eos: Tokens that end the text; they are not given out.
-        agree: Makes all ranks take one rank's choice, [1] -> [1]: their logits may differ in the last bits.
+        sampling: How tokens are chosen.
+        eos: Tokens that end a row; they are not given out.
+        agree: Makes all ranks take one rank's choice, [batch] -> [batch]; left out where the decoder's logits are
+            identical on all ranks.
         device: Where the ids go.
 
     Yields:
-        The new token ids.
+        The new token of every row, None for a row that has ended. Ends when all rows have.
+
+    Raises:
+        UsageError: A prompt has no tokens, or prompt and new tokens do not fit.
     """
-    ids = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
-    with torch.inference_mode():
-        for _ in range(max_new_tokens):
-            choice = logits_of(ids)[:, -1].argmax(dim=-1)
-            if agree is not None:
-                choice = agree(choice)
-            token = int(choice)
-            if token in eos:
-                return
-            yield token
-            ids = torch.cat([ids, choice.view(1, 1)], dim=1)
+    assert len(prompts) == decoder.batch, f"{len(prompts)} prompts for a batch of {decoder.batch}"
+    if not all(prompts):
+        raise UsageError("the prompt has no tokens")
+    check_capacity(max(map(len, prompts)) + max_new_tokens, decoder.capacity)
+    if getattr(decoder, "identical_on_all_ranks", False):
+        agree = None
+    return _generate(decoder, prompts, max_new_tokens, sampling, frozenset(eos), agree, device)
+
+
+@torch.inference_mode()
+def _generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: frozenset[int],
+    agree: Callable[[Tensor], Tensor] | None,
+    device: torch.device | str,
+) -> Iterator[list[int | None]]:
+    decoder.reset()
+    running = [True] * len(prompts)
+    choice: Tensor | None = None
+    for step in range(max_new_tokens):
+        logits = decoder.prefill(*pad(prompts, device)) if choice is None else decoder.step(choice)
+        choice = sampling.choose(logits, step)
+        if agree is not None:
+            choice = agree(choice)
+        tokens: list[int] = choice.tolist()
+        running = [alive and token not in eos for alive, token in zip(running, tokens)]
+        if not any(running):
+            return
+        yield [token if alive else None for alive, token in zip(running, tokens)]
+
+
+def pad(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Lists of token ids as a batch: ids, int64 [batch, sequence], padded on the right, and lengths, int64 [batch]."""
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    ids = torch.tensor(rows, dtype=torch.int64, device=device)
+    return ids, torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bring a batch padded on either side into the form that a decoder reads.
+
+    Args:
+        input_ids: Token ids [batch, sequence].
+        attention_mask: [batch, sequence], not zero where there is a token; None means everywhere.
+
+    Returns:
+        Ids, int64 [batch, sequence], padded with 0 on the right, and lengths, int64 [batch].
+
+    Raises:
+        UsageError: The shapes differ, a row has no token, or a mask has holes.
+    """
+    ids = input_ids.to(torch.int64)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids)
+    if ids.dim() != 2 or attention_mask.shape != ids.shape:
+        raise UsageError(
+            f"input_ids and attention_mask must both be [batch, sequence], "
+            f"not {list(ids.shape)} and {list(attention_mask.shape)}"
+        )
+    kept = attention_mask != 0
+    lengths = kept.sum(dim=1)
+    if not bool((lengths > 0).all()):
+        raise UsageError(f"attention_mask: row {int(lengths.argmin())} has no token")
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    first = kept.int().argmax(dim=1, keepdim=True)
+    inside = (columns >= first) & (columns < first + lengths.unsqueeze(1))
+    if not torch.equal(inside, kept):
+        row = int((inside != kept).any(dim=1).int().argmax())
+        raise UsageError(f"attention_mask: row {row} has a hole; rows may be padded on the left and right only")
+    source = (columns + first).clamp(max=ids.shape[1] - 1)
+    packed = ids.gather(1, source).masked_fill(columns >= lengths.unsqueeze(1), 0)
+    return packed[:, : int(lengths.max())], lengths

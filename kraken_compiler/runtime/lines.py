@@ -1,0 +1,35 @@
+"""Lines of standard input without blocking: between them the ranks must show that they live."""
+
+from __future__ import annotations
+
+import os
+import select
+
+_CHUNK = 1 << 16
+
+
+class Lines:
+    """Reads a file descriptor line by line."""
+
+    def __init__(self, descriptor: int = 0) -> None:
+        self._descriptor = descriptor
+        self._bytes = b""
+        self._closed = False
+
+    @property
+    def ended(self) -> bool:
+        """True once there will be no more lines."""
+        return self._closed and not self._bytes
+
+    def poll(self, seconds: float) -> str | None:
+        """The next line without its end; None if there is none within some seconds, or no more at all."""
+        while b"\n" not in self._bytes and not self._closed:
+            if not select.select([self._descriptor], [], [], seconds)[0]:
+                return None
+            content = os.read(self._descriptor, _CHUNK)
+            self._bytes += content
+            self._closed = not content
+        if not self._bytes:
+            return None
+        line, _, self._bytes = self._bytes.partition(b"\n")
+        return line.decode(errors="replace").rstrip("\r")

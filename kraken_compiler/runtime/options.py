@@ -1,0 +1,191 @@
+"""What one can ask of a run: one list of options, for `kraken-run` and for the worker under torchrun.
+
+Imports no torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Self, get_type_hints
+
+import typer
+
+from kraken_compiler.errors import InputFileError, UsageError
+
+NEW_TOKENS = 32
+CHAT_TOKENS = 512
+CONTEXT = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A run's options; every field is one, and its annotation is its help."""
+
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")]
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; several make a batch.")] = field(
+        default_factory=list
+    )
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 text file with a prompt in every line.")] = None
+    input_ids: Annotated[
+        list[str],
+        typer.Option(help="Token ids to continue, e.g. 1,2,3, for a model without a tokenizer; several make a batch."),
+    ] = field(default_factory=list)
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"How many tokens to generate at most. (default: {NEW_TOKENS}, {CHAT_TOKENS} with a chat template)",
+        ),
+    ] = None
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token; higher draws with more variety.")
+    ] = 0.0
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K most likely tokens only.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most likely tokens that make up the probability P only.")
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the drawing, for the same text again. (default: another every time)")
+    ] = None
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put prompts into the tokenizer's chat template. "
+            "(default: if it has one, when lines are read from standard input; off for --prompt)",
+        ),
+    ] = None
+    system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the program with torch.compile first.")] = False
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            "--max-context",
+            "--capacity",
+            min=1,
+            help=f"Most tokens a row can have, prompt and new ones together. (default: what is asked for; {CONTEXT} "
+            "when lines are read from standard input)",
+        ),
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document: ids, text, why it ended, timings.")] = (
+        False
+    )
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if every rank can have a device)")] = (
+        None
+    )
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. (default: 60)")
+    ] = None
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the launcher does.")] = False
+    terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False
+    """Set by kraken-run: a person types the lines, and gets a sign when it is their turn."""
+
+    @property
+    def interactive(self) -> bool:
+        """True if lines of standard input are the prompts."""
+        return not (self.prompt or self.prompt_file or self.input_ids)
+
+    def check(self) -> None:
+        """Find what can be found wrong without a program.
+
+        Raises:
+            UsageError: Options contradict each other or are out of their range.
+        """
+        from kraken_compiler.runtime.sampling import Sampling
+
+        if self.input_ids and (self.prompt or self.prompt_file):
+            raise UsageError("give either --prompt TEXT or --input-ids 1,2,3, not both")
+        if self.input_ids and (self.chat or self.system):
+            raise UsageError("--chat and --system are for text; --input-ids are taken as they are")
+        if self.system and self.chat is not True and not (self.interactive and self.chat is None):
+            raise UsageError("--system needs --chat")
+        if self.json and self.interactive:
+            raise UsageError("--json needs --prompt TEXT, --prompt-file FILE or --input-ids 1,2,3")
+        if self.device not in (None, "cpu", "cuda"):
+            raise UsageError(f"--device {self.device}: choose cpu or cuda")
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"--timeout {self.timeout:g}: give a number of seconds above 0")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise UsageError("--top-k and --top-p need a --temperature above 0; 0 takes the most likely token")
+        Sampling(self.temperature, self.top_k, self.top_p, self.seed or 0)
+        self.ids()
+
+    def prompts(self) -> list[str]:
+        """The prompts that are text.
+
+        Raises:
+            InputFileError: The prompt file cannot be read.
+            UsageError: It has no prompts.
+        """
+        if self.prompt_file is None:
+            return self.prompt
+        try:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InputFileError(f"--prompt-file: cannot read {self.prompt_file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise InputFileError(f"--prompt-file: {self.prompt_file} is not UTF-8 text") from error
+        prompts = [*self.prompt, *(line for line in lines if line.strip())]
+        if not prompts:
+            raise UsageError(f"--prompt-file: {self.prompt_file} has no prompts")
+        return prompts
+
+    def ids(self) -> list[list[int]]:
+        """The prompts that are token ids.
+
+        Raises:
+            UsageError: One is no list of numbers.
+        """
+        return [_ids(text) for text in self.input_ids]
+
+    def to_json(self) -> str:
+        """For `from_json`, in another process."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        for name in ("artifact", "prompt_file"):
+            values[name] = Path(values[name]) if values[name] is not None else None
+        return cls(**values)
+
+
+def options_app(act: Callable[[RunOptions], None], description: str, epilog: str | None = None) -> typer.Typer:
+    """A command line whose options are the fields of `RunOptions`.
+
+    Args:
+        act: Called with what was given.
+        description, epilog: First and last words of `--help`.
+    """
+
+    def command(**values: Any) -> None:
+        act(RunOptions(**values))
+
+    # typer reads the signature; written out it would be a second list of all options.
+    hints = get_type_hints(RunOptions, include_extras=True)
+    command.__annotations__ = {item.name: hints[item.name] for item in fields(RunOptions)}
+    signature = inspect.Signature([_parameter(item, hints[item.name]) for item in fields(RunOptions)])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=description, epilog=epilog)(command)
+    return app
+
+
+def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if item.default is MISSING else item.default
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--input-ids '{text}' is no list of token ids like 1,2,3") from None

@@ -1,0 +1,237 @@
+"""What rank 0 does: takes prompts, has all ranks continue them, prints the result and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.engine import IDLE_SECONDS, Engine, Order
+from kraken_compiler.runtime.lines import Lines
+from kraken_compiler.runtime.options import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
+from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.runtime.text import TextCodec, TextStream
+
+_SIGN = "> "
+_TITLE_CHARACTERS = 70
+_SEED_BITS = 32
+
+
+def speak(engine: Engine, options: RunOptions) -> None:
+    """Do all that the options ask for.
+
+    Raises:
+        UsageError: It cannot be done.
+        InputFileError: A file cannot be read.
+    """
+    options.check()
+    if options.interactive:
+        _converse(engine, options)
+    else:
+        _answer(engine, options)
+
+
+# prompts that were given ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Timings:
+    """When tokens came, in seconds since the order was given."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    tokens_after_first: int = 0
+
+    def count(self, tokens: int) -> None:
+        self.last = time.perf_counter() - self.started
+        if self.first is None:
+            self.first = self.last
+        else:
+            self.tokens_after_first += tokens
+
+    def to_dict(self) -> dict[str, float | None]:
+        decoding = self.last - (self.first or 0.0)
+        rate = self.tokens_after_first / decoding if self.tokens_after_first else None
+        return {"time_to_first_token_s": self.first, "tokens_per_second": rate, "total_s": self.last}
+
+
+def _answer(engine: Engine, options: RunOptions) -> None:
+    codec = None if options.input_ids else TextCodec.of(engine.artifact)
+    texts = options.prompts()
+    prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
+    order = _order(prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
+    streaming = len(prompts) == 1 and not options.json
+    stream = _Ids() if codec is None else TextStream(codec.decode, () if options.chat else prompts[0])
+    ids: list[list[int]] = [[] for _ in prompts]
+    timings = _Timings()
+    for tokens in engine.run(order):
+        timings.count(sum(token is not None for token in tokens))
+        for row, token in zip(ids, tokens):
+            if token is not None:
+                row.append(token)
+        if streaming and tokens[0] is not None:
+            _emit(stream.push(tokens[0]))
+    if streaming:
+        _emit(stream.finish() + "\n")
+        return
+    decoded = [None if codec is None else _decode(codec, row, before, options) for row, before in zip(ids, prompts)]
+    if options.json:
+        results = [
+            {
+                "prompt": texts[index] if codec is not None else None,
+                "prompt_ids": prompts[index],
+                "ids": row,
+                "text": decoded[index],
+                "finish_reason": "length" if len(row) == order.max_new_tokens else "eos",
+            }
+            for index, row in enumerate(ids)
+        ]
+        seed = order.sampling.seed if order.sampling.temperature else None
+        _emit(json.dumps({"results": results, "seed": seed, "timings": timings.to_dict()}, indent=1) + "\n")
+    elif codec is None:
+        _emit("".join(",".join(map(str, row)) + "\n" for row in ids))
+    else:
+        blocks = (f"--- {index}: {_title(text)}\n{out}\n" for index, (text, out) in enumerate(zip(texts, decoded), 1))
+        _emit("\n".join(blocks))
+
+
+def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
+    if not options.chat:
+        return codec.encode(text)
+    return codec.encode_chat([*_system(options), {"role": "user", "content": text}])
+
+
+def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int], options: RunOptions) -> str:
+    stream = TextStream(codec.decode, () if options.chat else before)
+    return "".join(stream.push(token) for token in ids) + stream.finish()
+
+
+def _title(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE_CHARACTERS else line[: _TITLE_CHARACTERS - 3] + "..."
+
+
+class _Ids:
+    """Token ids as text, separated by commas."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        text = f"{',' * self._begun}{token}"
+        self._begun = True
+        return text
+
+    def finish(self) -> str:
+        return ""
+
+
+# a conversation ------------------------------------------------------------------------------------------------------
+
+
+def _converse(engine: Engine, options: RunOptions) -> None:
+    """Continue, or answer, every line of standard input."""
+    engine.session.status.progress("loading the tokenizer")
+    codec = TextCodec.of(engine.artifact)
+    chat = codec.can_chat if options.chat is None else options.chat
+    terminal = options.terminal or (os.isatty(0) and os.isatty(1))
+    capacity = options.max_context or min(CONTEXT, engine.positions)
+    history = _system(options)
+    lines = Lines()
+    heard = False
+    while (line := _next_line(engine, lines, terminal)) is not None:
+        words = line.strip()
+        if words == "/exit":
+            return
+        if words == "/reset":
+            history = _system(options)
+        if not words or words == "/reset":
+            continue
+        heard = True
+        asked = [*history, {"role": "user", "content": line}]
+        try:
+            prompt = codec.encode_chat(asked) if chat else codec.encode(line)
+            answer = _stream(engine, codec, prompt, options, chat, capacity)
+        except UsageError as error:
+            if not terminal:
+                raise
+            _emit(f"error: {error}\n")
+            continue
+        if chat:
+            history = [*asked, {"role": "assistant", "content": answer}]
+    if terminal:
+        _emit("\n")
+    elif not heard:
+        raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input")
+
+
+def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
+    """The next line, None at the end of the input; meanwhile the other ranks are kept company."""
+    if terminal:
+        _emit(_SIGN)
+    while (line := lines.poll(IDLE_SECONDS)) is None:
+        if lines.ended:
+            return None
+        engine.idle()
+    return line
+
+
+def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
+    """Print an answer as it grows; returns it."""
+    room = capacity - len(prompt)
+    if room < 1:
+        raise UsageError(
+            f"this needs {len(prompt)} tokens and there is room for {capacity}; "
+            "/reset begins a new conversation, --max-context gives more room"
+        )
+    wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
+    stream = TextStream(codec.decode, () if chat else prompt)
+    pieces = []
+    for (token,) in engine.run(_order([prompt], options, codec, min(wanted, room), capacity)):
+        assert token is not None
+        pieces.append(stream.push(token))
+        _emit(pieces[-1])
+    pieces.append(stream.finish())
+    _emit(pieces[-1] + "\n")
+    return "".join(pieces)
+
+
+# both ----------------------------------------------------------------------------------------------------------------
+
+
+def _order(
+    prompts: Sequence[Sequence[int]],
+    options: RunOptions,
+    codec: TextCodec | None,
+    new_tokens: int,
+    capacity: int | None = None,
+) -> Order:
+    if not all(prompts):
+        raise UsageError("the prompt has no tokens")
+    seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
+    new_tokens = options.max_new_tokens or new_tokens if capacity is None else new_tokens
+    return Order(
+        prompts=prompts,
+        max_new_tokens=new_tokens,
+        capacity=capacity or options.max_context or max(map(len, prompts)) + new_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, seed),
+        eos=sorted(codec.eos) if codec is not None and not options.ignore_eos else (),
+        compiled=options.compile,
+    )
+
+
+def _system(options: RunOptions) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] if options.system else []
+
+
+def _emit(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # Whoever read this, such as `head`, has enough; what is left goes nowhere, which is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,61 @@
+"""What the tests of generation share, and what ranks run in them. Apart from them: a rank does not import pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.runtime.engine import first_rank_decides
+from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.runtime.session import Session
+
+VOCABULARY = 40
+
+
+def continuation(logits_of: Callable[[Tensor], Tensor], prompt: list[int], count: int) -> list[int]:
+    """The most likely tokens of a model, written as plainly as possible."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(logits_of(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+class NearTies:
+    """A decoder whose logits are ties, but for the last bit of a rank's own."""
+
+    def __init__(self, batch: int, rank: int, identical: bool) -> None:
+        self.batch = batch
+        self.capacity = 100
+        self.identical_on_all_ranks = identical
+        self._rank = rank
+
+    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return self._logits()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._logits()
+
+    def reset(self) -> None:
+        pass
+
+    def _logits(self) -> Tensor:
+        logits = torch.ones(self.batch, VOCABULARY)
+        logits[:, 3 + self._rank] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+        return logits
+
+
+def choose_near_ties(payload: Mapping[str, Any], session: Session) -> list[list[list[int | None]]]:
+    """Tokens of this rank: greedy and sampled, agreed on, and then as a decoder that promises too much has them."""
+    texts = []
+    for identical in (False, True):
+        for temperature in (0.0, 1.0):
+            decoder = NearTies(2, session.rank, identical)
+            sampling = Sampling(temperature=temperature, top_k=1 if identical else None, seed=5)
+            steps = generate(decoder, [[1], [1, 2]], 20, sampling=sampling, agree=first_rank_decides)
+            texts.append(list(steps))
+    return texts
