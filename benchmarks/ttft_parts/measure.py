@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,15 @@ def _compile(plan: Plan, source: Path, dtype: str, work: Path, problems: list[st
     found = {}
     for form in dict.fromkeys(one.form for one in plan.contenders if one.form is not None):
         from kraken_compiler.api import compile_model
-        from kraken_compiler.errors import KrakenError
 
         target = work / f"{form}-{dtype}.kraken"
         _say(f"{plan.workload.name}: compiling {form}, {dtype}")
         options = {"degree": plan.workload.degree, "form": form, "dtype": getattr(torch, dtype)}
         try:
             compile_model(source, target, verify=False, force=True, **options)
-        except KrakenError as error:
+        except Exception as error:
+            # The others can still be measured.
+            traceback.print_exc()
             problems.append(f"{form} {dtype}: cannot be compiled: {error}")
             continue
         found[form] = target

@@ -58,10 +58,7 @@ def _workload(workload: Mapping[str, Any]) -> list[str]:
     ]
     lines += [_not_timed(check) for check in workload["checks"] if check["right"] is False]
     lines += [f"problem: {problem.splitlines()[0]}" for problem in workload["problems"]]
-    checked = [check for check in workload["checks"] if check["right"]]
-    if checked:
-        worst = max(check["error"] / check["allowed"] for check in checked)
-        lines.append(f"checked before timing: {len(checked)} right, the worst error is {worst:.0%} of what is allowed")
+    lines += _checked(workload["checks"])
     lines += _disturbed(workload["cells"])
     for metric in METRICS:
         lines += _medians(workload, metric)
@@ -150,6 +147,19 @@ def _marked_cells(found: Sequence[Ratio], marked: set[Place], workload: Mapping[
         ]
         lines += ["", f"{aim.metric.upper()} {aim.over} / {aim.under}, cell by cell"]
         lines += _table(("dtype", "prompt", "link", "ratio", ""), rows)
+    return lines
+
+
+def _checked(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    right = [check for check in checks if check["right"]]
+    lines = []
+    for dtype in dict.fromkeys(check["dtype"] for check in right):
+        found = [check for check in right if check["dtype"] == dtype]
+        worst = max(found, key=lambda check: check["error"] / check["allowed"])
+        lines.append(
+            f"checked before timing, {dtype}: {len(found)} right; the worst relative error of a token's logits is "
+            f"{worst['error']:.1e} ({worst['contender']}, allowed {worst['allowed']:.1e})"
+        )
     return lines
 
 

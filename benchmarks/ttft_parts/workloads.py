@@ -51,7 +51,9 @@ class Workload:
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the model as a Hugging Face directory; returns what the arithmetic needs to know of its shape."""
         from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         if self.name == "smollm2":
             model = _packaged_smollm2()
         else:
@@ -118,7 +120,7 @@ def packaged_smollm2_missing() -> str | None:
 
 
 def _packaged_smollm2() -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     missing = packaged_smollm2_missing()
     if missing:
@@ -127,4 +129,11 @@ def _packaged_smollm2() -> Any:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    assert isinstance(loaded, LlamaForCausalLM)
+    # A model that came from GGUF refuses to be saved, whatever its weights are by now.
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    model = LlamaForCausalLM(type(loaded.config)(**values))
+    model.load_state_dict(loaded.state_dict())
+    return model
