@@ -11,7 +11,7 @@ from torch import Tensor
 from kraken_compiler.runtime.engine import first_rank_decides
 from kraken_compiler.runtime.generate import generate
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.session import Session, load_rank_program
 
 VOCABULARY = 40
 
@@ -28,10 +28,9 @@ def continuation(logits_of: Callable[[Tensor], Tensor], prompt: list[int], count
 class NearTies:
     """A decoder whose logits are ties, but for the last bit of a rank's own."""
 
-    def __init__(self, batch: int, rank: int, identical: bool) -> None:
+    def __init__(self, batch: int, rank: int) -> None:
         self.batch = batch
         self.capacity = 100
-        self.identical_on_all_ranks = identical
         self._rank = rank
 
     def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -50,12 +49,20 @@ class NearTies:
 
 
 def choose_near_ties(payload: Mapping[str, Any], session: Session) -> list[list[list[int | None]]]:
-    """Tokens of this rank: greedy and sampled, agreed on, and then as a decoder that promises too much has them."""
-    texts = []
-    for identical in (False, True):
-        for temperature in (0.0, 1.0):
-            decoder = NearTies(2, session.rank, identical)
-            sampling = Sampling(temperature=temperature, top_k=1 if identical else None, seed=5)
-            steps = generate(decoder, [[1], [1, 2]], 20, sampling=sampling, agree=first_rank_decides)
-            texts.append(list(steps))
-    return texts
+    """Tokens of this rank: greedy and sampled with agreement, and then greedy without."""
+    decoder = NearTies(2, session.rank)
+    ways = ((Sampling(), first_rank_decides), (Sampling(1.0, seed=5), first_rank_decides), (Sampling(), None))
+    return [list(generate(decoder, [[1], [1, 2]], 20, sampling=sampling, agree=agree)) for sampling, agree in ways]
+
+
+def logits_of_ranks(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """What this rank's cached decoders promise, and the bytes of their logits, by artifact."""
+    found = {}
+    for path in payload["artifacts"]:
+        _, program = load_rank_program(path, session)
+        decoder = program.decoder(2, 30)
+        with torch.inference_mode():
+            logits = [decoder.prefill(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([3, 1]))]
+            logits += [decoder.step(torch.tensor([token, token + 1])) for token in range(9, 14)]
+        found[path] = [decoder.identical_on_all_ranks, torch.stack(logits).numpy().tobytes().hex()]
+    return found

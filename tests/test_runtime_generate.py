@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.load import load
@@ -25,6 +26,7 @@ from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.sampling import Sampling
 from kraken_compiler.runtime.worker import run_rank
 from tests.generation_functions import continuation
+from tests.test_cli_compile import save_model
 from tests.toy_lane_program import write_toy
 from tests.zoo import SUPPORTED, logits_of
 
@@ -60,12 +62,6 @@ def test_every_row_ends_by_itself() -> None:
     steps = list(generate(counting(3), [[7], [8], [30]], 4, eos={10, 33}))
     assert steps == [[8, 9, 31], [9, None, 32]]
     assert list(generate(counting(2), [[7], [30]], 3, eos={9, 99})) == [[8, 31], [None, 32], [None, 33]]
-
-
-def test_a_decoder_that_is_the_same_everywhere_needs_no_agreement() -> None:
-    decoder = counting(1)
-    decoder.identical_on_all_ranks = True  # type: ignore[attr-defined]
-    assert list(generate(decoder, [[7]], 2, agree=lambda choice: choice + 5)) == [[8], [9]]
 
 
 def test_a_decoder_can_be_used_again() -> None:
@@ -125,6 +121,18 @@ def test_ranks_choose_the_same_although_their_logits_differ() -> None:
     assert len({token for step in first[1] for token in step}) > 5
     # Without agreement the last bit decides: that the ranks' logits are different was no illusion.
     assert (first[2], second[2]) == ([[3, 3]] * 20, [[4, 4]] * 20)
+
+
+def test_ranks_of_one_machine_have_the_bits_that_are_promised(tmp_path: Path) -> None:
+    """Where it is promised that logits are identical, no choice is sent around; so the promise must hold."""
+    save_model("llama", tmp_path / "llama", tokenizer=False)
+    artifacts = []
+    for form in ("standard", "kraken"):
+        compile_model(tmp_path / "llama", tmp_path / form, degree=2, form=form, verify=False)
+        artifacts.append(str(tmp_path / form))
+    first, second = run_ranks("tests.generation_functions:logits_of_ranks", 2, {"artifacts": artifacts})
+    assert all(promise for promise, _ in first.values())
+    assert first == second
 
 
 # packing -------------------------------------------------------------------------------------------------------------

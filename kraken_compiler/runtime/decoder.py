@@ -18,8 +18,8 @@ class Decoder(Protocol):
         batch: Number of rows.
         capacity: Most tokens a row can have, prompt and new ones together.
 
-    A decoder may also have an attribute `identical_on_all_ranks`. True promises that every rank gets the same logits
-    to the last bit, so that no choice has to be sent around.
+    A decoder may also have an attribute `identical_on_all_ranks`. True promises that ranks that run the same kernels
+    get the same logits to the last bit.
     """
 
     @property

@@ -7,6 +7,7 @@ neither the same command line, nor files, nor a tokenizer.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
@@ -70,7 +72,7 @@ class Engine:
         artifact: What is run.
         session: This rank.
         vocabulary: Number of tokens the model knows, None if its graph does not say.
-        positions: The longest sequence that the model's learned positions allow.
+        positions: The longest sequence that the model takes, as far as its graph says.
     """
 
     def __init__(self, artifact: Artifact, program: RankProgram, session: Session) -> None:
@@ -81,7 +83,8 @@ class Engine:
         manifest = artifact.manifest
         graph = Program(program.graph, manifest.weight_table, manifest.inputs, manifest.call, degree=manifest.degree)
         self.vocabulary = vocabulary(graph) if token_input(graph) is not None else None
-        self.positions = position_limit(graph)
+        proven = manifest.cache.plan.limit if manifest.cache is not None else None
+        self.positions = min(position_limit(graph), proven or sys.maxsize)
 
     def run(self, order: Order) -> Iterator[list[int | None]]:
         """Carry out an order, as rank 0: the others are told first.
@@ -135,19 +138,27 @@ class Engine:
         status = self.session.status
         extra = _COMPILE_SECONDS if order.compiled else 0.0
         status.progress("generating token 1", extra)
+        decoder = self._decoder_for(order)
         rows = generate(
-            self._decoder_for(order),
+            decoder,
             order.prompts,
             order.max_new_tokens,
             sampling=order.sampling,
             eos=order.eos,
-            agree=first_rank_decides if self.session.degree > 1 else None,
+            agree=self._agreement(decoder),
             device=self.session.device,
         )
         for done, tokens in enumerate(rows, start=1):
             # The first step may compile as well: reading a prompt and appending a token are two programs.
             status.progress(f"generating token {done + 1}", extra if done == 1 else 0.0)
             yield tokens
+
+    def _agreement(self, decoder: Decoder) -> Callable[[Tensor], Tensor] | None:
+        """How the ranks come to the same choices; None if they make the same ones anyway."""
+        session = self.session
+        # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
+        identical = session.one_machine and getattr(decoder, "identical_on_all_ranks", False)
+        return None if session.degree == 1 or identical else first_rank_decides
 
     def _decoder_for(self, order: Order) -> Decoder:
         key = (len(order.prompts), order.capacity, order.compiled)
@@ -159,11 +170,10 @@ class Engine:
 
     def _new_decoder(self, batch: int, capacity: int, compiled: bool) -> Decoder:
         program, manifest = self._program, self.artifact.manifest
-        if getattr(program, "has_cache", False):
-            cached: Callable[..., Decoder] = getattr(program, "decoder")  # noqa: B009
-            return cached(batch=batch, capacity=capacity, compiled=compiled)
+        if program.has_cache:
+            return program.decoder(batch, capacity, compiled=compiled)
         if compiled:
-            raise UsageError("--compile needs a program with a KV cache, and this artifact has none; leave it out")
+            raise UsageError(f"--compile needs a program with a KV cache; this one has none{_why(manifest)}")
         return RecomputingDecoder(logits_function(manifest.inputs, manifest.call, program.run_flat), batch, capacity)
 
     def _send(self, content: bytes) -> None:
@@ -175,6 +185,10 @@ class Engine:
         told = torch.tensor([size], dtype=torch.int64, device=self.session.device)
         dist.broadcast(told, src=0)
         return int(told)
+
+
+def _why(manifest: Manifest) -> str:
+    return f": {manifest.no_cache}" if manifest.no_cache else ""
 
 
 def first_rank_decides(choice: Tensor) -> Tensor:

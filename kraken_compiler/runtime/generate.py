@@ -1,10 +1,10 @@
 """The loop that generates text: a batch of prompts, one token per row and step.
 
-Ranks must choose the same tokens, or they would go on with different texts. Their logits are not the same to the last
-bit in general: collectives may sum in another order on every rank, and libraries pick kernels per device; at a near tie
-that is another token, greedy or sampled. So rank 0's choice is sent to all at every step, [batch] whole numbers, which
-holds whatever the logits do. A decoder that promises `identical_on_all_ranks` saves that: sampling is a function of the
-logits, the seed, the row and the step, so equal logits choose equal tokens.
+Ranks must choose the same tokens, or they would go on with different texts and wait for each other for ever. Their
+logits are not the same to the last bit in general: collectives may sum in another order on every rank, and libraries
+pick kernels by device and by number of threads; at a near tie that is another token, greedy or sampled. So `agree`
+sends rank 0's choice to all at every step, [batch] whole numbers, which holds whatever the logits do. It can be left
+out where logits are identical: a choice is a function of the logits, the seed, the row and the step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def generate(
         max_new_tokens: How many to generate at most.
         sampling: How tokens are chosen.
         eos: Tokens that end a row; they are not given out.
-        agree: Makes all ranks take one rank's choice, [batch] -> [batch]; left out where the decoder's logits are
-            identical on all ranks.
+        agree: Makes all ranks take one rank's choice, [batch] -> [batch].
         device: Where the ids go.
 
     Yields:
@@ -53,8 +52,6 @@ def generate(
     if not all(prompts):
         raise UsageError("the prompt has no tokens")
     check_capacity(max(map(len, prompts)) + max_new_tokens, decoder.capacity)
-    if getattr(decoder, "identical_on_all_ranks", False):
-        agree = None
     return _generate(decoder, prompts, max_new_tokens, sampling, frozenset(eos), agree, device)
 
 

@@ -36,12 +36,14 @@ class Session:
         degree: How many there are.
         device: Where this rank computes.
         status: Where to report progress.
+        one_machine: True if all ranks are here.
     """
 
     rank: int
     degree: int
     device: torch.device
     status: StatusWriter
+    one_machine: bool = True
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
         device = _device(device_type, local_rank, local_degree)
         _join(device, _collective_timeout(timeout))
         status.progress("working")
-        yield Session(rank, degree, device, status)
+        yield Session(rank, degree, device, status, local_degree == degree)
         status.progress("leaving")
         # A rank that leaves early would look like a dead one to peers that still compute.
         dist.barrier()
