@@ -73,7 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--links", type=_names, help="rates in Gbit/s, or unlimited; default: the workload's")
     parser.add_argument("--prompts", type=_names, help="sizes in tokens; default: the workload's")
     parser.add_argument("--contenders", type=_names, help="names, families or patterns; default: the workload's")
-    parser.add_argument("--repetitions", type=int, help="default: 7")
+    parser.add_argument("--repetitions", type=int, help="default: 5")
     parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 3")
     parser.add_argument("--new-tokens", type=int, help="default: the workload's, 32")
     parser.add_argument("--network", choices=("auto", "namespaces", "loopback"), default="auto")
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw the medians into this file (needs matplotlib)")
     options = parser.parse_args()
     options.workload = options.workload or (("tiny",) if options.quick else ("llama", "smollm2"))
-    options.repetitions = options.repetitions or (2 if options.quick else 7)
+    options.repetitions = options.repetitions or (2 if options.quick else 5)
     options.tpot_repetitions = options.tpot_repetitions or min(3, options.repetitions)
     unknown = [name for name in options.workload if name not in WORKLOADS]
     if unknown:

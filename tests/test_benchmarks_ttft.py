@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from ttft_parts import contenders, network  # noqa: E402
+from ttft_parts.measure import Plan, _Session  # noqa: E402
+from ttft_parts.ranks import CommandError  # noqa: E402
 from ttft_parts.ratios import best_modes, geomean, of_families, ratios, windows  # noqa: E402
 from ttft_parts.report import summary, text  # noqa: E402
 from ttft_parts.windows import attention_share, window  # noqa: E402
-from ttft_parts.workloads import prompt_ids  # noqa: E402
+from ttft_parts.workloads import WORKLOADS, prompt_ids  # noqa: E402
 
 SHAPE = {
     "layers": 8,
@@ -183,6 +185,29 @@ def test_the_plot(workload: dict[str, Any], tmp_path: Path) -> None:
 
     plot({"workloads": [workload]}, tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").read_bytes().startswith(b"\x89PNG")
+
+
+class NothingCompiles:
+    """Ranks on which eager contenders can be prepared and compiled ones cannot."""
+
+    def tell(self, do: str, **arguments: Any) -> list[Any]:
+        assert do == "prepare"
+        if arguments["contender"].endswith("/compiled"):
+            raise CommandError("no compiler")
+        return [{"tokens": [1], "seconds": 0.1}] * 2
+
+
+def test_what_does_not_compile_is_replaced_by_itself_in_eager_mode(tmp_path: Path) -> None:
+    chosen = contenders.chosen(["bound/compiled"])
+    plan = Plan(WORKLOADS["tiny"], ("float32",), ("unlimited",), (16,), chosen, 1, 1, 1)
+    data: dict[str, Any] = {"checks": []}
+    nothing: Any = None
+    session = _Session(plan, "float32", nothing, NothingCompiles(), nothing, list(chosen), data, tmp_path)  # type: ignore[arg-type]
+    assert [one.name for one in session._prepare_all(16)] == ["bound/eager"]
+    assert [(check["contender"], check["why"][:11]) for check in data["checks"]] == [
+        ("bound/compiled", "no compiler"),
+        ("bound/eager", "not checked"),
+    ]
 
 
 def test_a_quick_run_over_loopback(tmp_path: Path) -> None:

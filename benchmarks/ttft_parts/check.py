@@ -40,6 +40,8 @@ class Judge:
         self.model = model
         self.artifacts = artifacts
         self.dtype = dtype
+        # Loading a model takes longer than asking it.
+        self._models: dict[tuple[str, str], Forward] = {}
         self._answers: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
 
     def judge(self, contender: Contender, ids: Tensor, tokens: list[int], logits: Tensor) -> dict[str, Any]:
@@ -82,10 +84,15 @@ class Judge:
         key = (source, dtype, (ids.shape[1], *tokens))
         if key not in self._answers:
             whole = torch.cat([ids, torch.tensor([tokens[:-1]], dtype=torch.int64)], 1)
-            forward = self._transformers(dtype) if source == "transformers" else self._lanes(source, dtype)
             with torch.inference_mode():
-                self._answers[key] = forward(whole)[0, ids.shape[1] - 1 :].float().clone()
+                self._answers[key] = self._model(source, dtype)(whole)[0, ids.shape[1] - 1 :].float().clone()
         return self._answers[key]
+
+    def _model(self, source: str, dtype: str) -> Forward:
+        if (source, dtype) not in self._models:
+            load = self._transformers(dtype) if source == "transformers" else self._lanes(source, dtype)
+            self._models[source, dtype] = load
+        return self._models[source, dtype]
 
     def _transformers(self, dtype: str) -> Forward:
         from transformers import AutoModelForCausalLM

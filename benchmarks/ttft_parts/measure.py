@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ttft_parts.check import Judge
-from ttft_parts.contenders import Contender, named, rotated
+from ttft_parts.contenders import Contender, chosen, named, rotated
 from ttft_parts.load import BUSY, OthersLoad
 from ttft_parts.network import UNLIMITED, Network, network
 from ttft_parts.ranks import CommandError, Ranks, RanksFailedError, started
@@ -133,11 +133,13 @@ class _Session:
         for prompt in self.plan.prompts:
             self.where.set_link(UNLIMITED)
             self.ranks.tell("start_prompt", size=prompt)
-            timed = [one for one in self.usable if self._prepared(one, prompt)]
+            timed = self._prepare_all(prompt)
             self.ranks.tell("settle")
+            at_ends = chosen(list(self.plan.workload.only_at_ends))
             for link in self.plan.links:
                 self.where.set_link(link)
-                self._measure_cell(link, prompt, timed)
+                end = link in (self.plan.links[0], self.plan.links[-1])
+                self._measure_cell(link, prompt, [one for one in timed if end or one not in at_ends])
         self.where.set_link(UNLIMITED)
 
     def _measure_links(self) -> None:
@@ -149,6 +151,17 @@ class _Session:
             found = self.ranks.tell("measure_link", send_bytes=_LINK_PROBE_BYTES, reduce_bytes=sizes)[0]
             self.data["links"][self.dtype][link] = found
             _say(f"link {link}: {found['gbits']:.2f} Gbit/s reached")
+
+    def _prepare_all(self, prompt: int) -> list[Contender]:
+        """Warm everybody up; one that cannot be compiled is replaced by itself in eager mode."""
+        timed = []
+        for contender in self.usable:
+            eager = Contender(contender.family, "eager")
+            if self._prepared(contender, prompt):
+                timed.append(contender)
+            elif eager not in self.usable and self._prepared(eager, prompt):
+                timed.append(eager)
+        return timed
 
     def _prepared(self, contender: Contender, prompt: int) -> bool:
         """Warm a contender up, and see whether it is right; only then it is timed."""

@@ -38,6 +38,7 @@ class Workload:
 
     Attributes:
         contenders: Patterns of the contenders that take part unless others are asked for.
+        only_at_ends: Patterns of contenders that are measured at the first and the last link only, to save time.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Workload:
     prompts: tuple[int, ...]
     new_tokens: int
     contenders: tuple[str, ...]
+    only_at_ends: tuple[str, ...] = ()
 
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the model as a Hugging Face directory; returns what the arithmetic needs to know of its shape."""
@@ -83,7 +85,8 @@ WORKLOADS = {
             links=("unlimited", "10", "2", "1"),
             prompts=(128, 512),
             new_tokens=32,
-            contenders=("*",),
+            contenders=("tp_plan", "dtensor/compiled", "standard", "kraken", "ladder", "sync-drop", "bound"),
+            only_at_ends=("ladder", "sync-drop"),
         ),
         Workload(
             name="smollm2",
