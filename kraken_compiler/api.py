@@ -28,6 +28,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
@@ -149,8 +150,11 @@ def compile_model(
         dumps = Path(dump_directory) if dump_directory is not None else None
         program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
     report = make_report(program, history)
+    notes = captured.notes
+    if program.no_cache and token_input(program) is not None:
+        notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
     if directory is None:
-        return CompileResult(report, notes=captured.notes)
+        return CompileResult(report, notes=notes)
 
     comparisons = []
     if verify:
@@ -184,7 +188,7 @@ def compile_model(
             force=force,
             progress=advance,
         )
-    return CompileResult(report, verification, written, captured.notes)
+    return CompileResult(report, verification, written, notes)
 
 
 def verify_artifact(

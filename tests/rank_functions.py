@@ -12,13 +12,16 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.replay import replay
+from kraken_compiler.runtime.session import Session, load_rank_program
 
 
 def run_programs(payload: Mapping[str, Any], session: Session) -> None:
     """Run every artifact of a directory on the same token batches, one after the other.
 
-    The first output of each is saved in `out-RANK.safetensors`, by program and number of the batch.
+    The first output of each is saved in `out-RANK.safetensors`, by program and number of the batch; under "cached" what
+    the KV cache makes of the last batch, a ragged prompt first and then token by token.
     """
     directory = Path(payload["directory"])
     batches = [tensor for _, tensor in sorted(load_file(directory / "batches.safetensors").items())]
@@ -30,4 +33,18 @@ def run_programs(payload: Mapping[str, Any], session: Session) -> None:
         with torch.inference_mode():
             for number, ids in enumerate(batches):
                 outputs[f"{name} {number}"] = program.run_flat([ids])[0].contiguous()
+            if program.has_cache:
+                outputs[f"{name} cached"] = replay(program.decoder(*batches[-1].shape), batches[-1])
     save_file(outputs, directory / f"out-{session.rank}.safetensors")
+
+
+def generate_greedily(payload: Mapping[str, Any], session: Session) -> list[list[int]]:
+    """Continue a batch of prompts with the KV cache; EOS ends nothing."""
+    prompts, tokens = payload["prompts"], payload["tokens"]
+    _, program = load_rank_program(payload["artifact"], session)
+    decoder = program.decoder(len(prompts), max(map(len, prompts)) + tokens)
+    steps = []
+    for done, step in enumerate(generate(decoder, prompts, tokens)):
+        session.status.progress(f"token {done}")
+        steps.append(step)
+    return [list(row) for row in zip(*steps, strict=True)]

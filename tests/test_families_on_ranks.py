@@ -1,4 +1,4 @@
-"""Every family in every form on real gloo ranks: N processes compute what all lanes compute in one.
+"""Every family in every form on real ranks, with and without the KV cache: N processes compute what one computes.
 
 Starting ranks takes seconds, so many programs are run in one launch; capturing takes seconds too, so both degrees of a
 model are in one test. Two tests, because there are usually two workers.
@@ -21,6 +21,8 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.replay import expected as expected_rows
+from kraken_compiler.runtime.replay import split_lengths
 from tests.test_families import DEGREES, SIZES, lane_program, recognized, relative_error
 from tests.zoo import SUPPORTED, random_tokens
 
@@ -32,7 +34,8 @@ def write_programs(name: str, degree: int, directory: Path, batches: Sequence[Te
     """Write a model in every form as artifacts.
 
     Yields:
-        Program and number of the batch, and what all lanes compute in one process.
+        Program and number of the batch, and what all lanes compute in one process; last the part that a KV cache must
+        give of the last batch.
     """
     read = recognized(name).read
     for form in FORMS:
@@ -42,7 +45,10 @@ def write_programs(name: str, degree: int, directory: Path, batches: Sequence[Te
         lanes = LaneModule.from_program(program, read)
         with torch.no_grad():
             for number, ids in enumerate(batches):
-                yield f"{made} {number}", lanes.run_flat([ids])[0]
+                logits = lanes.run_flat([ids])[0]
+                yield f"{made} {number}", logits
+            assert program.cached is not None, f"{name}: {program.no_cache}"
+            yield f"{made} cached", expected_rows(logits, *split_lengths(*batches[-1].shape))
 
 
 def wrong_on_ranks(degree: int, directory: Path, expected: dict[str, Tensor]) -> list[str]:
@@ -72,7 +78,7 @@ def test_ranks_equal_the_single_process(names: list[str], tmp_path: Path) -> Non
             expected[degree].update(write_programs(name, degree, tmp_path / str(degree), batches))
     wrong = []
     for degree in DEGREES:
-        assert len(expected[degree]) == len(names) * len(FORMS) * len(SIZES)
+        assert len(expected[degree]) == len(names) * len(FORMS) * (len(SIZES) + 1)
         directory = tmp_path / str(degree)
         save_file({str(number): ids for number, ids in enumerate(batches)}, directory / "batches.safetensors")
         wrong += wrong_on_ranks(degree, directory, expected[degree])

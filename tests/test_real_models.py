@@ -22,6 +22,7 @@ from kraken_compiler.capture import Capture, capture
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.verify.compare import errors
 from tests.zoo import logits_of, random_tokens
@@ -112,6 +113,55 @@ def test_smollm2_speaks_on_three_ranks(standard: Artifact) -> None:
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" Paris")
+
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):",
+    "The three laws of thermodynamics say",
+    "My favourite recipe for bread",
+    "In 1969",
+    "To be or not to be,",
+    "The mitochondria",
+    "A list of prime numbers: 2, 3, 5,",
+    "Dear Sir or Madam,",
+    "The quick brown fox",
+    "How do I tie a bow tie?",
+    "SELECT name FROM",
+    "The largest planet of the solar system is Jupiter, which",
+    "Music",
+    "If it rains tomorrow, we",
+    "According to the theory of relativity,",
+    "She opened the old wooden box and found",
+    "Python is a programming language that",
+)
+
+
+def greedy_by_transformers(source: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The source's own generation, one prompt at a time, as long as it is asked for."""
+    continuations = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        made = source.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        continuations.append(made[0, len(prompt) :].tolist())
+    return continuations
+
+
+def test_smollm2_generates_what_transformers_generates(standard: Artifact, source: Any, tmp_path: Path) -> None:
+    """64 greedy tokens on 20 prompts of different lengths, all in one batch, on three ranks with a KV cache."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(standard.tokenizer, local_files_only=True)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert len(prompts) == 20
+    assert len({len(prompt) for prompt in prompts}) > 5
+    payload = {"artifact": str(standard.directory), "prompts": prompts, "tokens": 64}
+    made = run_ranks("tests.rank_functions:generate_greedily", 3, payload, timeout=240)
+    assert made[0] == made[1] == made[2]
+    assert made[0] == greedy_by_transformers(source, prompts, 64)
 
 
 def measured(smollm2: Capture, source: Any, layers: str | None, tokens: Tensor) -> Quality:

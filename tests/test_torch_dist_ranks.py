@@ -45,7 +45,7 @@ def test_a_rank_equals_the_single_process(artifacts: tuple[Path, Path]) -> None:
 def test_execute_on_ranks(artifacts: tuple[Path, Path]) -> None:
     two, _ = artifacts
     sets = [torch.randint(0, 50, shape) for shape in ((2, 7), (1, 1), (3, 12))]
-    results = execute_on_ranks(two, [{"input_ids": ids} for ids in sets])
+    results = execute_on_ranks(two, [{"input_ids": ids} for ids in sets]).outputs
     module = load(two)
     assert isinstance(module, LaneModule)
     assert len(results) == 2

@@ -61,6 +61,16 @@ class CallSpec:
     none_inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     none_outputs: tuple[int, ...] = ()
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the graph's outputs."""
+        return tuple(name for leaf, name in enumerate(self.out_names) if leaf not in self.none_outputs)
+
+    @property
+    def logits(self) -> int:
+        """Which of the graph's outputs a language model's logits are; the first if none is called so."""
+        return next((index for index, name in enumerate(self.output_names) if name.endswith("logits")), 0)
+
 
 @dataclass
 class Program:

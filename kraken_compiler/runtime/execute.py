@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.launch import launch
+from kraken_compiler.runtime.replay import replay
 from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session, load_rank_program
 
 
@@ -53,13 +55,26 @@ def run_ranks(
         return [json.loads((directory / f"result-{rank}.json").read_text()) for rank in range(degree)]
 
 
+@dataclass(frozen=True)
+class Executed:
+    """What the ranks of an artifact computed.
+
+    Attributes:
+        outputs: `outputs[rank][set]` is the tuple of the graph's outputs.
+        replayed: `replayed[rank][set]` are the logits of `replay`; empty for a program without a KV cache.
+    """
+
+    outputs: list[list[tuple[Tensor, ...]]]
+    replayed: list[list[Tensor]]
+
+
 def execute_on_ranks(
     artifact_directory: Path | str,
     inputs: Sequence[Mapping[str, Tensor]],
     *,
     timeout: float = DEFAULT_TIMEOUT,
-) -> list[list[tuple[Tensor, ...]]]:
-    """Run an artifact's real programs, one process per lane, on given inputs.
+) -> Executed:
+    """Run an artifact's real programs, one process per lane: on whole inputs, and with the KV cache if there is one.
 
     Starting ranks takes seconds, so give all input sets at once.
 
@@ -67,9 +82,6 @@ def execute_on_ranks(
         artifact_directory: The artifact.
         inputs: Input sets; each maps the names of the manifest's inputs to tensors.
         timeout: Seconds without progress after which a rank counts as hanging.
-
-    Returns:
-        `result[rank][set]` is the tuple of the graph's outputs.
 
     Raises:
         UsageError: An input set lacks an input.
@@ -94,13 +106,15 @@ def execute_on_ranks(
             "sets": len(inputs),
         }
         counts = run_ranks(f"{__name__}:_execute", degree, payload, timeout=timeout)
-        results = []
+        executed = Executed([], [])
         for rank, count in enumerate(counts):
             tensors = load_file(directory / f"out-{rank}.safetensors")
-            results.append(
+            executed.outputs.append(
                 [tuple(tensors[f"{index}.{output}"] for output in range(count)) for index in range(len(inputs))]
             )
-        return results
+            names_of_rank = [f"{index}.replayed" for index in range(len(inputs))]
+            executed.replayed.append([tensors[name] for name in names_of_rank if name in tensors])
+        return executed
 
 
 def _execute(payload: Mapping[str, Any], session: Session) -> int:
@@ -117,5 +131,9 @@ def _execute(payload: Mapping[str, Any], session: Session) -> int:
             for position, output in enumerate(outputs):
                 results[f"{index}.{position}"] = output.contiguous().clone().cpu()
             session.status.progress("executing")
+            if program.has_cache:
+                ids = tensors[f"{index}.{payload['names'][0]}"]
+                results[f"{index}.replayed"] = replay(program.decoder(*ids.shape), ids).cpu()
+                session.status.progress("decoding")
     save_file(results, directory / f"out-{session.rank}.safetensors")
     return count

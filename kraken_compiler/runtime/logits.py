@@ -28,13 +28,13 @@ def logits_function(
         UsageError: The program needs an input that does not follow from the ids, or has no logits.
     """
     sources = [_input_source(spec, len(inputs)) for spec in inputs]
-    names = [name for leaf, name in enumerate(call.out_names) if leaf not in call.none_outputs]
-    position = next((index for index, name in enumerate(names) if name.endswith("logits")), 0)
 
     def logits_of(ids: Tensor) -> Tensor:
-        logits = run_flat([source(ids) for source in sources])[position]
+        logits = run_flat([source(ids) for source in sources])[call.logits]
         if logits.dim() != 3:
-            raise UsageError(f"the program is no language model: its output '{names[position]}' is {logits.dim()}-d")
+            raise UsageError(
+                f"the program is no language model: its output '{call.output_names[call.logits]}' is {logits.dim()}-d"
+            )
         return logits
 
     return logits_of

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
@@ -10,11 +13,15 @@ from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
+from kraken_compiler.runtime.replay import expected, split_lengths
 from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance
 
 
 def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], timeout: float) -> list[Comparison]:
     """Run an artifact's programs on one process per lane, and its lanes in this process, on the same inputs.
+
+    A program with a KV cache is also fed the same tokens a prompt first and then one by one, prompts of different
+    lengths in one batch, and must give the logits of the full run.
 
     Args:
         directory: The artifact.
@@ -28,7 +35,7 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
     artifact = open_artifact(directory, verify=False)
     program = load_program(artifact)
     inputs = [sample_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
-    outputs = execute_on_ranks(directory, inputs, timeout=timeout)
+    executed = execute_on_ranks(directory, inputs, timeout=timeout)
     read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
     lanes, reordered = (StreamingProgram(program, read_lane, reverse_sums=reverse) for reverse in (False, True))
     comparisons = []
@@ -37,12 +44,31 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
         want = lanes.run_flat(flat)
         _, noise = largest_errors(reordered.run_flat(flat), want)
         tolerance = rank_tolerance(want[0].dtype, noise)
-        worst = (0.0, 0.0, 0)
-        for rank, results in enumerate(outputs):
-            absolute, relative = largest_errors(results[number], want)
-            # A NaN is the worst there is, and compares as neither larger nor smaller.
-            if not relative <= worst[1]:
-                worst = (absolute, relative, rank)
-        what = f"{program.degree} ranks against the lanes in one process (worst: rank {worst[2]})"
-        comparisons.append(Comparison(what, size, worst[0], worst[1], tolerance, noise=noise))
+        ranks = [results[number] for results in executed.outputs]
+        what = f"{program.degree} ranks against the lanes in one process"
+        comparisons.append(_worst(what, size, ranks, want, tolerance, noise))
+        replayed = [(results[number],) for results in executed.replayed if results]
+        if replayed:
+            logits = want[program.call.logits]
+            rows = expected(logits, *split_lengths(*size))
+            what = f"{program.degree} ranks with a KV cache against the lanes without"
+            comparisons.append(_worst(what, size, replayed, (rows,), tolerance, noise))
     return comparisons
+
+
+def _worst(
+    what: str,
+    size: tuple[int, int],
+    ranks: Sequence[tuple[Tensor, ...]],
+    want: tuple[Tensor, ...],
+    tolerance: float,
+    noise: float,
+) -> Comparison:
+    """The comparison with the rank that is farthest off."""
+    worst = (0.0, 0.0, 0)
+    for rank, results in enumerate(ranks):
+        absolute, relative = largest_errors(results, want)
+        # A NaN is the worst there is, and compares as neither larger nor smaller.
+        if not relative <= worst[1]:
+            worst = (absolute, relative, rank)
+    return Comparison(f"{what} (worst: rank {worst[2]})", size, worst[0], worst[1], tolerance, noise=noise)

@@ -76,9 +76,7 @@ def _logits(program: Program) -> fx.Node | None:
     """The output that the vocabulary projection makes, [batch, sequence, vocabulary]."""
     (results,) = program.graph.output_node().args
     assert isinstance(results, tuple)
-    names = [name for leaf, name in enumerate(program.call.out_names) if leaf not in program.call.none_outputs]
-    position = next((index for index, name in enumerate(names) if name.endswith("logits")), 0)
-    result = results[position]
+    result = results[program.call.logits]
     return result if isinstance(result, fx.Node) and len(shape_of(result)) == 3 else None
 
 

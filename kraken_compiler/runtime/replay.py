@@ -1,0 +1,47 @@
+"""Known sequences fed to a decoder as if it had generated them, so that its logits can be compared with a full run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.runtime.decoder import Decoder
+
+
+def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
+    """How long every row's prompt is taken to be, and how many steps follow; lengths differ where they can.
+
+    Args:
+        batch: Number of sequences.
+        tokens: Length of every sequence.
+    """
+    longest = max(tokens - 3, 1)
+    lengths = [max(longest - 2 * row, 1) for row in range(batch)]
+    return lengths, tokens - longest
+
+
+def replay(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Feed sequences: first a prompt of every row, then token after token.
+
+    Args:
+        decoder: Takes a batch of that size.
+        ids: int64 [batch, tokens].
+
+    Returns:
+        Logits [batch, 1 + steps, vocabulary] after the prompt and after every step.
+    """
+    lengths, steps = split_lengths(*ids.shape)
+    counts = torch.tensor(lengths)
+    decoder.reset()
+    logits = [decoder.prefill(ids[:, : max(lengths)], counts)]
+    for step in range(steps):
+        logits.append(decoder.step(ids[torch.arange(len(ids)), counts + step]))
+    return torch.stack(logits, dim=1)
+
+
+def expected(logits: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
+    """The rows of a full run's logits [batch, tokens, vocabulary] that `replay` returns."""
+    rows = torch.arange(len(logits))[:, None]
+    return logits[rows, torch.tensor(lengths)[:, None] - 1 + torch.arange(steps + 1)]
