@@ -18,6 +18,9 @@ from typer.testing import CliRunner
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.cli.run import app
+from kraken_compiler.runtime.decoder import RecomputingDecoder
+from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.sampling import Sampling
 from tests.generation_functions import continuation as continued
 from tests.test_cli_compile import kill_a_rank, save_model
 from tests.zoo import SUPPORTED, logits_of
@@ -141,16 +144,16 @@ def prompt_that_ends() -> tuple[int, list[int]]:
 
 
 def test_the_same_seed_is_the_same_text(artifact: Path) -> None:
-    sampled = ("--input-ids", "5,6", "--max-new-tokens", "8", "--temperature", "2", "--top-p", "0.99", "--json")
-
-    def rows(*more: str) -> list[list[int]]:
-        told = json.loads(printed(artifact, *sampled, *more))
-        assert told["seed"] == 3
-        return [result["ids"] for result in told["results"]]
-
-    first, second = rows("--input-ids", "5,6", "--seed", "3")
+    """In another process, on other ranks, alone or in a batch."""
+    sampled = ("--max-new-tokens", "8", "--temperature", "2", "--top-p", "0.99", "--seed", "3", "--json")
+    told = json.loads(printed(artifact, "--input-ids", "5,6", "--input-ids", "5,6", *sampled))
+    assert told["seed"] == 3
+    first, second = (result["ids"] for result in told["results"])
     assert first != second, "two rows are two drawings"
-    assert rows("--seed", "3") == [first]
+    model = SUPPORTED["llama"]()
+    decoder = RecomputingDecoder(lambda ids: logits_of(model, ids), 1, 20)
+    alone = generate(decoder, [[5, 6]], 8, sampling=Sampling(2.0, top_p=0.99, seed=3))
+    assert [token for (token,) in alone] == first
 
 
 def test_a_chat_template_for_a_prompt(artifact: Path) -> None:

@@ -22,9 +22,8 @@ from kraken_compiler.runtime.decoder import Decoder, RecomputingDecoder
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.generate import generate, pack
 from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.worker import run_rank
+from kraken_compiler.runtime.worker import main
 from tests.generation_functions import continuation
 from tests.test_cli_compile import save_model
 from tests.toy_lane_program import write_toy
@@ -198,10 +197,17 @@ def test_torchrun_does_the_same(artifact: Path) -> None:
     assert done.stdout == expected(artifact, [9], 3) + "\n" + expected(artifact, [5, 6], 3) + "\n"
 
 
-def test_the_worker_alone_says_how_to_start_it(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_alone_says_how_to_start_it(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match="kraken-run or torchrun"):
-        run_rank(RunOptions(artifact=artifact, input_ids=["1"]))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(artifact), "--input-ids", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        main([str(artifact), "--input-ids", "1", "--top-k", "2"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: start this through kraken-run or torchrun")
+    assert second.startswith("error: --top-k and --top-p need a --temperature above 0")
 
 
 def test_inputs_that_follow_from_the_ids(artifact: Path) -> None:

@@ -22,13 +22,12 @@ _SEED_BITS = 32
 
 
 def speak(engine: Engine, options: RunOptions) -> None:
-    """Do all that the options ask for.
+    """Do all that the options, which have been checked, ask for.
 
     Raises:
         UsageError: It cannot be done.
         InputFileError: A file cannot be read.
     """
-    options.check()
     if options.interactive:
         _converse(engine, options)
     else:

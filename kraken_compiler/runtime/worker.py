@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.engine import Engine
 from kraken_compiler.runtime.options import RunOptions, options_app
 from kraken_compiler.runtime.session import load_rank_program, rank_session
@@ -26,6 +27,7 @@ def run_rank(options: RunOptions) -> None:
         UsageError: No launcher started this, or the options ask for what cannot be done.
         InputFileError: A file of the artifact is missing, truncated or tampered with.
     """
+    options.check()
     with rank_session(options.timeout, options.device) as session:
         artifact, program = load_rank_program(options.artifact, session)
         engine = Engine(artifact, program, session)
@@ -39,10 +41,15 @@ def run_rank(options: RunOptions) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [OPTIONS_FILE]:
-        run_rank(RunOptions.from_json(Path(given[1]).read_text(encoding="utf-8")))
-    else:
-        options_app(run_rank, __doc__ or "")(given, prog_name="kraken_compiler.runtime.worker")
+    try:
+        if given[:1] == [OPTIONS_FILE]:
+            run_rank(RunOptions.from_json(Path(given[1]).read_text(encoding="utf-8")))
+        else:
+            options_app(run_rank, __doc__ or "")(given, prog_name="kraken_compiler.runtime.worker")
+    except (UsageError, InputFileError) as error:
+        # These are for users, who do not want to see where in our code they come from.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":
