@@ -49,6 +49,7 @@ def workload() -> dict[str, Any]:
     return {
         "name": "llama",
         "degree": 2,
+        "has_aims": True,
         "shape": SHAPE,
         "network": {"kind": "namespaces", "note": ""},
         "pinned": True,
@@ -110,6 +111,13 @@ def test_ratios_over_two_dtypes_are_also_taken_together(workload: dict[str, Any]
     assert [one.scope for one in found[:3]] == ["float32", "bfloat16", "all"]
     assert found[2].cells == 3
     assert found[2].mean == pytest.approx((1.5 * 0.9 * 2.0) ** (1 / 3))
+
+
+def test_without_aims_there_are_ratios_and_no_verdicts(workload: dict[str, Any]) -> None:
+    workload["has_aims"] = False
+    found = ratios(workload)
+    assert found
+    assert {one.holds for one in found} == {None}
 
 
 def test_window_arithmetic() -> None:

@@ -52,6 +52,7 @@ class Outcome:
         self.data |= {
             "name": plan.workload.name,
             "degree": plan.workload.degree,
+            "has_aims": plan.workload.has_aims,
             "shape": shape,
             "network": {"kind": where.kind, "note": where.note},
             "pinned": pinned,

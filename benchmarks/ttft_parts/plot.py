@@ -32,7 +32,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
     rows = [row for workload in document["workloads"] for metric in METRICS for row in _rows(workload, metric)]
     columns = max((len(prompts) for *_, prompts in rows), default=1)
-    size = (6.4 * columns, 3.4 * max(1, len(rows)))
+    size = (7.4 * columns, 3.4 * max(1, len(rows)))
     figure, axes = plt.subplots(max(1, len(rows)), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (workload, metric, dtype, prompts) in zip(axes, rows):
         for axis in line[len(prompts) :]:
@@ -64,5 +64,5 @@ def _panel(axis: Any, workload: Mapping[str, Any], metric: str, dtype: str, prom
     axis.set_xticks(range(len(links)), [link if link == "unlimited" else f"{link} Gbit/s" for link in links])
     axis.set_ylabel(f"{metric.upper()}, ms")
     axis.set_title(f"{workload['name']}, {dtype}, prompt {prompt}", fontsize=10)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -124,7 +124,7 @@ def ratios(workload: Mapping[str, Any]) -> list[Ratio]:
     marked = {place for place, found in windows(workload).items() if found.fits}
     dtypes = list(dict.fromkeys(cell["dtype"] for cell in workload["cells"]))
     found = []
-    for aim in AIMS:
+    for aim in AIMS if workload["has_aims"] else [Aim(aim.metric, aim.over, aim.under) for aim in AIMS]:
         over, under = (families[aim.metric].get(family, {}) for family in (aim.over, aim.under))
         values = {place: over[place] / under[place] for place in over if place in under}
         for scope in [*dtypes, *["all"] * (len(dtypes) > 1)]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ttft_parts.contenders import MEANING
+from ttft_parts.contenders import BOUND, MEANING
 from ttft_parts.load import BUSY
 from ttft_parts.ratios import METRICS, Place, Ratio, best_modes, medians, of_families, ratios, windows
 
@@ -135,17 +135,16 @@ def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:
 
 
 def _marked_cells(found: Sequence[Ratio], marked: set[Place], workload: Mapping[str, Any]) -> list[str]:
-    aims = {ratio.aim for ratio in found if ratio.aim.at_most_marked is not None}
     lines = []
-    for aim in aims:
-        families = of_families(workload["cells"], aim.metric)
-        over, under = families[aim.over], families[aim.under]
+    if any((ratio.aim.metric, ratio.aim.over, ratio.aim.under) == ("ttft", "kraken", BOUND) for ratio in found):
+        families = of_families(workload["cells"], "ttft")
+        over, under = families["kraken"], families[BOUND]
         rows = [
             (*map(str, place), f"{over[place] / under[place]:.2f}", "marked" if place in marked else "")
             for place in over
             if place in under
         ]
-        lines += ["", f"{aim.metric.upper()} {aim.over} / {aim.under}, cell by cell"]
+        lines += ["", f"TTFT kraken / {BOUND}, cell by cell"]
         lines += _table(("dtype", "prompt", "link", "ratio", ""), rows)
     return lines
 

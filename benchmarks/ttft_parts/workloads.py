@@ -39,6 +39,7 @@ class Workload:
     Attributes:
         contenders: Patterns of the contenders that take part unless others are asked for.
         only_at_ends: Patterns of contenders that are measured at the first and the last link only, to save time.
+        has_aims: Its ratios are held against what was aimed at; the aims were set for one workload.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Workload:
     new_tokens: int
     contenders: tuple[str, ...]
     only_at_ends: tuple[str, ...] = ()
+    has_aims: bool = False
 
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the model as a Hugging Face directory; returns what the arithmetic needs to know of its shape."""
@@ -87,6 +89,7 @@ WORKLOADS = {
             new_tokens=32,
             contenders=("tp_plan", "dtensor/compiled", "standard", "kraken", "ladder", "sync-drop", "bound"),
             only_at_ends=("ladder", "sync-drop"),
+            has_aims=True,
         ),
         Workload(
             name="smollm2",
