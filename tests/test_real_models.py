@@ -144,7 +144,8 @@ def greedy_by_transformers(source: Any, prompts: list[list[int]], tokens: int) -
     continuations = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        # The last token never comes up, so nothing ends early; `min_new_tokens` would change the choice instead.
+        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": 49151}
         made = source.generate(ids, attention_mask=torch.ones_like(ids), **options)
         continuations.append(made[0, len(prompt) :].tolist())
     return continuations
