@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
@@ -238,3 +239,38 @@ def new_dynamic_size(mode: FakeTensorMode, name: str) -> torch.SymInt:
     size = fake.shape[0]
     assert isinstance(size, torch.SymInt)
     return size
+
+
+@contextmanager
+def generated_code() -> Iterator[list[str]]:
+    """Collects the source of every program that Inductor writes, or finds in its cache, meanwhile."""
+    from unittest.mock import patch
+
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+    with patch.object(GraphLowering, "save_output_code", codes.append):
+        yield codes
+
+
+def mark_sizes(
+    tensors: Sequence[Tensor], dynamic: Iterable[tuple[int, int]], opaque: Iterable[tuple[int, int]] = ()
+) -> None:
+    """Tell torch.compile which sizes of its example inputs may change.
+
+    Args:
+        tensors: The inputs.
+        dynamic: Number of an input and of its dim; of sizes 2 and more.
+        opaque: Likewise; of any size, but nothing may depend on it while compiling.
+    """
+    import torch._dynamo.decorators as dynamo
+
+    varying, unknown = set(dynamic), set(opaque)
+    for place, tensor in enumerate(tensors):
+        for dim in range(tensor.dim()):
+            if (place, dim) in unknown:
+                dynamo.mark_unbacked(tensor, dim)
+            elif (place, dim) in varying:
+                dynamo.mark_dynamic(tensor, dim)
+            else:
+                dynamo.mark_static(tensor, dim)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.communicators import message
 from kraken_compiler.communicators.base import Communicator, find
 from kraken_compiler.communicators.choose import default_communicator
@@ -180,3 +182,21 @@ def end_with_the_group(payload: Mapping[str, Any], session: Session) -> dict[str
         del communicator, group
         open_after.append(find(name) is not None)
     return {"totals": totals, "open": open_after}
+
+
+def run_compiled(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """Run an artifact eagerly and compiled with every kind of communicator."""
+    artifact = open_artifact(payload["artifact"])
+    ids = torch.tensor(payload["ids"])
+    differences, windows = {}, {}
+    for kind in ("message", "group"):
+        program = RankProgram.load(artifact, communicator=kind)
+        want = program.run_flat([ids])
+        program.compile()
+        assert program.compiled is not None
+        for step in range(3):
+            have = program.run_flat([ids])
+            differences[f"{kind} {step}"] = max(float((a - b).abs().max()) for a, b in zip(have, want))
+        windows[kind] = [len(window.gemms) for window in program.compiled.windows]
+        session.status.progress(kind)
+    return {"differences": differences, "windows": windows}

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import functional_collectives
+from kraken_compiler.communicators import ops
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
@@ -24,11 +25,14 @@ def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tupl
     Raises:
         VerificationError: A reduce is never awaited, or there are more or fewer reduces than planned.
     """
+    assert ops is not None  # importing it defines the ops of compiled graphs
     starts, waits = _communicator_calls(module.graph)
     if torch.distributed.is_available():
         real = functional_collectives()
         starts.append(real.all_reduce.default)
         waits.append(real.wait_tensor.default)
+    starts.append(torch.ops.kraken_rank.start.default)
+    waits.append(torch.ops.kraken_rank.wait.default)
     try:
         return measure_windows(module.graph, plan, more_starts=starts, more_waits=waits)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,12 +19,15 @@ from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.cache import PAST, SLOTS
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
+from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
+    from kraken_compiler.backends.torch_dist.compile_lanes import CompiledGraph
 
 __all__ = ["GRAPH_FILE", "RankProgram", "lane_file", "load_lane_weights", "with_real_collectives"]
 
@@ -46,6 +49,7 @@ class RankProgram(nn.Module):
         lane: Number of the lane this rank runs.
         degree: Number of lanes.
         communicator: What adds up the lanes' parts.
+        compiled: What runs instead of the graph after `compile`.
         graph: The graph with real collectives; placeholders are the weights, then the inputs.
         weights: Holds this lane's parameters and buffers, by weight-table name.
     """
@@ -63,6 +67,7 @@ class RankProgram(nn.Module):
         group: dist.ProcessGroup | None = None,
         communicator: Communicator | str | None = None,
         reduce_dtype: torch.dtype | None = None,
+        plan: FormPlan | None = None,
     ) -> None:
         """Bind a lane graph to a group and weights.
 
@@ -78,6 +83,7 @@ class RankProgram(nn.Module):
             communicator: What adds up the lanes' parts: an object, a kind of `communicators.choose.KINDS`, or None
                 for the default of the device that the weights are on.
             reduce_dtype: To which each lane's part is rounded before it is sent; None leaves it.
+            plan: Which windows compiling must keep; None asks for none.
 
         Raises:
             UsageError: There is no process group, its size is not the degree, the lane is not this rank's, or there is
@@ -86,6 +92,7 @@ class RankProgram(nn.Module):
         super().__init__()
         self.lane = lane
         self.degree = degree
+        self.plan = plan
         self.inputs = inputs
         self.call = call
         if isinstance(communicator, Communicator):
@@ -101,6 +108,8 @@ class RankProgram(nn.Module):
         self._graphs: CachedGraphs | None = None
         self._steps: dict[Any, RunStep] = {}
         self._lane_graph = copy_graph(graph.graph)
+        self._options: dict[str, Any] = {}
+        self.compiled: CompiledGraph | None = None
         self.weights = nn.Module()
         for name, spec in table.items():
             value = weights[name]
@@ -147,6 +156,7 @@ class RankProgram(nn.Module):
             group=group,
             communicator=communicator,
             reduce_dtype=reduce_dtype,
+            plan=program.plan,
         )
         if program.cached is not None:
             made._cached_graphs = partial(CachedGraphs.of, program.cached)
@@ -195,6 +205,7 @@ class RankProgram(nn.Module):
             group=group,
             communicator=communicator,
             reduce_dtype=reduce_dtype,
+            plan=manifest.plan,
         )
         if manifest.cache is not None:
             program._cached_graphs = partial(CachedGraphs.load, artifact, verify=verify)
@@ -206,9 +217,43 @@ class RankProgram(nn.Module):
 
     def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs."""
+        if self.compiled is not None:
+            return self.compiled(*inputs)
         weights = [getattr(self.weights, name) for name in self._weight_names]
         outputs: tuple[Tensor, ...] = self.graph(*weights, *inputs)
         return outputs
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run through torch.compile from now on.
+
+        It compiles at the first call, which takes seconds to minutes, and then checks that every reduce kept the
+        compute that hides it.
+
+        Args:
+            args: None.
+            kwargs: Settings of Inductor.
+        """
+        assert not args, "torch.compile's own arguments are chosen here"
+        self._options = kwargs
+        self.compiled = self._compiled_graph(self._lane_graph, self.inputs)
+
+    def _compiled_graph(
+        self, graph: fx.Graph, inputs: tuple[InputSpec, ...], opaque: Mapping[str, Sequence[int]] | None = None
+    ) -> CompiledGraph:
+        # Imported here because it costs seconds and megabytes that no eager rank needs.
+        from kraken_compiler.backends.torch_dist.compile_lanes import CompiledGraph
+
+        opaque = opaque or {}
+        sizes = {spec.name: [dim for dim, size in enumerate(spec.shape) if isinstance(size, str)] for spec in inputs}
+        return CompiledGraph(
+            fx.GraphModule({}, copy_graph(graph)),
+            {name: getattr(self.weights, name) for name in self._weight_names},
+            self.communicator,
+            self.plan,
+            dynamic={name: [dim for dim in dims if dim not in opaque.get(name, ())] for name, dims in sizes.items()},
+            opaque=opaque,
+            options=self._options,
+        )
 
     @property
     def has_cache(self) -> bool:
@@ -245,7 +290,10 @@ class RankProgram(nn.Module):
     def _step(self, graphs: CachedGraphs, compiled: bool) -> RunStep:
         """The step graph with this rank's collectives, made once."""
         key = (self.communicator.name, self._device(), compiled)
-        if key not in self._steps:
+        if key not in self._steps and compiled:
+            step_of = self._compiled_graph(graphs.step.graph, graphs.inputs, {SLOTS: (0,), PAST: (0,)})
+            self._steps[key] = lambda *operands: step_of(*operands[len(self._weight_names) :])
+        elif key not in self._steps:
             step = bind_collectives(fx.GraphModule({}, copy_graph(graphs.step.graph)), self.communicator)
             retarget(step, self._device())
             self._steps[key] = step
@@ -268,6 +316,8 @@ class RankProgram(nn.Module):
             self.communicator = communicator
             self.graph = bind_collectives(fx.GraphModule({}, copy_graph(self._lane_graph)), communicator)
         retarget(self.graph, device)
+        if self.compiled is not None:
+            self.compiled = self._compiled_graph(self._lane_graph, self.inputs)
 
 
 def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:

@@ -1,0 +1,150 @@
+"""What lies between every reduce's start and its wait in the code that torch.compile wrote.
+
+Compilers move nodes, so the order that counts is the order of the calls in the generated wrapper.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.schedule import Window
+
+_SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
+_RENAMED = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)\b(?!\.|\()")
+_FIRST = r"\.default\((?:reinterpret_tensor\()?(\w+)"
+_START = re.compile(r"^(?:(\w+) = )?torch\.ops\.(?:kraken_rank\.start|_c10d_functional\.all_reduce_?)" + _FIRST)
+_WAIT = re.compile(r"torch\.ops\.(?:kraken_rank\.wait|_c10d_functional\.wait_tensor)" + _FIRST)
+_GEMM = re.compile(
+    r"extern_kernels\.\w*mm\w*\(|torch\.ops\.(?:kraken_rank\.linear|mkldnn\._linear_pointwise|mkl\._mkl_linear|"
+    r"aten\.\w*(?:mm|linear)|aten\._scaled_dot_product\w*|kraken\.(?:cached_)?attention)\b|"
+    r"(?:triton_tem|cpp)_fused_\w*mm_\w*(?:\.run)?\("
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that matters here.
+
+    Attributes:
+        kind: "start", "wait" or "gemm".
+        name: Which graph node it stands for, "" if the code does not say.
+        reduce: The number of the reduce that it starts or awaits.
+    """
+
+    kind: str
+    name: str
+    reduce: int = -1
+
+
+def emitted_windows(code: str, expected: Sequence[Window]) -> tuple[Window, ...]:
+    """Measure the window of every reduce in generated code.
+
+    Args:
+        code: A module that torch.compile wrote.
+        expected: The windows of the graph that was compiled, in launch order.
+
+    Returns:
+        The windows with the calls that are really between start and wait, by the name of their graph node.
+
+    Raises:
+        VerificationError: The code starts or awaits more, fewer or other reduces than the graph, or in another order,
+            which would mix up the sums of ranks.
+    """
+    calls = _calls(code)
+    starts = [place for place, call in enumerate(calls) if call.kind == "start"]
+    waits = {call.reduce: place for place, call in reversed(list(enumerate(calls))) if call.kind == "wait"}
+    if len(starts) != len(expected) or len(waits) != len(expected):
+        raise VerificationError(
+            f"the compiled program starts {len(starts)} reduces and awaits {len(waits)}; the graph has {len(expected)}"
+        )
+    names = [calls[place].name for place in starts]
+    planned = [window.start for window in expected]
+    if names != planned and set(names) == set(planned):
+        first = next(number for number, (name, plan) in enumerate(zip(names, planned)) if name != plan)
+        raise VerificationError(
+            f"the compiler changed the order of the reduces: {names[first]} starts where {planned[first]} should"
+        )
+    return tuple(
+        Window(
+            window.reduce,
+            window.start,
+            window.wait,
+            tuple(call.name for call in calls[starts[number] : waits[number]] if call.kind == "gemm"),
+            window.promised,
+        )
+        for number, window in enumerate(expected)
+    )
+
+
+def require_emitted_overlap(code: str, expected: Sequence[Window]) -> tuple[Window, ...]:
+    """Make sure that compiling lost no overlap; returns the windows of the generated code.
+
+    Raises:
+        VerificationError: A window that the form promises is empty; says what moved across what.
+    """
+    windows = emitted_windows(code, expected)
+    lost = [number for number, window in enumerate(windows) if window.promised and not window.gemms]
+    if lost:
+        place = {call.name: position for position, call in enumerate(_calls(code)) if call.name}
+        reasons = [_what_moved(expected[number], place) for number in lost[:3]]
+        raise VerificationError(
+            f"{len(lost)} of {len(windows)} reduces lost their overlap when the graph was compiled: "
+            + "; ".join(reasons)
+        )
+    return windows
+
+
+def _what_moved(window: Window, place: Mapping[str, int]) -> str:
+    start, wait = place.get(window.start), place.get(window.wait)
+    known = [name for name in window.gemms if name in place]
+    moves = []
+    if start is not None:
+        passed = [name for name in known if place[name] < start]
+        moves += [f"its start {window.start} was moved down behind {passed[-1]}"] if passed else []
+    if wait is not None:
+        passed = [name for name in known if place[name] > wait]
+        moves += [f"its wait {window.wait} was moved up before {passed[0]}"] if passed else []
+    return f"reduce {window.reduce}: {' and '.join(moves) or 'no matrix product is left between start and wait'}"
+
+
+def _calls(code: str) -> list[_Call]:
+    calls: list[_Call] = []
+    started: dict[str, int] = {}
+    renamed: dict[str, str] = {}
+    name = ""
+    body = code.partition("def call(")[2]
+    for line in body.splitlines():
+        text = line.strip()
+        if text.startswith("return "):
+            break
+        sources = _SOURCES.match(text)
+        if sources:
+            # The last of the nodes that became one call is the one whose result it is.
+            name = sources[1].split(",")[-1].strip()
+        elif start := _START.match(text):
+            number = len(started)
+            # Our start gives a new tensor, which is awaited; a group's all_reduce works in place.
+            started[f"{number}"] = number
+            renamed[start[1] or _origin(renamed, start[2])] = f"{number}"
+            calls.append(_Call("start", name, number))
+            name = ""
+        elif wait := _WAIT.search(text):
+            origin = _origin(renamed, wait[1])
+            if origin in started:  # gathers are awaited too
+                calls.append(_Call("wait", name, started[origin]))
+            name = ""
+        elif _GEMM.search(text):
+            calls.append(_Call("gemm", name))
+            name = ""
+        elif rename := _RENAMED.match(text):
+            renamed[rename[1]] = _origin(renamed, rename[2])
+    return calls
+
+
+def _origin(renamed: Mapping[str, str], name: str) -> str:
+    while renamed.get(name, name) != name:
+        name = renamed[name]
+    return name
