@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.cli.run import app
+from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.decoder import RecomputingDecoder
 from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.sampling import Sampling
 from tests.generation_functions import continuation as continued
 from tests.test_cli_compile import kill_a_rank, save_model
@@ -154,6 +156,14 @@ def test_the_same_seed_is_the_same_text(artifact: Path) -> None:
     decoder = RecomputingDecoder(lambda ids: logits_of(model, ids), 1, 20)
     alone = generate(decoder, [[5, 6]], 8, sampling=Sampling(2.0, top_p=0.99, seed=3))
     assert [token for (token,) in alone] == first
+
+
+def test_what_ranks_send_can_be_rounded(artifact: Path) -> None:
+    """The first token's logits survive it here; a type that cannot be sent is refused."""
+    rounded = printed(artifact, "--input-ids", "5,6", "--max-new-tokens", "1", "--reduce-dtype", "bfloat16")
+    assert rounded == printed(artifact, "--input-ids", "5,6", "--max-new-tokens", "1")
+    with pytest.raises(UsageError, match="--reduce-dtype int8"):
+        RunOptions(artifact=artifact, reduce_dtype="int8").check()
 
 
 def test_a_chat_template_for_a_prompt(artifact: Path) -> None:

@@ -61,6 +61,13 @@ class RunOptions:
     ] = None
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None
     compile: Annotated[bool, typer.Option("--compile", help="Compile the program with torch.compile first.")] = False
+    reduce_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Round what ranks send each other to this type: bfloat16 or float16. Halves the bytes of a float32 "
+            "model and changes its numbers a little. (default: send it as it is)"
+        ),
+    ] = None
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -108,6 +115,8 @@ class RunOptions:
             raise UsageError("--json needs --prompt TEXT, --prompt-file FILE or --input-ids 1,2,3")
         if self.device not in (None, "cpu", "cuda"):
             raise UsageError(f"--device {self.device}: choose cpu or cuda")
+        if self.reduce_dtype not in (None, "bfloat16", "float16"):
+            raise UsageError(f"--reduce-dtype {self.reduce_dtype}: choose bfloat16 or float16")
         if self.timeout is not None and self.timeout <= 0:
             raise UsageError(f"--timeout {self.timeout:g}: give a number of seconds above 0")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):

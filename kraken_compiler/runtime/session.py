@@ -80,8 +80,15 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
     status.finish()
 
 
-def load_rank_program(directory: Path | str, session: Session) -> tuple[Artifact, RankProgram]:
+def load_rank_program(
+    directory: Path | str, session: Session, *, reduce_dtype: torch.dtype | None = None
+) -> tuple[Artifact, RankProgram]:
     """Load this rank's program, and go on when all ranks have theirs.
+
+    Args:
+        directory: The artifact.
+        session: This rank.
+        reduce_dtype: To which each lane's part is rounded before it is sent; None leaves it.
 
     Raises:
         InputFileError: A file of the artifact is missing, truncated or tampered with.
@@ -90,7 +97,7 @@ def load_rank_program(directory: Path | str, session: Session) -> tuple[Artifact
     artifact = open_artifact(directory, verify=False)
     largest = max((record.bytes for record in artifact.manifest.files.values()), default=0)
     session.status.progress("loading the program", extra=largest / _SLOWEST_DISK)
-    program = RankProgram.load(artifact, device=session.device)
+    program = RankProgram.load(artifact, device=session.device, reduce_dtype=reduce_dtype)
     # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
     dist.barrier()
     session.status.progress("running")

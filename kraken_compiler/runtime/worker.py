@@ -10,11 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.engine import Engine
 from kraken_compiler.runtime.options import RunOptions, options_app
 from kraken_compiler.runtime.session import load_rank_program, rank_session
 from kraken_compiler.runtime.speak import speak
+
+REDUCE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 OPTIONS_FILE = "--options-file"
 """What kraken-run gives instead of options: a file with `RunOptions` as JSON, as an argument has a greatest length."""
@@ -29,7 +33,8 @@ def run_rank(options: RunOptions) -> None:
     """
     options.check()
     with rank_session(options.timeout, options.device) as session:
-        artifact, program = load_rank_program(options.artifact, session)
+        reduce_dtype = REDUCE_DTYPES[options.reduce_dtype]
+        artifact, program = load_rank_program(options.artifact, session, reduce_dtype=reduce_dtype)
         engine = Engine(artifact, program, session)
         if session.rank == 0:
             speak(engine, options)
