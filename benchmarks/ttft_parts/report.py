@@ -197,7 +197,7 @@ def _link(link: str) -> str:
 
 
 def _kib(size: float | str) -> str:
-    return f"{float(size) / 1024:.3g} KiB"
+    return f"{float(size) / 1024:.4g} KiB"
 
 
 def _ms(seconds: float | None) -> str:
