@@ -191,8 +191,14 @@ class _Builder:
             else:
                 values[operand] = self.new[operand]
         self.new[node] = self.graph.node_copy(node, values.__getitem__)
-        self.new[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
-        self._refresh(self.new[node], None if in_tail else node)
+        new = self.new[node]
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        looked_up = any(operand not in self.new for operand in node.all_input_nodes)
+        if in_tail or looked_up:
+            self._refresh(new, None if in_tail else node)
+        else:
+            # Same operands, same shape: to compute it again would be most of this pass's time.
+            new.meta["val"] = node.meta["val"]
         return None
 
     def _refresh(self, new: fx.Node, like: fx.Node | None) -> None:
