@@ -121,8 +121,14 @@ def _grouped(
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
 
 
-_library.impl("cached_attention", cached_attention, "CompositeExplicitAutograd")
+def _laid_out(*operands: Any, **options: Any) -> Tensor:
+    """The same in the one layout that compiled code may rely on: tokens before heads, as the next layer wants them."""
+    return cached_attention(*operands, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_library.impl("cached_attention", _laid_out, "CompositeExplicitAutograd")
 torch.library.register_fake("kraken::cached_attention", _fake, lib=_library)

@@ -102,7 +102,7 @@ class CompiledGraph:
             settings.setdefault("triton.cudagraphs", True)  # decode: always the same shapes
         # Only inputs are looked at before a call; there are hundreds of weights, which do not change.
         settings["guard_filter_fn"] = _input_guards
-        run = torch.compile(module, fullgraph=True, options=settings)
+        run = torch.compile(module.forward, fullgraph=True, options=settings)
         varying = [place for place, size in zip(self._dynamic, kind) if size == 2]
         marked = [tensor.detach() for tensor in inputs]  # shares memory, but not the marks
         mark_sizes(marked, varying, self._opaque)
