@@ -139,6 +139,7 @@ def test_contenders_are_chosen_by_name_family_and_pattern() -> None:
         "tp_plan/eager",
         "kraken/eager",
         "kraken/compiled",
+        "kraken/gloo",
     ]
     assert len(contenders.chosen(["*/compiled"])) == 7
     with pytest.raises(ValueError, match="no contender matches 'krakn'"):

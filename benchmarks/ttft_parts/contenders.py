@@ -1,4 +1,7 @@
-"""Who competes: a family (what is computed, by whom) in a mode (eager or compiled)."""
+"""Who competes: a family (what is computed, by whom) in a mode: eager, compiled, or eager over gloo.
+
+The peers know gloo only; ours on gloo shows what of the difference is the communicator's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ DTENSOR = "dtensor"
 BOUND = "bound"
 PEERS = (TP_PLAN, DTENSOR)
 FORMS = ("standard", "kraken", "ladder", "sync-drop")
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "gloo")
 
 MEANING = {
     TP_PLAN: 'transformers, loaded with tp_plan="auto"; eager with a DynamicCache, compiled with a StaticCache',
@@ -42,7 +45,10 @@ class Contender:
         return self.family != BOUND
 
 
-ALL = tuple(Contender(family, mode) for family in (*PEERS, *FORMS, BOUND) for mode in MODES)
+ALL = (
+    *(Contender(family, mode) for family in (*PEERS, *FORMS, BOUND) for mode in ("eager", "compiled")),
+    *(Contender(family, "gloo") for family in ("standard", "kraken")),
+)
 
 
 def chosen(patterns: list[str]) -> tuple[Contender, ...]:

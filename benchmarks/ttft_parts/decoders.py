@@ -47,7 +47,9 @@ class Factory:
         if contender.family in (TP_PLAN, DTENSOR):
             load = self._load_tp_plan if contender.family == TP_PLAN else self._load_dtensor
             return TransformersDecoder(self._once(contender.family, load), capacity, compiled)
-        program = self._once(contender.family, lambda: self._load_ours(contender))
+        communicator = {BOUND: "none"}.get(contender.family, "group" if contender.mode == "gloo" else None)
+        key = f"{contender.family} {communicator}"
+        program = self._once(key, lambda: self._load_ours(contender, communicator))
         return OurDecoder(program.decoder(batch=1, capacity=capacity, compiled=compiled))
 
     def _once(self, key: str, load: Callable[[], Any]) -> Any:
@@ -83,13 +85,13 @@ class Factory:
             plan[f"model.layers.*.{name}"] = RowwiseParallel()
         return parallelize_module(model, init_device_mesh("cpu", (self.degree,)), plan)
 
-    def _load_ours(self, contender: Contender) -> Any:
+    def _load_ours(self, contender: Contender, communicator: str | None) -> Any:
         from kraken_compiler.artifact.read import open_artifact
         from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 
         assert contender.form is not None
         artifact = open_artifact(self.artifacts[contender.form], verify=False)
-        return RankProgram.load(artifact, communicator="none" if contender.family == BOUND else None)
+        return RankProgram.load(artifact, communicator=communicator)
 
 
 class OurDecoder:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ttft_parts.check import Judge
-from ttft_parts.contenders import Contender, chosen, named, rotated
+from ttft_parts.contenders import Contender, named, rotated
 from ttft_parts.load import BUSY, OthersLoad
 from ttft_parts.network import UNLIMITED, Network, network
 from ttft_parts.ranks import CommandError, Ranks, RanksFailedError, started
@@ -136,11 +136,9 @@ class _Session:
             self.ranks.tell("start_prompt", size=prompt)
             timed = self._prepare_all(prompt)
             self.ranks.tell("settle")
-            at_ends = chosen(list(self.plan.workload.only_at_ends))
             for link in self.plan.links:
                 self.where.set_link(link)
-                end = link in (self.plan.links[0], self.plan.links[-1])
-                self._measure_cell(link, prompt, [one for one in timed if end or one not in at_ends])
+                self._measure_cell(link, prompt, timed)
         self.where.set_link(UNLIMITED)
 
     def _measure_links(self) -> None:

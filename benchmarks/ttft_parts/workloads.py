@@ -38,7 +38,6 @@ class Workload:
 
     Attributes:
         contenders: Patterns of the contenders that take part unless others are asked for.
-        only_at_ends: Patterns of contenders that are measured at the first and the last link only, to save time.
         has_aims: Its ratios are held against what was aimed at; the aims were set for one workload.
     """
 
@@ -49,7 +48,6 @@ class Workload:
     prompts: tuple[int, ...]
     new_tokens: int
     contenders: tuple[str, ...]
-    only_at_ends: tuple[str, ...] = ()
     has_aims: bool = False
 
     def write(self, directory: Path) -> dict[str, Any]:
@@ -88,7 +86,6 @@ WORKLOADS = {
             prompts=(128, 512),
             new_tokens=32,
             contenders=("tp_plan", "dtensor/compiled", "standard", "kraken", "ladder", "sync-drop", "bound"),
-            only_at_ends=("ladder", "sync-drop"),
             has_aims=True,
         ),
         Workload(
