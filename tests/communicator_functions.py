@@ -187,10 +187,10 @@ def end_with_the_group(payload: Mapping[str, Any], session: Session) -> dict[str
 def run_compiled(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
     """Run an artifact eagerly and compiled with every kind of communicator."""
     artifact = open_artifact(payload["artifact"])
-    ids = torch.tensor(payload["ids"])
+    ids = torch.tensor(payload["ids"], device=session.device)
     differences, windows = {}, {}
-    for kind in ("message", "group"):
-        program = RankProgram.load(artifact, communicator=kind)
+    for kind in payload["kinds"]:
+        program = RankProgram.load(artifact, communicator=kind, device=session.device)
         want = program.run_flat([ids])
         program.compile()
         assert program.compiled is not None

@@ -33,3 +33,42 @@ def test_ranks_use_nccl(tmp_path):
 
     backends = run_ranks("tests.runtime_functions:backend_name", 2)
     assert backends == ["nccl", "nccl"]
+
+
+def test_a_compiled_rank_runs_as_an_eager_one():
+    """One lane of two, nothing sent: what torch.compile, its CUDA graphs and the schedule check do on a GPU."""
+    from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+    from kraken_compiler.communicators.group import GroupCommunicator
+    from tests.toy_lane_program import toy_program, toy_sources
+
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        communicator = GroupCommunicator(torch.distributed.group.WORLD)
+        eager, compiled = (
+            RankProgram.from_program(toy_program(1), toy_sources().__getitem__, communicator=communicator).to("cuda")
+            for _ in range(2)
+        )
+        compiled.compile()
+        for shape in ((2, 5), (3, 7), (2, 1), (1, 1), (1, 1), (1, 1)):
+            ids = torch.randint(0, 50, shape, device="cuda")
+            have, want = compiled.run_flat([ids]), eager.run_flat([ids])
+            torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+        assert [len(window.gemms) for window in compiled.compiled.windows] == [2, 0, 2, 0]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiled_ranks_use_nccl(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    from kraken_compiler.runtime.execute import run_ranks
+    from tests.toy_lane_program import write_toy
+
+    payload = {
+        "artifact": str(write_toy(tmp_path / "two.kraken", 2)),
+        "ids": [[1, 2, 3], [4, 5, 6]],
+        "kinds": ["group"],
+    }
+    for result in run_ranks("tests.communicator_functions:run_compiled", 2, payload, timeout=300):
+        assert max(result["differences"].values()) < 1e-3
+        assert result["windows"] == {"group": [2, 0, 2, 0]}

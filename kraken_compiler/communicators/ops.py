@@ -3,7 +3,7 @@
 `kraken_rank::start(x, communicator) -> part` begins a sum and `kraken_rank::wait(part, communicator) -> sum` gives it.
 A communicator is given by name, because compiled code holds no objects. `part` is a copy of x that is being sent: a
 compiler writes to the memory of x as soon as it is not read any more, and knows nothing of the sending; the copy lives
-until its wait has run.
+until its wait has run. `after` is what must have been computed before; it is not looked at.
 
 Defined with `torch.library.Library`, because these run some hundred times per token and its calls are the cheapest.
 """
@@ -19,7 +19,7 @@ from kraken_compiler.communicators.base import named
 
 _library: Any = torch.library.Library("kraken_rank", "DEF")  # type: ignore[no-untyped-call]
 _library.define("start(Tensor x, str communicator) -> Tensor")
-_library.define("wait(Tensor part, str communicator) -> Tensor")
+_library.define("wait(Tensor part, str communicator, Tensor? after=None) -> Tensor")
 _library.define("all_gather(Tensor x, int dim, int degree, str communicator) -> Tensor")
 
 _in_flight: dict[int, Any] = {}
@@ -32,7 +32,7 @@ def _start(x: Tensor, communicator: str) -> Tensor:
     return part
 
 
-def _wait(part: Tensor, communicator: str) -> Tensor:
+def _wait(part: Tensor, communicator: str, after: Tensor | None = None) -> Tensor:
     if not part.numel():
         return part.clone()
     total = named(communicator).wait(_in_flight.pop(part.data_ptr()))
@@ -43,7 +43,7 @@ def _all_gather(x: Tensor, dim: int, degree: int, communicator: str) -> Tensor:
     return named(communicator).all_gather(x, dim)
 
 
-def _same_shape(x: Tensor, communicator: str) -> Tensor:
+def _same_shape(x: Tensor, communicator: str, after: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 

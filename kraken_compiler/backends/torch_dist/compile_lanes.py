@@ -97,6 +97,7 @@ class CompiledGraph:
     def _compile(self, kind: tuple[int, ...], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         module = self._rank_module()
         expected = check_schedule(module, self._plan)
+        _wait_for_windows(module, expected)
         settings = {**KEEP_THE_ORDER, **self._options}
         if self._device.type == "cuda" and all(size < 2 for size in kind):
             settings.setdefault("triton.cudagraphs", True)  # decode: always the same shapes
@@ -129,6 +130,19 @@ class CompiledGraph:
         bound = fx.GraphModule(holder, module.graph)
         retarget(bound, self._device)
         return bound.eval()
+
+
+def _wait_for_windows(module: fx.GraphModule, windows: Sequence[Window]) -> None:
+    """Let every wait depend on the last matrix product of its window.
+
+    Else the compiler may fuse what reads the sum with what is computed earlier, and await the sum there.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    for window in windows:
+        wait = nodes[window.wait]
+        if window.gemms and wait.target is torch.ops.kraken_rank.wait.default:
+            wait.args = (*wait.args[:2], nodes[window.gemms[-1]])
+    module.recompile()
 
 
 def _bind_weight(graph: fx.Graph, placeholder: fx.Node, weight: Tensor, holder: nn.Module) -> None:
