@@ -56,14 +56,16 @@ class CachedDecoder:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
-        self._every_slot = torch.arange(capacity, device=device)
-        self._fixed = dict(zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True))
-        for cache in plan.caches:
-            dtype: torch.dtype = getattr(torch, cache.dtype)
-            for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
-                # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
-                store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
-                self._fixed[name] = store
+        # Compiled code writes into caches outside of inference mode, where inference tensors must not be written to.
+        with torch.inference_mode(False):
+            self._every_slot = torch.arange(capacity, device=device)
+            self._fixed = dict(zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True))
+            for cache in plan.caches:
+                dtype: torch.dtype = getattr(torch, cache.dtype)
+                for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
+                    # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
+                    store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
+                    self._fixed[name] = store
         self._names = [spec.name for spec in inputs]
         self._tokens_dtype: torch.dtype = getattr(torch, inputs[0].dtype)
         self._lengths = [0] * batch
@@ -156,7 +158,7 @@ def _run_tables(
     retarget(tables, device)
     ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             values: tuple[Tensor, ...] = tables(*weights, ids)
     except (IndexError, RuntimeError) as error:
         # Stored position tables end somewhere, and only running into it shows where.
