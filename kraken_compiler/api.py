@@ -329,13 +329,7 @@ def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | 
 
 def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:
     tokenizer = captured.origin.tokenizer
-    if tokenizer is None:
-        return None
-
-    def save(directory: Path) -> None:
-        tokenizer.load().save_pretrained(directory)
-
-    return save
+    return tokenizer.save if tokenizer is not None else None
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,18 @@ class TokenizerSource:
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files, and the source's generation config, which says what else ends a text.
+
+        Raises:
+            InputFileError: The source's files are damaged.
+            OSError: The directory cannot be written.
+        """
+        self.load().save_pretrained(directory)
+        settings = Path(self.directory) / "generation_config.json"
+        if settings.is_file():
+            shutil.copyfile(settings, directory / settings.name)
 
 
 @dataclass(frozen=True)

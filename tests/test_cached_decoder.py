@@ -1,0 +1,99 @@
+"""The decoder of a rank's program: batches that grow, rows that differ, what does not fit. One lane, no process group."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.capture import capture
+from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.errors import UsageError
+from kraken_compiler.lowering import lower
+from kraken_compiler.runtime.replay import expected, replay, split_lengths
+from tests.zoo import SUPPORTED, logits_of, random_tokens
+
+IDS = random_tokens(97, 3, 13)
+
+
+@lru_cache(maxsize=2)
+def program(name: str = "llama") -> tuple[RankProgram, Tensor]:
+    """A model as one lane, and its logits for IDS."""
+    model = SUPPORTED[name]()
+    captured = capture(model, example_inputs={"input_ids": IDS[:2]})
+    lanes, _ = lower(captured.program, 1, "standard")
+    return RankProgram.from_program(lanes, captured.store.read, communicator=NoCommunication(0, 1)), logits_of(model, IDS)
+
+
+def close(have: Tensor, want: Tensor) -> None:
+    assert (have - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom"])
+def test_ragged_rows(name: str) -> None:
+    rank, logits = program(name)
+    close(replay(rank.decoder(3, 16), IDS), expected(logits, *split_lengths(*IDS.shape)))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bloom"])
+def test_compiled_steps_are_the_same(name: str) -> None:
+    rank, logits = program(name)
+    close(replay(rank.decoder(3, 16, compiled=True), IDS), expected(logits, *split_lengths(*IDS.shape)))
+
+
+def test_a_second_prefill_goes_on_where_the_rows_end() -> None:
+    rank, logits = program()
+    decoder = rank.decoder(3, 16)
+    first, second = torch.tensor([4, 2, 3]), torch.tensor([3, 5, 1])
+    decoder.prefill(IDS[:, :4], first)
+    more = torch.stack([row.roll(-int(start))[:5] for row, start in zip(IDS, first)])
+    found = decoder.prefill(more, second)
+    assert decoder.lengths == (7, 7, 4)
+    close(found, logits[torch.arange(3), first + second - 1])
+
+
+def test_reset_forgets() -> None:
+    rank, logits = program()
+    decoder = rank.decoder(3, 16)
+    for _ in range(2):
+        close(decoder.prefill(IDS, torch.full((3,), 13)), logits[:, -1])
+        decoder.reset()
+    assert decoder.lengths == (0, 0, 0)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    rank, _ = program()
+    decoder = rank.decoder(3, 14)
+    with pytest.raises(UsageError, match="holds 14 tokens and 15 are needed"):
+        decoder.prefill(random_tokens(97, 3, 15), torch.full((3,), 15))
+    decoder.prefill(IDS, torch.tensor([13, 2, 5]))
+    decoder.step(IDS[:, 0])
+    with pytest.raises(UsageError, match="the KV cache is full: it holds 14 tokens and 15 are needed; ask for fewer"):
+        decoder.step(IDS[:, 0])
+    assert decoder.lengths == (14, 3, 6), "a step that fails leaves the rows alone"
+
+
+def test_wrong_calls_are_refused() -> None:
+    rank, _ = program()
+    decoder = rank.decoder(3, 14)
+    with pytest.raises(UsageError, match="prompt to prefill first"):
+        decoder.step(IDS[:, 0])
+    with pytest.raises(UsageError, match="3 rows of token ids"):
+        decoder.prefill(IDS[:2], torch.tensor([1, 1]))
+    with pytest.raises(UsageError, match="bring 1 to 13 tokens"):
+        decoder.prefill(IDS, torch.tensor([0, 14, 2]))
+
+
+@pytest.mark.parametrize(("name", "capacity"), [("gpt2", 65), ("gptj", 65)])
+def test_a_capacity_beyond_the_positions_is_refused(name: str, capacity: int) -> None:
+    """GPT-2 has a table of positions whose rows are counted; of GPT-J's one only sees that it ends."""
+    with pytest.raises(UsageError, match=f"{capacity} tokens"):
+        decoder_of(name, capacity)
+
+
+def decoder_of(name: str, capacity: int) -> CachedDecoder:
+    return program(name)[0].decoder(1, capacity)
