@@ -1,4 +1,4 @@
-"""The decoder of a rank's program: batches that grow, rows that differ, what does not fit. One lane, no process group."""
+"""The decoder of a rank: batches that grow, rows that differ, what does not fit. One lane, no process group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def program(name: str = "llama") -> tuple[RankProgram, Tensor]:
     model = SUPPORTED[name]()
     captured = capture(model, example_inputs={"input_ids": IDS[:2]})
     lanes, _ = lower(captured.program, 1, "standard")
-    return RankProgram.from_program(lanes, captured.store.read, communicator=NoCommunication(0, 1)), logits_of(model, IDS)
+    rank = RankProgram.from_program(lanes, captured.store.read, communicator=NoCommunication(0, 1))
+    return rank, logits_of(model, IDS)
 
 
 def close(have: Tensor, want: Tensor) -> None:
