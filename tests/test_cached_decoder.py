@@ -83,7 +83,7 @@ def test_wrong_calls_are_refused() -> None:
     decoder = rank.decoder(3, 14)
     with pytest.raises(UsageError, match="prompt to prefill first"):
         decoder.step(IDS[:, 0])
-    with pytest.raises(UsageError, match="3 rows of token ids"):
+    with pytest.raises(UsageError, match="and 3 lengths"):
         decoder.prefill(IDS[:2], torch.tensor([1, 1]))
     with pytest.raises(UsageError, match="bring 1 to 13 tokens"):
         decoder.prefill(IDS, torch.tensor([0, 14, 2]))
