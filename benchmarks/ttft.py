@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=_names, help="sizes in tokens; default: the workload's")
     parser.add_argument("--contenders", type=_names, help="names, families or patterns; default: the workload's")
     parser.add_argument("--repetitions", type=int, help="default: 5")
-    parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 3")
+    parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 2")
     parser.add_argument("--new-tokens", type=int, help="default: the workload's, 32")
     parser.add_argument("--network", choices=("auto", "namespaces", "loopback"), default="auto")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two repetitions: does everything work?")
@@ -83,7 +83,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.workload = options.workload or (("tiny",) if options.quick else ("llama", "smollm2"))
     options.repetitions = options.repetitions or (2 if options.quick else 5)
-    options.tpot_repetitions = options.tpot_repetitions or min(3, options.repetitions)
+    options.tpot_repetitions = options.tpot_repetitions or min(2, options.repetitions)
     unknown = [name for name in options.workload if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload '{unknown[0]}'; there are {', '.join(WORKLOADS)}")
