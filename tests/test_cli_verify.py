@@ -69,11 +69,12 @@ def kinds(answer: dict[str, Any]) -> set[str]:
 
 
 RANKS, SOURCE = "2 ranks against the lanes in one process", "standard form against the source"
+CACHED = "2 ranks with a KV cache against the lanes without"
 
 
 def test_it_repeats_everything(place: Path) -> None:
     answer = verified(place / "llama.kraken")
-    assert kinds(answer) == {RANKS, SOURCE}
+    assert kinds(answer) == {RANKS, CACHED, SOURCE}
     assert answer["program"]["max_rel_error"] < 1e-4
     assert answer["program"]["max_abs_error"] < 1e-2
     assert {"kl", "top1_agreement", "perplexity", "source_perplexity"} <= answer["quality"].keys()
@@ -86,7 +87,7 @@ def test_for_people(place: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(200)))
     result = invoke(place / "llama.kraken", "--text", tmp_path / "text")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count(": ok, relative error") == 4
+    assert result.stdout.count(": ok, relative error") == 6
     assert "hidden, each behind at least" in result.stdout
     assert f"tokens of {tmp_path / 'text'}: KL to the source" in result.stdout
     assert "run on ranks: " in result.stderr
@@ -96,7 +97,7 @@ def test_for_people(place: Path, tmp_path: Path) -> None:
 def test_a_source_that_is_gone_is_said(artifact: Path, place: Path, tmp_path: Path) -> None:
     set_source(artifact, path=str(tmp_path / "gone"))
     answer = verified(artifact)
-    assert kinds(answer) == {RANKS}
+    assert kinds(answer) == {RANKS, CACHED}
     assert answer["quality"] is None
     assert answer["skipped"] == [
         f"no comparison with the source: it is not at '{tmp_path / 'gone'}'; name it with --source"
@@ -104,7 +105,7 @@ def test_a_source_that_is_gone_is_said(artifact: Path, place: Path, tmp_path: Pa
     (tmp_path / "text").write_text("w5 w6 w7")
     assert "name it with --source" in refused(2, artifact, "--text", tmp_path / "text")
     answer = verified(artifact, "--source", place / "llama")
-    assert kinds(answer) == {RANKS, SOURCE}
+    assert kinds(answer) == {RANKS, CACHED, SOURCE}
     assert answer["quality"] is not None
     assert answer["skipped"] == []
 
@@ -134,7 +135,7 @@ def test_a_pickled_source_needs_trust_again(tmp_path: Path) -> None:
     compile_model(tmp_path / "model.pt", tmp_path / "out", degree=2, **options)
     assert "--trust-pickle" in refused(5, tmp_path / "out")
     answer = verified(tmp_path / "out", "--trust-pickle")
-    assert kinds(answer) == {RANKS, SOURCE}
+    assert kinds(answer) == {RANKS, CACHED, SOURCE}
     assert answer["quality"]["text"] == "random tokens (the model has no tokenizer)"
 
 
