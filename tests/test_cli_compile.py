@@ -117,8 +117,10 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 def test_the_artifact(compiled: tuple[Path, dict[str, Any]]) -> None:
     artifact, said = compiled
     lanes = [f"torch/lane-{lane}.safetensors" for lane in range(2)]
-    tokenizer = ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
-    assert files_in(artifact) == sorted(["manifest.json", "report.json", "torch/lane.pt2", *lanes, *tokenizer])
+    graphs = [f"torch/{name}.pt2" for name in ("lane", "step", "tables")]
+    names = ("generation_config", "tokenizer", "tokenizer_config")
+    tokenizer = [f"tokenizer/{name}.json" for name in names]
+    assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *lanes, *tokenizer])
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
     assert said["artifact"] == str(artifact)
     manifest = open_artifact(artifact).manifest
@@ -273,7 +275,7 @@ def test_dumped_graphs(config_only: Path, tmp_path: Path) -> None:
     names = files_in(tmp_path / "graphs")
     assert names[0].startswith("00-")
     assert [name[:2] for name in names] == [f"{number:02d}" for number in range(len(names))]
-    assert names[-1].endswith("-place-collectives.txt")
+    assert names[-1].endswith("-cache-attention.txt")
     assert "kraken.all_reduce_start" in (tmp_path / "graphs" / names[-1]).read_text()
 
 
