@@ -62,10 +62,7 @@ def cached_attention(
         index = (rows, slice(None), positions.expand(query.shape[0], tokens))
         key_cache[index] = key.transpose(1, 2)
         value_cache[index] = value.transpose(1, 2)
-        seen = slots <= positions[:, None, :, None]
-        if window:
-            seen = seen & (slots > positions[:, None, :, None] - window)
-        bias = _bias(positions, slots, slopes, query.dtype).masked_fill(~seen, -torch.inf)
+        bias = _bias(positions, slots, slopes, window, query.dtype)
         return _attend(query, key_cache[:, :, :length], value_cache[:, :, :length], bias, scale)
     key_cache[:, :, before:length] = key
     value_cache[:, :, before:length] = value
@@ -76,18 +73,21 @@ def cached_attention(
     keys, values, slots = key_cache[:, :, first:length], value_cache[:, :, first:length], slots[first:]
     if tokens == 1 and slopes is None:
         return _attend(query, keys, values, None, scale)
-    seen = slots <= positions[:, None, :, None]
-    if not whole:
-        seen = seen & (slots > positions[:, None, :, None] - window)
-    bias = _bias(positions, slots, slopes, query.dtype).masked_fill(~seen, -torch.inf)
+    bias = _bias(positions, slots, slopes, 0 if whole else window, query.dtype)
     return _attend(query, keys, values, bias, scale)
 
 
-def _bias(positions: Tensor, slots: Tensor, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[1 or B, 1 or H, T, L]"""
+def _bias(positions: Tensor, slots: Tensor, slopes: Tensor | None, window: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, [1 or B, 1 or H, T, L]: minus infinity for what a query does not see."""
+    places = positions[:, None, :, None]
+    seen = slots <= places
+    if window:
+        seen = seen & (slots > places - window)
     if slopes is None:
-        return torch.zeros((), dtype=dtype, device=slots.device)
-    return ((slots - positions[:, None, :, None]) * slopes[:, None, None]).to(dtype)
+        added = torch.zeros((), dtype=dtype, device=slots.device)
+    else:
+        added = ((slots - places) * slopes[:, None, None]).to(dtype)
+    return added.masked_fill(~seen, -torch.inf)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:

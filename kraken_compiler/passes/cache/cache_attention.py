@@ -26,7 +26,7 @@ from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
 from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
-from kraken_compiler.passes.cache.hoist_tables import Tables, gather, users_rank
+from kraken_compiler.passes.cache.hoist_tables import Tables, gather, used_rank
 from kraken_compiler.passes.cache.mixing import mixes_tokens
 from kraken_compiler.passes.cache.positional_values import evaluate, origins
 from kraken_compiler.passes.cache.unrepeat import unrepeated
@@ -90,7 +90,8 @@ class _Builder:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.table_inputs: list[fx.Node] = []
-        self.gathered: dict[tuple[int, int, int], fx.Node] = {}
+        self.looked_up: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.rows: dict[tuple[int, int, int], fx.Node] = {}
         self.caches: list[CacheSpec] = []
         self.rules: dict[fx.Node | None, MaskRule] = {}
         self.inputs: list[InputSpec] = []
@@ -174,7 +175,7 @@ class _Builder:
         if reason:
             return Rejection(reason, (node.name,), module_path(node))
         for operand in node.all_input_nodes:
-            if (operand in self.new and operand.op == "placeholder") or operand in self.on_tokens:
+            if operand in self.new:
                 continue
             if not is_tensor(operand):
                 self._size(operand)
@@ -185,7 +186,7 @@ class _Builder:
         values: dict[fx.Node, fx.Node] = {}
         for operand in node.all_input_nodes:
             if operand not in self.new:
-                values[operand] = self.gathered[self._key(operand, node)]
+                values[operand] = self.looked_up[operand, used_rank(operand, node)]
             elif in_tail and not is_tensor(operand) and self._is_sequence(operand):
                 values[operand] = self._picks_size()
             else:
@@ -224,14 +225,10 @@ class _Builder:
     def _picks_size(self) -> fx.Node:
         return compute_shape(self.graph.call_function(aten.sym_size.int, (self.picks, 1)), self.mode)
 
-    def _key(self, operand: fx.Node, user: fx.Node) -> tuple[int, int, int]:
-        return (id(operand), users_rank(operand, [user]), 0)
-
     def _table(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> Rejection | None:
-        key = self._key(operand, user)
-        if key in self.gathered:
+        rank = used_rank(operand, user)
+        if (operand, rank) in self.looked_up:
             return None
-        rank = key[1]
         if operand.target is aten.embedding.default:
             self.limits.append(self._rows(operand))
         found = self.tables.add(operand, rank)
@@ -243,10 +240,10 @@ class _Builder:
         table = self._table_input(number)
         if along >= 0:
             known = (number, along, rank)
-            if known not in self.gathered:
-                self.gathered[known] = gather(self.graph, table, self.positions, along, rank, self.mode)
-            table = self.gathered[known]
-        self.gathered[key] = table
+            if known not in self.rows:
+                self.rows[known] = gather(self.graph, table, self.positions, along, rank, self.mode)
+            table = self.rows[known]
+        self.looked_up[operand, rank] = table
         return None
 
     def _rows(self, lookup: fx.Node) -> int:

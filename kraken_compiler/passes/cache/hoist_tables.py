@@ -133,14 +133,10 @@ def gather(graph: fx.Graph, table: fx.Node, positions: fx.Node, along: int, rank
     return compute_shape(graph.call_function(aten.permute.default, (rows, order)), mode)
 
 
-def users_rank(node: fx.Node, users: list[fx.Node]) -> int:
-    """Number of dims that a tensor is broadcast to by its users."""
-    ranks = {
-        len(shape_of(user)) if torch.Tag.pointwise in user.target.tags else len(shape_of(node))  # type: ignore[union-attr]
-        for user in users
-        if is_tensor(user)
-    }
-    return max(ranks, default=len(shape_of(node)))
+def used_rank(node: fx.Node, user: fx.Node) -> int:
+    """Number of dims that a tensor is broadcast to by a user."""
+    broadcasts = is_tensor(user) and torch.Tag.pointwise in user.target.tags  # type: ignore[union-attr]
+    return len(shape_of(user if broadcasts else node))
 
 
 def _hashable(value: Any) -> Any:
