@@ -5,11 +5,12 @@
 Hosts are network namespaces joined by links of a set rate, one core each (needs root and iproute2; without, everything
 runs over loopback and only the unlimited link is measured). All contenders live in the same rank processes; within each
 repetition every one of them runs once, in rotating order, behind a barrier, so that whatever else the machine does hits
-all of them alike. Medians over the repetitions are reported.
+all of them alike. Medians over the repetitions are reported, and the median ratio of two times of one repetition.
 
-    TTFT    from the call to the first token as a Python int on rank 0; that all ranks have the same token is compared
-            after the clock has stopped
-    TPOT    mean time of each following token of the same generation, greedy, through the contender's own KV cache
+    TTFT    from the call to the first token as a Python int on the last rank; that all ranks have the same token is
+            compared after the clock has stopped
+    TPOT    mean time of each following token of the same generation on the slowest rank, greedy, through the
+            contender's own KV cache
 
 Nothing is timed that is wrong: see `ttft_parts/check.py`. What is compared with what is in `ttft_parts/contenders.py`,
 what was aimed at in `ttft_parts/ratios.py`.
@@ -73,8 +74,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--links", type=_names, help="rates in Gbit/s, or unlimited; default: the workload's")
     parser.add_argument("--prompts", type=_names, help="sizes in tokens; default: the workload's")
     parser.add_argument("--contenders", type=_names, help="names, families or patterns; default: the workload's")
-    parser.add_argument("--repetitions", type=int, help="default: 5")
-    parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 2")
+    parser.add_argument("--repetitions", type=int, help="default: 6")
+    parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 3")
     parser.add_argument("--new-tokens", type=int, help="default: the workload's, 32")
     parser.add_argument("--network", choices=("auto", "namespaces", "loopback"), default="auto")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two repetitions: does everything work?")
@@ -82,8 +83,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw the medians into this file (needs matplotlib)")
     options = parser.parse_args()
     options.workload = options.workload or (("tiny",) if options.quick else ("llama", "smollm2"))
-    options.repetitions = options.repetitions or (2 if options.quick else 5)
-    options.tpot_repetitions = options.tpot_repetitions or min(2, options.repetitions)
+    options.repetitions = options.repetitions or (2 if options.quick else 6)
+    options.tpot_repetitions = options.tpot_repetitions or min(3, options.repetitions)
     unknown = [name for name in options.workload if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload '{unknown[0]}'; there are {', '.join(WORKLOADS)}")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from ttft_parts import contenders, network  # noqa: E402
 from ttft_parts.measure import Plan, _Session  # noqa: E402
 from ttft_parts.ranks import CommandError  # noqa: E402
-from ttft_parts.ratios import best_modes, geomean, of_families, ratios, windows  # noqa: E402
+from ttft_parts.ratios import best_modes, geomean, of_families, paired, ratios, windows  # noqa: E402
 from ttft_parts.report import summary, text  # noqa: E402
 from ttft_parts.windows import attention_share, window  # noqa: E402
 from ttft_parts.workloads import WORKLOADS, prompt_ids  # noqa: E402
@@ -44,7 +44,12 @@ def cells(dtype: str, link: str, prompt: int, ttft: dict[str, list[float]], tpot
 @pytest.fixture
 def workload() -> dict[str, Any]:
     """Two links, one prompt, one dtype; the kraken form is faster compiled, by 1.5 and by 0.9 against standard."""
-    fast = {"standard/eager": [0.15, 0.30, 0.14], "kraken/eager": [0.2], "kraken/compiled": [0.1], "bound/eager": [0.1]}
+    fast = {
+        "standard/eager": [0.15, 0.30, 0.14],
+        "kraken/eager": [0.2, 0.2, 0.2],
+        "kraken/compiled": [0.1, 0.2, 0.1],
+        "bound/eager": [0.1, 0.1, 0.1],
+    }
     slow = {"standard/eager": [0.18], "kraken/eager": [0.19], "kraken/compiled": [0.2], "bound/eager": [0.1]}
     return {
         "name": "llama",
@@ -78,9 +83,28 @@ def test_one_mode_is_chosen_for_all_cells_of_a_dtype(workload: dict[str, Any]) -
     # In the second cell eager is faster, but over both of them compiled is.
     assert best_modes(workload["cells"], "ttft")["float32", "kraken"] == "compiled"
     assert of_families(workload["cells"], "ttft")["kraken"] == {
-        ("float32", 128, "unlimited"): 0.1,
-        ("float32", 128, "1"): 0.2,
+        ("float32", 128, "unlimited"): [0.1, 0.2, 0.1],
+        ("float32", 128, "1"): [0.2],
     }
+
+
+def test_a_ratio_compares_the_times_of_one_repetition() -> None:
+    # The machine was twice as slow in the second one; the ratio of the medians would be 1.25.
+    assert paired([0.2, 0.5, 0.25], [0.1, 0.25, 0.2]) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="shorter"):
+        paired([0.2, 0.5], [0.1])
+
+
+def test_the_slowest_rank_counts() -> None:
+    class Ranks:
+        def tell(self, do: str, **arguments: Any) -> list[Any]:
+            return [{"tokens": [1], "ttft": 0.2, "tpot": 0.02}, {"tokens": [1], "ttft": 0.3, "tpot": 0.01}]
+
+    plan = Plan(WORKLOADS["tiny"], ("float32",), ("unlimited",), (16,), (), 1, 1, 2)
+    nothing: Any = None
+    cell = {"contender": "bound/eager", "ttft": [], "tpot": []}
+    _Session(plan, "float32", nothing, Ranks(), nothing, [], {}, Path())._measure(cell, 2)  # type: ignore[arg-type]
+    assert (cell["ttft"], cell["tpot"]) == ([0.3], [0.02])
 
 
 def test_a_mode_that_lacks_a_cell_is_not_chosen(workload: dict[str, Any]) -> None:

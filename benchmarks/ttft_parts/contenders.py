@@ -45,8 +45,11 @@ class Contender:
         return self.family != BOUND
 
 
+# In the order of running; those that are compared most closely are neighbours.
 ALL = (
-    *(Contender(family, mode) for family in (*PEERS, *FORMS, BOUND) for mode in ("eager", "compiled")),
+    *(Contender(family, mode) for family in PEERS for mode in ("eager", "compiled")),
+    *(Contender(family, mode) for mode in ("eager", "compiled") for family in ("standard", "kraken", BOUND)),
+    *(Contender(family, mode) for family in ("ladder", "sync-drop") for mode in ("eager", "compiled")),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def _panel(axis: Any, workload: Mapping[str, Any], metric: str, dtype: str, prom
     shown = [family for family in _COLORS if any(place[:2] == (dtype, prompt) for place in families.get(family, {}))]
     width = 0.8 / max(1, len(shown))
     for index, family in enumerate(shown):
-        values = [families[family].get((dtype, prompt, link), float("nan")) * 1e3 for link in links]
+        samples = (families[family].get((dtype, prompt, link), [math.nan]) for link in links)
+        values = [statistics.median(found) * 1e3 for found in samples]
         places = [group + (index - (len(shown) - 1) / 2) * width for group in range(len(links))]
         axis.bar(places, values, width, color=_COLORS[family], label=f"{family} ({modes[dtype, family]})")
     axis.set_xticks(range(len(links)), [link if link == "unlimited" else f"{link} Gbit/s" for link in links])

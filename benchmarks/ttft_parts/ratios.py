@@ -1,4 +1,8 @@
-"""From raw samples to ratios: medians per cell, geometric means over cells, and what was aimed at."""
+"""From raw samples to ratios: medians per cell, geometric means over cells, and what was aimed at.
+
+A cell's ratio is the median over its repetitions of the two times of one repetition, which were measured seconds apart:
+a machine that is slow for a minute is slow for both.
+"""
 
 from __future__ import annotations
 
@@ -76,9 +80,23 @@ def geomean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+def samples(cells: Iterable[Mapping[str, Any]], metric: str) -> dict[tuple[Place, str], list[float]]:
+    """Seconds of every repetition, by place and contender."""
+    return {(_place(cell), cell["contender"]): cell[metric] for cell in cells if cell[metric]}
+
+
 def medians(cells: Iterable[Mapping[str, Any]], metric: str) -> dict[tuple[Place, str], float]:
     """Median seconds by place and contender."""
-    return {(_place(cell), cell["contender"]): statistics.median(cell[metric]) for cell in cells if cell[metric]}
+    return {key: statistics.median(found) for key, found in samples(cells, metric).items()}
+
+
+def paired(over: Sequence[float], under: Sequence[float]) -> float:
+    """The ratio of two contenders that were measured in the same repetitions.
+
+    Raises:
+        ValueError: They were not.
+    """
+    return statistics.median(one / other for one, other in zip(over, under, strict=True))
 
 
 def best_modes(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, str], str]:
@@ -97,15 +115,15 @@ def best_modes(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[st
     }
 
 
-def of_families(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[Place, float]]:
-    """Every family's times in its better mode, by place; and, under their whole names, all contenders'."""
+def of_families(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[Place, list[float]]]:
+    """Every family's samples in its better mode, by place; and, under their whole names, all contenders'."""
     modes = best_modes(cells, metric)
-    found: dict[str, dict[Place, float]] = {}
-    for (place, contender), value in medians(cells, metric).items():
+    found: dict[str, dict[Place, list[float]]] = {}
+    for (place, contender), values in samples(cells, metric).items():
         family, mode = contender.split("/")
-        found.setdefault(contender, {})[place] = value
+        found.setdefault(contender, {})[place] = values
         if modes[place[0], family] == mode:
-            found.setdefault(family, {})[place] = value
+            found.setdefault(family, {})[place] = values
     return found
 
 
@@ -118,7 +136,7 @@ def windows(workload: Mapping[str, Any]) -> dict[Place, Window]:
     for place, seconds in of_families(workload["cells"], "ttft").get(BOUND, {}).items():
         dtype, prompt, link = place
         rate = gbits(link) or workload["links"][dtype][link]["gbits"]
-        found[place] = window(workload["shape"], dtype, prompt, workload["degree"], rate, seconds)
+        found[place] = window(workload["shape"], dtype, prompt, workload["degree"], rate, statistics.median(seconds))
     return found
 
 
@@ -130,7 +148,7 @@ def ratios(workload: Mapping[str, Any]) -> list[Ratio]:
     found = []
     for aim in AIMS if workload["has_aims"] else [Aim(aim.metric, aim.over, aim.under) for aim in AIMS]:
         over, under = (families[aim.metric].get(family, {}) for family in (aim.over, aim.under))
-        values = {place: over[place] / under[place] for place in over if place in under}
+        values = {place: paired(over[place], under[place]) for place in over if place in under}
         for scope in [*dtypes, *["all"] * (len(dtypes) > 1)]:
             inside = {place: value for place, value in values.items() if scope in (place[0], "all")}
             if inside:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttft_parts.contenders import BOUND, MEANING
 from ttft_parts.load import BUSY
-from ttft_parts.ratios import METRICS, Place, Ratio, best_modes, medians, of_families, ratios, windows
+from ttft_parts.ratios import METRICS, Place, Ratio, best_modes, medians, of_families, paired, ratios, windows
 
 _TITLE = {"ttft": "TTFT, time to the first token", "tpot": "TPOT, time per following token"}
 
@@ -140,7 +140,7 @@ def _marked_cells(found: Sequence[Ratio], marked: set[Place], workload: Mapping[
         families = of_families(workload["cells"], "ttft")
         over, under = families["kraken"], families[BOUND]
         rows = [
-            (*map(str, place), f"{over[place] / under[place]:.2f}", "marked" if place in marked else "")
+            (*map(str, place), f"{paired(over[place], under[place]):.2f}", "marked" if place in marked else "")
             for place in over
             if place in under
         ]
