@@ -149,13 +149,22 @@ def is_mutating(node: fx.Node) -> bool:
 
 
 def flat_archive(graph: fx.Graph) -> bytes:
-    """A `torch.export` archive of a graph whose placeholders are all plain inputs and whose output is a flat tuple.
+    """A `torch.export` archive of a graph, without weights, constants and example inputs: nothing in it is a pickle.
 
-    It holds no weights, no constants and no example inputs, so nothing in it is a pickle. Node order is kept; every
-    node needs `meta["val"]`. Consumes `graph`.
+    See `flat_program`. Consumes `graph`.
     """
     import io
 
+    buffer = io.BytesIO()
+    torch.export.save(flat_program(graph), buffer)
+    return buffer.getvalue()
+
+
+def flat_program(graph: fx.Graph) -> ExportedProgram:
+    """A graph whose placeholders are all plain inputs and whose output is a flat tuple, as `torch.export` has programs.
+
+    Node order is kept; every node needs `meta["val"]`. Consumes `graph`.
+    """
     from torch._export.verifier import TrainingIRVerifier
     from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
     from torch.export.graph_signature import (
@@ -181,7 +190,7 @@ def flat_archive(graph: fx.Graph) -> bytes:
     )
     mode = next((mode for node in placeholders if (mode := getattr(node.meta["val"], "fake_mode", None))), None)
     symbols = mode.shape_env.var_to_range if mode is not None and mode.shape_env is not None else {}
-    program = ExportedProgram(
+    return ExportedProgram(
         torch.nn.Module(),
         graph,
         signature,
@@ -192,9 +201,6 @@ def flat_archive(graph: fx.Graph) -> bytes:
         # The dialect in which an op may write to its operands, as attention with a cache does.
         verifiers=[TrainingIRVerifier],
     )
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
 
 
 def largest_size(size: int | torch.SymInt) -> int | None:

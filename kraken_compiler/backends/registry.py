@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 
 from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.errors import UsageError
 
-BACKENDS: tuple[Backend, ...] = (TorchBackend(),)
+BACKENDS: tuple[Backend, ...] = (TorchBackend(), OnnxBackend())
 
 
 def backend_named(name: str) -> Backend:

@@ -1,0 +1,1 @@
+"""The ONNX backend: one model per device, run by stock ONNX Runtime."""

@@ -1,0 +1,141 @@
+"""Prefill and decode with a KV cache, on one device, in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.format import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGIT_POSITIONS,
+    LOGITS,
+    POSITION_IDS,
+    past_name,
+    present_name,
+)
+from kraken_compiler.errors import UsageError
+
+Array = npt.NDArray[Any]
+
+
+class ArrayDecoder:
+    """A batch of sequences that grow; all devices must call it together.
+
+    Rows of different lengths are padded on the left, as is usual for ONNX language models; the mask hides the padding.
+    Every step reads one set of buffers and writes the other.
+
+    Attributes:
+        batch: Number of sequences.
+        capacity: Most tokens of a sequence, prompt and new ones together.
+    """
+
+    def __init__(self, program: DeviceProgram, batch: int, capacity: int) -> None:
+        """Allocate the caches.
+
+        Raises:
+            UsageError: The model keeps no cache, or takes fewer tokens than the capacity.
+        """
+        model = program.model
+        if model.caches is None:
+            raise UsageError("the program has no KV cache")
+        if batch < 1 or capacity < 1:
+            raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
+        if model.positions is not None and capacity > model.positions:
+            raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {model.positions}")
+        self.batch, self.capacity = batch, capacity
+        self._program = program
+        self._sides = [
+            [
+                (cache.heads, dim, np.zeros(batch * cache.heads * capacity * dim, cache.dtype))
+                for cache in model.caches
+                for dim in (cache.key_dim, cache.value_dim)
+            ]
+            for _ in range(2)
+        ]
+        parts = [(layer, part) for layer in range(len(model.caches)) for part in ("key", "value")]
+        self._past = [past_name(*part) for part in parts]
+        self._present = [present_name(*part) for part in parts]
+        self._mask = np.zeros((batch, capacity), np.int64)
+        self._held = 0
+
+    def reset(self) -> None:
+        """Forget all sequences; the buffers are kept."""
+        self._held = 0
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """Read prompts into an empty decoder.
+
+        Args:
+            ids: Whole numbers [batch, tokens], padded on the right.
+            lengths: How many of them count, [batch]; at least 1.
+
+        Returns:
+            Logits [batch, vocabulary] after every sequence's last token, until the next call.
+
+        Raises:
+            UsageError: They do not fit, or the shapes are wrong.
+        """
+        lengths = np.asarray(lengths, np.int64)
+        if ids.ndim != 2 or ids.shape[0] != self.batch or lengths.shape != (self.batch,):
+            raise UsageError(
+                f"expected token ids [{self.batch}, tokens] and {self.batch} lengths, got {list(ids.shape)}"
+            )
+        if lengths.min() < 1 or lengths.max() > ids.shape[1]:
+            raise UsageError(f"every sequence must bring 1 to {ids.shape[1]} tokens, got {lengths.tolist()}")
+        longest = int(lengths.max())
+        self._held = 0
+        columns = np.arange(longest)[None, :] - (longest - lengths)[:, None]
+        present = columns >= 0
+        self._mask[:, :longest] = present
+        moved = np.take_along_axis(np.asarray(ids, np.int64), np.maximum(columns, 0), axis=1)
+        return self._append(np.where(present, moved, 0), np.maximum(columns, 0))
+
+    def step(self, tokens: Array) -> Array:
+        """Append a token to every sequence.
+
+        Args:
+            tokens: Whole numbers [batch].
+
+        Returns:
+            Logits [batch, vocabulary] after it, until the next call.
+
+        Raises:
+            UsageError: The cache is full, or there is nothing to append to.
+        """
+        if not self._held:
+            raise UsageError("give the prompt to prefill first")
+        positions = self._mask[:, : self._held].sum(axis=1, keepdims=True)
+        if self._held < self.capacity:
+            self._mask[:, self._held] = 1
+        return self._append(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
+
+    def _append(self, ids: Array, positions: Array) -> Array:
+        total = self._held + ids.shape[1]
+        if total > self.capacity:
+            raise UsageError(
+                f"the KV cache is full: it holds {self.capacity} tokens and {total} are needed; "
+                "ask for fewer new tokens or a larger capacity"
+            )
+        feeds = {
+            INPUT_IDS: ids,
+            POSITION_IDS: positions,
+            ATTENTION_MASK: np.ascontiguousarray(self._mask[:, :total]),
+            LOGIT_POSITIONS: np.full((self.batch, 1), ids.shape[1] - 1, np.int64),
+        }
+        feeds = {name: value for name, value in feeds.items() if name in self._program.inputs}
+        feeds |= dict(zip(self._past, self._views(0, self._held), strict=True))
+        into = dict(zip(self._present, self._views(1, total), strict=True))
+        logits = self._program.run(feeds, into)[LOGITS]
+        self._sides.reverse()
+        self._held = total
+        return logits[:, 0]
+
+    def _views(self, side: int, tokens: int) -> list[Array]:
+        return [
+            store[: self.batch * heads * tokens * dim].reshape(self.batch, heads, tokens, dim)
+            for heads, dim, store in self._sides[side]
+        ]

@@ -1,0 +1,186 @@
+"""Device files: the shared graph with one device's weights beside it, written tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import onnx
+import onnx_ir
+import torch
+from torch import Tensor
+
+from kraken_compiler.backends.onnx_ort.export_graph import ExportedGraph
+from kraken_compiler.backends.onnx_ort.format import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    META_DATA,
+    META_LANE,
+    META_PROGRAM,
+    data_file,
+    device_file,
+)
+from kraken_compiler.backends.onnx_ort.schemas import register_schemas
+from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.progress import Advance
+from kraken_compiler.weights.safetensors_format import byte_view
+
+PAGE = 4096
+"""Large tensors begin on a page, so that they can be mapped."""
+_SMALL_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in every device's data file."""
+
+    value: onnx_ir.Value
+    offset: int
+    nbytes: int
+
+
+def write_device_files(
+    exported: ExportedGraph,
+    program: Program,
+    read: Callable[[str], Tensor],
+    tables: Sequence[Mapping[str, Tensor]],
+    directory: Path,
+    metadata: Mapping[str, str],
+    progress: Advance | None = None,
+) -> None:
+    """Write the model and the weights of every device, and check the models.
+
+    Every source tensor is read once; memory stays around the largest of them.
+
+    Args:
+        exported: The shared graph.
+        program: The lane program whose weight table says what each lane owns.
+        read: Gives a whole source tensor by name.
+        tables: Every lane's tables by name.
+        directory: An existing directory.
+        metadata: What all files say.
+        progress: Told about every source tensor that is done.
+
+    Raises:
+        InputFileError: A source tensor cannot be read.
+        OSError: A file cannot be written.
+    """
+    register_schemas()
+    for name in exported.tables:
+        # How many positions they hold was not known at export.
+        exported.weights[name].shape = onnx_ir.Shape(tables[0][name].shape)
+    places = _layout(exported.weights)
+    proto = _shared_proto(exported, program, places, metadata)
+    shared = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context((directory / data_file(lane)).open("wb", buffering=0)) for lane in range(program.degree)
+        ]
+        end = max((place.offset + place.nbytes for place in places.values()), default=0)
+        for file in files:
+            file.truncate(end)
+        for lane, values in enumerate(tables):
+            for name, value in values.items():
+                _write(files[lane], places[name], value)
+        _write_weights(exported, program, read, places, files, progress)
+    for lane in range(program.degree):
+        with (directory / data_file(lane)).open("rb") as data:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        _finish(proto, lane, digest, shared, directory / device_file(lane))
+
+
+def _layout(weights: Mapping[str, onnx_ir.Value]) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
+    end = 0
+    for name, value in weights.items():
+        assert value.shape is not None
+        assert value.dtype is not None
+        nbytes = int(value.dtype.itemsize * torch.Size(value.shape.numpy()).numel())
+        alignment = PAGE if nbytes >= PAGE else _SMALL_ALIGNMENT
+        offset = -(-end // alignment) * alignment
+        places[name] = _Place(value, offset, nbytes)
+        end = offset + nbytes
+    return places
+
+
+def _write_weights(
+    exported: ExportedGraph,
+    program: Program,
+    read: Callable[[str], Tensor],
+    places: Mapping[str, _Place],
+    files: Sequence[IO[bytes]],
+    progress: Advance | None,
+) -> None:
+    by_source: dict[str, list[WeightSpec]] = defaultdict(list)
+    for name in exported.weights:
+        if name not in exported.tables:
+            by_source[program.weights[name].source].append(program.weights[name])
+    reader = program.reader(read)
+    for done, (source, specs) in enumerate(by_source.items(), start=1):
+        tensor = reader(source)
+        for spec in specs:
+            if tuple(tensor.shape) != spec.source_shape:
+                raise InputFileError(
+                    f"weight '{source}' has shape {list(tensor.shape)}, the program needs {list(spec.source_shape)}"
+                )
+            for lane, file in enumerate(files):
+                local = spec.take(tensor, lane).to(spec.torch_dtype)
+                _write(file, places[spec.name], local.t() if spec.name in exported.transposed else local)
+        del tensor
+        if progress is not None:
+            progress(done, len(by_source), source)
+
+
+def _write(file: IO[bytes], place: _Place, tensor: Tensor) -> None:
+    content = memoryview(byte_view(tensor.cpu().contiguous()))
+    assert content.nbytes == place.nbytes, f"{place.value.name}: {content.nbytes} bytes instead of {place.nbytes}"
+    file.seek(place.offset)
+    while content.nbytes:
+        content = content[file.write(content) :]
+
+
+def _shared_proto(
+    exported: ExportedGraph, program: Program, places: Mapping[str, _Place], metadata: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The model as all devices have it: weights are declared, but nowhere yet."""
+    from kraken_compiler import __name__ as package
+
+    model = exported.model
+    model.producer_name = package
+    model.producer_version = None
+    model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.metadata_props.update(metadata)
+    proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    for name, place in places.items():
+        assert place.value.shape is not None
+        assert place.value.dtype is not None
+        tensor = proto.graph.initializer.add(
+            name=name,
+            data_type=place.value.dtype.value,
+            dims=place.value.shape.numpy(),
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, value in (("offset", place.offset), ("length", place.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+    annotate_shards(proto, program, exported.transposed)
+    return proto
+
+
+def _finish(shared: onnx.ModelProto, lane: int, digest: str, program: str, path: Path) -> None:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(shared)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.external_data.add(key="location", value=data_file(lane))
+    for key, value in ((META_LANE, str(lane)), (META_DATA, digest), (META_PROGRAM, program)):
+        proto.metadata_props.add(key=key, value=value)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path), full_check=False)

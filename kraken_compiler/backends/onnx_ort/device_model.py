@@ -1,0 +1,147 @@
+"""A device file as it is read: checked before anything in it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from kraken_compiler.backends.onnx_ort.format import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    FORMAT_VERSION,
+    META_CACHE,
+    META_DATA,
+    META_DEGREE,
+    META_FORMAT,
+    META_FORMS,
+    META_LANE,
+    META_POSITIONS,
+    META_PROGRAM,
+    OPSET,
+    CacheRecord,
+)
+from kraken_compiler.errors import InputFileError
+
+NEWEST_OPSET = 26
+"""The newest that was looked at; a later one may have changed what an op means."""
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """One device's model, without its weights.
+
+    Attributes:
+        path: The file; the weights lie beside it.
+        proto: The model.
+        lane, degree: Which device of how many it is for.
+        forms: Form of every layer.
+        program: Hash of what all devices of a compile share.
+        caches: Its KV caches in the order of the layers; None if it keeps none.
+        positions: The longest sequence that it takes; None if nothing bounds it.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    lane: int
+    degree: int
+    forms: tuple[str, ...]
+    program: str
+    caches: tuple[CacheRecord, ...] | None
+    positions: int | None
+
+    @classmethod
+    def load(cls, path: Path | str, *, verify: bool = True) -> Self:
+        """Read a device file.
+
+        Args:
+            path: The file.
+            verify: Hash the weights and compare; the sizes are looked at in any case.
+
+        Raises:
+            InputFileError: It is missing, truncated, tampered with, no device file, or of another version.
+        """
+        path = Path(path)
+        try:
+            proto = onnx.load_model(str(path), load_external_data=False)
+        except OSError as error:
+            raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (DecodeError, ValueError) as error:
+            raise InputFileError(f"{path}: damaged, not an ONNX model ({error})") from error
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        _check_versions(path, proto, metadata)
+        try:
+            caches = json.loads(metadata.get(META_CACHE, "null"))
+            model = cls(
+                path=path,
+                proto=proto,
+                lane=int(metadata[META_LANE]),
+                degree=int(metadata[META_DEGREE]),
+                forms=tuple(json.loads(metadata[META_FORMS])),
+                program=metadata[META_PROGRAM],
+                caches=tuple(CacheRecord(**record) for record in caches) if caches is not None else None,
+                positions=json.loads(metadata.get(META_POSITIONS, "null")),
+            )
+            wanted = metadata[META_DATA]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputFileError(f"{path}: damaged, its description is incomplete ({error})") from error
+        _check_data(path, proto, wanted if verify else None)
+        return model
+
+
+def _check_versions(path: Path, proto: onnx.ModelProto, metadata: dict[str, str]) -> None:
+    if META_FORMAT not in metadata:
+        raise InputFileError(f"{path}: not a device file of kraken-compile")
+    if metadata[META_FORMAT] != str(FORMAT_VERSION):
+        raise InputFileError(
+            f"{path}: device file format {metadata[META_FORMAT]}, this version reads {FORMAT_VERSION}; "
+            "compile the model again"
+        )
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    opset = versions.get("", versions.get("ai.onnx", 0))
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise InputFileError(f"{path}: its opset is {opset}; this version runs {OPSET} to {NEWEST_OPSET}")
+    if versions.get(DOMAIN, DOMAIN_VERSION) != DOMAIN_VERSION:
+        raise InputFileError(
+            f"{path}: its collectives are of version {versions[DOMAIN]}; this version runs {DOMAIN_VERSION}"
+        )
+
+
+def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
+    """Make sure that the weights are there, beside the file and nowhere else, and whole."""
+    ends: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        name = entries.get("location", "")
+        try:
+            end = int(entries.get("offset", "0")) + int(entries["length"])
+        except (KeyError, ValueError):
+            raise InputFileError(f"{path}: damaged, weight '{tensor.name}' is nowhere") from None
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputFileError(
+                f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', outside its folder"
+            )
+        ends[name] = max(ends.get(name, 0), end)
+    if len(ends) > 1:
+        raise InputFileError(f"{path}: refused: its weights are in {len(ends)} files, a device has one")
+    for name, end in ends.items():
+        data = path.parent / name
+        try:
+            if data.is_symlink() or not data.is_file():
+                raise InputFileError(f"{data}: missing; it holds the weights of {path.name}")
+            if data.stat().st_size < end:
+                raise InputFileError(f"{data}: truncated, {data.stat().st_size} bytes instead of {end}")
+            if wanted is not None:
+                with data.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != wanted:
+                    raise InputFileError(f"{data}: not what {path.name} was written with (its hash differs)")
+        except OSError as error:
+            raise InputFileError(f"{data}: cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,77 @@
+"""Writes the ONNX backend's part of an artifact: one complete model per device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.format import (
+    FORMAT_VERSION,
+    META_CACHE,
+    META_DEGREE,
+    META_FORMAT,
+    META_FORMS,
+    META_POSITIONS,
+    CacheRecord,
+)
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.progress import Advance
+
+RUNNABLE = ("float32", "float16")
+"""Element types that ONNX Runtime has kernels for on CPUs."""
+
+
+class OnnxBackend(Backend):
+    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it."""
+
+    name: ClassVar[str] = "onnx"
+
+    def write(
+        self,
+        program: Program,
+        read: Callable[[str], Tensor],
+        directory: Path,
+        progress: Advance | None = None,
+    ) -> tuple[Window, ...]:
+        # Imported here: onnx and its exporter take seconds and are needed by this backend alone.
+        from kraken_compiler.backends.onnx_ort.device_files import write_device_files
+        from kraken_compiler.backends.onnx_ort.export_graph import export_graph
+        from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
+        from kraken_compiler.backends.onnx_ort.schedule import measure_windows
+        from kraken_compiler.backends.onnx_ort.tables import lane_tables
+
+        _require_runnable(program)
+        cached = program.cached
+        exported = export_graph(prepare_lane(program) if cached is None else prepare_step(cached))
+        windows = measure_windows(exported.model.graph, program.plan)
+        tables = None if cached is None else lane_tables(program, cached, program.reader(read), exported.tables)
+        metadata = {
+            META_FORMAT: str(FORMAT_VERSION),
+            META_DEGREE: str(program.degree),
+            META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
+        }
+        if cached is not None and tables is not None:
+            records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
+            metadata[META_CACHE] = json.dumps([asdict(record) for record in records])
+            metadata[META_POSITIONS] = json.dumps(tables.positions)
+        values = tables.values if tables is not None else [{} for _ in range(program.degree)]
+        write_device_files(exported, program, read, values, directory, metadata, progress)
+        return windows
+
+
+def _require_runnable(program: Program) -> None:
+    found = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
+    foreign = [dtype for dtype in found if dtype not in RUNNABLE]
+    if foreign:
+        raise UsageError(
+            f"the onnx backend writes {' and '.join(RUNNABLE)}, and this model is {', '.join(foreign)}; "
+            "compile it with --dtype float32"
+        )

@@ -1,0 +1,137 @@
+"""From a prepared graph to an ONNX model whose weights are still to come."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir
+import torch
+
+from kraken_compiler._torch_compat import flat_program
+from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
+from kraken_compiler.backends.onnx_ort.prepare_step import Prepared
+from kraken_compiler.backends.onnx_ort.schedule import is_gemm
+from kraken_compiler.backends.onnx_ort.translations import translations
+from kraken_compiler.capture.quiet import quiet_torch
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An ONNX model of every device, without weights.
+
+    Attributes:
+        model: Its inputs are those of the file only.
+        weights: The initializers to come: name in the file (which is the placeholder's) -> the value, typed and shaped
+            as it is to be stored.
+        transposed: Those that are stored transposed, because they are multiplied with that way.
+        tables: Which of them are tables.
+    """
+
+    model: onnx_ir.Model
+    weights: dict[str, onnx_ir.Value]
+    transposed: frozenset[str]
+    tables: frozenset[str]
+
+
+def export_graph(prepared: Prepared) -> ExportedGraph:
+    """Export a graph. It is consumed.
+
+    Nodes keep their order, attention stays one node, and the collectives are nodes of our domain. A weight that is only
+    read through a transposition is stored transposed instead.
+    """
+    names = [*prepared.weights, *prepared.tables, *prepared.inputs.values()]
+    with quiet_torch():
+        exported = torch.onnx.export(
+            flat_program(prepared.graph),
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    assert exported is not None
+    model: onnx_ir.Model = exported.model
+    graph = model.graph
+    assert len(graph.inputs) == len(names), f"{len(graph.inputs)} inputs instead of {len(names)}"
+    assert len(graph.outputs) == len(prepared.outputs), f"{len(graph.outputs)} outputs: {graph.outputs}"
+    taken = {*names, *prepared.outputs}
+    for value in (value for node in graph for value in node.outputs if value.name in taken):
+        value.name = f"{value.name}_value"
+    for value, name in zip(graph.inputs, names):
+        value.name = name
+    for value, name in zip(graph.outputs, prepared.outputs):
+        value.name = name
+    _name_dims(graph, prepared.dims)
+    held = len(prepared.weights) + len(prepared.tables)
+    weights, transposed = _take_weights(graph, held)
+    _pin_waits(graph)
+    _name_nodes(graph)
+    model.metadata_props.clear()
+    return ExportedGraph(model, weights, transposed, frozenset(prepared.tables))
+
+
+def _name_dims(graph: onnx_ir.Graph, dims: dict[str, str]) -> None:
+    symbols = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in dims) or r"(?!)")
+    produced = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *produced):
+        if value.shape is None:
+            continue
+        sizes: list[int | str | None] = []
+        for size in value.shape:
+            text = size.value if isinstance(size, onnx_ir.SymbolicDim) else size
+            sizes.append(symbols.sub(lambda match: dims[match.group()], text) if isinstance(text, str) else text)
+        value.shape = onnx_ir.Shape(sizes)
+
+
+def _take_weights(graph: onnx_ir.Graph, count: int) -> tuple[dict[str, onnx_ir.Value], frozenset[str]]:
+    """Make the first inputs values that are to be stored; returns them, and which of them are to be transposed."""
+    values = list(graph.inputs[:count])
+    del graph.inputs[:count]
+    weights: dict[str, onnx_ir.Value] = {}
+    transposed = set()
+    for value in values:
+        assert value.name is not None
+        users = [use.node for use in value.uses()]
+        flips = all(node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0] for node in users)
+        if users and flips:
+            stored = onnx_ir.Value(name=value.name, type=value.type, shape=users[0].outputs[0].shape)
+            for node in users:
+                node.outputs[0].replace_all_uses_with(stored)
+                graph.remove(node, safe=True)
+            transposed.add(value.name)
+            weights[value.name] = stored
+        else:
+            weights[value.name] = value
+    return weights, frozenset(transposed)
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def _name_nodes(graph: onnx_ir.Graph) -> None:
+    """Name nodes after the module they come from, and forget what else the exporter noted about them."""
+    taken: Counter[str] = Counter()
+    for node in graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        node.metadata_props.clear()
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+
+def _pin_waits(graph: onnx_ir.Graph) -> None:
+    """Make every wait depend on the last product before it, so that nobody who reorders the file waits early."""
+    product, product_at = None, -1
+    begun: dict[onnx_ir.Value, int] = {}
+    for place, node in enumerate(graph):
+        if is_gemm(node):
+            product, product_at = node.outputs[0], place
+        elif node.domain == DOMAIN and node.op_type == START:
+            begun[node.outputs[0]] = place
+        elif node.domain == DOMAIN and node.op_type == WAIT and product_at > begun[node.inputs[0]]:
+            node.resize_inputs(2)
+            node.replace_input_with(1, product)

@@ -1,0 +1,85 @@
+"""What a device file says, in names: the ops of the collectives, the inputs and outputs, the metadata.
+
+Imports neither torch nor onnx, because everyone who writes, checks or runs device files needs it.
+
+    kraken::AllReduceStart(X) -> Handle          begins the sum of X over the devices; Handle has the type of X
+    kraken::AllReduceWait(Handle, After?) -> Y   the finished sum; After is what must have been computed before, and is
+                                                 not looked at: it keeps a scheduler from waiting early
+    kraken::AllGather(X) -> Y                    the devices' parts, concatenated along `axis`, device 0 first
+
+Collectives run in the order of the file, the same on all devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN, DOMAIN_VERSION = "kraken", 1
+START, WAIT, GATHER = "AllReduceStart", "AllReduceWait", "AllGather"
+COLLECTIVES = (START, WAIT, GATHER)
+
+NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = "com.microsoft", 1, "AllReduce", "AllGather"
+"""What ONNX Runtime builds with NCCL run themselves."""
+
+OPSET = 23
+"""The first one that keeps attention as one node."""
+
+FORMAT_VERSION = 1
+
+INPUT_IDS, POSITION_IDS, ATTENTION_MASK, LOGIT_POSITIONS = (
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "logit_positions",
+)
+"""Inputs of a model with a KV cache: token ids and their positions [batch, sequence]; which of all tokens so far count,
+[batch, past + sequence], 1 or 0; and which of the new tokens' logits are wanted, [batch, picks]. All int64."""
+LOGITS = "logits"
+
+BATCH, SEQUENCE, PAST, TOTAL, PICKS = "batch", "sequence", "past_sequence", "total_sequence", "picks"
+"""Names of the dynamic dims."""
+
+META_FORMAT = "kraken.format_version"
+META_LANE = "kraken.lane"
+META_DEGREE = "kraken.degree"
+META_FORMS = "kraken.forms"
+META_PROGRAM = "kraken.program_sha256"
+META_DATA = "kraken.data_sha256"
+META_CACHE = "kraken.cache"
+META_POSITIONS = "kraken.max_positions"
+
+
+def device_file(device: int) -> str:
+    """Name of a device's model inside the backend's directory."""
+    return f"device-{device}.onnx"
+
+
+def data_file(device: int) -> str:
+    """Name of the file beside it that holds its weights."""
+    return f"{device_file(device)}.data"
+
+
+def past_name(layer: int, part: str) -> str:
+    """Input that holds what attention `layer` kept; `part` is "key" or "value". [batch, heads, past, dim]."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_name(layer: int, part: str) -> str:
+    """Output that holds the same with the new tokens appended. [batch, heads, past + sequence, dim]."""
+    return f"present.{layer}.{part}"
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """One attention's cache, as `META_CACHE` lists them in JSON.
+
+    Attributes:
+        heads: KV heads that the device holds.
+        key_dim, value_dim: Size of a head.
+        dtype: numpy's name of the element type.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str

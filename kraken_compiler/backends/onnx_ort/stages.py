@@ -1,0 +1,151 @@
+"""Cuts a device's model at its collectives: stock ONNX Runtime runs what lies between them.
+
+    rms_norm, products, AllReduceStart, attention, AllReduceWait, add, ...
+    [------ stage ----] [--- start --] [- stage -] [--- wait ---] [stage
+
+The steps run in the order of the file, so what lies between a start and its wait runs while the sum is on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from kraken_compiler.backends.onnx_ort.format import COLLECTIVES, DOMAIN, GATHER, START, WAIT
+from kraken_compiler.errors import InputFileError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model that ONNX Runtime runs as a whole.
+
+    Attributes:
+        model: It, with references to the weights in the device's data file.
+        inputs, outputs: Names of values, which are named as in the whole model.
+    """
+
+    model: onnx.ModelProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective.
+
+    Attributes:
+        name: The node's.
+        kind: `START`, `WAIT` or `GATHER`.
+        operand: Name of the value it takes; of a wait, the handle.
+        result: Name of the value it gives; of a start, the handle.
+        axis: Along which a gather concatenates.
+    """
+
+    name: str
+    kind: str
+    operand: str
+    result: str
+    axis: int = 0
+
+
+Step = Stage | Collective
+
+
+def cut(model: onnx.ModelProto) -> list[Step]:
+    """Cut a model.
+
+    Raises:
+        InputFileError: A value is used before it is there, or has no type, or a collective is malformed.
+    """
+    graph = model.graph
+    runs: list[list[onnx.NodeProto] | Collective] = [[]]
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            runs += [_collective(node), []]
+        else:
+            last = runs[-1]
+            assert isinstance(last, list)
+            last.append(node)
+    types = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    needed_later = {value.name for value in graph.output}
+    steps: list[Step] = []
+    for part in reversed(runs):
+        if isinstance(part, Collective):
+            steps.append(part)
+            needed_later.add(part.operand)
+        elif part:
+            stage = _stage(model, part, needed_later, types, weights)
+            steps.append(stage)
+            needed_later.update(stage.inputs)
+    steps.reverse()
+    _check_order(steps, {value.name for value in graph.input}, {value.name for value in graph.output})
+    return steps
+
+
+def _collective(node: onnx.NodeProto) -> Collective:
+    if node.op_type not in COLLECTIVES or not node.input or len(node.output) != 1:
+        raise InputFileError(f"refused: '{node.name}' is no collective that this version knows ({node.op_type})")
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    return Collective(node.name, node.op_type, node.input[0], node.output[0], axis)
+
+
+def _stage(
+    model: onnx.ModelProto,
+    nodes: list[onnx.NodeProto],
+    needed_later: Iterable[str],
+    types: Mapping[str, onnx.ValueInfoProto],
+    weights: Mapping[str, onnx.TensorProto],
+) -> Stage:
+    made = {name for node in nodes for name in node.output if name}
+    used = dict.fromkeys(name for node in nodes for name in _read(node) if name and name not in made)
+    inputs = tuple(name for name in used if name not in weights)
+    outputs = tuple(name for node in nodes for name in node.output if name in set(needed_later))
+    untyped = [name for name in (*inputs, *outputs) if name not in types]
+    if untyped:
+        raise InputFileError(f"damaged: value '{untyped[0]}' has no type")
+    part = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
+    part.opset_import.extend(entry for entry in model.opset_import if entry.domain != DOMAIN)
+    part.functions.extend(model.functions)
+    part.graph.name = nodes[0].name
+    part.graph.node.extend(nodes)
+    part.graph.initializer.extend(weights[name] for name in used if name in weights)
+    part.graph.input.extend(types[name] for name in inputs)
+    part.graph.output.extend(types[name] for name in outputs)
+    for node in part.graph.node:
+        # What they refer to is declared in the whole model only.
+        del node.device_configurations[:]
+    return Stage(part, inputs, outputs)
+
+
+def _read(node: onnx.NodeProto) -> Iterable[str]:
+    """What a node reads, also inside of its branches and loop bodies."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            inside |= {name for inner in graph.node for name in inner.output}
+            yield from (name for inner in graph.node for name in _read(inner) if name not in inside)
+
+
+def _check_order(steps: Iterable[Step], given: set[str], wanted: set[str]) -> None:
+    there, handles = set(given), set()
+    for step in steps:
+        reads = step.inputs if isinstance(step, Stage) else () if step.kind == WAIT else (step.operand,)
+        missing = [name for name in reads if name not in there]
+        if missing:
+            raise InputFileError(f"damaged: value '{missing[0]}' is used before it is there")
+        if isinstance(step, Stage):
+            there.update(step.outputs)
+        elif step.kind == START:
+            handles.add(step.result)
+        else:
+            if step.kind == WAIT and step.operand not in handles:
+                raise InputFileError(f"damaged: '{step.name}' waits for a sum that was not begun, or waits twice")
+            handles.discard(step.operand)
+            assert step.kind in (WAIT, GATHER)
+            there.add(step.result)
+    if handles or not wanted <= there:
+        raise InputFileError(f"damaged: {sorted(handles | (wanted - there))[0]} is never waited for or never made")

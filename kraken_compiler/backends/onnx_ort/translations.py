@@ -1,0 +1,82 @@
+"""What our ops become in ONNX; everything else torch's exporter knows.
+
+Annotations are read by the exporter: a parameter without a number's type is an operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir
+import torch
+from onnxscript import opset23 as op
+from onnxscript.values import Opset
+
+from kraken_compiler.backends.onnx_ort import attention_ops
+from kraken_compiler.backends.onnx_ort.format import DOMAIN, DOMAIN_VERSION
+from kraken_compiler.backends.onnx_ort.schemas import register_schemas
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Torch op -> function that writes ONNX nodes, as `torch.onnx.export` takes them."""
+    register_schemas()
+    assert attention_ops is not None  # importing it defines its ops
+    own = Opset(DOMAIN, DOMAIN_VERSION)
+
+    def start(x: Any) -> Any:
+        return own.AllReduceStart(x)
+
+    def wait(handle: Any) -> Any:
+        return own.AllReduceWait(handle)
+
+    def gather(x: Any, dim: int, degree: int) -> Any:
+        return own.AllGather(x, axis=dim, degree=degree)
+
+    return {
+        torch.ops.kraken.all_reduce_start.default: start,
+        torch.ops.kraken.wait.default: wait,
+        torch.ops.kraken.all_gather.default: gather,
+        torch.ops.kraken.attention.default: _plain_attention,
+        torch.ops.kraken_onnx.attention.default: _attention,
+        torch.ops.kraken_onnx.attention_mask.default: _mask,
+    }
+
+
+def _attention(
+    query: Any, key: Any, value: Any, mask: Any, past_key: Any, past_value: Any, scale: float | None = None
+) -> Any:
+    out, present_key, present_value, _ = op.Attention(query, key, value, mask, past_key, past_value, scale=scale)
+    return out, present_key, present_value
+
+
+def _plain_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    out, _, _, _ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=int(is_causal))
+    return out
+
+
+def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int = 0, dtype: int = 1) -> Any:
+    """See `attention_ops`."""
+    total, tokens = op.Shape(attention_mask, start=1, end=2), op.Shape(input_ids, start=1, end=2)
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
+    places = op.Unsqueeze(op.Slice(slots, op.Sub(total, tokens), total), op.Constant(value_ints=[1]))
+    seen = op.LessOrEqual(slots, places)
+    if window:
+        seen = op.And(seen, op.Greater(slots, op.Sub(places, op.Constant(value_int=window))))
+    held = op.Unsqueeze(op.Cast(attention_mask, to=onnx_ir.DataType.BOOL.value), op.Constant(value_ints=[1, 2]))
+    seen = op.Or(op.And(held, seen), op.Equal(slots, places))
+    added = op.Cast(op.Constant(value_float=0.0), to=dtype)
+    if slopes is not None:
+        distance = op.Cast(op.Sub(slots, places), to=onnx_ir.DataType.FLOAT.value)
+        added = op.Cast(op.Mul(distance, op.Unsqueeze(slopes, op.Constant(value_ints=[1, 2]))), to=dtype)
+    hidden = op.Cast(op.Constant(value_float=float("-inf")), to=dtype)
+    return op.Where(seen, added, hidden)
