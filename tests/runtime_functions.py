@@ -15,8 +15,9 @@ from torch import fx
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.collectives import with_real_collectives
 from kraken_compiler.backends.torch_dist.load import load, load_program
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram, with_real_collectives
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.runtime.session import Session
 from tests.toy_lane_program import toy_sources

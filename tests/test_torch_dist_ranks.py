@@ -10,8 +10,9 @@ import torch
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.lane_files import lane_file, load_lane_weights
 from kraken_compiler.backends.torch_dist.load import load
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.runtime.execute import execute_on_ranks, run_ranks
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy

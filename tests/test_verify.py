@@ -23,7 +23,7 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
 from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
-from kraken_compiler.backends.torch_dist.rank_program import GRAPH_FILE, lane_file
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary

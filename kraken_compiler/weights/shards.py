@@ -18,6 +18,11 @@ from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
 FORMAT = {"format": "pt", "kraken_weights": "1"}
 
 
+def shard_file(lane: int) -> str:
+    """Name of the file with a lane's part of the weights."""
+    return f"lane-{lane}.safetensors"
+
+
 def write_lane_shards(
     program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
 ) -> list[Path]:
@@ -41,7 +46,7 @@ def write_lane_shards(
     for spec in program.weights.values():
         by_source[spec.source].append(spec)
     contents = {name: (spec.torch_dtype, spec.shape) for name, spec in program.weights.items()}
-    paths = [directory / f"lane-{lane}.safetensors" for lane in range(program.degree)]
+    paths = [directory / shard_file(lane) for lane in range(program.degree)]
     reader = program.reader(read)
     with ExitStack() as stack:
         writers = [

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
+from kraken_compiler.backends.torch_dist.lane_files import STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.program import CachedProgram, InputSpec
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
-
-STEP_FILE, TABLES_FILE = "torch/step.pt2", "torch/tables.pt2"
 
 
 @dataclass(frozen=True)

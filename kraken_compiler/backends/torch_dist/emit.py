@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.graph_file import load_graph, save_graph
+from kraken_compiler.backends.torch_dist.graph_file import save_graph
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
@@ -29,12 +30,9 @@ class TorchBackend(Backend):
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:
-        graph_file = directory / "lane.pt2"
-        save_graph(program, graph_file)
-        windows = check_schedule(load_graph(graph_file), program.plan)
+        windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
         if program.cached is not None:
-            save_graph(program.cached.step, directory / "step.pt2")
-            check_schedule(load_graph(directory / "step.pt2"), program.plan)
-            save_graph(program.cached.tables, directory / "tables.pt2")
+            check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
+            save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
         write_lane_shards(program, read, directory, progress)
         return windows

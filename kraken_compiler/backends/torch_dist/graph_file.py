@@ -28,8 +28,11 @@ _EMPTY_ENTRIES = frozenset({"data/sample_inputs/model.pt"})
 _CONFIG_ENTRIES = frozenset({"data/weights/model_weights_config.json", "data/constants/model_constants_config.json"})
 
 
-def save_graph(program: Program, path: Path) -> None:
+def save_graph(program: Program, path: Path) -> fx.GraphModule:
     """Write the program's graph, without weights.
+
+    Returns:
+        The graph as it was read back; its nodes run in the order of the program's.
 
     Raises:
         OSError: The file cannot be written.
@@ -44,6 +47,7 @@ def save_graph(program: Program, path: Path) -> None:
     written = load_graph(path)
     expected, found = node_order(program.module), node_order(written)
     assert expected == found, f"saving changed the order of the nodes: {_first_difference(expected, found)}"
+    return written
 
 
 def load_graph(path: Path) -> fx.GraphModule:

@@ -11,7 +11,8 @@ from torch import nn
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.rank_program import GRAPH_FILE, RankProgram, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 

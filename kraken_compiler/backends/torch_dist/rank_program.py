@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,12 +12,14 @@ from torch import Tensor, fx, nn
 
 from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, RunStep
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
-from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph, with_real_collectives
+from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.communicators.choose import default_communicator
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, SLOTS
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
@@ -29,14 +30,7 @@ if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
     from kraken_compiler.backends.torch_dist.compile_lanes import CompiledGraph
 
-__all__ = ["GRAPH_FILE", "RankProgram", "lane_file", "load_lane_weights", "with_real_collectives"]
-
-GRAPH_FILE = "torch/lane.pt2"
-
-
-def lane_file(lane: int) -> str:
-    """Path of a lane's weights inside an artifact."""
-    return f"torch/lane-{lane}.safetensors"
+__all__ = ["RankProgram", "lane_file"]
 
 
 class RankProgram(nn.Module):
@@ -96,10 +90,10 @@ class RankProgram(nn.Module):
         self.inputs = inputs
         self.call = call
         if isinstance(communicator, Communicator):
-            _check_place(communicator.rank, communicator.degree, degree, lane)
+            check_lane(lane, degree, rank=communicator.rank, ranks=communicator.degree)
             self._choose: Callable[[torch.device], Communicator] = lambda device: communicator
         else:
-            resolved = _checked_group(group, degree, lane)
+            resolved = checked_group(lane, degree, group)
             self._choose = lambda device: default_communicator(device, resolved, reduce_dtype, communicator)
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         assert names == [*table, *(spec.name for spec in inputs)], "placeholders are the weights, then the inputs"
@@ -143,7 +137,7 @@ class RankProgram(nn.Module):
         Raises:
             UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
         """
-        lane = _lane(lane, group, communicator, program.degree)
+        lane = lane_of_rank(lane, program.degree, group, communicator)
         weights = lane_weights(program.weights, lane, program.reader(read))
         made = cls(
             program.module,
@@ -189,7 +183,7 @@ class RankProgram(nn.Module):
             InputFileError: A file is missing, truncated or tampered with.
         """
         manifest = artifact.manifest
-        lane = _lane(lane, group, communicator, manifest.degree)
+        lane = lane_of_rank(lane, manifest.degree, group, communicator)
         if verify:
             artifact.verify(GRAPH_FILE, lane_file(lane))
         table = manifest.weight_table
@@ -219,8 +213,7 @@ class RankProgram(nn.Module):
         """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs."""
         if self.compiled is not None:
             return self.compiled(*inputs)
-        weights = [getattr(self.weights, name) for name in self._weight_names]
-        outputs: tuple[Tensor, ...] = self.graph(*weights, *inputs)
+        outputs: tuple[Tensor, ...] = self.graph(*self._operands(), *inputs)
         return outputs
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -247,7 +240,7 @@ class RankProgram(nn.Module):
         sizes = {spec.name: [dim for dim, size in enumerate(spec.shape) if isinstance(size, str)] for spec in inputs}
         return CompiledGraph(
             fx.GraphModule({}, copy_graph(graph)),
-            {name: getattr(self.weights, name) for name in self._weight_names},
+            dict(zip(self._weight_names, self._operands(), strict=True)),
             self.communicator,
             self.plan,
             dynamic={name: [dim for dim in dims if dim not in opaque.get(name, ())] for name, dims in sizes.items()},
@@ -275,15 +268,13 @@ class RankProgram(nn.Module):
             raise UsageError("the program has no KV cache")
         if self._graphs is None:
             self._graphs = self._cached_graphs()
-        weights = [getattr(self.weights, name) for name in self._weight_names]
-        device = self._device()
         return CachedDecoder(
             self._step(self._graphs, compiled),
             self._graphs,
-            weights,
+            self._operands(),
             batch=batch,
             capacity=capacity,
-            device=device,
+            device=self._device(),
             identical_on_all_ranks=self.communicator.identical_on_all_ranks,
         )
 
@@ -298,6 +289,10 @@ class RankProgram(nn.Module):
             retarget(step, self._device())
             self._steps[key] = step
         return self._steps[key]
+
+    def _operands(self) -> list[Tensor]:
+        """The first operands of every graph: this lane's weights."""
+        return [getattr(self.weights, name) for name in self._weight_names]
 
     def _device(self) -> torch.device:
         tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
@@ -318,70 +313,3 @@ class RankProgram(nn.Module):
         retarget(self.graph, device)
         if self.compiled is not None:
             self.compiled = self._compiled_graph(self._lane_graph, self.inputs)
-
-
-def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
-    """Map one lane's weights into memory; their pages are read when they are used.
-
-    Raises:
-        InputFileError: The file is missing or damaged, or lacks a weight of the table.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            held = set(file.keys())
-            missing = [name for name in table if name not in held]
-            if missing:
-                raise InputFileError(f"{path}: lacks {len(missing)} weights, the first is '{missing[0]}'")
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in table}
-    except (OSError, SafetensorError) as error:
-        raise InputFileError(f"{path}: cannot be read: {error}") from error
-    for name, spec in table.items():
-        found = tensors[name]
-        if tuple(found.shape) != spec.shape or found.dtype != spec.torch_dtype:
-            raise InputFileError(
-                f"{path}: weight '{name}' is {found.dtype} {list(found.shape)}, the manifest says "
-                f"{spec.dtype} {list(spec.shape)}"
-            )
-    return tensors
-
-
-def _lane(
-    lane: int | None, group: dist.ProcessGroup | None, communicator: Communicator | str | None, degree: int
-) -> int:
-    """The lane that was asked for, or else this rank's.
-
-    Raises:
-        UsageError: This rank cannot run it.
-    """
-    if isinstance(communicator, Communicator):
-        lane = communicator.rank if lane is None else lane
-        _check_place(communicator.rank, communicator.degree, degree, lane)
-    else:
-        lane = _own_lane(group) if lane is None else lane
-        _checked_group(group, degree, lane)
-    return lane
-
-
-def _own_lane(group: dist.ProcessGroup | None) -> int:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise UsageError("a rank's program needs an initialised torch.distributed process group")
-    return dist.get_rank(group)
-
-
-def _checked_group(group: dist.ProcessGroup | None, degree: int, lane: int) -> dist.ProcessGroup:
-    _check_place(_own_lane(group), dist.get_world_size(group), degree, lane)
-    resolved = dist.group.WORLD if group is None else group
-    assert resolved is not None
-    return resolved
-
-
-def _check_place(rank: int, size: int, degree: int, lane: int) -> None:
-    if size != degree:
-        raise UsageError(
-            f"the program has {degree} lanes, the process group {size} rank{'s' * (size != 1)}; "
-            f"start {degree} ranks, or compile for degree {size}"
-        )
-    if lane != rank:
-        raise UsageError(f"rank {rank} of the group must run lane {rank}, not lane {lane}")
