@@ -12,9 +12,6 @@ aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
-GEMMS = frozenset(
-    {LINEAR, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
-)
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
 SHAPE_ONLY = frozenset(
     {

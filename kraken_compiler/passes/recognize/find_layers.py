@@ -21,10 +21,10 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch, Layer, LayerTable
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import (
     ATTENTION,
-    GEMMS,
     LINEAR,
     NORMS,
     SHAPE_ONLY,
@@ -267,5 +267,5 @@ def _common_path(left: str, right: str) -> str:
 def _head(final: fx.Node, program: Program) -> str:
     """The last projection between the stream and the output, if everything after it is element by element."""
     after = descendants([final])
-    gemms = [node for node in program.graph.nodes if node in after and node.target in GEMMS]
+    gemms = [node for node in program.graph.nodes if node in after and is_gemm(node)]
     return gemms[-1].name if gemms and gemms[-1].target is LINEAR and is_tensor(gemms[-1]) else ""
