@@ -133,17 +133,15 @@ def _rest(spec: WeightSpec) -> tuple[Any, ...]:
 
 
 def write_toy(directory: Path, degree: int, **options: Any) -> Path:
-    """The toy as an artifact."""
+    """The toy as an artifact of the torch backend."""
     from kraken_compiler.artifact.manifest import Source
     from kraken_compiler.artifact.write import write_artifact
-    from kraken_compiler.backends.registry import BACKENDS
+    from kraken_compiler.backends.torch_dist.emit import TorchBackend
 
     sources = toy_sources()
     source = Source(kind="module", name="Toy", model_class="Toy")
-    options = {"report": {"note": "toy"}} | options
-    return write_artifact(
-        toy_program(degree), sources.__getitem__, directory, source=source, backends=BACKENDS, **options
-    )
+    options = {"report": {"note": "toy"}, "backends": [TorchBackend()]} | options
+    return write_artifact(toy_program(degree), sources.__getitem__, directory, source=source, **options)
 
 
 def edit_manifest(directory: Path, **changes: Any) -> None:
