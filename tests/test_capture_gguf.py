@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from kraken_compiler.capture import capture
-from kraken_compiler.errors import InputFileError, UnsupportedModelError
+from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 
 WIDTH, FFN, VOCAB, HEADS, KV_HEADS = 32, 48, 40, 4, 2
 
@@ -77,3 +78,13 @@ def test_truncated_files(tmp_path: Path, keep: int) -> None:
 def test_unknown_architecture(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"transformers cannot read .*model\.gguf.*rwkv"):
         capture(write(tmp_path / "model.gguf", "rwkv6"))
+
+
+@pytest.mark.parametrize("package", ["gguf", "transformers"])
+def test_missing_packages_are_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    path = write(tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"reading the GGUF file {path} needs .*pip install 'kraken-compiler\[hf\]'"):
+        capture(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,9 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputFileError, match=r"give the file itself, .*m\.gguf"):
         capture(tmp_path)
+
+
+def test_missing_packages_are_no_fault_of_the_files(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"reading the Hugging Face directory .* needs .*pip install"):
+        capture(directory)

@@ -10,6 +10,7 @@ import torch
 
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
+from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource, digest_files
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
@@ -30,14 +31,15 @@ def capture_gguf(
         dtype: Element type of the dequantized weights; default float32.
 
     Raises:
-        InputFileError: The file is damaged, or the packages that read it are missing.
+        InputFileError: The file is damaged.
+        UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers cannot read this architecture from GGUF.
     """
     try:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise InputFileError(f"{path} is a GGUF file: install kraken-compiler[hf] to read it") from error
+        raise missing_packages(f"the GGUF file {path}", error) from error
     directory = str(path.parent)
     try:
         with quiet_transformers():
@@ -48,7 +50,9 @@ def capture_gguf(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except (NotImplementedError, ImportError) as error:
+    except ImportError as error:
+        raise missing_packages(f"the GGUF file {path}", error) from error
+    except NotImplementedError as error:
         raise _unreadable(path, error) from error
     except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
         if "not supported" in str(error):

@@ -14,6 +14,7 @@ from kraken_compiler.capture.checkpoint_map import map_checkpoint
 from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
+from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_files
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
@@ -51,8 +52,13 @@ def capture_directory(
 
     Raises:
         InputFileError: A file is missing or damaged.
+        UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
     """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise missing_packages(f"the Hugging Face directory {path}", error) from error
     with quiet_transformers():
         config = _read_config(path)
     checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)
@@ -86,11 +92,9 @@ def capture_directory(
 
 
 def _read_config(path: Path) -> Any:
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise InputFileError(f"{path} is a Hugging Face directory: install kraken-compiler[hf] to read it") from error
     import json
+
+    from transformers import AutoConfig
 
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
@@ -34,6 +35,7 @@ class TokenizerSource:
 
         Raises:
             InputFileError: The files are damaged or need code that is not part of transformers.
+            UsageError: The packages that read them are not installed.
         """
         from transformers import AutoTokenizer
 
@@ -43,7 +45,9 @@ class TokenizerSource:
                 return AutoTokenizer.from_pretrained(
                     self.directory, trust_remote_code=False, local_files_only=True, **extra
                 )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise missing_packages(f"the tokenizer in {self.directory}", error) from error
+        except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error
 
