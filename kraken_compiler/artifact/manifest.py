@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from kraken_compiler.ir.cache import CachePlan
+from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.ir.layers import LayerTable
-from kraken_compiler.ir.program import CallSpec, InputSpec
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.weight_table import WeightSpec
 

@@ -14,62 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from kraken_compiler.ir.cache import CachePlan
+from kraken_compiler.ir.calls import CallSpec as CallSpec
+from kraken_compiler.ir.calls import InputSpec as InputSpec
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.ir.weight_table import WeightSpec
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One tensor input of the graph.
-
-    Attributes:
-        name: Placeholder name.
-        parameter: The argument of the source model's `forward` that it belongs to.
-        dtype: torch dtype name, e.g. "int64".
-        shape: Sizes; a dynamic one is the name of its symbol, e.g. "batch".
-    """
-
-    name: str
-    parameter: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class CallSpec:
-    """The source model's call signature and output structure.
-
-    Attributes:
-        parameters: Names of `forward`'s parameters, in positional order.
-        constants: Arguments that were fixed at capture, with the value they had.
-        trees: For each captured argument, the serialized pytree of its leaves (`torch.utils._pytree`).
-        out_tree: The serialized pytree of the output.
-        out_names: A name for every output leaf, for when the output class is not importable.
-        model_class: The source model's class, for messages.
-        none_inputs: For a captured argument, which of its leaves were None; the others are tensors.
-        none_outputs: Which leaves of the output were None; the others are the graph's outputs, in order.
-    """
-
-    parameters: tuple[str, ...]
-    constants: dict[str, bool | int | float | str | None]
-    trees: dict[str, str]
-    out_tree: str
-    out_names: tuple[str, ...]
-    model_class: str = ""
-    none_inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    none_outputs: tuple[int, ...] = ()
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """The names of the graph's outputs."""
-        return tuple(name for leaf, name in enumerate(self.out_names) if leaf not in self.none_outputs)
-
-    @property
-    def logits(self) -> int:
-        """Which of the graph's outputs a language model's logits are; the first if none is called so."""
-        return next((index for index, name in enumerate(self.output_names) if name.endswith("logits")), 0)
 
 
 @dataclass

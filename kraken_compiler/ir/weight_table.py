@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kraken_compiler.ir.index_set import IndexSet, size
+
+if TYPE_CHECKING:
+    # Only methods that handle tensors need torch, and import it: reading a table must not.
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class WeightSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch
+
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -82,6 +87,8 @@ class WeightSpec:
         Returns:
             A contiguous tensor of shape `shape` that shares no memory with `source` when it is a part of it.
         """
+        import torch
+
         local = source
         for shard in self.shards:
             pieces = [local.narrow(shard.dim, start, stop - start) for start, stop in shard.lanes[lane]]
