@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kraken_compiler.runtime.decoder import Array
 from kraken_compiler.runtime.engine import first_rank_decides
 from kraken_compiler.runtime.generate import generate
 from kraken_compiler.runtime.sampling import Sampling
@@ -33,25 +35,37 @@ class NearTies:
         self.capacity = 100
         self._rank = rank
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def prefill(self, ids: Array, lengths: Array) -> Array:
         return self._logits()
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Array) -> Array:
         return self._logits()
 
     def reset(self) -> None:
         pass
 
-    def _logits(self) -> Tensor:
-        logits = torch.ones(self.batch, VOCABULARY)
-        logits[:, 3 + self._rank] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    def _logits(self) -> Array:
+        logits = np.ones((self.batch, VOCABULARY), np.float32)
+        logits[:, 3 + self._rank] = np.nextafter(np.float32(1), np.float32(2))
         return logits
+
+
+def broadcast_sizes(session: Session) -> list[int]:
+    """Sizes of contents that did not arrive as they were sent."""
+    wrong = []
+    for size in (0, 1, 503, 504, 505, 5000):
+        content = bytes(number % 251 for number in range(size))
+        if session.broadcast(content if session.rank == 0 else None) != content:
+            wrong.append(size)
+    return wrong
 
 
 def choose_near_ties(payload: Mapping[str, Any], session: Session) -> list[list[list[int | None]]]:
     """Tokens of this rank: greedy and sampled with agreement, and then greedy without."""
+    assert broadcast_sizes(session) == []
     decoder = NearTies(2, session.rank)
-    ways = ((Sampling(), first_rank_decides), (Sampling(1.0, seed=5), first_rank_decides), (Sampling(), None))
+    agree = first_rank_decides(session)
+    ways = ((Sampling(), agree), (Sampling(1.0, seed=5), agree), (Sampling(), None))
     return [list(generate(decoder, [[1], [1, 2]], 20, sampling=sampling, agree=agree)) for sampling, agree in ways]
 
 

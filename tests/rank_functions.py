@@ -15,6 +15,7 @@ from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.runtime.generate import generate
 from kraken_compiler.runtime.replay import replay
 from kraken_compiler.runtime.session import Session, load_rank_program
+from kraken_compiler.runtime.torch_model import HostDecoder
 
 
 def run_programs(payload: Mapping[str, Any], session: Session) -> None:
@@ -42,7 +43,7 @@ def generate_greedily(payload: Mapping[str, Any], session: Session) -> list[list
     """Continue a batch of prompts with the KV cache; EOS ends nothing."""
     prompts, tokens = payload["prompts"], payload["tokens"]
     _, program = load_rank_program(payload["artifact"], session)
-    decoder = program.decoder(len(prompts), max(map(len, prompts)) + tokens)
+    decoder = HostDecoder(program.decoder(len(prompts), max(map(len, prompts)) + tokens))
     steps = []
     for done, step in enumerate(generate(decoder, prompts, tokens)):
         session.status.progress(f"token {done}")

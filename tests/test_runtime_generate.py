@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
-from kraken_compiler.runtime.decoder import Decoder, RecomputingDecoder
+from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.generate import generate, pack
 from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.runtime.torch_model import HostDecoder, on_host
 from kraken_compiler.runtime.worker import main
 from tests.generation_functions import continuation
 from tests.test_cli_compile import save_model
@@ -37,12 +39,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("generate") / "toy.kraken", 2)
 
 
-def count_up(ids: Tensor) -> Tensor:
+def count_up(ids: Array) -> Array:
     """A model that says the next number."""
-    return torch.nn.functional.one_hot(ids + 1, 100).float()
+    return np.eye(100, dtype=np.float32)[ids + 1]
 
 
-def counting(batch: int, capacity: int = 30) -> Decoder:
+def counting(batch: int, capacity: int = 30) -> Decoder[Array]:
     return RecomputingDecoder(count_up, batch, capacity)
 
 
@@ -67,13 +69,37 @@ def test_a_decoder_can_be_used_again() -> None:
     decoder = counting(2)
     assert list(generate(decoder, [[3, 4, 5], [4]], 1)) == list(generate(decoder, [[5], [8, 4]], 1)) == [[6, 5]]
     decoder.reset()
-    assert decoder.prefill(torch.tensor([[1, 2], [5, 0]]), torch.tensor([2, 1])).argmax(-1).tolist() == [3, 6]
+    assert decoder.prefill(np.array([[1, 2], [5, 0]]), np.array([2, 1])).argmax(-1).tolist() == [3, 6]
 
 
-def test_the_grad_mode_of_the_caller_is_left_alone() -> None:
-    for _ in generate(counting(1), [[7]], 3):
+class TensorCounter:
+    """A decoder of tensors that says the next number; it wants no gradients."""
+
+    batch, capacity, identical_on_all_ranks = 2, 30, True
+
+    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        return self.step(ids[torch.arange(2), lengths - 1])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        return torch.nn.functional.one_hot(tokens + 1, 100).bfloat16()
+
+    def reset(self) -> None:
+        pass
+
+
+def test_a_decoder_of_tensors_generates_too() -> None:
+    """And the gradient mode of the caller is left alone."""
+    decoder = HostDecoder(TensorCounter())
+    assert decoder.identical_on_all_ranks
+    rows = []
+    for row in generate(decoder, [[3, 7], [40]], 3):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
+        rows.append(row)
+    assert rows == [[8, 41], [9, 42], [10, 43]]
+    assert decoder.prefill(np.array([[1], [2]]), np.array([1, 1])).dtype == np.float32
 
 
 def test_what_does_not_fit() -> None:
@@ -84,10 +110,10 @@ def test_what_does_not_fit() -> None:
         generate(counting(2), [[1], []], 4)
     decoder = counting(1, 2)
     with pytest.raises(UsageError, match="room for 3 tokens, there is room for 2"):
-        decoder.prefill(torch.tensor([[1, 2, 3]]), torch.tensor([3]))
-    decoder.prefill(torch.tensor([[1, 2]]), torch.tensor([2]))
+        decoder.prefill(np.array([[1, 2, 3]]), np.array([3]))
+    decoder.prefill(np.array([[1, 2]]), np.array([2]))
     with pytest.raises(UsageError, match="room for 3 tokens, there is room for 2"):
-        decoder.step(torch.tensor([3]))
+        decoder.step(np.array([3]))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
@@ -98,7 +124,7 @@ def test_ragged_rows_are_the_rows_alone(name: str, sampling: Sampling) -> None:
     prompts = [[5, 6, 40, 8, 9], [7], [20, 21, 22]]
 
     def rows(prompts: list[list[int]]) -> list[list[int | None]]:
-        decoder = RecomputingDecoder(lambda ids: logits_of(model, ids), len(prompts), 20)
+        decoder = RecomputingDecoder(on_host(lambda ids: logits_of(model, ids)), len(prompts), 20)
         return [list(row) for row in zip(*generate(decoder, prompts, 6, sampling=sampling))]
 
     together = rows(prompts)
@@ -147,21 +173,21 @@ def test_ranks_of_one_machine_have_the_bits_that_are_promised(tmp_path: Path) ->
     ],
 )
 def test_pack(mask: list[list[int]] | None, packed: list[list[int]], lengths: list[int]) -> None:
-    ids = torch.tensor([[5, 6, 7], [8, 9, 4]], dtype=torch.int32)
-    for dtype in (torch.int64, torch.bool, torch.float32):
-        found = pack(ids, None if mask is None else torch.tensor(mask, dtype=dtype))
+    ids = np.array([[5, 6, 7], [8, 9, 4]], np.int32)
+    for dtype in (np.int64, np.bool_, np.float32):
+        found = pack(ids, None if mask is None else np.array(mask, dtype))
         assert [part.tolist() for part in found] == [packed, lengths]
-        assert [part.dtype for part in found] == [torch.int64] * 2
+        assert [part.dtype for part in found] == [np.int64] * 2
 
 
 def test_pack_refuses() -> None:
-    ids = torch.ones(2, 4)
+    ids = np.ones((2, 4))
     with pytest.raises(UsageError, match="row 1 has a hole"):
-        pack(ids, torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]]))
+        pack(ids, np.array([[0, 1, 1, 0], [1, 0, 1, 0]]))
     with pytest.raises(UsageError, match="row 1 has no token"):
-        pack(ids, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+        pack(ids, np.array([[1, 1, 1, 1], [0, 0, 0, 0]]))
     with pytest.raises(UsageError, match=r"not \[2, 4\] and \[2, 3\]"):
-        pack(ids, torch.ones(2, 3))
+        pack(ids, np.ones((2, 3)))
 
 
 # on ranks ------------------------------------------------------------------------------------------------------------

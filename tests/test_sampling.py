@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
-from torch import Tensor
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.sampling import Sampling, uniform
+from kraken_compiler.runtime.sampling import Sampling, softmax, uniform
 
 
 def likely(row: list[float], temperature: float, top_k: int | None, top_p: float | None) -> dict[int, float]:
@@ -30,8 +30,8 @@ def likely(row: list[float], temperature: float, top_k: int | None, top_p: float
     return {token: weight / sum(kept.values()) for token, weight in kept.items()}
 
 
-def logits(batch: int, vocabulary: int = 50, seed: int = 0) -> Tensor:
-    return torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+def logits(batch: int, vocabulary: int = 50, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(scale=3, size=(batch, vocabulary)).astype(np.float32)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -39,7 +39,7 @@ def logits(batch: int, vocabulary: int = 50, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.93, 1.0])
 def test_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
     given = logits(8)
-    found = Sampling(temperature, top_k, top_p).filtered(given).softmax(dim=-1)
+    found = softmax(Sampling(temperature, top_k, top_p).filtered(given))
     for row, probabilities in zip(given.tolist(), found.tolist()):
         expected = likely(row, temperature, top_k, top_p)
         assert {token for token, value in enumerate(probabilities) if value > 0} == set(expected)
@@ -47,44 +47,47 @@ def test_filters(temperature: float, top_k: int | None, top_p: float | None) -> 
 
 
 def test_filters_are_those_of_transformers() -> None:
+    import torch
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     given = logits(16, 300)
-    expected = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(40)(None, TemperatureLogitsWarper(0.7)(None, given)))
-    found = Sampling(0.7, 40, 0.8).filtered(given)
-    torch.testing.assert_close(found.softmax(dim=-1), expected.softmax(dim=-1))
+    scores = TemperatureLogitsWarper(0.7)(None, torch.from_numpy(given))
+    expected = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(40)(None, scores)).softmax(dim=-1)
+    np.testing.assert_allclose(softmax(Sampling(0.7, 40, 0.8).filtered(given)), expected.numpy(), rtol=1e-5)
 
 
 def test_top_k_keeps_ties_and_top_p_the_token_that_crosses() -> None:
-    tied = torch.tensor([[5.0, 1.0, 1.0, 0.0]])
-    assert Sampling(1.0, top_k=2).filtered(tied).isfinite().tolist() == [[True, True, True, False]]
-    half = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    assert Sampling(1.0, top_p=0.4).filtered(half).isfinite().sum() == 1
-    assert Sampling(1.0, top_p=0.6).filtered(half).isfinite().sum() == 2
-    assert Sampling(1.0, top_p=0.8).filtered(half).isfinite().sum() == 3
+    tied = np.array([[5.0, 1.0, 1.0, 0.0]])
+    assert np.isfinite(Sampling(1.0, top_k=2).filtered(tied)).tolist() == [[True, True, True, False]]
+    half = np.log([[0.5, 0.25, 0.125, 0.125]])
+    assert np.isfinite(Sampling(1.0, top_p=0.4).filtered(half)).sum() == 1
+    assert np.isfinite(Sampling(1.0, top_p=0.6).filtered(half)).sum() == 2
+    assert np.isfinite(Sampling(1.0, top_p=0.8).filtered(half)).sum() == 3
 
 
 def test_greedy_takes_the_most_likely() -> None:
+    """And of several the first."""
+    assert Sampling().choose(np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]]), 0).tolist() == [1, 0]
     given = logits(5)
-    assert torch.equal(Sampling(seed=9).choose(given, 3), given.argmax(dim=-1))
-    assert torch.equal(Sampling(1.0, top_k=1).choose(given, 3), given.argmax(dim=-1))
-    assert torch.equal(Sampling(1.0, top_p=1e-9).choose(given, 3), given.argmax(dim=-1))
+    assert np.array_equal(Sampling(seed=9).choose(given, 3), given.argmax(axis=-1))
+    assert np.array_equal(Sampling(1.0, top_k=1).choose(given, 3), given.argmax(axis=-1))
+    assert np.array_equal(Sampling(1.0, top_p=1e-9).choose(given, 3), given.argmax(axis=-1))
 
 
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_uniform() -> None:
     given = logits(4)
-    assert torch.equal(Sampling(1e-30).choose(given, 0), given.argmax(dim=-1))
-    assert Sampling(1e30).filtered(given).softmax(dim=-1).std() < 1e-6
+    assert np.array_equal(Sampling(1e-30).choose(given, 0), given.argmax(axis=-1))
+    assert softmax(Sampling(1e30).filtered(given)).std() < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_are_drawn_as_often_as_they_are_likely(dtype: torch.dtype) -> None:
-    row = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, float("-inf")], dtype=dtype)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_tokens_are_drawn_as_often_as_they_are_likely(dtype: type) -> None:
+    row = np.array([1.0, 0.0, -1.0, 2.0, 0.5, float("-inf")], dtype)
     rows = 20_000
-    drawn = Sampling(0.9, top_p=0.95, seed=1).choose(row.expand(rows, -1), 0)
+    drawn = Sampling(0.9, top_p=0.95, seed=1).choose(np.tile(row, (rows, 1)), 0)
     expected = likely(row.tolist()[:5], 0.9, None, 0.95)
     assert 2 not in expected
-    counts = torch.bincount(drawn, minlength=6).tolist()
+    counts = np.bincount(drawn, minlength=6).tolist()
     for token, count in enumerate(counts):
         share = expected.get(token, 0.0)
         # Five standard deviations; with a fixed seed this does not change from run to run.
@@ -105,13 +108,13 @@ def test_a_row_depends_on_seed_row_and_step_only() -> None:
     sampling = Sampling(1.5, seed=7)
     together = sampling.choose(given, 4)
     for count in range(1, 6):
-        assert torch.equal(sampling.choose(given[:count], 4), together[:count])
-    changed = given.clone()
+        assert np.array_equal(sampling.choose(given[:count], 4), together[:count])
+    changed = given.copy()
     changed[1:] = logits(5, seed=1)
     assert sampling.choose(changed, 4)[0] == together[0]
-    assert torch.equal(sampling.choose(given, 4), together)
+    assert np.array_equal(sampling.choose(given, 4), together)
 
-    same = given[:1].expand(64, -1)
+    same = np.tile(given[:1], (64, 1))
     texts = [Sampling(1.5, seed=seed).choose(same, step).tolist() for seed in range(2) for step in range(2)]
     assert len({tuple(text) for text in texts}) == 4
     assert len(set(texts[0])) > 5

@@ -29,14 +29,16 @@ def run(options: RunOptions) -> None:
     set_up_logging(options.verbose)
     with errors_as_exit_codes(options.json):
         options.check()
-        # Imported late, so that --help does not load torch.
+        # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
+        from kraken_compiler.runtime.choose_backend import WORKERS, choose_backend
+        from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
         from kraken_compiler.runtime.launch import launch
-        from kraken_compiler.runtime.session import DEFAULT_TIMEOUT
         from kraken_compiler.runtime.text import require_tokenizer
-        from kraken_compiler.runtime.worker import OPTIONS_FILE
+        from kraken_compiler.runtime.worker_command import OPTIONS_FILE
 
         artifact = open_artifact(options.artifact, verify=False)
+        backend = choose_backend(options, artifact)
         if not options.input_ids:
             require_tokenizer(artifact)
             options.prompts()
@@ -44,7 +46,12 @@ def run(options: RunOptions) -> None:
             file = Path(name) / "options.json"
             # The launcher's timeout reaches the ranks by itself.
             file.write_text(replace(options, timeout=None, terminal=terminal).to_json(), encoding="utf-8")
-            launch(artifact.manifest.degree, [OPTIONS_FILE, str(file)], timeout=options.timeout or DEFAULT_TIMEOUT)
+            launch(
+                artifact.manifest.degree,
+                [OPTIONS_FILE, str(file)],
+                module=WORKERS[backend],
+                timeout=options.timeout or DEFAULT_TIMEOUT,
+            )
 
 
 @contextmanager

@@ -1,18 +1,23 @@
-"""What generation needs of a program: read the prompts once, then one token per row at a time."""
+"""What generation needs of a program: read the prompts once, then one token per row at a time. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from kraken_compiler.errors import UsageError
 
+Array = npt.NDArray[Any]
+A = TypeVar("A")
 
-class Decoder(Protocol):
+
+class Decoder(Protocol[A]):
     """A language model that remembers what it has read. Under ranks, all of them call it together.
+
+    What goes in and out are arrays of one kind, `A`: text is generated with numpy's, a `CachedDecoder` has tensors.
 
     Attributes:
         batch: Number of rows.
@@ -28,7 +33,7 @@ class Decoder(Protocol):
     @property
     def capacity(self) -> int: ...
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def prefill(self, ids: A, lengths: A) -> A:
         """Read prompts into an empty decoder.
 
         Args:
@@ -36,20 +41,20 @@ class Decoder(Protocol):
             lengths: Tokens of every row, int64 [batch], at least one each.
 
         Returns:
-            Logits [batch, vocabulary] at every row's last token.
+            Logits [batch, vocabulary] at every row's last token, until the next call.
 
         Raises:
             UsageError: A row is longer than the capacity.
         """
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: A) -> A:
         """Append a token to every row.
 
         Args:
             tokens: int64 [batch].
 
         Returns:
-            Logits [batch, vocabulary] at the new tokens.
+            Logits [batch, vocabulary] at the new tokens, until the next call.
 
         Raises:
             UsageError: A row is full.
@@ -65,50 +70,50 @@ class RecomputingDecoder:
     Rows of different lengths are padded on the right, which a causal model does not notice.
     """
 
-    def __init__(self, logits_of: Callable[[Tensor], Tensor], batch: int, capacity: int) -> None:
+    def __init__(self, logits_of: Callable[[Array], Array], batch: int, capacity: int) -> None:
         """Wrap a language model.
 
         Args:
-            logits_of: Token ids [rows, sequence] -> logits [rows, sequence or 1, vocabulary], as `logits_function`.
+            logits_of: Token ids, int64 [rows, sequence] -> logits [rows, sequence or 1, vocabulary].
             batch: Number of rows.
             capacity: Most tokens of a row.
         """
         self.batch = batch
         self.capacity = capacity
         self._logits_of = logits_of
-        self._ids = torch.zeros((batch, 0), dtype=torch.int64)
-        self._lengths = torch.zeros(batch, dtype=torch.int64)
+        self._ids = np.zeros((batch, 0), np.int64)
+        self._lengths = np.zeros(batch, np.int64)
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def prefill(self, ids: Array, lengths: Array) -> Array:
         """See `Decoder.prefill`."""
         assert len(ids) == len(lengths) == self.batch, f"{list(ids.shape)} ids for a batch of {self.batch}"
         longest = int(lengths.max())
         check_capacity(longest, self.capacity)
-        self._ids = ids[:, :longest]
-        self._lengths = lengths.to(ids.device)
+        self._ids = np.array(ids[:, :longest], np.int64)
+        self._lengths = np.array(lengths, np.int64)
         return self._last_logits()
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Array) -> Array:
         """See `Decoder.step`."""
         longest = int(self._lengths.max()) + 1
         check_capacity(longest, self.capacity)
-        wider = torch.nn.functional.pad(self._ids, (0, longest - self._ids.shape[1]))
-        self._ids = wider.scatter(1, self._lengths.unsqueeze(1), tokens.unsqueeze(1))
+        self._ids = np.pad(self._ids, ((0, 0), (0, longest - self._ids.shape[1])))
+        self._ids[np.arange(self.batch), self._lengths] = tokens
         self._lengths = self._lengths + 1
         return self._last_logits()
 
     def reset(self) -> None:
         """See `Decoder.reset`."""
         self._ids = self._ids[:, :0]
-        self._lengths = torch.zeros_like(self._lengths)
+        self._lengths = np.zeros_like(self._lengths)
 
-    def _last_logits(self) -> Tensor:
+    def _last_logits(self) -> Array:
         logits = self._logits_of(self._ids)
         if logits.shape[1] == self._ids.shape[1]:
-            return logits[torch.arange(self.batch, device=logits.device), self._lengths - 1]
+            return logits[np.arange(self.batch), self._lengths - 1]
         # The model gives the logits of the last position only, so no row may be padded.
-        rows = [self._logits_of(row[None, :length]) for row, length in zip(self._ids, self._lengths.tolist())]
-        return torch.cat([row[:, -1] for row in rows])
+        rows = [self._logits_of(row[None, :length])[:, -1].copy() for row, length in zip(self._ids, self._lengths)]
+        return np.concatenate(rows)
 
 
 def check_capacity(needed: int, capacity: int) -> None:

@@ -1,4 +1,4 @@
-"""All ranks of a run as one text generator: rank 0 gives orders, every rank carries them out.
+"""All ranks of a run as one text generator: rank 0 gives orders, every rank carries them out. Imports no torch.
 
 Only rank 0 reads prompts, tokenizes and prints. What is to be done it sends to the others as JSON, so that they need
 neither the same command line, nor files, nor a tokenizer.
@@ -7,27 +7,19 @@ neither the same command line, nor files, nor a tokenizer.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Protocol, Self
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+import numpy as np
 
-from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, token_input, vocabulary
-from kraken_compiler.runtime.decoder import Decoder, RecomputingDecoder
+from kraken_compiler.runtime.decoder import Array, Decoder, check_capacity
 from kraken_compiler.runtime.generate import generate
-from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.status import StatusWriter
 
 IDLE_SECONDS = 0.2
 """How long ranks sleep between two looks for an order. Waiting inside a collective for a person to type would run into
@@ -35,7 +27,65 @@ its timeout, and keep a GPU busy."""
 
 _ORDER_SECONDS = 120.0
 _COMPILE_SECONDS = 1800.0
-_IDLE, _END = 0, -1
+_IDLE, _END = b"", b"end"
+"""What rank 0 sends instead of an order, which is a JSON object."""
+
+
+class RankSession(Protocol):
+    """What the engine needs to know of its rank, and how it reaches the others.
+
+    Attributes:
+        rank: Number among all ranks.
+        degree: How many there are.
+        one_machine: True if all ranks are on one machine.
+        status: Where to report progress.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def degree(self) -> int: ...
+
+    @property
+    def one_machine(self) -> bool: ...
+
+    @property
+    def status(self) -> StatusWriter: ...
+
+    def broadcast(self, content: bytes | None) -> bytes:
+        """Rank 0's content, on every rank; all must call it together.
+
+        Args:
+            content: On rank 0, what to send, which may be empty; None on the others.
+        """
+
+
+class LanguageModel(Protocol):
+    """A rank's program as the engine uses it.
+
+    Attributes:
+        vocabulary: Number of tokens the model knows, None if its graph does not say.
+        positions: The longest sequence that the model takes, as far as its graph says.
+    """
+
+    @property
+    def vocabulary(self) -> int | None: ...
+
+    @property
+    def positions(self) -> int: ...
+
+    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> Decoder[Array]:
+        """Room for a batch of rows.
+
+        Args:
+            batch: Number of rows.
+            capacity: Most tokens of a row, prompt and new ones together.
+            compiled: Compile the program first.
+
+        Raises:
+            UsageError: The model cannot be compiled here, or does not reach that far.
+        """
 
 
 @dataclass(frozen=True)
@@ -70,21 +120,15 @@ class Engine:
 
     Attributes:
         artifact: What is run.
+        model: This rank's program.
         session: This rank.
-        vocabulary: Number of tokens the model knows, None if its graph does not say.
-        positions: The longest sequence that the model takes, as far as its graph says.
     """
 
-    def __init__(self, artifact: Artifact, program: RankProgram, session: Session) -> None:
+    def __init__(self, artifact: Artifact, model: LanguageModel, session: RankSession) -> None:
         self.artifact = artifact
+        self.model = model
         self.session = session
-        self._program = program
-        self._decoder: tuple[tuple[int, int, bool], Decoder] | None = None
-        manifest = artifact.manifest
-        graph = Program(program.graph, manifest.weight_table, manifest.inputs, manifest.call, degree=manifest.degree)
-        self.vocabulary = vocabulary(graph) if token_input(graph) is not None else None
-        proven = manifest.cache.plan.limit if manifest.cache is not None else None
-        self.positions = min(position_limit(graph), proven or sys.maxsize)
+        self._decoder: tuple[tuple[int, int, bool], Decoder[Array]] | None = None
 
     def run(self, order: Order) -> Iterator[list[int | None]]:
         """Carry out an order, as rank 0: the others are told first.
@@ -95,43 +139,48 @@ class Engine:
         Raises:
             UsageError: A token is none of the model's, or prompt and new tokens do not fit.
         """
+        # Here and not where ranks carry it out: an order that is refused must not reach the others.
         self._check(order)
-        self._send(json.dumps(asdict(order)).encode())
+        self.session.broadcast(json.dumps(asdict(order)).encode())
         yield from self._carry_out(order)
 
     def idle(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing to do yet; to be called every `IDLE_SECONDS`."""
         self.session.status.progress("waiting for a prompt")
-        self._size(_IDLE)
+        self.session.broadcast(_IDLE)
 
     def end(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing left to do."""
-        self._size(_END)
+        self.session.broadcast(_END)
 
     def follow(self) -> None:
         """Carry out orders, as any other rank, until rank 0 has no more."""
         self.session.status.progress("waiting for an order", extra=_ORDER_SECONDS)
-        while (size := self._size(0)) != _END:
-            if size == _IDLE:
+        while (content := self.session.broadcast(None)) != _END:
+            if content == _IDLE:
                 self.session.status.progress("waiting for a prompt")
                 time.sleep(IDLE_SECONDS)
                 continue
-            content = torch.zeros(size, dtype=torch.uint8, device=self.session.device)
-            dist.broadcast(content, src=0)
-            order = Order.from_json(bytes(content.tolist()).decode())
-            for _ in self._carry_out(order):
+            for _ in self._carry_out(Order.from_json(content.decode())):
                 pass
 
     def _check(self, order: Order) -> None:
+        vocabulary, positions = self.model.vocabulary, self.model.positions
         for token in (token for prompt in order.prompts for token in prompt):
-            if token < 0 or (self.vocabulary is not None and token >= self.vocabulary):
-                has = f"; the model has the tokens 0 to {self.vocabulary - 1}" if self.vocabulary is not None else ""
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
+                has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
                 raise UsageError(f"there is no token {token}{has}")
         needed = max(map(len, order.prompts)) + order.max_new_tokens
-        if needed > self.positions:
+        if needed > positions:
             raise UsageError(
-                f"prompt and new tokens need {needed} positions, the model has {self.positions}; "
+                f"prompt and new tokens need {needed} positions, the model has {positions}; "
                 "shorten the prompt or ask for fewer new tokens"
+            )
+        check_capacity(needed, order.capacity)
+        if order.capacity > positions:
+            raise UsageError(
+                f"room for {order.capacity} tokens was asked for, the model has {positions} positions; "
+                "lower the context (--max-context)"
             )
 
     def _carry_out(self, order: Order) -> Iterator[list[int | None]]:
@@ -146,53 +195,34 @@ class Engine:
             sampling=order.sampling,
             eos=order.eos,
             agree=self._agreement(decoder),
-            device=self.session.device,
         )
         for done, tokens in enumerate(rows, start=1):
             # The first step may compile as well: reading a prompt and appending a token are two programs.
             status.progress(f"generating token {done + 1}", extra if done == 1 else 0.0)
             yield tokens
 
-    def _agreement(self, decoder: Decoder) -> Callable[[Tensor], Tensor] | None:
+    def _agreement(self, decoder: Decoder[Array]) -> Callable[[Array], Array] | None:
         """How the ranks come to the same choices; None if they make the same ones anyway."""
         session = self.session
         # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
         identical = session.one_machine and getattr(decoder, "identical_on_all_ranks", False)
-        return None if session.degree == 1 or identical else first_rank_decides
+        return None if session.degree == 1 or identical else first_rank_decides(session)
 
-    def _decoder_for(self, order: Order) -> Decoder:
+    def _decoder_for(self, order: Order) -> Decoder[Array]:
         key = (len(order.prompts), order.capacity, order.compiled)
         if self._decoder is None or self._decoder[0] != key:
             # The old one's cache is let go before the new one's is made.
             self._decoder = None
-            self._decoder = (key, self._new_decoder(*key))
+            batch, capacity, compiled = key
+            self._decoder = (key, self.model.decoder(batch, capacity, compiled=compiled))
         return self._decoder[1]
 
-    def _new_decoder(self, batch: int, capacity: int, compiled: bool) -> Decoder:
-        program, manifest = self._program, self.artifact.manifest
-        if program.has_cache:
-            return program.decoder(batch, capacity, compiled=compiled)
-        if compiled:
-            raise UsageError(f"--compile needs a program with a KV cache; this one has none{_why(manifest)}")
-        return RecomputingDecoder(logits_function(manifest.inputs, manifest.call, program.run_flat), batch, capacity)
 
-    def _send(self, content: bytes) -> None:
-        self._size(len(content))
-        dist.broadcast(torch.tensor(list(content), dtype=torch.uint8, device=self.session.device), src=0)
+def first_rank_decides(session: RankSession) -> Callable[[Array], Array]:
+    """What `generate` calls `agree`: rank 0's choice, on every rank."""
 
-    def _size(self, size: int) -> int:
-        """Rank 0's number, on every rank."""
-        told = torch.tensor([size], dtype=torch.int64, device=self.session.device)
-        dist.broadcast(told, src=0)
-        return int(told)
+    def agree(choice: Array) -> Array:
+        sent = session.broadcast(choice.astype(np.int64).tobytes() if session.rank == 0 else None)
+        return np.frombuffer(sent, np.int64)
 
-
-def _why(manifest: Manifest) -> str:
-    return f": {manifest.no_cache}" if manifest.no_cache else ""
-
-
-def first_rank_decides(choice: Tensor) -> Tensor:
-    """Rank 0's choice, on every rank: what `generate` calls `agree`."""
-    choice = choice.contiguous()
-    dist.broadcast(choice, src=0)
-    return choice
+    return agree

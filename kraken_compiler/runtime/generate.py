@@ -1,4 +1,4 @@
-"""The loop that generates text: a batch of prompts, one token per row and step.
+"""The loop that generates text: a batch of prompts, one token per row and step. Imports no torch.
 
 Ranks must choose the same tokens, or they would go on with different texts and wait for each other for ever. Their
 logits are not the same to the last bit in general: collectives may sum in another order on every rank, and libraries
@@ -11,25 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.decoder import Decoder, check_capacity
+from kraken_compiler.runtime.decoder import Array, Decoder, check_capacity
 from kraken_compiler.runtime.sampling import Sampling
 
 GREEDY = Sampling()
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Decoder[Array],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     sampling: Sampling = GREEDY,
     eos: Collection[int] = (),
-    agree: Callable[[Tensor], Tensor] | None = None,
-    device: torch.device | str = "cpu",
+    agree: Callable[[Array], Array] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue a batch of prompts.
 
@@ -39,8 +37,7 @@ def generate(
         max_new_tokens: How many to generate at most.
         sampling: How tokens are chosen.
         eos: Tokens that end a row; they are not given out.
-        agree: Makes all ranks take one rank's choice, [batch] -> [batch].
-        device: Where the ids go.
+        agree: Makes all ranks take one rank's choice, int64 [batch] -> int64 [batch].
 
     Yields:
         The new token of every row, None for a row that has ended. Ends when all rows have.
@@ -52,24 +49,22 @@ def generate(
     if not all(prompts):
         raise UsageError("the prompt has no tokens")
     check_capacity(max(map(len, prompts)) + max_new_tokens, decoder.capacity)
-    return _generate(decoder, prompts, max_new_tokens, sampling, frozenset(eos), agree, device)
+    return _generate(decoder, prompts, max_new_tokens, sampling, frozenset(eos), agree)
 
 
-@torch.inference_mode()
 def _generate(
-    decoder: Decoder,
+    decoder: Decoder[Array],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     eos: frozenset[int],
-    agree: Callable[[Tensor], Tensor] | None,
-    device: torch.device | str,
+    agree: Callable[[Array], Array] | None,
 ) -> Iterator[list[int | None]]:
     decoder.reset()
     running = [True] * len(prompts)
-    choice: Tensor | None = None
+    choice: Array | None = None
     for step in range(max_new_tokens):
-        logits = decoder.prefill(*pad(prompts, device)) if choice is None else decoder.step(choice)
+        logits = decoder.prefill(*pad(prompts)) if choice is None else decoder.step(choice)
         choice = sampling.choose(logits, step)
         if agree is not None:
             choice = agree(choice)
@@ -80,15 +75,14 @@ def _generate(
         yield [token if alive else None for alive, token in zip(running, tokens)]
 
 
-def pad(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     """Lists of token ids as a batch: ids, int64 [batch, sequence], padded on the right, and lengths, int64 [batch]."""
     lengths = [len(prompt) for prompt in prompts]
     rows = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    ids = torch.tensor(rows, dtype=torch.int64, device=device)
-    return ids, torch.tensor(lengths, dtype=torch.int64, device=device)
+    return np.array(rows, np.int64), np.array(lengths, np.int64)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pack(input_ids: Array, attention_mask: Array | None = None) -> tuple[Array, Array]:
     """Bring a batch padded on either side into the form that a decoder reads.
 
     Args:
@@ -101,24 +95,24 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tenso
     Raises:
         UsageError: The shapes differ, a row has no token, or a mask has holes.
     """
-    ids = input_ids.to(torch.int64)
+    ids = input_ids.astype(np.int64)
     if attention_mask is None:
-        attention_mask = torch.ones_like(ids)
-    if ids.dim() != 2 or attention_mask.shape != ids.shape:
+        attention_mask = np.ones_like(ids)
+    if ids.ndim != 2 or attention_mask.shape != ids.shape:
         raise UsageError(
             f"input_ids and attention_mask must both be [batch, sequence], "
             f"not {list(ids.shape)} and {list(attention_mask.shape)}"
         )
     kept = attention_mask != 0
-    lengths = kept.sum(dim=1)
-    if not bool((lengths > 0).all()):
+    lengths = kept.sum(axis=1)
+    if not (lengths > 0).all():
         raise UsageError(f"attention_mask: row {int(lengths.argmin())} has no token")
-    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    first = kept.int().argmax(dim=1, keepdim=True)
-    inside = (columns >= first) & (columns < first + lengths.unsqueeze(1))
-    if not torch.equal(inside, kept):
-        row = int((inside != kept).any(dim=1).int().argmax())
+    columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    first = kept.argmax(axis=1)[:, None]
+    inside = (columns >= first) & (columns < first + lengths[:, None])
+    if not np.array_equal(inside, kept):
+        row = int((inside != kept).any(axis=1).argmax())
         raise UsageError(f"attention_mask: row {row} has a hole; rows may be padded on the left and right only")
-    source = (columns + first).clamp(max=ids.shape[1] - 1)
-    packed = ids.gather(1, source).masked_fill(columns >= lengths.unsqueeze(1), 0)
+    source = np.minimum(columns + first, ids.shape[1] - 1)
+    packed = np.where(columns < lengths[:, None], np.take_along_axis(ids, source, axis=1), 0)
     return packed[:, : int(lengths.max())], lengths

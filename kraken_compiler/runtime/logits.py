@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import CallSpec, InputSpec
+from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.runtime.derived_inputs import Derived, derived_input, no_language_model
 
 
 def logits_function(
@@ -27,30 +27,22 @@ def logits_function(
     Raises:
         UsageError: The program needs an input that does not follow from the ids, or has no logits.
     """
-    sources = [_input_source(spec, len(inputs)) for spec in inputs]
+    kinds = [(spec, derived_input(spec, len(inputs))) for spec in inputs]
 
     def logits_of(ids: Tensor) -> Tensor:
-        logits = run_flat([source(ids) for source in sources])[call.logits]
+        logits = run_flat([_derive(spec, kind, ids) for spec, kind in kinds])[call.logits]
         if logits.dim() != 3:
-            raise UsageError(
-                f"the program is no language model: its output '{call.output_names[call.logits]}' is {logits.dim()}-d"
-            )
+            raise no_language_model(call.output_names[call.logits], logits.dim())
         return logits
 
     return logits_of
 
 
-def _input_source(spec: InputSpec, inputs: int) -> Callable[[Tensor], Tensor]:
+def _derive(spec: InputSpec, kind: Derived, ids: Tensor) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    if spec.parameter == "input_ids" or (inputs == 1 and not dtype.is_floating_point):
-        return lambda ids: ids.to(dtype)
-    if spec.parameter == "attention_mask":
-        return lambda ids: torch.ones_like(ids, dtype=dtype)
-    if spec.parameter in ("position_ids", "cache_position"):
-        return lambda ids: _positions(ids, dtype, flat=len(spec.shape) == 1)
-    raise UsageError(f"cannot generate: the program also needs the input '{spec.parameter}'")
-
-
-def _positions(ids: Tensor, dtype: torch.dtype, flat: bool) -> Tensor:
+    if kind is Derived.IDS:
+        return ids.to(dtype)
+    if kind is Derived.ONES:
+        return torch.ones_like(ids, dtype=dtype)
     positions = torch.arange(ids.shape[1], dtype=dtype, device=ids.device)
-    return positions if flat else positions.expand_as(ids)
+    return positions if len(spec.shape) == 1 else positions.expand_as(ids)

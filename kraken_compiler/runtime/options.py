@@ -60,7 +60,9 @@ class RunOptions:
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the program with torch.compile first.")] = False
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the program with torch.compile first, for --backend torch.")
+    ] = False
     reduce_dtype: Annotated[
         str | None,
         typer.Option(
@@ -82,9 +84,25 @@ class RunOptions:
         False
     )
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. (default: cuda if every rank can have a device)")] = (
-        None
-    )
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Whose programs to run: torch or onnx. (default: torch if the artifact has it, else onnx)"),
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ONNX Runtime's execution provider, for --backend onnx. (default: CPUExecutionProvider)",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that every rank computes with. (default: its share of the cores)"),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda, for --backend torch. (default: cuda if every rank can have a device)"),
+    ] = None
     timeout: Annotated[
         float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. (default: 60)")
     ] = None
@@ -113,6 +131,8 @@ class RunOptions:
             raise UsageError("--system needs --chat")
         if self.json and self.interactive:
             raise UsageError("--json needs --prompt TEXT, --prompt-file FILE or --input-ids 1,2,3")
+        if self.backend not in (None, "torch", "onnx"):
+            raise UsageError(f"--backend {self.backend}: choose torch or onnx")
         if self.device not in (None, "cpu", "cuda"):
             raise UsageError(f"--device {self.device}: choose cpu or cuda")
         if self.reduce_dtype not in (None, "bfloat16", "float16"):

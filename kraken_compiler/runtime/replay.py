@@ -22,7 +22,7 @@ def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
     return lengths, tokens - longest
 
 
-def replay(decoder: Decoder, ids: Tensor) -> Tensor:
+def replay(decoder: Decoder[Tensor], ids: Tensor) -> Tensor:
     """Feed sequences: first a prompt of every row, then token after token.
 
     Args:

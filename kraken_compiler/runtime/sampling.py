@@ -1,4 +1,4 @@
-"""Which token comes next: the most likely one, or one drawn from the likely ones.
+"""Which token comes next: the most likely one, or one drawn from the likely ones. Imports no torch.
 
 Random numbers are a hash of (seed, row, step) and not a generator's state: a row's text depends neither on its
 neighbours in the batch nor on the device, and every rank computes the same numbers without being told.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from kraken_compiler.errors import UsageError
 
@@ -46,40 +47,48 @@ class Sampling:
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed {self.seed}: give a number from 0 to 2^63 - 1")
 
-    def choose(self, logits: Tensor, step: int) -> Tensor:
+    def choose(self, logits: npt.NDArray[Any], step: int) -> npt.NDArray[np.int64]:
         """Choose a token for every row.
 
         Args:
-            logits: [batch, vocabulary].
+            logits: Of any floating-point type, [batch, vocabulary].
             step: Number of the new token, from 0.
 
         Returns:
-            Token ids, int64 [batch].
+            Token ids, int64 [batch]; of tokens that are equally likely, greedy choice takes the first.
         """
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        probabilities = self.filtered(logits).softmax(dim=-1)
-        mass = probabilities.double().cumsum(dim=-1)
-        numbers = [uniform(self.seed, row, step) for row in range(logits.shape[0])]
-        drawn = torch.tensor(numbers, dtype=mass.dtype, device=mass.device).unsqueeze(-1) * mass[:, -1:]
+            return logits.argmax(axis=-1)
+        mass = softmax(self.filtered(logits)).cumsum(axis=-1)
+        numbers = [uniform(self.seed, row, step) for row in range(len(logits))]
         # The first token whose mass exceeds the number; one without probability adds no mass and is never it.
-        return torch.searchsorted(mass, drawn, right=True).squeeze(-1)
+        drawn = [np.searchsorted(of_row, number * of_row[-1], side="right") for of_row, number in zip(mass, numbers)]
+        return np.array(drawn, np.int64)
 
-    def filtered(self, logits: Tensor) -> Tensor:
-        """Logits [batch, vocabulary] over the temperature, in float32; those of tokens that are out are -inf."""
+    def filtered(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Logits [batch, vocabulary] over the temperature, in float64; those of tokens that are out are -inf."""
         # The best is subtracted first, so that a tiny temperature does not overflow; a softmax does not notice.
-        scores = logits.float()
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature
+        scores = logits.astype(np.float64)
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max(axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
+            least = np.partition(scores, -self.top_k, axis=-1)[:, -self.top_k, None]
+            scores[scores < least] = -np.inf
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-            probabilities = ordered.softmax(dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities
-            out = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
-            scores = scores.masked_fill(out, float("-inf"))
+            order = np.argsort(-scores, axis=-1, kind="stable")
+            probabilities = softmax(np.take_along_axis(scores, order, axis=-1))
+            before = probabilities.cumsum(axis=-1) - probabilities
+            out = np.zeros(scores.shape, np.bool_)
+            np.put_along_axis(out, order, before >= self.top_p, axis=-1)
+            scores[out] = -np.inf
         return scores
+
+
+def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Probabilities [batch, vocabulary] of scores of that shape, each of which may be -inf but one."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    probabilities: npt.NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
 def uniform(seed: int, row: int, step: int) -> float:

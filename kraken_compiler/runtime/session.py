@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +13,12 @@ import torch.distributed as dist
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.status import RUN_TIMEOUT, StatusWriter
+from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT as DEFAULT_TIMEOUT
+from kraken_compiler.runtime.environment import SLOWEST_DISK, Place, collective_timeout
+from kraken_compiler.runtime.status import StatusWriter
 
-DEFAULT_TIMEOUT = 60.0
-"""Seconds without progress after which a run is given up."""
-
-_BACKSTOP_SECONDS = 600.0
-
-
-_SLOWEST_DISK = 50e6
-"""Bytes per second at which a file is read and hashed at the least."""
+_FRAME_BYTES = 512
+_SIZE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,26 @@ class Session:
     status: StatusWriter
     one_machine: bool = True
 
+    def broadcast(self, content: bytes | None) -> bytes:
+        """Rank 0's content, on every rank; all must call it together.
+
+        Args:
+            content: On rank 0, what to send, which may be empty; None on the others.
+        """
+        room = _FRAME_BYTES - _SIZE_BYTES
+        given = content or b""
+        # The size and a short content travel together, because a token's choice is sent at every step.
+        head = self._broadcast((len(given).to_bytes(_SIZE_BYTES, "little") + given[:room]).ljust(_FRAME_BYTES))
+        size = int.from_bytes(head[:_SIZE_BYTES], "little")
+        short = head[_SIZE_BYTES : _SIZE_BYTES + size]
+        return short if size <= room else short + self._broadcast(given[room:] or bytes(size - room))
+
+    def _broadcast(self, content: bytes) -> bytes:
+        """Content of a size that all ranks know."""
+        told = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+        dist.broadcast(told, src=0)
+        return told.cpu().numpy().tobytes()
+
 
 @contextmanager
 def rank_session(timeout: float | None = None, device_type: str | None = None) -> Iterator[Session]:
@@ -57,19 +71,14 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
     Raises:
         UsageError: The environment does not say which rank this is.
     """
-    try:
-        rank, degree = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_degree = int(os.environ.get("LOCAL_WORLD_SIZE", degree))
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"start this through kraken-run or torchrun: {error} is not set as they set it") from error
-    status = StatusWriter.from_environment(rank)
+    place = Place.from_environment()
+    status = StatusWriter.from_environment(place.rank)
     status.start()
     try:
-        device = _device(device_type, local_rank, local_degree)
-        _join(device, _collective_timeout(timeout))
+        device = _device(device_type, place)
+        _join(device, timedelta(seconds=collective_timeout(timeout)))
         status.progress("working")
-        yield Session(rank, degree, device, status, local_degree == degree)
+        yield Session(place.rank, place.degree, device, status, place.one_machine)
         status.progress("leaving")
         # A rank that leaves early would look like a dead one to peers that still compute.
         dist.barrier()
@@ -96,7 +105,7 @@ def load_rank_program(
     """
     artifact = open_artifact(directory, verify=False)
     largest = max((record.bytes for record in artifact.manifest.files.values()), default=0)
-    session.status.progress("loading the program", extra=largest / _SLOWEST_DISK)
+    session.status.progress("loading the program", extra=largest / SLOWEST_DISK)
     program = RankProgram.load(artifact, device=session.device, reduce_dtype=reduce_dtype)
     # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
     dist.barrier()
@@ -104,27 +113,16 @@ def load_rank_program(
     return artifact, program
 
 
-def _device(device_type: str | None, local_rank: int, local_degree: int) -> torch.device:
+def _device(device_type: str | None, place: Place) -> torch.device:
     if device_type is None:
-        device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_degree else "cpu"
+        device_type = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= place.local_degree else "cpu"
     if device_type == "cpu":
         return torch.device("cpu")
-    device = torch.device(device_type, local_rank)
-    torch.accelerator.set_device_index(local_rank)
+    device = torch.device(device_type, place.local_rank)
+    torch.accelerator.set_device_index(place.local_rank)
     return device
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-
-
-def _collective_timeout(timeout: float | None) -> timedelta:
-    if timeout is not None:
-        return timedelta(seconds=timeout)
-    under_launcher = os.environ.get(RUN_TIMEOUT)
-    if under_launcher is None:
-        return timedelta(seconds=DEFAULT_TIMEOUT)
-    # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load, so it is
-    # given the first word.
-    return timedelta(seconds=float(under_launcher) + _BACKSTOP_SECONDS)

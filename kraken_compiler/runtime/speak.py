@@ -139,7 +139,7 @@ def _converse(engine: Engine, options: RunOptions) -> None:
     codec = TextCodec.of(engine.artifact)
     chat = codec.can_chat if options.chat is None else options.chat
     terminal = options.terminal or (os.isatty(0) and os.isatty(1))
-    capacity = options.max_context or min(CONTEXT, engine.positions)
+    capacity = options.max_context or min(CONTEXT, engine.model.positions)
     history = _system(options)
     lines = Lines()
     heard = False

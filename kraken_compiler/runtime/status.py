@@ -16,6 +16,8 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kraken_compiler.errors import RankFailedError
+
 RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
 """Environment variable: where a local launcher wants the reports; unset under plain torchrun."""
 RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
@@ -27,6 +29,7 @@ _PEER_SIGNS = (
     *("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket timeout"),
     *("timed out waiting", "recvvalue failed", "sendbytes failed", "failed to recv", "remote process exited"),
     *("nccl communicator was aborted", "watchdog caught collective", "application timeout caused pair closure"),
+    *("did not come to", "did not answer within"),
 )
 
 
@@ -146,7 +149,7 @@ class StatusWriter:
 def is_of_peer(error: BaseException) -> bool:
     """True if an exception is what a rank sees when another one goes away."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _PEER_SIGNS)
+    return isinstance(error, (RuntimeError, RankFailedError)) and any(sign in text for sign in _PEER_SIGNS)
 
 
 def read_failures(directory: Path) -> dict[int, Failure]:

@@ -20,7 +20,10 @@ _POLL_SECONDS = 0.2
 _STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
-_WAITING_PLACES = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py", "kraken_compiler/communicators/")
+_WAITING_PLACES = (
+    *("<eval_with_key>", "torch/distributed/", "torch/_ops.py"),
+    *("onnxruntime/", "kraken_compiler/communicators/"),
+)
 
 
 @dataclass(frozen=True)

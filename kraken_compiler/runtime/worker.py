@@ -6,22 +6,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.runtime.choose_backend import require_backend
 from kraken_compiler.runtime.engine import Engine
-from kraken_compiler.runtime.options import RunOptions, options_app
+from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.session import load_rank_program, rank_session
 from kraken_compiler.runtime.speak import speak
+from kraken_compiler.runtime.torch_model import TorchModel
+from kraken_compiler.runtime.worker_command import run_worker
 
 REDUCE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-OPTIONS_FILE = "--options-file"
-"""What kraken-run gives instead of options: a file with `RunOptions` as JSON, as an argument has a greatest length."""
 
 
 def run_rank(options: RunOptions) -> None:
@@ -32,10 +30,13 @@ def run_rank(options: RunOptions) -> None:
         InputFileError: A file of the artifact is missing, truncated or tampered with.
     """
     options.check()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with rank_session(options.timeout, options.device) as session:
+        require_backend("torch", options, open_artifact(options.artifact, verify=False))
         reduce_dtype = REDUCE_DTYPES[options.reduce_dtype]
         artifact, program = load_rank_program(options.artifact, session, reduce_dtype=reduce_dtype)
-        engine = Engine(artifact, program, session)
+        engine = Engine(artifact, TorchModel(artifact.manifest, program, session.device), session)
         if session.rank == 0:
             speak(engine, options)
             engine.end()
@@ -45,16 +46,7 @@ def run_rank(options: RunOptions) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given[:1] == [OPTIONS_FILE]:
-            run_rank(RunOptions.from_json(Path(given[1]).read_text(encoding="utf-8")))
-        else:
-            options_app(run_rank, __doc__ or "")(given, prog_name="kraken_compiler.runtime.worker")
-    except (UsageError, InputFileError) as error:
-        # These are for users, who do not want to see where in our code they come from.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+    run_worker(run_rank, "kraken_compiler.runtime.worker", __doc__ or "", arguments)
 
 
 if __name__ == "__main__":

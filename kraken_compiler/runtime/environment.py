@@ -1,0 +1,70 @@
+"""What a launcher tells a rank through the environment: which one it is, and how long it may wait. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Self
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.status import RUN_TIMEOUT
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds without progress after which a run is given up."""
+
+SLOWEST_DISK = 50e6
+"""Bytes per second at which a file is read and hashed at the least."""
+
+_BACKSTOP_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks.
+
+    Attributes:
+        rank: Number among all ranks.
+        degree: How many there are.
+        local_rank, local_degree: The same among those of this machine.
+    """
+
+    rank: int
+    degree: int
+    local_rank: int
+    local_degree: int
+
+    @property
+    def one_machine(self) -> bool:
+        """True if all ranks are here."""
+        return self.local_degree == self.degree
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """The place that torchrun or our launcher gave this process.
+
+        Raises:
+            UsageError: The environment does not say which rank this is.
+        """
+        try:
+            rank, degree = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            local_degree = int(os.environ.get("LOCAL_WORLD_SIZE", degree))
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"start this through kraken-run or torchrun: {error} is not set as they set it") from error
+        return cls(rank, degree, local_rank, local_degree)
+
+
+def collective_timeout(timeout: float | None) -> float:
+    """Seconds after which a collective whose peers do not answer raises.
+
+    Args:
+        timeout: What the user asked for; None asks the launcher.
+    """
+    if timeout is not None:
+        return timeout
+    under_launcher = os.environ.get(RUN_TIMEOUT)
+    if under_launcher is None:
+        return DEFAULT_TIMEOUT
+    # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load, so it is
+    # given the first word.
+    return float(under_launcher) + _BACKSTOP_SECONDS
