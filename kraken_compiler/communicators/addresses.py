@@ -1,4 +1,4 @@
-"""Where a rank can be reached by its peers."""
+"""Where a rank can be reached by its peers. Knows no torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import socket
 import struct
 from pathlib import Path
 
-import torch.distributed as dist
-
-from kraken_compiler._torch_compat import rendezvous_host
-
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
 
 
-def bind_host(group: dist.ProcessGroup) -> str:
-    """The interface or address that peers reach this rank at: the one that the process group uses.
+def bind_host(master: str) -> str:
+    """The interface or address that peers reach this rank at.
 
-    `GLOO_SOCKET_IFNAME` names it; else it is the address that packets to the rendezvous come from.
+    `GLOO_SOCKET_IFNAME` names it, so that it is the one that a process group uses; else it is the address that packets
+    to the master come from.
+
+    Args:
+        master: Name or address of the host at which the ranks meet.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if interface:
         return _address_of(interface)
-    master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
     try:
         family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

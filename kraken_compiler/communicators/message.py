@@ -6,29 +6,31 @@ as long for small sums and hides hardly anything behind compute.
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import weakref
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import zmq
 from torch import Tensor
 
-from kraken_compiler._torch_compat import group_timeout
+from kraken_compiler._torch_compat import group_timeout, rendezvous_host
+from kraken_compiler.communicators.addresses import bind_host
 from kraken_compiler.communicators.base import Communicator, in_lane_order
+from kraken_compiler.communicators.exchange import Exchange, Sending
 from kraken_compiler.communicators.group import GroupCommunicator
-from kraken_compiler.communicators.peers import Peer, meet_peers
-from kraken_compiler.errors import RankFailedError
+from kraken_compiler.communicators.peers import Card
 
-COPY_BYTES = 128 << 10
-"""Below this a part is copied into the message; from here on it is sent from where it lies."""
 RING_BYTES = 4 << 20
 """From here on more than two ranks sum with the process group."""
 
-_RING, _ALONE = -1, -2
-"""Numbers of sums that the process group does, and of those for which nothing is sent."""
+_CARD_BYTES_PER_RANK = 128
 
-Handle = tuple[int, Tensor, torch.dtype, Any]
+Handle = tuple[Sending | None, Tensor, torch.dtype, Any]
+"""The part on its way (None: it has no elements, or the process group does the sum), the part as it is sent, the sum's
+dtype, and the process group's handle."""
 
 
 class MessageCommunicator(Communicator):
@@ -68,100 +70,80 @@ class MessageCommunicator(Communicator):
         self._group = weakref.ref(group)
         self._timeout = group_timeout(group) if timeout is None else timeout
         self._ring = GroupCommunicator(group, reduce_dtype, f"{self.name}/ring") if self.degree > 2 else None
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._peers: list[Peer] = []
-        self._sent = 0
+        self._exchange: Exchange | None = None
 
     def start(self, x: Tensor) -> Handle:
         part = self.sent(x)
         if self._ring is not None and part.nbytes >= RING_BYTES:
-            return _RING, part, x.dtype, self._ring.start(x)
-        number, tracker = self._send(part)
-        return number, part, x.dtype, tracker
+            return None, part, x.dtype, self._ring.start(x)
+        return self._send(part), part, x.dtype, None
 
     def wait(self, handle: Handle) -> Tensor:
-        number, part, dtype, tracker = handle
-        if number == _RING:
+        sending, part, dtype, ring = handle
+        if ring is not None:
             assert self._ring is not None
-            return self._ring.wait(tracker)
-        others = self._receive(number, part)
+            return self._ring.wait(ring)
+        others = self._receive(sending, part)
         parts = in_lane_order(part, others, self.rank)
         if part.dtype != dtype:
             parts[0] = parts[0].to(dtype)
         total = torch.add(parts[0], parts[1]) if others else parts[0].clone()
         for more in parts[2:]:
             total.add_(more)
-        if tracker is not None:
-            self._require_sent(tracker)
+        self._require_sent(sending)
         return total
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         part = x.contiguous()
-        number, tracker = self._send(part)
-        whole = torch.cat(in_lane_order(part, self._receive(number, part), self.rank), dim=dim)
-        if tracker is not None:
-            self._require_sent(tracker)
+        sending = self._send(part)
+        whole = torch.cat(in_lane_order(part, self._receive(sending, part), self.rank), dim=dim)
+        self._require_sent(sending)
         return whole
 
     def close(self) -> None:
         super().close()
         if self._ring is not None:
             self._ring.close()
-        for peer in self._peers:
-            peer.close()
-        self._peers = []
-        if self._context is not None:
-            self._context.term()
-            self._context = None
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
 
-    def _send(self, part: Tensor) -> tuple[int, Any]:
-        """Send a part to every peer; returns its number, and what knows whether the part's memory is still read."""
-        if self._context is None:
-            self._connect()
-        if not self._peers or not part.numel():
-            return _ALONE, None
-        number, self._sent = self._sent, self._sent + 1
-        content = _buffer(part)
-        if part.nbytes < COPY_BYTES:
-            for peer in self._peers:
-                peer.send(content)
-            return number, None
-        frame = zmq.Frame(content, track=True, copy=False, copy_threshold=0)
-        for peer in self._peers:
-            peer.send(frame, copy=False)
-        return number, frame.tracker
+    def _send(self, part: Tensor) -> Sending | None:
+        if self._exchange is None:
+            self._exchange = self._meet()
+        return self._exchange.send(_buffer(part), part.nbytes) if part.numel() else None
 
-    def _receive(self, number: int, part: Tensor) -> list[Tensor]:
-        """The peers' parts of that number, in the memory of their messages."""
-        if number == _ALONE:
-            return [part] * len(self._peers)
-        parts = []
-        for peer in self._peers:
-            frame = peer.frame(number)
-            if len(frame) != part.nbytes:
-                raise RankFailedError(
-                    f"rank {peer.rank} sent {len(frame)} bytes where rank {self.rank} has {part.nbytes}; "
-                    f"the ranks do not run the same program on inputs of the same shape"
-                )
-            parts.append(torch.frombuffer(frame.buffer, dtype=part.dtype).view(part.shape))
-        return parts
+    def _receive(self, sending: Sending | None, part: Tensor) -> list[Tensor]:
+        """The peers' parts, in the memory of their messages."""
+        if sending is None:
+            return [part] * (self.degree - 1)
+        assert self._exchange is not None
+        frames = self._exchange.receive(sending)
+        return [torch.frombuffer(frame.buffer, dtype=part.dtype).view(part.shape) for frame in frames]
 
-    def _require_sent(self, tracker: zmq.MessageTracker) -> None:
-        if not tracker.done:
-            try:
-                tracker.wait(self._timeout)
-            except zmq.NotDone:
-                raise RankFailedError(
-                    f"rank {self.rank} timed out waiting for a peer to take its part, for {self._timeout:g} s"
-                ) from None
+    def _require_sent(self, sending: Sending | None) -> None:
+        if sending is not None:
+            assert self._exchange is not None
+            self._exchange.require_sent(sending)
 
-    def _connect(self) -> None:
+    def _meet(self) -> Exchange:
         group = self._group()
         assert group is not None, "the process group of this communicator is gone"
-        # Not the process's own context: ours must be gone when the ranks part.
-        self._context = zmq.Context()
-        self._peers = meet_peers(self._context, group, self._timeout)
-        self._sent = 1  # message 0 was the greeting
+        master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
+        return Exchange(self.rank, self.degree, bind_host(master), lambda card: _swap_cards(card, group), self._timeout)
+
+
+def _swap_cards(card: Card, group: dist.ProcessGroup) -> list[Card]:
+    """Every rank's card, as JSON through the group."""
+    degree = dist.get_world_size(group)
+    size = _CARD_BYTES_PER_RANK * (degree + 2)
+    text = json.dumps(card).encode().ljust(size)
+    assert len(text) == size, "a rank's card is longer than planned"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    all_cards = [torch.empty_like(mine) for _ in range(degree)]
+    dist.all_gather(all_cards, mine, group=group)
+    return [json.loads(bytes(other.tolist())) for other in all_cards]
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16}

@@ -1,35 +1,46 @@
-"""One message socket to every peer: who they are, where they are, and what has come from them."""
+"""One message socket to every peer: who they are, where they are, and what has come from them. Knows no torch."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
 import zmq
 
-from kraken_compiler.communicators.addresses import bind_host, is_loopback, network_id
+from kraken_compiler.communicators.addresses import is_loopback, network_id
 from kraken_compiler.errors import RankFailedError, UsageError
 
 _LOOK_MILLISECONDS = 200
 """How often a rank that waits looks whether its peer is still connected."""
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LINGER_MILLISECONDS = 10_000
-_PEER_BYTES = 128
+"""How long closing waits for a peer to take what is left."""
+_LINGER_MILLISECONDS_IN_FAILURE = 1_000
+_NEVER_MILLISECONDS = 10**9
+
+Card = dict[str, Any]
+"""What a rank says of itself, as plain values."""
+Swap = Callable[[Card], list[Card]]
+"""Gives a rank's card to all ranks; returns everybody's, rank 0's first."""
 
 
 class Peer:
-    """The connection to one peer. What comes on it is numbered from 0 in the order in which the peer sent it."""
+    """The connection to one peer. What comes on it is numbered from 0 in the order in which the peer sent it.
+
+    Attributes:
+        rank: The peer's.
+        failed: It went away or did not answer in time.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], own: int, rank: int, timeout: float) -> None:
         self.rank = rank
-        self.token = b""
+        self.failed = False
         self._own = own
         self._timeout = timeout
+        self._expected = 0
         self._next = 0
         self._early: dict[int, zmq.Frame] = {}
         socket = self._socket = context.socket(zmq.PAIR)
@@ -37,18 +48,29 @@ class Peer:
         socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.SNDBUF, _SOCKET_BUFFER_BYTES)
         socket.setsockopt(zmq.RCVBUF, _SOCKET_BUFFER_BYTES)
-        # Closing sends what is left, but waits for no peer for ever.
-        socket.setsockopt(zmq.LINGER, _LINGER_MILLISECONDS)
-        # A peer that is gone stays gone: what was lost with it would be missing in the sums.
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        # Until it is closed on purpose: ZeroMQ begins to linger when a peer goes away, and nothing can reach that one.
+        socket.setsockopt(zmq.LINGER, 0)
+        # A peer that is gone stays gone: what was lost with it would be missing in the sums. Not -1, with which ZeroMQ
+        # would throw away what the peer sent before it left.
+        socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MILLISECONDS)
         socket.setsockopt(zmq.RCVTIMEO, _LOOK_MILLISECONDS)
         socket.setsockopt(zmq.SNDTIMEO, _LOOK_MILLISECONDS)
         socket.copy_threshold = 0
         self._events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def bind(self, host: str) -> str:
-        """Be there for the peer at a free port; returns the endpoint."""
-        self._socket.bind(f"tcp://{host}:*")
+        """Be there for the peer at a free port; returns the endpoint.
+
+        Raises:
+            UsageError: This machine has no such address or interface.
+        """
+        try:
+            self._socket.bind(f"tcp://{host}:*")
+        except zmq.ZMQError as error:
+            raise UsageError(
+                f"rank {self._own} cannot be reached at {host}: {reason_of(error)}; set GLOO_SOCKET_IFNAME "
+                f"to the network interface that connects the ranks"
+            ) from None
         return self._socket.get_string(zmq.LAST_ENDPOINT)
 
     def connect(self, endpoint: str) -> None:
@@ -68,6 +90,11 @@ class Peer:
                 return
             # Only a socket without a connection does not take a message.
             deadline = self._require_alive(deadline)
+
+    def expect(self) -> int:
+        """The number of the first message that was not expected before."""
+        number, self._expected = self._expected, self._expected + 1
+        return number
 
     def frame(self, number: int) -> zmq.Frame:
         """The message of that number.
@@ -92,33 +119,67 @@ class Peer:
                 return frame
             self._early[found] = frame
 
+    def require_taken(self, tracker: zmq.MessageTracker) -> None:
+        """Wait until a message that was sent without a copy is not read any more.
+
+        Raises:
+            RankFailedError: The peer is gone, or did not take it for as long as collectives may take.
+        """
+        deadline = time.monotonic() + self._timeout
+        while not tracker.done:
+            with suppress(zmq.NotDone):
+                tracker.wait(_LOOK_MILLISECONDS / 1000)
+                return
+            if self._events.poll(0):
+                self._fail(
+                    f"connection closed by peer: rank {self.rank} went away before it took rank {self._own}'s part"
+                )
+            if time.monotonic() > deadline:
+                self._fail(
+                    f"rank {self._own} timed out waiting for rank {self.rank} to take its part, for {self._timeout:g} s"
+                )
+
     def _require_alive(self, deadline: float) -> float:
         """Look at a connection on which nothing happens; returns when to give up."""
-        reason = ""
         if self._events.poll(0) and not self._socket.poll(0):
-            reason = f"connection closed by peer: rank {self.rank} went away while rank {self._own} needed its part"
-        elif deadline and time.monotonic() > deadline:
-            reason = f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s"
-        if reason:
-            self._socket.setsockopt(zmq.LINGER, 0)
-            raise RankFailedError(reason)
+            self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own} needed its part")
+        if deadline and time.monotonic() > deadline:
+            self._fail(f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s")
         return deadline or time.monotonic() + self._timeout
 
-    def close(self) -> None:
+    def _fail(self, reason: str) -> NoReturn:
+        self.failed = True
+        raise RankFailedError(reason)
+
+    def close(self, in_failure: bool = False) -> None:
+        """Send what is left and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
+        if not self.failed:
+            linger = _LINGER_MILLISECONDS_IN_FAILURE if in_failure else _LINGER_MILLISECONDS
+            self._socket.setsockopt(zmq.LINGER, linger)
         self._socket.disable_monitor()
         self._events.close(0)
         self._socket.close()
 
 
-def meet_peers(context: zmq.Context[zmq.Socket[bytes]], group: dist.ProcessGroup, timeout: float) -> list[Peer]:
-    """Connect every rank of a group to every other; all must call it together.
+def reason_of(error: zmq.ZMQError) -> str:
+    """What went wrong, without the address that pyzmq puts behind it."""
+    return zmq.strerror(error.errno or 0)
 
-    Addresses travel through the group. The first message on every connection is a random token from there, so that no
-    stranger is taken for a peer.
+
+def connect_peers(
+    context: zmq.Context[zmq.Socket[bytes]], rank: int, degree: int, host: str, swap: Swap, timeout: float
+) -> list[Peer]:
+    """Connect every rank to every other; all must call it together.
+
+    The first message on every connection is a random token from the peer's card, so that no stranger is taken for a
+    peer.
 
     Args:
         context: Where the sockets are made.
-        group: The ranks.
+        rank: This one.
+        degree: How many there are.
+        host: Address or interface at which peers reach this rank.
+        swap: How the ranks tell each other where they are.
         timeout: Seconds without an answer after which a peer counts as dead.
 
     Returns:
@@ -128,16 +189,13 @@ def meet_peers(context: zmq.Context[zmq.Socket[bytes]], group: dist.ProcessGroup
         RankFailedError: A peer did not connect in time, or someone else did.
         UsageError: Ranks of several hosts would meet at a loopback address.
     """
-    rank, degree = dist.get_rank(group), dist.get_world_size(group)
-    host = bind_host(group)
     peers = [Peer(context, rank, other, timeout) for other in range(degree) if other != rank]
-    endpoints = {peer.rank: peer.bind(host) for peer in peers if peer.rank > rank}
+    endpoints = {str(peer.rank): peer.bind(host) for peer in peers if peer.rank > rank}
     token = secrets.token_hex(8)
-    cards = _exchange({"token": token, "network": network_id(), "endpoints": endpoints}, group)
+    cards = swap({"token": token, "network": network_id(), "endpoints": endpoints})
     for peer in peers:
-        card = cards[peer.rank]
-        peer.token = card["token"].encode()
         if peer.rank < rank:
+            card = cards[peer.rank]
             endpoint = card["endpoints"][str(rank)]
             if is_loopback(endpoint) and card["network"] != cards[rank]["network"]:
                 raise UsageError(
@@ -148,18 +206,6 @@ def meet_peers(context: zmq.Context[zmq.Socket[bytes]], group: dist.ProcessGroup
     for peer in peers:
         peer.send(token.encode())
     for peer in peers:
-        if peer.frame(0).bytes != peer.token:
+        if peer.frame(peer.expect()).bytes != cards[peer.rank]["token"].encode():
             raise RankFailedError(f"rank {rank} was called by a stranger where it expected rank {peer.rank}")
     return peers
-
-
-def _exchange(card: dict[str, Any], group: dist.ProcessGroup) -> list[dict[str, Any]]:
-    """Every rank's card, as JSON through the group."""
-    degree = dist.get_world_size(group)
-    text = json.dumps(card).encode().ljust(_PEER_BYTES * (degree + 2))
-    assert len(text) == _PEER_BYTES * (degree + 2), "a rank's card is longer than planned"
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    all_cards = [torch.empty_like(mine) for _ in range(degree)]
-    dist.all_gather(all_cards, mine, group=group)
-    return [json.loads(bytes(other.tolist())) for other in all_cards]
