@@ -25,6 +25,9 @@ IDLE_SECONDS = 0.2
 """How long ranks sleep between two looks for an order. Waiting inside a collective for a person to type would run into
 its timeout, and keep a GPU busy."""
 
+_FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
+"""The others sleep less than rank 0, or what it told them meanwhile would pile up before the next order."""
+
 _ORDER_SECONDS = 120.0
 _COMPILE_SECONDS = 1800.0
 _IDLE, _END = b"", b"end"
@@ -159,7 +162,7 @@ class Engine:
         while (content := self.session.broadcast(None)) != _END:
             if content == _IDLE:
                 self.session.status.progress("waiting for a prompt")
-                time.sleep(IDLE_SECONDS)
+                time.sleep(_FOLLOWER_SECONDS)
                 continue
             for _ in self._carry_out(Order.from_json(content.decode())):
                 pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kraken_compiler import errors
+from kraken_compiler.communicators.meeting import MEET
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
-from kraken_compiler.runtime.session import DEFAULT_TIMEOUT
+from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
 from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures
 from kraken_compiler.runtime.watchdog import Verdict, Watchdog
 
@@ -24,6 +26,7 @@ WORKER = "kraken_compiler.runtime.worker"
 
 _SHUTDOWN_SECONDS = 5
 _LOG_TAIL_LINES = 40
+_LOOPBACK = "127.0.0.1"
 
 
 def launch(
@@ -75,7 +78,7 @@ def launch(
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         watchdog = Watchdog(directory, degree, timeout)
-        with _environment(_rank_environment(degree, directory, timeout)), watchdog:
+        with _reserved_port() as port, _environment(_rank_environment(degree, directory, timeout, port)), watchdog:
             try:
                 elastic_launch(config, sys.executable)("-m", module, *arguments)
             except ChildFailedError as error:
@@ -93,14 +96,30 @@ def threads_per_rank(degree: int) -> int:
     return max(1, cores // degree)
 
 
-def _rank_environment(degree: int, directory: Path, timeout: float) -> dict[str, str]:
-    values = {RUN_DIRECTORY: str(directory), RUN_TIMEOUT: str(timeout), "PYTHONUNBUFFERED": "1"}
+def _rank_environment(degree: int, directory: Path, timeout: float, port: int) -> dict[str, str]:
+    values = {
+        RUN_DIRECTORY: str(directory),
+        RUN_TIMEOUT: str(timeout),
+        # Ranks without torch meet here: at the elastic launcher's own port they would find its store.
+        MEET: f"{_LOOPBACK}:{port}",
+        "PYTHONUNBUFFERED": "1",
+    }
     if "OMP_NUM_THREADS" not in os.environ:
         values["OMP_NUM_THREADS"] = str(threads_per_rank(degree))
     if "GLOO_SOCKET_IFNAME" not in os.environ and Path("/sys/class/net/lo").exists():
         # All ranks are here, and the host's own name may not resolve.
         values["GLOO_SOCKET_IFNAME"] = "lo"
     return values
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that nobody else is given while the ranks start; a rank may listen there."""
+    with socket.socket() as holder:
+        # A port is shared by sockets that all allow it, as ZeroMQ's do, until one of them listens.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((_LOOPBACK, 0))
+        yield holder.getsockname()[1]
 
 
 def _explain(directory: Path, exit_codes: Mapping[int, int], verdict: Verdict | None) -> KrakenError:

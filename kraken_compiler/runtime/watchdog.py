@@ -22,7 +22,7 @@ _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
 _WAITING_PLACES = (
     *("<eval_with_key>", "torch/distributed/", "torch/_ops.py"),
-    *("onnxruntime/", "kraken_compiler/communicators/"),
+    *("onnxruntime/", "/zmq/", "kraken_compiler/communicators/"),
 )
 
 
