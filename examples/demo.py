@@ -108,10 +108,14 @@ def describe(report: dict[str, Any]) -> str:
     reduces = f"{len(windows)} all-reduces, {sum(bool(window['gemms']) for window in windows)} hidden"
     if report["exact"]:
         return f"{reduces}; same function as the source, logits within {program['max_rel_error']:.0e}"
+    # JSON has no word for a number that is infinite.
+    kl, perplexity, before = (
+        "infinite" if quality[key] is None else f"{quality[key]:{spec}}"
+        for key, spec in (("kl", ".2f"), ("perplexity", ".1f"), ("source_perplexity", ".1f"))
+    )
     return (
-        f"{reduces}; KL {quality['kl']:.2f} nats per token from the source, "
-        f"same top token {quality['top1_agreement']:.0%}, "
-        f"perplexity {quality['perplexity']:.1f} (source {quality['source_perplexity']:.1f})"
+        f"{reduces}; KL {kl} nats per token from the source, same top token {quality['top1_agreement']:.0%}, "
+        f"perplexity {perplexity} (source {before})"
     )
 
 

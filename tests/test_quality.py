@@ -71,6 +71,14 @@ def test_a_hopeless_model_is_infinitely_surprised() -> None:
     quality = evaluate(table_model(0), lambda ids: certain[ids], [torch.arange(VOCAB)[None]], "numbers")
     assert quality.perplexity == math.inf
     assert quality.kl > 100
+    assert "perplexity infinite (source " in quality.lines()[0]
+
+
+def test_a_model_that_computes_no_numbers() -> None:
+    broken = torch.full((VOCAB, VOCAB), math.nan)
+    quality = evaluate(table_model(0), lambda ids: broken[ids], [torch.arange(VOCAB)[None]], "numbers")
+    assert math.isnan(quality.perplexity)
+    assert "KL to the source not a number nats/token" in quality.lines()[0]
 
 
 def test_half_precision_logits_are_compared_in_full() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -28,6 +27,7 @@ from kraken_compiler.artifact.manifest import (
     Source,
 )
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
@@ -160,7 +160,7 @@ def _fill(
         own = directory / TOKENIZER_DIRECTORY
         own.mkdir()
         tokenizer_saver(own)
-    _write_durably(directory / REPORT_FILE, json.dumps(report, indent=1, sort_keys=True))
+    _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
     files = {
         path.relative_to(directory).as_posix(): _record(path)
         for path in sorted(directory.rglob("*"))
@@ -194,7 +194,7 @@ def _fill(
 
 def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest) -> None:
     """Replace the report of a complete artifact."""
-    _write_durably(directory / REPORT_FILE, json.dumps(report, indent=1, sort_keys=True))
+    _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
     files = {**manifest.files, REPORT_FILE: _record(directory / REPORT_FILE)}
     _write_durably(directory / MANIFEST_FILE, _as_json(manifest.model_copy(update={"files": files})))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 
 from kraken_compiler.errors import KrakenError
+from kraken_compiler.formatting import json_text
 from kraken_compiler.progress import Advance
 
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
@@ -61,7 +61,7 @@ def print_lines(lines: list[str]) -> None:
 
 def print_json(data: Any) -> None:
     """Results for programs: one JSON document."""
-    print(json.dumps(data, indent=1), flush=True)
+    print(json_text(data), flush=True)
 
 
 def set_up_logging(verbose: bool) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken_compiler.formatting import number_text
+
 LogitsOf = Callable[[Tensor], Tensor]
 """Token ids int64 [B, S] -> logits [B, S, V]."""
 
@@ -44,8 +46,9 @@ class Quality:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"on {self.tokens:,} tokens of {self.text}: KL to the source {self.kl:.3g} nats/token, same top token "
-            f"{self.top1_agreement:.1%}, perplexity {self.perplexity:.4g} (source {self.source_perplexity:.4g})"
+            f"on {self.tokens:,} tokens of {self.text}: KL to the source {number_text(self.kl, '.3g')} nats/token, "
+            f"same top token {self.top1_agreement:.1%}, perplexity {number_text(self.perplexity, '.4g')} "
+            f"(source {number_text(self.source_perplexity, '.4g')})"
         ]
 
 
@@ -94,7 +97,7 @@ def evaluate(
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def token_batches(ids: list[int], sequence: int = 256, batch: int = 2) -> list[Tensor]:
