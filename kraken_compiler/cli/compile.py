@@ -17,6 +17,14 @@ from kraken_compiler.cli.console import (
     print_lines,
     set_up_logging,
 )
+from kraken_compiler.cli.options import (
+    JsonOption,
+    QuietOption,
+    TextOption,
+    TimeoutOption,
+    TrustPickleOption,
+    VerboseOption,
+)
 from kraken_compiler.errors import UsageError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -47,32 +55,28 @@ def compile_command(
     layers: Annotated[
         str | None, typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Backends, separated by commas. (default: torch)")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="torch or onnx; several separated by commas, or repeated. (default: torch)")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")] = None,
     input: Annotated[
         list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
-    ] = None,
+    text: TextOption = None,
     plan: Annotated[
         bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
     ] = None,
     verify: Annotated[bool | None, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = None,
     dump_graphs: Annotated[Path | None, typer.Option(help="Directory for the graph as text after every pass.")] = None,
-    trust_pickle: Annotated[
-        bool | None, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
-    ] = None,
+    trust_pickle: TrustPickleOption = None,
     force: Annotated[
         bool | None, typer.Option("--force", help="Replace an output directory that is not empty.")
     ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. (default: 120)")
-    ] = None,
+    timeout: TimeoutOption = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with the same keys; the command line wins.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what every pass did.")] = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Rewrite a Transformer into N parallel lanes and write one program per device."""
     given: dict[str, Any] = {
@@ -112,7 +116,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         degree=config.degree,
         form=config.form,
         layers=config.layers,
-        backends=config.backend.split(","),
+        backends=config.backend,
         dtype=dtype_named(config.dtype),
         input_specs=config.input,
         text=config.text,

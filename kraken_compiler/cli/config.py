@@ -7,8 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import InputFileError, UsageError
 
 
@@ -22,16 +23,25 @@ class CompileConfig(BaseModel):
     degree: int | None = Field(default=None, ge=1)
     form: str = "kraken"
     layers: str | None = None
-    backend: str = "torch"
+    backend: list[str] = Field(default=["torch"], min_length=1)
     dtype: str | None = None
     input: list[str] = []
     text: str | None = None
     dump_graphs: str | None = Field(default=None, alias="dump-graphs")
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
     verify: bool = True
     trust_pickle: bool = Field(default=False, alias="trust-pickle")
     force: bool = False
     plan: bool = False
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _separate(cls, value: Any) -> Any:
+        """One text may name several backends, and so may each of a list."""
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return value
+        return [name.strip() for text in texts for name in text.split(",")]
 
 
 def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
@@ -52,7 +62,7 @@ def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise UsageError(f"{path}: there is no key '{key}'; did you mean '{nearest[0]}'?")
     try:
-        config = CompileConfig.model_validate({**table, "timeout": float(table.get("timeout", 120.0))})
+        config = CompileConfig.model_validate({**table, "timeout": float(table.get("timeout", DEFAULT_TIMEOUT))})
         return CompileConfig.model_validate({**config.model_dump(), **given})
     except (ValidationError, ValueError, TypeError) as error:
         reason = _first_problem(error) if isinstance(error, ValidationError) else str(error)

@@ -15,6 +15,15 @@ from kraken_compiler.cli.console import (
     print_lines,
     set_up_logging,
 )
+from kraken_compiler.cli.options import (
+    DEFAULT_TIMEOUT,
+    JsonOption,
+    QuietOption,
+    TextOption,
+    TimeoutOption,
+    TrustPickleOption,
+    VerboseOption,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,21 +31,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(epilog=EXIT_CODES)
 def verify_command(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")],
-    text: Annotated[
-        Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
-    ] = None,
+    text: TextOption = None,
     source: Annotated[
         Path | None, typer.Option(help="The source model. (default: where it was when the artifact was compiled)")
     ] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Open a source that can run any code when it is opened.")
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds without progress after which a rank counts as hanging.")
-    ] = 120.0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what every pass did.")] = False,
+    trust_pickle: TrustPickleOption = None,
+    timeout: TimeoutOption = None,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Check an artifact again: hashes, real ranks, overlap, the source model, and what the form costs on text."""
     set_up_logging(verbose)
@@ -48,8 +51,8 @@ def verify_command(
             artifact,
             source=source,
             text=text,
-            trust_pickle=trust_pickle,
-            timeout=timeout,
+            trust_pickle=bool(trust_pickle),
+            timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
             progress=ConsoleProgress(quiet or json_output),
         )
         if json_output:
