@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 import kraken_compiler
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.cli.compile import app
-from kraken_compiler.verify.compare import errors
+from kraken_compiler.errors import UsageError
+from kraken_compiler.verify.compare import Comparison, errors
+from tests.once import CaptureOnce, RanksOnce
 from tests.zoo import REJECTED, SUPPORTED, logits_of, token_batch
 
 LOSSLESS = ("--degree", "2", "--form", "standard")
@@ -78,6 +80,13 @@ def refused(code: int, *arguments: str | Path, watched: Path | None = None) -> s
     return result.stderr
 
 
+@pytest.fixture(scope="module", autouse=True)
+def capture_once() -> Iterator[None]:
+    """The models that several tests compile are captured once."""
+    with CaptureOnce().in_place():
+        yield
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("source") / "llama")
@@ -90,12 +99,26 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def ranks() -> RanksOnce:
+    """The ranks of `compiled`."""
+    return RanksOnce()
+
+
+@pytest.fixture(scope="module")
+def compiled(llama: Path, ranks: RanksOnce, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A compile with everything on: the artifact and what `--json` said."""
     target = tmp_path_factory.mktemp("out") / "llama.kraken"
-    result = done(llama, "--degree", "2", "-o", target, "--json")
+    with ranks.in_place():
+        result = done(llama, "--degree", "2", "-o", target, "--json")
     assert result.stderr == ""
     return target, json.loads(result.stdout)
+
+
+@pytest.fixture
+def known_ranks(compiled: tuple[Path, dict[str, Any]], ranks: RanksOnce) -> Iterator[None]:
+    """No rank is started."""
+    with ranks.in_place():
+        yield
 
 
 @pytest.fixture
@@ -156,6 +179,7 @@ def test_json(compiled: tuple[Path, dict[str, Any]]) -> None:
     assert verification["skipped"] == []
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_standard_form_without_a_tokenizer(gpt2: Path, tmp_path: Path) -> None:
     result = done(gpt2, *LOSSLESS, "-o", tmp_path / "out")
     assert "computes what the source model computes" in result.stdout
@@ -169,6 +193,7 @@ def test_standard_form_without_a_tokenizer(gpt2: Path, tmp_path: Path) -> None:
     assert errors(have, want)[1] < 1e-4
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_text(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(300)))
     result = done(llama, "--degree", "2", "--text", tmp_path / "text", "-o", tmp_path / "out", "--json")
@@ -199,11 +224,10 @@ def test_the_default_output_is_named_after_the_model(
 # what is shown -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def config_only(llama: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def config_only(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory without weights: whoever reads one fails."""
-    place = tmp_path / "config-only"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("config-only")
     shutil.copy(llama / "config.json", place)
     return place
 
@@ -221,7 +245,8 @@ def test_plan_reads_no_weight_and_writes_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = done(config_only, "--degree", "2", "--plan")
-    assert files_in(tmp_path) == ["config-only/config.json"]
+    assert files_in(tmp_path) == []
+    assert files_in(config_only) == ["config.json"]
     for words in ("3 layers, degree 2, changes the function", "lane", "KV heads", "window", "kraken", "model.layers.0"):
         assert words in result.stdout
     assert "wrote" not in result.stdout
@@ -315,6 +340,38 @@ def test_wrong_options(llama: Path, tmp_path: Path) -> None:
         assert wrong[0] in result.stderr
 
 
+def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def compile_nothing(*_: Any, backends: list[str], **__: Any) -> None:
+        asked.append(backends)
+        raise UsageError("enough")
+
+    (tmp_path / "text.toml").write_text('backend = "torch,onnx"')
+    (tmp_path / "list.toml").write_text('backend = ["torch", "onnx"]')
+    with monkeypatch.context() as patched:
+        patched.setattr("kraken_compiler.api.compile_model", compile_nothing)
+        for options in (
+            ("--backend", "torch,onnx"),
+            ("--backend", "torch", "--backend", "onnx"),
+            ("--backend", " torch , onnx"),
+            ("--config", tmp_path / "text.toml"),
+            ("--config", tmp_path / "list.toml"),
+        ):
+            assert "enough" in refused(2, config_only, *options)
+    assert asked == [["torch", "onnx"]] * 5
+    assert "unknown backend 'onxn'" in refused(2, config_only, "--backend", "torch,onxn")
+    assert "unknown backend ''" in refused(2, config_only, "--backend", "torch,")
+    (tmp_path / "none.toml").write_text("backend = []")
+    assert "backend: List should have at least 1 item" in refused(2, config_only, "--config", tmp_path / "none.toml")
+
+
+def test_two_backends(llama: Path, tmp_path: Path) -> None:
+    done(llama, *LOSSLESS, "--backend", "onnx", "--backend", "torch,onnx", "--no-verify", "-o", tmp_path / "out", "-q")
+    assert open_artifact(tmp_path / "out").manifest.backends == ("onnx", "torch")
+    assert {"onnx/device-1.onnx", "torch/lane-1.safetensors"} <= set(files_in(tmp_path / "out"))
+
+
 def test_an_unsupported_block_is_named(tmp_path: Path) -> None:
     source = save_model("mixtral", tmp_path / "mixtral", tokenizer=False)
     line = refused(3, source, "--degree", "2", "-o", tmp_path / "out", watched=tmp_path)
@@ -332,7 +389,8 @@ def test_json_errors(llama: Path, tmp_path: Path) -> None:
 
 def test_pickles_need_trust(tmp_path: Path) -> None:
     torch.save(SUPPORTED["plain_gpt"](), tmp_path / "model.pt")
-    arguments = (tmp_path / "model.pt", "--input", "input_ids=int64[2,16]", *LOSSLESS, "-o", tmp_path / "out")
+    options = ("--input", "input_ids=int64[2,16]", *LOSSLESS, "--no-verify", "-o", tmp_path / "out")
+    arguments = (tmp_path / "model.pt", *options)
     line = refused(5, *arguments, watched=tmp_path)
     assert "--trust-pickle" in line
     assert "can run any code" in line
@@ -399,13 +457,14 @@ def test_a_full_output(llama: Path, tmpfs: Path) -> None:
 
 
 def test_a_program_that_fails_its_verification(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tolerance that nothing meets, before and after the artifact was written."""
-    for place, words in (
-        ("kraken_compiler.verify.against_source.source_tolerance", "standard form against the source"),
-        ("kraken_compiler.verify.against_ranks.rank_tolerance", "2 ranks against the lanes"),
+    """Before and after the artifact was written."""
+    wrong = Comparison("2 ranks against the lanes", (1, 7), 1.0, 1.0, 1e-5)
+    for place, patch, words in (
+        ("verify.against_source.source_tolerance", lambda *_: -1.0, "standard form against the source"),
+        ("api.verify_programs", lambda *_: ([wrong], ()), "2 ranks against the lanes"),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(place, lambda *_: -1.0)
+            patched.setattr(f"kraken_compiler.{place}", patch)
             line = refused(4, llama, *LOSSLESS, "-o", tmp_path / "out", watched=tmp_path)
         assert "the program computes something else" in line
         assert words in line

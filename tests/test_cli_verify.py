@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ from typer.testing import CliRunner
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.cli.verify import app
+from tests.once import CaptureOnce, RanksOnce
 from tests.test_cli_compile import save_model
 from tests.test_verify import emptied, rehash
 from tests.zoo import SUPPORTED, token_batch
 
 pytestmark = pytest.mark.timeout(200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def capture_once() -> Iterator[None]:
+    """The model that most tests compare with is captured once."""
+    with CaptureOnce().in_place():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,23 @@ RANKS, SOURCE = "2 ranks against the lanes in one process", "standard form again
 CACHED = "2 ranks with a KV cache against the lanes without"
 
 
-def test_it_repeats_everything(place: Path) -> None:
-    answer = verified(place / "llama.kraken")
+@pytest.fixture(scope="module")
+def repeated(place: Path) -> tuple[dict[str, Any], RanksOnce]:
+    """What `--json` says of the artifact, and its ranks."""
+    ranks = RanksOnce()
+    with ranks.in_place():
+        return verified(place / "llama.kraken"), ranks
+
+
+@pytest.fixture
+def known_ranks(repeated: tuple[dict[str, Any], RanksOnce]) -> Iterator[None]:
+    """No rank is started."""
+    with repeated[1].in_place():
+        yield
+
+
+def test_it_repeats_everything(repeated: tuple[dict[str, Any], RanksOnce]) -> None:
+    answer, _ = repeated
     assert kinds(answer) == {RANKS, CACHED, SOURCE}
     assert answer["program"]["max_rel_error"] < 1e-4
     assert answer["program"]["max_abs_error"] < 1e-2
@@ -83,6 +107,7 @@ def test_it_repeats_everything(place: Path) -> None:
     assert answer["skipped"] == []
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_for_people(place: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(200)))
     result = invoke(place / "llama.kraken", "--text", tmp_path / "text")
@@ -94,6 +119,7 @@ def test_for_people(place: Path, tmp_path: Path) -> None:
     assert "run on ranks: " not in result.stdout
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_a_source_that_is_gone_is_said(artifact: Path, place: Path, tmp_path: Path) -> None:
     set_source(artifact, path=str(tmp_path / "gone"))
     answer = verified(artifact)
@@ -110,6 +136,7 @@ def test_a_source_that_is_gone_is_said(artifact: Path, place: Path, tmp_path: Pa
     assert answer["skipped"] == []
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_a_source_in_memory_is_said(tmp_path: Path) -> None:
     model = SUPPORTED["plain_gpt"]()
     compile_model(
@@ -121,6 +148,7 @@ def test_a_source_in_memory_is_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_another_source_is_refused(place: Path, tmp_path: Path) -> None:
     other = save_model("llama_bias", tmp_path / "other")
     line = refused(5, place / "llama.kraken", "--source", other)
@@ -129,6 +157,7 @@ def test_another_source_is_refused(place: Path, tmp_path: Path) -> None:
     assert "absent" in line
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_a_pickled_source_needs_trust_again(tmp_path: Path) -> None:
     torch.save(SUPPORTED["plain_gpt"](), tmp_path / "model.pt")
     options: dict[str, Any] = {"trust_pickle": True, "input_specs": ["input_ids=int64[2,16]"], "verify": False}
@@ -164,10 +193,12 @@ def test_lost_overlap_fails(artifact: Path) -> None:
     assert "lost their overlap" in refused(4, artifact)
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_wrong_numbers_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kraken_compiler.verify.against_source.source_tolerance", lambda _: -1.0)
     assert "the program computes something else: standard form against the source" in refused(4, place / "llama.kraken")
 
 
+@pytest.mark.usefixtures("known_ranks")
 def test_texts_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
     assert "--text: cannot read" in refused(5, place / "llama.kraken", "--text", tmp_path / "absent")
