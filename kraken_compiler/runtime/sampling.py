@@ -58,7 +58,8 @@ class Sampling:
             Token ids, int64 [batch]; of tokens that are equally likely, greedy choice takes the first.
         """
         if self.temperature == 0:
-            return logits.argmax(axis=-1)
+            best: npt.NDArray[np.int64] = logits.argmax(axis=-1)
+            return best
         mass = softmax(self.filtered(logits)).cumsum(axis=-1)
         numbers = [uniform(self.seed, row, step) for row in range(len(logits))]
         # The first token whose mass exceeds the number; one without probability adds no mass and is never it.
@@ -68,7 +69,7 @@ class Sampling:
     def filtered(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Logits [batch, vocabulary] over the temperature, in float64; those of tokens that are out are -inf."""
         # The best is subtracted first, so that a tiny temperature does not overflow; a softmax does not notice.
-        scores = logits.astype(np.float64)
+        scores: npt.NDArray[np.float64] = logits.astype(np.float64)
         with np.errstate(over="ignore"):
             scores = (scores - scores.max(axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
