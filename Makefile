@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 BENCH_OUT ?= build/bench
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-memory clean
+.PHONY: help setup demo test lint type bench bench-onnx bench-memory tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,8 +38,17 @@ bench: $(VENV)/.models $(VENV)/.bench ## time first and following tokens beside 
 	@mkdir -p $(BENCH_OUT)
 	@$(TEST_ENV) $(BIN)/python benchmarks/ttft.py --json $(BENCH_OUT)/ttft.json --plot $(BENCH_OUT)/ttft.png $(BENCH_ARGS)
 
+bench-onnx: $(VENV)/.models $(VENV)/.bench ## the same times on ONNX Runtime, without torch in the ranks
+	@mkdir -p $(BENCH_OUT)
+	@$(TEST_ENV) $(BIN)/python benchmarks/onnx.py --json $(BENCH_OUT)/onnx.json --plot $(BENCH_OUT)/onnx.png $(BENCH_ARGS)
+
 bench-memory: $(VENV)/.package ## measure the memory a compile of a 1 GB checkpoint takes
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_memory.py
+
+tables: $(VENV)/.models ## write the tables of families in the docs, from what their tests find
+	@rm -rf build/tables && mkdir -p build/tables
+	@$(TEST_ENV) KRAKEN_TABLES=build/tables $(BIN)/python -m pytest -n $(WORKERS) -q tests/test_onnx_families.py
+	@$(BIN)/python tests/write_tables.py build/tables
 
 clean: ## remove everything that the other targets made
 	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache

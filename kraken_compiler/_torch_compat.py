@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -201,6 +201,50 @@ def flat_program(graph: fx.Graph) -> ExportedProgram:
         # The dialect in which an op may write to its operands, as attention with a cache does.
         verifiers=[TrainingIRVerifier],
     )
+
+
+def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callable[..., Any]], opset: int) -> Any:
+    """A graph as an ONNX model (`onnx_ir.Model`), constants folded, with the nodes in the same order. Consumes `graph`.
+
+    torch's exporter first traces what it is given again, to decompose ops that it has no translation for; with symbolic
+    sizes that takes half a second per layer. Where every op has one, and no op mixes element types, that is left out.
+
+    Args:
+        graph: As `flat_program` takes it.
+        translations: Torch op -> function that writes ONNX nodes, for ops that the exporter does not know.
+        opset: Version of the default domain.
+    """
+    from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+    from torch.onnx._internal.exporter import _core, _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    for target, translation in translations.items():
+        registry.register_op(target, translation, is_complex=False)
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    program = flat_program(graph)
+    if all(registry.is_registered(node.target) and not _mixes_types(node) for node in calls):
+        made = _core._exported_program_to_onnx_program(program, registry=registry, lower="at_conversion")
+        made.model = onnxscript_apis.convert_version(made.model, opset)
+        made.optimize()
+        return made.model
+    exported = torch.onnx.export(
+        program, (), dynamo=True, opset_version=opset, custom_translation_table=dict(translations), verbose=False
+    )
+    assert exported is not None
+    return exported.model
+
+
+def _mixes_types(node: fx.Node) -> bool:
+    """True if torch would promote an operand of the op, or compute whole numbers as fractions."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        return False
+    operands = {operand.meta["val"].dtype for operand in node.all_input_nodes if _is_tensor(operand)} - {torch.bool}
+    result = node.meta["val"].dtype
+    return len(operands) > 1 or (result != torch.bool and bool(operands) and result not in operands)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def largest_size(size: int | torch.SymInt) -> int | None:

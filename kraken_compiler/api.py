@@ -11,18 +11,14 @@ import torch
 from torch import nn
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import check_target, write_artifact
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.single.streaming import (
-    ReadLane,
-    StreamingProgram,
-    read_from_lane_files,
-    read_from_source,
-)
-from kraken_compiler.backends.torch_dist.load import load_program
-from kraken_compiler.backends.torch_dist.rank_program import lane_file
+from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram, read_from_source
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
@@ -35,8 +31,9 @@ from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import batches_for
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.verify.against_devices import compare_with_devices
 from kraken_compiler.verify.against_source import compare_with_source
-from kraken_compiler.verify.verification import SIZES, Verification, verify_programs
+from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
 
 Model = nn.Module | str | os.PathLike[str]
 
@@ -100,6 +97,7 @@ def compile_model(
     form: str | Form = "kraken",
     layers: str | Sequence[int] | None = None,
     backends: Sequence[str] = ("torch",),
+    collectives: str = OWN,
     dtype: torch.dtype | None = None,
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),
@@ -118,6 +116,7 @@ def compile_model(
         directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
         degree, form, layers, example_inputs: See `transform`.
         backends: Names of the backends that write programs.
+        collectives: Whose collectives ONNX devices hold, "kraken" or "ort-nccl"; the latter can only be written here.
         dtype: Element type of the compiled model; None keeps the source's.
         input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
         text: A text file to measure a changed form on; None means a small built-in sample.
@@ -134,7 +133,7 @@ def compile_model(
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
     show = progress or Silent()
-    emitters = [backend_named(name) for name in backends]
+    emitters = [_configured(backend_named(name), collectives) for name in dict.fromkeys(backends)]
     if directory is not None:
         check_target(Path(directory), force)
     with show.stage("capture"):
@@ -153,6 +152,9 @@ def compile_model(
     notes = captured.notes
     if program.no_cache and token_input(program) is not None:
         notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
+    if collectives == ORT_NCCL and "onnx" in backends:
+        unrun = "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
+        notes = (*notes, unrun)
     if directory is None:
         return CompileResult(report, notes=notes)
 
@@ -164,15 +166,17 @@ def compile_model(
         Verification(tuple(comparisons)).require_passed()
 
     verification: Verification | None = None
+    in_memory = Reference(program, read_from_source(program, captured.store.read))
 
     def check(partial: Path) -> dict[str, object]:
         """Runs on the complete artifact before it is put in place."""
         nonlocal verification
         with show.stage("run on ranks"):
-            found, windows = verify_programs(partial, SIZES, timeout)
+            found, windows = verify_programs(partial, SIZES, timeout, in_memory)
         verification = Verification((*comparisons, *found), windows)
         verification.require_passed()
-        verification = _with_quality(verification, partial, captured, text, show)
+        lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
+        verification = _with_quality(verification, lanes, captured, text, show)
         return verification.to_dict()
 
     with show.steps("write and check" if verify else "write") as advance:
@@ -189,6 +193,12 @@ def compile_model(
             progress=advance,
         )
     return CompileResult(report, verification, written, notes)
+
+
+def _configured(backend: Backend, collectives: str) -> Backend:
+    if collectives not in COLLECTIVE_KINDS:
+        raise UsageError(f"--collectives {collectives}: choose from {', '.join(COLLECTIVE_KINDS)}")
+    return replace(backend, collectives=collectives) if isinstance(backend, OnnxBackend) else backend
 
 
 def verify_artifact(
@@ -232,6 +242,8 @@ def verify_artifact(
         )
         if text is not None:
             raise UsageError(missing)
+        if lanes_in(artifact) is None:
+            missing = f"no comparison of the ONNX devices with the lanes, and {missing}"
         return replace(result, skipped=(missing,))
     with show.stage("capture"):
         captured = capture(
@@ -247,9 +259,14 @@ def verify_artifact(
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
         comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
+    lanes = lanes_in(artifact)
+    if lanes is None:
+        lanes = _lanes_of(captured, artifact)
+        with show.stage("run on devices"):
+            comparisons += compare_with_devices(path, lanes.program, lanes.read_lane, SIZES, timeout)
     result = replace(result, comparisons=tuple(comparisons))
     result.require_passed()
-    return _with_quality(result, path, captured, text, show)
+    return _with_quality(result, lanes, captured, text, show)
 
 
 def measure_quality(
@@ -291,19 +308,25 @@ def measure_quality(
     return evaluate(_logits_of(captured.program, source), _logits_of(program, rewritten), tokens, name, count)
 
 
+def _lanes_of(captured: Capture, artifact: Artifact) -> Reference:
+    """The lanes of an artifact that holds none, made again from its source."""
+    manifest = artifact.manifest
+    changed = [number for number, form in enumerate(manifest.forms) if form != "standard"]
+    form = manifest.forms[changed[0]] if changed else "standard"
+    program, _ = lower(captured.program, manifest.degree, form, changed or None)
+    return Reference(program, read_from_source(program, captured.store.read))
+
+
 def _with_quality(
     verification: Verification,
-    directory: Path,
+    lanes: Reference,
     captured: Capture,
     text: str | os.PathLike[str] | None,
     show: Progress,
 ) -> Verification:
-    """Measure an artifact's form, with the weights in its lane files."""
-    artifact = open_artifact(directory, verify=False)
-    program = load_program(artifact)
-    read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
+    """Measure an artifact's form, with the weights in its lane files if it has them."""
     with show.steps("quality") as advance:
-        quality = measure_quality(captured, program, text, read_lane=read_lane, advance=advance)
+        quality = measure_quality(captured, lanes.program, text, read_lane=lanes.read_lane, advance=advance)
     if isinstance(quality, str):
         return replace(verification, skipped=(*verification.skipped, quality))
     return replace(verification, quality=quality)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +62,31 @@ class Executed:
     Attributes:
         outputs: `outputs[rank][set]` is the tuple of the graph's outputs.
         replayed: `replayed[rank][set]` are the logits of `replay`; empty for a program without a KV cache.
+        sums: `sums[rank][set]` are the finished sums by the name of their wait; of ONNX devices only.
     """
 
     outputs: list[list[tuple[Tensor, ...]]]
     replayed: list[list[Tensor]]
+    sums: list[list[dict[str, Tensor]]] = field(default_factory=list)
 
 
 def execute_on_ranks(
     artifact_directory: Path | str,
     inputs: Sequence[Mapping[str, Tensor]],
     *,
+    backend: str = "torch",
     timeout: float = DEFAULT_TIMEOUT,
 ) -> Executed:
     """Run an artifact's real programs, one process per lane: on whole inputs, and with the KV cache if there is one.
+
+    Of an ONNX program with a KV cache the only output is the logits.
 
     Starting ranks takes seconds, so give all input sets at once.
 
     Args:
         artifact_directory: The artifact.
         inputs: Input sets; each maps the names of the manifest's inputs to tensors.
+        backend: Whose programs.
         timeout: Seconds without progress after which a rank counts as hanging.
 
     Raises:
@@ -105,7 +111,8 @@ def execute_on_ranks(
             "names": names,
             "sets": len(inputs),
         }
-        counts = run_ranks(f"{__name__}:_execute", degree, payload, timeout=timeout)
+        functions = {"torch": f"{__name__}:_execute", "onnx": "kraken_compiler.runtime.execute_onnx:execute"}
+        counts = run_ranks(functions[backend], degree, payload, timeout=timeout)
         executed = Executed([], [])
         for rank, count in enumerate(counts):
             tensors = load_file(directory / f"out-{rank}.safetensors")
@@ -114,7 +121,12 @@ def execute_on_ranks(
             )
             names_of_rank = [f"{index}.replayed" for index in range(len(inputs))]
             executed.replayed.append([tensors[name] for name in names_of_rank if name in tensors])
+            executed.sums.append([_with_prefix(tensors, f"{index}.sum.") for index in range(len(inputs))])
         return executed
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _execute(payload: Mapping[str, Any], session: Session) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
@@ -14,7 +11,7 @@ from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
 from kraken_compiler.runtime.replay import expected, split_lengths
-from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance
+from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance, worst_comparison
 
 
 def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], timeout: float) -> list[Comparison]:
@@ -46,29 +43,11 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
         tolerance = rank_tolerance(want[0].dtype, noise)
         ranks = [results[number] for results in executed.outputs]
         what = f"{program.degree} ranks against the lanes in one process"
-        comparisons.append(_worst(what, size, ranks, want, tolerance, noise))
+        comparisons.append(worst_comparison(what, size, ranks, want, tolerance, noise))
         replayed = [(results[number],) for results in executed.replayed if results]
         if replayed:
             logits = want[program.call.logits]
             rows = expected(logits, *split_lengths(*size))
             what = f"{program.degree} ranks with a KV cache against the lanes without"
-            comparisons.append(_worst(what, size, replayed, (rows,), tolerance, noise))
+            comparisons.append(worst_comparison(what, size, replayed, (rows,), tolerance, noise))
     return comparisons
-
-
-def _worst(
-    what: str,
-    size: tuple[int, int],
-    ranks: Sequence[tuple[Tensor, ...]],
-    want: tuple[Tensor, ...],
-    tolerance: float,
-    noise: float,
-) -> Comparison:
-    """The comparison with the rank that is farthest off."""
-    worst = (0.0, 0.0, 0)
-    for rank, results in enumerate(ranks):
-        absolute, relative = largest_errors(results, want)
-        # A NaN is the worst there is, and compares as neither larger nor smaller.
-        if not relative <= worst[1]:
-            worst = (absolute, relative, rank)
-    return Comparison(f"{what} (worst: rank {worst[2]})", size, worst[0], worst[1], tolerance, noise=noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,3 +91,29 @@ def largest_errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[
     stacked = torch.tensor(pairs, dtype=torch.float64)
     worst = stacked.amax(0)
     return worst[0].item(), worst[1].item()
+
+
+def worst_comparison(
+    what: str,
+    size: tuple[int, int],
+    ranks: Sequence[tuple[Tensor, ...]],
+    want: tuple[Tensor, ...],
+    tolerance: float,
+    noise: float,
+    first_diverging: str = "",
+) -> Comparison:
+    """The comparison with the rank that is farthest off.
+
+    Args:
+        what, size, tolerance, noise, first_diverging: See `Comparison`.
+        ranks: Every rank's outputs.
+        want: What they should be.
+    """
+    worst = (0.0, 0.0, 0)
+    for rank, results in enumerate(ranks):
+        absolute, relative = largest_errors(results, want)
+        # A NaN is the worst there is, and compares as neither larger nor smaller.
+        if not relative <= worst[1]:
+            worst = (absolute, relative, rank)
+    said = f"{what} (worst: rank {worst[2]})"
+    return Comparison(said, size, worst[0], worst[1], tolerance, first_diverging, noise)

@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
 from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.verify.against_devices import compare_with_devices, device_windows, runnable
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.compare import Comparison
 
@@ -71,16 +75,53 @@ class Verification:
         return lines + [f"skipped   {reason}" for reason in self.skipped]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A lane program and its weights: what the programs of an artifact are compared with."""
+
+    program: Program
+    read_lane: ReadLane
+
+
+def lanes_in(artifact: Artifact) -> Reference | None:
+    """The lane program that the artifact itself holds; None without the torch backend."""
+    if "torch" not in artifact.manifest.backends:
+        return None
+    program = load_program(artifact)
+    return Reference(program, read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)]))
+
+
 def verify_programs(
-    directory: Path, sizes: Sequence[tuple[int, int]] = SIZES, timeout: float = 120.0
+    directory: Path,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    timeout: float = 120.0,
+    reference: Reference | None = None,
 ) -> tuple[list[Comparison], tuple[Window, ...]]:
-    """Check an artifact without its source: real ranks against the lanes, and the schedule of what will run.
+    """Check an artifact's programs: real ranks against the lanes in one process, and the schedule of what will run.
+
+    Args:
+        directory: The artifact.
+        sizes: Batch and sequence sizes to try.
+        timeout: Seconds without progress after which a rank counts as hanging.
+        reference: Where the lanes come from if the artifact does not hold them; without, ONNX devices are only
+            checked for their schedule.
 
     Raises:
         VerificationError: A window that the form promises is empty, or a rank computes something else.
         RankFailedError: A rank died or hung.
     """
-    program = load_program(open_artifact(directory, verify=False))
-    windows = check_schedule(program.module, program.plan)
-    require_overlap(windows)
-    return compare_with_ranks(directory, tuple(sizes), timeout), windows
+    artifact = open_artifact(directory, verify=False)
+    held = lanes_in(artifact)
+    comparisons: list[Comparison] = []
+    windows: tuple[Window, ...] = ()
+    if held is not None:
+        windows = check_schedule(held.program.module, held.program.plan)
+        require_overlap(windows)
+        comparisons += compare_with_ranks(directory, tuple(sizes), timeout)
+    if "onnx" in artifact.manifest.backends:
+        windows = device_windows(artifact) or windows
+        require_overlap(windows)
+        lanes = held or reference
+        if lanes is not None and runnable(artifact):
+            comparisons += compare_with_devices(directory, lanes.program, lanes.read_lane, sizes, timeout)
+    return comparisons, windows

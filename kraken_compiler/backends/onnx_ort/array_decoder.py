@@ -87,6 +87,7 @@ class ArrayDecoder:
         if lengths.min() < 1 or lengths.max() > ids.shape[1]:
             raise UsageError(f"every sequence must bring 1 to {ids.shape[1]} tokens, got {lengths.tolist()}")
         longest = int(lengths.max())
+        self._require_room(longest)
         self._held = 0
         columns = np.arange(longest)[None, :] - (longest - lengths)[:, None]
         present = columns >= 0
@@ -108,18 +109,20 @@ class ArrayDecoder:
         """
         if not self._held:
             raise UsageError("give the prompt to prefill first")
+        self._require_room(self._held + 1)
         positions = self._mask[:, : self._held].sum(axis=1, keepdims=True)
-        if self._held < self.capacity:
-            self._mask[:, self._held] = 1
+        self._mask[:, self._held] = 1
         return self._append(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self.capacity:
+            raise UsageError(
+                f"the KV cache is full: it holds {self.capacity} tokens and {tokens} are needed; "
+                "ask for fewer new tokens or a larger capacity"
+            )
 
     def _append(self, ids: Array, positions: Array) -> Array:
         total = self._held + ids.shape[1]
-        if total > self.capacity:
-            raise UsageError(
-                f"the KV cache is full: it holds {self.capacity} tokens and {total} are needed; "
-                "ask for fewer new tokens or a larger capacity"
-            )
         feeds = {
             INPUT_IDS: ids,
             POSITION_IDS: positions,

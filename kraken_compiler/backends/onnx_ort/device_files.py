@@ -25,8 +25,10 @@ from kraken_compiler.backends.onnx_ort.format import (
     data_file,
     device_file,
 )
+from kraken_compiler.backends.onnx_ort.nccl import register_nccl_schemas
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
 from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
+from kraken_compiler.backends.onnx_ort.tables import LaneTables
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
@@ -51,7 +53,7 @@ def write_device_files(
     exported: ExportedGraph,
     program: Program,
     read: Callable[[str], Tensor],
-    tables: Sequence[Mapping[str, Tensor]],
+    tables: LaneTables | None,
     directory: Path,
     metadata: Mapping[str, str],
     progress: Advance | None = None,
@@ -64,7 +66,7 @@ def write_device_files(
         exported: The shared graph.
         program: The lane program whose weight table says what each lane owns.
         read: Gives a whole source tensor by name.
-        tables: Every lane's tables by name.
+        tables: The lanes' tables, None if there are none.
         directory: An existing directory.
         metadata: What all files say.
         progress: Told about every source tensor that is done.
@@ -74,9 +76,10 @@ def write_device_files(
         OSError: A file cannot be written.
     """
     register_schemas()
-    for name in exported.tables:
+    register_nccl_schemas()
+    for name, value in (tables.of(0) if tables is not None else {}).items():
         # How many positions they hold was not known at export.
-        exported.weights[name].shape = onnx_ir.Shape(tables[0][name].shape)
+        exported.weights[name].shape = onnx_ir.Shape(_stored(exported, name, value).shape)
     places = _layout(exported.weights)
     proto = _shared_proto(exported, program, places, metadata)
     shared = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
@@ -87,9 +90,9 @@ def write_device_files(
         end = max((place.offset + place.nbytes for place in places.values()), default=0)
         for file in files:
             file.truncate(end)
-        for lane, values in enumerate(tables):
-            for name, value in values.items():
-                _write(files[lane], places[name], value)
+        for lane, file in enumerate(files):
+            for name, value in (tables.of(lane) if tables is not None else {}).items():
+                _write(file, places[name], _stored(exported, name, value))
         _write_weights(exported, program, read, places, files, progress)
     for lane in range(program.degree):
         with (directory / data_file(lane)).open("rb") as data:
@@ -133,10 +136,14 @@ def _write_weights(
                 )
             for lane, file in enumerate(files):
                 local = spec.take(tensor, lane).to(spec.torch_dtype)
-                _write(file, places[spec.name], local.t() if spec.name in exported.transposed else local)
+                _write(file, places[spec.name], _stored(exported, spec.name, local))
         del tensor
         if progress is not None:
             progress(done, len(by_source), source)
+
+
+def _stored(exported: ExportedGraph, name: str, value: Tensor) -> Tensor:
+    return value.t() if name in exported.transposed else value
 
 
 def _write(file: IO[bytes], place: _Place, tensor: Tensor) -> None:
@@ -156,7 +163,8 @@ def _shared_proto(
     model = exported.model
     model.producer_name = package
     model.producer_version = None
-    model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    if any(node.domain == DOMAIN for node in model.graph):
+        model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.metadata_props.update(metadata)
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
     for name, place in places.items():

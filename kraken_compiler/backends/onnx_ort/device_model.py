@@ -16,6 +16,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     DOMAIN_VERSION,
     FORMAT_VERSION,
     META_CACHE,
+    META_COLLECTIVES,
     META_DATA,
     META_DEGREE,
     META_FORMAT,
@@ -24,6 +25,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_POSITIONS,
     META_PROGRAM,
     OPSET,
+    OWN,
     CacheRecord,
 )
 from kraken_compiler.errors import InputFileError
@@ -44,6 +46,7 @@ class DeviceModel:
         program: Hash of what all devices of a compile share.
         caches: Its KV caches in the order of the layers; None if it keeps none.
         positions: The longest sequence that it takes; None if nothing bounds it.
+        collectives: One of `format.COLLECTIVE_KINDS`.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class DeviceModel:
     program: str
     caches: tuple[CacheRecord, ...] | None
     positions: int | None
+    collectives: str = OWN
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Self:
@@ -86,6 +90,7 @@ class DeviceModel:
                 program=metadata[META_PROGRAM],
                 caches=tuple(CacheRecord(**record) for record in caches) if caches is not None else None,
                 positions=json.loads(metadata.get(META_POSITIONS, "null")),
+                collectives=metadata.get(META_COLLECTIVES, OWN),
             )
             wanted = metadata[META_DATA]
         except (KeyError, TypeError, ValueError) as error:

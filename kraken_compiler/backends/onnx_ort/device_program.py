@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.format import START, WAIT
+from kraken_compiler.backends.onnx_ort.format import OWN, START, WAIT
 from kraken_compiler.backends.onnx_ort.sizes import bind_sizes, shape_of
 from kraken_compiler.backends.onnx_ort.stages import Collective, Stage, cut
 from kraken_compiler.errors import InputFileError, UsageError
@@ -91,6 +91,11 @@ class DeviceProgram:
             UsageError: There is no such provider here, or the communicator joins another number of devices.
             InputFileError: ONNX Runtime does not take the model.
         """
+        if model.collectives != OWN:
+            raise UsageError(
+                f"{model.path} was compiled with --collectives {model.collectives}, for ONNX Runtime builds that bring "
+                "these; this runtime runs files compiled without that option"
+            )
         if model.degree > 1 and communicator is None:
             raise UsageError(f"{model.path} is one of {model.degree} devices and needs a communicator")
         if communicator is not None and (communicator.rank, communicator.degree) != (model.lane, model.degree):
@@ -116,7 +121,9 @@ class DeviceProgram:
         self,
         feeds: Mapping[str, Array],
         into: Mapping[str, Array] | None = None,
+        *,
         trace: Callable[[Event], None] | None = None,
+        sums: dict[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Run this device's part.
 
@@ -124,6 +131,7 @@ class DeviceProgram:
             feeds: A contiguous array for every input.
             into: Where to put outputs, by name; the others go to buffers that the next run overwrites.
             trace: Told about every stage and collective when it has ended.
+            sums: Is given a copy of every finished sum, by the name of its wait.
 
         Returns:
             The outputs by name.
@@ -140,6 +148,8 @@ class DeviceProgram:
                 step.run(values, sizes, given)
             else:
                 values[step.result] = self._collective(step, values)
+                if sums is not None and step.kind == WAIT:
+                    sums[step.name] = values[step.result].copy()
             if trace is not None:
                 trace(_event(step, began))
         return {name: values[name] for name in self.outputs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,10 +14,13 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.format import (
     FORMAT_VERSION,
     META_CACHE,
+    META_COLLECTIVES,
     META_DEGREE,
     META_FORMAT,
     META_FORMS,
     META_POSITIONS,
+    ORT_NCCL,
+    OWN,
     CacheRecord,
 )
 from kraken_compiler.errors import UsageError
@@ -29,10 +32,16 @@ RUNNABLE = ("float32", "float16")
 """Element types that ONNX Runtime has kernels for on CPUs."""
 
 
+@dataclass(frozen=True)
 class OnnxBackend(Backend):
-    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it."""
+    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it.
+
+    Attributes:
+        collectives: One of `format.COLLECTIVE_KINDS`.
+    """
 
     name: ClassVar[str] = "onnx"
+    collectives: str = OWN
 
     def write(
         self,
@@ -46,24 +55,29 @@ class OnnxBackend(Backend):
         from kraken_compiler.backends.onnx_ort.export_graph import export_graph
         from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
         from kraken_compiler.backends.onnx_ort.schedule import measure_windows
-        from kraken_compiler.backends.onnx_ort.tables import lane_tables
+        from kraken_compiler.backends.onnx_ort.tables import LaneTables
 
         _require_runnable(program)
         cached = program.cached
         exported = export_graph(prepare_lane(program) if cached is None else prepare_step(cached))
-        windows = measure_windows(exported.model.graph, program.plan)
-        tables = None if cached is None else lane_tables(program, cached, program.reader(read), exported.tables)
+        # One device has nobody to add up with, so its model keeps none of the planned reduces.
+        windows = measure_windows(exported.model.graph, program.plan if program.degree > 1 else None)
+        if self.collectives == ORT_NCCL:
+            from kraken_compiler.backends.onnx_ort.nccl import use_nccl
+
+            use_nccl(exported.model)
+        tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
         metadata = {
             META_FORMAT: str(FORMAT_VERSION),
             META_DEGREE: str(program.degree),
+            META_COLLECTIVES: self.collectives,
             META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
         }
         if cached is not None and tables is not None:
             records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
             metadata[META_CACHE] = json.dumps([asdict(record) for record in records])
             metadata[META_POSITIONS] = json.dumps(tables.positions)
-        values = tables.values if tables is not None else [{} for _ in range(program.degree)]
-        write_device_files(exported, program, read, values, directory, metadata, progress)
+        write_device_files(exported, program, read, tables, directory, metadata, progress)
         return windows
 
 

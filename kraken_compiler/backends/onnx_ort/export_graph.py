@@ -8,9 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import onnx_ir
-import torch
 
-from kraken_compiler._torch_compat import flat_program
+from kraken_compiler._torch_compat import onnx_model
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
 from kraken_compiler.backends.onnx_ort.prepare_step import Prepared
 from kraken_compiler.backends.onnx_ort.schedule import is_gemm
@@ -44,16 +43,7 @@ def export_graph(prepared: Prepared) -> ExportedGraph:
     """
     names = [*prepared.weights, *prepared.tables, *prepared.inputs.values()]
     with quiet_torch():
-        exported = torch.onnx.export(
-            flat_program(prepared.graph),
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=translations(),
-            verbose=False,
-        )
-    assert exported is not None
-    model: onnx_ir.Model = exported.model
+        model: onnx_ir.Model = onnx_model(prepared.graph, translations(), OPSET)
     graph = model.graph
     assert len(graph.inputs) == len(names), f"{len(graph.inputs)} inputs instead of {len(names)}"
     assert len(graph.outputs) == len(prepared.outputs), f"{len(graph.outputs)} outputs: {graph.outputs}"
@@ -67,6 +57,7 @@ def export_graph(prepared: Prepared) -> ExportedGraph:
     _name_dims(graph, prepared.dims)
     held = len(prepared.weights) + len(prepared.tables)
     weights, transposed = _take_weights(graph, held)
+    _drop_unused_outputs(graph)
     _pin_waits(graph)
     _name_nodes(graph)
     model.metadata_props.clear()
@@ -108,6 +99,19 @@ def _take_weights(graph: onnx_ir.Graph, count: int) -> tuple[dict[str, onnx_ir.V
     return weights, frozenset(transposed)
 
 
+def _handle(wait: onnx_ir.Node) -> onnx_ir.Value:
+    handle = wait.inputs[0]
+    assert handle is not None, f"{wait.name} waits for nothing"
+    return handle
+
+
+def _drop_unused_outputs(graph: onnx_ir.Graph) -> None:
+    """An optional output that is named is computed: of attention, that is all scores."""
+    for node in graph:
+        while len(node.outputs) > 1 and not node.outputs[-1].uses() and not node.outputs[-1].is_graph_output():
+            node.resize_outputs(len(node.outputs) - 1)
+
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -132,6 +136,6 @@ def _pin_waits(graph: onnx_ir.Graph) -> None:
             product, product_at = node.outputs[0], place
         elif node.domain == DOMAIN and node.op_type == START:
             begun[node.outputs[0]] = place
-        elif node.domain == DOMAIN and node.op_type == WAIT and product_at > begun[node.inputs[0]]:
+        elif node.domain == DOMAIN and node.op_type == WAIT and product_at > begun[_handle(node)]:
             node.resize_inputs(2)
             node.replace_input_with(1, product)

@@ -47,6 +47,11 @@ META_PROGRAM = "kraken.program_sha256"
 META_DATA = "kraken.data_sha256"
 META_CACHE = "kraken.cache"
 META_POSITIONS = "kraken.max_positions"
+META_COLLECTIVES = "kraken.collectives"
+
+OWN, ORT_NCCL = "kraken", "ort-nccl"
+COLLECTIVE_KINDS = (OWN, ORT_NCCL)
+"""Whose collectives a file holds: ours, which our runtime runs, or those of ONNX Runtime builds with NCCL."""
 
 
 def device_file(device: int) -> str:

@@ -137,7 +137,8 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
         if node.target is not torch.ops.kraken.cached_attention.default:
             continue
         query, key, value, key_cache, value_cache, *_ = node.args
-        slopes, window, scale = (*node.args[8:], *(None, 0, None)[len(node.args) - 8 :])
+        given = list(node.args[8:])
+        slopes, window, scale = given + [None, 0, None][len(given) :]
         kind = (slopes, window, query.meta["val"].dtype)
         with graph.inserting_before(node):
             if kind not in masks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -15,48 +14,47 @@ MAX_POSITIONS = 32768
 """Positions that are stored for a model whose positions do not end."""
 
 
-@dataclass(frozen=True)
 class LaneTables:
-    """The tables of all lanes.
+    """The tables of all lanes; those of one lane are computed when they are asked for.
 
     Attributes:
-        values: For every lane, tables by name.
         positions: How many positions they hold; None if nothing depends on positions.
     """
 
-    values: list[dict[str, Tensor]]
-    positions: int | None
+    def __init__(
+        self, program: Program, cached: CachedProgram, read: Callable[[str], Tensor], wanted: Collection[str]
+    ) -> None:
+        """Find out how many positions there can be.
 
+        Args:
+            program: The lane program.
+            cached: Its program with a KV cache.
+            read: Gives a whole source tensor by name, the program's own constants too.
+            wanted: Names of the tables that are used.
+        """
+        self._graph = cached.tables.module
+        self._weights = cached.tables.weights
+        self._names = cached.plan.tables
+        self._read, self._wanted = read, frozenset(wanted)
+        first = self._lane_weights(0)
+        limit = min(cached.plan.limit or MAX_POSITIONS, position_limit(program), MAX_POSITIONS)
+        self._length = _reach(self._graph, first, limit)
+        pairs = zip(*(_run(self._graph, first, length) for length in (2, self._length)))
+        depends = any(one.shape != other.shape for one, other in pairs)
+        self.positions = self._length if depends else cached.plan.limit
 
-def lane_tables(
-    program: Program, cached: CachedProgram, read: Callable[[str], Tensor], wanted: Collection[str]
-) -> LaneTables:
-    """Compute every lane's tables.
+    def of(self, lane: int) -> dict[str, Tensor]:
+        """A lane's tables by name."""
+        values = _run(self._graph, self._lane_weights(lane), self._length)
+        return {name: value.contiguous() for name, value in zip(self._names, values) if name in self._wanted}
 
-    Args:
-        program: The lane program.
-        cached: Its program with a KV cache.
-        read: Gives a whole source tensor by name, the program's own constants too.
-        wanted: Names of the tables that are used.
-    """
-    graph = cached.tables.module
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    read_ones = {node.name for node in placeholders if node.users}
-    names = cached.plan.tables
-    lanes = []
-    positions: int | None = None
-    for lane in range(program.degree):
-        weights = [
-            spec.take(read(spec.source), lane).to(spec.torch_dtype) if name in read_ones else torch.empty(0)
-            for name, spec in cached.tables.weights.items()
+    def _lane_weights(self, lane: int) -> list[Tensor]:
+        placeholders = [node for node in self._graph.graph.nodes if node.op == "placeholder"]
+        used = {node.name for node in placeholders if node.users}
+        return [
+            spec.take(self._read(spec.source), lane).to(spec.torch_dtype) if name in used else torch.empty(0)
+            for name, spec in self._weights.items()
         ]
-        if positions is None:
-            limit = min(cached.plan.limit or MAX_POSITIONS, position_limit(program), MAX_POSITIONS)
-            positions = _reach(graph, weights, limit)
-        computed = _run(graph, weights, positions)
-        lanes.append({name: value.contiguous() for name, value in zip(names, computed) if name in wanted})
-    depends = any(value.shape[0] != other.shape[0] for value, other in zip(_run(graph, weights, 1), computed))
-    return LaneTables(lanes, positions if depends else cached.plan.limit)
 
 
 def _run(graph: fx.GraphModule, weights: list[Tensor], positions: int) -> tuple[Tensor, ...]:
@@ -67,7 +65,7 @@ def _run(graph: fx.GraphModule, weights: list[Tensor], positions: int) -> tuple[
 
 def _reach(graph: fx.GraphModule, weights: list[Tensor], limit: int) -> int:
     """The most positions that the tables can be computed for. Stored ones end somewhere, which only running shows."""
-    low, high = 1, limit + 1
+    low, high = 2, limit + 1
     tried = limit
     while high - low > 1:
         try:

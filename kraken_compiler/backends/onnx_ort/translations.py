@@ -10,12 +10,14 @@ from typing import Any
 
 import onnx_ir
 import torch
-from onnxscript import opset23 as op
+from onnxscript import opset23
 from onnxscript.values import Opset
 
 from kraken_compiler.backends.onnx_ort import attention_ops
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, DOMAIN_VERSION
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
+
+op: Any = opset23  # its stubs know no value that is still to be computed
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -30,6 +32,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def wait(handle: Any) -> Any:
         return own.AllReduceWait(handle)
 
+    def square(x: Any) -> Any:
+        return op.Mul(x, x)
+
     def gather(x: Any, dim: int, degree: int) -> Any:
         return own.AllGather(x, axis=dim, degree=degree)
 
@@ -37,6 +42,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.kraken.all_reduce_start.default: start,
         torch.ops.kraken.wait.default: wait,
         torch.ops.kraken.all_gather.default: gather,
+        torch.ops.aten.square.default: square,
         torch.ops.kraken.attention.default: _plain_attention,
         torch.ops.kraken_onnx.attention.default: _attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,

@@ -1,0 +1,294 @@
+"""Device files: what is in them, and that a damaged one is refused in one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram, Event
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.format import (
+    DOMAIN,
+    LOGITS,
+    META_DATA,
+    META_FORMAT,
+    OPSET,
+    START,
+    WAIT,
+    data_file,
+    device_file,
+)
+from kraken_compiler.backends.onnx_ort.schedule import is_gemm
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.lowering import lower
+from tests.test_families import lane_program, recognized, relative_error
+from tests.thread_collectives import ThreadCollectives, together
+from tests.zoo import logits_of, token_batch
+
+NAME, DEGREE = "llama", 2
+
+
+@pytest.fixture(scope="module")
+def kraken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kraken")
+    OnnxBackend().write(lane_program(NAME, DEGREE, "kraken"), recognized(NAME).read, directory)
+    return directory
+
+
+@pytest.fixture
+def files(kraken: Path, tmp_path: Path) -> Path:
+    """Device files of which anything may be changed."""
+    return Path(shutil.copytree(kraken, tmp_path / "files"))
+
+
+def test_the_checker_takes_them(kraken: Path) -> None:
+    for device in range(DEGREE):
+        onnx.checker.check_model(str(kraken / device_file(device)))
+        model = DeviceModel.load(kraken / device_file(device))
+        assert (model.lane, model.degree, set(model.forms)) == (device, DEGREE, {"kraken"})
+
+
+def test_every_device_has_the_same_graph_and_its_own_weights(kraken: Path) -> None:
+    models = [DeviceModel.load(kraken / device_file(device)) for device in range(DEGREE)]
+    assert models[0].program == models[1].program
+    assert models[0].proto.graph.node == models[1].proto.graph.node
+    assert (kraken / data_file(0)).read_bytes() != (kraken / data_file(1)).read_bytes()
+
+
+def test_attention_stays_one_node_and_keeps_its_heads(kraken: Path) -> None:
+    graph = DeviceModel.load(kraken / device_file(0)).proto.graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("Attention") == len(recognized(NAME).program.layers.layers)  # type: ignore[union-attr]
+    # Keys are not repeated for the heads that share them.
+    assert not {"Expand", "Tile"} & {node.op_type for node in graph.node[: kinds.index("Attention")]}
+
+
+def test_a_wait_comes_after_the_products_of_its_window_for_everybody(kraken: Path) -> None:
+    graph = DeviceModel.load(kraken / device_file(0)).proto.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    waits = [node for node in graph.node if node.domain == DOMAIN and node.op_type == WAIT]
+    pinned = [wait for wait in waits if len(wait.input) == 2]
+    # The last one has nothing to hide behind.
+    assert len(pinned) == len(waits) - 1
+    assert {producer[wait.input[1]].op_type for wait in pinned} <= {"MatMul", "Gemm"}
+
+
+def test_shards_are_annotated(kraken: Path) -> None:
+    proto = DeviceModel.load(kraken / device_file(1)).proto
+    (configuration,) = proto.configuration
+    assert (configuration.num_devices, list(configuration.device)) == (DEGREE, ["device-0", "device-1"])
+    specs = {
+        spec.tensor_name: spec
+        for node in proto.graph.node
+        for one in node.device_configurations
+        for spec in one.sharding_spec
+    }
+    held = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    assert specs
+    for name, spec in specs.items():
+        for dim in spec.sharded_dim:
+            (sharding,) = dim.simple_sharding
+            # A vocabulary that the devices do not divide is padded.
+            assert (held[name][dim.axis], DEGREE) == (-(-sharding.dim_value // DEGREE), sharding.num_shards)
+
+
+def test_weights_are_stored_once_and_never_transposed_at_run_time(kraken: Path) -> None:
+    proto = DeviceModel.load(kraken / device_file(0)).proto
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    assert not [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    ends = []
+    for tensor in proto.graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if entries:
+            ends.append((int(entries["offset"]), int(entries["offset"]) + int(entries["length"])))
+    ends.sort()
+    assert all(one[1] <= other[0] for one, other in pairwise(ends))
+
+
+def test_the_run_itself_overlaps(kraken: Path) -> None:
+    """Between every start and its wait the run goes through a stage with a matrix product, the last sum apart."""
+    ids = token_batch(recognized(NAME).model, 2, 9)
+
+    def act(collectives: ThreadCollectives) -> list[Event]:
+        model = DeviceModel.load(kraken / device_file(collectives.rank))
+        events: list[Event] = []
+        DeviceProgram(model, collectives, threads=1).run(
+            whole_feeds(model, {"input_ids": ids.numpy()}), trace=events.append
+        )
+        return events
+
+    for events in together(DEGREE, act):
+        assert all(one.ended <= other.began for one, other in pairwise(events))
+        starts = [place for place, event in enumerate(events) if event.kind == START]
+        waits = [place for place, event in enumerate(events) if event.kind == WAIT]
+        products = [
+            sum(op in ("MatMul", "Gemm", "Attention") for event in events[start:wait] for _, op in event.nodes)
+            for start, wait in zip(starts, waits)
+        ]
+        assert all(products[:-1])
+        assert products[-1] == 0
+
+
+def test_one_device_runs_on_plain_onnxruntime(tmp_path: Path) -> None:
+    """In standard form, degree 1, without anything of ours."""
+    program, _ = lower(recognized(NAME).captured, 1, "standard")
+    OnnxBackend().write(program, recognized(NAME).read, tmp_path)
+    session = onnxruntime.InferenceSession(str(tmp_path / "device-0.onnx"))
+    model = recognized(NAME).model
+    ids = token_batch(model, 2, 6)
+    positions = np.arange(6)[None].repeat(2, 0)
+    feeds = {
+        "input_ids": ids.numpy(),
+        "position_ids": positions,
+        "attention_mask": np.ones((2, 6), np.int64),
+        "logit_positions": positions,
+    }
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+    (logits,) = session.run([LOGITS], feeds)
+    assert relative_error(torch.from_numpy(logits), logits_of(model, ids)) < 1e-5
+
+
+def metadata(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / device_file(0)
+        proto = onnx.load_model(str(path), load_external_data=False)
+        entries = {entry.key: entry.value for entry in proto.metadata_props}
+        change(entries)
+        del proto.metadata_props[:]
+        for key, value in entries.items():
+            proto.metadata_props.add(key=key, value=value)
+        path.write_bytes(proto.SerializeToString())
+
+    return damage
+
+
+def model(change: Callable[[onnx.ModelProto], None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / device_file(0)
+        proto = onnx.load_model(str(path), load_external_data=False)
+        change(proto)
+        path.write_bytes(proto.SerializeToString())
+
+    return damage
+
+
+def set_opset(proto: onnx.ModelProto, version: int) -> None:
+    next(entry for entry in proto.opset_import if entry.domain == "").version = version
+
+
+def set_location(proto: onnx.ModelProto, location: str) -> None:
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(change((directory / name).read_bytes())) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda directory: (directory / device_file(0)).unlink(), "cannot be read"),
+        (rewrite(device_file(0), lambda content: content[: len(content) // 2]), "damaged"),
+        (rewrite(device_file(0), lambda content: b"nonsense" * 100), "damaged"),
+        (lambda directory: (directory / data_file(0)).unlink(), "missing; it holds the weights"),
+        (rewrite(data_file(0), lambda content: content[:-100]), "truncated"),
+        (rewrite(data_file(0), lambda content: content[:5000] + b"\x01" + content[5001:]), "its hash differs"),
+        (metadata(lambda entries: entries.pop(META_FORMAT)), "not a device file"),
+        (metadata(lambda entries: entries.update({META_FORMAT: "9"})), "format 9, this version reads 1"),
+        (metadata(lambda entries: entries.pop(META_DATA)), "incomplete"),
+        (model(lambda proto: set_opset(proto, OPSET - 1)), f"its opset is {OPSET - 1}"),
+        (model(lambda proto: set_opset(proto, 99)), "its opset is 99"),
+        (model(lambda proto: set_location(proto, "../../etc/passwd")), "outside its folder"),
+        (model(lambda proto: set_location(proto, "/etc/passwd")), "outside its folder"),
+    ],
+)
+def test_a_damaged_file_is_refused(damage: Callable[[Path], None], message: str, files: Path) -> None:
+    damage(files)
+    with pytest.raises(InputFileError, match=message) as caught:
+        DeviceModel.load(files / device_file(0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda graph: graph.node.pop(0), "used before it is there"),
+        (lambda graph: graph.node.remove(next(n for n in graph.node if n.op_type == WAIT)), "never waited for|before"),
+        (lambda graph: setattr(next(n for n in graph.node if n.op_type == START), "op_type", "Broadcast"), "refused"),
+        (
+            lambda graph: setattr(next(n for n in graph.node if is_gemm_proto(n)), "op_type", "Nonsense"),
+            "does not take",
+        ),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused(
+    change: Callable[[onnx.GraphProto], None], message: str, files: Path
+) -> None:
+    model(lambda proto: change(proto.graph))(files)
+    device = DeviceModel.load(files / device_file(0))
+    with pytest.raises(InputFileError, match=message) as caught:
+        DeviceProgram(device, ThreadCollectives.alone(DEGREE))
+    assert "\n" not in str(caught.value)
+    assert str(files / device_file(0)) in str(caught.value)
+
+
+def is_gemm_proto(node: onnx.NodeProto) -> bool:
+    return node.op_type == "MatMul"
+
+
+def test_wrong_use_is_said(kraken: Path) -> None:
+    device = DeviceModel.load(kraken / device_file(0))
+    with pytest.raises(UsageError, match="one of 2 devices and needs a communicator"):
+        DeviceProgram(device)
+    with pytest.raises(UsageError, match="is device 0 of 2, this is rank 0 of 3"):
+        DeviceProgram(device, ThreadCollectives.alone(3))
+    with pytest.raises(UsageError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
+        DeviceProgram(device, ThreadCollectives.alone(DEGREE), provider="NoSuchProvider")
+    program = DeviceProgram(device, ThreadCollectives.alone(DEGREE))
+    with pytest.raises(UsageError, match="missing: input_ids"):
+        program.run({})
+    feeds = whole_feeds(device, {"input_ids": np.zeros((1, 4), np.int64)})
+    with pytest.raises(UsageError, match="'input_ids' is int32, expected int64"):
+        program.run(feeds | {"input_ids": np.zeros((1, 4), np.int32)})
+    with pytest.raises(UsageError, match=r"'position_ids' is \[1, 3\], expected"):
+        program.run(feeds | {"position_ids": np.zeros((1, 3), np.int64)})
+    with pytest.raises(UsageError, match="the model takes at most"):
+        ArrayDecoder(program, 1, 10**9)
+    decoder = ArrayDecoder(program, 2, 4)
+    with pytest.raises(UsageError, match="give the prompt to prefill first"):
+        decoder.step(np.zeros(2, np.int64))
+    with pytest.raises(UsageError, match="holds 4 tokens and 5 are needed"):
+        decoder.prefill(np.zeros((2, 5), np.int64), np.array([5, 5]))
+
+
+def test_bfloat16_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    program = lane_program(NAME, DEGREE, "standard").copy()
+    program.weights.update(
+        {name: spec.__class__(**{**spec.__dict__, "dtype": "bfloat16"}) for name, spec in program.weights.items()}
+    )
+    with pytest.raises(UsageError, match="--dtype float32"):
+        OnnxBackend().write(program, recognized(NAME).read, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_products_are_found_in_any_graph() -> None:
+    import onnx_ir
+
+    assert is_gemm(onnx_ir.Node("", "MatMul", []))
+    assert not is_gemm(onnx_ir.Node("", "Add", []))
