@@ -19,83 +19,32 @@ what was aimed at in `ttft_parts/ratios.py`.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
-import tempfile
-import time
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from ttft_parts import contenders, network
-from ttft_parts.machine import machine, versions
-from ttft_parts.measure import Plan, run
-from ttft_parts.report import summary, text
+# The packages come first: this folder also has an `onnx`.
+sys.path.append(sys.path.pop(0))
+
+from ttft_parts import contenders, network, script
+from ttft_parts.measure import Plan
+from ttft_parts.ratios import AIMS
 from ttft_parts.workloads import WORKLOADS, packaged_smollm2_missing
 
 
 def main() -> int:
     options = _options()
-    # A namespace outlives the process that made it; a polite end must clean up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, _leave)
-    document: dict[str, Any] = {
-        "schema": 1,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "workloads": [],
-    }
-    began = time.monotonic()
-    for plan in _plans(options):
-        with tempfile.TemporaryDirectory(prefix="kraken-ttft-") as folder:
-            found = run(plan, Path(folder))
-        document["workloads"].append({**found, "summary": summary(found)})
-        # Also after each workload, so that an interrupted run leaves what it has.
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
-    document["seconds"] = round(time.monotonic() - began)
-    print(text(document))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-    if options.plot:
-        from ttft_parts.plot import plot
-
-        plot(document, options.plot)
-    wrong = [check for found in document["workloads"] for check in found["checks"] if check["right"] is False]
-    return int(bool(wrong) or not any(found["cells"] for found in document["workloads"]))
+    return script.execute(options, _plans(options), AIMS)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", type=_names, help=f"of {', '.join(WORKLOADS)}; default: llama,smollm2")
-    parser.add_argument("--dtype", type=_names, help="float32,bfloat16; default: the workload's")
-    parser.add_argument("--links", type=_names, help="rates in Gbit/s, or unlimited; default: the workload's")
-    parser.add_argument("--prompts", type=_names, help="sizes in tokens; default: the workload's")
-    parser.add_argument("--contenders", type=_names, help="names, families or patterns; default: the workload's")
-    parser.add_argument("--repetitions", type=int, help="default: 6")
-    parser.add_argument("--tpot-repetitions", type=int, help="repetitions that generate all tokens; default: 3")
-    parser.add_argument("--new-tokens", type=int, help="default: the workload's, 32")
-    parser.add_argument("--network", choices=("auto", "namespaces", "loopback"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two repetitions: does everything work?")
-    parser.add_argument("--json", type=Path, help="write all samples and everything derived from them to this file")
-    parser.add_argument("--plot", type=Path, help="draw the medians into this file (needs matplotlib)")
+    parser = script.parser(__doc__.splitlines()[0])
+    parser.add_argument("--workload", type=script.names, help=f"of {', '.join(WORKLOADS)}; default: llama,smollm2")
+    parser.add_argument("--dtype", type=script.names, help="float32,bfloat16; default: the workload's")
     options = parser.parse_args()
     options.workload = options.workload or (("tiny",) if options.quick else ("llama", "smollm2"))
-    options.repetitions = options.repetitions or (2 if options.quick else 6)
-    options.tpot_repetitions = options.tpot_repetitions or min(3, options.repetitions)
     unknown = [name for name in options.workload if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload '{unknown[0]}'; there are {', '.join(WORKLOADS)}")
-    if options.plot and not _has("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install 'kraken-compiler[bench]'")
-    try:
-        contenders.chosen(list(options.contenders or ()))
-        for link in options.links or ():
-            network.gbits(link)
-    except ValueError as error:
-        parser.error(str(error))
+    script.finish(parser, options, contenders.ALL)
     return options
 
 
@@ -124,20 +73,6 @@ def _plans(options: argparse.Namespace) -> list[Plan]:
             )
         )
     return plans
-
-
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(filter(None, (name.strip() for name in value.split(","))))
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

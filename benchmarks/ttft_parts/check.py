@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttft_parts.contenders import PEERS, Contender
+from ttft_parts.contenders import Contender
 
 ALLOWED = {"float32": 1e-3, "bfloat16": None}
 SLACK = 2.0
@@ -56,7 +56,8 @@ class Judge:
         Returns:
             `right`, `wrong_token` (index of the first one, or None), the relative `error` and what is `allowed`, `why`.
         """
-        source = "transformers" if contender.family in (*PEERS, "standard") else contender.family
+        form = contender.form
+        source = "transformers" if form is None or form == "standard" else form
         expected = self._expected(source, "float32", ids, tokens)
         error = _relative(logits, expected)
         allowed = ALLOWED[self.dtype]

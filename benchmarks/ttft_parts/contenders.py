@@ -1,4 +1,4 @@
-"""Who competes: a family (what is computed, by whom) in a mode: eager, compiled, or eager over gloo.
+"""Who competes: a family (what is computed, by whom) in a mode: eager, compiled, eager over gloo, or by ONNX Runtime.
 
 The peers know gloo only; ours on gloo shows what of the difference is the communicator's.
 """
@@ -6,20 +6,23 @@ The peers know gloo only; ours on gloo shows what of the difference is the commu
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TP_PLAN = "tp_plan"
 DTENSOR = "dtensor"
 BOUND = "bound"
+SINGLE = "single"
 PEERS = (TP_PLAN, DTENSOR)
 FORMS = ("standard", "kraken", "ladder", "sync-drop")
-MODES = ("eager", "compiled", "gloo")
+MODES = ("eager", "compiled", "gloo", "ort")
 
 MEANING = {
     TP_PLAN: 'transformers, loaded with tp_plan="auto"; eager with a DynamicCache, compiled with a StaticCache',
     DTENSOR: "torch's parallelize_module (DTensor) on transformers' model; the same two caches",
     **{form: f"ours, {form} form" for form in FORMS},
     BOUND: "ours, kraken form with the collectives removed: wrong numbers, the time no communication could beat",
+    SINGLE: "ours, standard form at degree 1: one process on one core, on the longest prompt only",
 }
 
 
@@ -37,7 +40,17 @@ class Contender:
     @property
     def form(self) -> str | None:
         """The form to compile for it; None if it is not ours."""
-        return {BOUND: "kraken"}.get(self.family, None if self.family in PEERS else self.family)
+        return {BOUND: "kraken", SINGLE: "standard"}.get(self.family, None if self.family in PEERS else self.family)
+
+    @property
+    def artifact(self) -> str | None:
+        """What tells its artifact from the others of a dtype; None if it has none."""
+        return SINGLE if self.alone else self.form
+
+    @property
+    def alone(self) -> bool:
+        """It runs on rank 0, without the others."""
+        return self.family == SINGLE
 
     @property
     def checkable(self) -> bool:
@@ -52,22 +65,24 @@ ALL = (
     *(Contender(family, mode) for family in ("ladder", "sync-drop") for mode in ("eager", "compiled")),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),
 )
+ONNX = tuple(Contender(family, "ort") for family in (SINGLE, "standard", "kraken", BOUND))
+"""Those of `benchmarks/onnx.py`, whose ranks have no torch."""
 
 
-def chosen(patterns: list[str]) -> tuple[Contender, ...]:
+def chosen(patterns: list[str], among: Sequence[Contender] = ALL) -> tuple[Contender, ...]:
     """The contenders that match any pattern: a name, a family, or a shell pattern such as `kraken/*`.
 
     Raises:
         ValueError: A pattern matches nothing.
     """
     for pattern in patterns:
-        if not any(_matches(contender, pattern) for contender in ALL):
-            raise ValueError(f"no contender matches '{pattern}'; there are {', '.join(one.name for one in ALL)}")
-    return tuple(contender for contender in ALL if any(_matches(contender, pattern) for pattern in patterns))
+        if not any(_matches(contender, pattern) for contender in among):
+            raise ValueError(f"no contender matches '{pattern}'; there are {', '.join(one.name for one in among)}")
+    return tuple(contender for contender in among if any(_matches(contender, pattern) for pattern in patterns))
 
 
 def named(name: str) -> Contender:
-    return next(contender for contender in ALL if contender.name == name)
+    return next(contender for contender in (*ALL, *ONNX) if contender.name == name)
 
 
 def rotated(contenders: list[Contender], repetition: int) -> list[Contender]:

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "numpy", "kraken-compiler")
+PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "kraken-compiler")
 
 
 def machine() -> dict[str, Any]:

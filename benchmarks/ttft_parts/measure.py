@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ttft_parts.check import Judge
 from ttft_parts.contenders import Contender, named, rotated
 from ttft_parts.load import BUSY, OthersLoad
 from ttft_parts.network import UNLIMITED, Network, network
-from ttft_parts.ranks import CommandError, Ranks, RanksFailedError, started
+from ttft_parts.ranks import TORCH_RANK, CommandError, Ranks, RanksFailedError, started
 from ttft_parts.windows import ELEMENT_BYTES
 from ttft_parts.workloads import Workload, prompt_ids
 
@@ -29,6 +30,9 @@ class Plan:
 
     Attributes:
         tpot_repetitions: In so many of the repetitions all new tokens are generated, in the others only the first.
+        backends: What our artifacts are compiled for; tokens are held against torch's part of them.
+        rank_module: What a rank runs.
+        moved_by: What the ranks communicate with.
     """
 
     workload: Workload
@@ -40,6 +44,12 @@ class Plan:
     tpot_repetitions: int
     new_tokens: int
     network: str = "auto"
+    backends: tuple[str, ...] = ("torch",)
+    rank_module: str = TORCH_RANK
+    moved_by: str = "gloo"
+
+    def wants(self, contender: Contender, prompt: int) -> bool:
+        return not contender.alone or prompt == max(self.prompts)
 
 
 @dataclass
@@ -57,6 +67,7 @@ class Outcome:
             "network": {"kind": where.kind, "note": where.note},
             "pinned": pinned,
             "new_tokens": plan.new_tokens,
+            "moved_by": plan.moved_by,
             "links": {},
             "checks": [],
             "cells": [],
@@ -79,16 +90,15 @@ def run(plan: Plan, work: Path) -> dict[str, Any]:
             for needed in dict.fromkeys(("float32", dtype)):
                 if needed not in artifacts:
                     artifacts[needed] = _compile(plan, source, needed, work, outcome.data["problems"])
-            usable = [one for one in plan.contenders if one.form is None or one.form in artifacts[dtype]]
+            usable = [one for one in plan.contenders if one.artifact is None or one.artifact in artifacts[dtype]]
             settings = {
                 "model": str(source),
-                "artifacts": {form: str(path) for form, path in artifacts[dtype].items()},
+                "artifacts": {name: str(path) for name, path in artifacts[dtype].items()},
                 "dtype": dtype,
-                "vocabulary": shape["vocabulary"],
             }
             judge = Judge(source, artifacts, dtype)
             try:
-                with started(where, degree, work / f"ranks-{dtype}", settings) as ranks:
+                with started(where, degree, work / f"ranks-{dtype}", settings, plan.rank_module) as ranks:
                     _Session(plan, dtype, where, ranks, judge, usable, outcome.data, work).run()
             except RanksFailedError as error:
                 _say(f"{plan.workload.name} {dtype}: given up: {error}")
@@ -97,22 +107,32 @@ def run(plan: Plan, work: Path) -> dict[str, Any]:
 
 
 def _compile(plan: Plan, source: Path, dtype: str, work: Path, problems: list[str]) -> dict[str, Path]:
-    """Our artifacts by form; a form that cannot be compiled is left out and noted."""
+    """Our artifacts by their names; a form that cannot be compiled is left out and noted."""
     found = {}
-    for form in dict.fromkeys(one.form for one in plan.contenders if one.form is not None):
+    for name, one in {one.artifact: one for one in plan.contenders if one.artifact is not None}.items():
         from kraken_compiler.api import compile_model
 
-        target = work / f"{form}-{dtype}.kraken"
-        _say(f"{plan.workload.name}: compiling {form}, {dtype}")
-        options = {"degree": plan.workload.degree, "form": form, "dtype": getattr(torch, dtype)}
+        assert name is not None
+        assert one.form is not None
+        target = work / f"{name}-{dtype}.kraken"
+        _say(f"{plan.workload.name}: compiling {name}, {dtype}")
         try:
-            compile_model(source, target, verify=False, force=True, **options)
+            compile_model(
+                source,
+                target,
+                degree=1 if one.alone else plan.workload.degree,
+                form=one.form,
+                dtype=getattr(torch, dtype),
+                backends=plan.backends,
+                verify=False,
+                force=True,
+            )
         except Exception as error:
             # The others can still be measured.
             traceback.print_exc()
-            problems.append(f"{form} {dtype}: cannot be compiled: {error}")
+            problems.append(f"{name} {dtype}: cannot be compiled: {error}")
             continue
-        found[form] = target
+        found[name] = target
     return found
 
 
@@ -133,12 +153,13 @@ class _Session:
         self._measure_links()
         for prompt in self.plan.prompts:
             self.where.set_link(UNLIMITED)
-            self.ranks.tell("start_prompt", size=prompt)
+            self.ranks.tell("start_prompt", ids=self._ids(prompt).tolist())
             timed = self._prepare_all(prompt)
             self.ranks.tell("settle")
             for link in self.plan.links:
                 self.where.set_link(link)
-                self._measure_cell(link, prompt, timed)
+                # A single process has no use for a link.
+                self._measure_cell(link, prompt, [one for one in timed if not one.alone or link == UNLIMITED])
         self.where.set_link(UNLIMITED)
 
     def _measure_links(self) -> None:
@@ -155,20 +176,22 @@ class _Session:
         """Warm everybody up; one that cannot be compiled is replaced by itself in eager mode."""
         timed = []
         for contender in self.usable:
+            if not self.plan.wants(contender, prompt):
+                continue
             eager = Contender(contender.family, "eager")
             if self._prepared(contender, prompt):
                 timed.append(contender)
-            elif eager not in self.usable and self._prepared(eager, prompt):
+            elif contender.mode == "compiled" and eager not in self.usable and self._prepared(eager, prompt):
                 timed.append(eager)
         return timed
 
     def _prepared(self, contender: Contender, prompt: int) -> bool:
         """Warm a contender up, and see whether it is right; only then it is timed."""
-        file = self.work / "logits.pt"
+        file = self.work / "logits.npy"
         record: dict[str, Any] = {"dtype": self.dtype, "prompt": prompt, "contender": contender.name}
         arguments = {"contender": contender.name, "new_tokens": self.plan.new_tokens, "logits_file": str(file)}
         try:
-            answers = self.ranks.tell("prepare", **arguments)
+            answers = self._tell("prepare", **arguments)
         except CommandError as error:
             record |= {"right": False, "failed": True, "why": str(error)}
         else:
@@ -179,8 +202,7 @@ class _Session:
             elif any(answer["tokens"] != tokens for answer in answers):
                 record |= {"right": False, "why": "the ranks do not agree on the tokens"}
             else:
-                ids = prompt_ids(self.data["shape"]["vocabulary"], prompt)
-                record |= self.judge.judge(contender, ids, tokens, torch.load(file))
+                record |= self.judge.judge(contender, self._ids(prompt), tokens, torch.from_numpy(np.load(file)))
         self.data["checks"].append(record)
         verdict = "FAILED" if "failed" in record else {True: "right", False: "WRONG", None: "warm"}[record["right"]]
         took = f", {record['seconds_to_prepare']:.0f} s" if "seconds_to_prepare" in record else ""
@@ -211,7 +233,7 @@ class _Session:
 
     def _measure(self, cell: dict[str, Any], new_tokens: int) -> None:
         try:
-            answers = self.ranks.tell("generate", contender=cell["contender"], new_tokens=new_tokens)
+            answers = self._tell("generate", contender=cell["contender"], new_tokens=new_tokens)
         except CommandError as error:
             cell["problem"] = str(error)
             return
@@ -225,6 +247,13 @@ class _Session:
         cell["ttft"].append(max(answer["ttft"] for answer in answers))
         if new_tokens > 1:
             cell["tpot"].append(max(answer["tpot"] for answer in answers))
+
+    def _tell(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        """What the ranks that take part answer."""
+        return [answer for answer in self.ranks.tell(do, **arguments) if answer is not None]
+
+    def _ids(self, prompt: int) -> torch.Tensor:
+        return prompt_ids(self.data["shape"]["vocabulary"], prompt)
 
     def _checked_tokens(self, cell: dict[str, Any]) -> list[int]:
         place = ("dtype", "prompt", "contender")

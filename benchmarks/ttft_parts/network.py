@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 UNLIMITED = "unlimited"
 
 _PREFIX = "krakenbench"
+_ADDRESS = "10.88.0.{}"
 _QUEUE_SECONDS = 0.5
 """How long a packet may wait for its turn. TCP keeps megabytes in flight; a short queue would drop them."""
 _BURST_SECONDS = 200e-6
@@ -46,10 +47,12 @@ class Network:
     Attributes:
         kind: `namespaces` or `loopback`, with the reason for the latter.
         interface: The network device that gloo binds to, in every host.
+        address: Of the first host.
     """
 
     kind: str
     interface: str
+    address: str
     note: str = ""
     _hosts: tuple[str, ...] = ()
     _limited: list[tuple[str, str]] = field(default_factory=list)
@@ -93,7 +96,7 @@ def network(hosts: int, wanted: str = "auto") -> Iterator[Network]:
         return
     if wanted == "namespaces":
         raise RuntimeError(f"no network namespaces: {reason}")
-    yield Network("loopback", "lo", f"loopback, unlimited link only: {reason}")
+    yield Network("loopback", "lo", "127.0.0.1", f"loopback, unlimited link only: {reason}")
 
 
 def _obstacle() -> str | None:
@@ -128,7 +131,7 @@ def _pair() -> Iterator[Network]:
         _add(names)
         _run("ip", "-n", first, "link", "add", "veth", "type", "veth", "peer", "name", "veth", "netns", second)
         _up(names)
-        yield Network("namespaces", "veth", "", names, [(name, "veth") for name in names])
+        yield Network("namespaces", "veth", _ADDRESS.format(1), "", names, [(name, "veth") for name in names])
 
 
 @contextmanager
@@ -145,7 +148,7 @@ def _star(hosts: int) -> Iterator[Network]:
         _up(tuple(names))
         # The switch's ports limit what comes in, as the hosts' ends limit what goes out.
         limited = [(name, "veth") for name in names] + [(switch, f"port{index}") for index in range(hosts)]
-        yield Network("namespaces", "veth", "", tuple(names), limited)
+        yield Network("namespaces", "veth", _ADDRESS.format(1), "", tuple(names), limited)
 
 
 def _names(count: int) -> tuple[str, ...]:
@@ -159,7 +162,7 @@ def _add(names: tuple[str, ...]) -> None:
 
 def _up(names: tuple[str, ...]) -> None:
     for index, name in enumerate(names):
-        _run("ip", "-n", name, "addr", "add", f"10.88.0.{index + 1}/24", "dev", "veth")
+        _run("ip", "-n", name, "addr", "add", f"{_ADDRESS.format(index + 1)}/24", "dev", "veth")
         _run("ip", "-n", name, "link", "set", "veth", "up")
         _run("ip", "-n", name, "link", "set", "lo", "up")
 

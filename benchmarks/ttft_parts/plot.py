@@ -18,6 +18,7 @@ _COLORS = {
     "ladder": "#f2a65a",
     "sync-drop": "#72b7b2",
     "bound": "#2f2f2f",
+    "single": "#9c755f",
 }
 
 

@@ -9,20 +9,26 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ttft_parts.network import Network
 
+TORCH_RANK = "ttft_parts.rank_main"
+"""What a rank with torch runs."""
 SECONDS_PER_COMMAND = 900.0
 """The longest single command compiles a model for one shape."""
 _SECONDS_TO_LEAVE = 10.0
+
+_RUN = "import runpy, sys; sys.path.append(sys.argv.pop(2)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+"""Runs a module of the folder of benchmarks. The packages come first: that folder also has an `onnx`."""
 
 
 class RanksFailedError(RuntimeError):
@@ -89,37 +95,42 @@ class Ranks:
 
 
 @contextmanager
-def started(where: Network, degree: int, directory: Path, settings: dict[str, Any]) -> Iterator[Ranks]:
+def started(
+    where: Network, degree: int, directory: Path, settings: dict[str, Any], module: str = TORCH_RANK
+) -> Iterator[Ranks]:
     """Ranks on the hosts of a network; they are gone when the context ends.
 
     Args:
         where: The hosts.
         degree: How many ranks.
         directory: For logs and the file through which the ranks find each other; every host sees the same files.
-        settings: What `rank_main` takes.
+        settings: What the module takes.
+        module: What a rank runs.
     """
     directory.mkdir(parents=True)
     ranks = Ranks([], [], [], [b""] * degree)
+    meet = f"{where.address}:{_free_port()}"
     try:
         for rank in range(degree):
-            _start(ranks, where, rank, directory, settings | {"rank": rank, "degree": degree})
+            _start(ranks, where, rank, directory, settings | {"rank": rank, "degree": degree}, module, meet)
         ranks.tell("hello")
         yield ranks
     finally:
         _end(ranks)
 
 
-def _start(ranks: Ranks, where: Network, rank: int, directory: Path, settings: dict[str, Any]) -> None:
+def _start(
+    ranks: Ranks, where: Network, rank: int, directory: Path, settings: dict[str, Any], module: str, meet: str
+) -> None:
     read_end, write_end = os.pipe()
     ranks.replies.append(os.fdopen(read_end, "rb"))
     ranks.logs.append(directory / f"rank-{rank}.log")
     settings |= {"reply_to": write_end, "store": str(directory / "store"), "interface": where.interface}
-    here = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(settings["degree"]),
+        "KRAKEN_MEET": meet,
         "GLOO_SOCKET_IFNAME": where.interface,
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -128,10 +139,11 @@ def _start(ranks: Ranks, where: Network, rank: int, directory: Path, settings: d
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
+    command = [sys.executable, "-P", "-c", _RUN, module, str(Path(__file__).resolve().parents[1]), json.dumps(settings)]
     try:
         with ranks.logs[rank].open("w") as log:
             process = subprocess.Popen(
-                where.command(rank, [sys.executable, "-m", "ttft_parts.rank_main", json.dumps(settings)]),
+                where.command(rank, command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -144,6 +156,12 @@ def _start(ranks: Ranks, where: Network, rank: int, directory: Path, settings: d
     finally:
         os.close(write_end)
     ranks.processes.append(process)
+
+
+def _free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def _end(ranks: Ranks) -> None:

@@ -24,9 +24,15 @@ Place = tuple[str, int, str]
 
 @dataclass(frozen=True)
 class Aim:
-    """A ratio of two times and what it should be; the lowest cell counts as well where `every` is given.
+    """A ratio of two times and what it should be, as a geometric mean over the cells.
 
     A family stands for its better mode; a contender's whole name for itself, such as what transformers does unasked.
+
+    Attributes:
+        at_least, at_most: Bounds of the mean.
+        every: What no cell may be below.
+        at_most_marked: What no marked cell may be above.
+        prompt: The only one that counts; None takes all.
     """
 
     metric: str
@@ -35,6 +41,8 @@ class Aim:
     at_least: float | None = None
     every: float | None = None
     at_most_marked: float | None = None
+    at_most: float | None = None
+    prompt: int | None = None
 
 
 AIMS = (
@@ -140,20 +148,25 @@ def windows(workload: Mapping[str, Any]) -> dict[Place, Window]:
     return found
 
 
-def ratios(workload: Mapping[str, Any]) -> list[Ratio]:
+def ratios(workload: Mapping[str, Any], aims: Sequence[Aim] = AIMS) -> list[Ratio]:
     """Every aim for which both families were measured, for each dtype and over all."""
     families = {metric: of_families(workload["cells"], metric) for metric in METRICS}
     marked = {place for place, found in windows(workload).items() if found.fits}
     dtypes = list(dict.fromkeys(cell["dtype"] for cell in workload["cells"]))
     found = []
-    for aim in AIMS if workload["has_aims"] else [Aim(aim.metric, aim.over, aim.under) for aim in AIMS]:
+    for aim in aims if workload["has_aims"] else _without_demands(aims):
         over, under = (families[aim.metric].get(family, {}) for family in (aim.over, aim.under))
-        values = {place: paired(over[place], under[place]) for place in over if place in under}
+        places = [place for place in over if place in under and aim.prompt in (None, place[1])]
+        values = {place: paired(over[place], under[place]) for place in places}
         for scope in [*dtypes, *["all"] * (len(dtypes) > 1)]:
             inside = {place: value for place, value in values.items() if scope in (place[0], "all")}
             if inside:
                 found.append(_ratio(aim, scope, inside, marked))
     return found
+
+
+def _without_demands(aims: Sequence[Aim]) -> list[Aim]:
+    return list(dict.fromkeys(Aim(aim.metric, aim.over, aim.under) for aim in aims))
 
 
 def _ratio(aim: Aim, scope: str, values: dict[Place, float], marked: set[Place]) -> Ratio:
@@ -162,6 +175,8 @@ def _ratio(aim: Aim, scope: str, values: dict[Place, float], marked: set[Place])
     demands = []
     if aim.at_least is not None:
         demands.append(mean >= aim.at_least)
+    if aim.at_most is not None:
+        demands.append(mean <= aim.at_most)
     if aim.every is not None:
         demands.append(values[low] >= aim.every)
     if aim.at_most_marked is not None:

@@ -8,20 +8,32 @@ from typing import Any
 
 from ttft_parts.contenders import BOUND, MEANING
 from ttft_parts.load import BUSY
-from ttft_parts.ratios import METRICS, Place, Ratio, best_modes, medians, of_families, paired, ratios, windows
+from ttft_parts.ratios import (
+    AIMS,
+    METRICS,
+    Aim,
+    Place,
+    Ratio,
+    best_modes,
+    medians,
+    of_families,
+    paired,
+    ratios,
+    windows,
+)
 
 _TITLE = {"ttft": "TTFT, time to the first token", "tpot": "TPOT, time per following token"}
 
 
-def text(document: Mapping[str, Any]) -> str:
+def text(document: Mapping[str, Any], aims: Sequence[Aim] = AIMS) -> str:
     """The whole report."""
     lines = [f"{document['machine']['cpu']}, {document['machine']['cores']} cores; {_pairs(document['versions'])}"]
     for workload in document["workloads"]:
-        lines += ["", *_workload(workload)]
+        lines += ["", *_workload(workload, aims)]
     return "\n".join(lines)
 
 
-def summary(workload: Mapping[str, Any]) -> dict[str, Any]:
+def summary(workload: Mapping[str, Any], aims: Sequence[Aim] = AIMS) -> dict[str, Any]:
     """The derived figures of a workload as plain values, for the JSON file."""
     return {
         "medians_s": [
@@ -39,12 +51,12 @@ def summary(workload: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "ratios": [
             {**asdict(ratio.aim), **asdict(ratio), "low_at": _place(ratio.low_at), "high_at": _place(ratio.high_at)}
-            for ratio in ratios(workload)
+            for ratio in ratios(workload, aims)
         ],
     }
 
 
-def _workload(workload: Mapping[str, Any]) -> list[str]:
+def _workload(workload: Mapping[str, Any], aims: Sequence[Aim]) -> list[str]:
     shape = workload["shape"]
     where = workload["network"]
     ranks = "one core each" if workload["pinned"] else "MORE RANKS THAN CORES, not pinned"
@@ -54,7 +66,7 @@ def _workload(workload: Mapping[str, Any]) -> list[str]:
         f"parameters, degree {workload['degree']}, {workload['new_tokens']} new tokens",
         f"   {workload['degree']} ranks, {ranks}; {hosts}",
         "",
-        *_links(workload["links"]),
+        *_links(workload["links"], workload.get("moved_by", "gloo")),
     ]
     lines += [_not_timed(check) for check in workload["checks"] if check["right"] is False]
     lines += [f"problem: {problem.splitlines()[0]}" for problem in workload["problems"]]
@@ -63,12 +75,12 @@ def _workload(workload: Mapping[str, Any]) -> list[str]:
     for metric in METRICS:
         lines += _medians(workload, metric)
     lines += _windows(workload)
-    lines += _ratios(ratios(workload), workload)
+    lines += _ratios(ratios(workload, aims), workload)
     lines += ["", *(f"{family}: {MEANING[family]}" for family in _families(workload))]
     return lines
 
 
-def _links(links: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _links(links: Mapping[str, Mapping[str, Any]], moved_by: str) -> list[str]:
     lines = []
     for dtype, found in links.items():
         header = (
@@ -80,7 +92,7 @@ def _links(links: Mapping[str, Mapping[str, Any]]) -> list[str]:
             (_link(link), f"{one['gbits']:.2f} Gbit/s", *(f"{_ms(value)} ms" for value in one["all_reduce"].values()))
             for link, one in found.items()
         ]
-        lines += [f"links as gloo sees them, {dtype}", *_table(header, rows), ""]
+        lines += [f"links as seen through {moved_by}, {dtype}", *_table(header, rows), ""]
     return lines
 
 
@@ -125,9 +137,11 @@ def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:
         ends = f"{ratio.low:.2f} ({_at(ratio.low_at)})", f"{ratio.high:.2f} ({_at(ratio.high_at)})"
         verdict = {True: "holds", False: "MISSED", None: ""}[ratio.holds]
         wanted = [f">= {aim.at_least:g}"] if aim.at_least is not None else []
+        wanted += [f"<= {aim.at_most:g}"] if aim.at_most is not None else []
         wanted += [f"no cell < {aim.every:g}"] if aim.every is not None else []
         wanted += [f"<= {aim.at_most_marked:g} in marked cells"] if aim.at_most_marked is not None else []
         name = f"{aim.metric.upper()} {aim.over} / {aim.under}"
+        name += f", prompt {aim.prompt}" if aim.prompt is not None else ""
         rows.append((name, ratio.scope, f"{ratio.mean:.2f}", *ends, ", ".join(wanted), verdict))
     header = ("ratio", "dtype", "geomean", "lowest cell", "highest cell", "aim", "")
     lines = ["", f"ratios over the cells ({len(marked)} cells are marked)", *_table(header, rows)] if rows else []

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/onnx.py`; the others it shares with `benchmarks/ttft.py`."""
