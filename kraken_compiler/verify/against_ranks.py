@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
+from kraken_compiler.backends.torch_dist.lane_files import lane_file
 from kraken_compiler.backends.torch_dist.load import load_program
-from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
 from kraken_compiler.runtime.replay import expected, split_lengths

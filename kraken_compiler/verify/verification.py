@@ -10,8 +10,8 @@ from typing import Any
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
+from kraken_compiler.backends.torch_dist.lane_files import lane_file
 from kraken_compiler.backends.torch_dist.load import load_program
-from kraken_compiler.backends.torch_dist.rank_program import lane_file
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
     from kraken_compiler.backends.torch_dist.compile_lanes import CompiledGraph
 
-__all__ = ["RankProgram", "lane_file"]
-
 
 class RankProgram(nn.Module):
     """The program of one rank of a process group; every rank of the group must call it together.
