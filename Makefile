@@ -25,7 +25,7 @@ demo: $(VENV)/.models ## compile a real language model for three devices and let
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.models ## run the tests
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.package ## ruff, rules and format
 	$(BIN)/ruff check
