@@ -58,6 +58,13 @@ def compile_command(
     backend: Annotated[
         list[str] | None, typer.Option(help="torch or onnx; several separated by commas, or repeated. (default: torch)")
     ] = None,
+    collectives: Annotated[
+        str | None,
+        typer.Option(
+            help="What sums on ONNX devices: kraken (run by kraken-run) or ort-nccl (ops of ONNX Runtime builds with "
+            "NCCL; written, not run). (default: kraken)"
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")] = None,
     input: Annotated[
         list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
@@ -86,6 +93,7 @@ def compile_command(
         "form": form,
         "layers": layers,
         "backend": backend,
+        "collectives": collectives,
         "dtype": dtype,
         "input": input,
         "text": _text(text),
@@ -117,6 +125,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         form=config.form,
         layers=config.layers,
         backends=config.backend,
+        collectives=config.collectives,
         dtype=dtype_named(config.dtype),
         input_specs=config.input,
         text=config.text,

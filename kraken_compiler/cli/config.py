@@ -24,6 +24,7 @@ class CompileConfig(BaseModel):
     form: str = "kraken"
     layers: str | None = None
     backend: list[str] = Field(default=["torch"], min_length=1)
+    collectives: str = "kraken"
     dtype: str | None = None
     input: list[str] = []
     text: str | None = None

@@ -7,6 +7,9 @@ from torch import Tensor, fx
 
 from kraken_compiler.ir.program import InputSpec, Program
 
+NO_LIMIT = 1 << 30
+"""More positions than anybody asks for."""
+
 _LOOKUPS = (torch.ops.aten.embedding.default,)
 
 _RESHAPES = frozenset(
@@ -85,4 +88,4 @@ def position_limit(program: Program) -> int:
         for node in program.graph.nodes
         if node.target in _LOOKUPS and node.args[0].name in program.weights and _index(node) != (token and token.name)
     ]
-    return min(rows, default=1 << 30)
+    return min(rows, default=NO_LIMIT)

@@ -38,6 +38,7 @@ from kraken_compiler.weights.safetensors_format import byte_view
 PAGE = 4096
 """Large tensors begin on a page, so that they can be mapped."""
 _SMALL_ALIGNMENT = 64
+_INLINE_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ def write_device_files(
     for name, value in (tables.of(0) if tables is not None else {}).items():
         # How many positions they hold was not known at export.
         exported.weights[name].shape = onnx_ir.Shape(_stored(exported, name, value).shape)
-    places = _layout(exported.weights)
+    inline = _inline(exported, program, read)
+    places = _layout({name: value for name, value in exported.weights.items() if name not in inline})
     proto = _shared_proto(exported, program, places, metadata)
+    for name, value in inline.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(_stored(exported, name, value).numpy(), name))
     shared = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
     with ExitStack() as stack:
         files = [
@@ -98,6 +102,17 @@ def write_device_files(
         with (directory / data_file(lane)).open("rb") as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
         _finish(proto, lane, digest, shared, directory / device_file(lane))
+
+
+def _inline(exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Small whole numbers that all devices share, by name: shapes follow from them, and are wanted without the data."""
+    reader = program.reader(read)
+    specs = [program.weights[name] for name in exported.weights if name not in exported.tables]
+    return {
+        spec.name: reader(spec.source).to(spec.torch_dtype)
+        for spec in specs
+        if not spec.shards and not spec.torch_dtype.is_floating_point and spec.nbytes <= _INLINE_BYTES
+    }
 
 
 def _layout(weights: Mapping[str, onnx_ir.Value]) -> dict[str, _Place]:
@@ -123,7 +138,7 @@ def _write_weights(
     progress: Advance | None,
 ) -> None:
     by_source: dict[str, list[WeightSpec]] = defaultdict(list)
-    for name in exported.weights:
+    for name in places:
         if name not in exported.tables:
             by_source[program.weights[name].source].append(program.weights[name])
     reader = program.reader(read)

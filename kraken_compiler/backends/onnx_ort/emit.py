@@ -25,6 +25,7 @@ from kraken_compiler.backends.onnx_ort.format import (
 )
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
 
@@ -77,6 +78,8 @@ class OnnxBackend(Backend):
             records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
             metadata[META_CACHE] = json.dumps([asdict(record) for record in records])
             metadata[META_POSITIONS] = json.dumps(tables.positions)
+        elif (longest := position_limit(program)) < NO_LIMIT:
+            metadata[META_POSITIONS] = json.dumps(longest)
         write_device_files(exported, program, read, tables, directory, metadata, progress)
         return windows
 
