@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 from kraken_compiler.ir.program import Program
 from tests.lane_decoder import LaneDecoder
-from tests.test_families import lane_program, recognized
+from tests.test_families import EVERY_FAMILY, lane_program, recognized
 from tests.zoo import SUPPORTED, random_tokens
 
 TOKENS, CAPACITY = 13, 16
@@ -59,7 +58,7 @@ def assert_equal(have: Tensor, want: Tensor, what: str) -> None:
     assert error <= 1e-5, f"{what} differs by {error:.1e}"
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@EVERY_FAMILY
 def test_the_cache_changes_nothing(name: str) -> None:
     read = recognized(name).read
     for form in ("standard", "kraken"):

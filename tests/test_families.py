@@ -1,6 +1,7 @@
 """Every family the compiler promises, all lanes in one process: exact where the form is, and refused where it must be.
 
-One test does everything about one model, so that a model is captured once however the tests are spread over workers.
+Whatever goes through all families does so with `EVERY_FAMILY`: pytest then runs one family's tests of all files one
+after the other, and the model is captured once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
+from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.report import is_exact
@@ -32,6 +34,8 @@ SIZES = ((1, 7), (3, 13))
 """Batch and sequence; models are captured with 2 x 16."""
 
 SHARDING = ("plan-shards", "split-branches", "split-head")
+
+EVERY_FAMILY = pytest.mark.parametrize("name", SUPPORTED, scope="session")
 
 CHANGED = 1e-3
 """A form that changes the function of a zoo model moves its logits by more than this; rounding is far below."""
@@ -61,8 +65,8 @@ class Recognized:
     read: Callable[[str], Tensor]
 
 
-# One model at a time: hundreds of kept graphs would make every garbage collection slow.
-@lru_cache(maxsize=1)
+# Not all of them: hundreds of kept graphs would make every garbage collection slow.
+@lru_cache(maxsize=6)
 def recognized(name: str) -> Recognized:
     model = SUPPORTED[name]()
     captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
@@ -71,7 +75,7 @@ def recognized(name: str) -> Recognized:
     return Recognized(model, captured.program, program, captured.store.read)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def sharded(name: str, degree: int) -> Program:
     """A recognised program with its shards, which are the same for every form; it may not be changed."""
     program = recognized(name).program.copy()
@@ -79,10 +83,11 @@ def sharded(name: str, degree: int) -> Program:
     return program
 
 
-def lane_program(name: str, degree: int, form: str) -> Program:
-    """What `lower` makes, without recognising and sharding the model for every form again."""
+def lane_program(name: str, degree: int, form: str, *, cache: bool = True) -> Program:
+    """What `lower` makes, without recognising and sharding the model for every form again; with a KV cache or not."""
+    done = SHARDING if cache else (*SHARDING, CacheAttention.name)
     program = sharded(name, degree).copy()
-    run_passes(program, [step for step in rewrite(degree, FORMS[form]) if step.name not in SHARDING])
+    run_passes(program, [step for step in rewrite(degree, FORMS[form]) if step.name not in done])
     return program
 
 
@@ -91,7 +96,7 @@ def relative_error(have: Tensor, want: Tensor) -> float:
     return errors(have, want)[1]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@EVERY_FAMILY
 def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
     model = recognized(name).model
     batches = [token_batch(model, *size, seed) for seed, size in enumerate(SIZES)]
@@ -99,7 +104,7 @@ def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
     wrong = []
     for degree in DEGREES:
         for form in FORMS:
-            program = lane_program(name, degree, form)
+            program = lane_program(name, degree, form, cache=False)
             lanes = LaneModule.from_program(program, recognized(name).read)
             found = [relative_error(logits_of(lanes, ids), want) for ids, want in zip(batches, wanted)]
             right = all(error < 1e-4 for error in found) if is_exact(program) else min(found) > CHANGED
@@ -126,15 +131,15 @@ def test_lower_makes_the_same_program(name: str, degree: int, form: str) -> None
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "falcon", "plain_parallel"])
-@pytest.mark.parametrize("form", ["standard", "kraken", "sync-drop"])
-def test_one_lane_is_the_source_model(name: str, form: str) -> None:
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "plain_fused_llama", "plain_parallel"])
+def test_one_lane_is_the_source_model(name: str) -> None:
     """With one lane there are no peers, so a form whose own lag is 1 reads what the source model reads."""
     model = recognized(name).model
-    lanes = LaneModule.from_program(lane_program(name, 1, form), recognized(name).read)
     ids = token_batch(model, 3, 13)
-    assert is_exact(lanes.program)
-    assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-5
+    for form in ("standard", "kraken", "sync-drop"):
+        lanes = LaneModule.from_program(lane_program(name, 1, form, cache=False), recognized(name).read)
+        assert is_exact(lanes.program)
+        assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["falcon", "llama", "plain_alibi"])
@@ -142,16 +147,15 @@ def test_degree_may_exceed_the_key_value_heads(name: str) -> None:
     degree = max(SUPPORTED[name].degrees)
     assert degree > SUPPORTED[name].kv_heads
     model = recognized(name).model
-    lanes = LaneModule.from_program(lane_program(name, degree, "standard"), recognized(name).read)
+    lanes = LaneModule.from_program(lane_program(name, degree, "standard", cache=False), recognized(name).read)
     ids = token_batch(model, 3, 13)
     assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "plain_interleaved"])
-def test_a_wrong_degree_lists_the_valid_ones(name: str) -> None:
+def test_a_wrong_degree_lists_the_valid_ones() -> None:
     for degree in (3, 16):
         with pytest.raises(UsageError) as caught:
-            lower(recognized(name).captured, degree)
+            lower(recognized("llama").captured, degree)
         message = str(caught.value)
         assert f"degree {degree} does not divide the model (8 heads" in message
         assert message.endswith("valid degrees: 1, 2, 4, 8")
