@@ -118,7 +118,7 @@ def test_one_process_compiled(communicator: NoCommunication) -> None:
         lost.run_flat([torch.randint(0, 50, (2, 5))])
 
 
-@pytest.mark.parametrize("form", ["standard", "kraken", "ladder"])
+@pytest.mark.parametrize("form", ["kraken", "ladder"])
 def test_decoding_compiled(form: str, communicator: NoCommunication) -> None:
     """Prefill and every later token, with one compilation each; the caches are written in place."""
     program = lane_program("llama", 2, form)
