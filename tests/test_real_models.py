@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.manifest import Source
@@ -43,10 +40,10 @@ def microbes(microformer: Path) -> tuple[Any, Capture]:
     )
 
 
-@pytest.mark.parametrize("degree", [2, 4, 8])
-def test_a_trained_gpt2_in_standard_form(microbes: tuple[Any, Capture], degree: int) -> None:
+def test_a_trained_gpt2_in_standard_form(microbes: tuple[Any, Capture]) -> None:
+    """One head a lane; on ranks it is compiled for four."""
     source, captured = microbes
-    program, _ = lower(captured.program, degree, "standard")
+    program, _ = lower(captured.program, 8, "standard")
     lanes = LaneModule.from_program(program, captured.store.read)
     for seed, size in enumerate(((1, 7), (3, 100))):
         ids = random_tokens(9669, *size, seed)
@@ -107,14 +104,6 @@ def test_smollm2_in_standard_form(standard: Artifact, source: Any) -> None:
     assert errors(logits_of(lanes, IDS), logits_of(source, IDS))[1] < 1e-4
 
 
-def test_smollm2_speaks_on_three_ranks(standard: Artifact) -> None:
-    command = [sys.executable, "-m", "kraken_compiler.cli.run", str(standard.directory)]
-    options = ["--prompt", "The capital of France is", "--max-new-tokens", "3", "--timeout", "120"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(" Paris")
-
-
 PROMPTS = (
     "The capital of France is",
     "Water boils at",
@@ -139,19 +128,18 @@ PROMPTS = (
 )
 
 
-def greedy_by_transformers(source: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """The source's own generation, one prompt at a time, as long as it is asked for."""
-    continuations = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        # The last token never comes up, so nothing ends early; `min_new_tokens` would change the choice instead.
-        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": 49151}
-        made = source.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        continuations.append(made[0, len(prompt) :].tolist())
-    return continuations
+def most_likely(source: Any, prompt: list[int], made: list[int]) -> list[int]:
+    """What the source finds most likely after the prompt and after each token that was made, but for the last.
+
+    The tokens are those of greedy generation exactly if they are the same; one run of the source shows that.
+    """
+    with torch.inference_mode():
+        logits = source(torch.tensor([[*prompt, *made]])).logits
+    likely: list[int] = logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    return likely
 
 
-def test_smollm2_generates_what_transformers_generates(standard: Artifact, source: Any, tmp_path: Path) -> None:
+def test_smollm2_generates_what_transformers_generates(standard: Artifact, source: Any) -> None:
     """64 greedy tokens on 20 prompts of different lengths, all in one batch, on three ranks with a KV cache."""
     from transformers import AutoTokenizer
 
@@ -162,15 +150,9 @@ def test_smollm2_generates_what_transformers_generates(standard: Artifact, sourc
     payload = {"artifact": str(standard.directory), "prompts": prompts, "tokens": 64}
     made = run_ranks("tests.rank_functions:generate_greedily", 3, payload, timeout=240)
     assert made[0] == made[1] == made[2]
-    assert made[0] == greedy_by_transformers(source, prompts, 64)
-
-
-def measured(smollm2: Capture, source: Any, layers: str | None, tokens: Tensor) -> Quality:
-    program, _ = lower(smollm2.program, 3, "kraken", layers)
-    lanes = LaneModule.from_program(program, smollm2.store.read)
-    rewritten = logits_function(program.inputs, program.call, lanes.run_flat)
-    with torch.inference_mode():
-        return evaluate(lambda ids: source(ids).logits, rewritten, [tokens], "a part of the built-in sample")
+    assert made[0] == [most_likely(source, prompt, row) for prompt, row in zip(prompts, made[0], strict=True)]
+    assert {len(row) for row in made[0]} == {64}
+    assert tokenizer.decode(made[0][0]).startswith(" Paris")
 
 
 def test_what_the_kraken_form_costs_before_calibration(
@@ -179,12 +161,20 @@ def test_what_the_kraken_form_costs_before_calibration(
     found = batches_for(smollm2, None)
     assert not isinstance(found, str)
     tokens = found[0][0][:1]
-    everywhere, late, last = (measured(smollm2, source, layers, tokens) for layers in (None, "15-29", "29"))
+    with torch.inference_mode():
+        logits = source(tokens).logits
+
+    def measured(layers: str | None) -> Quality:
+        program, _ = lower(smollm2.program, 3, "kraken", layers)
+        lanes = LaneModule.from_program(program, smollm2.store.read)
+        rewritten = logits_function(program.inputs, program.call, lanes.run_flat)
+        with torch.inference_mode():
+            return evaluate(lambda _: logits, rewritten, [tokens], "a part of the built-in sample")
+
+    everywhere, late = measured(None), measured("15-29")
     with capsys.disabled():
         print(f"\nSmolLM2, kraken form, zero-shot KL: all layers {everywhere.kl:.2f}, last 15 {late.kl:.2f}")
     assert 2 < everywhere.kl < 6
     assert late.kl < everywhere.kl / 3
-    assert last.kl < late.kl
     assert everywhere.perplexity > late.perplexity > 0.9 * late.source_perplexity
-    assert everywhere.top1_agreement < late.top1_agreement <= 1
-    assert everywhere.source_perplexity == late.source_perplexity
+    assert everywhere.top1_agreement < late.top1_agreement < 1
