@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.backends.torch_dist.load import load_lanes
 from kraken_compiler.capture import Capture, capture
+from kraken_compiler.capture.record import TokenizerSource
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import batches_for
@@ -68,8 +70,20 @@ IDS = torch.randint(49152, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_gguf: Path) -> Capture:
-    return capture(smollm2_gguf, dtype=torch.float32)
+def source(smollm2_gguf: Path) -> Any:
+    """The model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": smollm2_gguf.name, "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def smollm2(source: Any, smollm2_gguf: Path) -> Capture:
+    """What capturing the file gives, which would unpack all of it a second time."""
+    captured = capture(source)
+    tokenizer = TokenizerSource(str(smollm2_gguf.parent), smollm2_gguf.name)
+    return replace(captured, origin=replace(captured.origin, tokenizer=tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +101,6 @@ def standard(smollm2: Capture, tmp_path_factory: pytest.TempPathFactory) -> Arti
         tokenizer_saver=lambda place: tokenizer.load().save_pretrained(place),
     )
     return open_artifact(target, verify=False)
-
-
-@pytest.fixture(scope="module")
-def source(smollm2_gguf: Path) -> Any:
-    """The model as transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"gguf_file": smollm2_gguf.name, "dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, **options).eval()
 
 
 def test_smollm2_in_standard_form(standard: Artifact, source: Any) -> None:
