@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.runtime.execute_onnx import TensorDecoder
 from kraken_compiler.runtime.replay import expected, replay, split_lengths
-from tests.test_families import SIZES, lane_program, recognized, relative_error
+from tests.test_families import EVERY_FAMILY, SIZES, lane_program, recognized, relative_error
 from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import SUPPORTED, token_batch
 
@@ -49,7 +48,7 @@ def computed_by_devices(directory: Path, batches: list[Tensor]) -> list[list[Ten
     return results
 
 
-@pytest.mark.parametrize("name", list(SUPPORTED))
+@EVERY_FAMILY
 def test_devices_compute_what_the_lanes_compute(name: str, tmp_path: Path) -> None:
     model, read = recognized(name).model, recognized(name).read
     batches = [token_batch(model, *size, seed) for seed, size in enumerate(SIZES)]
