@@ -50,6 +50,8 @@ def misbehave(payload: Mapping[str, Any], session: Session) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif payload["how"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+        # Asked for its stack it goes on for a moment, and should still be found here.
+        oversleep()
     elif payload["how"] == "sleep":
         oversleep()
 
