@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,10 @@ from kraken_compiler.backends.onnx_ort.nccl import register_nccl_schemas
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
 from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
 from kraken_compiler.backends.onnx_ort.tables import LaneTables
-from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.safetensors_format import byte_view
+from kraken_compiler.weights.shards import lane_parts
 
 PAGE = 4096
 """Large tensors begin on a page, so that they can be mapped."""
@@ -97,7 +95,9 @@ def write_device_files(
         for lane, file in enumerate(files):
             for name, value in (tables.of(lane) if tables is not None else {}).items():
                 _write(file, places[name], _stored(exported, name, value))
-        _write_weights(exported, program, read, places, files, progress)
+        specs = [program.weights[name] for name in places if name not in exported.tables]
+        for spec, lane, local in lane_parts(program, specs, read, progress):
+            _write(files[lane], places[spec.name], _stored(exported, spec.name, local))
     for lane in range(program.degree):
         with (directory / data_file(lane)).open("rb") as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
@@ -127,34 +127,6 @@ def _layout(weights: Mapping[str, onnx_ir.Value]) -> dict[str, _Place]:
         places[name] = _Place(value, offset, nbytes)
         end = offset + nbytes
     return places
-
-
-def _write_weights(
-    exported: ExportedGraph,
-    program: Program,
-    read: Callable[[str], Tensor],
-    places: Mapping[str, _Place],
-    files: Sequence[IO[bytes]],
-    progress: Advance | None,
-) -> None:
-    by_source: dict[str, list[WeightSpec]] = defaultdict(list)
-    for name in places:
-        if name not in exported.tables:
-            by_source[program.weights[name].source].append(program.weights[name])
-    reader = program.reader(read)
-    for done, (source, specs) in enumerate(by_source.items(), start=1):
-        tensor = reader(source)
-        for spec in specs:
-            if tuple(tensor.shape) != spec.source_shape:
-                raise InputFileError(
-                    f"weight '{source}' has shape {list(tensor.shape)}, the program needs {list(spec.source_shape)}"
-                )
-            for lane, file in enumerate(files):
-                local = spec.take(tensor, lane).to(spec.torch_dtype)
-                _write(file, places[spec.name], _stored(exported, spec.name, local))
-        del tensor
-        if progress is not None:
-            progress(done, len(by_source), source)
 
 
 def _stored(exported: ExportedGraph, name: str, value: Tensor) -> Tensor:
