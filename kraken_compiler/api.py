@@ -31,7 +31,7 @@ from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import batches_for
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.verify.against_devices import compare_with_devices
+from kraken_compiler.verify.against_devices import compare_with_devices, runnable
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
 
@@ -231,6 +231,7 @@ def verify_artifact(
         comparisons, windows = verify_programs(path, SIZES, timeout)
     result = Verification(tuple(comparisons), windows)
     result.require_passed()
+    lanes = lanes_in(artifact)
     recorded = artifact.manifest.source
     where = source if source is not None else recorded.path
     # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
@@ -242,7 +243,7 @@ def verify_artifact(
         )
         if text is not None:
             raise UsageError(missing)
-        if lanes_in(artifact) is None:
+        if lanes is None:
             missing = f"no comparison of the ONNX devices with the lanes, and {missing}"
         return replace(result, skipped=(missing,))
     with show.stage("capture"):
@@ -259,11 +260,11 @@ def verify_artifact(
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
         comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
-    lanes = lanes_in(artifact)
     if lanes is None:
         lanes = _lanes_of(captured, artifact)
-        with show.stage("run on devices"):
-            comparisons += compare_with_devices(path, lanes.program, lanes.read_lane, SIZES, timeout)
+        if runnable(artifact):
+            with show.stage("run on devices"):
+                comparisons += compare_with_devices(path, lanes.program, lanes.read_lane, SIZES, timeout)
     result = replace(result, comparisons=tuple(comparisons))
     result.require_passed()
     return _with_quality(result, lanes, captured, text, show)

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from kraken_compiler.api import compile_model
+from kraken_compiler.api import compile_model, verify_artifact
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, NCCL_DOMAIN, device_file
@@ -33,6 +33,9 @@ def test_compiled_for_nccl(tmp_path: Path) -> None:
     assert DOMAIN not in {entry.domain for entry in device.proto.opset_import}
     (gather,) = (node for node in used if node.op_type == "AllGather")
     assert {attribute.name: attribute.i for attribute in gather.attribute} == {"axis": 2, "group_size": 2}
+    # A later check does not try to run them either, and checks the rest.
+    found = verify_artifact(tmp_path / "out", source=model, example_inputs=example)
+    assert [comparison.what for comparison in found.comparisons] == ["standard form against the source"] * 2
     with pytest.raises(UsageError, match="--collectives ort-nccl"):
         DeviceProgram(device, ThreadCollectives.alone(2))
 
