@@ -110,3 +110,15 @@ def test_the_report_says_what_was_decided() -> None:
     assert [lane["kv_heads"] for lane in data["lanes"]] == [1, 1]
     assert "changes the function" in report.text
     assert "computes what the source model computes" in make_report(lower(sample().program, 2, "standard")[0]).text
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_caller_that_needs_no_gradients(mode: type[torch.inference_mode] | type[torch.no_grad]) -> None:
+    """Probing needs them all the same, and with constants that were made in that mode."""
+    expected, _ = lower(sample().program, 2)
+    with mode():
+        there = sample().program.copy()
+        there.constants.update({name: value.clone() for name, value in there.constants.items()})
+        program, _ = lower(there, 2)
+    assert program.shards == expected.shards
+    assert program.weights == expected.weights

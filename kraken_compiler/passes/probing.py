@@ -54,6 +54,8 @@ class Region:
         )
         generator = torch.Generator().manual_seed(seed)
         sizes = Concretizer()
+        # Autograd takes no tensors of inference mode, not even as indices, but copies of them.
+        known = {name: value.clone() if value.is_inference() else value for name, value in known.items()}
         self.inputs: dict[fx.Node, Any] = {
             node: sizes.value(node, generator, known) for node in (*self.leaves, *self.externals)
         }

@@ -24,6 +24,8 @@ from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
 
 
+# A caller in inference or no-grad mode gets no gradients from autograd, and so no kept sets.
+@torch.inference_mode(False)
 def probe_branch(branch: Branch, projections: Projections, program: Program, degree: int) -> BranchShards | Rejection:
     """Split one branch over `degree` lanes.
 
