@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.lines import Lines
 from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.text import TextCodec, TextStream
+from tests.toy_lane_program import write_toy
 
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message.role }} {{ message.content }}<|done|>\n{% endfor %}"
@@ -93,6 +96,20 @@ def test_tokenizers_that_cannot_chat() -> None:
     # What follows an answer in this template is no special token.
     plain = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     assert TextCodec(tokenizer(chat_template=plain)).eos == {END}
+
+
+def test_missing_packages_are_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = open_artifact(write_toy(tmp_path / "toy", 2, tokenizer_saver=tokenizer().save_pretrained))
+    with monkeypatch.context() as lacking:
+        lacking.setitem(sys.modules, "transformers", None)
+        with pytest.raises(UsageError, match=r"reading the tokenizer in .* needs packages .*\(.*transformers"):
+            TextCodec.of(artifact)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    # Plain text needs no template.
+    codec = TextCodec(tokenizer(chat_template=TEMPLATE))
+    assert codec.decode(codec.encode("hi")) == "hi"
+    with pytest.raises(UsageError, match=r"reading the chat template needs packages .*\(.*jinja2"):
+        codec.encode_chat([{"role": "user", "content": "hi"}])
 
 
 def test_lines() -> None:

@@ -10,10 +10,10 @@ import torch
 
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
-from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource, digest_files
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.optional_packages import missing_packages
 
 
 def capture_gguf(

@@ -14,11 +14,11 @@ from kraken_compiler.capture.checkpoint_map import map_checkpoint
 from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
-from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_files
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.optional_packages import missing_packages
 from kraken_compiler.weights.checkpoint import Checkpoint, PickledCheckpoint, SafetensorsCheckpoint, weight_files
 from kraken_compiler.weights.checkpoint_store import CheckpointStore, ExpectedTensor
 

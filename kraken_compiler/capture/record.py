@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.capture.optional_packages import missing_packages
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.optional_packages import missing_packages
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.optional_packages import missing_packages
 
 _CONTEXT_TOKENS = 6
 _MARK = "mark"
@@ -35,16 +36,18 @@ class TextCodec:
         """Load an artifact's tokenizer.
 
         Raises:
-            UsageError: It has none.
+            UsageError: It has none, or a package that reads it is not installed.
             InputFileError: A file of it is missing, truncated or tampered with.
         """
         require_tokenizer(artifact)
         artifact.verify(*artifact.tokenizer_files)
-        from transformers import AutoTokenizer
-
         try:
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(artifact.tokenizer, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise missing_packages(f"the tokenizer in {artifact.tokenizer}", error) from error
+        except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{artifact.tokenizer}: the tokenizer cannot be loaded: {reason}") from error
         return cls(tokenizer, _generation_eos(artifact))
@@ -63,7 +66,8 @@ class TextCodec:
         """Token ids of a chat up to the point where the model answers.
 
         Raises:
-            UsageError: The tokenizer has no chat template, or it does not take these messages.
+            UsageError: The tokenizer has no chat template, it does not take these messages, or a package that reads it
+                is not installed.
         """
         if not self.can_chat:
             raise UsageError("the tokenizer has no chat template; leave --chat out")
@@ -78,12 +82,14 @@ class TextCodec:
         return text
 
     def _render(self, messages: Sequence[Message], answering: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
+            from jinja2 import TemplateError
+
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
             )
+        except ImportError as error:
+            raise missing_packages("the chat template", error) from error
         except TemplateError as error:
             raise UsageError(f"the chat template does not take these messages: {error}") from error
         return text
