@@ -20,6 +20,7 @@ from kraken_compiler.api import measure_quality
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.lowering import lower
+from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.report import table
 
 
@@ -43,7 +44,7 @@ def main() -> None:
             assert program.plan is not None
             reduces = program.plan.reduces
             hidden = {window.reduce for window in program.windows if window.gemms}
-            quality = measure_quality(captured, program, options.text)
+            quality = measure_quality(captured, program, TextChoice(options.text))
             assert not isinstance(quality, str), quality
             rows.append(
                 {

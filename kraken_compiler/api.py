@@ -28,7 +28,7 @@ from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
-from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.verify.against_devices import compare_with_devices, runnable
@@ -102,6 +102,7 @@ def compile_model(
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),
     text: str | os.PathLike[str] | None = None,
+    text_tokens: int | None = None,
     verify: bool = True,
     trust_pickle: bool = False,
     force: bool = False,
@@ -120,6 +121,7 @@ def compile_model(
         dtype: Element type of the compiled model; None keeps the source's.
         input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
         text: A text file to measure a changed form on; None means a small built-in sample.
+        text_tokens: Most tokens of it to read; None means all.
         verify: Check the programs and measure the quality.
         trust_pickle: Allow files that can run any code when they are opened.
         force: Replace a directory that is not empty.
@@ -176,7 +178,7 @@ def compile_model(
         verification = Verification((*comparisons, *found), windows)
         verification.require_passed()
         lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
-        verification = _with_quality(verification, lanes, captured, text, show)
+        verification = _with_quality(verification, lanes, captured, _choice(text, text_tokens), show)
         return verification.to_dict()
 
     with show.steps("write and check" if verify else "write") as advance:
@@ -207,6 +209,7 @@ def verify_artifact(
     source: Model | None = None,
     example_inputs: ExampleInputs | None = None,
     text: str | os.PathLike[str] | None = None,
+    text_tokens: int | None = None,
     trust_pickle: bool = False,
     timeout: float = 120.0,
     progress: Progress | None = None,
@@ -216,7 +219,7 @@ def verify_artifact(
     Args:
         directory: The artifact.
         source: The source model; None means where it was when the artifact was compiled.
-        example_inputs, text, trust_pickle, timeout, progress: See `compile_model`.
+        example_inputs, text, text_tokens, trust_pickle, timeout, progress: See `compile_model`.
 
     Raises:
         InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
@@ -267,13 +270,13 @@ def verify_artifact(
                 comparisons += compare_with_devices(path, lanes.program, lanes.read_lane, SIZES, timeout)
     result = replace(result, comparisons=tuple(comparisons))
     result.require_passed()
-    return _with_quality(result, lanes, captured, text, show)
+    return _with_quality(result, lanes, captured, _choice(text, text_tokens), show)
 
 
 def measure_quality(
     captured: Capture,
     program: Program,
-    text: str | os.PathLike[str] | None = None,
+    text: TextChoice,
     *,
     read_lane: ReadLane | None = None,
     advance: Advance | None = None,
@@ -283,30 +286,28 @@ def measure_quality(
     Args:
         captured: The source model.
         program: The lane program.
-        text: A text file; None means a small built-in sample.
+        text: What to measure on.
         read_lane: Where the lanes' weights come from; None means the source.
         advance: Is told how many tokens are done.
 
     Returns:
         The measurement, or the reason why the model cannot be measured.
     """
-    batches = batches_for(captured, Path(text) if text is not None else None)
-    if isinstance(batches, str):
-        return batches
-    tokens, name = batches
-    total = sum(ids.numel() for ids in tokens)
+    tokens = evaluation_text(captured, text)
+    if isinstance(tokens, str):
+        return tokens
     done = 0
 
     def count(ids: int) -> None:
         nonlocal done
         done += ids
         if advance is not None:
-            advance(done, total, "tokens")
+            advance(done, max(done, tokens.expected), "tokens")
 
     read = captured.store.read
     source = StreamingProgram(captured.program, read_from_source(captured.program, read))
     rewritten = StreamingProgram(program, read_lane or read_from_source(program, read))
-    return evaluate(_logits_of(captured.program, source), _logits_of(program, rewritten), tokens, name, count)
+    return evaluate(_logits_of(captured.program, source), _logits_of(program, rewritten), tokens, tokens.name, count)
 
 
 def _lanes_of(captured: Capture, artifact: Artifact) -> Reference:
@@ -322,7 +323,7 @@ def _with_quality(
     verification: Verification,
     lanes: Reference,
     captured: Capture,
-    text: str | os.PathLike[str] | None,
+    text: TextChoice,
     show: Progress,
 ) -> Verification:
     """Measure an artifact's form, with the weights in its lane files if it has them."""
@@ -331,6 +332,10 @@ def _with_quality(
     if isinstance(quality, str):
         return replace(verification, skipped=(*verification.skipped, quality))
     return replace(verification, quality=quality)
+
+
+def _choice(text: str | os.PathLike[str] | None, tokens: int | None) -> TextChoice:
+    return TextChoice(Path(text) if text is not None else None, tokens)
 
 
 def _logits_of(program: Program, streaming: StreamingProgram) -> LogitsOf:

@@ -14,8 +14,8 @@ from torch import Tensor
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.quality.evaluate import evaluate, token_batches
-from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text, token_batches
 from tests.test_cli_compile import save_model
 from tests.zoo import SUPPORTED, token_batch
 
@@ -57,6 +57,25 @@ def test_evaluate_is_the_formula() -> None:
     assert {"kl", "top1_agreement", "perplexity", "source_perplexity"} <= quality.to_dict().keys()
     assert "on 23 tokens of numbers: KL to the source" in quality.lines()[0]
 
+    by_position = quality.by_position
+    assert by_position.rows == (3, 3, 3, 3, 3, 2, 2, 2, 2)
+    assert sum(kl * rows for kl, rows in zip(by_position.kl, by_position.rows)) / 23 == pytest.approx(quality.kl)
+    assert len(by_position.perplexity) == 8
+    first = torch.stack([ids[0] for batch in batches for ids in batch])
+    log_p, log_q = (model(first).double().log_softmax(-1) for model in (source, rewritten))
+    assert by_position.kl[0] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_the_spread_over_rows_gives_the_error() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCAB, (5, 40), generator=generator)
+    whole = evaluate(table_model(0), table_model(1), [ids], "numbers")
+    means = torch.tensor([evaluate(table_model(0), table_model(1), [row[None]], "").kl for row in ids])
+    assert whole.kl_error == pytest.approx((means.std() / math.sqrt(5)).item(), rel=1e-4)
+    assert f"+- {whole.kl_error:.1g} nats/token" in whole.lines()[0]
+    assert [(first, last) for first, last, _ in whole.by_position.ranges()] == [(0, 15), (16, 39)]
+    assert whole.lines()[1].startswith("KL at positions 0-15: ")
+
 
 def test_a_model_compared_with_itself() -> None:
     model = table_model(0)
@@ -93,15 +112,17 @@ def test_half_precision_logits_are_compared_in_full() -> None:
         (0, []),
         (1, []),
         (2, [(1, 2)]),
-        (15, [(1, 15)]),
+        (7, [(1, 7)]),
+        (15, [(1, 8)]),
         (16, [(2, 8)]),
+        (17, [(2, 8)]),
         (23, [(2, 8)]),
         (24, [(2, 8), (1, 8)]),
         (40, [(2, 8), (2, 8), (1, 8)]),
     ],
 )
 def test_token_batches(length: int, shapes: list[tuple[int, int]]) -> None:
-    batches = token_batches(list(range(length)), sequence=8, batch=2)
+    batches = list(token_batches(iter(range(length)), sequence=8, rows=2))
     assert [tuple(batch.shape) for batch in batches] == shapes
     read = [token for batch in batches for token in batch.flatten().tolist()]
     assert read == list(range(len(read)))
@@ -122,12 +143,18 @@ def without_tokenizer(name: str) -> Capture:
     return capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
 
 
+def opened(captured: Capture, path: Path | None = None, limit: int | None = None) -> TokenText:
+    text = evaluation_text(captured, TextChoice(path, limit))
+    assert not isinstance(text, str)
+    return text
+
+
 @pytest.mark.parametrize("name", ["plain_gpt", "plain_parallel", "plain_alibi", "llama", "gpt2"])
 def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> None:
-    answer = batches_for(without_tokenizer(name), None)
-    assert not isinstance(answer, str)
-    batches, text = answer
-    assert text == "random tokens (the model has no tokenizer)"
+    text = opened(without_tokenizer(name))
+    batches = list(text)
+    assert text.name == "random tokens (the model has no tokenizer)"
+    assert text.expected == sum(batch.numel() for batch in batches)
     assert all(int(batch.max()) < 97 for batch in batches)
     assert len(batches[0].unique()) > 40
     # All these models have 64 positions (plain_parallel: rows of its mask), but for the one whose biases need none.
@@ -136,7 +163,7 @@ def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> N
 
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no tokenizer, so it cannot read text"):
-        batches_for(without_tokenizer("plain_gpt"), tmp_path / "text")
+        opened(without_tokenizer("plain_gpt"), tmp_path / "text")
 
 
 @pytest.fixture(scope="module")
@@ -144,30 +171,57 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Capture:
     return capture(save_model("llama", tmp_path_factory.mktemp("source") / "llama"))
 
 
+def words(count: int, per_line: int) -> str:
+    lines = [[f"w{index % 90 + 3}" for index in range(count)][at : at + per_line] for at in range(0, count, per_line)]
+    return "\n".join(map(" ".join, lines))
+
+
 def test_a_text_is_read_in_rows_that_fit(with_tokenizer: Capture, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(150)))
-    answer = batches_for(with_tokenizer, tmp_path / "text")
-    assert not isinstance(answer, str)
-    batches, text = answer
-    assert text == str(tmp_path / "text")
+    (tmp_path / "text").write_text(words(150, 150))
+    text = opened(with_tokenizer, tmp_path / "text")
+    batches = list(text)
+    assert text.name == str(tmp_path / "text")
     assert [batch.shape for batch in batches] == [(2, 64)]
     assert batches[0].flatten()[:3].tolist() == [3, 4, 5]
+    assert list(map(Tensor.tolist, text)) == list(map(Tensor.tolist, batches)), "it can be read again"
+
+
+def test_a_long_text_is_read_piece_by_piece(
+    with_tokenizer: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text(words(3000, 10))
+    whole = [batch.tolist() for batch in opened(with_tokenizer, tmp_path / "text")]
+    monkeypatch.setattr("kraken_compiler.quality.texts._PIECE_CHARACTERS", 100)
+    text = opened(with_tokenizer, tmp_path / "text")
+    reader = iter(text)
+    first = next(reader).tolist()
+    assert abs(text.expected - 3000) < 300, "known before the end"
+    assert [first, *(batch.tolist() for batch in reader)] == whole
+    assert text.expected == 3000
+
+
+def test_a_limit_ends_the_reading(with_tokenizer: Capture, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(words(3000, 10))
+    text = opened(with_tokenizer, tmp_path / "text", 200)
+    assert text.expected == 200
+    assert [batch.shape for batch in text] == [(3, 64)]
+    assert [batch.shape for batch in opened(with_tokenizer, tmp_path / "text", 20)] == [(1, 20)]
+    with pytest.raises(UsageError, match="--text-tokens 1: at least 2"):
+        opened(with_tokenizer, tmp_path / "text", 1)
 
 
 def test_the_built_in_sample(with_tokenizer: Capture) -> None:
-    answer = batches_for(with_tokenizer, None)
-    assert not isinstance(answer, str)
-    batches, text = answer
-    assert text == "the built-in sample"
-    assert sum(batch.numel() for batch in batches) > 300
+    text = opened(with_tokenizer)
+    assert text.name == "the built-in sample"
+    assert sum(batch.numel() for batch in text) > 300
 
 
 def test_texts_that_cannot_be_read(with_tokenizer: Capture, tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=r"--text: cannot read .*absent: No such file"):
-        batches_for(with_tokenizer, tmp_path / "absent")
+        opened(with_tokenizer, tmp_path / "absent")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputFileError, match="is not UTF-8 text"):
-        batches_for(with_tokenizer, tmp_path / "bytes")
+        list(opened(with_tokenizer, tmp_path / "bytes"))
     (tmp_path / "short").write_text("w5")
     with pytest.raises(UsageError, match="is too short"):
-        batches_for(with_tokenizer, tmp_path / "short")
+        list(opened(with_tokenizer, tmp_path / "short"))

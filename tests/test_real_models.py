@@ -20,7 +20,7 @@ from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.record import TokenizerSource
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
-from kraken_compiler.quality.texts import batches_for
+from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.verify.compare import errors
@@ -163,9 +163,9 @@ def test_smollm2_generates_what_transformers_generates(standard: Artifact, sourc
 def test_what_the_kraken_form_costs_before_calibration(
     smollm2: Capture, source: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = batches_for(smollm2, None)
-    assert not isinstance(found, str)
-    tokens = found[0][0][:1]
+    text = evaluation_text(smollm2, TextChoice())
+    assert not isinstance(text, str)
+    tokens = next(iter(text))[:1]
     with torch.inference_mode():
         logits = source(tokens).logits
 

@@ -21,6 +21,7 @@ from kraken_compiler.cli.options import (
     JsonOption,
     QuietOption,
     TextOption,
+    TextTokensOption,
     TimeoutOption,
     TrustPickleOption,
     VerboseOption,
@@ -70,6 +71,7 @@ def compile_command(
         list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
     ] = None,
     text: TextOption = None,
+    text_tokens: TextTokensOption = None,
     plan: Annotated[
         bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
     ] = None,
@@ -97,6 +99,7 @@ def compile_command(
         "dtype": dtype,
         "input": input,
         "text": _text(text),
+        "text_tokens": text_tokens,
         "plan": plan,
         "verify": verify,
         "dump_graphs": _text(dump_graphs),
@@ -129,6 +132,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         dtype=dtype_named(config.dtype),
         input_specs=config.input,
         text=config.text,
+        text_tokens=config.text_tokens,
         verify=config.verify,
         trust_pickle=config.trust_pickle,
         force=config.force,

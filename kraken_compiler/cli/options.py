@@ -13,6 +13,7 @@ DEFAULT_TIMEOUT = 120.0
 TextOption = Annotated[
     Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
 ]
+TextTokensOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of the text to read. (default: all)")]
 TrustPickleOption = Annotated[
     bool | None, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
 ]

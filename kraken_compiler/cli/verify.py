@@ -20,6 +20,7 @@ from kraken_compiler.cli.options import (
     JsonOption,
     QuietOption,
     TextOption,
+    TextTokensOption,
     TimeoutOption,
     TrustPickleOption,
     VerboseOption,
@@ -32,6 +33,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def verify_command(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")],
     text: TextOption = None,
+    text_tokens: TextTokensOption = None,
     source: Annotated[
         Path | None, typer.Option(help="The source model. (default: where it was when the artifact was compiled)")
     ] = None,
@@ -51,6 +53,7 @@ def verify_command(
             artifact,
             source=source,
             text=text,
+            text_tokens=text_tokens,
             trust_pickle=bool(trust_pickle),
             timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
             progress=ConsoleProgress(quiet or json_output),

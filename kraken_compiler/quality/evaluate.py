@@ -6,7 +6,7 @@ Legend: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,36 @@ from kraken_compiler.formatting import number_text
 LogitsOf = Callable[[Tensor], Tensor]
 """Token ids int64 [B, S] -> logits [B, S, V]."""
 
+_RANGES = (16, 64, 256, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class ByPosition:
+    """The same figures for every position of a row: entry s is what both models say after s + 1 tokens.
+
+    Attributes:
+        kl, top1_agreement: As in `Quality`.
+        perplexity, source_perplexity: Of the token that follows; one entry less, for a row's last token has none.
+        rows: How many rows had that position.
+    """
+
+    kl: tuple[float, ...]
+    top1_agreement: tuple[float, ...]
+    perplexity: tuple[float, ...]
+    source_perplexity: tuple[float, ...]
+    rows: tuple[int, ...]
+
+    def ranges(self) -> Iterator[tuple[int, int, float]]:
+        """Ranges of positions that grow with their distance from the start: first, last, mean KL."""
+        first = 0
+        for last in (*(edge for edge in _RANGES if edge < len(self.kl)), len(self.kl)):
+            if last == first:
+                continue
+            weights = self.rows[first:last]
+            mean = sum(kl * rows for kl, rows in zip(self.kl[first:last], weights)) / sum(weights)
+            yield first, last - 1, mean
+            first = last
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -26,30 +56,67 @@ class Quality:
 
     Attributes:
         kl: Mean over tokens of KL(source || rewritten), in nats.
+        kl_error: Standard error of `kl`, from its spread over rows; NaN for a single row.
         top1_agreement: Share of positions at which both models' most likely next token is the same.
         perplexity: Of the rewritten model.
         source_perplexity: Of the source model.
         tokens: Number of positions compared.
         text: What was read.
+        by_position: The same position by position.
     """
 
     kl: float
+    kl_error: float
     top1_agreement: float
     perplexity: float
     source_perplexity: float
     tokens: int
     text: str
+    by_position: ByPosition
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         """For people."""
+        error = "" if math.isnan(self.kl_error) else f" +- {number_text(self.kl_error, '.1g')}"
+        parts = [f"{first}-{last}: {number_text(kl, '.3g')}" for first, last, kl in self.by_position.ranges()]
         return [
-            f"on {self.tokens:,} tokens of {self.text}: KL to the source {number_text(self.kl, '.3g')} nats/token, "
-            f"same top token {self.top1_agreement:.1%}, perplexity {number_text(self.perplexity, '.4g')} "
-            f"(source {number_text(self.source_perplexity, '.4g')})"
+            f"on {self.tokens:,} tokens of {self.text}: KL to the source {number_text(self.kl, '.3g')}{error} "
+            f"nats/token, same top token {self.top1_agreement:.1%}, perplexity {number_text(self.perplexity, '.4g')} "
+            f"(source {number_text(self.source_perplexity, '.4g')})",
+            *([f"KL at positions {', '.join(parts)}"] if len(parts) > 1 else []),
         ]
+
+
+class _Sums:
+    """Sums over rows, for every position; they grow with the longest row."""
+
+    def __init__(self) -> None:
+        # Rows of the table: KL, agreement, loss, source's loss, rows, rows with a following token.
+        self.table = torch.zeros((6, 0), dtype=torch.float64)
+
+    def add(self, values: list[Tensor]) -> None:
+        length = values[0].shape[0]
+        if length > self.table.shape[1]:
+            self.table = F.pad(self.table, (0, length - self.table.shape[1]))
+        for into, value in zip(self.table, values, strict=True):
+            into[: value.shape[0]] += value
+
+    def totals(self) -> list[float]:
+        totals: list[float] = self.table.sum(dim=1).tolist()
+        return totals
+
+    def means(self) -> ByPosition:
+        kl, agreement, loss, source_loss, rows, predicted = self.table
+        followed = int((predicted > 0).sum())
+        return ByPosition(
+            kl=tuple((kl / rows).tolist()),
+            top1_agreement=tuple((agreement / rows).tolist()),
+            perplexity=tuple(map(_exp, (loss / predicted)[:followed].tolist())),
+            source_perplexity=tuple(map(_exp, (source_loss / predicted)[:followed].tolist())),
+            rows=tuple(map(int, rows.tolist())),
+        )
 
 
 def evaluate(
@@ -63,49 +130,52 @@ def evaluate(
 
     Args:
         source, rewritten: The two models.
-        batches: Token ids, int64 [B, S], S at least 2; read once.
+        batches: Token ids, int64 [B, S], S at least 2; read once, so that a text of any length can be streamed.
         text: What the tokens are, for the record.
         progress: Called with the number of tokens of every finished batch.
 
     Returns:
         The measurement, computed in float32.
     """
-    kl = agreement = loss = source_loss = 0.0
-    tokens = predicted = 0
+    sums = _Sums()
+    row_means: list[float] = []
     for ids in batches:
         # Row by row, because log-probabilities of a whole batch over a large vocabulary take more than the model does.
         for row, p_SV, q_SV in zip(ids, source(ids), rewritten(ids), strict=True):
-            log_p, log_q = (F.log_softmax(logits_SV.float(), dim=-1) for logits_SV in (p_SV, q_SV))
-            kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-            agreement += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-            following = row[1:, None]
-            source_loss -= log_p[:-1].gather(-1, following).sum().item()
-            loss -= log_q[:-1].gather(-1, following).sum().item()
-            predicted += following.numel()
-        tokens += ids.numel()
+            values = _compare_row(row, p_SV, q_SV)
+            sums.add(values)
+            row_means.append(values[0].mean().item())
         if progress is not None:
             progress(ids.numel())
+    kl, agreement, loss, source_loss, tokens, predicted = sums.totals()
     assert tokens, "there is nothing to evaluate on"
+    spread = torch.tensor(row_means, dtype=torch.float64)
     return Quality(
         kl=kl / tokens,
+        kl_error=(spread.std() / math.sqrt(len(spread))).item() if len(spread) > 1 else math.nan,
         top1_agreement=agreement / tokens,
         perplexity=_exp(loss / predicted),
         source_perplexity=_exp(source_loss / predicted),
-        tokens=tokens,
+        tokens=int(tokens),
         text=text,
+        by_position=sums.means(),
     )
+
+
+def _compare_row(row: Tensor, p_SV: Tensor, q_SV: Tensor) -> list[Tensor]:
+    """KL, agreement, losses of both models and counts for the positions of one row."""
+    log_p, log_q = (F.log_softmax(logits_SV.float(), dim=-1) for logits_SV in (p_SV, q_SV))
+    following = row[1:, None]
+    ones = torch.ones(row.shape[0], dtype=torch.float64)
+    return [
+        F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double(),
+        (log_p.argmax(-1) == log_q.argmax(-1)).double(),
+        -log_q[:-1].gather(-1, following)[:, 0].double(),
+        -log_p[:-1].gather(-1, following)[:, 0].double(),
+        ones,
+        ones[1:],
+    ]
 
 
 def _exp(value: float) -> float:
     return math.inf if value >= 700 else math.exp(value)
-
-
-def token_batches(ids: list[int], sequence: int = 256, batch: int = 2) -> list[Tensor]:
-    """Cut one long list of token ids into batches of shape [batch, sequence]; the rest that fills no row is left out.
-
-    A text shorter than one row gives one batch of that length.
-    """
-    if len(ids) < 2 * sequence:
-        return [torch.tensor([ids[: max(2, len(ids))]])] if len(ids) >= 2 else []
-    rows = torch.tensor(ids[: len(ids) // sequence * sequence]).view(-1, sequence)
-    return list(torch.split(rows, batch))

@@ -2,68 +2,181 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from torch import Tensor
 
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input
-from kraken_compiler.quality.evaluate import token_batches
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 _ROW = 256
+_ROWS_AT_ONCE = 4
 _RANDOM_BATCHES = 2
+_PIECE_CHARACTERS = 1 << 20
+
+Tokenize = Callable[[str, bool], list[int]]
+"""Text and whether it is the beginning of one -> token ids."""
 
 
-def batches_for(captured: Capture, path: Path | None) -> tuple[list[Tensor], str] | str:
-    """Token batches of a text file or of the built-in sample, and what they are.
+@dataclass(frozen=True)
+class TextChoice:
+    """What a user wants to measure on.
 
-    A model without a tokenizer is measured on random tokens, and the description says so.
+    Attributes:
+        path: The text file, of any size; None means the built-in sample.
+        limit: Most tokens to read; None means all.
+    """
+
+    path: Path | None = None
+    limit: int | None = None
+
+
+@dataclass
+class TokenText:
+    """A text as batches of token ids; iterating reads it from its beginning, piece by piece.
+
+    Attributes:
+        name: What it is, for the record.
+        expected: How many tokens there will be; an estimate until the text has been read.
+    """
+
+    name: str
+    expected: int
+    _batches: Callable[[TokenText], Iterator[Tensor]] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches int64 [rows, sequence]. A text shorter than one row gives one batch of that length.
+
+        Raises:
+            UsageError: The text is too short to measure anything on.
+            InputFileError: It cannot be read.
+        """
+        return self._batches(self)
+
+
+def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
+    """A text file or the built-in sample, as the source model's tokens.
+
+    A model without a tokenizer is measured on random tokens, and the name says so.
 
     Args:
         captured: The source model.
-        path: The text file; None means the built-in sample.
+        choice: Which text, and how much of it.
 
     Returns:
-        The batches, int64 [2, sequence] each, and their description; or the reason why the model cannot be measured.
+        The tokens, or the reason why the model cannot be measured.
 
     Raises:
-        UsageError: A text was given for a model that reads no text, or it is too short.
-        InputFileError: The text cannot be read.
+        UsageError: A text was given for a model that reads no text, or a limit that leaves none.
+        InputFileError: The text cannot be opened.
     """
     program = captured.program
+    path, limit = choice.path, choice.limit
     if token_input(program) is None:
         if path is not None:
             raise UsageError("--text: the model reads no tokens")
         return "no quality measurement: the model reads no tokens"
-    row = min(_ROW, position_limit(program), _proven_limit(program), _config_limit(captured.config))
+    row = longest_row(captured)
+    if limit is not None:
+        if limit < 2:
+            raise UsageError(f"--text-tokens {limit}: at least 2 are needed to measure anything")
+        row = min(row, limit)
     if captured.origin.tokenizer is None:
         if path is not None:
             raise UsageError(f"--text: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
-        return _random_batches(program, row), "random tokens (the model has no tokenizer)"
+        batches = _random_batches(program, row)
+        count = sum(batch.numel() for batch in batches)
+        return TokenText("random tokens (the model has no tokenizer)", count, lambda text: iter(batches))
+    tokenizer = captured.origin.tokenizer.load()
+
+    def tokenize(text: str, first: bool) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=first)["input_ids"]
+        return ids
+
+    with _opened(path) as (_, size):
+        expected = limit or size
     name = str(path) if path is not None else "the built-in sample"
-    ids = captured.origin.tokenizer.load()(_read(path), verbose=False)["input_ids"]
-    batches = token_batches(ids, row)
-    if not batches:
-        raise UsageError(f"--text: {name} is too short to measure anything on")
-    return batches, name
+    return TokenText(name, expected, lambda text: _batches_of(text, path, tokenize, row, limit))
 
 
-def _read(path: Path | None) -> str:
-    if path is None:
-        return files("kraken_compiler.quality").joinpath("sample.txt").read_text(encoding="utf-8")
+def longest_row(captured: Capture, wanted: int = _ROW) -> int:
+    """The longest row of tokens, at most `wanted`, that the model takes."""
+    program = captured.program
+    return min(wanted, position_limit(program), _proven_limit(program), _config_limit(captured.config))
+
+
+def token_batches(ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT_ONCE) -> Iterator[Tensor]:
+    """Cut a stream of token ids into batches [rows, sequence]; the rest that fills no row is left out.
+
+    A stream shorter than one row gives one batch of that length, or none if it has fewer than two tokens.
+    """
+    first = True
+    while taken := list(islice(ids, rows * sequence)):
+        whole = len(taken) // sequence
+        if whole:
+            yield torch.tensor(taken[: whole * sequence]).view(whole, sequence)
+        elif first and len(taken) > 1:
+            yield torch.tensor([taken])
+        first = False
+
+
+def _batches_of(
+    text: TokenText, path: Path | None, tokenize: Tokenize, row: int, limit: int | None
+) -> Iterator[Tensor]:
+    empty = True
+    for batch in token_batches(islice(_ids_of(text, path, tokenize, limit), limit), row):
+        empty = False
+        yield batch
+    if empty:
+        raise UsageError(f"--text: {text.name} is too short to measure anything on")
+
+
+def _ids_of(text: TokenText, path: Path | None, tokenize: Tokenize, limit: int | None) -> Iterator[int]:
+    count = read = 0
+    with _opened(path) as (file, size):
+        for piece in _pieces(file, text.name):
+            ids = tokenize(piece, count == 0)
+            count += len(ids)
+            read += len(piece.encode())
+            whole = round(count * size / read)
+            text.expected = whole if limit is None else min(limit, whole)
+            yield from ids
+
+
+def _pieces(file: TextIO, name: str) -> Iterator[str]:
+    """Parts of a text, cut where a line ends: tokens hardly ever reach from one line into the next."""
     try:
-        return path.read_text(encoding="utf-8")
+        while piece := file.read(_PIECE_CHARACTERS):
+            yield piece + file.readline(_PIECE_CHARACTERS)
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"--text: {name} is not UTF-8 text") from error
+    except OSError as error:
+        raise InputFileError(f"--text: cannot read {name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[tuple[TextIO, int]]:
+    """The text and its size in bytes."""
+    where: Any = path if path is not None else files("kraken_compiler.quality").joinpath("sample.txt")
+    try:
+        file = where.open(encoding="utf-8")
+        size = path.stat().st_size if path is not None else len(where.read_bytes())
     except OSError as error:
         raise InputFileError(f"--text: cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"--text: {path} is not UTF-8 text") from error
+    with file:
+        yield file, max(1, size)
 
 
 def _random_batches(program: Program, row: int) -> list[Tensor]:
