@@ -1,0 +1,192 @@
+"""Runs the tasks of lm-evaluation-harness on a rewritten model, all lanes in one process.
+
+    lanes = kraken_compiler.load_lanes("model.kraken")
+    model = HarnessModel.of(lanes, tokenizer)
+    lm_eval.simple_evaluate(model, tasks=["hellaswag"])
+
+Needs `pip install 'kraken-compiler[harness]'`. The tasks and their data are the harness's own business.
+Legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.sample_inputs import position_limit
+from kraken_compiler.quality.evaluate import LogitsOf
+from kraken_compiler.runtime.logits import logits_function
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import Collator
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UsageError(
+        f"lm-evaluation-harness is not installed: pip install 'kraken-compiler[harness]' ({error})"
+    ) from error
+
+_LONGEST = 2048
+_NEW_TOKENS = 256
+
+Pair = tuple[Any, list[int], list[int]]
+"""What the harness calls the request, the tokens of its context, and those of its continuation."""
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """A language model as the harness wants it.
+
+    Attributes:
+        max_length: Most tokens that the model is given at once; of longer contexts the end counts.
+    """
+
+    def __init__(self, logits_of: LogitsOf, tokenizer: Any, max_length: int = _LONGEST, batch: int = 4) -> None:
+        """Wrap a model.
+
+        Args:
+            logits_of: Token ids int64 [B, S] -> logits [B, S, V]; causal, so that padding behind a row changes nothing.
+            tokenizer: A `transformers.PreTrainedTokenizerBase`.
+            max_length: Most tokens that the model takes.
+            batch: Rows that run at once.
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._logits_of = logits_of
+        self._batch = batch
+
+    @classmethod
+    def of(cls, lanes: LaneModule, tokenizer: Any, max_length: int = _LONGEST, batch: int = 4) -> Self:
+        """Wrap a rewritten module, which must be a causal language model.
+
+        Args:
+            lanes: The module.
+            tokenizer, batch: See the constructor.
+            max_length: Most tokens to give it at once; less if the model takes less.
+
+        Raises:
+            UsageError: The module has no logits, or needs inputs beside token ids.
+        """
+        program = lanes.program
+        logits_of = logits_function(program.inputs, program.call, lanes.run_flat)
+        return cls(logits_of, tokenizer, min(max_length, position_limit(program)), batch)
+
+    @property
+    def eot_token_id(self) -> int:
+        end: int | None = self.tokenizer.eos_token_id
+        if end is None:
+            raise UsageError("the tokenizer has no token that ends a text, which the harness needs")
+        return end
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        special = True if add_special_tokens is None else add_special_tokens
+        begin = self.tokenizer.bos_token
+        if add_special_tokens is None and begin and string.startswith(begin):
+            special = False
+        ids: list[int] = self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, window by window."""
+        sums = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs: list[Pair] = [(None, *make_disjoint_window(window)) for window in windows]
+            total = sum(value for value, _ in self._loglikelihood_tokens(pairs))
+            sums.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return sums
+
+    def _loglikelihood_tokens(
+        self, requests: list[Pair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        # Longest first: a batch that is too large for the memory shows at once, and little is padding.
+        order = Collator(requests, sort_fn=lambda pair: (-len(pair[1]) - len(pair[2]), tuple(pair[1] + pair[2])))
+        found: list[tuple[float, bool]] = []
+        for chunk in order.get_batched(n=self._batch):
+            found += self._score(chunk)
+        answers: list[tuple[float, bool]] = order.get_original(found)
+        for (request, _, _), answer in zip(requests, answers, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, answer)
+        return answers
+
+    def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in pairs]
+        log_probs = F.log_softmax(self._logits([row[:-1] for row in rows]).float(), dim=-1)
+        answers = []
+        for row, (_, _, continuation), log_prob_SV in zip(rows, pairs, log_probs, strict=True):
+            wanted = torch.tensor(row[len(row) - len(continuation) :])
+            says = log_prob_SV[len(row) - 1 - len(wanted) : len(row) - 1]
+            value = says.gather(-1, wanted[:, None]).sum().item()
+            answers.append((value, bool((says.argmax(-1) == wanted).all())))
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The most likely continuation up to a stop string; the prefix is computed again for every token."""
+        texts = []
+        for request in requests:
+            context, options = request.args
+            if options.get("do_sample"):
+                raise UsageError("the harness adapter generates greedily; it cannot sample")
+            stops = options.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            limit = int(options.get("max_gen_toks", _NEW_TOKENS))
+            texts.append(self._continue(context, [stop for stop in stops if stop], limit))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def _continue(self, context: str, stops: list[str], limit: int) -> str:
+        if limit >= self.max_length:
+            raise UsageError(f"{limit} new tokens do not fit into the model's {self.max_length}")
+        ids = self.tok_encode(context)[-(self.max_length - limit) :]
+        made: list[int] = []
+        text = ""
+        while len(made) < limit:
+            token = int(self._logits([ids + made])[0, -1].argmax())
+            if token == self.eot_token_id:
+                break
+            made.append(token)
+            text = str(self.tokenizer.decode(made, skip_special_tokens=True))
+            at = [text.index(stop) for stop in stops if stop in text]
+            if at:
+                return text[: min(at)]
+        return text
+
+    def _logits(self, rows: Sequence[list[int]]) -> Tensor:
+        """Logits [B, S, V] of rows of different lengths; what lies behind a row's end means nothing."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.eot_token_id] * (longest - len(row)) for row in rows])
+        with torch.inference_mode():
+            return self._logits_of(ids)
