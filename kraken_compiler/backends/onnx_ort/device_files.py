@@ -25,6 +25,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     device_file,
 )
 from kraken_compiler.backends.onnx_ort.nccl import register_nccl_schemas
+from kraken_compiler.backends.onnx_ort.quantization import quantize
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
 from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
 from kraken_compiler.backends.onnx_ort.tables import LaneTables
@@ -78,7 +79,8 @@ def write_device_files(
     register_nccl_schemas()
     for name, value in (tables.of(0) if tables is not None else {}).items():
         # How many positions they hold was not known at export.
-        exported.weights[name].shape = onnx_ir.Shape(_stored(exported, name, value).shape)
+        if name not in exported.quantized:
+            exported.weights[name].shape = onnx_ir.Shape(_stored(exported, name, value).shape)
     inline = _inline(exported, program, read)
     places = _layout({name: value for name, value in exported.weights.items() if name not in inline})
     proto = _shared_proto(exported, program, places, metadata)
@@ -94,10 +96,12 @@ def write_device_files(
             file.truncate(end)
         for lane, file in enumerate(files):
             for name, value in (tables.of(lane) if tables is not None else {}).items():
-                _write(file, places[name], _stored(exported, name, value))
-        specs = [program.weights[name] for name in places if name not in exported.tables]
+                for part, content in _parts(exported, name, value).items():
+                    _write(file, places[part], content)
+        specs = [program.weights[name] for name in exported.sources if name not in inline]
         for spec, lane, local in lane_parts(program, specs, read, progress):
-            _write(files[lane], places[spec.name], _stored(exported, spec.name, local))
+            for name, value in _parts(exported, spec.name, local).items():
+                _write(files[lane], places[name], value)
     for lane in range(program.degree):
         with (directory / data_file(lane)).open("rb") as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
@@ -107,7 +111,7 @@ def write_device_files(
 def _inline(exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Small whole numbers that all devices share, by name: shapes follow from them, and are wanted without the data."""
     reader = program.reader(read)
-    specs = [program.weights[name] for name in exported.weights if name not in exported.tables]
+    specs = [program.weights[name] for name in exported.sources]
     return {
         spec.name: reader(spec.source).to(spec.torch_dtype)
         for spec in specs
@@ -131,6 +135,13 @@ def _layout(weights: Mapping[str, onnx_ir.Value]) -> dict[str, _Place]:
 
 def _stored(exported: ExportedGraph, name: str, value: Tensor) -> Tensor:
     return value.t() if name in exported.transposed else value
+
+
+def _parts(exported: ExportedGraph, name: str, value: Tensor) -> dict[str, Tensor]:
+    """What is stored of a weight, by name in the file."""
+    stored = _stored(exported, name, value)
+    how = exported.quantized.get(name)
+    return {name: stored} if how is None else dict(zip(how.part_names(name), quantize(stored, how), strict=True))
 
 
 def _write(file: IO[bytes], place: _Place, tensor: Tensor) -> None:
@@ -165,7 +176,7 @@ def _shared_proto(
         )
         for key, value in (("offset", place.offset), ("length", place.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
-    annotate_shards(proto, program, exported.transposed)
+    annotate_shards(proto, program, exported.transposed, exported.quantized)
     return proto
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -24,8 +24,12 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_LANE,
     META_POSITIONS,
     META_PROGRAM,
+    META_WEIGHTS,
     OPSET,
     OWN,
+    PRODUCT_ACCURACY,
+    QUANTIZED_PRODUCT,
+    WEIGHT_KINDS,
     CacheRecord,
 )
 from kraken_compiler.errors import InputFileError
@@ -47,6 +51,7 @@ class DeviceModel:
         caches: Its KV caches in the order of the layers; None if it keeps none.
         positions: The longest sequence that it takes; None if nothing bounds it.
         collectives: One of `format.COLLECTIVE_KINDS`.
+        weights: One of `format.WEIGHT_KINDS`; None if they are of the model's own type.
     """
 
     path: Path
@@ -58,6 +63,7 @@ class DeviceModel:
     caches: tuple[CacheRecord, ...] | None
     positions: int | None
     collectives: str = OWN
+    weights: str | None = None
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Self:
@@ -91,12 +97,28 @@ class DeviceModel:
                 caches=tuple(CacheRecord(**record) for record in caches) if caches is not None else None,
                 positions=json.loads(metadata.get(META_POSITIONS, "null")),
                 collectives=metadata.get(META_COLLECTIVES, OWN),
+                weights=metadata.get(META_WEIGHTS),
             )
             wanted = metadata[META_DATA]
         except (KeyError, TypeError, ValueError) as error:
             raise InputFileError(f"{path}: damaged, its description is incomplete ({error})") from error
+        if model.weights is not None and model.weights not in WEIGHT_KINDS:
+            raise InputFileError(
+                f"{path}: its weights are {model.weights}; this version knows {' and '.join(WEIGHT_KINDS)}"
+            )
         _check_data(path, proto, wanted if verify else None)
         return model
+
+    def with_exact_products(self) -> DeviceModel:
+        """The same with products that round quantized weights only, as slow as that may be."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for node in proto.graph.node:
+            if node.op_type == QUANTIZED_PRODUCT:
+                kept = [attribute for attribute in node.attribute if attribute.name != PRODUCT_ACCURACY]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        return replace(self, proto=proto)
 
 
 def _check_versions(path: Path, proto: onnx.ModelProto, metadata: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_FORMAT,
     META_FORMS,
     META_POSITIONS,
+    META_WEIGHTS,
     ORT_NCCL,
     OWN,
     CacheRecord,
@@ -39,10 +40,12 @@ class OnnxBackend(Backend):
 
     Attributes:
         collectives: One of `format.COLLECTIVE_KINDS`.
+        weights: What the products' weights are quantized to, one of `format.WEIGHT_KINDS`; None leaves them.
     """
 
     name: ClassVar[str] = "onnx"
     collectives: str = OWN
+    weights: str | None = None
 
     def write(
         self,
@@ -56,7 +59,7 @@ class OnnxBackend(Backend):
         from kraken_compiler.backends.onnx_ort.export_graph import export_graph
         from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
         from kraken_compiler.backends.onnx_ort.schedule import measure_windows
-        from kraken_compiler.backends.onnx_ort.tables import LaneTables
+        from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
 
         _require_runnable(program)
         cached = program.cached
@@ -67,6 +70,10 @@ class OnnxBackend(Backend):
             from kraken_compiler.backends.onnx_ort.nccl import use_nccl
 
             use_nccl(exported.model)
+        if self.weights is not None:
+            from kraken_compiler.backends.onnx_ort.quantize_products import quantize_products
+
+            exported = quantize_products(exported, self.weights, transposed_weights(cached) if cached else {})
         tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
         metadata = {
             META_FORMAT: str(FORMAT_VERSION),
@@ -74,6 +81,8 @@ class OnnxBackend(Backend):
             META_COLLECTIVES: self.collectives,
             META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
         }
+        if self.weights is not None:
+            metadata[META_WEIGHTS] = self.weights
         if cached is not None and tables is not None:
             records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
             metadata[META_CACHE] = json.dumps([asdict(record) for record in records])

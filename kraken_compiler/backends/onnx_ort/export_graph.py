@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir
 
 from kraken_compiler._torch_compat import onnx_model
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
 from kraken_compiler.backends.onnx_ort.prepare_step import Prepared
+from kraken_compiler.backends.onnx_ort.quantization import Quantization
 from kraken_compiler.backends.onnx_ort.schedule import is_gemm
 from kraken_compiler.backends.onnx_ort.translations import translations
 from kraken_compiler.capture.quiet import quiet_torch
@@ -27,12 +29,22 @@ class ExportedGraph:
             as it is to be stored.
         transposed: Those that are stored transposed, because they are multiplied with that way.
         tables: Which of them are tables.
+        quantized: Weights that are stored in parts, and how; `weights` has the parts, see `quantize_products`.
     """
 
     model: onnx_ir.Model
     weights: dict[str, onnx_ir.Value]
     transposed: frozenset[str]
     tables: frozenset[str]
+    quantized: Mapping[str, Quantization] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names in the weight table of all that is stored, tables apart."""
+        parts = {part for name, how in self.quantized.items() for part in how.part_names(name)}
+        return [name for name in self.weights if name not in self.tables | parts] + [
+            name for name in self.quantized if name not in self.tables
+        ]
 
 
 def export_graph(prepared: Prepared) -> ExportedGraph:

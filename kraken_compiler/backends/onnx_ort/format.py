@@ -18,7 +18,10 @@ DOMAIN, DOMAIN_VERSION = "kraken", 1
 START, WAIT, GATHER = "AllReduceStart", "AllReduceWait", "AllGather"
 COLLECTIVES = (START, WAIT, GATHER)
 
-NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = "com.microsoft", 1, "AllReduce", "AllGather"
+MICROSOFT_DOMAIN, MICROSOFT_VERSION = "com.microsoft", 1
+"""ONNX Runtime's own ops."""
+
+NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = MICROSOFT_DOMAIN, MICROSOFT_VERSION, "AllReduce", "AllGather"
 """What ONNX Runtime builds with NCCL run themselves."""
 
 OPSET = 23
@@ -48,10 +51,20 @@ META_DATA = "kraken.data_sha256"
 META_CACHE = "kraken.cache"
 META_POSITIONS = "kraken.max_positions"
 META_COLLECTIVES = "kraken.collectives"
+META_WEIGHTS = "kraken.weights"
 
 OWN, ORT_NCCL = "kraken", "ort-nccl"
 COLLECTIVE_KINDS = (OWN, ORT_NCCL)
 """Whose collectives a file holds: ours, which our runtime runs, or those of ONNX Runtime builds with NCCL."""
+
+WEIGHT_KINDS = ("int8", "int4")
+"""What the weights of the products can be quantized to."""
+
+QUANTIZED_PRODUCT, PRODUCT_ACCURACY = "MatMulNBits", "accuracy_level"
+"""The product with quantized weights, and its attribute that says what the other operand is rounded to."""
+
+NODE_WEIGHT, NODE_TRANSPOSED = "kraken.weight", "kraken.transposed"
+"""Metadata of such a node: the weight's name in the weight table, and whether it was transposed first."""
 
 
 def device_file(device: int) -> str:

@@ -57,6 +57,17 @@ class LaneTables:
         ]
 
 
+def transposed_weights(cached: CachedProgram) -> dict[str, str]:
+    """The tables that are weights transposed and nothing else: name of the table -> name of the weight."""
+    found = {}
+    for name, node in zip(cached.plan.tables, cached.tables.graph.output_node().args[0]):  # type: ignore[arg-type]
+        if isinstance(node, fx.Node) and node.target is torch.ops.aten.permute.default:
+            operand, order = node.args
+            if isinstance(operand, fx.Node) and operand.name in cached.tables.weights and order == [1, 0]:
+                found[name] = operand.name
+    return found
+
+
 def _run(graph: fx.GraphModule, weights: list[Tensor], positions: int) -> tuple[Tensor, ...]:
     with torch.no_grad():
         values: tuple[Tensor, ...] = graph(*weights, torch.zeros(1, positions, dtype=torch.int64))
