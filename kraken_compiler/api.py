@@ -31,7 +31,7 @@ from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.verify.against_devices import compare_with_devices, runnable
+from kraken_compiler.verify.against_devices import compare_with_devices
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
 
@@ -174,8 +174,8 @@ def compile_model(
         """Runs on the complete artifact before it is put in place."""
         nonlocal verification
         with show.stage("run on ranks"):
-            found, windows = verify_programs(partial, SIZES, timeout, in_memory)
-        verification = Verification((*comparisons, *found), windows)
+            found = verify_programs(partial, SIZES, timeout, in_memory)
+        verification = replace(found, comparisons=(*comparisons, *found.comparisons))
         verification.require_passed()
         lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
         verification = _with_quality(verification, lanes, captured, _choice(text, text_tokens), show)
@@ -231,9 +231,9 @@ def verify_artifact(
     with show.stage("check hashes"):
         artifact = open_artifact(path)
     with show.stage("run on ranks"):
-        comparisons, windows = verify_programs(path, SIZES, timeout)
-    result = Verification(tuple(comparisons), windows)
+        result = verify_programs(path, SIZES, timeout)
     result.require_passed()
+    comparisons = list(result.comparisons)
     lanes = lanes_in(artifact)
     recorded = artifact.manifest.source
     where = source if source is not None else recorded.path
@@ -265,9 +265,11 @@ def verify_artifact(
         comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
     if lanes is None:
         lanes = _lanes_of(captured, artifact)
-        if runnable(artifact):
+        if result.devices is not None and result.devices.runnable:
             with show.stage("run on devices"):
-                comparisons += compare_with_devices(path, lanes.program, lanes.read_lane, SIZES, timeout)
+                found, devices = compare_with_devices(result.devices, lanes.program, lanes.read_lane, SIZES, timeout)
+            comparisons += found
+            result = replace(result, devices=devices)
     result = replace(result, comparisons=tuple(comparisons))
     result.require_passed()
     return _with_quality(result, lanes, captured, _choice(text, text_tokens), show)

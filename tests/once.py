@@ -22,9 +22,7 @@ class RanksOnce:
     def __call__(self, *arguments: Any) -> Any:
         if self._shown is None:
             self._shown = verify_programs(*arguments)
-        comparisons, windows = self._shown
-        # Whoever verifies adds comparisons of his own.
-        return list(comparisons), windows
+        return self._shown
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.cli.compile import app
 from kraken_compiler.errors import UsageError
 from kraken_compiler.verify.compare import Comparison, errors
+from kraken_compiler.verify.verification import Verification
 from tests.once import CaptureOnce, RanksOnce
 from tests.zoo import REJECTED, SUPPORTED, logits_of, token_batch
 
@@ -461,7 +462,7 @@ def test_a_program_that_fails_its_verification(llama: Path, tmp_path: Path, monk
     wrong = Comparison("2 ranks against the lanes", (1, 7), 1.0, 1.0, 1e-5)
     for place, patch, words in (
         ("verify.against_source.source_tolerance", lambda *_: -1.0, "standard form against the source"),
-        ("api.verify_programs", lambda *_: ([wrong], ()), "2 ranks against the lanes"),
+        ("api.verify_programs", lambda *_: Verification((wrong,)), "2 ranks against the lanes"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"kraken_compiler.{place}", patch)

@@ -110,10 +110,13 @@ def test_it_repeats_everything(repeated: tuple[dict[str, Any], RanksOnce]) -> No
 @pytest.mark.usefixtures("known_ranks")
 def test_for_people(place: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(200)))
-    result = invoke(place / "llama.kraken", "--text", tmp_path / "text")
+    result = invoke(place / "llama.kraken", "--text", tmp_path / "text", "--schedule")
     assert result.exit_code == 0, result.output
     assert result.stdout.count(": ok, relative error") == 6
     assert "hidden, each behind at least" in result.stdout
+    header, first, *_ = result.stdout.partition("\n\n")[2].splitlines()
+    assert header.split() == ["reduce", "start", "matrix", "products", "and", "attentions", "wait"]
+    assert first.split()[:2] == ["0", "all_reduce_start_default"]
     assert f"tokens of {tmp_path / 'text'}: KL to the source" in result.stdout
     assert "run on ranks: " in result.stderr
     assert "run on ranks: " not in result.stdout

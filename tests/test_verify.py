@@ -29,7 +29,14 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.against_source import compare_with_source
-from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, source_tolerance
+from kraken_compiler.verify.compare import (
+    Comparison,
+    errors,
+    largest_errors,
+    rank_tolerance,
+    source_tolerance,
+    worst_comparison,
+)
 from kraken_compiler.verify.verification import Verification, verify_programs
 from tests.test_families import lane_program, recognized
 from tests.zoo import SUPPORTED
@@ -128,6 +135,7 @@ def test_not_a_number_never_passes(standard: Program) -> None:
     comparison = compare(with_weight(standard, "blocks.1.o.bias", lambda spec: replace(spec, scale=math.nan)))
     assert not comparison.passed
     assert math.isnan(comparison.max_rel_error)
+    assert "not finite: 970 of the values that the standard form computes, none of the source" in str(comparison)
     assert comparison.first_diverging.startswith("layer 1")
 
 
@@ -159,7 +167,8 @@ def rehash(artifact: Path) -> None:
 
 
 def test_ranks_that_compute_the_same_pass(kraken: Path) -> None:
-    comparisons, windows = verify_programs(kraken, ((1, 7), (3, 4)))
+    verification = verify_programs(kraken, ((1, 7), (3, 4)))
+    comparisons, windows = verification.comparisons, verification.windows
     assert [comparison.sizes for comparison in comparisons] == [(1, 7), (1, 7), (3, 4), (3, 4)]
     assert all(comparison.passed and comparison.max_rel_error < 1e-5 for comparison in comparisons)
     assert all("2 ranks against the lanes in one process" in str(comparison) for comparison in comparisons[::2])
@@ -266,6 +275,22 @@ def test_errors() -> None:
     one, nan = (torch.ones(1), torch.ones(1)), (torch.full((1,), math.nan), torch.ones(1))
     assert largest_errors(one, one) == (0, 0)
     assert all(map(math.isnan, largest_errors((one[0], nan[0]), one)))
+
+
+def test_a_rank_that_computes_nan_is_never_hidden_by_others() -> None:
+    want = (torch.ones(2, 3),)
+    wrong = (torch.tensor([[1.0, math.nan, math.inf], [1.0, 1.0, 1.0]]),)
+    for ranks, rank in (((wrong, want), 0), ((want, wrong), 1)):
+        comparison = worst_comparison("ranks", (1, 2), ranks, want, 1e-5, 0.0)
+        assert not comparison.passed
+        assert str(comparison) == (
+            f"ranks (worst: rank {rank}), batch 1 x 2: FAILED, "
+            f"not finite: 2 of the values that rank {rank} computes, none of the lanes"
+        )
+    # The other side may be to blame.
+    assert "none of the values that rank 0 computes, 2 of the lanes" in str(
+        worst_comparison("ranks", (1, 2), [want], wrong, 1e-5, 0.0)
+    )
 
 
 def test_tolerances_follow_the_element_type() -> None:

@@ -39,6 +39,9 @@ def verify_command(
     ] = None,
     trust_pickle: TrustPickleOption = None,
     timeout: TimeoutOption = None,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="List every reduce: its start, what runs meanwhile, its wait.")
+    ] = False,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -61,7 +64,7 @@ def verify_command(
         if json_output:
             print_json(result.to_dict())
         elif not quiet:
-            print_lines(result.lines())
+            print_lines(result.lines() + (["", *result.schedule_lines()] if schedule else []))
 
 
 def main() -> None:

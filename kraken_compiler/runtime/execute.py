@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.onnx_ort.events import Event, read_events
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.launch import launch
 from kraken_compiler.runtime.replay import replay
@@ -63,11 +64,13 @@ class Executed:
         outputs: `outputs[rank][set]` is the tuple of the graph's outputs.
         replayed: `replayed[rank][set]` are the logits of `replay`; empty for a program without a KV cache.
         sums: `sums[rank][set]` are the finished sums by the name of their wait; of ONNX devices only.
+        events: `events[rank]` is what the rank did on the last set, in order; of ONNX devices only.
     """
 
     outputs: list[list[tuple[Tensor, ...]]]
     replayed: list[list[Tensor]]
     sums: list[list[dict[str, Tensor]]] = field(default_factory=list)
+    events: list[tuple[Event, ...]] = field(default_factory=list)
 
 
 def execute_on_ranks(
@@ -122,6 +125,9 @@ def execute_on_ranks(
             names_of_rank = [f"{index}.replayed" for index in range(len(inputs))]
             executed.replayed.append([tensors[name] for name in names_of_rank if name in tensors])
             executed.sums.append([_with_prefix(tensors, f"{index}.sum.") for index in range(len(inputs))])
+            events = directory / f"events-{rank}.json"
+            if events.exists():
+                executed.events.append(read_events(events))
         return executed
 
 

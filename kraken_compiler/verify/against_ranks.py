@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_lane_files
+from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.backends.torch_dist.lane_files import lane_file
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
-from kraken_compiler.runtime.replay import expected, split_lengths
-from kraken_compiler.verify.compare import Comparison, largest_errors, rank_tolerance, worst_comparison
+from kraken_compiler.verify.against_lanes import compare_with_lanes
+from kraken_compiler.verify.compare import Comparison
 
 
 def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], timeout: float) -> list[Comparison]:
@@ -34,20 +34,4 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
     inputs = [sample_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
     executed = execute_on_ranks(directory, inputs, timeout=timeout)
     read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
-    lanes, reordered = (StreamingProgram(program, read_lane, reverse_sums=reverse) for reverse in (False, True))
-    comparisons = []
-    for number, size in enumerate(sizes):
-        flat = list(inputs[number].values())
-        want = lanes.run_flat(flat)
-        _, noise = largest_errors(reordered.run_flat(flat), want)
-        tolerance = rank_tolerance(want[0].dtype, noise)
-        ranks = [results[number] for results in executed.outputs]
-        what = f"{program.degree} ranks against the lanes in one process"
-        comparisons.append(worst_comparison(what, size, ranks, want, tolerance, noise))
-        replayed = [(results[number],) for results in executed.replayed if results]
-        if replayed:
-            logits = want[program.call.logits]
-            rows = expected(logits, *split_lengths(*size))
-            what = f"{program.degree} ranks with a KV cache against the lanes without"
-            comparisons.append(worst_comparison(what, size, replayed, (rows,), tolerance, noise))
-    return comparisons
+    return compare_with_lanes(executed, program, read_lane, inputs, sizes, who="ranks")

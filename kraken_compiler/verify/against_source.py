@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
-from kraken_compiler.verify.compare import Comparison, errors, largest_errors, source_tolerance
+from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors, source_tolerance
 
 
 def compare_with_source(
@@ -42,8 +43,17 @@ def compare_with_source(
         have, stream = _streaming(standard, read).run_with_taps(inputs, _joins(standard.layers).values())
         diverging = _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)
         absolute, relative = largest_errors(have, want)
+        wrong = "" if math.isfinite(relative) else count_not_finite("the standard form", have, "the source", want)
         comparisons.append(
-            Comparison("standard form against the source", (batch, sequence), absolute, relative, tolerance, diverging)
+            Comparison(
+                "standard form against the source",
+                (batch, sequence),
+                absolute,
+                relative,
+                tolerance,
+                diverging,
+                not_finite=wrong,
+            )
         )
     return comparisons
 

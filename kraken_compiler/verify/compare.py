@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Comparison:
         tolerance: What `max_rel_error` may be.
         first_diverging: The first layer that differs by more, "" if none does or layers were not compared.
         noise: The relative error that the order of a sum alone makes, if it was measured.
+        not_finite: Who computed values that are not finite, if the error is not finite.
     """
 
     what: str
@@ -57,6 +59,7 @@ class Comparison:
     tolerance: float
     first_diverging: str = ""
     noise: float | None = None
+    not_finite: str = ""
 
     @property
     def passed(self) -> bool:
@@ -69,10 +72,8 @@ class Comparison:
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         where = f", first diverging: {self.first_diverging}" if self.first_diverging else ""
-        return (
-            f"{self.what}, batch {self.sizes[0]} x {self.sizes[1]}: {verdict}, relative error "
-            f"{self.max_rel_error:.1e} (tolerance {self.tolerance:.0e}){where}"
-        )
+        error = f"relative error {self.max_rel_error:.1e} (tolerance {self.tolerance:.0e})"
+        return f"{self.what}, batch {self.sizes[0]} x {self.sizes[1]}: {verdict}, {self.not_finite or error}{where}"
 
 
 def errors(have: Tensor, want: Tensor) -> tuple[float, float]:
@@ -91,6 +92,27 @@ def largest_errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[
     stacked = torch.tensor(pairs, dtype=torch.float64)
     worst = stacked.amax(0)
     return worst[0].item(), worst[1].item()
+
+
+def count_not_finite(who: str, have: Sequence[Tensor], reference: str, want: Sequence[Tensor]) -> str:
+    """Who computed values that are not finite, in a clause.
+
+    Args:
+        who: What computed `have`.
+        have: Outputs.
+        reference: What computed `want`.
+        want: What the outputs should be.
+
+    Returns:
+        A clause, "" if all values are finite.
+    """
+    counts = [
+        sum(int((~value.isfinite()).sum()) for value in values if value.is_floating_point()) for values in (have, want)
+    ]
+    if not any(counts):
+        return ""
+    mine, theirs = (f"{count:,}" if count else "none" for count in counts)
+    return f"not finite: {mine} of the values that {who} computes, {theirs} of {reference}"
 
 
 def worst_comparison(
@@ -113,7 +135,10 @@ def worst_comparison(
     for rank, results in enumerate(ranks):
         absolute, relative = largest_errors(results, want)
         # A NaN is the worst there is, and compares as neither larger nor smaller.
-        if not relative <= worst[1]:
+        if not math.isnan(worst[1]) and not relative <= worst[1]:
             worst = (absolute, relative, rank)
-    said = f"{what} (worst: rank {worst[2]})"
-    return Comparison(said, size, worst[0], worst[1], tolerance, first_diverging, noise)
+    absolute, relative, rank = worst
+    said = f"{what} (worst: rank {rank})"
+    # An error that is not a number compares with nothing, so it says nothing: values do.
+    wrong = "" if math.isfinite(relative) else count_not_finite(f"rank {rank}", ranks[rank], "the lanes", want)
+    return Comparison(said, size, absolute, relative, tolerance, first_diverging, noise, wrong)

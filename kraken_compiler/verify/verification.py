@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.quality.evaluate import Quality
-from kraken_compiler.verify.against_devices import compare_with_devices, device_windows, runnable
+from kraken_compiler.verify.against_devices import Devices, compare_with_devices, read_devices
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
 
 SIZES = ((1, 7), (3, 12))
 """Batch and sequence sizes that programs are compared at; none is the one they were captured with."""
@@ -33,12 +34,14 @@ class Verification:
         windows: The schedule of the program that runs.
         quality: What the form costs on text; None if it was not measured.
         skipped: Checks that were not made, each with the reason.
+        devices: The ONNX devices and what they ran; None without them.
     """
 
     comparisons: tuple[Comparison, ...] = ()
     windows: tuple[Window, ...] = ()
     quality: Quality | None = None
     skipped: tuple[str, ...] = field(default=())
+    devices: Devices | None = None
 
     def require_passed(self) -> None:
         """Raise if a comparison failed.
@@ -58,7 +61,7 @@ class Verification:
                 "max_rel_error": max((entry.max_rel_error for entry in self.comparisons), default=None),
                 "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             },
-            "schedule": [asdict(window) for window in self.windows],
+            "schedule": schedule_entries(self.windows, self.devices),
             "quality": self.quality.to_dict() if self.quality else None,
             "skipped": list(self.skipped),
         }
@@ -70,9 +73,19 @@ class Verification:
         fewest = min((len(window.gemms) for window in promised), default=0)
         hidden = f"{len(promised)} hidden, each behind at least {fewest} matrix products" if promised else "none hidden"
         lines.append(f"schedule  {len(self.windows)} reduces, {hidden}")
+        if promised and self.devices is not None and self.devices.runs:
+            executed = min(len(one.products) for run in self.devices.runs for one in run if one.window.promised)
+            lines.append(
+                f"profile   ONNX Runtime ran at least {executed} matrix products between start and wait of each hidden "
+                "reduce, on every device"
+            )
         if self.quality is not None:
             lines += [f"quality   {line}" for line in self.quality.lines()]
         return lines + [f"skipped   {reason}" for reason in self.skipped]
+
+    def schedule_lines(self) -> list[str]:
+        """The schedule reduce by reduce, as a table for people."""
+        return schedule_table(self.windows, self.devices)
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ def verify_programs(
     sizes: Sequence[tuple[int, int]] = SIZES,
     timeout: float = 120.0,
     reference: Reference | None = None,
-) -> tuple[list[Comparison], tuple[Window, ...]]:
+) -> Verification:
     """Check an artifact's programs: real ranks against the lanes in one process, and the schedule of what will run.
 
     Args:
@@ -114,14 +127,17 @@ def verify_programs(
     held = lanes_in(artifact)
     comparisons: list[Comparison] = []
     windows: tuple[Window, ...] = ()
+    devices: Devices | None = None
     if held is not None:
         windows = check_schedule(held.program.module, held.program.plan)
         require_overlap(windows)
         comparisons += compare_with_ranks(directory, tuple(sizes), timeout)
     if "onnx" in artifact.manifest.backends:
-        windows = device_windows(artifact) or windows
+        devices = read_devices(artifact)
+        windows = devices.windows or windows
         require_overlap(windows)
         lanes = held or reference
-        if lanes is not None and runnable(artifact):
-            comparisons += compare_with_devices(directory, lanes.program, lanes.read_lane, sizes, timeout)
-    return comparisons, windows
+        if lanes is not None:
+            found, devices = compare_with_devices(devices, lanes.program, lanes.read_lane, sizes, timeout)
+            comparisons += found
+    return Verification(tuple(comparisons), windows, devices=devices)

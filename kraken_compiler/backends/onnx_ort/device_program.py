@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +16,9 @@ import onnx
 import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.events import Event, RanNode
 from kraken_compiler.backends.onnx_ort.format import OWN, START, WAIT
+from kraken_compiler.backends.onnx_ort.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.sizes import bind_sizes, shape_of
 from kraken_compiler.backends.onnx_ort.stages import Collective, Stage, cut
 from kraken_compiler.errors import InputFileError, UsageError
@@ -44,24 +48,6 @@ class ArrayCollectives(Protocol):
         """The parts, one behind the other."""
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a run did, and when.
-
-    Attributes:
-        name: A collective's node, or the first node of a stage.
-        kind: `format.START`, `WAIT`, `GATHER`, or "stage".
-        began, ended: Seconds of the clock `time.perf_counter`.
-        nodes: Of a stage, the names of its nodes and their op types, in the order of the file.
-    """
-
-    name: str
-    kind: str
-    began: float
-    ended: float
-    nodes: tuple[tuple[str, str], ...] = ()
-
-
 class DeviceProgram:
     """A device's model, ready to run; all devices must call it together.
 
@@ -77,6 +63,7 @@ class DeviceProgram:
         *,
         provider: str = CPU_PROVIDER,
         threads: int | None = None,
+        profiled: bool = False,
     ) -> None:
         """Open a session for every stage. The weights are mapped from the data file, once.
 
@@ -86,6 +73,7 @@ class DeviceProgram:
             provider: ONNX Runtime's name of what computes.
             threads: How many threads a stage may use; None takes `OMP_NUM_THREADS`, or else this device's share of
                 the cores.
+            profiled: Have ONNX Runtime keep a profile until `run_profiled` has been called.
 
         Raises:
             UsageError: There is no such provider here, or the communicator joins another number of devices.
@@ -112,9 +100,15 @@ class DeviceProgram:
             steps = cut(model.proto)
         except InputFileError as error:
             raise InputFileError(f"{model.path}: {error}") from error
-        self._steps = [
-            step if isinstance(step, Collective) else _Session(model, step, options, provider) for step in steps
-        ]
+        self._profiles = TemporaryDirectory(prefix="kraken-profile-") if profiled else None
+        self._steps: list[Collective | _Session] = []
+        for number, step in enumerate(steps):
+            if self._profiles is not None:
+                options.enable_profiling = True
+                # Sessions that are opened in the same millisecond would write to the same file.
+                options.profile_file_prefix = str(Path(self._profiles.name, f"step-{number}"))
+            opened = step if isinstance(step, Collective) else _Session(model, step, options, provider)
+            self._steps.append(opened)
         self._sums: dict[str, Array] = {}
 
     def run(
@@ -153,6 +147,29 @@ class DeviceProgram:
             if trace is not None:
                 trace(_event(step, began))
         return {name: values[name] for name in self.outputs}
+
+    def run_profiled(
+        self, feeds: Mapping[str, Array], *, sums: dict[str, Array] | None = None
+    ) -> tuple[dict[str, Array], tuple[Event, ...]]:
+        """Run, and read from ONNX Runtime's profile what the stages executed. Ends the profile, so it works once.
+
+        Args:
+            feeds, sums: See `run`.
+
+        Returns:
+            The outputs by name, and the run's events in order.
+
+        Raises:
+            UsageError: An input is missing, or of a wrong shape or type.
+            VerificationError: ONNX Runtime's profile cannot be read.
+        """
+        assert self._profiles is not None, "opened without a profile, or it has ended"
+        events: list[Event] = []
+        outputs = self.run(feeds, trace=events.append, sums=sums)
+        with self._profiles:
+            stages = [step.end_profile() if isinstance(step, _Session) else () for step in self._steps]
+        self._profiles = None
+        return outputs, tuple(replace(event, ran=ran) for event, ran in zip(events, stages, strict=True))
 
     def _collective(self, step: Collective, values: dict[str, Any]) -> Any:
         communicator = self._communicator
@@ -216,6 +233,10 @@ class _Session:
         if placed:
             found = dict(zip(self._outputs, binding.get_outputs()))
             values.update({name: found[name].numpy() for name in placed})
+
+    def end_profile(self) -> tuple[RanNode, ...]:
+        """What the last run executed; the profile ends."""
+        return last_run(Path(self._session.end_profiling()))
 
     def _buffer(self, name: str, value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> Array | None:
         shape = shape_of(value, sizes)

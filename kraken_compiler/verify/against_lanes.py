@@ -1,0 +1,76 @@
+"""What real ranks computed against what all lanes compute in one process, whoever ran the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
+from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.windows import measure_windows
+from kraken_compiler.runtime.execute import Executed
+from kraken_compiler.runtime.replay import expected, split_lengths
+from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, worst_comparison
+
+
+def compare_with_lanes(
+    executed: Executed,
+    program: Program,
+    read_lane: ReadLane,
+    inputs: Sequence[Mapping[str, Tensor]],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    who: str,
+    waits: Sequence[str] | None = None,
+) -> list[Comparison]:
+    """Compare outputs and, where ranks give them, the finished sums; with a KV cache the replayed logits too.
+
+    Args:
+        executed: What the ranks computed.
+        program: The lane program that theirs were made from.
+        read_lane: Its weights.
+        inputs: The input sets that the ranks were given.
+        sizes: Batch and sequence size of every set.
+        who: What the ranks are called, e.g. "ranks".
+        waits: The ranks' names of what awaits each sum, in the order of the starts; None if they give no sums.
+
+    Raises:
+        VerificationError: The ranks have more or fewer sums than the lanes.
+    """
+    lanes, reordered = (StreamingProgram(program, read_lane, reverse_sums=reverse) for reverse in (False, True))
+    taps = [window.wait for window in measure_windows(program.graph)] if waits is not None else []
+    if len(taps) != len(waits or ()):
+        raise VerificationError(f"the {who} have {len(waits or ())} reduces, the lane program {len(taps)}")
+    comparisons = []
+    for number, size in enumerate(sizes):
+        flat = list(inputs[number].values())
+        want, sums = lanes.run_with_taps(flat, taps)
+        _, noise = largest_errors(reordered.run_flat(flat), want)
+        logits = want[program.call.logits]
+        tolerance = rank_tolerance(logits.dtype, noise)
+        have = [results[number] for results in executed.outputs]
+        # With a KV cache some programs give the logits only.
+        whole = want if len(have[0]) == len(want) else (logits,)
+        pairs = [(name, sums[tap]) for name, tap in zip(waits or (), taps)]
+        where = _first_diverging(pairs, [sets[number] for sets in executed.sums], tolerance)
+        what = f"{program.degree} {who} against the lanes in one process"
+        comparisons.append(worst_comparison(what, size, have, whole, tolerance, noise, where))
+        replayed = [(results[number],) for results in executed.replayed if results]
+        if replayed:
+            rows = expected(logits, *split_lengths(*size))
+            what = f"{program.degree} {who} with a KV cache against the lanes without"
+            comparisons.append(worst_comparison(what, size, replayed, (rows,), tolerance, noise))
+    return comparisons
+
+
+def _first_diverging(
+    wanted: Sequence[tuple[str, Tensor]], ranks: Sequence[Mapping[str, Tensor]], tolerance: float
+) -> str:
+    """The first sum, in the order of their starts, that a rank got wrong."""
+    for name, want in wanted:
+        for rank, sums in enumerate(ranks):
+            if not errors(sums[name], want)[1] <= tolerance:
+                return f"the sum that {name} awaits, on device {rank}"
+    return ""

@@ -1,0 +1,86 @@
+"""The schedule of a program, and what devices really ran of it: as plain values, and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kraken_compiler.backends.onnx_ort.check_run import RanWindow
+from kraken_compiler.backends.onnx_ort.events import RanNode
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.report import table
+from kraken_compiler.verify.against_devices import Devices
+
+
+def schedule_entries(windows: Sequence[Window], devices: Devices | None) -> list[dict[str, Any]]:
+    """Every reduce as plain values.
+
+    Args:
+        windows: The schedule.
+        devices: Those that ran it, if any did.
+
+    Returns:
+        One entry per reduce. `devices` in it is a list with, for every device, when the start was, the products and
+        attentions that ran until the wait, and how long the wait took, all in microseconds.
+    """
+    runs = devices.runs if devices is not None else ()
+    return [
+        {**asdict(window), "devices": [run[number].to_dict() for run in runs]} for number, window in enumerate(windows)
+    ]
+
+
+def schedule_table(windows: Sequence[Window], devices: Devices | None) -> list[str]:
+    """A row for every reduce: its start, what runs while the sum is on its way, and its wait.
+
+    Where devices ran, the row is that of the device that waited longest, with times from ONNX Runtime's profile.
+    """
+    if devices is None or not devices.runs:
+        rows = [(str(one.reduce), one.start, ", ".join(one.gemms) or "nothing", one.wait) for one in windows]
+        return table(("reduce", "start", "matrix products and attentions", "wait"), rows)
+    batch, sequence = devices.profiled
+    slowest = [
+        max(enumerate(of_reduce), key=lambda found: found[1].wait_us) for of_reduce in zip(*devices.runs, strict=True)
+    ]
+    header = ("reduce", "device", "start", "of module", "matrix products and attentions", "together", "wait")
+    return [
+        f"one run of batch {batch} x {sequence}, in us, of each reduce the device that waited longest:",
+        *table(header, (_row(device, one) for device, one in slowest)),
+    ]
+
+
+def _row(device: int, one: RanWindow) -> tuple[str, ...]:
+    module = _common_module([node.name for node in one.products])
+    ran = [_named(node, module) for node in one.products] + [
+        f"{node.op} {node.microseconds:.0f}" for node in one.attentions
+    ]
+    return (
+        str(one.window.reduce),
+        str(device),
+        f"{one.start_us:.0f}",
+        module,
+        ", ".join(ran) or "nothing",
+        f"{one.hiding_us:.0f}",
+        f"{one.wait_us:.0f}",
+    )
+
+
+def _common_module(names: Sequence[str]) -> str:
+    """The innermost module that all nodes are of, as far as their names say."""
+    paths = [_path(name)[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _named(node: RanNode, module: str) -> str:
+    name = ".".join(_path(node.name)).removeprefix(f"{module}.")
+    return f"{name} {node.microseconds:.0f}"
+
+
+def _path(name: str) -> list[str]:
+    """`layers.1.mlp.up_proj/MatMul` without what the exporter adds."""
+    return name.partition("/")[0].split(".")
