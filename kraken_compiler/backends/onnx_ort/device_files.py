@@ -77,10 +77,10 @@ def write_device_files(
     """
     register_schemas()
     register_nccl_schemas()
-    for name, value in (tables.of(0) if tables is not None else {}).items():
+    for name, shape in (tables.shapes if tables is not None else {}).items():
         # How many positions they hold was not known at export.
         if name not in exported.quantized:
-            exported.weights[name].shape = onnx_ir.Shape(_stored(exported, name, value).shape)
+            exported.weights[name].shape = onnx_ir.Shape(shape[::-1] if name in exported.transposed else shape)
     inline = _inline(exported, program, read)
     places = _layout({name: value for name, value in exported.weights.items() if name not in inline})
     proto = _shared_proto(exported, program, places, metadata)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kraken_compiler.ir.program import CachedProgram, Program
 from kraken_compiler.ir.sample_inputs import position_limit
@@ -19,6 +20,7 @@ class LaneTables:
 
     Attributes:
         positions: How many positions they hold; None if nothing depends on positions.
+        shapes: Shape of every table, the same on all lanes.
     """
 
     def __init__(
@@ -36,16 +38,23 @@ class LaneTables:
         self._weights = cached.tables.weights
         self._names = cached.plan.tables
         self._read, self._wanted = read, frozenset(wanted)
-        first = self._lane_weights(0)
         limit = min(cached.plan.limit or MAX_POSITIONS, position_limit(program), MAX_POSITIONS)
-        self._length = _reach(self._graph, first, limit)
-        pairs = zip(*(_run(self._graph, first, length) for length in (2, self._length)))
-        depends = any(one.shape != other.shape for one, other in pairs)
+        weights = self._lane_weights(0)
+        self._length, values = _reach(self._graph, weights, limit)
+        pairs = zip(_shapes(self._graph, weights, 2), values, strict=True)
+        depends = any(shape != tuple(value.shape) for shape, value in pairs)
         self.positions = self._length if depends else cached.plan.limit
+        self._first: dict[str, Tensor] | None = self._named(values)
+        self.shapes = {name: tuple(value.shape) for name, value in self._first.items()}
 
     def of(self, lane: int) -> dict[str, Tensor]:
-        """A lane's tables by name."""
-        values = _run(self._graph, self._lane_weights(lane), self._length)
+        """A lane's tables by name; each call computes them, but for the first one of lane 0's."""
+        first, self._first = self._first, None
+        if lane == 0 and first is not None:
+            return first
+        return self._named(_run(self._graph, self._lane_weights(lane), self._length))
+
+    def _named(self, values: Iterable[Tensor]) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in zip(self._names, values) if name in self._wanted}
 
     def _lane_weights(self, lane: int) -> list[Tensor]:
@@ -74,15 +83,25 @@ def _run(graph: fx.GraphModule, weights: list[Tensor], positions: int) -> tuple[
     return values
 
 
-def _reach(graph: fx.GraphModule, weights: list[Tensor], limit: int) -> int:
-    """The most positions that the tables can be computed for. Stored ones end somewhere, which only running shows."""
-    low, high = 2, limit + 1
+def _shapes(graph: fx.GraphModule, weights: list[Tensor], positions: int) -> list[tuple[int, ...]]:
+    """The shapes of what `_run` would compute. Those in the graph are symbols, also where they do not vary."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return [tuple(value.shape) for value in _run(graph, [mode.from_tensor(one) for one in weights], positions)]
+
+
+def _reach(graph: fx.GraphModule, weights: list[Tensor], limit: int) -> tuple[int, tuple[Tensor, ...]]:
+    """The most positions that the tables can be computed for, and the tables.
+
+    Stored ones end somewhere, which only running shows.
+    """
+    low, high = 1, limit + 1
     tried = limit
+    values: tuple[Tensor, ...] = ()
     while high - low > 1:
         try:
-            _run(graph, weights, tried)
+            values = _run(graph, weights, tried)
             low = tried
         except (IndexError, RuntimeError):
             high = tried
         tried = (low + high) // 2
-    return low
+    return low, values
