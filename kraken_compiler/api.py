@@ -15,7 +15,7 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import check_target, write_artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN
+from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN, WEIGHT_KINDS
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram, read_from_source
@@ -98,6 +98,7 @@ def compile_model(
     layers: str | Sequence[int] | None = None,
     backends: Sequence[str] = ("torch",),
     collectives: str = OWN,
+    onnx_weights: str | None = None,
     dtype: torch.dtype | None = None,
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),
@@ -118,6 +119,8 @@ def compile_model(
         degree, form, layers, example_inputs: See `transform`.
         backends: Names of the backends that write programs.
         collectives: Whose collectives ONNX devices hold, "kraken" or "ort-nccl"; the latter can only be written here.
+        onnx_weights: What the weights of ONNX devices' matrix products are quantized to, "int8" or "int4"; None leaves
+            them as they are.
         dtype: Element type of the compiled model; None keeps the source's.
         input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
         text: A text file to measure a changed form on; None means a small built-in sample.
@@ -135,7 +138,9 @@ def compile_model(
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
     show = progress or Silent()
-    emitters = [_configured(backend_named(name), collectives) for name in dict.fromkeys(backends)]
+    emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
+    if onnx_weights is not None and "onnx" not in backends:
+        raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
     if directory is not None:
         check_target(Path(directory), force)
     with show.stage("capture"):
@@ -197,10 +202,14 @@ def compile_model(
     return CompileResult(report, verification, written, notes)
 
 
-def _configured(backend: Backend, collectives: str) -> Backend:
+def _configured(backend: Backend, collectives: str, weights: str | None) -> Backend:
     if collectives not in COLLECTIVE_KINDS:
         raise UsageError(f"--collectives {collectives}: choose from {', '.join(COLLECTIVE_KINDS)}")
-    return replace(backend, collectives=collectives) if isinstance(backend, OnnxBackend) else backend
+    if weights is not None and weights not in WEIGHT_KINDS:
+        raise UsageError(f"--onnx-weights {weights}: choose from {', '.join(WEIGHT_KINDS)}")
+    if not isinstance(backend, OnnxBackend):
+        return backend
+    return replace(backend, collectives=collectives, weights=weights)
 
 
 def verify_artifact(
@@ -281,6 +290,7 @@ def measure_quality(
     text: TextChoice,
     *,
     read_lane: ReadLane | None = None,
+    rewritten: LogitsOf | None = None,
     advance: Advance | None = None,
 ) -> Quality | str:
     """Measure what a lane program's form costs against its source.
@@ -290,6 +300,7 @@ def measure_quality(
         program: The lane program.
         text: What to measure on.
         read_lane: Where the lanes' weights come from; None means the source.
+        rewritten: What is measured in place of the lane program, such as the devices that were written from it.
         advance: Is told how many tokens are done.
 
     Returns:
@@ -308,8 +319,9 @@ def measure_quality(
 
     read = captured.store.read
     source = StreamingProgram(captured.program, read_from_source(captured.program, read))
-    rewritten = StreamingProgram(program, read_lane or read_from_source(program, read))
-    return evaluate(_logits_of(captured.program, source), _logits_of(program, rewritten), tokens, tokens.name, count)
+    if rewritten is None:
+        rewritten = _logits_of(program, StreamingProgram(program, read_lane or read_from_source(program, read)))
+    return evaluate(_logits_of(captured.program, source), rewritten, tokens, tokens.name, count)
 
 
 def _lanes_of(captured: Capture, artifact: Artifact) -> Reference:
@@ -328,12 +340,26 @@ def _with_quality(
     text: TextChoice,
     show: Progress,
 ) -> Verification:
-    """Measure an artifact's form, with the weights in its lane files if it has them."""
+    """Measure an artifact's form, with the weights in its lane files if it has them, and its quantized weights."""
     with show.steps("quality") as advance:
         quality = measure_quality(captured, lanes.program, text, read_lane=lanes.read_lane, advance=advance)
     if isinstance(quality, str):
         return replace(verification, skipped=(*verification.skipped, quality))
-    return replace(verification, quality=quality)
+    verification = replace(verification, quality=quality)
+    devices = verification.devices
+    if devices is None or devices.weights is None:
+        return verification
+    if not devices.runnable:
+        unmeasured = f"no quality measurement of the {devices.weights} weights: this runtime does not run the devices"
+        return replace(verification, skipped=(*verification.skipped, unmeasured))
+    # Imported here: it takes onnx and ONNX Runtime, which most artifacts do without.
+    from kraken_compiler.runtime.onnx_threads import logits_of_devices
+
+    with show.steps(f"quality with {devices.weights} weights") as advance:
+        rewritten = logits_of_devices(devices.directory)
+        quantized = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
+    assert not isinstance(quantized, str), "the same tokens were measured before"
+    return replace(verification, quantized=quantized)
 
 
 def _choice(text: str | os.PathLike[str] | None, tokens: int | None) -> TextChoice:

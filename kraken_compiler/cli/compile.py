@@ -66,6 +66,12 @@ def compile_command(
             "NCCL; written, not run). (default: kraken)"
         ),
     ] = None,
+    onnx_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize the weights of the ONNX devices' matrix products: int8 or int4. (default: as they are)"
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")] = None,
     input: Annotated[
         list[str] | None, typer.Option(help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face.")
@@ -96,6 +102,7 @@ def compile_command(
         "layers": layers,
         "backend": backend,
         "collectives": collectives,
+        "onnx_weights": onnx_weights,
         "dtype": dtype,
         "input": input,
         "text": _text(text),
@@ -129,6 +136,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         layers=config.layers,
         backends=config.backend,
         collectives=config.collectives,
+        onnx_weights=config.onnx_weights,
         dtype=dtype_named(config.dtype),
         input_specs=config.input,
         text=config.text,

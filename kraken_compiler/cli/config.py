@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import InputFileError, UsageError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class CompileConfig(BaseModel):
@@ -25,6 +27,7 @@ class CompileConfig(BaseModel):
     layers: str | None = None
     backend: list[str] = Field(default=["torch"], min_length=1)
     collectives: str = "kraken"
+    onnx_weights: str | None = Field(default=None, alias="onnx-weights")
     dtype: str | None = None
     input: list[str] = []
     text: str | None = None
@@ -47,9 +50,15 @@ class CompileConfig(BaseModel):
 
 
 def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
+    """The options of `kraken-compile`; see `merge_config`."""
+    return merge_config(CompileConfig, path, given)
+
+
+def merge_config(kind: type[Config], path: Path | None, given: dict[str, Any]) -> Config:
     """Merge a config file with the options that the command line gave.
 
     Args:
+        kind: The keys of the file and what their values are.
         path: The file, or None.
         given: Options by field name; those that were not given are left out.
 
@@ -58,14 +67,14 @@ def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
         InputFileError: The file cannot be read or is no TOML.
     """
     table = _read(path) if path is not None else {}
-    known = [field.alias or name for name, field in CompileConfig.model_fields.items()]
+    known = [field.alias or name for name, field in kind.model_fields.items()]
     for key in table:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise UsageError(f"{path}: there is no key '{key}'; did you mean '{nearest[0]}'?")
     try:
-        config = CompileConfig.model_validate({**table, "timeout": float(table.get("timeout", DEFAULT_TIMEOUT))})
-        return CompileConfig.model_validate({**config.model_dump(), **given})
+        config = kind.model_validate({**table, "timeout": float(table.get("timeout", DEFAULT_TIMEOUT))})
+        return kind.model_validate({**config.model_dump(), **given})
     except (ValidationError, ValueError, TypeError) as error:
         reason = _first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{path or 'options'}: {reason}") from error

@@ -28,6 +28,7 @@ class Devices:
         windows: The schedule in their files, one record per reduce; none for files that hold the collectives of ONNX
             Runtime's own, which have no waits.
         runnable: True if our runtime can run them: they hold our collectives.
+        weights: What the weights of their products are quantized to, see `format.WEIGHT_KINDS`; None if they are not.
         runs: What every device ran, device 0 first; empty before they ran.
         profiled: Batch and sequence size of that run.
     """
@@ -35,6 +36,7 @@ class Devices:
     directory: Path
     windows: tuple[Window, ...]
     runnable: bool
+    weights: str | None = None
     runs: tuple[tuple[RanWindow, ...], ...] = ()
     profiled: tuple[int, int] = (0, 0)
 
@@ -59,11 +61,11 @@ def read_devices(artifact: Artifact) -> Devices:
         if (model.lane, model.degree) != (lane, manifest.degree) or model.program != models[0].program:
             raise InputFileError(f"{model.path}: is not device {lane} of {manifest.degree} of this compile")
     if models[0].collectives != OWN:
-        return Devices(artifact.directory, (), runnable=False)
+        return Devices(artifact.directory, (), runnable=False, weights=models[0].weights)
     # One device has nobody to add up with, so its model keeps none of the planned reduces.
     plan = manifest.plan if manifest.degree > 1 else None
     windows = measure_windows(onnx_ir.from_proto(models[0].proto).graph, plan)
-    return Devices(artifact.directory, windows, runnable=True)
+    return Devices(artifact.directory, windows, runnable=True, weights=models[0].weights)
 
 
 def compare_with_devices(
@@ -96,5 +98,11 @@ def compare_with_devices(
     require_run_overlap(runs)
     # A single device keeps no reduces, the lane program of one lane does.
     waits = [window.wait for window in devices.windows] if program.degree > 1 else None
+    if devices.weights is not None:
+        from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+        from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
+
+        first = DeviceModel.load(devices.directory / "onnx" / device_file(0), verify=False)
+        read_lane = read_as_quantized(first, read_lane)
     comparisons = compare_with_lanes(executed, program, read_lane, inputs, sizes, who="ONNX devices", waits=waits)
     return comparisons, replace(devices, runs=runs, profiled=sizes[-1])

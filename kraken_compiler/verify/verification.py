@@ -35,6 +35,7 @@ class Verification:
         quality: What the form costs on text; None if it was not measured.
         skipped: Checks that were not made, each with the reason.
         devices: The ONNX devices and what they ran; None without them.
+        quantized: What the form and the quantized weights of the ONNX devices cost together; None if they have none.
     """
 
     comparisons: tuple[Comparison, ...] = ()
@@ -42,6 +43,7 @@ class Verification:
     quality: Quality | None = None
     skipped: tuple[str, ...] = field(default=())
     devices: Devices | None = None
+    quantized: Quality | None = None
 
     def require_passed(self) -> None:
         """Raise if a comparison failed.
@@ -63,6 +65,7 @@ class Verification:
             },
             "schedule": schedule_entries(self.windows, self.devices),
             "quality": self.quality.to_dict() if self.quality else None,
+            "quality_of_quantized": self.quantized.to_dict() if self.quantized else None,
             "skipped": list(self.skipped),
         }
 
@@ -81,6 +84,8 @@ class Verification:
             )
         if self.quality is not None:
             lines += [f"quality   {line}" for line in self.quality.lines()]
+        if self.quantized is not None and self.devices is not None:
+            lines += [f"{self.devices.weights:<10}{line}" for line in self.quantized.lines()]
         return lines + [f"skipped   {reason}" for reason in self.skipped]
 
     def schedule_lines(self) -> list[str]:
