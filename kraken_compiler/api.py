@@ -22,10 +22,9 @@ from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.lowering import lower
+from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
@@ -41,7 +40,7 @@ Model = nn.Module | str | os.PathLike[str]
 def transform(
     model: Model,
     degree: int | None = None,
-    form: str | Form = "kraken",
+    form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     example_inputs: ExampleInputs | None = None,
 ) -> LaneModule:
@@ -51,7 +50,8 @@ def transform(
         model: A module, or the path of anything `kraken-compile` takes. Its weights are copied one tensor at a time.
         degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
             valid degree above 1.
-        form: A row of the forms table: "standard", "kraken", "ladder", "sync-drop", "parallel", or a `Form`.
+        form: A row of the forms table: "standard", "kraken", "ladder", "sync-drop", "parallel", or a `Form`; or one of
+            these for every layer.
         layers: The layers that take the form, e.g. "15-29" or [0, -1]; the others stay standard. None means all.
         example_inputs: Arguments to trace with, a tuple or a dict of tensors whose sizes are at least 2; inferred for
             Hugging Face models.
@@ -94,7 +94,7 @@ def compile_model(
     directory: str | os.PathLike[str] | None,
     *,
     degree: int | None = None,
-    form: str | Form = "kraken",
+    form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     backends: Sequence[str] = ("torch",),
     collectives: str = OWN,
@@ -327,9 +327,7 @@ def measure_quality(
 def _lanes_of(captured: Capture, artifact: Artifact) -> Reference:
     """The lanes of an artifact that holds none, made again from its source."""
     manifest = artifact.manifest
-    changed = [number for number, form in enumerate(manifest.forms) if form != "standard"]
-    form = manifest.forms[changed[0]] if changed else "standard"
-    program, _ = lower(captured.program, manifest.degree, form, changed or None)
+    program, _ = lower(captured.program, manifest.degree, manifest.forms)
     return Reference(program, read_from_source(program, captured.store.read))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
-from kraken_compiler.ir.forms import FORMS, Form
+from kraken_compiler.ir.forms import FORMS, STANDARD, Form
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.form.derive_schedule import parse_layers
@@ -17,11 +17,14 @@ from kraken_compiler.passes.manager import PassRecord, run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
 
+FormChoice = str | Form | Sequence[str | Form]
+"""A form by name or as a row of the forms table, or one of these for every layer."""
+
 
 def lower(
     captured: Program,
     degree: int | None = None,
-    form: str | Form = "kraken",
+    form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     *,
     dump_directory: Path | None = None,
@@ -33,7 +36,7 @@ def lower(
         captured: A program of degree 1, as `capture` makes it.
         degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
             valid degree above 1.
-        form: A row of the forms table, by name or as a `Form`.
+        form: A row of the forms table, by name or as a `Form`; or one such row for every layer.
         layers: The layers that take the form, the others stay standard: numbers (negative ones count from the end) or
             text such as "15-29"; None means all.
         dump_directory: Where to write the graph as text after every pass.
@@ -46,17 +49,27 @@ def lower(
         UsageError: Unknown form, layer or degree; the message lists what is valid.
         UnsupportedModelError: A part of the model cannot be rewritten.
     """
-    row = find_form(form)
+    row = find_form(form) if isinstance(form, str | Form) else tuple(map(find_form, form))
     program = captured.copy()
     history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
     assert program.layers is not None
-    chosen = find_layers(layers, len(program.layers.layers))
-    lanes = find_degree(degree, program.layers)
-    pipeline = rewrite(lanes, row, chosen)
+    forms = _forms_of_layers(row, layers, len(program.layers.layers))
+    pipeline = rewrite(find_degree(degree, program.layers), forms)
     history += run_passes(
         program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
     )
     return program, history
+
+
+def _forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:
+    if isinstance(form, Form):
+        chosen = find_layers(layers, count)
+        return tuple(form if chosen is None or index in chosen else STANDARD for index in range(count))
+    if layers is not None:
+        raise UsageError("give one form and the layers that take it, or a form for every layer, not both")
+    if len(form) != count:
+        raise UsageError(f"{len(form)} forms were given for {count} layers")
+    return form
 
 
 def find_form(form: str | Form) -> Form:

@@ -63,6 +63,15 @@ def test_layers_by_number() -> None:
     assert program.plan.forms == ("standard", "kraken")
 
 
+def test_a_form_for_every_layer() -> None:
+    program, _ = lower(sample().program, 2, ["sync-drop", FORMS["kraken"]])
+    assert program.plan is not None
+    assert program.plan.forms == ("sync-drop", "kraken")
+    assert "3 forms were given for 2 layers" in refusal(degree=2, form=["kraken"] * 3)
+    assert "not both" in refusal(degree=2, form=["kraken"] * 2, layers="1")
+    assert "did you mean 'kraken'" in refusal(degree=2, form=["krake"] * 2)
+
+
 def test_the_default_is_kraken_at_the_smallest_degree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     program, history = lower(sample().program)

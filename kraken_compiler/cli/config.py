@@ -31,7 +31,7 @@ class CompileConfig(BaseModel):
     dtype: str | None = None
     input: list[str] = []
     text: str | None = None
-    text_tokens: int | None = None
+    text_tokens: int | None = Field(default=None, alias="text-tokens", ge=2)
     dump_graphs: str | None = Field(default=None, alias="dump-graphs")
     timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
     verify: bool = True

@@ -42,16 +42,15 @@ RECOGNIZE: tuple[Pass, ...] = (
 """From a captured model to its layer table. Keeps the numbers."""
 
 
-def rewrite(degree: int, form: Form, layers: tuple[int, ...] | None = None) -> tuple[Pass, ...]:
+def rewrite(degree: int, form: Form | tuple[Form, ...]) -> tuple[Pass, ...]:
     """From a recognised model to a scheduled lane program.
 
     Args:
         degree: Number of lanes.
-        form: The form of the layers in `layers`; the others are standard.
-        layers: Layer numbers; None means all.
+        form: The form of all layers, or one form per layer.
     """
     return (
-        AssignForms(form, layers),
+        AssignForms(form),
         PlanShards(degree),
         SplitBranches(degree),
         SplitHead(),

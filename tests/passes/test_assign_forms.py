@@ -7,11 +7,11 @@ from tests.passes.helpers import check_analysis, recognized
 from tests.passes.models import D, Gpt
 
 
-def test_gives_the_chosen_layers_the_form() -> None:
+def test_gives_every_layer_its_form() -> None:
     """What follows from the forms is tested in tests/test_forms.py."""
     _, program = recognized(Gpt(layers=2))
     assert program.layers is not None
-    check_analysis(AssignForms(KRAKEN, (1,)), program, "plan")
+    check_analysis(AssignForms((STANDARD, KRAKEN)), program, "plan")
     assert program.plan == derive_plan(program.layers.branches, [STANDARD, KRAKEN], bytes_per_token=D * 8)
     check_analysis(AssignForms(KRAKEN), program, "plan")
     assert program.plan.forms == ("kraken", "kraken")

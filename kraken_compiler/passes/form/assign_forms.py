@@ -15,15 +15,13 @@ from kraken_compiler.passes.shapes import value_of
 
 @dataclass(frozen=True)
 class AssignForms(Pass):
-    """Layers in `layers` take `form`, the others are standard.
+    """Every layer takes its form.
 
     Attributes:
-        form: The form.
-        layers: Layer numbers; None means all.
+        form: The form of all layers, or one form per layer.
     """
 
-    form: Form = STANDARD
-    layers: tuple[int, ...] | None = None
+    form: Form | tuple[Form, ...] = STANDARD
 
     name: ClassVar[str] = "assign-forms"
     requires: ClassVar[tuple[str, ...]] = ("layers",)
@@ -32,8 +30,8 @@ class AssignForms(Pass):
     def run(self, program: Program) -> PassResult:
         assert program.layers is not None
         count = len(program.layers.layers)
-        chosen = range(count) if self.layers is None else self.layers
-        forms = [self.form if index in chosen else STANDARD for index in range(count)]
+        forms = [self.form] * count if isinstance(self.form, Form) else list(self.form)
+        assert len(forms) == count, f"{len(forms)} forms for {count} layers"
         nodes = {node.name: node for node in program.graph.nodes}
         output = value_of(nodes[program.layers.branches[0].output])
         width = math.prod(int(size) for size in output.shape[2:])
