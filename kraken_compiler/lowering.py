@@ -27,6 +27,7 @@ def lower(
     form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     *,
+    cached: bool = True,
     dump_directory: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Program, tuple[PassRecord, ...]]:
@@ -39,6 +40,7 @@ def lower(
         form: A row of the forms table, by name or as a `Form`; or one such row for every layer.
         layers: The layers that take the form, the others stay standard: numbers (negative ones count from the end) or
             text such as "15-29"; None means all.
+        cached: Also make the program with a KV cache, which takes as long as all the rest.
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
 
@@ -54,7 +56,7 @@ def lower(
     history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
     assert program.layers is not None
     forms = _forms_of_layers(row, layers, len(program.layers.layers))
-    pipeline = rewrite(find_degree(degree, program.layers), forms)
+    pipeline = rewrite(find_degree(degree, program.layers), forms, cached)
     history += run_passes(
         program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
     )

@@ -42,12 +42,13 @@ RECOGNIZE: tuple[Pass, ...] = (
 """From a captured model to its layer table. Keeps the numbers."""
 
 
-def rewrite(degree: int, form: Form | tuple[Form, ...]) -> tuple[Pass, ...]:
+def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> tuple[Pass, ...]:
     """From a recognised model to a scheduled lane program.
 
     Args:
         degree: Number of lanes.
         form: The form of all layers, or one form per layer.
+        cached: Also make the program with a KV cache.
     """
     return (
         AssignForms(form),
@@ -56,5 +57,5 @@ def rewrite(degree: int, form: Form | tuple[Form, ...]) -> tuple[Pass, ...]:
         SplitHead(),
         RewireStream(),
         PlaceCollectives(),
-        CacheAttention(),
+        *((CacheAttention(),) if cached else ()),
     )

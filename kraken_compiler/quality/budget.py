@@ -1,0 +1,232 @@
+"""Chooses a form for every layer, so that as little communication as possible is waited for within a quality budget.
+
+Layers are taken in the order of what a form costs in them alone. First as many as the budget allows become `kraken`,
+then as many of the rest as it still allows become `sync-drop`, which halves what a layer waits for and costs less. Both
+numbers are found by bisection: every candidate is calibrated and measured, none is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.formatting import number_text
+from kraken_compiler.ir.forms import FORMS, KRAKEN, STANDARD, SYNC_DROP
+from kraken_compiler.ir.layers import Branch
+from kraken_compiler.passes.form.derive_schedule import derive_plan
+from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.report import table
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a rewrite may cost.
+
+    Attributes:
+        max_kl: Most KL to the source model, nats per token; None means any.
+        max_perplexity_increase: Most that the perplexity may grow, as a share of the source's; None means any.
+    """
+
+    max_kl: float | None = None
+    max_perplexity_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.max_kl, self.max_perplexity_increase) if limit is not None]
+        if not limits:
+            raise UsageError("a budget needs a limit: --max-kl or --max-ppl-increase")
+        if not all(limit > 0 for limit in limits):
+            raise UsageError("a budget must be above 0; --form standard changes nothing")
+
+    def holds(self, quality: Quality) -> bool:
+        """True if a measurement is within the budget; a number that is none is not."""
+        kl_holds = self.max_kl is None or quality.kl <= self.max_kl
+        increase = perplexity_increase(quality)
+        return kl_holds and (self.max_perplexity_increase is None or increase <= self.max_perplexity_increase)
+
+    def __str__(self) -> str:
+        parts = [] if self.max_kl is None else [f"KL at most {self.max_kl:g}"]
+        if self.max_perplexity_increase is not None:
+            parts.append(f"perplexity at most {self.max_perplexity_increase:.3g} above the source's")
+        return " and ".join(parts)
+
+
+def perplexity_increase(quality: Quality) -> float:
+    """How much the perplexity grew, as a share of the source's."""
+    return quality.perplexity / quality.source_perplexity - 1
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What becomes of the all-reduce bytes that the standard form waits for.
+
+    Attributes:
+        standard: Bytes per token that the standard form sends, and waits for.
+        sent: Bytes per token that are sent.
+        hidden: Those of them that are on their way while a branch computes.
+    """
+
+    standard: int
+    sent: int
+    hidden: int
+
+    @property
+    def spared(self) -> float:
+        """Share of the standard form's bytes that nobody waits for: hidden, or never sent."""
+        return 1 - (self.sent - self.hidden) / self.standard
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the bytes sent that are hidden."""
+        return self.hidden / self.sent if self.sent else 0.0
+
+
+def traffic(branches: Sequence[Branch], forms: Sequence[str]) -> Traffic:
+    """All-reduce bytes of a choice of forms, in units of one token's residual stream.
+
+    Args:
+        branches: Of the whole model, in order.
+        forms: The form of every layer.
+    """
+    standard = derive_plan(branches, [STANDARD] * len(forms), 1).reduces
+    reduces = derive_plan(branches, [FORMS[form] for form in forms], 1).reduces
+    hidden = sum(reduce.bytes_per_token for reduce in reduces if reduce.window)
+    return Traffic(_total(standard), _total(reduces), hidden)
+
+
+def _total(reduces: Sequence[Any]) -> int:
+    return sum(reduce.bytes_per_token for reduce in reduces)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice of forms and what it was measured to cost.
+
+    Attributes:
+        forms: The form of every layer.
+        traffic: Its communication.
+        kl: KL to the source, nats per token.
+        perplexity_increase: As a share of the source's perplexity.
+        within: Whether the budget allows it.
+    """
+
+    forms: tuple[str, ...]
+    traffic: Traffic
+    kl: float
+    perplexity_increase: float
+    within: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "spared": self.traffic.spared, "hidden_share": self.traffic.hidden_share}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search found.
+
+    Attributes:
+        budget: The limit, for people.
+        best: The candidate that waits for least within the budget; None if only the standard form is.
+        frontier: Everything that was measured, from the least spared to the most.
+    """
+
+    budget: str
+    best: Candidate | None
+    frontier: tuple[Candidate, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "best": self.best.to_dict() if self.best else None,
+            "frontier": [candidate.to_dict() for candidate in self.frontier],
+        }
+
+    def lines(self) -> list[str]:
+        """For people: quality against the share of communication that nobody waits for."""
+        header = ("kraken", "sync-drop", "not waited for", "of what is sent, hidden", "KL", "perplexity", "")
+        return table(header, (_row(candidate, candidate is self.best) for candidate in self.frontier))
+
+
+Measure = Callable[[tuple[str, ...]], Quality]
+"""Calibrates the model with these forms of its layers, and measures it on text that it was not fitted to."""
+
+
+def choose_forms(
+    branches: Sequence[Branch],
+    kraken_order: Sequence[int],
+    sync_drop_order: Sequence[int],
+    measure: Measure,
+    budget: Budget,
+) -> Choice:
+    """Search for the forms that wait for the least communication within a budget.
+
+    Args:
+        branches: Of the whole model, in order.
+        kraken_order: All layers, from the one in which `kraken` costs least to the one in which it costs most.
+        sync_drop_order: The same for `sync-drop`.
+        measure: Measures a choice; called about 2 log2(layers) times, never twice with the same.
+        budget: The limit.
+    """
+    search = _Search(branches, measure, budget)
+    count = len(kraken_order)
+
+    def with_kraken(number: int) -> tuple[str, ...]:
+        chosen = set(kraken_order[:number])
+        return tuple(KRAKEN.name if layer in chosen else STANDARD.name for layer in range(count))
+
+    forms = with_kraken(search.most(with_kraken, count))
+    rest = [layer for layer in sync_drop_order if forms[layer] == STANDARD.name]
+
+    def with_sync_drop(number: int) -> tuple[str, ...]:
+        chosen = set(rest[:number])
+        return tuple(SYNC_DROP.name if layer in chosen else form for layer, form in enumerate(forms))
+
+    search.most(with_sync_drop, len(rest))
+    measured = sorted(search.measured.values(), key=lambda candidate: (candidate.traffic.spared, candidate.kl))
+    allowed = [candidate for candidate in measured if candidate.within]
+    return Choice(str(budget), allowed[-1] if allowed else None, tuple(measured))
+
+
+class _Search:
+    """Measures candidates, each once."""
+
+    def __init__(self, branches: Sequence[Branch], measure: Measure, budget: Budget) -> None:
+        self.measured: dict[tuple[str, ...], Candidate] = {}
+        self._branches, self._measure, self._budget = branches, measure, budget
+
+    def most(self, forms_with: Callable[[int], tuple[str, ...]], count: int) -> int:
+        """The largest number of layers, 0 to `count`, that the budget allows, if every layer more costs more."""
+        allowed, refused = 0, count + 1
+        while refused - allowed > 1:
+            # The whole model first: where it is allowed, nothing else needs to be looked at.
+            middle = count if refused > count else (allowed + refused) // 2
+            if self._candidate(forms_with(middle)).within:
+                allowed = middle
+            else:
+                refused = middle
+        return allowed
+
+    def _candidate(self, forms: tuple[str, ...]) -> Candidate:
+        if forms not in self.measured:
+            quality = self._measure(forms)
+            self.measured[forms] = Candidate(
+                forms,
+                traffic(self._branches, forms),
+                quality.kl,
+                perplexity_increase(quality),
+                self._budget.holds(quality),
+            )
+        return self.measured[forms]
+
+
+def _row(candidate: Candidate, best: bool) -> tuple[str, ...]:
+    return (
+        str(candidate.forms.count(KRAKEN.name)),
+        str(candidate.forms.count(SYNC_DROP.name)),
+        f"{candidate.traffic.spared:.0%}",
+        f"{candidate.traffic.hidden_share:.0%}",
+        number_text(candidate.kl, ".4f"),
+        f"{number_text(candidate.perplexity_increase * 100, '+.1f')} %",
+        "chosen" if best else "" if candidate.within else "over the budget",
+    )

@@ -1,0 +1,194 @@
+"""What a form costs in one layer or one run of layers alone, the others being standard.
+
+Nothing is calibrated here: it is the order of the layers that matters, for choosing which of them take a form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.capture import Capture
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.formatting import json_text, number_text
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+from kraken_compiler.progress import Advance
+from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.report import table
+from kraken_compiler.runtime.logits import logits_function
+
+Run = tuple[int, int]
+"""First and last layer, inclusive."""
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a form costs in one run of layers.
+
+    Attributes:
+        form: Its name.
+        first, last: The layers, inclusive.
+        kl: KL to the source model, nats per token.
+        top1_agreement: Share of positions with the same most likely next token.
+    """
+
+    form: str
+    first: int
+    last: int
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Costs, and what they were measured on.
+
+    Attributes:
+        source: Hash of the source model.
+        degree: Number of lanes.
+        text, tokens: What was read, and how much of it.
+        costs: In the order in which they were asked for.
+    """
+
+    source: str
+    degree: int
+    text: str
+    tokens: int
+    costs: tuple[RunCost, ...]
+
+    def of(self, form: str, run: Run) -> RunCost | None:
+        """A cost, if it was measured."""
+        return next((cost for cost in self.costs if (cost.form, cost.first, cost.last) == (form, *run)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people: one row per layer, what the form costs there alone and from there to the end."""
+        forms = list(dict.fromkeys(cost.form for cost in self.costs))
+        count = max(cost.last for cost in self.costs) + 1
+        header = ["layer", *(f"{form} {where}" for form in forms for where in ("there alone", "from there on"))]
+        rows = [
+            [str(layer), *(_text(self.of(form, run)) for form in forms for run in ((layer, layer), (layer, count - 1)))]
+            for layer in range(count)
+        ]
+        return [
+            f"KL to the source in nats/token, on {self.tokens:,} tokens of {self.text}, not calibrated:",
+            *table(header, rows),
+        ]
+
+
+def single_layers(count: int) -> list[Run]:
+    """Every layer by itself."""
+    return [(layer, layer) for layer in range(count)]
+
+
+def ends(count: int) -> list[Run]:
+    """From every layer to the last."""
+    return [(layer, count - 1) for layer in range(count)]
+
+
+def measure_sensitivity(
+    captured: Capture,
+    degree: int,
+    wanted: Iterable[tuple[str, Run]],
+    batches: Sequence[Tensor],
+    text: str,
+    *,
+    cache: Path | None = None,
+    advance: Advance | None = None,
+) -> Sensitivity:
+    """Measure what forms cost in runs of layers.
+
+    Args:
+        captured: The source model.
+        degree: Number of lanes.
+        wanted: Form names and runs of layers.
+        batches: Token ids, int64 [B, S]; the source's logits for all of them are kept in memory.
+        text: What the tokens are, for the record.
+        cache: A file that remembers costs; those of another model, degree or text are forgotten.
+        advance: Is told how many runs are done.
+
+    Raises:
+        UsageError: An unknown form, or a degree that does not divide the model.
+        InputFileError: The cache cannot be read or written.
+    """
+    tokens = sum(ids.numel() for ids in batches)
+    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, ())
+    known = _load(cache, empty) if cache is not None else empty
+    order = list(dict.fromkeys(wanted))
+    missing = [(form, run) for form, run in order if known.of(form, run) is None]
+    if missing:
+        known = _measured(captured, known, missing, batches, advance)
+        if cache is not None:
+            _save(cache, known)
+    costs = tuple(cost for form, run in order if (cost := known.of(form, run)) is not None)
+    return Sensitivity(known.source, degree, text, tokens, costs)
+
+
+def _measured(
+    captured: Capture,
+    known: Sensitivity,
+    missing: Sequence[tuple[str, Run]],
+    batches: Sequence[Tensor],
+    advance: Advance | None,
+) -> Sensitivity:
+    source = _logits_of(captured.program, captured)
+    said = [source(ids) for ids in batches]
+    costs = list(known.costs)
+    for number, (form, (first, last)) in enumerate(missing, start=1):
+        program, _ = lower(captured.program, known.degree, form, list(range(first, last + 1)), cached=False)
+        found = evaluate(_replay(said), _logits_of(program, captured), batches, known.text)
+        costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
+        if advance is not None:
+            advance(number, len(missing), "runs of layers")
+    return Sensitivity(known.source, known.degree, known.text, known.tokens, tuple(costs))
+
+
+def _logits_of(program: Program, captured: Capture) -> LogitsOf:
+    streaming = StreamingProgram(program, read_from_source(program, captured.store.read))
+    return logits_function(program.inputs, program.call, streaming.run_flat)
+
+
+def _replay(logits: Sequence[Tensor]) -> LogitsOf:
+    """A model that says what it said before, batch after batch."""
+    following = iter(logits)
+    return lambda ids: next(following)
+
+
+def _load(path: Path, wanted: Sensitivity) -> Sensitivity:
+    """What a file remembers of the same measurement; nothing if it is of another one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        costs = tuple(RunCost(**cost) for cost in data.pop("costs"))
+        found = Sensitivity(**data, costs=costs)
+    except FileNotFoundError:
+        return wanted
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputFileError(f"{path}: is no record of sensitivities; remove it to measure again") from error
+    same = (found.source, found.degree, found.text, found.tokens)
+    return found if same == (wanted.source, wanted.degree, wanted.text, wanted.tokens) else wanted
+
+
+def _save(path: Path, sensitivity: Sensitivity) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json_text(sensitivity.to_dict()), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _text(cost: RunCost | None) -> str:
+    return "-" if cost is None else number_text(cost.kl, ".4f")

@@ -1,0 +1,104 @@
+"""The search for forms within a budget, on made-up costs: its answer against trying everything on its path."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.layers import Branch
+from kraken_compiler.quality.budget import Budget, choose_forms, perplexity_increase, traffic
+from kraken_compiler.quality.evaluate import ByPosition, Quality
+
+LAYERS = 12
+COST = {"standard": 0.0, "kraken": 1.0, "sync-drop": 0.3}
+
+
+def branches(layers: int) -> list[Branch]:
+    return [
+        Branch(2 * layer + number + 1, layer, kind, "", "", 2 * layer + number, "", ())
+        for layer in range(layers)
+        for number, kind in enumerate(("attention", "ffn"))
+    ]
+
+
+def quality(kl: float, increase: float = 0.0) -> Quality:
+    return Quality(kl, math.nan, 1.0, 20 * (1 + increase), 20.0, 100, "text", ByPosition((), (), (), (), ()))
+
+
+def cost(forms: tuple[str, ...]) -> float:
+    """Layer 0 costs most; the last costs a twelfth of that."""
+    return sum(COST[form] * (LAYERS - layer) / 100 for layer, form in enumerate(forms))
+
+
+def test_traffic_of_the_forms() -> None:
+    standard = traffic(branches(4), ["standard"] * 4)
+    assert (standard.standard, standard.sent, standard.hidden, standard.spared) == (8, 8, 0, 0.0)
+    kraken = traffic(branches(4), ["kraken"] * 4)
+    # Half is not sent, and of the rest only the last sum is waited for.
+    assert (kraken.sent, kraken.hidden) == (4, 3)
+    assert kraken.spared == 7 / 8
+    assert kraken.hidden_share == 3 / 4
+    dropped = traffic(branches(4), ["sync-drop"] * 4)
+    assert (dropped.sent, dropped.hidden, dropped.spared) == (4, 0, 0.5)
+    late = traffic(branches(4), ["standard", "standard", "kraken", "kraken"])
+    # The last sum before the first kraken layer is hidden too.
+    assert (late.sent, late.hidden, late.spared) == (6, 2, 0.5)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.012, 0.05, 0.2, 0.5, 0.7, 5.0])
+def test_the_most_that_the_budget_allows(limit: float) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def measure(forms: tuple[str, ...]) -> Quality:
+        asked.append(forms)
+        return quality(cost(forms))
+
+    order = list(reversed(range(LAYERS)))
+    choice = choose_forms(branches(LAYERS), order, order, measure, Budget(max_kl=limit))
+    assert len(asked) == len(set(asked)) <= 10
+    assert len(choice.frontier) == len(asked)
+
+    most = max(n for n in range(LAYERS + 1) if cost(("standard",) * (LAYERS - n) + ("kraken",) * n) <= limit)
+    late = ("kraken",) * most
+    rest = LAYERS - most
+    more = max(n for n in range(rest + 1) if cost(("standard",) * (rest - n) + ("sync-drop",) * n + late) <= limit)
+    wanted = ("standard",) * (rest - more) + ("sync-drop",) * more + late
+    if most == more == 0:
+        assert choice.best is None
+    else:
+        assert choice.best is not None
+        assert choice.best.forms == wanted
+        assert choice.best.kl <= limit
+        assert "chosen" in "\n".join(choice.lines())
+    spared = [candidate.traffic.spared for candidate in choice.frontier]
+    assert spared == sorted(spared)
+    assert choice.to_dict()["frontier"][0]["kl"] == choice.frontier[0].kl
+
+
+def test_the_order_of_layers_is_the_given_one() -> None:
+    choice = choose_forms(
+        branches(3),
+        [1, 2, 0],
+        [0, 2, 1],
+        lambda forms: quality(0.1 * forms.count("kraken") + 0.04 * forms.count("sync-drop")),
+        Budget(0.15),
+    )
+    assert choice.best is not None
+    assert choice.best.forms == ("sync-drop", "kraken", "standard")
+
+
+def test_budgets() -> None:
+    both = Budget(max_kl=0.1, max_perplexity_increase=0.02)
+    assert both.holds(quality(0.1, 0.019))
+    assert not both.holds(quality(0.11, 0.0))
+    assert not both.holds(quality(0.0, 0.03))
+    assert not Budget(max_kl=0.1).holds(quality(math.nan))
+    assert Budget(max_kl=0.1).holds(quality(0.05, 9.0))
+    assert str(both) == "KL at most 0.1 and perplexity at most 0.02 above the source's"
+    assert perplexity_increase(quality(0, 0.25)) == pytest.approx(0.25)
+    with pytest.raises(UsageError, match="needs a limit"):
+        Budget()
+    with pytest.raises(UsageError, match="above 0"):
+        Budget(max_kl=0.0)
