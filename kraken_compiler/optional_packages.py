@@ -5,14 +5,15 @@ from __future__ import annotations
 from kraken_compiler.errors import UsageError
 
 
-def missing_packages(what: str, error: ImportError) -> UsageError:
+def missing_packages(what: str, error: ImportError, extra: str = "hf") -> UsageError:
     """An error that says what to install.
 
     Args:
-        what: What cannot be read, e.g. "the GGUF file model.gguf".
+        what: What cannot be done, e.g. "reading the GGUF file model.gguf".
         error: What importing said.
+        extra: Which of our extras installs them.
     """
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     return UsageError(
-        f"reading {what} needs packages that are not installed: pip install 'kraken-compiler[hf]' ({reason})"
+        f"{what} needs packages that are not installed: pip install 'kraken-compiler[{extra}]' ({reason})"
     )

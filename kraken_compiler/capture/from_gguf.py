@@ -39,7 +39,7 @@ def capture_gguf(
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise missing_packages(f"the GGUF file {path}", error) from error
+        raise missing_packages(f"reading the GGUF file {path}", error) from error
     directory = str(path.parent)
     try:
         with quiet_transformers():
@@ -51,7 +51,7 @@ def capture_gguf(
                 trust_remote_code=False,
             )
     except ImportError as error:
-        raise missing_packages(f"the GGUF file {path}", error) from error
+        raise missing_packages(f"reading the GGUF file {path}", error) from error
     except NotImplementedError as error:
         raise _unreadable(path, error) from error
     except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:

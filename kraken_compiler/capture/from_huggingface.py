@@ -58,7 +58,7 @@ def capture_directory(
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise missing_packages(f"the Hugging Face directory {path}", error) from error
+        raise missing_packages(f"reading the Hugging Face directory {path}", error) from error
     with quiet_transformers():
         config = _read_config(path)
     checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)

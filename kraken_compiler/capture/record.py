@@ -46,7 +46,7 @@ class TokenizerSource:
                     self.directory, trust_remote_code=False, local_files_only=True, **extra
                 )
         except ImportError as error:
-            raise missing_packages(f"the tokenizer in {self.directory}", error) from error
+            raise missing_packages(f"reading the tokenizer in {self.directory}", error) from error
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error

@@ -46,7 +46,7 @@ class TextCodec:
 
             tokenizer = AutoTokenizer.from_pretrained(artifact.tokenizer, local_files_only=True)
         except ImportError as error:
-            raise missing_packages(f"the tokenizer in {artifact.tokenizer}", error) from error
+            raise missing_packages(f"reading the tokenizer in {artifact.tokenizer}", error) from error
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputFileError(f"{artifact.tokenizer}: the tokenizer cannot be loaded: {reason}") from error
@@ -89,7 +89,7 @@ class TextCodec:
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
             )
         except ImportError as error:
-            raise missing_packages("the chat template", error) from error
+            raise missing_packages("reading the chat template", error) from error
         except TemplateError as error:
             raise UsageError(f"the chat template does not take these messages: {error}") from error
         return text
