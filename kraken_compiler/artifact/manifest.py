@@ -74,6 +74,26 @@ class CacheRecord(_Record):
     inputs: tuple[InputSpec, ...]
 
 
+class HealingRecord(_Record):
+    """A training of the lanes by self-distillation.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        tokens: Number of tokens they saw, repetitions counted.
+        texts: sha256 of every file that was trained on, by its name.
+        kl_before, kl_after: KL(source || lanes) on the held-out parts of the texts, in nats per token; `kl_before` is
+            None if it was no finite number.
+        settings: How it was trained.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    texts: Mapping[str, str]
+    kl_before: float | None
+    kl_after: float
+    settings: Mapping[str, bool | int | float | str | None]
+
+
 class Manifest(_Record):
     """Everything about an artifact but the numbers.
 
@@ -91,6 +111,7 @@ class Manifest(_Record):
         no_cache: Why there is none.
         backends: Names of the backends that wrote a program.
         has_tokenizer: True if there is a tokenizer directory.
+        healed: How the lanes were trained since the compile, first training first.
         files: Every file but the manifest, by path inside the artifact.
     """
 
@@ -111,6 +132,7 @@ class Manifest(_Record):
     no_cache: str = ""
     backends: tuple[str, ...]
     has_tokenizer: bool
+    healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]
 
     @property

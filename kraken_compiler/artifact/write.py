@@ -23,6 +23,7 @@ from kraken_compiler.artifact.manifest import (
     TOKENIZER_DIRECTORY,
     CacheRecord,
     FileRecord,
+    HealingRecord,
     Manifest,
     Source,
 )
@@ -68,6 +69,7 @@ def write_artifact(
     backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
+    healed: Sequence[HealingRecord] = (),
     check: Check | None = None,
     force: bool = False,
     progress: Advance | None = None,
@@ -85,6 +87,7 @@ def write_artifact(
         backends: Who writes programs, each into a directory of its name.
         tokenizer_saver: Saves the tokenizer, None if there is none.
         report: What to keep as `report.json`.
+        healed: How the lanes were trained.
         check: Runs on the complete artifact before anybody can see it; what it returns joins the report under
             "verification". If it raises, nothing is written.
         force: Replace a target that is not empty.
@@ -107,7 +110,7 @@ def write_artifact(
         raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
     try:
         kept = dict(report or {})
-        manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, progress)
+        manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, healed, progress)
         if check is not None:
             kept["verification"] = check(partial)
             _write_report(partial, kept, manifest)
@@ -149,6 +152,7 @@ def _fill(
     backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
+    healed: Sequence[HealingRecord],
     progress: Advance | None,
 ) -> Manifest:
     windows: tuple[Window, ...] = program.windows
@@ -185,6 +189,7 @@ def _fill(
         no_cache=program.no_cache,
         backends=tuple(backend.name for backend in backends),
         has_tokenizer=tokenizer_saver is not None,
+        healed=tuple(healed),
         files=files,
     )
     # Last, so that a directory with a manifest is a whole artifact.

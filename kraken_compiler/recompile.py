@@ -1,0 +1,90 @@
+"""An artifact's source model, lane program and backends, made again to write it anew with other weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.registry import backend_named
+from kraken_compiler.capture import Capture, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+
+
+def source_of(
+    artifact: Artifact,
+    source: nn.Module | str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    trust_pickle: bool = False,
+) -> Capture:
+    """Capture the model that an artifact was compiled from.
+
+    Args:
+        artifact: The artifact.
+        source: Where the model is now; None means where it was.
+        example_inputs, trust_pickle: See `capture`.
+
+    Raises:
+        UsageError: It is not where it was, and nobody said where it is.
+        InputFileError: It is damaged, or another model.
+    """
+    recorded = artifact.manifest.source
+    where = source if source is not None else recorded.path
+    if source is None and not recorded.path:
+        raise UsageError(f"{artifact.directory}: its source was a module in memory; name a file of it with --source")
+    if source is None and not Path(recorded.path).exists():
+        raise UsageError(f"{artifact.directory}: its source is not at '{where}'; name it with --source")
+    captured = capture(
+        where,
+        example_inputs=example_inputs,
+        input_specs=recorded.input_specs if example_inputs is None else (),
+        trust_pickle=trust_pickle,
+        dtype=getattr(torch, recorded.dtype) if recorded.dtype else None,
+    )
+    comparable = recorded.sha256 and captured.origin.kind == recorded.kind
+    if comparable and captured.origin.sha256 != recorded.sha256:
+        raise InputFileError(
+            f"{where}: is not the model that {artifact.directory} was compiled from (its hash differs)"
+        )
+    return captured
+
+
+def lowered_as(captured: Capture, manifest: Manifest) -> Program:
+    """The lane program that an artifact holds, with everything that the passes know of it.
+
+    Raises:
+        InputFileError: It comes out otherwise: the artifact was compiled by another version.
+    """
+    program, _ = lower(captured.program, manifest.degree, manifest.forms)
+    found = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
+    held = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
+    if found != held:
+        raise InputFileError("the artifact was compiled by another version of kraken-compiler; compile the model again")
+    return program
+
+
+def backends_of(artifact: Artifact) -> list[Backend]:
+    """The backends that wrote an artifact, set as they were."""
+    return [_as_it_was(backend_named(name), artifact) for name in artifact.manifest.backends]
+
+
+def _as_it_was(backend: Backend, artifact: Artifact) -> Backend:
+    if not isinstance(backend, OnnxBackend):
+        return backend
+    # Imported here: onnx takes a second, and most artifacts have no device files.
+    from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+
+    device = DeviceModel.load(artifact.path(f"onnx/{device_file(0)}"), verify=False)
+    return replace(backend, collectives=device.collectives, weights=device.weights)

@@ -1,0 +1,86 @@
+"""Weights that are the lanes' own: trained lane by lane, no longer parts of the source's tensors.
+
+The weight table can say so by itself. The lanes' tensors of one weight, one behind the other along the first dim, are
+a source tensor of which lane i owns the i-th block; so whoever reads, writes or runs a lane program needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.ir.weight_table import DimShard, WeightSpec
+
+PREFIX = "lanes/"
+"""What the source names of such weights begin with; no model's own names do."""
+
+ReadLane = Callable[[WeightSpec, int], Tensor]
+"""Gives the local tensor of one weight on one lane."""
+
+Row = tuple[str, tuple[DimShard, ...], float]
+"""What tells weights apart: source, shards, scale. The programs with a KV cache have names of their own for them."""
+
+
+def with_lane_tensors(program: Program, names: Collection[str]) -> Program:
+    """A program whose weights in `names` are tensors of the lanes, no parts of the source's.
+
+    A weight that all lanes hold alike stays one whole tensor.
+
+    Args:
+        program: A lane program; it is not changed.
+        names: Names in its weight table.
+    """
+    rows = {_row(program.weights[name]): PREFIX + name for name in names}
+    moved = _moved(program, rows)
+    cached = program.cached
+    if cached is not None:
+        cached = CachedProgram(_moved(cached.step, rows), _moved(cached.tables, rows), cached.plan)
+    return replace(moved, cached=cached)
+
+
+def lane_tensor_reader(
+    table: Mapping[str, WeightSpec], degree: int, read_lane: ReadLane, read: Callable[[str], Tensor]
+) -> Callable[[str], Tensor]:
+    """What gives the source tensors of a program made by `with_lane_tensors`.
+
+    Args:
+        table: Its weight table.
+        degree: Number of lanes.
+        read_lane: Gives the lanes' tensors.
+        read: Gives the tensors that still are the source's.
+    """
+    own = {spec.source: spec for spec in table.values() if spec.source.startswith(PREFIX)}
+
+    def read_source(source: str) -> Tensor:
+        spec = own.get(source)
+        if spec is None:
+            return read(source)
+        if not spec.shards:
+            return read_lane(spec, 0)
+        return torch.cat([read_lane(spec, lane) for lane in range(degree)])
+
+    return read_source
+
+
+def _moved(program: Program, rows: Mapping[Row, str]) -> Program:
+    table = {
+        name: _own(spec, rows[_row(spec)], program.degree) if _row(spec) in rows else spec
+        for name, spec in program.weights.items()
+    }
+    return replace(program, weights=table)
+
+
+def _own(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
+    if not spec.shards:
+        return replace(spec, source=source, source_shape=spec.shape, scale=1.0)
+    size, *rest = spec.shape
+    blocks = tuple(((lane * size, (lane + 1) * size),) for lane in range(degree))
+    return replace(spec, source=source, source_shape=(degree * size, *rest), shards=(DimShard(0, blocks),), scale=1.0)
+
+
+def _row(spec: WeightSpec) -> Row:
+    return spec.source, spec.shards, spec.scale
