@@ -15,13 +15,28 @@ if TYPE_CHECKING:
     from kraken_compiler.api import compile_model as compile
     from kraken_compiler.backends.torch_dist.load import load
     from kraken_compiler.errors import KrakenError
+    from kraken_compiler.heal import HealResult, heal_artifact
+    from kraken_compiler.quality.healing.settings import HealSettings
 
-__all__ = ["CompileResult", "KrakenError", "compile", "load", "transform", "verify_artifact"]
+__all__ = [
+    "CompileResult",
+    "HealResult",
+    "HealSettings",
+    "KrakenError",
+    "compile",
+    "heal_artifact",
+    "load",
+    "transform",
+    "verify_artifact",
+]
 
 _HOMES = {
     "CompileResult": ("kraken_compiler.api", "CompileResult"),
+    "HealResult": ("kraken_compiler.heal", "HealResult"),
+    "HealSettings": ("kraken_compiler.quality.healing.settings", "HealSettings"),
     "KrakenError": ("kraken_compiler.errors", "KrakenError"),
     "compile": ("kraken_compiler.api", "compile_model"),
+    "heal_artifact": ("kraken_compiler.heal", "heal_artifact"),
     "load": ("kraken_compiler.backends.torch_dist.load", "load"),
     "transform": ("kraken_compiler.api", "transform"),
     "verify_artifact": ("kraken_compiler.api", "verify_artifact"),

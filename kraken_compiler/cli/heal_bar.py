@@ -1,0 +1,74 @@
+"""The progress bar of a healing run: steps, tokens/s, KL now, KL on the held-out text."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as RemainingColumn
+
+from kraken_compiler.formatting import number_text
+
+if TYPE_CHECKING:
+    from kraken_compiler.quality.healing.watch import StepRecord
+
+
+class HealBar:
+    """Shows a run on standard error; a line per evaluation if that is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._done = 0
+        self._steps: int | None = None
+        self._held_out = ""
+        self._now = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def stepped(self, record: StepRecord) -> None:
+        """See `Watch.stepped`."""
+        self._now = f"{record.tokens_per_second:.0f} tokens/s  KL {number_text(record.kl, '.3g')}"
+        self._done, self._steps = record.step, record.steps
+        self._show()
+
+    def evaluating(self, done: int, total: int) -> None:
+        """See `Watch.evaluating`."""
+        self._now = f"evaluating {done:,} of {total:,} tokens"
+        self._show()
+
+    def evaluated(self, step: int, kl: float) -> None:
+        """See `Watch.evaluated`."""
+        self._held_out = f"held out {number_text(kl, '.3g')}"
+        self._show()
+        if not self._quiet:
+            self._console.print(f"step {step}: KL on the held-out text {number_text(kl, '.4g')}", highlight=False)
+        if step and step == (self._steps or step):
+            # The last one; what comes now has a bar of its own.
+            self._stop()
+
+    def _show(self) -> None:
+        if self._quiet or not self._console.is_terminal:
+            return
+        if self._bar is None:
+            columns = (TextColumn("heal"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.description}"), console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        said = f"{self._now}  {self._held_out}"
+        self._bar.update(self._task, description=said, completed=self._done, total=self._steps)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

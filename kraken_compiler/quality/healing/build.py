@@ -1,0 +1,93 @@
+"""Student and teacher of a run, in this process: all lanes, or this rank's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.single.streaming import read_from_lane_files
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.communicators.base import Communicator
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
+from kraken_compiler.quality.healing.collectives import OnRanks
+from kraken_compiler.quality.healing.lora import add_lora
+from kraken_compiler.quality.healing.parameters import LaneParameters
+from kraken_compiler.quality.healing.peers import RankPeers
+from kraken_compiler.quality.healing.runner import LaneRunner
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
+
+
+def trainer_of_all_lanes(
+    artifact: Artifact, source: Program, read: Callable[[str], Tensor], settings: HealSettings, device: torch.device
+) -> Trainer:
+    """All lanes of an artifact, and its source as one lane that does everything.
+
+    Args:
+        artifact: The artifact.
+        source: Its source in standard form, of degree 1.
+        read: Gives the source's tensors.
+        settings: The run's.
+        device: Where all of it computes.
+
+    Raises:
+        InputFileError: A file of the artifact is missing or damaged.
+    """
+    program = load_program(artifact)
+    read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
+
+    def stacked(spec: WeightSpec) -> Tensor:
+        if not spec.shards:
+            return read_lane(spec, 0)
+        return torch.stack([read_lane(spec, lane) for lane in range(program.degree)])
+
+    parameters = _parameters(LaneParameters(program.weights, stacked, device), settings, settings.seed)
+    student = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
+    weights = lane_weights(source.weights, 0, source.reader(read))
+    teacher = teacher_of(LaneRunner(source, device=device), _moved(weights, device))
+    return Trainer(student, parameters, teacher, settings, device=device)
+
+
+def trainer_of_one_lane(
+    artifact: Artifact, teacher: Artifact, settings: HealSettings, communicator: Communicator, device: torch.device
+) -> Trainer:
+    """This rank's lane of an artifact, and the same of its source in standard form.
+
+    Args:
+        artifact: The artifact.
+        teacher: Its source in standard form, of the same degree.
+        settings: The run's.
+        communicator: What connects the ranks.
+        device: Where this rank computes.
+
+    Raises:
+        InputFileError: A file of an artifact is missing or damaged.
+    """
+    lane = communicator.rank
+    own = lane_file(lane)
+    for each in (artifact, teacher):
+        each.verify(GRAPH_FILE, own)
+    program, source = load_program(artifact), load_program(teacher)
+    read_lane = read_from_lane_files([artifact.path(own)])
+    made = LaneParameters(program.weights, lambda spec: read_lane(spec, 0), device)
+    # Every lane has weights of its own to update, so their first updates need not be alike.
+    parameters = _parameters(made, settings, settings.seed + lane)
+    student = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
+    weights = _moved(load_lane_weights(teacher.path(own), source.weights), device)
+    said = teacher_of(LaneRunner(source, OnRanks(communicator), device=device), weights)
+    return Trainer(student, parameters, said, settings, peers=RankPeers(communicator, device), device=device)
+
+
+def _parameters(parameters: LaneParameters, settings: HealSettings, seed: int) -> LaneParameters:
+    if settings.lora is not None:
+        add_lora(parameters, settings.lora, seed)
+    return parameters
+
+
+def _moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in weights.items()}

@@ -1,0 +1,129 @@
+"""The tokens that a model is trained and judged on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kraken_compiler.capture import Capture
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.sample_inputs import token_input, vocabulary
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.quality.texts import longest_row
+from kraken_compiler.weights.safetensors_format import read_header, read_tensor
+
+
+@dataclass(frozen=True)
+class HealingText:
+    """Rows of token ids, int64 [rows, sequence].
+
+    Attributes:
+        train: What is trained on.
+        held_out: What is not; the last part of every file.
+        hashes: sha256 of every file, by its name.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    hashes: dict[str, str]
+
+
+def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path], settings: HealSettings) -> HealingText:
+    """Read files of text and of token ids.
+
+    Args:
+        captured: The source model; its tokenizer reads the texts.
+        texts: UTF-8 files.
+        tokens: Files of token ids: `.npy`, or `.safetensors` with one tensor. Whole numbers, [tokens], or, if every row
+            is a document, [rows, tokens].
+        settings: Say how long a row is and how much is held out.
+
+    Raises:
+        UsageError: There is nothing to read or too little of it, or the model reads no text.
+        InputFileError: A file cannot be read, or its tokens are not the model's.
+    """
+    if not texts and not tokens:
+        raise UsageError("name a text to heal on: --text FILE, or --tokens FILE for a model without a tokenizer")
+    if token_input(captured.program) is None:
+        raise UsageError("the model reads no tokens, so it cannot be healed on text")
+    length = longest_row(captured, settings.sequence)
+    parts = [_split_text(captured, path, settings.hold_out) for path in texts]
+    parts += [_split_tokens(path, vocabulary(captured.program), settings.hold_out) for path in tokens]
+    train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
+    if not len(train) or not len(held_out):
+        count = sum(len(ids) for part in parts for side in part for ids in side)
+        raise UsageError(
+            f"the texts are too short: {count:,} tokens give {len(train)} rows of {length} to train on and "
+            f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows)"
+        )
+    hashes = {path.name: _digest(path) for path in (*texts, *tokens)}
+    return HealingText(train, held_out[: max(1, settings.evaluate_tokens // length)], hashes)
+
+
+def _split_text(captured: Capture, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of a text's beginning and of its end, cut where a line ends."""
+    if captured.origin.tokenizer is None:
+        where = captured.origin.path or "the model"
+        raise UsageError(f"--text: {where} has no tokenizer, so it cannot read text; give token ids with --tokens FILE")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputFileError(f"--text: cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"--text: {path} is not UTF-8 text") from error
+    cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
+    tokenizer = captured.origin.tokenizer.load()
+    train, held_out = (tokenizer(part, verbose=False)["input_ids"] for part in (text[:cut], text[cut:]))
+    return [train], [held_out]
+
+
+def _split_tokens(path: Path, vocabulary_size: int, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+    ids = _read_tokens(path)
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2) or not ids.size:
+        raise InputFileError(
+            f"--tokens: {path} holds {ids.dtype} {list(ids.shape)}, not whole numbers [tokens] or [rows, tokens]"
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary_size:
+        raise InputFileError(
+            f"--tokens: {path} holds ids from {ids.min()} to {ids.max()}; the model knows 0 to {vocabulary_size - 1}"
+        )
+    cut = round(len(ids) * (1 - hold_out))
+    if ids.ndim == 1:
+        return [ids[:cut].tolist()], [ids[cut:].tolist()]
+    return ids[:cut].tolist(), ids[cut:].tolist()
+
+
+def _read_tokens(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
+    if path.suffix == ".safetensors":
+        entries = read_header(path)
+        if len(entries) != 1:
+            raise InputFileError(f"--tokens: {path} holds {len(entries)} tensors; it must be one")
+        ((name, entry),) = entries.items()
+        return read_tensor(name, entry).numpy()
+    if path.suffix != ".npy":
+        raise InputFileError(f"--tokens: {path}: must be a .npy or .safetensors file of token ids")
+    try:
+        found: np.ndarray[Any, np.dtype[Any]] = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InputFileError(f"--tokens: cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputFileError(f"--tokens: {path} is no .npy file of numbers: {error}") from error
+    return found
+
+
+def _rows(streams: list[list[int]], length: int) -> Tensor:
+    """Whole rows of streams; the rest of a stream that fills none is left out."""
+    found = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
+    return torch.cat(found) if found else torch.empty((0, length), dtype=torch.int64)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

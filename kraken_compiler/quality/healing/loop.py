@@ -1,0 +1,125 @@
+"""The steps of a run, from where it is to its end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
+from kraken_compiler.quality.healing.schedule import learning_rate, rows_of_step
+from kraken_compiler.quality.healing.state import RunState
+from kraken_compiler.quality.healing.trainer import Diverged, Trainer
+from kraken_compiler.quality.healing.watch import StepRecord, Watch
+
+Beat = Callable[[str, float], None]
+"""Called before work begins: what it is, and how many seconds it may take beyond what any work may."""
+
+_FIRST_SECONDS = 600.0
+_SLOWER = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did to the held-out text.
+
+    Attributes:
+        before, after: `Quality` as plain values.
+        held_out: (step, KL) of every evaluation.
+    """
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    held_out: tuple[tuple[int, float], ...]
+
+
+def train(
+    trainer: Trainer,
+    rows: Tensor,
+    held_out: Tensor,
+    folder: Path,
+    state: RunState,
+    watch: Watch,
+    beat: Beat = lambda stage, seconds: None,
+) -> Outcome:
+    """Train to the end; all processes must do so together.
+
+    Args:
+        trainer: As it is before the first step; it is put where the run is.
+        rows, held_out: Token ids to train and to evaluate on, int64 [rows, S].
+        folder: Where checkpoints go.
+        state: Where the run is.
+        watch: Is told what happens.
+        beat: Is told what comes next.
+
+    Raises:
+        UsageError: The training diverged; the last checkpoint is kept.
+        InputFileError: A checkpoint cannot be read or written.
+    """
+    settings = trainer.settings
+    if state.step:
+        load_checkpoint(trainer, folder, state)
+    quality: dict[str, Any] | None = None
+
+    def evaluate(step: int) -> dict[str, Any]:
+        nonlocal state
+        beat(f"evaluating after step {step}", _FIRST_SECONDS)
+        found = _evaluate(trainer, held_out, watch, beat)
+        if step and not math.isfinite(found.kl):
+            raise _diverged("the KL on the held-out text", step, folder, state)
+        kept = tuple(entry for entry in state.held_out if entry[0] < step)
+        state = replace(state, held_out=(*kept, (step, found.kl)))
+        watch.evaluated(step, found.kl)
+        plain = asdict(found)
+        del plain["by_position"]
+        return plain
+
+    if state.before is None:
+        before = evaluate(0)
+        state = replace(state, before=before)
+    seconds = _FIRST_SECONDS / _SLOWER
+    for step in range(state.step, settings.steps):
+        beat(f"at step {step + 1}", _SLOWER * seconds)
+        started = time.perf_counter()
+        ids = rows_of_step(rows, settings, step)
+        rate = learning_rate(settings, step)
+        try:
+            result = trainer.step(ids, rate)
+        except Diverged as error:
+            raise _diverged(str(error), step + 1, folder, state) from error
+        seconds = time.perf_counter() - started
+        watch.stepped(
+            StepRecord(step + 1, settings.steps, result.kl, rate, result.gradient_norm, ids.numel() / seconds)
+        )
+        last = step + 1 == settings.steps
+        quality = evaluate(step + 1) if last or (step + 1) % settings.evaluate_every == 0 else None
+        if last or (step + 1) % settings.save_every == 0:
+            beat("writing a checkpoint", _FIRST_SECONDS)
+            state = save_checkpoint(trainer, folder, state, step + 1)
+    assert state.before is not None
+    return Outcome(state.before, quality or evaluate(settings.steps), state.held_out)
+
+
+def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Beat) -> Quality:
+    done = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        beat("evaluating", _FIRST_SECONDS)
+        watch.evaluating(done, held_out.numel())
+
+    return trainer.evaluate(held_out, "the held-out part of the texts", progress)
+
+
+def _diverged(what: str, step: int, folder: Path, state: RunState) -> UsageError:
+    kept = f"the checkpoint after step {state.step} is kept in {folder}" if state.step else "there is no checkpoint yet"
+    advice = "try a smaller --learning-rate with --restart"
+    return UsageError(f"step {step}: {what} is not finite, the training diverged; {advice} ({kept})")

@@ -1,0 +1,79 @@
+"""The weights that are trained: float32, one small module each, so that peft can wrap a single weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.ir.weight_table import WeightSpec
+
+
+class Held(nn.Module):
+    """One weight. It is called, with an operand that is not looked at, because peft changes what a call gives."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.weight
+
+
+class LaneParameters(nn.Module):
+    """Every weight of a lane program, and which of them are trained.
+
+    Attributes:
+        held: The trained ones, by name.
+        fixed: The others, by name.
+        table: The weight table.
+    """
+
+    def __init__(
+        self, table: Mapping[str, WeightSpec], read: Callable[[WeightSpec], Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        """Read all weights.
+
+        Args:
+            table: The weight table.
+            read: Gives a weight as the program takes it; what it gives is changed by training.
+            device: Where they go.
+        """
+        super().__init__()
+        self.table = dict(table)
+        self.held = nn.ModuleDict()
+        self.fixed: dict[str, Tensor] = {}
+        for name, spec in table.items():
+            value = read(spec).to(device)
+            if is_trained(spec):
+                self.held[name] = Held(value.float())
+            else:
+                self.fixed[name] = value
+
+    def operands(self) -> dict[str, Tensor]:
+        """Every weight in the program's element type; gradients flow to those that are trained."""
+        unused = torch.empty(0)
+        found = {}
+        for name, spec in self.table.items():
+            found[name] = self.held[name](unused).to(spec.torch_dtype) if name in self.held else self.fixed[name]
+        return found
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by name."""
+        return {name: parameter for name, parameter in self.held.named_parameters() if parameter.requires_grad}
+
+    def shared(self, name: str) -> bool:
+        """True if all lanes hold a trained parameter alike; `name` is as `trained` gives it."""
+        return not self.table[name.partition(".")[0]].shards
+
+    def results(self) -> Iterator[tuple[WeightSpec, Tensor]]:
+        """The trained weights in the program's element type; LoRA's updates must have been merged."""
+        for name, module in self.held.items():
+            assert isinstance(module, Held), f"{name}: updates are not merged"
+            yield self.table[name], module.weight.detach().to(self.table[name].torch_dtype)
+
+
+def is_trained(spec: WeightSpec) -> bool:
+    """True for what a model learns: buffers and constants stay."""
+    return spec.kind == "parameter" and spec.torch_dtype.is_floating_point

@@ -1,0 +1,123 @@
+"""Heal with one process per lane: this side starts the ranks and listens to them, `heal_rank` is one of them."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.communicators.choose import default_communicator
+from kraken_compiler.ir.program import Program
+from kraken_compiler.quality.healing.build import trainer_of_one_lane
+from kraken_compiler.quality.healing.data import HealingText
+from kraken_compiler.quality.healing.loop import Outcome, train
+from kraken_compiler.quality.healing.results import write_results
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.quality.healing.state import read_state
+from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
+from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.session import Session
+
+_TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
+_LISTEN_SECONDS = 0.2
+
+
+def heal_on_ranks(
+    artifact: Artifact,
+    source: Program,
+    read: Callable[[str], Tensor],
+    text: HealingText,
+    settings: HealSettings,
+    folder: Path,
+    watch: Watch,
+    timeout: float,
+) -> Outcome:
+    """Train every lane in a process of its own; the results lie in the folder.
+
+    Args:
+        artifact: What is healed.
+        source: Its source in standard form, of the same degree.
+        read: Gives the source's tensors.
+        text: What it is trained on.
+        settings: The run's.
+        folder: Where the run's state is.
+        watch: Is told what happens.
+        timeout: Seconds without progress, beyond what work like this takes, after which a rank counts as hanging.
+
+    Raises:
+        RankFailedError: A rank died or hung.
+        UsageError, InputFileError: See `train`.
+    """
+    degree = artifact.manifest.degree
+    teacher = folder / _TEACHER
+    if not teacher.exists():
+        recorded = artifact.manifest.source
+        write_artifact(source, source.reader(read), teacher, source=recorded, backends=[TorchBackend()])
+    save_file({"train": text.train, "held_out": text.held_out}, folder / _ROWS)
+    payload = {
+        "artifact": str(artifact.directory.absolute()),
+        "folder": str(folder.absolute()),
+        "settings": asdict(settings),
+    }
+    with _listening(folder / _EVENTS, watch):
+        outcome = run_ranks(f"{__name__}:heal_rank", degree, payload, timeout=timeout)[0]
+    shutil.rmtree(teacher, ignore_errors=True)
+    held_out = tuple((int(step), float(kl)) for step, kl in outcome.pop("held_out"))
+    return Outcome(**outcome, held_out=held_out)
+
+
+def heal_rank(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """One rank's part of `heal_on_ranks`."""
+    folder = Path(payload["folder"])
+    artifact = open_artifact(payload["artifact"], verify=False)
+    teacher = open_artifact(folder / _TEACHER, verify=False)
+    group = dist.group.WORLD
+    assert group is not None
+    communicator = default_communicator(session.device, group)
+    trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, session.device)
+    rows = load_file(folder / _ROWS)
+    watch = ToFile(folder / _EVENTS) if session.rank == 0 else Unwatched()
+    # All ranks must have read the state before one of them writes the next.
+    state = read_state(folder)
+    dist.barrier()
+    outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, session.status.progress)
+    write_results(trainer, folder, artifact.manifest.degree)
+    return asdict(outcome)
+
+
+@contextmanager
+def _listening(path: Path, watch: Watch) -> Iterator[None]:
+    """Pass on what rank 0 writes to a file, until it has ended and all is read."""
+    path.write_text("")
+    ended = threading.Event()
+
+    def listen() -> None:
+        with path.open(encoding="utf-8") as file:
+            rest = ""
+            while True:
+                last = ended.is_set()
+                *lines, rest = (rest + file.read()).split("\n")
+                for line in lines:
+                    pass_on(line, watch)
+                if last:
+                    return
+                ended.wait(_LISTEN_SECONDS)
+
+    listener = threading.Thread(target=listen, name="kraken-heal-events", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        listener.join()

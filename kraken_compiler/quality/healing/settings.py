@@ -1,0 +1,100 @@
+"""What a healing run does; a run is resumed only with the settings it began with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kraken_compiler.errors import UsageError
+
+PRECISIONS = ("float32", "bfloat16")
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 3e-3
+"""Defaults for whole weights and for LoRA; how they were found is told in docs/healing.md."""
+
+_OF_NO_CONSEQUENCE = ("save_every", "evaluate_every")
+"""Settings that may change from one part of a run to the next: the weights that come out are the same."""
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """How to train.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        sequence: Tokens of a row, at most.
+        batch: Rows of a step.
+        learning_rate: AdamW's at its highest; None takes the default.
+        warmup: Steps in which it grows from zero; None takes a tenth of all.
+        clip: The gradient's largest global norm.
+        weight_decay: AdamW's.
+        seed: Of the order of the rows and of LoRA's first weights.
+        lora: Rank of the low-rank updates that are trained instead of the weights; None trains the weights.
+        precision: What products are computed in, float32 or bfloat16; None takes float32 on CPUs and bfloat16 on GPUs.
+            Weights, their gradients and the optimizer are float32.
+        gradient_checkpointing: Compute the inside of every branch again in the backward pass instead of keeping it.
+        ranks: One process per lane.
+        hold_out: Share of every text that is not trained on.
+        evaluate_tokens: How much of it is evaluated on, at most.
+        save_every, evaluate_every: Steps between two checkpoints and two evaluations.
+    """
+
+    steps: int
+    sequence: int = 256
+    batch: int = 4
+    learning_rate: float | None = None
+    warmup: int | None = None
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    lora: int | None = None
+    precision: str | None = None
+    gradient_checkpointing: bool = False
+    ranks: bool = False
+    hold_out: float = 0.1
+    evaluate_tokens: int = 8192
+    save_every: int = 50
+    evaluate_every: int = 50
+
+    def check(self) -> None:
+        """Make sure that all of it can be done.
+
+        Raises:
+            UsageError: Something cannot.
+        """
+        for name in ("steps", "batch", "save_every", "evaluate_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("sequence", "evaluate_tokens"):
+            _require(getattr(self, name) >= 2, name, getattr(self, name), "must be at least 2")
+        _require(self.peak > 0, "learning_rate", self.peak, "must be above 0")
+        _require(self.clip > 0, "clip", self.clip, "must be above 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "must not be negative")
+        _require(self.lora is None or self.lora >= 1, "lora", self.lora, "must be at least 1")
+        _require(0 < self.hold_out < 1, "hold_out", self.hold_out, "must lie between 0 and 1")
+        known = self.precision is None or self.precision in PRECISIONS
+        _require(known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
+
+    @property
+    def peak(self) -> float:
+        """AdamW's highest learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATE if self.lora is None else LORA_LEARNING_RATE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_NO_CONSEQUENCE}
+
+
+def option_name(field: str) -> str:
+    """A setting as the command line spells it."""
+    return "--" + field.replace("_", "-")
+
+
+def _require(holds: bool, field: str, value: object, reason: str) -> None:
+    if not holds:
+        raise UsageError(f"{option_name(field)} {value}: {reason}")

@@ -1,0 +1,147 @@
+"""What a healing run tells those who watch it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kraken_compiler.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step.
+
+    Attributes:
+        step: Number of steps that are done.
+        steps: How many there will be.
+        kl: On the step's tokens, before it changed the weights; nats per token.
+        learning_rate, gradient_norm: The step's; the norm is that before clipping.
+        tokens_per_second: Of this step.
+    """
+
+    step: int
+    steps: int
+    kl: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+
+class Watch(Protocol):
+    """Is told what happens."""
+
+    def stepped(self, record: StepRecord) -> None:
+        """A step is done."""
+        ...
+
+    def evaluating(self, done: int, total: int) -> None:
+        """So many tokens of the held-out text are done."""
+        ...
+
+    def evaluated(self, step: int, kl: float) -> None:
+        """The held-out text has this KL after so many steps, in nats per token."""
+        ...
+
+
+class Unwatched:
+    """Nobody looks."""
+
+    def stepped(self, record: StepRecord) -> None:
+        pass
+
+    def evaluating(self, done: int, total: int) -> None:
+        pass
+
+    def evaluated(self, step: int, kl: float) -> None:
+        pass
+
+
+class ToAll:
+    """Tells several."""
+
+    def __init__(self, *watches: Watch) -> None:
+        self._watches = watches
+
+    def stepped(self, record: StepRecord) -> None:
+        for watch in self._watches:
+            watch.stepped(record)
+
+    def evaluating(self, done: int, total: int) -> None:
+        for watch in self._watches:
+            watch.evaluating(done, total)
+
+    def evaluated(self, step: int, kl: float) -> None:
+        for watch in self._watches:
+            watch.evaluated(step, kl)
+
+
+class ToFile:
+    """Writes a line of JSON for every event, for a watch in another process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def stepped(self, record: StepRecord) -> None:
+        self._write("stepped", asdict(record))
+
+    def evaluating(self, done: int, total: int) -> None:
+        self._write("evaluating", {"done": done, "total": total})
+
+    def evaluated(self, step: int, kl: float) -> None:
+        self._write("evaluated", {"step": step, "kl": kl})
+
+    def _write(self, event: str, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def pass_on(line: str, watch: Watch) -> None:
+    """Tell a watch what a line of `ToFile` says."""
+    values = json.loads(line)
+    event = values.pop("event")
+    if event == "stepped":
+        watch.stepped(StepRecord(**values))
+    elif event == "evaluating":
+        watch.evaluating(**values)
+    else:
+        watch.evaluated(**values)
+
+
+class TensorBoard:
+    """Curves for TensorBoard."""
+
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
+        """Open a log.
+
+        Args:
+            directory: Where it goes.
+            first_step: What an earlier part of the run logged from here on is dropped.
+
+        Raises:
+            UsageError: tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                f"--tensorboard needs packages that are not installed: pip install 'kraken-compiler[heal]' ({error})"
+            ) from error
+        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step + 1)
+
+    def stepped(self, record: StepRecord) -> None:
+        for name in ("kl", "learning_rate", "gradient_norm", "tokens_per_second"):
+            self._writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
+
+    def evaluating(self, done: int, total: int) -> None:
+        pass
+
+    def evaluated(self, step: int, kl: float) -> None:
+        self._writer.add_scalar("held_out/kl", kl, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
