@@ -38,6 +38,12 @@ def test_transform_in_python(root: Path, tmp_path: Path) -> None:
     assert differences["standard"] < 1e-4 < differences["kraken"]
 
 
+def test_heal_with_trainer(root: Path, tmp_path: Path) -> None:
+    printed = _run(str(root / "examples/heal_with_trainer.py"), cwd=tmp_path)
+    before, after = (float(word) for word in printed.splitlines()[-1].split() if word[:1].isdigit())
+    assert after < 0.8 * before
+
+
 @pytest.mark.real
 @pytest.mark.timeout(900)
 def test_demo_speaks_of_paris(root: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
