@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, _Lanes, read_from_source
+from kraken_compiler.backends.single.streaming import StreamingProgram, Lanes, read_from_source
 from kraken_compiler.ir.program import Program
 
 GARBAGE = 100.0
@@ -36,7 +36,7 @@ class LaneDecoder:
         for cache in plan.caches:
             for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
                 shape, dtype = (batch, cache.heads, capacity, dim), getattr(torch, cache.dtype)
-                self._feeds[name] = _Lanes(torch.full(shape, GARBAGE, dtype=dtype) for _ in range(program.degree))
+                self._feeds[name] = Lanes(torch.full(shape, GARBAGE, dtype=dtype) for _ in range(program.degree))
 
     def run(self, ids: Tensor, positions: Tensor, *, positional: bool = False, picks: Tensor | None = None) -> Tensor:
         """Logits of new tokens.

@@ -42,7 +42,7 @@ def read_from_lane_files(paths: Sequence[Path]) -> ReadLane:
     return lambda spec, lane: read_tensor(spec.name, headers[lane][spec.name])
 
 
-class _Lanes(list[Any]):
+class Lanes(list[Any]):
     """One value per lane."""
 
 
@@ -82,7 +82,7 @@ class StreamingProgram(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self._tap_names:
-            assert not isinstance(value, _Lanes), f"{n.name} differs between lanes"
+            assert not isinstance(value, Lanes), f"{n.name} differs between lanes"
             self._taps[n.name] = value
         return value
 
@@ -96,14 +96,14 @@ class StreamingProgram(fx.Interpreter):
         if not self._differs((args, kwargs)):
             args, kwargs = self._on_lane((args, kwargs), 0)
             return super().call_function(target, args, kwargs)
-        values = _Lanes()
+        values = Lanes()
         for lane in range(self._program.degree):
             lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
             values.append(super().call_function(target, lane_args, lane_kwargs))
         return values
 
     def _reduced(self, value: Any) -> Tensor:
-        if not isinstance(value, _Lanes):
+        if not isinstance(value, Lanes):
             assert isinstance(value, Tensor)
             return value * self._program.degree if self._program.degree > 1 else value
         first, *rest = reversed(value) if self._reverse_sums else value
@@ -113,7 +113,7 @@ class StreamingProgram(fx.Interpreter):
         return total
 
     def _differs(self, value: Any) -> bool:
-        if isinstance(value, _Lanes):
+        if isinstance(value, Lanes):
             return True
         if isinstance(value, WeightSpec):
             return bool(value.shards)
@@ -123,7 +123,7 @@ class StreamingProgram(fx.Interpreter):
 
     def _on_lane(self, value: Any, lane: int) -> Any:
         """Arguments as lane `lane` sees them, with the weights read."""
-        if isinstance(value, _Lanes):
+        if isinstance(value, Lanes):
             return value[lane]
         if isinstance(value, WeightSpec):
             return self._read_lane(value, lane)
