@@ -27,15 +27,28 @@ def logits_function(
     Raises:
         UsageError: The program needs an input that does not follow from the ids, or has no logits.
     """
-    kinds = [(spec, derived_input(spec, len(inputs))) for spec in inputs]
+    inputs_of = inputs_function(inputs)
 
     def logits_of(ids: Tensor) -> Tensor:
-        logits = run_flat([_derive(spec, kind, ids) for spec, kind in kinds])[call.logits]
+        logits = run_flat(inputs_of(ids))[call.logits]
         if logits.dim() != 3:
             raise no_language_model(call.output_names[call.logits], logits.dim())
         return logits
 
     return logits_of
+
+
+def inputs_function(inputs: Sequence[InputSpec]) -> Callable[[Tensor], list[Tensor]]:
+    """Turn token ids [batch, sequence] into the flat inputs of a program.
+
+    Args:
+        inputs: The program's inputs.
+
+    Raises:
+        UsageError: The program needs an input that does not follow from the ids.
+    """
+    kinds = [(spec, derived_input(spec, len(inputs))) for spec in inputs]
+    return lambda ids: [_derive(spec, kind, ids) for spec, kind in kinds]
 
 
 def _derive(spec: InputSpec, kind: Derived, ids: Tensor) -> Tensor:

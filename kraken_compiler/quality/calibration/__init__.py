@@ -1,0 +1,1 @@
+"""Closed-form calibration of a changed form."""

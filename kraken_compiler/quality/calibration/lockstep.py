@@ -1,0 +1,155 @@
+"""Runs a lane program on many batches, every batch up to the same point before any goes on.
+
+Between two points only the values that later nodes read are kept: in memory up to a limit, beyond it in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.backends.single.streaming import Lanes, ReadLane, StreamingProgram
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.passes.graph_tools import ancestors
+
+
+class Values:
+    """Values by name: tensors, lists of one tensor per lane, or plain numbers.
+
+    Args:
+        folder: An existing empty directory for what does not fit into memory.
+        limit: Bytes of tensors to hold in memory.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self._held: dict[str, Any] = {}
+        self._bytes = 0
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value; an older one of this name is replaced."""
+        self.drop(name)
+        size = _size(value)
+        if self._bytes + size <= self._limit:
+            compact = _compact(value)
+            self._held[name] = Lanes(compact) if isinstance(value, Lanes) else compact
+            self._bytes += size
+        else:
+            torch.save({"lanes": isinstance(value, Lanes), "value": _compact(value)}, self._path(name))
+
+    def get(self, name: str) -> Any:
+        """The value kept under a name."""
+        if name in self._held:
+            return self._held[name]
+        kept = torch.load(self._path(name), weights_only=True)
+        return Lanes(kept["value"]) if kept["lanes"] else kept["value"]
+
+    def drop(self, name: str) -> None:
+        """Forget a value, if there is one."""
+        if name in self._held:
+            self._bytes -= _size(self._held.pop(name))
+        else:
+            self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.pt"
+
+
+class Lockstep:
+    """A lane program under way on a list of batches.
+
+    Args:
+        program: The program; it is not changed.
+        read_lane: Where weights come from; asked again for every `advance`, so weights may change in between.
+        batches: The program's flat inputs, one list per batch.
+        values: Where values wait.
+        name: Tells this run's values from those of others in the same `values`.
+    """
+
+    def __init__(
+        self, program: Program, read_lane: ReadLane, batches: Sequence[list[Tensor]], values: Values, name: str
+    ) -> None:
+        self._program, self._read_lane, self._batches = program, read_lane, batches
+        self._values, self._name = values, name
+        self._given = {node for node in program.graph.nodes if node.op == "placeholder"}
+        self._done: set[fx.Node] = set(self._given)
+
+    def advance(self, targets: Sequence[fx.Node]) -> Iterator[dict[fx.Node, Any]]:
+        """Compute nodes on every batch, and whatever they need that is not there yet.
+
+        Args:
+            targets: The nodes wanted.
+
+        Yields:
+            For every batch in turn the targets' values: one tensor, or a list of one per lane where lanes differ.
+        """
+        wanted: set[fx.Node] = set()
+        for target in targets:
+            wanted |= ancestors(target, stop=self._done)
+        nodes = [node for node in self._program.graph.nodes if node in wanted]
+        done = self._done | wanted
+        runner = _Runner(self._program, _remembering(self._read_lane))
+        read = {operand for node in nodes for operand in node.all_input_nodes} - wanted - self._given
+        read |= {target for target in targets if target not in wanted}
+        spent = [node for node in read if done.issuperset(node.users)]
+        live = [node for node in nodes if not done.issuperset(node.users) or node in targets]
+        for number, inputs in enumerate(self._batches):
+            known = {node: self._values.get(self._key(number, node)) for node in read - self._given}
+            computed = runner.compute(nodes, inputs, known)
+            for node in live:
+                self._values.put(self._key(number, node), computed[node])
+            for node in spent:
+                self._values.drop(self._key(number, node))
+            # Whoever reads two runs side by side leaves one of them at its last value.
+            self._done = done if number == len(self._batches) - 1 else self._done
+            yield {target: computed[target] for target in targets}
+
+    def _key(self, batch: int, node: fx.Node) -> str:
+        return f"{self._name}-{batch}-{node.name}"
+
+
+class _Runner(StreamingProgram):
+    """Runs some nodes of a program."""
+
+    def compute(
+        self, nodes: Sequence[fx.Node], inputs: Sequence[Tensor], known: dict[fx.Node, Any]
+    ) -> dict[fx.Node, Any]:
+        """The values of `nodes`, added to those of the nodes that are known."""
+        placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
+        given = dict(zip(placeholders, [*self._program.weights.values(), *inputs], strict=True))
+        self.env = {**given, **known}
+        with torch.no_grad():
+            for node in nodes:
+                self.env[node] = self.run_node(node)
+        return self.env
+
+
+def _remembering(read_lane: ReadLane) -> ReadLane:
+    """Read every weight once."""
+    read: dict[tuple[str, int], Tensor] = {}
+
+    def remembered(spec: WeightSpec, lane: int) -> Tensor:
+        key = (spec.name, lane if spec.shards else 0)
+        if key not in read:
+            read[key] = read_lane(spec, lane)
+        return read[key]
+
+    return remembered
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _compact(value: Any) -> Any:
+    """The value without the rest of a bigger tensor that it may be a part of."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    return [_compact(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,67 @@
+"""Streaming second moments: all that a ridge regression needs to know of any number of tokens.
+
+Legend: N tokens of one batch, P features, T targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of products of features x and targets y, in float64.
+
+    Attributes:
+        gram_PP: Sum of w x x'.
+        cross_PT: Sum of w x y'.
+        energy_TT: Sum of w y y'.
+        tokens: Number of tokens seen.
+    """
+
+    gram_PP: Tensor
+    cross_PT: Tensor
+    energy_TT: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, targets: int) -> Moments:
+        """Sums over no tokens."""
+        f64 = torch.float64
+        return cls(
+            torch.zeros(features, features, dtype=f64),
+            torch.zeros(features, targets, dtype=f64),
+            torch.zeros(targets, targets, dtype=f64),
+        )
+
+    def add(self, x_NP: Tensor, y_NT: Tensor, weight_N: Tensor) -> None:
+        """Add a batch of tokens; the products are computed in float32 and summed in float64."""
+        weighted = x_NP * weight_N[:, None]
+        self.gram_PP += weighted.T @ x_NP
+        self.cross_PT += weighted.T @ y_NT
+        self.energy_TT += (y_NT * weight_N[:, None]).T @ y_NT
+        self.tokens += x_NP.shape[0]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.gram_PP + other.gram_PP,
+            self.cross_PT + other.cross_PT,
+            self.energy_TT + other.energy_TT,
+            self.tokens + other.tokens,
+        )
+
+    def error(self, solution_PT: Tensor | None = None, metric_TT: Tensor | None = None) -> float:
+        """Weighted sum over tokens of |M^(1/2) (y - B' x)|^2.
+
+        Args:
+            solution_PT: B; None means zero.
+            metric_TT: M, symmetric; None means the identity.
+        """
+        left = self.energy_TT
+        if solution_PT is not None:
+            explained = solution_PT.T @ self.cross_PT
+            left = left - explained - explained.T + solution_PT.T @ self.gram_PP @ solution_PT
+        return float(left.trace() if metric_TT is None else (left * metric_TT).sum())

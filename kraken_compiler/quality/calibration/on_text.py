@@ -1,0 +1,75 @@
+"""Calibrates a captured model's lane program on text files and measures what it brought."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram, read_from_source
+from kraken_compiler.ir.program import Program
+from kraken_compiler.progress import Progress
+from kraken_compiler.quality.calibration.calibrate import calibrate
+from kraken_compiler.quality.calibration.record import Calibration
+from kraken_compiler.quality.calibration.texts import calibration_text
+from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
+from kraken_compiler.runtime.logits import inputs_function, logits_function
+
+if TYPE_CHECKING:
+    from kraken_compiler.capture import Capture
+
+CALIBRATION_TOKENS = 65536
+"""How many tokens to calibrate on unless a user says otherwise."""
+
+
+def calibrate_on_text(
+    captured: Capture,
+    standard: Program,
+    program: Program,
+    paths: Sequence[Path],
+    tokens: int,
+    measured_on: TextChoice,
+    show: Progress,
+) -> Calibration:
+    """Calibrate on text files; measure before and after on parts of them that stay unseen, and on another text.
+
+    Args:
+        captured: The source model.
+        standard: It, split over the lanes in `standard` form.
+        program: The lane program.
+        paths: Text files, and directories of them.
+        tokens: How many tokens to calibrate on.
+        measured_on: The other text.
+        show: Is told how far it is.
+
+    Raises:
+        UsageError: The model reads no text, or the texts are too short.
+        InputFileError: A text cannot be read.
+    """
+    text = calibration_text(captured, paths, tokens)
+    other = evaluation_text(captured, measured_on)
+    inputs_of = inputs_function(program.inputs)
+    read_lane = read_from_source(program, captured.store.read)
+    ids = [*text.fitted, *text.held]
+    held = [False] * len(text.fitted) + [True] * len(text.held)
+    with show.steps("calibrate") as advance:
+        found = calibrate(standard, program, read_lane, list(map(inputs_of, ids)), held, advance=advance)
+    qualities = []
+    measured: list[tuple[str, Iterable[Tensor]]] = [("unseen parts of the calibration text", text.unseen)]
+    if isinstance(other, TokenText):
+        measured.append((other.name, other))
+    source = _logits_of(captured.program, read_from_source(captured.program, captured.store.read))
+    with show.stage("quality before and after calibration"):
+        for name, batches in measured:
+            lanes = (_logits_of(program, weights) for weights in (read_lane, found.weights.read_lane))
+            before, after = (evaluate(source, logits, batches, name) for logits in lanes)
+            qualities.append((before, after))
+    return replace(found, texts=tuple(map(str, paths)), qualities=tuple(qualities))
+
+
+def _logits_of(program: Program, read_lane: ReadLane) -> LogitsOf:
+    return logits_function(program.inputs, program.call, StreamingProgram(program, read_lane).run_flat)

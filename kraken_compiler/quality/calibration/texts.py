@@ -1,0 +1,149 @@
+"""The rows of tokens that calibration reads, out of text files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.quality.texts import longest_row
+
+if TYPE_CHECKING:
+    from kraken_compiler.capture import Capture
+
+_CHARACTERS_PER_TOKEN = 6
+_HELD_SHARE = 6
+_UNSEEN_ROWS = 16
+_ROWS_AT_ONCE = 8
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Rows of tokens, each out of one text.
+
+    Attributes:
+        fitted: Batches int64 [rows, sequence] to fit.
+        held: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a strength
+            that holds on another text holds on text that nobody has seen.
+        unseen: Batches that calibration leaves alone, to measure it on.
+    """
+
+    fitted: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    unseen: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that calibration uses."""
+        return sum(ids.numel() for ids in (*self.fitted, *self.held))
+
+
+def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> CalibrationText:
+    """Read rows of tokens, as many from every text as far as they reach, spread over its length.
+
+    Args:
+        captured: The source model.
+        paths: Text files, and directories of them.
+        tokens: How many tokens to calibrate on; fewer if the texts are short.
+
+    Raises:
+        UsageError: The model reads no text, or the texts are too short.
+        InputFileError: A text cannot be read.
+    """
+    if token_input(captured.program) is None:
+        raise UsageError("--calibrate: the model reads no tokens")
+    if captured.origin.tokenizer is None:
+        raise UsageError(f"--calibrate: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
+    tokenizer = captured.origin.tokenizer.load()
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        return ids
+
+    row = longest_row(captured)
+    files = [file for path in paths for file in _files(path)]
+    wanted = max(1, tokens // row)
+    quota = -(-(wanted + _UNSEEN_ROWS) // max(1, len(files)))
+    rows = [_rows(_read(file), quota, row, tokenize) for file in files]
+    return divide([text for text in rows if text], wanted)
+
+
+def divide(texts: Sequence[Sequence[list[int]]], wanted: int) -> CalibrationText:
+    """Decide which rows are fitted, held back or unseen.
+
+    Args:
+        texts: For every text its rows, all of one length.
+        wanted: How many rows to calibrate on.
+
+    Raises:
+        UsageError: There are fewer than three rows.
+    """
+    total = sum(map(len, texts))
+    if total < 3:
+        raise UsageError(f"--calibrate: the text has {total} rows of tokens, at least 3 are needed")
+    aside = min(_UNSEEN_ROWS, max(1, total // 8))
+    in_turn = _in_turn(texts)
+    # The last rows of the longest texts: next to nothing of what is fitted.
+    unseen = in_turn[-aside:]
+    used = in_turn[:-aside][:wanted]
+    several = len({text for text, _ in used}) >= 4
+    last = used[-max(1, len(used) // _HELD_SHARE) :]
+    held = [entry for entry in used if entry[0] % 4 == 2] if several else last
+    kept = {id(row) for _, row in held}
+    fitted = [row for _, row in used if id(row) not in kept]
+    return CalibrationText(_batches(fitted), _batches([row for _, row in held]), _batches([row for _, row in unseen]))
+
+
+def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]]:
+    """Every text's first row, every text's second row, ..., with the text's number."""
+    longest = max(map(len, texts))
+    return [(number, text[place]) for place in range(longest) for number, text in enumerate(texts) if place < len(text)]
+
+
+def _batches(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
+    return tuple(torch.split(torch.tensor(rows), _ROWS_AT_ONCE)) if rows else ()
+
+
+def _rows(text: str, count: int, row: int, tokenize: Tokenize) -> list[list[int]]:
+    """At most `count` rows of `row` tokens, spread over a text."""
+    span = row * _CHARACTERS_PER_TOKEN
+    if len(text) <= count * span:
+        ids = tokenize(text)
+        return [ids[start : start + row] for start in range(0, len(ids) - row + 1, row)][:count]
+    step = len(text) // count
+    starts = [number * step for number in range(count)]
+    pieces = (tokenize(_from_line_start(text, start, span)) for start in starts)
+    return [ids[:row] for ids in pieces if len(ids) >= row]
+
+
+def _from_line_start(text: str, start: int, length: int) -> str:
+    """`length` characters from the next line on, if one begins soon: tokens hardly ever reach over a line's end."""
+    line = text.find("\n", start, start + length // 4) + 1 if start else 0
+    begin = line or start
+    return text[begin : begin + length]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    if not files:
+        raise InputFileError(f"--calibrate: there is no file in {path}")
+    return files
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"--calibrate: {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise InputFileError(f"--calibrate: cannot read {path}: {error.strerror or error}") from error
