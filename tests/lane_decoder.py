@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, Lanes, read_from_source
+from kraken_compiler.backends.single.streaming import Lanes, StreamingProgram, read_from_source
 from kraken_compiler.ir.program import Program
 
 GARBAGE = 100.0
