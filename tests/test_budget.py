@@ -55,8 +55,9 @@ def test_the_most_that_the_budget_allows(limit: float) -> None:
         asked.append(forms)
         return quality(cost(forms))
 
-    order = list(reversed(range(LAYERS)))
-    choice = choose_forms(branches(LAYERS), order, order, measure, Budget(max_kl=limit))
+    # What layers cost alone is known up to a factor, and not exactly.
+    alone = [7 * (LAYERS - layer) * (1.02 if layer % 2 else 1.0) for layer in range(LAYERS)]
+    choice = choose_forms(branches(LAYERS), alone, alone, measure, Budget(max_kl=limit))
     assert len(asked) == len(set(asked)) <= 10
     assert len(choice.frontier) == len(asked)
 
@@ -77,16 +78,33 @@ def test_the_most_that_the_budget_allows(limit: float) -> None:
     assert choice.to_dict()["frontier"][0]["kl"] == choice.frontier[0].kl
 
 
-def test_the_order_of_layers_is_the_given_one() -> None:
-    choice = choose_forms(
-        branches(3),
-        [1, 2, 0],
-        [0, 2, 1],
-        lambda forms: quality(0.1 * forms.count("kraken") + 0.04 * forms.count("sync-drop")),
-        Budget(0.15),
-    )
+def test_the_cheapest_layers_come_first() -> None:
+    def measure(forms: tuple[str, ...]) -> Quality:
+        return quality(0.1 * forms.count("kraken") + 0.04 * forms.count("sync-drop"))
+
+    choice = choose_forms(branches(3), [3, 1, 2], [1, 3, 2], measure, Budget(0.15))
     assert choice.best is not None
     assert choice.best.forms == ("sync-drop", "kraken", "standard")
+
+
+def test_good_expectations_save_measurements() -> None:
+    asked = []
+
+    def measure(forms: tuple[str, ...]) -> Quality:
+        asked.append(forms)
+        return quality(forms.count("kraken") * 0.01 + forms.count("sync-drop"))
+
+    choice = choose_forms(branches(40), [1.0] * 40, [1.0] * 40, measure, Budget(0.315))
+    assert choice.best is not None
+    assert choice.best.forms.count("kraken") == 31
+    # The middle, the right one, the one above it; then one of the other form.
+    assert len(asked) <= 6
+
+
+def test_what_is_no_number_is_over_the_budget() -> None:
+    choice = choose_forms(branches(2), [1, 1], [1, 1], lambda forms: quality(math.nan), Budget(0.1))
+    assert choice.best is None
+    assert all(candidate.used == math.inf for candidate in choice.frontier)
 
 
 def test_budgets() -> None:

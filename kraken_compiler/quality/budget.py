@@ -2,11 +2,15 @@
 
 Layers are taken in the order of what a form costs in them alone. First as many as the budget allows become `kraken`,
 then as many of the rest as it still allows become `sync-drop`, which halves what a layer waits for and costs less. Both
-numbers are found by bisection: every candidate is calibrated and measured, none is predicted.
+numbers are found by bisection. What the layers cost alone, scaled to what was measured last, says where to look next;
+but every candidate is calibrated and measured, none is taken on a prediction.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -39,11 +43,16 @@ class Budget:
         if not all(limit > 0 for limit in limits):
             raise UsageError("a budget must be above 0; --form standard changes nothing")
 
+    def used(self, quality: Quality) -> float:
+        """The share of the budget that a measurement uses: above 1 it does not hold. Infinite if it is no number."""
+        kl = quality.kl / self.max_kl if self.max_kl is not None else 0.0
+        limit = self.max_perplexity_increase
+        perplexity = perplexity_increase(quality) / limit if limit is not None else 0.0
+        return math.inf if math.isnan(kl) or math.isnan(perplexity) else max(kl, perplexity)
+
     def holds(self, quality: Quality) -> bool:
         """True if a measurement is within the budget; a number that is none is not."""
-        kl_holds = self.max_kl is None or quality.kl <= self.max_kl
-        increase = perplexity_increase(quality)
-        return kl_holds and (self.max_perplexity_increase is None or increase <= self.max_perplexity_increase)
+        return self.used(quality) <= 1
 
     def __str__(self) -> str:
         parts = [] if self.max_kl is None else [f"KL at most {self.max_kl:g}"]
@@ -108,14 +117,19 @@ class Candidate:
         traffic: Its communication.
         kl: KL to the source, nats per token.
         perplexity_increase: As a share of the source's perplexity.
-        within: Whether the budget allows it.
+        used: The share of the budget that it uses.
     """
 
     forms: tuple[str, ...]
     traffic: Traffic
     kl: float
     perplexity_increase: float
-    within: bool
+    used: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the budget allows it."""
+        return self.used <= 1
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "spared": self.traffic.spared, "hidden_share": self.traffic.hidden_share}
@@ -154,8 +168,8 @@ Measure = Callable[[tuple[str, ...]], Quality]
 
 def choose_forms(
     branches: Sequence[Branch],
-    kraken_order: Sequence[int],
-    sync_drop_order: Sequence[int],
+    kraken_costs: Sequence[float],
+    sync_drop_costs: Sequence[float],
     measure: Measure,
     budget: Budget,
 ) -> Choice:
@@ -163,26 +177,14 @@ def choose_forms(
 
     Args:
         branches: Of the whole model, in order.
-        kraken_order: All layers, from the one in which `kraken` costs least to the one in which it costs most.
-        sync_drop_order: The same for `sync-drop`.
-        measure: Measures a choice; called about 2 log2(layers) times, never twice with the same.
+        kraken_costs: For every layer what `kraken` costs there alone; only ratios count.
+        sync_drop_costs: The same for `sync-drop`.
+        measure: Measures a choice, never the same one twice.
         budget: The limit.
     """
     search = _Search(branches, measure, budget)
-    count = len(kraken_order)
-
-    def with_kraken(number: int) -> tuple[str, ...]:
-        chosen = set(kraken_order[:number])
-        return tuple(KRAKEN.name if layer in chosen else STANDARD.name for layer in range(count))
-
-    forms = with_kraken(search.most(with_kraken, count))
-    rest = [layer for layer in sync_drop_order if forms[layer] == STANDARD.name]
-
-    def with_sync_drop(number: int) -> tuple[str, ...]:
-        chosen = set(rest[:number])
-        return tuple(SYNC_DROP.name if layer in chosen else form for layer, form in enumerate(forms))
-
-    search.most(with_sync_drop, len(rest))
+    forms = search.most([STANDARD.name] * len(kraken_costs), KRAKEN.name, kraken_costs)
+    search.most(forms, SYNC_DROP.name, sync_drop_costs)
     measured = sorted(search.measured.values(), key=lambda candidate: (candidate.traffic.spared, candidate.kl))
     allowed = [candidate for candidate in measured if candidate.within]
     return Choice(str(budget), allowed[-1] if allowed else None, tuple(measured))
@@ -195,17 +197,26 @@ class _Search:
         self.measured: dict[tuple[str, ...], Candidate] = {}
         self._branches, self._measure, self._budget = branches, measure, budget
 
-    def most(self, forms_with: Callable[[int], tuple[str, ...]], count: int) -> int:
-        """The largest number of layers, 0 to `count`, that the budget allows, if every layer more costs more."""
-        allowed, refused = 0, count + 1
+    def most(self, base: Sequence[str], form: str, costs: Sequence[float]) -> list[str]:
+        """Give a form to as many of the standard layers of `base` as the budget allows, the cheapest first."""
+        order = sorted((layer for layer, old in enumerate(base) if old == STANDARD.name), key=costs.__getitem__)
+        expected = list(itertools.accumulate((costs[layer] for layer in order), initial=0.0))
+
+        def with_layers(number: int) -> list[str]:
+            chosen = set(order[:number])
+            return [form if layer in chosen else old for layer, old in enumerate(base)]
+
+        spent = self.measured[tuple(base)].used if tuple(base) in self.measured else 0.0
+        allowed, refused, scale = 0, len(order) + 1, 0.0
         while refused - allowed > 1:
-            # The whole model first: where it is allowed, nothing else needs to be looked at.
-            middle = count if refused > count else (allowed + refused) // 2
-            if self._candidate(forms_with(middle)).within:
+            middle = _next(expected, allowed, refused, (1 - spent) / scale if scale > 0 else None)
+            used = self._candidate(tuple(with_layers(middle))).used
+            if used <= 1:
                 allowed = middle
             else:
                 refused = middle
-        return allowed
+            scale = max(0.0, used - spent) / expected[middle] if expected[middle] > 0 else 0.0
+        return with_layers(allowed)
 
     def _candidate(self, forms: tuple[str, ...]) -> Candidate:
         if forms not in self.measured:
@@ -215,9 +226,23 @@ class _Search:
                 traffic(self._branches, forms),
                 quality.kl,
                 perplexity_increase(quality),
-                self._budget.holds(quality),
+                self._budget.used(quality),
             )
         return self.measured[forms]
+
+
+def _next(expected: Sequence[float], allowed: int, refused: int, left: float | None) -> int:
+    """How many layers to try next, between `allowed` and `refused`.
+
+    Args:
+        expected: What 0, 1, 2, ... layers are expected to cost.
+        allowed, refused: Numbers of layers known to be within and over the budget.
+        left: What the budget leaves, in units of `expected`; None if nothing was measured yet.
+    """
+    if left is None:
+        return (allowed + refused) // 2
+    fitting = bisect.bisect_right(expected, left) - 1
+    return min(max(fitting, allowed + 1), refused - 1)
 
 
 def _row(candidate: Candidate, best: bool) -> tuple[str, ...]:
