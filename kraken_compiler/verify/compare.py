@@ -17,7 +17,9 @@ LARGEST_NOISE = 1e-2
 """A program that is noisier than this cannot be told from a wrong one, and fails."""
 
 _SOURCE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-_RANK_TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+# Ten times the rounding of float16: ONNX Runtime rounds at other operators than torch does, and over twelve families,
+# two forms and up to 40 tokens the largest error was 6e-3.
+_RANK_TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 def source_tolerance(dtype: torch.dtype) -> float:
