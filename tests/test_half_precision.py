@@ -1,11 +1,24 @@
-"""Models in bfloat16: casts inside norms and attention survive the rewrite, in every family."""
+"""Models in half precision: casts inside norms and attention survive the rewrite, in every family."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 import kraken_compiler
+from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
+from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.capture import capture
+from kraken_compiler.lowering import lower
+from kraken_compiler.verify.compare import errors, rank_tolerance
+from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import SUPPORTED, logits_of, token_batch
 
 # Eager attention in float32, fused and decomposed norms, ALiBi, and plain code: one of each kind keeps this fast.
@@ -22,3 +35,26 @@ def test_standard_form_equals_the_source_in_bfloat16(name):
     assert have.dtype == want.dtype
     error = (have.float() - want.float()).norm() / want.float().norm()
     assert error < 3e-2, f"{name}: relative error {error:.1e}"
+
+
+# Rotary and learned positions, and the family with the largest error of those that were measured.
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
+def test_onnx_devices_in_float16(name: str, weights: str | None, tmp_path: Path) -> None:
+    model = SUPPORTED[name]().to(torch.float16)
+    captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
+    program, _ = lower(captured.program, 2, "kraken")
+    OnnxBackend(weights=weights).write(program, captured.store.read, tmp_path)
+    models = [DeviceModel.load(tmp_path / device_file(lane)).with_exact_products() for lane in range(2)]
+    given = token_batch(model, 3, 12, seed=1)
+    read = read_as_quantized(models[0], read_from_source(program, captured.store.read))
+    want = StreamingProgram(program, read).run_flat([given])[0]
+
+    def act(collectives: ThreadCollectives) -> torch.Tensor:
+        device = models[collectives.rank]
+        feeds = whole_feeds(device, {"input_ids": given.numpy()})
+        return torch.from_numpy(DeviceProgram(device, collectives, threads=1).run(feeds)[LOGITS].copy())
+
+    for have in together(2, act):
+        assert have.dtype == torch.float16
+        assert errors(have, want)[1] < rank_tolerance(torch.float16, 0.0)

@@ -4,7 +4,8 @@
     Gemm(x, weight [K, N], bias) ->  the same, with the bias; also of a weight [N, K] and transB
 
 A weight that anything else reads too (an embedding that is also the head), and what is no right operand of a product
-(embeddings, norms, biases, tables) stay as they are.
+(embeddings, norms, biases, tables) stay as they are. The last product, a language model's head, has 8 bits in any case:
+nothing comes after it that could even its errors out.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def quantize_products(exported: ExportedGraph, kind: str, transposes: Mapping[st
     Returns:
         The same with the weights that are then to be stored.
     """
-    quantization = QUANTIZATIONS[kind]
     weights = dict(exported.weights)
     transposed = set(exported.transposed)
     quantized: dict[str, Quantization] = {}
     origins = Counter(transposes.get(name, name) for name in exported.weights)
+    last = next((node for node in reversed(exported.model.graph) if node.op_type in _PRODUCTS), None)
     for name, value in exported.weights.items():
         products = [use.node for use in value.uses()]
         computed = name in exported.tables and name not in transposes
@@ -63,7 +64,7 @@ def quantize_products(exported: ExportedGraph, kind: str, transposes: Mapping[st
             rows, columns = columns, rows
             transposed ^= {name}
         del weights[name]
-        quantized[name] = quantization
+        quantization = quantized[name] = QUANTIZATIONS["int8" if last in products else kind]
         parts = _parts(quantization, name, value, rows, columns)
         weights.update({str(part.name): part for part in parts})
         noted = {
@@ -84,14 +85,15 @@ def _is_product(node: onnx_ir.Node, weight: onnx_ir.Value) -> bool:
         return False
     if weight.shape is None or weight.shape.rank() != 2:
         return False
-    if node.op_type != "Gemm":
-        return node.op_type == "MatMul" and not node.domain
+    if node.op_type not in _PRODUCTS:
+        return False
     plain = all(_setting(node, name, default) == default for name, default in _PLAIN.items())
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     columns = weight.shape[0 if _is_flipped(node) else 1]
     return plain and (bias is None or (bias.shape is not None and list(bias.shape) == [columns]))
 
 
+_PRODUCTS = ("MatMul", "Gemm")
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 

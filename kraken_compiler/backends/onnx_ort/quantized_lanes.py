@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.format import NODE_TRANSPOSED, NODE_WEIGHT, QUANTIZED_PRODUCT
-from kraken_compiler.backends.onnx_ort.quantization import QUANTIZATIONS, dequantize, quantize
+from kraken_compiler.backends.onnx_ort.quantization import Quantization, dequantize, quantize
 from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.ir.weight_table import WeightSpec
 
@@ -20,19 +20,21 @@ def read_as_quantized(model: DeviceModel, read_lane: ReadLane) -> ReadLane:
     """
     if model.weights is None:
         return read_lane
-    quantization = QUANTIZATIONS[model.weights]
-    transposed = {}
+    quantized: dict[str, tuple[Quantization, bool]] = {}
     for node in model.proto.graph.node:
-        noted = {entry.key: entry.value for entry in node.metadata_props}
         if node.op_type == QUANTIZED_PRODUCT:
-            transposed[noted[NODE_WEIGHT]] = noted[NODE_TRANSPOSED] == str(True)
+            settings = {attribute.name: attribute.i for attribute in node.attribute}
+            noted = {entry.key: entry.value for entry in node.metadata_props}
+            how = Quantization(settings["bits"], settings["block_size"])
+            quantized[noted[NODE_WEIGHT]] = how, noted[NODE_TRANSPOSED] == str(True)
 
     def read(spec: WeightSpec, lane: int) -> Tensor:
         local = read_lane(spec, lane)
-        if spec.name not in transposed:
+        if spec.name not in quantized:
             return local
-        stored = local.t() if transposed[spec.name] else local
-        weight = dequantize(quantize(stored.to(spec.torch_dtype), quantization), stored.shape[0], quantization)
-        return (weight.t() if transposed[spec.name] else weight).contiguous()
+        how, transposed = quantized[spec.name]
+        stored = local.t() if transposed else local
+        weight = dequantize(quantize(stored.to(spec.torch_dtype), how), stored.shape[0], how)
+        return (weight.t() if transposed else weight).contiguous()
 
     return read
