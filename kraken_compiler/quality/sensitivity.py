@@ -14,16 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.formatting import json_text, number_text
-from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance
-from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.quality.lane_logits import lane_logits, replay
 from kraken_compiler.report import table
-from kraken_compiler.runtime.logits import logits_function
 
 Run = tuple[int, int]
 """First and last layer, inclusive."""
@@ -141,27 +140,18 @@ def _measured(
     batches: Sequence[Tensor],
     advance: Advance | None,
 ) -> Sensitivity:
-    source = _logits_of(captured.program, captured)
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     said = [source(ids) for ids in batches]
     costs = list(known.costs)
     for number, (form, (first, last)) in enumerate(missing, start=1):
         program, _ = lower(captured.program, known.degree, form, list(range(first, last + 1)), cached=False)
-        found = evaluate(_replay(said), _logits_of(program, captured), batches, known.text)
+        found = evaluate(
+            replay(said), lane_logits(program, read_from_source(program, captured.store.read)), batches, known.text
+        )
         costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
         if advance is not None:
             advance(number, len(missing), "runs of layers")
     return Sensitivity(known.source, known.degree, known.text, known.tokens, tuple(costs))
-
-
-def _logits_of(program: Program, captured: Capture) -> LogitsOf:
-    streaming = StreamingProgram(program, read_from_source(program, captured.store.read))
-    return logits_function(program.inputs, program.call, streaming.run_flat)
-
-
-def _replay(logits: Sequence[Tensor]) -> LogitsOf:
-    """A model that says what it said before, batch after batch."""
-    following = iter(logits)
-    return lambda ids: next(following)
 
 
 def _load(path: Path, wanted: Sensitivity) -> Sensitivity:

@@ -1,0 +1,104 @@
+"""Calibration from text files: which rows are fitted, held back and unseen, and the command that does it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from kraken_compiler.capture import capture
+from kraken_compiler.errors import UsageError
+from kraken_compiler.quality.calibration.texts import calibration_text, divide
+from tests.test_cli_compile import done, refused, save_model
+
+
+def rows(text: int, count: int) -> list[list[int]]:
+    """Rows that say which text they are of and where."""
+    return [[text, place, 0] for place in range(count)]
+
+
+def numbers(batches: tuple[torch.Tensor, ...]) -> set[tuple[int, int]]:
+    """(text, place) of every row."""
+    return {(int(row[0]), int(row[1])) for batch in batches for row in batch}
+
+
+def test_strengths_are_chosen_on_texts_of_their_own() -> None:
+    found = divide([rows(text, 10) for text in range(5)], wanted=30)
+    fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
+    assert {text for text, _ in held} == {2}
+    assert 2 not in {text for text, _ in fitted}
+    assert len(fitted) + len(held) == 30 == found.tokens // 3
+    assert not unseen & (fitted | held)
+
+
+def test_a_single_text_holds_back_its_end() -> None:
+    found = divide([rows(0, 24)], wanted=100)
+    fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
+    assert max(fitted) < min(held) < max(held) < min(unseen)
+    assert len(fitted) + len(held) + len(unseen) == 24
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(UsageError, match="the text has 2 rows of tokens, at least 3 are needed"):
+        divide([rows(0, 1), rows(1, 1)], wanted=5)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four texts of a few thousand words each."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(4):
+        chosen = random.Random(number).choices(range(3, 97), k=4000)
+        lines = [" ".join(f"w{word}" for word in chosen[at : at + 10]) for at in range(0, 4000, 10)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_rows_are_spread_over_all_texts(llama: Path, texts: Path) -> None:
+    captured = capture(llama)
+    found = calibration_text(captured, [texts], 64 * 40)
+    assert found.tokens == 64 * 40
+    assert {batch.shape[1] for batch in (*found.fitted, *found.held, *found.unseen)} == {64}
+    assert sum(batch.shape[0] for batch in found.held) == 10, "one text of four"
+    again = calibration_text(captured, [texts], 64 * 40)
+    assert all(map(torch.equal, found.fitted, again.fitted))
+    everything = calibration_text(captured, [texts / "0.txt"], 10**6)
+    assert 50 < everything.tokens // 64 < 4000 // 64
+
+
+def test_a_compile_that_calibrates(llama: Path, texts: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    calibrate = ("--calibrate", texts / "0.txt", "--calibrate", texts / "1.txt", "--calibrate-tokens", "4096")
+    result = json.loads(done(llama, "--degree", "2", "-o", target, *calibrate, "--json").stdout)
+    found = result["calibration"]
+    assert found["tokens"] == 4096
+    unseen, sample = found["quality"]
+    assert unseen["after"]["kl"] < unseen["before"]["kl"]
+    assert unseen["before"]["text"] == "unseen parts of the calibration text"
+    # What ranks and lanes compute was compared, and the form was measured with the weights that were written.
+    measured = result["verification"]
+    assert measured["program"]["comparisons"]
+    assert measured["quality"]["kl"] == pytest.approx(sample["after"]["kl"], rel=1e-3)
+    assert json.loads((target / "report.json").read_text())["calibration"]["branches"]
+
+
+def test_refusals(llama: Path, texts: Path, tmp_path: Path) -> None:
+    def line(*arguments: str | Path) -> str:
+        return refused(2, llama, "--degree", "2", "-o", tmp_path / "out", "--no-verify", *arguments)
+
+    (tmp_path / "short").write_text("w3 w4")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "has 0 rows of tokens, at least 3" in line("--calibrate", tmp_path / "short")
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        calibration_text(capture(save_model("gpt2", tmp_path / "gpt2", tokenizer=False)), [texts], 100)
+    bad = (llama, "--degree", "2", "-o", tmp_path / "out", "--no-verify", "--calibrate")
+    assert "is not UTF-8 text" in refused(5, *bad, tmp_path / "bytes")
+    assert "cannot read" in refused(5, *bad, tmp_path / "missing")
