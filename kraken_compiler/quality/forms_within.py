@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
 from kraken_compiler.lowering import lower
