@@ -19,9 +19,10 @@ from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
 from kraken_compiler.quality.calibration.moments import Moments
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.refittable import find_refittable
-from kraken_compiler.quality.calibration.ridge import fit_ridge, solve_ridge
+from kraken_compiler.quality.calibration.ridge import STRENGTHS, fit_ridge, solve_ridge
 from kraken_compiler.quality.evaluate import LogitsOf, evaluate
 from kraken_compiler.runtime.logits import inputs_function, logits_function
+from kraken_compiler.weights.lane_tensors import has_lane_tensors
 from tests.zoo import SUPPORTED, random_tokens
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3", "opt", "granite", "llama_bias")
@@ -38,7 +39,7 @@ def samples(tokens: int, features: int = 5, targets: int = 3, seed: int = 0) -> 
 
 def moments_of(x: Tensor, y: Tensor, weight: Tensor) -> Moments:
     """Moments of one batch."""
-    moments = Moments.zeros(x.shape[1], y.shape[1])
+    moments = Moments.zeros(x.shape[1], y.shape[1], measured=True)
     moments.add(x, y, weight)
     return moments
 
@@ -57,7 +58,7 @@ def test_the_ridge_step_is_least_squares_on_an_augmented_system() -> None:
 def test_moments_of_a_stream_are_those_of_the_whole() -> None:
     x, y, weight = samples(50)
     whole = moments_of(x, y, weight)
-    streamed = Moments.zeros(x.shape[1], y.shape[1])
+    streamed = Moments.zeros(x.shape[1], y.shape[1], measured=True)
     for part in torch.arange(50).split(7):
         streamed.add(x[part], y[part], weight[part])
     torch.testing.assert_close(streamed.gram_PP, whole.gram_PP, rtol=1e-6, atol=1e-6)
@@ -82,6 +83,8 @@ def test_a_fit_that_does_not_carry_over_is_not_kept() -> None:
     x, y, weight = samples(60)
     fitted = moments_of(x, y, weight)
     assert fit_ridge(fitted, moments_of(*samples(60, seed=1))).kept
+    errors = [moments_of(*samples(60, seed=1)).error(solve_ridge(fitted, strength)) for strength in STRENGTHS]
+    assert fit_ridge(fitted, moments_of(*samples(60, seed=1))).after == min(errors)
     opposite = fit_ridge(fitted, moments_of(x, -y, weight))
     assert not opposite.kept
     assert opposite.after == opposite.before
@@ -136,6 +139,8 @@ def test_calibration_brings_lanes_closer_to_the_source(family: str) -> None:
     )
     after = evaluate(source, logits_of(new, StreamingProgram(new, read_from_source(new, read))), unseen, "")
     assert after.kl < before.kl
+    assert has_lane_tensors(new.weights.values())
+    assert not has_lane_tensors(program.weights.values())
     assert {name: spec.shape for name, spec in new.weights.items()} == {
         name: spec.shape for name, spec in program.weights.items()
     }

@@ -102,7 +102,7 @@ class BranchFit:
                 if not fitted:
                     features, targets = x_NP.shape[1] + biased, x_NP.shape[1]
                     fitted = [Moments.zeros(features, targets) for _ in range(self.degree)]
-                    held = [Moments.zeros(features, targets) for _ in range(self.degree)]
+                    held = [Moments.zeros(features, targets, measured=True) for _ in range(self.degree)]
                 moments = (held if self.streams.held[batch] else fitted)[lane]
                 moments.add(_with_ones(x_NP, biased), wanted_NT - x_NP, torch.ones(x_NP.shape[0]))
         choices = []
@@ -136,7 +136,7 @@ class BranchFit:
             lacking = rows(self.streams.gap(batch) + total(source[end], self.degree)) / scale - self._parts(x_NP)
             if fitted is None or held is None:
                 features = x_NP.shape[1] + biased
-                fitted, held = (Moments.zeros(features, lacking.shape[1]) for _ in range(2))
+                fitted, held = (Moments.zeros(features, lacking.shape[1], measured=one) for one in (False, True))
             weight_N = rows(source[after]).pow(2).mean(-1).clamp_min(1e-12).reciprocal()
             (held if self.streams.held[batch] else fitted).add(_with_ones(x_NP, biased), lacking, weight_N)
         if fitted is None or held is None:

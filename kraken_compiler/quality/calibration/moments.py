@@ -18,23 +18,21 @@ class Moments:
     Attributes:
         gram_PP: Sum of w x x'.
         cross_PT: Sum of w x y'.
-        energy_TT: Sum of w y y'.
-        tokens: Number of tokens seen.
+        energy_TT: Sum of w y y'; None where no error is asked for: a fit does without.
     """
 
     gram_PP: Tensor
     cross_PT: Tensor
-    energy_TT: Tensor
-    tokens: int = 0
+    energy_TT: Tensor | None = None
 
     @classmethod
-    def zeros(cls, features: int, targets: int) -> Moments:
-        """Sums over no tokens."""
+    def zeros(cls, features: int, targets: int, *, measured: bool = False) -> Moments:
+        """Sums over no tokens; `measured` ones can tell errors."""
         f64 = torch.float64
         return cls(
             torch.zeros(features, features, dtype=f64),
             torch.zeros(features, targets, dtype=f64),
-            torch.zeros(targets, targets, dtype=f64),
+            torch.zeros(targets, targets, dtype=f64) if measured else None,
         )
 
     def add(self, x_NP: Tensor, y_NT: Tensor, weight_N: Tensor) -> None:
@@ -42,16 +40,11 @@ class Moments:
         weighted = x_NP * weight_N[:, None]
         self.gram_PP += weighted.T @ x_NP
         self.cross_PT += weighted.T @ y_NT
-        self.energy_TT += (y_NT * weight_N[:, None]).T @ y_NT
-        self.tokens += x_NP.shape[0]
+        if self.energy_TT is not None:
+            self.energy_TT += (y_NT * weight_N[:, None]).T @ y_NT
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.gram_PP + other.gram_PP,
-            self.cross_PT + other.cross_PT,
-            self.energy_TT + other.energy_TT,
-            self.tokens + other.tokens,
-        )
+        return Moments(self.gram_PP + other.gram_PP, self.cross_PT + other.cross_PT)
 
     def error(self, solution_PT: Tensor | None = None, metric_TT: Tensor | None = None) -> float:
         """Weighted sum over tokens of |M^(1/2) (y - B' x)|^2.
@@ -60,6 +53,7 @@ class Moments:
             solution_PT: B; None means zero.
             metric_TT: M, symmetric; None means the identity.
         """
+        assert self.energy_TT is not None
         left = self.energy_TT
         if solution_PT is not None:
             explained = solution_PT.T @ self.cross_PT

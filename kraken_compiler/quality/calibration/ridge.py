@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from kraken_compiler.quality.calibration.moments import Moments
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridge strengths to choose from, as shares of the Gram matrix's diagonal."""
-
-_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,9 @@ def solve_ridge(moments: Moments, strength: float) -> Tensor:
         strength: Above 0.
     """
     sizes_P = moments.gram_PP.diagonal()
-    if not sizes_P.mean() > 0:
-        return torch.zeros_like(moments.cross_PT)
     damped = moments.gram_PP.clone()
-    # A feature that is always zero has no size; the floor keeps the matrix positive definite.
-    damped.diagonal().add_(strength * (sizes_P + _FLOOR * sizes_P.mean()))
+    # A feature that is always zero gets no weight, whatever its damping.
+    damped.diagonal().add_(strength * torch.where(sizes_P > 0, sizes_P, 1.0))
     return torch.cholesky_solve(moments.cross_PT, torch.linalg.cholesky(damped))
 
 
@@ -64,15 +61,28 @@ def fit_ridge(
 ) -> Fit:
     """Choose the strength on held-back tokens, then fit all tokens with it.
 
+    The error falls and then rises with the strength, so it is followed downhill from the middle.
+
     Args:
         fitted: Tokens to fit.
-        held: Held-back tokens.
-        strengths: What to choose from.
+        held: Held-back tokens, with their energy.
+        strengths: What to choose from, ascending.
         metric_TT: Weighs the targets' errors in the choice; None means all alike.
     """
     before = held.error(None, metric_TT)
-    errors = [held.error(solve_ridge(fitted, strength), metric_TT) for strength in strengths]
-    after, strength = min(zip(errors, strengths, strict=True))
+
+    @cache
+    def error_at(place: int) -> float:
+        return held.error(solve_ridge(fitted, strengths[place]), metric_TT)
+
+    place = len(strengths) // 2
+    while True:
+        near = [one for one in (place, place + 1, place - 1) if 0 <= one < len(strengths)]
+        best = min(near, key=error_at)
+        if best == place:
+            break
+        place = best
+    strength, after = strengths[place], error_at(place)
     if not after < before:
         return Fit(None, strength, before, before)
     return Fit(solve_ridge(fitted + held, strength), strength, before, after)
