@@ -26,6 +26,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.progress import Advance, Progress, Silent
+from kraken_compiler.quality.calibration.on_text import CALIBRATION_TOKENS, calibrate_on_text
+from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.report import Report, is_exact, make_report
@@ -33,6 +35,7 @@ from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.verify.against_devices import compare_with_devices
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.weights.lane_tensors import has_lane_tensors
 
 Model = nn.Module | str | os.PathLike[str]
 
@@ -81,12 +84,14 @@ class CompileResult:
         verification: What was checked; None if checking was switched off, or nothing was written.
         directory: The artifact; None if only a plan was asked for.
         notes: What a user should know about the capture, one sentence each.
+        calibration: What calibration did; None if there was none.
     """
 
     report: Report
     verification: Verification | None = None
     directory: Path | None = None
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 def compile_model(
@@ -104,6 +109,8 @@ def compile_model(
     input_specs: Sequence[str] = (),
     text: str | os.PathLike[str] | None = None,
     text_tokens: int | None = None,
+    calibrate: Sequence[str | os.PathLike[str]] = (),
+    calibrate_tokens: int = CALIBRATION_TOKENS,
     verify: bool = True,
     trust_pickle: bool = False,
     force: bool = False,
@@ -125,6 +132,8 @@ def compile_model(
         input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
         text: A text file to measure a changed form on; None means a small built-in sample.
         text_tokens: Most tokens of it to read; None means all.
+        calibrate: Text files, or directories of them, to calibrate a changed form on (`quality/calibration`).
+        calibrate_tokens: How many tokens of them.
         verify: Check the programs and measure the quality.
         trust_pickle: Allow files that can run any code when they are opened.
         force: Replace a directory that is not empty.
@@ -166,14 +175,24 @@ def compile_model(
         return CompileResult(report, notes=notes)
 
     comparisons = []
+    standard = program
+    if (verify or calibrate) and not is_exact(program):
+        standard, _ = lower(captured.program, program.degree, "standard")
     if verify:
         with show.stage("compare with the source"):
-            standard = program if is_exact(program) else lower(captured.program, program.degree, "standard")[0]
             comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
         Verification(tuple(comparisons)).require_passed()
+    choice, kept = _choice(text, text_tokens), report.to_dict()
+    read: Callable[[str], torch.Tensor] = captured.store.read
+    calibration: Calibration | None = None
+    if calibrate:
+        paths = [Path(one) for one in calibrate]
+        calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, choice, show)
+        program, read = calibration.weights.in_program(program, read)
+        kept["calibration"] = calibration.to_dict()
 
     verification: Verification | None = None
-    in_memory = Reference(program, read_from_source(program, captured.store.read))
+    in_memory = Reference(program, read_from_source(program, read))
 
     def check(partial: Path) -> dict[str, object]:
         """Runs on the complete artifact before it is put in place."""
@@ -183,23 +202,23 @@ def compile_model(
         verification = replace(found, comparisons=(*comparisons, *found.comparisons))
         verification.require_passed()
         lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
-        verification = _with_quality(verification, lanes, captured, _choice(text, text_tokens), show)
+        verification = _with_quality(verification, lanes, captured, choice, show)
         return verification.to_dict()
 
     with show.steps("write and check" if verify else "write") as advance:
         written = write_artifact(
             program,
-            program.reader(captured.store.read),
+            program.reader(read),
             Path(directory),
             source=_source(captured, input_specs, dtype),
             backends=emitters,
             tokenizer_saver=_tokenizer_saver(captured),
-            report=report.to_dict(),
+            report=kept,
             check=check if verify else None,
             force=force,
             progress=advance,
         )
-    return CompileResult(report, verification, written, notes)
+    return CompileResult(report, verification, written, notes, calibration)
 
 
 def _configured(backend: Backend, collectives: str, weights: str | None) -> Backend:
@@ -272,6 +291,9 @@ def verify_artifact(
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
         comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
+    if lanes is None and has_lane_tensors(artifact.manifest.weights):
+        lost = "no comparison of the ONNX devices with the lanes: only the devices hold their calibrated weights"
+        return replace(result, comparisons=tuple(comparisons), skipped=(lost,))
     if lanes is None:
         lanes = _lanes_of(captured, artifact)
         if result.devices is not None and result.devices.runnable:

@@ -78,6 +78,11 @@ def compile_command(
     ] = None,
     text: TextOption = None,
     text_tokens: TextTokensOption = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text, or a directory of texts, to refit a changed form's weights on. May be repeated."),
+    ] = None,
+    calibrate_tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens of it. (default: 65536)")] = None,
     plan: Annotated[
         bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
     ] = None,
@@ -107,6 +112,8 @@ def compile_command(
         "input": input,
         "text": _text(text),
         "text_tokens": text_tokens,
+        "calibrate": [str(path) for path in calibrate or ()],
+        "calibrate_tokens": calibrate_tokens,
         "plan": plan,
         "verify": verify,
         "dump_graphs": _text(dump_graphs),
@@ -141,6 +148,8 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         input_specs=config.input,
         text=config.text,
         text_tokens=config.text_tokens,
+        calibrate=config.calibrate,
+        calibrate_tokens=config.calibrate_tokens,
         verify=config.verify,
         trust_pickle=config.trust_pickle,
         force=config.force,
@@ -154,12 +163,15 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
                 "artifact": str(result.directory) if result.directory else None,
                 "report": result.report.to_dict(),
                 "notes": list(result.notes),
+                "calibration": result.calibration.to_dict() if result.calibration else None,
                 "verification": result.verification.to_dict() if result.verification else None,
             }
         )
     elif not quiet:
         lines = result.report.lines()
         lines += [f"note      {note}" for note in result.notes]
+        if result.calibration is not None:
+            lines += ["", *(f"calibrated  {line}" for line in result.calibration.lines())]
         if result.verification is not None:
             lines += ["", *result.verification.lines()]
         if result.directory is not None:

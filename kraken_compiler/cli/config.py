@@ -32,6 +32,8 @@ class CompileConfig(BaseModel):
     input: list[str] = []
     text: str | None = None
     text_tokens: int | None = Field(default=None, alias="text-tokens", ge=2)
+    calibrate: list[str] = []
+    calibrate_tokens: int = Field(default=65536, alias="calibrate-tokens", ge=1)
     dump_graphs: str | None = Field(default=None, alias="dump-graphs")
     timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
     verify: bool = True

@@ -6,7 +6,7 @@ a source tensor of which lane i owns the i-th block; so whoever reads, writes or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -40,6 +40,11 @@ def with_lane_tensors(program: Program, names: Collection[str]) -> Program:
     if cached is not None:
         cached = CachedProgram(_moved(cached.step, rows), _moved(cached.tables, rows), cached.plan)
     return replace(moved, cached=cached)
+
+
+def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:
+    """True if some weights of a weight table are the lanes' own."""
+    return any(spec.source.startswith(PREFIX) for spec in table)
 
 
 def lane_tensor_reader(
