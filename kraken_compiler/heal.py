@@ -164,7 +164,7 @@ def _train(
     timeout: float,
 ) -> Outcome:
     degree = artifact.manifest.degree if settings.ranks else 1
-    source, _ = lower(captured.program, degree, "standard")
+    source, _ = lower(captured.program, degree, "standard", cached=False)
     read = captured.store.read
     if settings.ranks:
         return heal_on_ranks(artifact, source, read, text, settings, folder, watch, timeout)

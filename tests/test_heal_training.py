@@ -233,8 +233,12 @@ def test_a_folder_is_one_run_s(tmp_path: Path) -> None:
         UsageError, match=r"another artifact, --batch was 2 and is 4, --lora was not given and is 8; .* --restart"
     ):
         open_state(folder, {**wanted, "artifact": "b", "batch": 4, "lora": 8}, restart=False)
-    with Lock(folder), pytest.raises(UsageError, match="another kraken-heal works on it"), Lock(folder):
-        pass
+    with Lock(folder):
+        with pytest.raises(UsageError, match="another kraken-heal works on it"), Lock(folder):
+            pass
+        with pytest.raises(UsageError, match="another kraken-heal works on it"):
+            open_state(folder, wanted, restart=True)
+    assert read_state(folder).identity == wanted
     foreign = tmp_path / "foreign.heal"
     foreign.mkdir()
     (foreign / "thesis.txt").touch()

@@ -54,7 +54,8 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     if token_input(captured.program) is None:
         raise UsageError("the model reads no tokens, so it cannot be healed on text")
     length = longest_row(captured, settings.sequence)
-    parts = [_split_text(captured, path, settings.hold_out) for path in texts]
+    tokenizer = _tokenizer(captured) if texts else None
+    parts = [_split_text(tokenizer, path, settings.hold_out) for path in texts]
     parts += [_split_tokens(path, vocabulary(captured.program), settings.hold_out) for path in tokens]
     train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
     if not len(train) or not len(held_out):
@@ -63,15 +64,18 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
             f"the texts are too short: {count:,} tokens give {len(train)} rows of {length} to train on and "
             f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows)"
         )
-    hashes = {path.name: _digest(path) for path in (*texts, *tokens)}
-    return HealingText(train, held_out[: max(1, settings.evaluate_tokens // length)], hashes)
+    return HealingText(train, _spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
 
 
-def _split_text(captured: Capture, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
-    """The tokens of a text's beginning and of its end, cut where a line ends."""
+def _tokenizer(captured: Capture) -> Any:
     if captured.origin.tokenizer is None:
         where = captured.origin.path or "the model"
         raise UsageError(f"--text: {where} has no tokenizer, so it cannot read text; give token ids with --tokens FILE")
+    return captured.origin.tokenizer.load()
+
+
+def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of a text's beginning and of its end, cut where a line ends."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -79,7 +83,6 @@ def _split_text(captured: Capture, path: Path, hold_out: float) -> tuple[list[li
     except UnicodeDecodeError as error:
         raise InputFileError(f"--text: {path} is not UTF-8 text") from error
     cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
-    tokenizer = captured.origin.tokenizer.load()
     train, held_out = (tokenizer(part, verbose=False)["input_ids"] for part in (text[:cut], text[cut:]))
     return [train], [held_out]
 
@@ -124,6 +127,17 @@ def _rows(streams: list[list[int]], length: int) -> Tensor:
     return torch.cat(found) if found else torch.empty((0, length), dtype=torch.int64)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """At most so many rows, from all over: the first ones would be those of the first file."""
+    return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
+
+
+def _hashes(*paths: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        name = path.name
+        while name in found:
+            name = f"{path.parent.name}/{name}"
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -69,7 +69,10 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
                 state = read_state(folder)
                 _require_same(folder, state.identity, wanted)
                 return state
-        shutil.rmtree(folder, ignore_errors=True)
+            with Lock(folder):
+                shutil.rmtree(folder)
+        elif folder.exists():
+            folder.rmdir()
         # Renamed when it has a state, so that a folder without one is never ours.
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
