@@ -128,6 +128,7 @@ def test_calibration_brings_lanes_closer_to_the_source(family: str) -> None:
     fits = [fit for branch in found.branches for fit in branch.fits]
     assert all(fit.error < 1 if fit.kept else fit.error == 1 for fit in fits)
     assert sum(fit.kept for fit in fits) > len(fits) / 2
+    assert found.lines()[0].startswith(f"on 1,536 tokens: {sum(fit.kept for fit in fits)} of {len(fits)} fits")
     new, read = found.weights.in_program(program, store.read)
     source = logits_of(
         captured(family).program,
