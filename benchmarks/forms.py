@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.api import measure_quality
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.lowering import lower
+from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.report import table
 

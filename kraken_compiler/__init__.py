@@ -3,6 +3,7 @@
 module = kraken_compiler.transform(model, degree=4)          # all lanes in this process
 kraken_compiler.compile("model-directory", "model.kraken", degree=4)
 program = kraken_compiler.load("model.kraken")               # one rank's inside a process group
+module = kraken_compiler.load_lanes("model.kraken")          # all of an artifact's lanes in this process
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kraken_compiler.api import CompileResult, transform, verify_artifact
+    from kraken_compiler.api import CompileResult, load_lanes, transform, verify_artifact
     from kraken_compiler.api import compile_model as compile
     from kraken_compiler.backends.torch_dist.load import load
     from kraken_compiler.errors import KrakenError
@@ -26,6 +27,7 @@ __all__ = [
     "compile",
     "heal_artifact",
     "load",
+    "load_lanes",
     "transform",
     "verify_artifact",
 ]
@@ -38,6 +40,7 @@ _HOMES = {
     "compile": ("kraken_compiler.api", "compile_model"),
     "heal_artifact": ("kraken_compiler.heal", "heal_artifact"),
     "load": ("kraken_compiler.backends.torch_dist.load", "load"),
+    "load_lanes": ("kraken_compiler.api", "load_lanes"),
     "transform": ("kraken_compiler.api", "transform"),
     "verify_artifact": ("kraken_compiler.api", "verify_artifact"),
 }

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact
@@ -15,7 +13,7 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.backends.registry import backend_named
-from kraken_compiler.capture import Capture, capture
+from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
@@ -24,7 +22,7 @@ from kraken_compiler.lowering import lower
 
 def source_of(
     artifact: Artifact,
-    source: nn.Module | str | os.PathLike[str] | None = None,
+    source: Model | None = None,
     *,
     example_inputs: ExampleInputs | None = None,
     trust_pickle: bool = False,

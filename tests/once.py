@@ -28,7 +28,8 @@ class RanksOnce:
     def in_place(self) -> Iterator[None]:
         """Whatever is compiled or verified meanwhile asks this one."""
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("kraken_compiler.api.verify_programs", self)
+            patched.setattr("kraken_compiler.compiling.verify_programs", self)
+            patched.setattr("kraken_compiler.verifying.verify_programs", self)
             yield
 
 
@@ -50,5 +51,6 @@ class CaptureOnce:
     def in_place(self) -> Iterator[None]:
         """Whatever is compiled or verified meanwhile asks this one."""
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("kraken_compiler.api.capture", self)
+            patched.setattr("kraken_compiler.compiling.capture", self)
+            patched.setattr("kraken_compiler.recompile.capture", self)
             yield

@@ -15,9 +15,12 @@ from kraken_compiler.capture.record import Capture
 from kraken_compiler.capture.source_kind import SourceKind, detect
 from kraken_compiler.errors import UsageError
 
+Model = nn.Module | str | os.PathLike[str]
+"""A module, or the path of anything that can be captured."""
+
 
 def capture(
-    source: nn.Module | str | os.PathLike[str],
+    source: Model,
     *,
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kraken_compiler.cli.config import CompileConfig, load_config
+from kraken_compiler.cli.config import CompileConfig, load_config, share_of
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
@@ -83,6 +83,16 @@ def compile_command(
         typer.Option(help="Text, or a directory of texts, to refit a changed form's weights on. May be repeated."),
     ] = None,
     calibrate_tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens of it. (default: 65536)")] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose every layer's form: wait for as little communication as possible at no more than this KL to "
+            "the source, nats per token on unseen text. Needs --calibrate."
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="The same for the growth of the perplexity, e.g. 2%.")
+    ] = None,
     plan: Annotated[
         bool | None, typer.Option("--plan", help="Only show what would be done: reads no weight, writes no file.")
     ] = None,
@@ -114,6 +124,8 @@ def compile_command(
         "text_tokens": text_tokens,
         "calibrate": [str(path) for path in calibrate or ()],
         "calibrate_tokens": calibrate_tokens,
+        "max_kl": max_kl,
+        "max_ppl_increase": max_ppl_increase,
         "plan": plan,
         "verify": verify,
         "dump_graphs": _text(dump_graphs),
@@ -150,6 +162,8 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         text_tokens=config.text_tokens,
         calibrate=config.calibrate,
         calibrate_tokens=config.calibrate_tokens,
+        max_kl=config.max_kl,
+        max_perplexity_increase=share_of(config.max_ppl_increase),
         verify=config.verify,
         trust_pickle=config.trust_pickle,
         force=config.force,
@@ -163,6 +177,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
                 "artifact": str(result.directory) if result.directory else None,
                 "report": result.report.to_dict(),
                 "notes": list(result.notes),
+                "choice": result.choice.to_dict() if result.choice else None,
                 "calibration": result.calibration.to_dict() if result.calibration else None,
                 "verification": result.verification.to_dict() if result.verification else None,
             }
@@ -170,6 +185,8 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
     elif not quiet:
         lines = result.report.lines()
         lines += [f"note      {note}" for note in result.notes]
+        if result.choice is not None:
+            lines += ["", f"forms within a budget of {result.choice.budget}", *result.choice.lines()]
         if result.calibration is not None:
             lines += ["", *(f"calibrated  {line}" for line in result.calibration.lines())]
         if result.verification is not None:

@@ -34,6 +34,8 @@ class CompileConfig(BaseModel):
     text_tokens: int | None = Field(default=None, alias="text-tokens", ge=2)
     calibrate: list[str] = []
     calibrate_tokens: int = Field(default=65536, alias="calibrate-tokens", ge=1)
+    max_kl: float | None = Field(default=None, alias="max-kl")
+    max_ppl_increase: str | None = Field(default=None, alias="max-ppl-increase")
     dump_graphs: str | None = Field(default=None, alias="dump-graphs")
     timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
     verify: bool = True
@@ -49,6 +51,16 @@ class CompileConfig(BaseModel):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return value
         return [name.strip() for text in texts for name in text.split(",")]
+
+
+def share_of(text: str | None) -> float | None:
+    """A share such as `2%` or `0.02`."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise UsageError(f"--max-ppl-increase {text}: give a share such as 2% or 0.02") from error
 
 
 def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:

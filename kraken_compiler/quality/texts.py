@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class TextChoice:
 
     path: Path | None = None
     limit: int | None = None
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str] | None, limit: int | None) -> Self:
+        """From what an interface was given."""
+        return cls(Path(path) if path is not None else None, limit)
 
 
 @dataclass

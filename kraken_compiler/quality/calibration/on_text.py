@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram, read_from_source
+from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.program import Program
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.texts import calibration_text
-from kraken_compiler.quality.evaluate import LogitsOf, evaluate
+from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.quality.lane_logits import lane_logits
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
-from kraken_compiler.runtime.logits import inputs_function, logits_function
+from kraken_compiler.runtime.logits import inputs_function
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -62,14 +63,10 @@ def calibrate_on_text(
     measured: list[tuple[str, Iterable[Tensor]]] = [("unseen parts of the calibration text", text.unseen)]
     if isinstance(other, TokenText):
         measured.append((other.name, other))
-    source = _logits_of(captured.program, read_from_source(captured.program, captured.store.read))
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     with show.stage("quality before and after calibration"):
         for name, batches in measured:
-            lanes = (_logits_of(program, weights) for weights in (read_lane, found.weights.read_lane))
+            lanes = (lane_logits(program, weights) for weights in (read_lane, found.weights.read_lane))
             before, after = (evaluate(source, logits, batches, name) for logits in lanes)
             qualities.append((before, after))
     return replace(found, texts=tuple(map(str, paths)), qualities=tuple(qualities))
-
-
-def _logits_of(program: Program, read_lane: ReadLane) -> LogitsOf:
-    return logits_function(program.inputs, program.call, StreamingProgram(program, read_lane).run_flat)

@@ -1,0 +1,263 @@
+"""`compile_model`: from a model to an artifact, checked before it is put in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.write import check_target, write_artifact
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN, WEIGHT_KINDS
+from kraken_compiler.backends.registry import backend_named
+from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.capture import Capture, Model, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.lowering import FormChoice, lower
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
+from kraken_compiler.quality.calibration.on_text import CALIBRATION_TOKENS, calibrate_on_text
+from kraken_compiler.quality.calibration.record import Calibration
+from kraken_compiler.quality.forms_within import forms_within
+from kraken_compiler.quality.measure import with_quality
+from kraken_compiler.quality.texts import TextChoice
+from kraken_compiler.report import Report, is_exact, make_report
+from kraken_compiler.verify.against_source import compare_with_source
+from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        report: What was recognised and scheduled.
+        verification: What was checked; None if checking was switched off, or nothing was written.
+        directory: The artifact; None if only a plan was asked for.
+        notes: What a user should know about the capture, one sentence each.
+        calibration: What calibration did; None if there was none.
+        choice: How the forms were chosen; None if they were given.
+    """
+
+    report: Report
+    verification: Verification | None = None
+    directory: Path | None = None
+    notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    choice: Choice | None = None
+
+
+def compile_model(
+    model: Model,
+    directory: str | os.PathLike[str] | None,
+    *,
+    degree: int | None = None,
+    form: FormChoice = "kraken",
+    layers: str | Sequence[int] | None = None,
+    backends: Sequence[str] = ("torch",),
+    collectives: str = OWN,
+    onnx_weights: str | None = None,
+    dtype: torch.dtype | None = None,
+    example_inputs: ExampleInputs | None = None,
+    input_specs: Sequence[str] = (),
+    text: str | os.PathLike[str] | None = None,
+    text_tokens: int | None = None,
+    calibrate: Sequence[str | os.PathLike[str]] = (),
+    calibrate_tokens: int = CALIBRATION_TOKENS,
+    max_kl: float | None = None,
+    max_perplexity_increase: float | None = None,
+    verify: bool = True,
+    trust_pickle: bool = False,
+    force: bool = False,
+    dump_directory: str | os.PathLike[str] | None = None,
+    timeout: float = 120.0,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile a model into an artifact directory, checked before it is put in place.
+
+    Args:
+        model: A module, or a path: a Hugging Face directory, a `.gguf` file, a torch.export archive, a pickled module.
+        directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
+        degree, form, layers, example_inputs: See `transform`.
+        backends: Names of the backends that write programs.
+        collectives: Whose collectives ONNX devices hold, "kraken" or "ort-nccl"; the latter can only be written here.
+        onnx_weights: What the weights of ONNX devices' matrix products are quantized to, "int8" or "int4"; None leaves
+            them as they are.
+        dtype: Element type of the compiled model; None keeps the source's.
+        input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
+        text: A text file to measure a changed form on; None means a small built-in sample.
+        text_tokens: Most tokens of it to read; None means all.
+        calibrate: Text files, or directories of them, to calibrate a changed form on (`quality/calibration`).
+        calibrate_tokens: How many tokens of them.
+        max_kl: Choose a form for every layer, so that the KL to the source stays at most this, in nats per token on
+            unseen parts of the calibration texts, and as little communication as possible is waited for.
+        max_perplexity_increase: The same for the growth of the perplexity, as a share of the source's: 0.02 is 2 %.
+        verify: Check the programs and measure the quality.
+        trust_pickle: Allow files that can run any code when they are opened.
+        force: Replace a directory that is not empty.
+        dump_directory: Where to write the graph as text after every pass.
+        timeout: Seconds without progress after which a rank counts as hanging.
+        progress: Is told about long stages.
+
+    Raises:
+        UsageError, UnsupportedModelError, InputFileError: See `transform`.
+        VerificationError: A program computes something else, lost its overlap, or the budget does not hold; nothing is
+            written then.
+        RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
+    """
+    show = progress or Silent()
+    emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
+    if onnx_weights is not None and "onnx" not in backends:
+        raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
+    paths = [Path(one) for one in calibrate]
+    budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
+    if directory is not None:
+        check_target(Path(directory), force)
+    with show.stage("capture"):
+        captured = capture(
+            model,
+            example_inputs=example_inputs,
+            input_specs=input_specs,
+            trust_pickle=trust_pickle,
+            dtype=dtype,
+            require_weights=directory is not None,
+        )
+    chosen: Choice | None = None
+    if budget is not None and directory is not None:
+        cache = Path(f"{os.fspath(directory)}.sensitivity.json")
+        chosen = forms_within(captured, degree, paths, calibrate_tokens, budget, show, cache)
+        form = _best(chosen)
+    with show.stage("rewrite"):
+        dumps = Path(dump_directory) if dump_directory is not None else None
+        program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
+    report = make_report(program, history)
+    notes = captured.notes
+    if program.no_cache and token_input(program) is not None:
+        notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
+    if collectives == ORT_NCCL and "onnx" in backends:
+        unrun = "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
+        notes = (*notes, unrun)
+    if directory is None:
+        return CompileResult(report, notes=notes)
+
+    comparisons = []
+    standard = program
+    if (verify or calibrate) and not is_exact(program):
+        standard, _ = lower(captured.program, program.degree, "standard")
+    if verify:
+        with show.stage("compare with the source"):
+            comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
+        Verification(tuple(comparisons)).require_passed()
+    measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
+    read: Callable[[str], torch.Tensor] = captured.store.read
+    calibration: Calibration | None = None
+    if calibrate:
+        calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)
+        program, read = calibration.weights.in_program(program, read)
+        kept["calibration"] = calibration.to_dict()
+    if budget is not None and calibration is not None and chosen is not None:
+        _require_within(budget, calibration)
+        kept["choice"] = chosen.to_dict()
+
+    verification: Verification | None = None
+    in_memory = Reference(program, read_from_source(program, read))
+
+    def check(partial: Path) -> dict[str, object]:
+        """Runs on the complete artifact before it is put in place."""
+        nonlocal verification
+        with show.stage("run on ranks"):
+            found = verify_programs(partial, SIZES, timeout, in_memory)
+        verification = replace(found, comparisons=(*comparisons, *found.comparisons))
+        verification.require_passed()
+        lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
+        verification = with_quality(verification, lanes, captured, measured_on, show)
+        return verification.to_dict()
+
+    with show.steps("write and check" if verify else "write") as advance:
+        written = write_artifact(
+            program,
+            program.reader(read),
+            Path(directory),
+            source=_source(captured, input_specs, dtype),
+            backends=emitters,
+            tokenizer_saver=_tokenizer_saver(captured),
+            report=kept,
+            check=check if verify else None,
+            force=force,
+            progress=advance,
+        )
+    return CompileResult(report, verification, written, notes, calibration, chosen)
+
+
+def _budget(
+    max_kl: float | None,
+    max_perplexity_increase: float | None,
+    form: FormChoice,
+    layers: str | Sequence[int] | None,
+    paths: Sequence[Path],
+) -> Budget | None:
+    if max_kl is None and max_perplexity_increase is None:
+        return None
+    if form != "kraken" or layers is not None:
+        raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
+    if not paths:
+        raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
+    return Budget(max_kl, max_perplexity_increase)
+
+
+def _best(choice: Choice) -> tuple[str, ...]:
+    if choice.best is None:
+        least = min(choice.frontier, key=lambda candidate: candidate.used)
+        raise VerificationError(
+            f"no layer can change its form within the budget ({choice.budget}); the least that was tried costs KL "
+            f"{least.kl:.3g}, perplexity {least.perplexity_increase:+.1%}: raise the budget or calibrate on more text"
+        )
+    return choice.best.forms
+
+
+def _require_within(budget: Budget, calibration: Calibration) -> None:
+    """The result, measured anew on text that neither the search nor the calibration has seen."""
+    _, quality = calibration.qualities[0]
+    if not budget.holds(quality):
+        raise VerificationError(
+            f"the result does not keep to the budget ({budget}): on {quality.tokens:,} tokens of {quality.text} its KL "
+            f"is {quality.kl:.3g}, its perplexity {perplexity_increase(quality):+.1%}; lower the budget, or calibrate "
+            "on more text"
+        )
+
+
+def _configured(backend: Backend, collectives: str, weights: str | None) -> Backend:
+    if collectives not in COLLECTIVE_KINDS:
+        raise UsageError(f"--collectives {collectives}: choose from {', '.join(COLLECTIVE_KINDS)}")
+    if weights is not None and weights not in WEIGHT_KINDS:
+        raise UsageError(f"--onnx-weights {weights}: choose from {', '.join(WEIGHT_KINDS)}")
+    if not isinstance(backend, OnnxBackend):
+        return backend
+    return replace(backend, collectives=collectives, weights=weights)
+
+
+def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | None) -> Source:
+    origin = captured.origin
+    path = Path(origin.path).absolute() if origin.path else None
+    return Source(
+        kind=origin.kind,
+        name=path.name if path else origin.model_class,
+        path=str(path) if path else "",
+        sha256=origin.sha256 if path else "",
+        model_class=origin.model_class,
+        input_specs=tuple(input_specs),
+        dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
+    )
+
+
+def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:
+    tokenizer = captured.origin.tokenizer
+    return tokenizer.save if tokenizer is not None else None

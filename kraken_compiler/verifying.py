@@ -1,0 +1,89 @@
+"""`verify_artifact`: an artifact checked again, as its compile did."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.capture import Model
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.errors import UsageError
+from kraken_compiler.lowering import lower
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.measure import with_quality
+from kraken_compiler.quality.texts import TextChoice
+from kraken_compiler.recompile import lowered_as, source_of
+from kraken_compiler.verify.against_devices import compare_with_devices
+from kraken_compiler.verify.against_source import compare_with_source
+from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.weights.lane_tensors import has_lane_tensors
+
+
+def verify_artifact(
+    directory: str | os.PathLike[str],
+    *,
+    source: Model | None = None,
+    example_inputs: ExampleInputs | None = None,
+    text: str | os.PathLike[str] | None = None,
+    text_tokens: int | None = None,
+    trust_pickle: bool = False,
+    timeout: float = 120.0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check an artifact again, as its compile did.
+
+    Args:
+        directory: The artifact.
+        source: The source model; None means where it was when the artifact was compiled.
+        example_inputs, text, text_tokens, trust_pickle, timeout, progress: See `compile_model`.
+
+    Raises:
+        InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
+        UsageError: `text` was given, but there is no source to compare with.
+        VerificationError, RankFailedError: See `compile_model`.
+    """
+    show = progress or Silent()
+    path = Path(directory)
+    with show.stage("check hashes"):
+        artifact = open_artifact(path)
+    with show.stage("run on ranks"):
+        result = verify_programs(path, SIZES, timeout)
+    result.require_passed()
+    comparisons = list(result.comparisons)
+    lanes = lanes_in(artifact)
+    recorded = artifact.manifest.source
+    where = source if source is not None else recorded.path
+    # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
+    if source is None and not (recorded.path and Path(recorded.path).exists()):
+        missing = (
+            f"no comparison with the source: it is not at '{where}'; name it with --source"
+            if where
+            else ("no comparison with the source: it was a module in memory; name a file of it with --source")
+        )
+        if text is not None:
+            raise UsageError(missing)
+        if lanes is None:
+            missing = f"no comparison of the ONNX devices with the lanes, and {missing}"
+        return replace(result, skipped=(missing,))
+    with show.stage("capture"):
+        captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
+    with show.stage("compare with the source"):
+        standard, _ = lower(captured.program, artifact.manifest.degree, "standard")
+        comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
+    if lanes is None and has_lane_tensors(artifact.manifest.weights):
+        lost = "no comparison of the ONNX devices with the lanes: only the devices hold their calibrated weights"
+        return replace(result, comparisons=tuple(comparisons), skipped=(lost,))
+    if lanes is None:
+        program = lowered_as(captured, artifact.manifest)
+        lanes = Reference(program, read_from_source(program, captured.store.read))
+        if result.devices is not None and result.devices.runnable:
+            with show.stage("run on devices"):
+                found, devices = compare_with_devices(result.devices, lanes.program, lanes.read_lane, SIZES, timeout)
+            comparisons += found
+            result = replace(result, devices=devices)
+    result = replace(result, comparisons=tuple(comparisons))
+    result.require_passed()
+    return with_quality(result, lanes, captured, TextChoice.of(text, text_tokens), show)
