@@ -52,6 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compile_model(place / "llama", place / "llama.kraken", degree=2, backends=("torch", "onnx"), verify=False)
     ids = random_tokens(94, 400, 12) + 3
     (place / "words.txt").write_text("\n".join(" ".join(f"w{number}" for number in row) for row in ids.tolist()))
+    (place / "more").mkdir()
+    shutil.copy(place / "words.txt", place / "more" / "words.txt")
     np.save(place / "ids.npy", ids.numpy().astype(np.int32))
     return place
 
@@ -89,22 +91,15 @@ def lanes_of(artifact: Path) -> list[dict[str, torch.Tensor]]:
 
 def test_an_artifact_becomes_a_better_artifact(place: Path, tmp_path: Path) -> None:
     output, board = tmp_path / "out.kraken", tmp_path / "board"
-    arguments = (
-        place / "llama.kraken",
-        "--text",
-        place / "words.txt",
-        "--steps",
-        "12",
-        "--evaluate-every",
-        "6",
-        *QUICK,
-    )
-    answer = healed(*arguments, "-o", output, "--tensorboard", board)
+    texts = (place / "words.txt", place / "more" / "words.txt")
+    arguments = ("--steps", "12", "--evaluate-every", "6", *QUICK, "-o", output, "--tensorboard", board)
+    answer = healed(place / "llama.kraken", "--text", *texts, *arguments)
     record = answer["healed"]
     assert record["kl_after"] < 0.95 * record["kl_before"]
     assert [entry["step"] for entry in answer["held_out"]] == [0, 6, 12]
     assert answer["held_out"][2]["kl"] == record["kl_after"] == answer["after"]["kl"]
-    assert (record["steps"], record["tokens"], list(record["texts"])) == (12, 12 * 4 * 12, ["words.txt"])
+    assert (record["steps"], record["tokens"]) == (12, 12 * 4 * 12)
+    assert list(record["texts"]) == ["words.txt", "more/words.txt"]
     kinds = {entry["what"].split("(")[0].strip() for entry in answer["verification"]["program"]["comparisons"]}
     assert any("ranks" in kind for kind in kinds)
     assert any("devices" in kind for kind in kinds)
