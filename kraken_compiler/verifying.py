@@ -13,7 +13,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress, Silent
-from kraken_compiler.quality.measure import with_quality
+from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.recompile import lowered_as, source_of
 from kraken_compiler.verify.against_devices import compare_with_devices
@@ -29,6 +29,7 @@ def verify_artifact(
     example_inputs: ExampleInputs | None = None,
     text: str | os.PathLike[str] | None = None,
     text_tokens: int | None = None,
+    by_layer: bool = False,
     trust_pickle: bool = False,
     timeout: float = 120.0,
     progress: Progress | None = None,
@@ -38,6 +39,8 @@ def verify_artifact(
     Args:
         directory: The artifact.
         source: The source model; None means where it was when the artifact was compiled.
+        by_layer: Also measure what the form costs in every layer alone, and from every layer to the end. What was
+            measured is remembered in `DIRECTORY.sensitivity.json`.
         example_inputs, text, text_tokens, trust_pickle, timeout, progress: See `compile_model`.
 
     Raises:
@@ -63,7 +66,7 @@ def verify_artifact(
             if where
             else ("no comparison with the source: it was a module in memory; name a file of it with --source")
         )
-        if text is not None:
+        if text is not None or by_layer:
             raise UsageError(missing)
         if lanes is None:
             missing = f"no comparison of the ONNX devices with the lanes, and {missing}"
@@ -86,4 +89,12 @@ def verify_artifact(
             result = replace(result, devices=devices)
     result = replace(result, comparisons=tuple(comparisons))
     result.require_passed()
-    return with_quality(result, lanes, captured, TextChoice.of(text, text_tokens), show)
+    measured_on = TextChoice.of(text, text_tokens)
+    result = with_quality(result, lanes, captured, measured_on, show)
+    if by_layer:
+        manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
+        costs = sensitivity_of(captured, manifest.degree, manifest.forms, measured_on, cache, show)
+        if isinstance(costs, str):
+            return replace(result, skipped=(*result.skipped, costs))
+        result = replace(result, sensitivity=costs)
+    return result

@@ -205,3 +205,23 @@ def test_wrong_numbers_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("known_ranks")
 def test_texts_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
     assert "--text: cannot read" in refused(5, place / "llama.kraken", "--text", tmp_path / "absent")
+
+
+@pytest.mark.usefixtures("known_ranks")
+def test_costs_by_layer_and_their_plot(place: Path, artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    plot = tmp_path / "kl.png"
+    found = verified(artifact, "--source", place / "llama", "--by-layer", "--plot", plot)
+    costs = found["sensitivity"]["costs"]
+    count = max(cost["last"] for cost in costs) + 1
+    assert {(cost["first"], cost["last"]) for cost in costs} == {
+        *((layer, layer) for layer in range(count)),
+        *((layer, count - 1) for layer in range(count)),
+    }
+    whole = next(cost for cost in costs if (cost["first"], cost["last"]) == (0, count - 1))
+    assert whole["kl"] == pytest.approx(found["quality"]["kl"], rel=1e-3), "the artifact's form is in all layers"
+    assert len(found["quality"]["by_position"]["kl"]) > 16
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert Path(f"{artifact}.sensitivity.json").exists()
+    assert "kraken there alone" in invoke(artifact, "--by-layer").stdout
+    assert "--plot" in refused(2, artifact, "--plot", tmp_path / "kl.nonsense")

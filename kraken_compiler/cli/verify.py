@@ -42,6 +42,15 @@ def verify_command(
     schedule: Annotated[
         bool, typer.Option("--schedule", help="List every reduce: its start, what runs meanwhile, its wait.")
     ] = False,
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--by-layer", help="Also measure what the form costs in every layer alone, and from every layer to the end."
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image of the KL by position, and by layer with --by-layer (.png, .svg, .pdf).")
+    ] = None,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -57,10 +66,15 @@ def verify_command(
             source=source,
             text=text,
             text_tokens=text_tokens,
+            by_layer=by_layer,
             trust_pickle=bool(trust_pickle),
             timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
             progress=ConsoleProgress(quiet or json_output),
         )
+        if plot is not None:
+            from kraken_compiler.quality.plot import plot_quality
+
+            plot_quality(plot, result.quality, result.sensitivity)
         if json_output:
             print_json(result.to_dict())
         elif not quiet:

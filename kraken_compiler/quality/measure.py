@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
+from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Program
 from kraken_compiler.progress import Advance, Progress
 from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.lane_logits import lane_logits
+from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.verify.verification import Reference, Verification
+
+_MOST_BY_LAYER = 2048
 
 
 def measure_quality(
@@ -80,3 +86,31 @@ def with_quality(
         quantized = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
     assert not isinstance(quantized, str), "the same tokens were measured before"
     return replace(verification, quantized=quantized)
+
+
+def sensitivity_of(
+    captured: Capture, degree: int, forms: Sequence[str], text: TextChoice, cache: Path, show: Progress
+) -> Sensitivity | str:
+    """What the forms of a model's layers cost in every layer alone, and from every layer to the end.
+
+    Args:
+        captured: The source model.
+        degree: Number of lanes.
+        forms: The form of every layer.
+        text: What to measure on; no more than some thousand tokens of it are read.
+        cache: A file that remembers what was measured.
+        show: Is told how far it is.
+
+    Returns:
+        The costs, or the reason why there are none.
+    """
+    changed = [form for form in dict.fromkeys(forms) if form != STANDARD.name]
+    if not changed:
+        return "no costs by layer: no layer's form is changed"
+    tokens = evaluation_text(captured, replace(text, limit=min(text.limit or _MOST_BY_LAYER, _MOST_BY_LAYER)))
+    if isinstance(tokens, str):
+        return tokens
+    runs = [*single_layers(len(forms)), *ends(len(forms))]
+    wanted = [(form, run) for form in changed for run in runs]
+    with show.steps("cost of layers") as advance:
+        return measure_sensitivity(captured, degree, wanted, list(tokens), tokens.name, cache=cache, advance=advance)

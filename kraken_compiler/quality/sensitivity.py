@@ -5,10 +5,11 @@ Nothing is calibrated here: it is the order of the layers that matters, for choo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Sensitivity:
         source: Hash of the source model.
         degree: Number of lanes.
         text, tokens: What was read, and how much of it.
+        digest: Hash of the token ids.
         costs: In the order in which they were asked for.
     """
 
@@ -61,6 +63,7 @@ class Sensitivity:
     degree: int
     text: str
     tokens: int
+    digest: str
     costs: tuple[RunCost, ...]
 
     def of(self, form: str, run: Run) -> RunCost | None:
@@ -121,7 +124,8 @@ def measure_sensitivity(
         InputFileError: The cache cannot be read or written.
     """
     tokens = sum(ids.numel() for ids in batches)
-    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, ())
+    digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in batches)).hexdigest()
+    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, digest, ())
     known = _load(cache, empty) if cache is not None else empty
     order = list(dict.fromkeys(wanted))
     missing = [(form, run) for form, run in order if known.of(form, run) is None]
@@ -130,7 +134,7 @@ def measure_sensitivity(
         if cache is not None:
             _save(cache, known)
     costs = tuple(cost for form, run in order if (cost := known.of(form, run)) is not None)
-    return Sensitivity(known.source, degree, text, tokens, costs)
+    return replace(known, costs=costs)
 
 
 def _measured(
@@ -151,7 +155,7 @@ def _measured(
         costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
         if advance is not None:
             advance(number, len(missing), "runs of layers")
-    return Sensitivity(known.source, known.degree, known.text, known.tokens, tuple(costs))
+    return replace(known, costs=tuple(costs))
 
 
 def _load(path: Path, wanted: Sensitivity) -> Sensitivity:
@@ -166,8 +170,7 @@ def _load(path: Path, wanted: Sensitivity) -> Sensitivity:
         raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path}: is no record of sensitivities; remove it to measure again") from error
-    same = (found.source, found.degree, found.text, found.tokens)
-    return found if same == (wanted.source, wanted.degree, wanted.text, wanted.tokens) else wanted
+    return found if replace(found, costs=()) == wanted else wanted
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
@@ -20,6 +20,9 @@ from kraken_compiler.verify.against_devices import Devices, compare_with_devices
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
+
+if TYPE_CHECKING:
+    from kraken_compiler.quality.sensitivity import Sensitivity
 
 SIZES = ((1, 7), (3, 12))
 """Batch and sequence sizes that programs are compared at; none is the one they were captured with."""
@@ -36,6 +39,7 @@ class Verification:
         skipped: Checks that were not made, each with the reason.
         devices: The ONNX devices and what they ran; None without them.
         quantized: What the form and the quantized weights of the ONNX devices cost together; None if they have none.
+        sensitivity: What the artifact's forms cost in single layers and from each to the end; None if nobody asked.
     """
 
     comparisons: tuple[Comparison, ...] = ()
@@ -44,6 +48,7 @@ class Verification:
     skipped: tuple[str, ...] = field(default=())
     devices: Devices | None = None
     quantized: Quality | None = None
+    sensitivity: Sensitivity | None = None
 
     def require_passed(self) -> None:
         """Raise if a comparison failed.
@@ -66,6 +71,7 @@ class Verification:
             "schedule": schedule_entries(self.windows, self.devices),
             "quality": self.quality.to_dict() if self.quality else None,
             "quality_of_quantized": self.quantized.to_dict() if self.quantized else None,
+            "sensitivity": self.sensitivity.to_dict() if self.sensitivity else None,
             "skipped": list(self.skipped),
         }
 
@@ -86,7 +92,8 @@ class Verification:
             lines += [f"quality   {line}" for line in self.quality.lines()]
         if self.quantized is not None and self.devices is not None:
             lines += [f"{self.devices.weights:<10}{line}" for line in self.quantized.lines()]
-        return lines + [f"skipped   {reason}" for reason in self.skipped]
+        lines += [f"skipped   {reason}" for reason in self.skipped]
+        return lines + (["", *self.sensitivity.lines()] if self.sensitivity is not None else [])
 
     def schedule_lines(self) -> list[str]:
         """The schedule reduce by reduce, as a table for people."""
