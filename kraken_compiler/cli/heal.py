@@ -54,7 +54,7 @@ def heal_command(
     sequence: Annotated[int | None, typer.Option(help="Tokens of a row, at most. (default: 256)")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a step. (default: 4)")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="AdamW's at its highest. (default: 3e-4, with --lora 3e-3)")
+        float | None, typer.Option(help="AdamW's at its highest. (default: 1e-4, with --lora 1e-3)")
     ] = None,
     warmup: Annotated[
         int | None, typer.Option(help="Steps in which the learning rate grows. (default: a tenth of all)")

@@ -8,7 +8,7 @@ from typing import Any
 from kraken_compiler.errors import UsageError
 
 PRECISIONS = ("float32", "bfloat16")
-LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 3e-3
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 """Defaults for whole weights and for LoRA; how they were found is told in docs/healing.md."""
 
 _OF_NO_CONSEQUENCE = ("save_every", "evaluate_every")
