@@ -151,7 +151,7 @@ def compile_model(
     comparisons = []
     standard = program
     if (verify or calibrate) and not is_exact(program):
-        standard, _ = lower(captured.program, program.degree, "standard")
+        standard, _ = lower(captured.program, program.degree, "standard", cached=False)
     if verify:
         with show.stage("compare with the source"):
             comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)

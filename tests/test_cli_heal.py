@@ -11,20 +11,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from kraken_compiler.api import compile_model, verify_artifact
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.cli.heal import app
 from kraken_compiler.verify.verification import Verification
+from tests.cli_command import Command
 from tests.once import CaptureOnce
 from tests.test_cli_compile import save_model
 from tests.test_cli_verify import set_source
@@ -64,25 +62,8 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kraken_compiler.heal.verify_programs", lambda *arguments: Verification())
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def healed(*arguments: str | Path) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    answer: dict[str, Any] = json.loads(result.stdout)
-    return answer
-
-
-def refused(code: int, *arguments: str | Path) -> str:
-    result = invoke(*arguments, "--quiet")
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+command = Command(app)
+invoke, healed, refused = command.invoke, command.answer, command.refused
 
 
 def lanes_of(artifact: Path) -> list[dict[str, torch.Tensor]]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.cli.verify import app
+from tests.cli_command import Command
 from tests.once import CaptureOnce, RanksOnce
 from tests.test_cli_compile import save_model
 from tests.test_verify import emptied, rehash
@@ -45,25 +44,8 @@ def artifact(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "llama.kraken", tmp_path / "llama.kraken"))
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def verified(*arguments: str | Path) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    answer: dict[str, Any] = json.loads(result.stdout)
-    return answer
-
-
-def refused(code: int, *arguments: str | Path) -> str:
-    result = invoke(*arguments, "--quiet")
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+command = Command(app)
+invoke, verified, refused = command.invoke, command.answer, command.refused
 
 
 def set_source(artifact: Path, **changes: Any) -> None:

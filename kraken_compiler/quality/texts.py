@@ -117,6 +117,24 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
     return TokenText(name, expected, lambda text: _batches_of(text, path, tokenize, row, limit))
 
 
+def read_text(path: Path, option: str) -> str:
+    """A whole text.
+
+    Args:
+        path: The file.
+        option: The option that named it, for messages.
+
+    Raises:
+        InputFileError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"{option}: {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
+
+
 def longest_row(captured: Capture, wanted: int = _ROW) -> int:
     """The longest row of tokens, at most `wanted`, that the model takes."""
     program = captured.program

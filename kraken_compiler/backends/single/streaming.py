@@ -16,10 +16,8 @@ from torch import Tensor, fx
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.weights.lane_tensors import ReadLane as ReadLane
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
-
-ReadLane = Callable[[WeightSpec, int], Tensor]
-"""Gives the local tensor of one weight on one lane."""
 
 
 def read_from_source(program: Program, read: Callable[[str], Tensor]) -> ReadLane:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.quality.texts import longest_row
+from kraken_compiler.quality.texts import longest_row, read_text
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -72,7 +72,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     files = [file for path in paths for file in _files(path)]
     wanted = max(1, tokens // row)
     quota = -(-(wanted + _UNSEEN_ROWS) // max(1, len(files)))
-    rows = [_rows(_read(file), quota, row, tokenize) for file in files]
+    rows = [_rows(read_text(file, "--calibrate"), quota, row, tokenize) for file in files]
     return divide([text for text in rows if text], wanted)
 
 
@@ -138,12 +138,3 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise InputFileError(f"--calibrate: there is no file in {path}")
     return files
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"--calibrate: {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise InputFileError(f"--calibrate: cannot read {path}: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.sample_inputs import token_input, vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import longest_row
+from kraken_compiler.quality.texts import longest_row, read_text
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
 
 
@@ -76,12 +76,7 @@ def _tokenizer(captured: Capture) -> Any:
 
 def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
     """The tokens of a text's beginning and of its end, cut where a line ends."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputFileError(f"--text: cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"--text: {path} is not UTF-8 text") from error
+    text = read_text(path, "--text")
     cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
     train, held_out = (tokenizer(part, verbose=False)["input_ids"] for part in (text[:cut], text[cut:]))
     return [train], [held_out]
