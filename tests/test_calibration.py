@@ -14,6 +14,7 @@ from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
+from kraken_compiler.quality.calibration.attention_received import attention_received
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
 from kraken_compiler.quality.calibration.moments import Moments
@@ -145,6 +146,20 @@ def test_calibration_brings_lanes_closer_to_the_source(family: str) -> None:
     assert {name: spec.shape for name, spec in new.weights.items()} == {
         name: spec.shape for name, spec in program.weights.items()
     }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+def test_attention_received_is_what_the_model_says_of_itself(family: str) -> None:
+    model = SUPPORTED[family]()
+    model.set_attn_implementation("eager")
+    ids = batches(3, 1)[0]
+    with torch.no_grad():
+        layers = model(ids, output_attentions=True).attentions
+    wanted = torch.stack(layers).sum(-2).mean((0, 1, 2))
+    program = lowered(family, "standard")
+    read_lane = read_from_source(program, captured(family).store.read)
+    found = attention_received(program, read_lane, inputs_function(program.inputs)(ids))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unchanged_form_is_left_alone() -> None:

@@ -29,13 +29,21 @@ class Streams:
         source, lanes: The two programs under way.
         values: Where the gap waits.
         held: For every batch whether it is held back.
+        importance: For every batch float32 [N], what each of its tokens counts in the fits.
     """
 
     def __init__(
-        self, standard: Program, source: Lockstep, lanes: Lockstep, values: Values, held: Sequence[bool]
+        self,
+        standard: Program,
+        source: Lockstep,
+        lanes: Lockstep,
+        values: Values,
+        held: Sequence[bool],
+        importance: Sequence[Tensor],
     ) -> None:
         assert standard.layers is not None
         self.source, self.lanes, self.held, self.degree = source, lanes, tuple(held), standard.degree
+        self.importance = tuple(importance)
         self._values = values
         self._has_gap = False
         nodes = {node.name: node for node in standard.graph.nodes}
@@ -104,7 +112,7 @@ class BranchFit:
                     fitted = [Moments.zeros(features, targets) for _ in range(self.degree)]
                     held = [Moments.zeros(features, targets, measured=True) for _ in range(self.degree)]
                 moments = (held if self.streams.held[batch] else fitted)[lane]
-                moments.add(_with_ones(x_NP, biased), wanted_NT - x_NP, torch.ones(x_NP.shape[0]))
+                moments.add(_with_ones(x_NP, biased), wanted_NT - x_NP, self.streams.importance[batch])
         choices = []
         for lane in range(self.degree):
             metric_TT = gram(torch.cat([self._matrix(projection, lane) for projection in group]))
@@ -137,7 +145,8 @@ class BranchFit:
             if fitted is None or held is None:
                 features = x_NP.shape[1] + biased
                 fitted, held = (Moments.zeros(features, lacking.shape[1], measured=one) for one in (False, True))
-            weight_N = rows(source[after]).pow(2).mean(-1).clamp_min(1e-12).reciprocal()
+            size_N = rows(source[after]).pow(2).mean(-1).clamp_min(1e-12)
+            weight_N = self.streams.importance[batch] / size_N
             (held if self.streams.held[batch] else fitted).add(_with_ones(x_NP, biased), lacking, weight_N)
         if fitted is None or held is None:
             return FitRecord(_UNEQUAL, 0.0, 1.0, kept=False)

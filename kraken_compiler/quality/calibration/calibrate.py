@@ -7,9 +7,12 @@ A changed form feeds branches a stale read of the residual stream. Branch by bra
                          from what all lanes feed their output projections
 
 B is a ridge regression (`ridge.py`) on tokens that run through the source and through the lanes side by side, the
-lanes with the weights that are calibrated so far; so each fit also corrects what the earlier ones left. Tokens weigh
-the inverse square of the source's stream, for a norm is the next to read it: without that, a few tokens with massive
-activations (the first of every text) outweigh all others. Nothing is differentiated, and nothing is added to the graph.
+lanes with the weights that are calibrated so far; so each fit also corrects what the earlier ones left. Nothing is
+differentiated, and nothing is added to the graph.
+
+Tokens weigh what the others read of them (`attention_received.py`): most of all the first of a row, on which attention
+rests. In the fits of outputs they also weigh the inverse square of the source's stream, for a norm is the next to read
+it: without that, the same few tokens with their massive activations outweigh all others.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.progress import Advance
+from kraken_compiler.quality.calibration.attention_received import attention_received
 from kraken_compiler.quality.calibration.branch_fit import BranchFit, Streams
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
@@ -32,6 +36,7 @@ from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.calibration.ridge import STRENGTHS
 
 _MEMORY = 3 << 30
+_WATCHED_ROWS = 4
 
 
 def calibrate(
@@ -71,7 +76,7 @@ def calibrate(
         values = Values(Path(folder), memory)
         source = Lockstep(standard, read_lane, batches, values, "source")
         lanes = Lockstep(program, weights.read_lane, batches, values, "lanes")
-        streams = Streams(standard, source, lanes, values, held)
+        streams = Streams(standard, source, lanes, values, held, _importance(standard, read_lane, batches))
         for number, (of_source, of_lanes) in enumerate(pairs, start=1):
             branch = program.layers.branches[number - 1]
             if number < first:
@@ -87,6 +92,17 @@ def calibrate(
                 advance(number, len(pairs), "branches")
     tokens = sum(inputs[0].numel() for inputs in batches)
     return Calibration(weights, tuple(records), tokens)
+
+
+def _importance(standard: Program, read_lane: ReadLane, batches: Sequence[list[Tensor]]) -> list[Tensor]:
+    """For every batch what each of its tokens counts, float32 [N].
+
+    How well a token's own prediction is kept counts 1, and as much again what an average token is read; for the first
+    of a row that is about a hundred times more. It is a property of positions, so one batch of the longest rows tells.
+    """
+    longest = max(batches, key=lambda inputs: inputs[0].shape[-1])
+    weight_S = 1 + attention_received(standard, read_lane, [value[:_WATCHED_ROWS] for value in longest])
+    return [weight_S[: inputs[0].shape[-1]].repeat(len(inputs[0])) for inputs in batches]
 
 
 def _first_stale(program: Program) -> int:

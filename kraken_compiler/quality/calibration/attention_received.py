@@ -1,0 +1,80 @@
+"""How much attention every position of a row receives: what all the rest of a text reads must not be wrong.
+
+Trained Transformers let most heads of most layers rest on one token, the first as a rule (an attention sink: Xiao et
+al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024), and give that token a residual stream like
+no other's. It is one of hundreds, so a regression that takes all tokens for equal ignores it, and every later token
+then reads a sink that is none. Weighing tokens by how much they are read puts that right at no cost to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.graph_tools import ATTENTION
+
+
+def attention_received(program: Program, read_lane: ReadLane, inputs: Sequence[Tensor]) -> Tensor:
+    """The attention that the tokens of a row receive from the whole row, by position.
+
+    Args:
+        program: The source as a lane program in `standard` form.
+        read_lane: Its weights.
+        inputs: The program's flat inputs, a batch of rows of one length.
+
+    Returns:
+        float32 [sequence]: summed over queries, mean over rows, heads and layers; so its mean is 1. Ones where the
+        program has no self-attention over rows of this length.
+    """
+    watch = _Watch(program, read_lane, inputs[0].shape[-1])
+    watch.run_flat(inputs)
+    return watch.received_S / watch.seen if watch.seen else torch.ones(inputs[0].shape[-1])
+
+
+class _Watch(StreamingProgram):
+    """Adds up attention probabilities on the way."""
+
+    def __init__(self, program: Program, read_lane: ReadLane, sequence: int) -> None:
+        super().__init__(program, read_lane)
+        self.received_S, self.seen = torch.zeros(sequence), 0
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (ATTENTION, torch.ops.kraken.attention.default):
+            for lane in range(self._program.degree if self._differs((args, kwargs)) else 1):
+                lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
+                self._add(*lane_args, **lane_kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        """Takes the arguments of scaled_dot_product_attention."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        if queries != keys or keys != len(self.received_S):
+            return
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            scores = scores.masked_fill(torch.ones(queries, keys, dtype=torch.bool).triu(1), float("-inf"))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        received = scores.softmax(-1).nan_to_num().sum(-2)
+        self.received_S += received.reshape(-1, keys).mean(0)
+        self.seen += 1
