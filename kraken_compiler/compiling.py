@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import check_target, write_artifact
+from kraken_compiler.artifact.reservation import reserved
+from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN, WEIGHT_KINDS
@@ -119,82 +121,85 @@ def compile_model(
         raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
     paths = [Path(one) for one in calibrate]
     budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
-    if directory is not None:
-        check_target(Path(directory), force)
-    with show.stage("capture"):
-        captured = capture(
-            model,
-            example_inputs=example_inputs,
-            input_specs=input_specs,
-            trust_pickle=trust_pickle,
-            dtype=dtype,
-            require_weights=directory is not None,
-        )
-    chosen: Choice | None = None
-    if budget is not None and directory is not None:
-        cache = Path(f"{os.fspath(directory)}.sensitivity.json")
-        chosen = forms_within(captured, degree, paths, calibrate_tokens, budget, show, cache)
-        form = _best(chosen)
-    with show.stage("rewrite"):
-        dumps = Path(dump_directory) if dump_directory is not None else None
-        program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
-    report = make_report(program, history)
-    notes = captured.notes
-    if program.no_cache and token_input(program) is not None:
-        notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
-    if collectives == ORT_NCCL and "onnx" in backends:
-        unrun = "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
-        notes = (*notes, unrun)
-    if directory is None:
-        return CompileResult(report, notes=notes)
+    # From the beginning: a rival must hear of it before it has worked for hours.
+    with reserved(directory, force) if directory is not None else nullcontext() as reservation:
+        with show.stage("capture"):
+            captured = capture(
+                model,
+                example_inputs=example_inputs,
+                input_specs=input_specs,
+                trust_pickle=trust_pickle,
+                dtype=dtype,
+                require_weights=directory is not None,
+            )
+        chosen: Choice | None = None
+        if budget is not None and directory is not None:
+            cache = Path(f"{os.fspath(directory)}.sensitivity.json")
+            chosen = forms_within(captured, degree, paths, calibrate_tokens, budget, show, cache)
+            form = _best(chosen)
+        with show.stage("rewrite"):
+            dumps = Path(dump_directory) if dump_directory is not None else None
+            program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
+        report = make_report(program, history)
+        notes = captured.notes
+        if program.no_cache and token_input(program) is not None:
+            notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
+        if collectives == ORT_NCCL and "onnx" in backends:
+            unrun = (
+                "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
+            )
+            notes = (*notes, unrun)
+        if directory is None:
+            return CompileResult(report, notes=notes)
 
-    comparisons = []
-    standard = program
-    if (verify or calibrate) and not is_exact(program):
-        standard, _ = lower(captured.program, program.degree, "standard", cached=False)
-    if verify:
-        with show.stage("compare with the source"):
-            comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
-        Verification(tuple(comparisons)).require_passed()
-    measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
-    read: Callable[[str], torch.Tensor] = captured.store.read
-    calibration: Calibration | None = None
-    if calibrate:
-        calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)
-        program, read = calibration.weights.in_program(program, read)
-        kept["calibration"] = calibration.to_dict()
-    if budget is not None and calibration is not None and chosen is not None:
-        _require_within(budget, calibration)
-        kept["choice"] = chosen.to_dict()
+        comparisons = []
+        standard = program
+        if (verify or calibrate) and not is_exact(program):
+            standard, _ = lower(captured.program, program.degree, "standard", cached=False)
+        if verify:
+            with show.stage("compare with the source"):
+                comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
+            Verification(tuple(comparisons)).require_passed()
+        measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
+        read: Callable[[str], torch.Tensor] = captured.store.read
+        calibration: Calibration | None = None
+        if calibrate:
+            calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)
+            program, read = calibration.weights.in_program(program, read)
+            kept["calibration"] = calibration.to_dict()
+        if budget is not None and calibration is not None and chosen is not None:
+            _require_within(budget, calibration)
+            kept["choice"] = chosen.to_dict()
 
-    verification: Verification | None = None
-    in_memory = Reference(program, read_from_source(program, read))
+        verification: Verification | None = None
+        in_memory = Reference(program, read_from_source(program, read))
 
-    def check(partial: Path) -> dict[str, object]:
-        """Runs on the complete artifact before it is put in place."""
-        nonlocal verification
-        with show.stage("run on ranks"):
-            found = verify_programs(partial, SIZES, timeout, in_memory)
-        verification = replace(found, comparisons=(*comparisons, *found.comparisons))
-        verification.require_passed()
-        lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
-        verification = with_quality(verification, lanes, captured, measured_on, show)
-        return verification.to_dict()
+        def check(partial: Path) -> dict[str, object]:
+            """Runs on the complete artifact before it is put in place."""
+            nonlocal verification
+            with show.stage("run on ranks"):
+                found = verify_programs(partial, SIZES, timeout, in_memory)
+            verification = replace(found, comparisons=(*comparisons, *found.comparisons))
+            verification.require_passed()
+            lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
+            verification = with_quality(verification, lanes, captured, measured_on, show)
+            return verification.to_dict()
 
-    with show.steps("write and check" if verify else "write") as advance:
-        written = write_artifact(
-            program,
-            program.reader(read),
-            Path(directory),
-            source=_source(captured, input_specs, dtype),
-            backends=emitters,
-            tokenizer_saver=_tokenizer_saver(captured),
-            report=kept,
-            check=check if verify else None,
-            force=force,
-            progress=advance,
-        )
-    return CompileResult(report, verification, written, notes, calibration, chosen)
+        with show.steps("write and check" if verify else "write") as advance:
+            written = write_artifact(
+                program,
+                program.reader(read),
+                Path(directory),
+                source=_source(captured, input_specs, dtype),
+                backends=emitters,
+                tokenizer_saver=_tokenizer_saver(captured),
+                report=kept,
+                check=check if verify else None,
+                resumable=calibration is None,
+                reservation=reservation,
+                progress=advance,
+            )
+        return CompileResult(report, verification, written, notes, calibration, chosen)
 
 
 def _budget(

@@ -16,7 +16,8 @@ from torch import nn
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE, HealingRecord
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.artifact.write import check_target, write_artifact
+from kraken_compiler.artifact.reservation import check_target
+from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.example_inputs import ExampleInputs

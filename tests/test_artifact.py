@@ -14,7 +14,7 @@ import pytest
 
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import check_target
+from kraken_compiler.artifact.reservation import check_target
 from kraken_compiler.errors import InputFileError, UsageError, VerificationError
 from tests.toy_lane_program import edit_manifest, toy_program, write_toy
 

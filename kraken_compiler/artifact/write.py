@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +26,15 @@ from kraken_compiler.artifact.manifest import (
     Manifest,
     Source,
 )
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.artifact.reservation import Reservation, reserved
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
+from kraken_compiler.weights.safetensors_format import byte_view
+from kraken_compiler.weights.shard_journal import JOURNAL, Mark, finished_files
 
 Check = Callable[[Path], Mapping[str, Any]]
 """Checks an artifact directory; raises if it must not be used."""
@@ -72,12 +75,14 @@ def write_artifact(
     healed: Sequence[HealingRecord] = (),
     check: Check | None = None,
     force: bool = False,
+    resumable: bool = False,
+    reservation: Reservation | None = None,
     progress: Advance | None = None,
 ) -> Path:
     """Write a lane program as an artifact.
 
-    Everything goes to a directory beside the target, which is renamed into place when it is complete: whoever looks
-    sees no artifact, the old one, or the new one.
+    Everything goes to a directory beside the target, which takes its place when it is complete: whoever looks, even
+    after the writer was killed, sees no artifact, the old one, or the new one.
 
     Args:
         program: The lane program.
@@ -91,57 +96,53 @@ def write_artifact(
         check: Runs on the complete artifact before anybody can see it; what it returns joins the report under
             "verification". If it raises, nothing is written.
         force: Replace a target that is not empty.
+        resumable: `read` gives what is in `source`, nothing else: take over what a killed compile of it had finished.
+        reservation: The right to write there, if it was taken before.
         progress: Told about long stages.
 
     Returns:
         The artifact's directory, absolute.
 
     Raises:
-        UsageError: The target is not empty and `force` is not given, or is no directory.
-        InputFileError: The target cannot be written: read-only, full, or no directory can be there.
+        UsageError: The target is not empty and `force` is not given, is no directory, or somebody else is writing it.
+        InputFileError: A file cannot be written: read-only, full, or no directory can be there.
     """
-    target = Path(directory).absolute()
-    check_target(target, force)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-        partial.mkdir()
-    except OSError as error:
-        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
-    try:
-        kept = dict(report or {})
-        manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, healed, progress)
-        if check is not None:
-            kept["verification"] = check(partial)
-            _write_report(partial, kept, manifest)
-        _move_into_place(partial, target)
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputFileError(f"{target}: cannot be written: {reason}") from error
-    finally:
-        # Also after Ctrl-C: a complete artifact is no longer here, an incomplete one is of no use.
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    with nullcontext(reservation) if reservation is not None else reserved(directory, force) as held:
+        try:
+            key = _resume_key(program, source, backends) if resumable else ""
+            partial = held.prepare(key)
+            kept = dict(report or {})
+            manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, healed, progress)
+            if check is not None:
+                kept["verification"] = check(partial)
+                _write_report(partial, kept, manifest)
+            held.put_in_place()
+        except (OSError, SafetensorError) as error:
+            raise _cannot_write(held, error) from error
+        return held.target
 
 
-def check_target(directory: Path | str, force: bool = False) -> None:
-    """Make sure that an artifact may be written here; worth asking before hours of work.
+def _cannot_write(held: Reservation, error: OSError | SafetensorError) -> InputFileError:
+    """What a user is told: the file by the name it would have had."""
+    if not isinstance(error, OSError):
+        return InputFileError(f"{held.target}: cannot be written: {error}")
+    reason = error.strerror or error
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else held.partial
+    if named.is_relative_to(held.partial):
+        return InputFileError(f"{held.target / named.relative_to(held.partial)}: cannot be written: {reason}")
+    return InputFileError(f"{held.target}: cannot be written: {named}: {reason}")
 
-    Raises:
-        UsageError: It is no directory, or not empty and `force` is not given.
-        InputFileError: It cannot be looked into.
-    """
-    target = Path(directory)
-    try:
-        if not target.exists():
-            return
-        if not target.is_dir():
-            raise UsageError(f"{target} exists and is no directory")
-        occupied = any(target.iterdir())
-    except OSError as error:
-        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
-    if occupied and not force:
-        raise UsageError(f"{target} is not empty; choose another directory, or replace it with --force")
+
+def _resume_key(program: Program, source: Source, backends: Sequence[Emitter]) -> str:
+    """Says which values the files will hold: what a killed compile of the same key finished need not be made again."""
+    total = hashlib.sha256()
+    parts = (FORMAT_VERSION, _own_version(), torch.__version__, source, program.degree)
+    weights = tuple(program.weights.values())
+    total.update(repr((*parts, weights, [backend.name for backend in backends])).encode())
+    for name, tensor in sorted(program.constants.items()):
+        total.update(name.encode())
+        total.update(byte_view(tensor.cpu().contiguous()))
+    return total.hexdigest()
 
 
 def _fill(
@@ -158,17 +159,18 @@ def _fill(
     windows: tuple[Window, ...] = program.windows
     for backend in backends:
         own = directory / backend.name
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         windows = backend.write(program, read, own, progress) or windows
     if tokenizer_saver is not None:
         own = directory / TOKENIZER_DIRECTORY
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         tokenizer_saver(own)
     _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
+    known = {path: mark for own in directory.iterdir() if own.is_dir() for path, mark in finished_files(own).items()}
     files = {
-        path.relative_to(directory).as_posix(): _record(path)
+        path.relative_to(directory).as_posix(): _record(path, known.get(path))
         for path in sorted(directory.rglob("*"))
-        if not path.is_dir()
+        if not path.is_dir() and path.name != JOURNAL
     }
     cached = program.cached
     manifest = Manifest(
@@ -204,42 +206,20 @@ def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest
     _write_durably(directory / MANIFEST_FILE, _as_json(manifest.model_copy(update={"files": files})))
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Put a complete directory where an old one may be; if that fails, the old one is back."""
-    if not target.exists():
-        partial.rename(target)
-    else:
-        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _sync_directory(target.parent)
-
-
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _record(path: Path, known: Mark | None = None) -> FileRecord:
+    with naming(path), path.open("rb") as file:
+        digest = known.sha256 if known is not None else hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    return FileRecord(sha256=digest, bytes=path.stat().st_size)
+        size = os.fstat(file.fileno()).st_size
+    assert known is None or size == known.end, f"{path}: {size} bytes, {known.end} were written"
+    return FileRecord(sha256=digest, bytes=size)
 
 
 def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with naming(path), path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_json(model: BaseModel) -> str:

@@ -35,8 +35,10 @@ class Backend(ABC):
 
         Args:
             program: The lane program; it is not changed.
-            read: Gives a whole source tensor by name; called for one at a time, and nothing read may be kept.
-            directory: An existing empty directory of the backend's own.
+            read: Gives a whole source tensor by name; called for one at a time, perhaps in another
+                thread, and nothing read may be kept.
+            directory: An existing directory of the backend's own; empty but for shards that a killed compile of the
+                same model left with their journal.
             progress: Told about long stages.
 
         Returns:
@@ -44,5 +46,5 @@ class Backend(ABC):
 
         Raises:
             VerificationError: The written program differs from the lane program.
-            OSError: The directory cannot be written.
+            OSError: The directory cannot be written; names the file.
         """

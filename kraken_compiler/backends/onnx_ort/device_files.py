@@ -29,6 +29,7 @@ from kraken_compiler.backends.onnx_ort.quantization import quantize
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
 from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
 from kraken_compiler.backends.onnx_ort.tables import LaneTables
+from kraken_compiler.file_errors import naming
 from kraken_compiler.ir.program import Program
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.safetensors_format import byte_view
@@ -73,7 +74,7 @@ def write_device_files(
 
     Raises:
         InputFileError: A source tensor cannot be read.
-        OSError: A file cannot be written.
+        OSError: A file cannot be written; names it.
     """
     register_schemas()
     register_nccl_schemas()
@@ -93,7 +94,8 @@ def write_device_files(
         ]
         end = max((place.offset + place.nbytes for place in places.values()), default=0)
         for file in files:
-            file.truncate(end)
+            with naming(Path(file.name)):
+                file.truncate(end)
         for lane, file in enumerate(files):
             for name, value in (tables.of(lane) if tables is not None else {}).items():
                 for part, content in _parts(exported, name, value).items():
@@ -147,9 +149,10 @@ def _parts(exported: ExportedGraph, name: str, value: Tensor) -> dict[str, Tenso
 def _write(file: IO[bytes], place: _Place, tensor: Tensor) -> None:
     content = memoryview(byte_view(tensor.cpu().contiguous()))
     assert content.nbytes == place.nbytes, f"{place.value.name}: {content.nbytes} bytes instead of {place.nbytes}"
-    file.seek(place.offset)
-    while content.nbytes:
-        content = content[file.write(content) :]
+    with naming(Path(file.name)):
+        file.seek(place.offset)
+        while content.nbytes:
+            content = content[file.write(content) :]
 
 
 def _shared_proto(
@@ -188,5 +191,6 @@ def _finish(shared: onnx.ModelProto, lane: int, digest: str, program: str, path:
             tensor.external_data.add(key="location", value=data_file(lane))
     for key, value in ((META_LANE, str(lane)), (META_DATA, digest), (META_PROGRAM, program)):
         proto.metadata_props.add(key=key, value=value)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    with naming(path):
+        path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=False)

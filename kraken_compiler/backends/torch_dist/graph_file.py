@@ -18,6 +18,7 @@ from torch import fx
 from kraken_compiler._torch_compat import flat_archive
 from kraken_compiler.backends.torch_dist.archive_graph import SCHEMA_MAJOR, UnknownGraphError, graph_from_json
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.file_errors import naming
 from kraken_compiler.ir.program import Program
 
 _GRAPH_ENTRY = "models/model.json"
@@ -35,7 +36,7 @@ def save_graph(program: Program, path: Path) -> fx.GraphModule:
         The graph as it was read back; its nodes run in the order of the program's.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written; names it.
     """
     graph = program.copy().graph
     foreign = [node.name for node in graph.nodes if node.op not in ("placeholder", "call_function", "output")]
@@ -43,7 +44,8 @@ def save_graph(program: Program, path: Path) -> fx.GraphModule:
     for node in graph.nodes:
         # Stack traces and module paths name the user's files; neither belongs in a distributable artifact.
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-    path.write_bytes(flat_archive(graph))
+    with naming(path):
+        path.write_bytes(flat_archive(graph))
     written = load_graph(path)
     expected, found = node_order(program.module), node_order(written)
     assert expected == found, f"saving changed the order of the nodes: {_first_difference(expected, found)}"

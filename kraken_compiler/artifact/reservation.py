@@ -1,0 +1,216 @@
+"""Who may write an artifact, and where it grows until it is complete.
+
+Beside `model.kraken` lies, as long as somebody writes it,
+
+    .model.kraken.partial/
+      lock          held by the writer; the system lets go of it when the writer ends, however it ends
+      key           what the finished shards are parts of
+      artifact/     what becomes `model.kraken`
+      old/          the artifact that was there, where the file system cannot swap two directories in one step
+
+A compile that was killed leaves this directory; the next one finds the lock free and takes the directory over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kraken_compiler.artifact.exchange import exchange
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.file_errors import naming
+from kraken_compiler.weights.shard_journal import JOURNAL
+
+_LOCK, _KEY, _ARTIFACT, _OLD = "lock", "key", "artifact", "old"
+_RESUMED = (JOURNAL, ".safetensors")
+"""Ends of the names of files that a later compile can go on with: shards, and what is known of them."""
+
+
+def check_target(directory: Path | str, force: bool = False) -> None:
+    """Make sure that an artifact may be written here; worth asking before hours of work.
+
+    Raises:
+        UsageError: It is no directory, or not empty and `force` is not given.
+        InputFileError: It cannot be looked into.
+    """
+    target = Path(directory)
+    try:
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UsageError(f"{target} exists and is no directory")
+        occupied = any(target.iterdir())
+    except OSError as error:
+        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
+    if occupied and not force:
+        raise UsageError(f"{target} is not empty; choose another directory, or replace it with --force")
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The right to write one artifact.
+
+    Attributes:
+        target: Where the artifact will be, absolute.
+        work: The directory beside it that is the writer's own.
+    """
+
+    target: Path
+    work: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the artifact grows."""
+        return self.work / _ARTIFACT
+
+    def prepare(self, key: str) -> Path:
+        """Make the directory for the artifact; a killed compile's finished shards stay in it if they fit.
+
+        Args:
+            key: Says which values the shards hold; "" if nothing can say it.
+
+        Returns:
+            `partial`: empty, or holding shards of the same key and their journals.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        known = self.work / _KEY
+        if key and known.is_file() and known.read_text(encoding="utf-8") == key:
+            _remove_all_but_shards(self.partial)
+        else:
+            _remove(self.partial)
+            with naming(known):
+                known.write_text(key, encoding="utf-8")
+        self.partial.mkdir(exist_ok=True)
+        return self.partial
+
+    def put_in_place(self) -> None:
+        """Let the complete artifact take its place.
+
+        Raises:
+            OSError: It cannot; the old one is where it was.
+        """
+        for journal in self.partial.rglob(JOURNAL):
+            journal.unlink()
+        if not self.target.exists():
+            self.partial.rename(self.target)
+        elif not exchange(self.partial, self.target):
+            old = self.work / _OLD
+            self.target.rename(old)
+            try:
+                self.partial.rename(self.target)
+            except BaseException:
+                old.rename(self.target)
+                raise
+        _sync_directory(self.target.parent)
+
+
+@contextmanager
+def reserved(directory: Path | str, force: bool = False) -> Iterator[Reservation]:
+    """Be the only one that writes an artifact here.
+
+    What was written and not put in place is removed at the end, also after Ctrl-C.
+
+    Args:
+        directory: The artifact's; its parents are made if need be.
+        force: It may be there already.
+
+    Raises:
+        UsageError: Somebody else is writing it; or see `check_target`.
+        InputFileError: Nothing can be written there.
+    """
+    target = Path(directory).absolute()
+    check_target(target, force)
+    work = target.parent / f".{target.name}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work)
+    except OSError as error:
+        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
+    if lock is None:
+        raise UsageError(f"{target}: another compile is writing it; wait for that one, or choose another directory")
+    try:
+        try:
+            _restore(work / _OLD, target)
+        except OSError as error:
+            raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
+        check_target(target, force)  # the one that held the lock may have finished just now
+        yield Reservation(target, work)
+    finally:
+        _clear(work)
+        os.close(lock)
+
+
+def _lock(work: Path) -> int | None:
+    """Take the lock; None if a living process has it."""
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            continue  # its holder has just ended and removed the directory
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open(work / _LOCK, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # what was locked is no longer the file of that name
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _restore(old: Path, target: Path) -> None:
+    """Undo the first half of a replacement in two steps that was killed between them."""
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
+def _clear(work: Path) -> None:
+    """Remove the directory, the lock last: whoever holds it may still be alone in here."""
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            _remove(path)
+    (work / _LOCK).unlink(missing_ok=True)
+    try:
+        work.rmdir()
+    except OSError:
+        return  # the next one has come in already
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_all_but_shards(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            if path.is_symlink() or not name.endswith(_RESUMED):
+                path.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

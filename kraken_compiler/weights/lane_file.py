@@ -1,0 +1,101 @@
+"""One lane's safetensors file, written from its beginning to its end while its hash is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.file_errors import naming
+from kraken_compiler.weights.safetensors_format import byte_view, encode_header
+from kraken_compiler.weights.shard_journal import Mark
+
+_CHUNK = 1 << 20
+
+
+class LaneFile:
+    """A safetensors file whose tensors are known in advance and arrive in the order of the header.
+
+    Args:
+        path: The file; what an earlier writer left in it stays until `cut`.
+        tensors: Name -> element type and shape.
+        metadata: Free text pairs for the header.
+
+    Raises:
+        OSError: The file cannot be read or written; names it (from every method).
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        self.path = path
+        self._tensors = dict(tensors)
+        self._head, self._positions = encode_header(self._tensors, metadata)
+        self._end = 0
+        self._hash = hashlib.sha256()
+        self._states: list[tuple[int, hashlib._Hash]] = []
+        with naming(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    @property
+    def mark(self) -> Mark:
+        """How far the file is written."""
+        return Mark(self._end, self._hash.hexdigest())
+
+    def matching(self, marks: Sequence[Mark]) -> int:
+        """How many of an earlier writer's marks, from the first one on, are true of what is in the file."""
+        state, position, matched = hashlib.sha256(), 0, 0
+        self._states = []
+        with naming(self.path):
+            if os.pread(self._file, len(self._head), 0) != self._head:
+                return 0
+            for mark in marks:
+                while position < mark.end:
+                    piece = os.pread(self._file, min(_CHUNK, mark.end - position), position)
+                    if not piece:
+                        return matched
+                    state.update(piece)
+                    position += len(piece)
+                if position != mark.end or state.hexdigest() != mark.sha256:
+                    return matched
+                self._states.append((position, state.copy()))
+                matched += 1
+        return matched
+
+    def cut(self, marks: int) -> None:
+        """Keep the file up to the last of so many matching marks, and begin anew if there are none."""
+        if marks:
+            self._end, self._hash = self._states[marks - 1]
+        with naming(self.path):
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+        self._states = []
+        if not marks:
+            self._append(memoryview(self._head))
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, whose element type and shape must be those given at construction."""
+        dtype, shape = self._tensors[name]
+        assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
+        assert self._end == self._positions[name], f"{name} does not come next"
+        self._append(byte_view(tensor.cpu().contiguous()))
+
+    def close(self) -> None:
+        with naming(self.path):
+            os.close(self._file)
+
+    def _append(self, data: memoryview) -> None:
+        # Piece by piece: what is hashed is still in the processor's cache when the system copies it.
+        for start in range(0, len(data), _CHUNK):
+            piece = data[start : start + _CHUNK]
+            self._hash.update(piece)
+            with naming(self.path):
+                while piece:
+                    written = os.write(self._file, piece)
+                    self._end += written
+                    piece = piece[written:]
