@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_weights
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.ir.layers import LayerTable
@@ -134,6 +135,15 @@ class Manifest(_Record):
     has_tokenizer: bool
     healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        caches = self.cache.plan.caches if self.cache is not None else ()
+        inputs = (*self.inputs, *(self.cache.inputs if self.cache is not None else ()))
+        check_dtypes(part.dtype for parts in (self.weights, inputs, caches) for part in parts)
+        check_weights(self.weights, self.degree)
+        check_call(self.call, self.inputs)
+        return self
 
     @property
     def weight_table(self) -> dict[str, WeightSpec]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from kraken_compiler.artifact.manifest import (
     Manifest,
 )
 from kraken_compiler.errors import InputFileError
+
+MAX_MANIFEST_BYTES = 256 << 20
+"""Far more than any model's; reading stops before memory does."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,13 @@ class Artifact:
             InputFileError: It is missing or damaged.
         """
         self.verify(REPORT_FILE)
-        content = json.loads(self.path(REPORT_FILE).read_text(encoding="utf-8"))
-        assert isinstance(content, dict)
+        path = self.path(REPORT_FILE)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputFileError(f"{path}: damaged, no report ({type(error).__name__})") from error
+        if not isinstance(content, dict):
+            raise InputFileError(f"{path}: damaged, no report")
         return content
 
     def verify_sizes(self) -> None:
@@ -90,10 +100,7 @@ class Artifact:
     def _verify_size(self, name: str) -> None:
         path = self.path(name)
         expected = self.manifest.files[name].bytes
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise InputFileError(f"{path}: missing from the artifact ({error.strerror or error})") from error
+        found = _size(self.directory, path)
         if found != expected:
             what = "truncated" if found < expected else "longer than written"
             raise InputFileError(f"{path}: {what} ({found:,} bytes, the manifest says {expected:,})")
@@ -114,10 +121,12 @@ def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
     directory = Path(directory)
     path = directory / MANIFEST_FILE
     try:
+        if path.exists() and _size(directory, path) > MAX_MANIFEST_BYTES:
+            raise InputFileError(f"{path}: damaged, no manifest is that large")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputFileError(f"{directory}: no artifact here ({MANIFEST_FILE}: {error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path}: damaged, not JSON ({error})") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -136,10 +145,27 @@ def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
     return artifact
 
 
+def _size(directory: Path, path: Path) -> int:
+    """Size of a file that is really there: a link could lead out of the artifact, and a pipe would never end.
+
+    Raises:
+        InputFileError: It is missing, or no plain file.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputFileError(f"{path}: missing from the artifact ({error.strerror or error})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputFileError(f"{path}: refused: no plain file")
+    if Path(os.path.realpath(path)) != Path(os.path.realpath(directory)) / path.relative_to(directory):
+        raise InputFileError(f"{path}: refused: a link, or behind one; an artifact holds its own files")
+    return found.st_size
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = ".".join(map(str, problem["loc"])) or "the whole"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{place}'"
+        return " ".join(f"unknown key '{place}'".split())
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    return f"'{place}': {problem['msg']}{more}"
+    return " ".join(f"'{place}': {problem['msg']}{more}".split())

@@ -26,9 +26,7 @@ import torch
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import InputFileError
-
-_MODULES_ALLOWED = ("builtins", "collections", "torch", "transformers")
-"""Packages that a serialized structure may import; importing them runs nothing of the archive's."""
+from kraken_compiler.structure_safety import MODULES_ALLOWED, items_of, structure_modules
 
 # ASCII only: Python takes look-alike letters in a name for the plain ones, a check by spelling would not.
 _QUOTED_NAME = re.compile(r"\b(Symbol|Float)\s*\(\s*'[\w.+-]*'", re.ASCII)
@@ -67,7 +65,7 @@ def inspect_archive(file: IO[bytes], path: Path, *, trust_pickle: bool) -> tuple
                     f"{path} cannot be opened safely: {danger} ({name}). Export the model again without it, "
                     "or pass --trust-pickle if you trust where the file comes from"
                 )
-    except (RuntimeError, OSError, ValueError, AttributeError, EOFError) as error:
+    except (RuntimeError, OSError, ValueError, AttributeError, TypeError, KeyError, EOFError) as error:
         # The first sentence; torch's reader goes on about its own library.
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise InputFileError(f"{path} is truncated or damaged: {reason}") from error
@@ -89,8 +87,8 @@ def _dangers(name: str, read: Callable[[], bytes], modules: set[str]) -> Iterato
     elif name.startswith("models/"):
         model = json.loads(read())
         yield from (f"a size in it is no arithmetic, {text[:60]!r}" for text in _bad_sizes(model))
-        for module, imported_by_torch in _structure_modules(model):
-            if imported_by_torch and module.partition(".")[0] not in _MODULES_ALLOWED:
+        for module, imported_by_torch in structure_modules(model):
+            if imported_by_torch and module.partition(".")[0] not in MODULES_ALLOWED:
                 yield f"it imports the module {module!r}"
             elif module.startswith("transformers."):
                 modules.add(module)
@@ -115,7 +113,7 @@ def _marks_pickle(config: Any) -> bool:
 
 
 def _bad_sizes(value: Any) -> Iterator[str]:
-    for key, item in _items(value):
+    for key, item in items_of(value):
         if key == "expr_str" and not (isinstance(item, str) and _is_arithmetic(item)):
             yield str(item)
         yield from _bad_sizes(item)
@@ -130,30 +128,3 @@ def _is_arithmetic(text: str) -> bool:
         and not _ATTRIBUTE_OR_CALLED_RESULT.search(text)
         and all(function in _KNOWN_FUNCTIONS for function in _CALL.findall(text))
     )
-
-
-def _structure_modules(value: Any) -> Iterator[tuple[str, bool]]:
-    """Modules named by serialized pytrees, and whether torch imports them.
-
-    Pytrees are JSON texts inside the JSON, with more JSON texts inside.
-    """
-    for key, item in _items(value):
-        if not isinstance(item, str):
-            yield from _structure_modules(item)
-        elif key == "type" and "." in item:
-            yield item.rpartition(".")[0], False
-        elif key == "default_factory_module" or (key == "fqn" and "__enum__" in value):
-            yield item.partition(":")[0], True
-        elif item[:1] in ("[", "{", '"'):
-            try:
-                nested = json.loads(item)
-            except ValueError:
-                continue
-            yield from _structure_modules({key: nested} if isinstance(nested, str) else nested)
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list):
-        yield from (("", item) for item in value)

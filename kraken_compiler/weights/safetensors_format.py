@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputFileError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
     try:
         entries = {
@@ -97,9 +97,11 @@ def _entry(path: Path, data_start: int, fields: Mapping[str, object]) -> TensorE
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list):
         raise TypeError("shape and offsets must be lists")
-    start, stop = map(int, offsets)
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, *offsets)):
+        raise ValueError("shape and offsets must be whole numbers that fit 63 bits")
+    start, stop = offsets
     dtype = DTYPES.get(str(fields["dtype"]))
-    sizes = tuple(map(int, shape))
+    sizes = tuple(shape)
     if not 0 <= start <= stop or (dtype is not None and stop - start != math.prod(sizes) * dtype.itemsize):
         raise ValueError("offsets do not fit the shape")
     return TensorEntry(path, dtype, sizes, data_start + start, stop - start)

@@ -34,6 +34,8 @@ from kraken_compiler.backends.onnx_ort.format import (
 )
 from kraken_compiler.errors import InputFileError
 
+CACHE_DTYPES = ("float32", "float16")
+
 NEWEST_OPSET = 26
 """The newest that was looked at; a later one may have changed what an op means."""
 
@@ -83,29 +85,37 @@ class DeviceModel:
             raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (DecodeError, ValueError) as error:
             raise InputFileError(f"{path}: damaged, not an ONNX model ({error})") from error
+        try:
+            return cls._described(path, proto, verify)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            # What is no text in a text field comes as bytes, or fails when it is looked at.
+            reason = " ".join(str(error).split())
+            raise InputFileError(f"{path}: damaged, its description is incomplete ({reason})") from error
+
+    @classmethod
+    def _described(cls, path: Path, proto: onnx.ModelProto, verify: bool) -> Self:
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         _check_versions(path, proto, metadata)
-        try:
-            caches = json.loads(metadata.get(META_CACHE, "null"))
-            model = cls(
-                path=path,
-                proto=proto,
-                lane=int(metadata[META_LANE]),
-                degree=int(metadata[META_DEGREE]),
-                forms=tuple(json.loads(metadata[META_FORMS])),
-                program=metadata[META_PROGRAM],
-                caches=tuple(CacheRecord(**record) for record in caches) if caches is not None else None,
-                positions=json.loads(metadata.get(META_POSITIONS, "null")),
-                collectives=metadata.get(META_COLLECTIVES, OWN),
-                weights=metadata.get(META_WEIGHTS),
-            )
-            wanted = metadata[META_DATA]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputFileError(f"{path}: damaged, its description is incomplete ({error})") from error
+        caches = json.loads(metadata.get(META_CACHE, "null"))
+        model = cls(
+            path=path,
+            proto=proto,
+            lane=int(metadata[META_LANE]),
+            degree=int(metadata[META_DEGREE]),
+            forms=tuple(json.loads(metadata[META_FORMS])),
+            program=metadata[META_PROGRAM],
+            caches=tuple(CacheRecord(**record) for record in caches) if caches is not None else None,
+            positions=json.loads(metadata.get(META_POSITIONS, "null")),
+            collectives=metadata.get(META_COLLECTIVES, OWN),
+            weights=metadata.get(META_WEIGHTS),
+        )
+        _check_description(model)
         if model.weights is not None and model.weights not in WEIGHT_KINDS:
             raise InputFileError(
                 f"{path}: its weights are {model.weights}; this version knows {' and '.join(WEIGHT_KINDS)}"
             )
+        wanted = metadata[META_DATA]
+        _check_places(path, proto)
         _check_data(path, proto, wanted if verify else None)
         return model
 
@@ -139,6 +149,46 @@ def _check_versions(path: Path, proto: onnx.ModelProto, metadata: dict[str, str]
         )
 
 
+def _check_description(model: DeviceModel) -> None:
+    """Make sure that what is said of the model is what it can be.
+
+    Raises:
+        ValueError, TypeError: It is not.
+    """
+    if not 0 <= model.lane < model.degree:
+        raise ValueError(f"device {model.lane} of {model.degree}")
+    if not all(isinstance(form, str) for form in model.forms):
+        raise TypeError("forms are names")
+    if model.positions is not None and (type(model.positions) is not int or model.positions < 1):
+        raise ValueError("the longest sequence is a positive number")
+    for cache in model.caches or ():
+        sizes = (cache.heads, cache.key_dim, cache.value_dim)
+        if not all(type(size) is int and size > 0 for size in sizes) or cache.dtype not in CACHE_DTYPES:
+            raise ValueError(f"no cache is like {cache}")
+
+
+def _check_places(path: Path, proto: onnx.ModelProto) -> None:
+    """Make sure that only weights of the graph itself lie in another file: nobody looks where others would lie."""
+    inside = [node for function in proto.functions for node in function.node]
+    graphs = [proto.graph, *(part.initialization for part in proto.training_info)]
+    graphs += [part.algorithm for part in proto.training_info]
+    tensors: list[onnx.TensorProto] = []
+    while graphs:
+        graph = graphs.pop()
+        if graph is not proto.graph:
+            tensors += graph.initializer
+        tensors += (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+        inside += graph.node
+        while inside:
+            for attribute in inside.pop().attribute:
+                tensors += (attribute.t, *attribute.tensors)
+                sparse_tensors = (attribute.sparse_tensor, *attribute.sparse_tensors)
+                tensors += (part for sparse in sparse_tensors for part in (sparse.values, sparse.indices))
+                graphs += ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data for tensor in tensors):
+        raise InputFileError(f"{path}: refused: a constant of it lies in another file")
+
+
 def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
     """Make sure that the weights are there, beside the file and nowhere else, and whole."""
     ends: dict[str, int] = {}
@@ -148,14 +198,16 @@ def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
         try:
-            end = int(entries.get("offset", "0")) + int(entries["length"])
+            offset, length = int(entries.get("offset", "0")), int(entries["length"])
+            if offset < 0 or length < 0:
+                raise ValueError("before the file's beginning")
         except (KeyError, ValueError):
             raise InputFileError(f"{path}: damaged, weight '{tensor.name}' is nowhere") from None
         if Path(name).name != name or name in ("", ".", ".."):
             raise InputFileError(
                 f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', outside its folder"
             )
-        ends[name] = max(ends.get(name, 0), end)
+        ends[name] = max(ends.get(name, 0), offset + length)
     if len(ends) > 1:
         raise InputFileError(f"{path}: refused: its weights are in {len(ends)} files, a device has one")
     for name, end in ends.items():

@@ -57,8 +57,15 @@ def cut(model: onnx.ModelProto) -> list[Step]:
     """Cut a model.
 
     Raises:
-        InputFileError: A value is used before it is there, or has no type, or a collective is malformed.
+        InputFileError: A value is used before it is there, or has no type, or a collective or a name is malformed.
     """
+    try:
+        return _cut(model)
+    except (UnicodeDecodeError, TypeError) as error:
+        raise InputFileError("damaged: a name in it is no text") from error
+
+
+def _cut(model: onnx.ModelProto) -> list[Step]:
     graph = model.graph
     runs: list[list[onnx.NodeProto] | Collective] = [[]]
     for node in graph.node:

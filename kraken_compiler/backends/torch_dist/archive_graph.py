@@ -5,6 +5,7 @@ Only calls of named ops on tensors, numbers and names: no subgraphs, no objects,
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 import re
@@ -34,6 +35,9 @@ _SCALAR_OPS: dict[str, Callable[..., Any]] = (
     }
     | {"math.trunc": math.trunc}
 )
+
+_REFUSED_OPS = frozenset({"from_file"})
+"""Ops of the allowed namespaces that open files."""
 
 _DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -65,7 +69,7 @@ def graph_from_json(content: dict[str, Any]) -> fx.Graph:
     assert None not in (ops, cached_attention)  # importing them defines the kraken ops that the graph calls
     reader = _Reader()
     for entry in content["inputs"]:
-        name = entry["as_tensor"]["name"]
+        name = _checked(entry["as_tensor"]["name"])
         reader.nodes[name] = reader.graph.placeholder(name)
     for entry in content["nodes"]:
         reader.call(entry)
@@ -86,7 +90,7 @@ class _Reader:
         for argument in entry["inputs"]:
             value = self.argument(argument["arg"])
             if argument.get("kind") == _KEYWORD:
-                kwargs[argument["name"]] = value
+                kwargs[_checked(argument["name"])] = value
             else:
                 args.append(value)
         outputs = [_output_names(output) for output in entry["outputs"]]
@@ -94,7 +98,7 @@ class _Reader:
         if isinstance(first, str):
             self.nodes[first] = self.graph.create_node("call_function", target, tuple(args), kwargs, first)
             return
-        node = self.graph.create_node("call_function", target, tuple(args), kwargs, entry.get("name"))
+        node = self.graph.create_node("call_function", target, tuple(args), kwargs, _name_of(entry))
         for position, name in enumerate(first or ()):
             if isinstance(name, str):
                 self.nodes[name] = self.graph.create_node(
@@ -158,22 +162,34 @@ def _target(name: str) -> Callable[..., Any]:
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
         except AttributeError as error:
             raise UnknownGraphError(f"this torch has no op '{name}'") from error
-        if isinstance(target, torch._ops.OpOverload):
+        if isinstance(target, torch._ops.OpOverload) and packet not in _REFUSED_OPS:
             return target
     elif name in _SCALAR_OPS:
         return _SCALAR_OPS[name]
     raise UnknownGraphError(f"it calls '{name}', which no lane program calls")
 
 
+def _checked(name: object) -> str:
+    """A name of the file, which becomes a name in Python source: anything else there would be code."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise UnknownGraphError(f"{str(name)[:60]!r} is no name of a value")
+    return name
+
+
+def _name_of(entry: dict[str, Any]) -> str | None:
+    name = entry.get("name")
+    return None if name is None else _checked(name)
+
+
 def _output_names(entry: dict[str, Any]) -> str | list[str] | None:
     """Name of one result, names of a list of results, or None for a result that is no tensor and not kept."""
     if "as_tensor" in entry:
-        return str(entry["as_tensor"]["name"])
+        return _checked(entry["as_tensor"]["name"])
     for kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
         if kind in entry:
-            return str(entry[kind]["as_name"])
+            return _checked(entry[kind]["as_name"])
     if "as_tensors" in entry:
-        return [str(element["name"]) for element in entry["as_tensors"]]
+        return [_checked(element["name"]) for element in entry["as_tensors"]]
     if "as_none" in entry:
         return None
     raise UnknownGraphError(f"a result of kind {sorted(entry)}")

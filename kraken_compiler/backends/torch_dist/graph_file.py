@@ -9,6 +9,7 @@ and resolves ops by name only in the namespaces that a lane program may use.
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def load_graph(path: Path) -> fx.GraphModule:
             content = json.loads(archive.read(_checked_graph_entry(archive, path)))
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, KeyError, struct.error) as error:
         raise InputFileError(f"{path}: damaged, not a torch.export archive ({error})") from error
     try:
         version = content["schema_version"]["major"]
@@ -71,12 +72,12 @@ def load_graph(path: Path) -> fx.GraphModule:
             raise InputFileError(
                 f"{path}: graph schema {version}, this version reads {SCHEMA_MAJOR}; compile the model again"
             )
-        graph = graph_from_json(content["graph_module"]["graph"])
+        return fx.GraphModule({}, graph_from_json(content["graph_module"]["graph"]))
     except UnknownGraphError as error:
         raise InputFileError(f"{path}: refused: {error}") from error
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputFileError(f"{path}: damaged graph ({type(error).__name__}: {error})") from error
-    return fx.GraphModule({}, graph)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, SyntaxError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputFileError(f"{path}: damaged graph ({reason[:200]})") from error
 
 
 def node_order(module: fx.GraphModule) -> list[tuple[str, Any]]:
@@ -95,6 +96,9 @@ def _checked_graph_entry(archive: zipfile.ZipFile, path: Path) -> str:
     """The name of the graph's entry, after making sure that the archive holds nothing that could be a pickle."""
     graph_entry = ""
     for entry in archive.infolist():
+        # Torch stores; what is compressed could be any size when it is read.
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InputFileError(f"{path}: refused: '{entry.filename}' is compressed")
         inner = entry.filename.partition("/")[2]
         if inner == _GRAPH_ENTRY:
             graph_entry = entry.filename

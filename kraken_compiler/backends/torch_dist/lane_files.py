@@ -35,8 +35,8 @@ def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, 
             if missing:
                 raise InputFileError(f"{path}: lacks {len(missing)} weights, the first is '{missing[0]}'")
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in table}
-    except (OSError, SafetensorError) as error:
-        raise InputFileError(f"{path}: cannot be read: {error}") from error
+    except (OSError, SafetensorError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputFileError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     for name, spec in table.items():
         found = tensors[name]
         if tuple(found.shape) != spec.shape or found.dtype != spec.torch_dtype:
