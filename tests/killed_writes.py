@@ -32,7 +32,8 @@ from kraken_compiler.weights.shards import write_lane_shards
 from tests.toy_lane_program import toy_program, toy_sources
 
 CALLS = ("open", "close", "write", "ftruncate", "fsync", "mkdir", "rename", "unlink", "rmdir", "scandir", "listdir")
-SOURCE = Source(kind="huggingface", name="toy", sha256="0" * 64)
+SHA256 = "0" * 64
+SOURCE = Source(kind="huggingface", name="toy")
 
 
 class ShardsAndGraph:
@@ -48,7 +49,7 @@ class ShardsAndGraph:
         return ()
 
 
-def write(target: Path, note: str, swap: bool = True) -> list[str]:
+def write(target: Path, note: str, swap: bool = True, digest: str = SHA256) -> list[str]:
     """Write the artifact; returns what was read for it."""
     tensors, reads = toy_sources(), []
 
@@ -60,7 +61,8 @@ def write(target: Path, note: str, swap: bool = True) -> list[str]:
         open_artifact(partial)
         return {"passed": True}
 
-    options: dict[str, Any] = {"source": SOURCE, "backends": [ShardsAndGraph()], "check": check}
+    options: dict[str, Any] = {"source": SOURCE, "digest": lambda: digest, "backends": [ShardsAndGraph()]}
+    options["check"] = check
     with mock.patch.object(reservation, "exchange", reservation.exchange if swap else lambda *_: False):
         write_artifact(toy_program(2), read, target, report={"note": note}, force=True, resumable=True, **options)
     return reads
@@ -186,7 +188,7 @@ def kill_any_time(place: Path, seed: int, times: int) -> dict[str, int]:
     return found
 
 
-def resumed(place: Path, damage: bool) -> dict[str, Any]:
+def resumed(place: Path, *, damage: bool = False, other_source: bool = False) -> dict[str, Any]:
     """Die in the middle of the weights, and see what the next write reads."""
     target = place / "toy.kraken"
     sources = write(place / "reference.kraken", "reference")
@@ -200,7 +202,8 @@ def resumed(place: Path, damage: bool) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return tensors[name]
 
-        options: dict[str, Any] = {"source": SOURCE, "backends": [ShardsAndGraph()], "resumable": True}
+        options: dict[str, Any] = {"source": SOURCE, "digest": lambda: SHA256, "backends": [ShardsAndGraph()]}
+        options["resumable"] = True
         write_artifact(toy_program(2), read, target, **options)
 
     forked(action)
@@ -209,7 +212,7 @@ def resumed(place: Path, damage: bool) -> dict[str, Any]:
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-    again = write(target, "again")
+    again = write(target, "again", digest="1" * 64 if other_source else SHA256)
     same = [
         open_artifact(target).manifest.files[f"torch/lane-{lane}.safetensors"]
         == open_artifact(place / "reference.kraken").manifest.files[f"torch/lane-{lane}.safetensors"]
@@ -233,8 +236,9 @@ def main(directory: Path, seed: int) -> None:
         "replaced": kill_between_calls(place("b"), seed, 15, replaces=True, swap=True),
         "replaced in two steps": kill_between_calls(place("c"), seed, 15, replaces=True, swap=False),
         "at any time": kill_any_time(place("d"), seed, 25),
-        "resumed": resumed(place("e"), damage=False),
+        "resumed": resumed(place("e")),
         "resumed with damage": resumed(place("f"), damage=True),
+        "resumed with another source": resumed(place("g"), other_source=True),
     }
     print(json.dumps(results))
 

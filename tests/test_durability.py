@@ -58,17 +58,19 @@ def test_a_rerun_believes_only_what_has_the_right_hash(killed: dict[str, dict[st
     found = killed["resumed with damage"]
     assert found["same"]
     assert 2 < found["read_again"] < found["sources"]
+    assert killed["resumed with another source"]["read_again"] == found["sources"]
 
 
-def test_another_model_takes_no_shards_over(tmp_path: Path) -> None:
+def test_only_shards_are_taken_over(tmp_path: Path) -> None:
     with reserved(tmp_path / "toy.kraken") as held:
-        (held.prepare("one model") / "lane-0.safetensors").write_text("its shard")
+        assert held.left_key == ""
+        (held.prepare(keep_shards=False) / "lane-0.safetensors").write_text("its shard")
         (held.partial / "lane.pt2").write_text("its graph")
-        assert [path.name for path in held.prepare("one model").iterdir()] == ["lane-0.safetensors"]
-        assert list(held.prepare("another").iterdir()) == []
-        (held.partial / "lane-0.safetensors").write_text("of nobody knows what")
-        assert list(held.prepare("").iterdir()) == []
-        assert list(held.prepare("").iterdir()) == []
+        held.note_key("one model")
+        assert held.left_key == "one model"
+        assert [path.name for path in held.prepare(keep_shards=True).iterdir()] == ["lane-0.safetensors"]
+        assert list(held.prepare(keep_shards=False).iterdir()) == []
+        assert held.left_key == ""
     assert list(tmp_path.iterdir()) == []
 
 

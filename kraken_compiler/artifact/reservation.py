@@ -4,7 +4,7 @@ Beside `model.kraken` lies, as long as somebody writes it,
 
     .model.kraken.partial/
       lock          held by the writer; the system lets go of it when the writer ends, however it ends
-      key           what the finished shards are parts of
+      key           which values the finished shards hold
       artifact/     what becomes `model.kraken`
       old/          the artifact that was there, where the file system cannot swap two directories in one step
 
@@ -68,25 +68,38 @@ class Reservation:
         """Where the artifact grows."""
         return self.work / _ARTIFACT
 
-    def prepare(self, key: str) -> Path:
-        """Make the directory for the artifact; a killed compile's finished shards stay in it if they fit.
+    @property
+    def left_key(self) -> str:
+        """The key of what a killed compile left here, "" if it left nothing that can be gone on with."""
+        path = self.work / _KEY
+        with naming(path):
+            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def note_key(self, key: str) -> None:
+        """Say which values the shards hold, should this compile be killed."""
+        path = self.work / _KEY
+        with naming(path):
+            # In one step, so that a killed compile leaves no half of it.
+            path.with_suffix(".new").write_text(key, encoding="utf-8")
+            path.with_suffix(".new").rename(path)
+
+    def prepare(self, *, keep_shards: bool) -> Path:
+        """Make the directory for the artifact.
 
         Args:
-            key: Says which values the shards hold; "" if nothing can say it.
+            keep_shards: A killed compile's shards stay in it, with their journals.
 
         Returns:
-            `partial`: empty, or holding shards of the same key and their journals.
+            `partial`, otherwise empty.
 
         Raises:
             OSError: It cannot be written.
         """
-        known = self.work / _KEY
-        if key and known.is_file() and known.read_text(encoding="utf-8") == key:
+        if keep_shards:
             _remove_all_but_shards(self.partial)
         else:
+            (self.work / _KEY).unlink(missing_ok=True)
             _remove(self.partial)
-            with naming(known):
-                known.write_text(key, encoding="utf-8")
         self.partial.mkdir(exist_ok=True)
         return self.partial
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +71,7 @@ def write_artifact(
     *,
     source: Source,
     backends: Sequence[Emitter],
+    digest: Callable[[], str] | None = None,
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
     healed: Sequence[HealingRecord] = (),
@@ -90,6 +92,7 @@ def write_artifact(
         directory: The target; its parents are made if need be.
         source: Where the model came from.
         backends: Who writes programs, each into a directory of its name.
+        digest: Computes `source.sha256`, in another thread while the files are written; None leaves it as it is.
         tokenizer_saver: Saves the tokenizer, None if there is none.
         report: What to keep as `report.json`.
         healed: How the lanes were trained.
@@ -109,13 +112,12 @@ def write_artifact(
     """
     with nullcontext(reservation) if reservation is not None else reserved(directory, force) as held:
         try:
-            key = _resume_key(program, source, backends) if resumable else ""
-            partial = held.prepare(key)
             kept = dict(report or {})
-            manifest = _fill(partial, program, read, source, backends, tokenizer_saver, kept, healed, progress)
+            with _source_with_hash(held, program, source, digest, backends, resumable) as hashed:
+                manifest = _fill(held.partial, program, read, hashed, backends, tokenizer_saver, kept, healed, progress)
             if check is not None:
-                kept["verification"] = check(partial)
-                _write_report(partial, kept, manifest)
+                kept["verification"] = check(held.partial)
+                _write_report(held.partial, kept, manifest)
             held.put_in_place()
         except (OSError, SafetensorError) as error:
             raise _cannot_write(held, error) from error
@@ -131,6 +133,38 @@ def _cannot_write(held: Reservation, error: OSError | SafetensorError) -> InputF
     if named.is_relative_to(held.partial):
         return InputFileError(f"{held.target / named.relative_to(held.partial)}: cannot be written: {reason}")
     return InputFileError(f"{held.target}: cannot be written: {named}: {reason}")
+
+
+@contextmanager
+def _source_with_hash(
+    held: Reservation,
+    program: Program,
+    source: Source,
+    digest: Callable[[], str] | None,
+    backends: Sequence[Emitter],
+    resumable: bool,
+) -> Iterator[Callable[[], Source]]:
+    """Prepare the directory, and hash the source while the block writes; gives what waits for the hash.
+
+    Reading a large source twice at the same time reads the disk once. Only what a killed compile left is not looked at
+    before the hash is known.
+    """
+
+    def complete() -> Source:
+        return source if digest is None else source.model_copy(update={"sha256": digest()})
+
+    def complete_and_note() -> Source:
+        found = complete()
+        if resumable and found.sha256:
+            held.note_key(_resume_key(program, found, backends))
+        return found
+
+    left = held.left_key if resumable else ""
+    held.prepare(keep_shards=bool(left) and left == _resume_key(program, complete(), backends))
+    with ThreadPoolExecutor(1, "hash-source") as pool:
+        pending = pool.submit(complete_and_note)
+        yield pending.result
+        pending.result()
 
 
 def _resume_key(program: Program, source: Source, backends: Sequence[Emitter]) -> str:
@@ -149,7 +183,7 @@ def _fill(
     directory: Path,
     program: Program,
     read: Callable[[str], Tensor],
-    source: Source,
+    source: Callable[[], Source],
     backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
@@ -177,7 +211,7 @@ def _fill(
         format_version=FORMAT_VERSION,
         kraken_compiler=_own_version(),
         torch=torch.__version__,
-        source=source,
+        source=source(),
         degree=program.degree,
         forms=program.plan.forms if program.plan is not None else (),
         dtype=_main_dtype(program),
