@@ -165,6 +165,18 @@ def evil_structure(model: Any) -> None:
     model["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = json.dumps(spec)
 
 
+def evil_name(model: Any) -> None:
+    """A name that is an argument with a default value in the Python source that torch makes of the graph."""
+    model["graph_module"]["graph"]["inputs"][0]["as_tensor"]["name"] = "x=print('ran')"
+
+
+def evil_target(target: str) -> Callable[[Any], None]:
+    def edit(model: Any) -> None:
+        model["graph_module"]["graph"]["nodes"][0]["target"] = target
+
+    return edit
+
+
 def test_archives_that_run_code_are_refused(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     evil = f"__import__('os').mkdir('{tmp_path / 'ran'}')"
     pickled = bomb(tmp_path)
@@ -178,6 +190,13 @@ def test_archives_that_run_code_are_refused(saved: tuple[nn.Module, Path], tmp_p
         "it holds a pickled object": (lambda name, content: content, {"data__weights__model.pt": pickled}),
         "it holds machine code": (lambda name, content: content, {"data__aotinductor__model__x.so": b"code"}),
         "a size in it is no arithmetic": (edit_json("models/", evil_size(evil)), {}),
+        "a value in it has a name that is none": (edit_json("models/", evil_name), {}),
+        "it calls 'torch.os.system'": (edit_json("models/", evil_target("torch.os.system")), {}),
+        "it calls 'torch.ops.load_library'": (edit_json("models/", evil_target("torch.ops.load_library")), {}),
+        "it calls 'torch.ops.aten.from_file.default'": (
+            edit_json("models/", evil_target("torch.ops.aten.from_file.default")),
+            {},
+        ),
         "it imports the module 'antigravity'": (edit_json("models/", evil_structure), {}),
     }
     for number, (message, (change, added)) in enumerate(cases.items()):

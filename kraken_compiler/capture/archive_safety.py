@@ -6,6 +6,8 @@
 - weights and constants marked `use_pickle`, script and opaque objects, `.pt` files of older archives: unpickled
 - `data/aotinductor/`: machine code
 - symbolic sizes in `models/*.json`: given to `sympy.sympify`, which calls `eval`
+- targets of calls there: any attribute of torch, of its submodules and of what they import
+- names of values there: become names in generated Python, where anything else would be code
 - serialized structures (pytrees): import the modules that they name
 
 So every one of them is inspected first. What is left, ATen ops and raw tensor bytes, is data.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import io
 import json
+import keyword
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +36,13 @@ _QUOTED_NAME = re.compile(r"\b(Symbol|Float)\s*\(\s*'[\w.+-]*'", re.ASCII)
 _PLAIN_TEXT = re.compile(r"[\w\s+\-*/%(),.<>=!&|~]*", re.ASCII)
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*\(", re.ASCII)
 _ATTRIBUTE_OR_CALLED_RESULT = re.compile(r"\)\s*\(|\.\s*[A-Za-z_]|[A-Za-z_)]\w*\s*\.", re.ASCII)
+_OP = re.compile(r"torch\.ops\.[A-Za-z_]\w*\.([A-Za-z_]\w*)(?:\.\w+)?", re.ASCII)
+_FILE_OPS = frozenset({"from_file"})
+_SCALAR_OP = re.compile(
+    r"torch\.(sym_\w+|_sym_\w+)|math\.\w+|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|pos|abs|index|"
+    r"eq|ne|lt|le|gt|ge|not_|and_|or_|xor|lshift|rshift)",
+    re.ASCII,
+)
 _FUNCTIONS = """
     Abs Add And CeilDiv CeilToInt CleanDiv Eq Equality FloatPow FloatTrueDiv Float FloorDiv FloorToInt Ge GreaterThan
     Gt Identity IntTrueDiv Integer IsNonOverlappingAndDenseIndicator LShift Le LessThan Lt Max Min Mod ModularIndexing
@@ -87,6 +97,8 @@ def _dangers(name: str, read: Callable[[], bytes], modules: set[str]) -> Iterato
     elif name.startswith("models/"):
         model = json.loads(read())
         yield from (f"a size in it is no arithmetic, {text[:60]!r}" for text in _bad_sizes(model))
+        yield from (f"a value in it has a name that is none, {text[:60]!r}" for text in _bad_names(model))
+        yield from (f"it calls {text[:60]!r}" for text in _bad_targets(model))
         for module, imported_by_torch in structure_modules(model):
             if imported_by_torch and module.partition(".")[0] not in MODULES_ALLOWED:
                 yield f"it imports the module {module!r}"
@@ -117,6 +129,33 @@ def _bad_sizes(value: Any) -> Iterator[str]:
         if key == "expr_str" and not (isinstance(item, str) and _is_arithmetic(item)):
             yield str(item)
         yield from _bad_sizes(item)
+
+
+def _bad_names(value: Any) -> Iterator[str]:
+    for key, item in items_of(value):
+        if key in ("name", "as_name") and item is not None and not (isinstance(item, str) and _is_name(item)):
+            yield str(item)
+        yield from _bad_names(item)
+
+
+def _bad_targets(value: Any) -> Iterator[str]:
+    for _, item in items_of(value):
+        if isinstance(item, dict) and "target" in item and not _is_callable_safely(item["target"]):
+            yield str(item["target"])
+        yield from _bad_targets(item)
+
+
+def _is_callable_safely(target: Any) -> bool:
+    """True for registered ops but those that open files, and for arithmetic; torch would take any attribute of its."""
+    if not isinstance(target, str) or "__" in target:
+        return False
+    op = _OP.fullmatch(target)
+    return op[1] not in _FILE_OPS if op is not None else _SCALAR_OP.fullmatch(target) is not None
+
+
+def _is_name(text: str) -> bool:
+    """True for what stays a name when torch writes the graph as Python source, and for an argument without a name."""
+    return not text or (text.isidentifier() and not keyword.iskeyword(text))
 
 
 def _is_arithmetic(text: str) -> bool:

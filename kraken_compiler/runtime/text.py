@@ -161,5 +161,12 @@ def _generation_eos(artifact: Artifact) -> tuple[int, ...]:
     name = next((name for name in artifact.tokenizer_files if name.endswith("/generation_config.json")), None)
     if name is None:
         return ()
-    value = json.loads(artifact.path(name).read_text(encoding="utf-8")).get("eos_token_id")
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    path = artifact.path(name)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputFileError(f"{path}: damaged, no generation config") from error
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(type(one) is int for one in ids):
+        raise InputFileError(f"{path}: its eos_token_id is no token id")
+    return ids
