@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 BENCH_OUT ?= build/bench
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-onnx bench-memory tables clean
+.PHONY: help setup demo test lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ bench-onnx: $(VENV)/.models $(VENV)/.bench ## the same times on ONNX Runtime, wi
 
 bench-memory: $(VENV)/.package ## measure the memory a compile of a 1 GB checkpoint takes
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_memory.py
+
+bench-shard: $(VENV)/.package ## measure a compile of a 16 GB checkpoint against cp (needs 34 GB of disk)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shard.py $(BENCH_ARGS)
+
+bench-compile: $(VENV)/.package ## time the plans of a 70B and a 405B model, pass by pass
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_time.py $(BENCH_ARGS)
 
 tables: $(VENV)/.models ## write the tables of families in the docs, from what their tests find
 	@rm -rf build/tables && mkdir -p build/tables
