@@ -122,7 +122,7 @@ def compile_model(
     paths = [Path(one) for one in calibrate]
     budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
     # From the beginning: a rival must hear of it before it has worked for hours.
-    with reserved(directory, force) if directory is not None else nullcontext() as reservation:
+    with reserved(Path(directory), force) if directory is not None else nullcontext() as reservation:
         with show.stage("capture"):
             captured = capture(
                 model,
