@@ -74,6 +74,13 @@ def test_only_shards_are_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_leaves_no_directories(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="on the way"), reserved(tmp_path / "a" / "b" / "toy.kraken") as held:
+        assert held.work.is_dir()
+        raise RuntimeError("on the way")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_two_compiles_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
     target = tmp_path / "toy.kraken"
 

@@ -142,7 +142,7 @@ def reserved(directory: Path | str, force: bool = False) -> Iterator[Reservation
     check_target(target, force)
     work = target.parent / f".{target.name}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = [parent for parent in target.parents if not parent.exists()]
         lock = _lock(work)
     except OSError as error:
         raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -157,13 +157,15 @@ def reserved(directory: Path | str, force: bool = False) -> Iterator[Reservation
         yield Reservation(target, work)
     finally:
         _clear(work)
+        for parent in made:
+            _remove_if_empty(parent)
         os.close(lock)
 
 
 def _lock(work: Path) -> int | None:
     """Take the lock; None if a living process has it."""
     while True:
-        work.mkdir(exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
@@ -200,10 +202,14 @@ def _clear(work: Path) -> None:
         if path.name != _LOCK:
             _remove(path)
     (work / _LOCK).unlink(missing_ok=True)
+    _remove_if_empty(work)
+
+
+def _remove_if_empty(directory: Path) -> None:
     try:
-        work.rmdir()
+        directory.rmdir()
     except OSError:
-        return  # the next one has come in already
+        return  # it holds the artifact, or the next writer has come in already
 
 
 def _remove(path: Path) -> None:
