@@ -75,9 +75,11 @@ def test_only_shards_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_what_fails_leaves_no_directories(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="on the way"), reserved(tmp_path / "a" / "b" / "toy.kraken") as held:
-        assert held.work.is_dir()
+    def fail(_: Path) -> dict[str, object]:
         raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        write_toy(tmp_path / "a" / "b" / "toy.kraken", 2, check=fail)
     assert list(tmp_path.iterdir()) == []
 
 
