@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from kraken_compiler.backends.onnx_ort.stages import cut
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights
 from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint, weight_files
 from kraken_compiler.weights.safetensors_format import read_header
@@ -126,9 +128,30 @@ def test_bytes_of_graph_archives(artifact: Path, tmp_path: Path, data: st.DataOb
     refused_or_read(lambda: load_graph(path), tmp_path)
 
 
-def graph_of(content: bytes) -> Any:
-    import io
+def inspect(path: Path) -> None:
+    with path.open("rb") as file:
+        inspect_archive(file, path, trust_pickle=False)
 
+
+@cases(200)
+@given(data=st.data())
+def test_source_archives(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """What is looked at before torch opens the archive."""
+    valid = (artifact / "torch" / "lane.pt2").read_bytes()
+    path = tmp_path / "source.pt2"
+    path.write_bytes(rezipped(valid, {GRAPH: dumped(data.draw(mutated(graph_of(valid))))}))
+    refused_or_read(lambda: inspect(path), tmp_path)
+
+
+@cases(200)
+@given(data=st.data())
+def test_bytes_of_source_archives(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "source.pt2"
+    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane.pt2").read_bytes())))
+    refused_or_read(lambda: inspect(path), tmp_path)
+
+
+def graph_of(content: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         name = next(name for name in archive.namelist() if name.endswith(GRAPH))
         return json.loads(archive.read(name))
@@ -222,6 +245,7 @@ def test_device_files(tmp_path: Path, data: st.DataObject) -> None:
 def test_the_valid_files_are_read(artifact: Path, tmp_path: Path) -> None:
     assert refused_or_read(lambda: use(artifact), artifact) is None
     assert refused_or_read(lambda: load_graph(artifact / "torch" / "lane.pt2"), artifact) is None
+    assert refused_or_read(lambda: inspect(artifact / "torch" / "lane.pt2"), artifact) is None
     assert refused_or_read(lambda: read_weights(artifact / "torch" / "lane-0.safetensors"), artifact) is None
     assert (
         refused_or_read(lambda: read_device(write_device(tmp_path, device_proto().SerializeToString())), tmp_path)
