@@ -38,6 +38,10 @@ _CALL = re.compile(r"([A-Za-z_]\w*)\s*\(", re.ASCII)
 _ATTRIBUTE_OR_CALLED_RESULT = re.compile(r"\)\s*\(|\.\s*[A-Za-z_]|[A-Za-z_)]\w*\s*\.", re.ASCII)
 _OP = re.compile(r"torch\.ops\.[A-Za-z_]\w*\.([A-Za-z_]\w*)(?:\.\w+)?", re.ASCII)
 _FILE_OPS = frozenset({"from_file"})
+_UNDERSCORED_OPS = frozenset(
+    f"__{inplace}{name}__" for inplace in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")
+)
+"""Ops that ATen names like Python's operators; any other name with two underscores is an attribute of Python's own."""
 _SCALAR_OP = re.compile(
     r"torch\.(sym_\w+|_sym_\w+)|math\.\w+|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|pos|abs|index|"
     r"eq|ne|lt|le|gt|ge|not_|and_|or_|xor|lshift|rshift)",
@@ -147,9 +151,13 @@ def _bad_targets(value: Any) -> Iterator[str]:
 
 def _is_callable_safely(target: Any) -> bool:
     """True for registered ops but those that open files, and for arithmetic; torch would take any attribute of its."""
-    if not isinstance(target, str) or "__" in target:
+    if not isinstance(target, str):
         return False
     op = _OP.fullmatch(target)
+    if op is not None and op[1] in _UNDERSCORED_OPS:
+        target = target.replace(op[1], "")
+    if "__" in target:
+        return False
     return op[1] not in _FILE_OPS if op is not None else _SCALAR_OP.fullmatch(target) is not None
 
 
