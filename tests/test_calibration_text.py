@@ -34,6 +34,14 @@ def test_strengths_are_chosen_on_texts_of_their_own() -> None:
     assert not unseen & (fitted | held)
 
 
+def test_some_rows_are_cut_short_for_more_first_tokens() -> None:
+    found = divide([[[text] * 16 for _ in range(40)] for text in range(4)], wanted=100)
+    assert [tuple(ids.shape) for ids in found.fitted] == [(8, 16)] * 8 + [(2, 16), (16, 8), (2, 8)]
+    assert {ids.shape[1] for ids in found.held} == {16, 8}
+    assert {ids.shape[1] for ids in found.unseen} == {16}
+    assert found.tokens == 1600
+
+
 def test_a_single_text_holds_back_its_end() -> None:
     found = divide([rows(0, 24)], wanted=100)
     fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
@@ -66,8 +74,9 @@ def test_rows_are_spread_over_all_texts(llama: Path, texts: Path) -> None:
     captured = capture(llama)
     found = calibration_text(captured, [texts], 64 * 40)
     assert found.tokens == 64 * 40
-    assert {batch.shape[1] for batch in (*found.fitted, *found.held, *found.unseen)} == {64}
-    assert sum(batch.shape[0] for batch in found.held) == 10, "one text of four"
+    assert {batch.shape[1] for batch in (*found.fitted, *found.held)} == {64, 8}
+    assert {batch.shape[1] for batch in found.unseen} == {64}
+    assert sum(batch.numel() for batch in found.held) == 64 * 10, "one text of four"
     again = calibration_text(captured, [texts], 64 * 40)
     assert all(map(torch.equal, found.fitted, again.fitted))
     everything = calibration_text(captured, [texts / "0.txt"], 10**6)

@@ -55,7 +55,9 @@ def forms_within(
         InputFileError: A text or the cache cannot be read.
     """
     text = calibration_text(captured, paths, tokens)
-    rows = torch.cat(text.fitted)
+    row = text.fitted[0].shape[1]
+    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
+    short = [ids for ids in text.fitted if ids.shape[1] != row]
     count = min(_MOST_MEASURED_ROWS, max(1, len(rows) // 6))
     fitted, measured = rows[:-count], list(torch.split(rows[-count:], _ROWS_AT_ONCE))
     standard, _ = lower(captured.program, degree, "standard", cached=False)
@@ -70,7 +72,7 @@ def forms_within(
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     said = [source(ids) for ids in measured]
     inputs_of = inputs_function(standard.inputs)
-    batches = [*torch.split(fitted, 2 * _ROWS_AT_ONCE), *text.held]
+    batches = [*torch.split(fitted, 2 * _ROWS_AT_ONCE), *short, *text.held]
     held = [False] * (len(batches) - len(text.held)) + [True] * len(text.held)
 
     def measure(forms: tuple[str, ...]) -> Quality:

@@ -67,6 +67,8 @@ class Streams:
         self._has_gap = True
 
 
+_MASSIVE = 10.0
+"""How many times the median of its square a token's stream is from where on it counts as massive."""
 _UNEQUAL = "output: more than a factor lies between the projection and the stream"
 
 
@@ -145,8 +147,8 @@ class BranchFit:
             if fitted is None or held is None:
                 features = x_NP.shape[1] + biased
                 fitted, held = (Moments.zeros(features, lacking.shape[1], measured=one) for one in (False, True))
-            size_N = rows(source[after]).pow(2).mean(-1).clamp_min(1e-12)
-            weight_N = self.streams.importance[batch] / size_N
+            added = total(source[end], self.degree)
+            weight_N = _output_weight(self.streams.importance[batch], source[after], added)
             (held if self.streams.held[batch] else fitted).add(_with_ones(x_NP, biased), lacking, weight_N)
         if fitted is None or held is None:
             return FitRecord(_UNEQUAL, 0.0, 1.0, kept=False)
@@ -228,6 +230,24 @@ def rows(value: Tensor) -> Tensor:
 def gram(matrix: Tensor) -> Tensor:
     """W'W of a matrix [out, in], float64."""
     return matrix.double().T @ matrix.double()
+
+
+def _output_weight(importance_N: Tensor, stream: Tensor, added: Tensor) -> Tensor:
+    """What tokens count in the fit of an output projection, float32 [N].
+
+    The inverse square of the stream, for a norm reads it. An important token counts more where the branch has a share
+    in its stream; and one whose stream is far larger than the others' counts only there: everywhere else what it lacks
+    is not this branch's to give, and would drown what the other tokens lack.
+
+    Args:
+        importance_N: What tokens count in the fits of inputs.
+        stream: The source's stream once the branch has contributed.
+        added: What the source's branch contributes.
+    """
+    size_N, added_N = (rows(value).pow(2).mean(-1).clamp_min(1e-12) for value in (stream, added))
+    share_N = (added_N / size_N).clamp_max(1.0)
+    massive_N = ((added_N + _MASSIVE * size_N.median()) / size_N).clamp_max(1.0)
+    return (1 + (importance_N - 1) * share_N) * massive_N / size_N
 
 
 def _with_ones(x_NP: Tensor, wanted: bool) -> Tensor:

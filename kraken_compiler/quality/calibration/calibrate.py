@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, fx
 
 from kraken_compiler.backends.single.streaming import ReadLane
@@ -99,9 +100,14 @@ def _importance(standard: Program, read_lane: ReadLane, batches: Sequence[list[T
 
     How well a token's own prediction is kept counts 1, and as much again what an average token is read; for the first
     of a row that is about a hundred times more. It is a property of positions, so one batch of the longest rows tells.
+    Where short rows add tokens at a position, all tokens there together count what those of the longest rows would.
     """
     longest = max(batches, key=lambda inputs: inputs[0].shape[-1])
-    weight_S = 1 + attention_received(standard, read_lane, [value[:_WATCHED_ROWS] for value in longest])
+    received_S = attention_received(standard, read_lane, [value[:_WATCHED_ROWS] for value in longest])
+    rows_S = torch.zeros(len(received_S))
+    for inputs in batches:
+        rows_S[: inputs[0].shape[-1]] += len(inputs[0])
+    weight_S = 1 + received_S * rows_S[-1] / rows_S
     return [weight_S[: inputs[0].shape[-1]].repeat(len(inputs[0])) for inputs in batches]
 
 

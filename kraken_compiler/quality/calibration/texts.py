@@ -21,6 +21,10 @@ _CHARACTERS_PER_TOKEN = 6
 _HELD_SHARE = 6
 _UNSEEN_ROWS = 16
 _ROWS_AT_ONCE = 8
+_SHORT_SHARE = 8
+"""One in so many of the rows to fit, and to choose strengths on, is cut into short rows."""
+_SHORT_ROW = 8
+"""Tokens of a short row. Only a row's first token is like no other, and long rows have too few of them to fit."""
 
 Tokenize = Callable[[str], list[int]]
 
@@ -30,7 +34,7 @@ class CalibrationText:
     """Rows of tokens, each out of one text.
 
     Attributes:
-        fitted: Batches int64 [rows, sequence] to fit.
+        fitted: Batches int64 [rows, sequence] to fit: of long rows, and then of rows of a few tokens.
         held: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a strength
             that holds on another text holds on text that nobody has seen.
         unseen: Batches that calibration leaves alone, to measure it on.
@@ -99,13 +103,26 @@ def divide(texts: Sequence[Sequence[list[int]]], wanted: int) -> CalibrationText
     held = [entry for entry in used if entry[0] % 4 == 2] if several else last
     kept = {id(row) for _, row in held}
     fitted = [row for _, row in used if id(row) not in kept]
-    return CalibrationText(_batches(fitted), _batches([row for _, row in held]), _batches([row for _, row in unseen]))
+    return CalibrationText(
+        _with_short_rows(fitted), _with_short_rows([row for _, row in held]), _batches([row for _, row in unseen])
+    )
 
 
 def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]]:
     """Every text's first row, every text's second row, ..., with the text's number."""
     longest = max(map(len, texts))
     return [(number, text[place]) for place in range(longest) for number, text in enumerate(texts) if place < len(text)]
+
+
+def _with_short_rows(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
+    """Batches of rows, some of which are cut into short ones; all batches have about as many tokens."""
+    length = len(rows[0])
+    cut = rows[_SHORT_SHARE - 1 :: _SHORT_SHARE]
+    if not cut or length < 2 * _SHORT_ROW or length % _SHORT_ROW:
+        return _batches(rows)
+    whole = [row for place, row in enumerate(rows, start=1) if place % _SHORT_SHARE]
+    short = torch.tensor(cut).reshape(-1, _SHORT_ROW)
+    return (*_batches(whole), *torch.split(short, _ROWS_AT_ONCE * length // _SHORT_ROW))
 
 
 def _batches(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
