@@ -1,16 +1,26 @@
-"""What a serialized structure (a pytree of `torch.utils._pytree`) would make torch import.
+"""What texts of a file would make torch run or import. Imports no torch.
 
-Restoring one imports the modules that it names, and a module may be any file that Python finds. Imports no torch.
+Names of values become names in Python source that torch writes and runs. Restoring a serialized structure (a pytree of
+`torch.utils._pytree`) imports the modules that it names, and a module may be any file that Python finds.
 """
 
 from __future__ import annotations
 
 import json
+import keyword
 from collections.abc import Iterator
 from typing import Any
 
 MODULES_ALLOWED = ("builtins", "collections", "torch", "transformers")
 """Packages that a serialized structure may import; importing them runs nothing of the file's."""
+
+FILE_OPS = frozenset({"from_file"})
+"""Ops of torch's own that open files."""
+
+
+def is_value_name(text: str) -> bool:
+    """True for what stays a name in Python source: anything else there would be code."""
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 def require_safe_structure(text: str) -> None:

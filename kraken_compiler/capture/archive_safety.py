@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import keyword
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ import torch
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.structure_safety import MODULES_ALLOWED, items_of, structure_modules
+from kraken_compiler.structure_safety import FILE_OPS, MODULES_ALLOWED, is_value_name, items_of, structure_modules
 
 # ASCII only: Python takes look-alike letters in a name for the plain ones, a check by spelling would not.
 _QUOTED_NAME = re.compile(r"\b(Symbol|Float)\s*\(\s*'[\w.+-]*'", re.ASCII)
@@ -37,7 +36,6 @@ _PLAIN_TEXT = re.compile(r"[\w\s+\-*/%(),.<>=!&|~]*", re.ASCII)
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*\(", re.ASCII)
 _ATTRIBUTE_OR_CALLED_RESULT = re.compile(r"\)\s*\(|\.\s*[A-Za-z_]|[A-Za-z_)]\w*\s*\.", re.ASCII)
 _OP = re.compile(r"torch\.ops\.[A-Za-z_]\w*\.([A-Za-z_]\w*)(?:\.\w+)?", re.ASCII)
-_FILE_OPS = frozenset({"from_file"})
 _UNDERSCORED_OPS = frozenset(
     f"__{inplace}{name}__" for inplace in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")
 )
@@ -136,8 +134,13 @@ def _bad_sizes(value: Any) -> Iterator[str]:
 
 
 def _bad_names(value: Any) -> Iterator[str]:
+    """Names that are code; an argument may have none."""
     for key, item in items_of(value):
-        if key in ("name", "as_name") and item is not None and not (isinstance(item, str) and _is_name(item)):
+        if (
+            key in ("name", "as_name")
+            and item is not None
+            and not (isinstance(item, str) and (not item or is_value_name(item)))
+        ):
             yield str(item)
         yield from _bad_names(item)
 
@@ -158,12 +161,7 @@ def _is_callable_safely(target: Any) -> bool:
         target = target.replace(op[1], "")
     if "__" in target:
         return False
-    return op[1] not in _FILE_OPS if op is not None else _SCALAR_OP.fullmatch(target) is not None
-
-
-def _is_name(text: str) -> bool:
-    """True for what stays a name when torch writes the graph as Python source, and for an argument without a name."""
-    return not text or (text.isidentifier() and not keyword.iskeyword(text))
+    return op[1] not in FILE_OPS if op is not None else _SCALAR_OP.fullmatch(target) is not None
 
 
 def _is_arithmetic(text: str) -> bool:

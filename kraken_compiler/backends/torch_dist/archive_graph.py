@@ -5,7 +5,6 @@ Only calls of named ops on tensors, numbers and names: no subgraphs, no objects,
 
 from __future__ import annotations
 
-import keyword
 import math
 import operator
 import re
@@ -16,6 +15,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import cached_attention, ops
+from kraken_compiler.structure_safety import FILE_OPS, is_value_name
 
 SCHEMA_MAJOR = 8
 
@@ -35,9 +35,6 @@ _SCALAR_OPS: dict[str, Callable[..., Any]] = (
     }
     | {"math.trunc": math.trunc}
 )
-
-_REFUSED_OPS = frozenset({"from_file"})
-"""Ops of the allowed namespaces that open files."""
 
 _DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -162,7 +159,7 @@ def _target(name: str) -> Callable[..., Any]:
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
         except AttributeError as error:
             raise UnknownGraphError(f"this torch has no op '{name}'") from error
-        if isinstance(target, torch._ops.OpOverload) and packet not in _REFUSED_OPS:
+        if isinstance(target, torch._ops.OpOverload) and packet not in FILE_OPS:
             return target
     elif name in _SCALAR_OPS:
         return _SCALAR_OPS[name]
@@ -170,8 +167,8 @@ def _target(name: str) -> Callable[..., Any]:
 
 
 def _checked(name: object) -> str:
-    """A name of the file, which becomes a name in Python source: anything else there would be code."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+    """A name of the file, after making sure that it is one."""
+    if not isinstance(name, str) or not is_value_name(name):
         raise UnknownGraphError(f"{str(name)[:60]!r} is no name of a value")
     return name
 
