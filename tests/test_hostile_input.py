@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,44 +112,29 @@ def test_bytes_of_safetensors(artifact: Path, tmp_path: Path, data: st.DataObjec
     refused_or_read(lambda: load_lane_weights(path, toy_program(2).weights), tmp_path)
 
 
-@cases(300)
-@given(data=st.data())
-def test_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    valid = (artifact / "torch" / "lane.pt2").read_bytes()
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(rezipped(valid, {GRAPH: dumped(data.draw(mutated(graph_of(valid))))}))
-    refused_or_read(lambda: load_graph(path), tmp_path)
-
-
-@cases(200)
-@given(data=st.data())
-def test_bytes_of_graph_archives(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane.pt2").read_bytes())))
-    refused_or_read(lambda: load_graph(path), tmp_path)
-
-
 def inspect(path: Path) -> None:
+    """What is looked at before torch opens a source archive."""
     with path.open("rb") as file:
         inspect_archive(file, path, trust_pickle=False)
 
 
-@cases(200)
+@pytest.mark.parametrize("read", [load_graph, inspect])
+@cases(300)
 @given(data=st.data())
-def test_source_archives(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """What is looked at before torch opens the archive."""
+def test_graphs(artifact: Path, tmp_path: Path, read: Callable[[Path], object], data: st.DataObject) -> None:
     valid = (artifact / "torch" / "lane.pt2").read_bytes()
-    path = tmp_path / "source.pt2"
+    path = tmp_path / "lane.pt2"
     path.write_bytes(rezipped(valid, {GRAPH: dumped(data.draw(mutated(graph_of(valid))))}))
-    refused_or_read(lambda: inspect(path), tmp_path)
+    refused_or_read(lambda: read(path), tmp_path)
 
 
+@pytest.mark.parametrize("read", [load_graph, inspect])
 @cases(200)
 @given(data=st.data())
-def test_bytes_of_source_archives(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "source.pt2"
+def test_bytes_of_archives(artifact: Path, tmp_path: Path, read: Callable[[Path], object], data: st.DataObject) -> None:
+    path = tmp_path / "lane.pt2"
     path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane.pt2").read_bytes())))
-    refused_or_read(lambda: inspect(path), tmp_path)
+    refused_or_read(lambda: read(path), tmp_path)
 
 
 def graph_of(content: bytes) -> Any:
