@@ -47,34 +47,14 @@ class _Watch(StreamingProgram):
         if target in (ATTENTION, torch.ops.kraken.attention.default):
             for lane in range(self._program.degree if self._differs((args, kwargs)) else 1):
                 lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
-                self._add(*lane_args, **lane_kwargs)
+                self._add(target, *lane_args, **lane_kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        """Takes the arguments of scaled_dot_product_attention."""
-        queries, keys = query.shape[-2], key.shape[-2]
-        if queries != keys or keys != len(self.received_S):
-            return
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-        scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            scores = scores.masked_fill(torch.ones(queries, keys, dtype=torch.bool).triu(1), float("-inf"))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        received = scores.softmax(-1).nan_to_num().sum(-2)
-        self.received_S += received.reshape(-1, keys).mean(0)
-        self.seen += 1
+    def _add(self, target: Any, query: Tensor, key: Tensor, _: Tensor, *rest: Any, **options: Any) -> None:
+        tokens = key.shape[-2]
+        if query.shape[-2] == tokens == len(self.received_S):
+            # Attention over unit vectors gives its probabilities, whatever its mask and scale.
+            units = torch.eye(tokens, dtype=key.dtype).expand(*key.shape[:-1], tokens)
+            received = target(query, key, units, *rest, **options).float().nan_to_num().sum(-2)
+            self.received_S += received.reshape(-1, tokens).mean(0)
+            self.seen += 1
