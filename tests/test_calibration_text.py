@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ def numbers(batches: tuple[torch.Tensor, ...]) -> set[tuple[int, int]]:
 
 
 def test_strengths_are_chosen_on_texts_of_their_own() -> None:
-    found = divide([rows(text, 10) for text in range(5)], wanted=30)
+    found = divide([rows(text, 10) for text in range(5)], wanted=30, singles=False)
     fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
     assert {text for text, _ in held} == {2}
     assert 2 not in {text for text, _ in fitted}
@@ -34,16 +35,19 @@ def test_strengths_are_chosen_on_texts_of_their_own() -> None:
     assert not unseen & (fitted | held)
 
 
-def test_some_rows_are_cut_short_for_more_first_tokens() -> None:
-    found = divide([[[text] * 16 for _ in range(40)] for text in range(4)], wanted=100)
-    assert [tuple(ids.shape) for ids in found.fitted] == [(8, 16)] * 8 + [(2, 16), (16, 8), (2, 8)]
-    assert {ids.shape[1] for ids in found.held} == {16, 8}
+def test_some_rows_are_cut_into_single_tokens_for_more_first_ones() -> None:
+    texts = [[[text] * 16 for _ in range(40)] for text in range(4)]
+    found = divide(texts, wanted=100)
+    assert [tuple(ids.shape) for ids in found.fitted] == [(8, 16)] * 8 + [(2, 16), (128, 1), (16, 1)]
+    assert {ids.shape[1] for ids in found.held} == {16, 1}
     assert {ids.shape[1] for ids in found.unseen} == {16}
     assert found.tokens == 1600
+    whole = divide(texts, wanted=100, singles=False)
+    assert {ids.shape[1] for ids in (*whole.fitted, *whole.held)} == {16}
 
 
 def test_a_single_text_holds_back_its_end() -> None:
-    found = divide([rows(0, 24)], wanted=100)
+    found = divide([rows(0, 24)], wanted=100, singles=False)
     fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
     assert max(fitted) < min(held) < max(held) < min(unseen)
     assert len(fitted) + len(held) + len(unseen) == 24
@@ -74,13 +78,34 @@ def test_rows_are_spread_over_all_texts(llama: Path, texts: Path) -> None:
     captured = capture(llama)
     found = calibration_text(captured, [texts], 64 * 40)
     assert found.tokens == 64 * 40
-    assert {batch.shape[1] for batch in (*found.fitted, *found.held)} == {64, 8}
+    assert {batch.shape[1] for batch in (*found.fitted, *found.held)} == {64, 1}
     assert {batch.shape[1] for batch in found.unseen} == {64}
     assert sum(batch.numel() for batch in found.held) == 64 * 10, "one text of four"
     again = calibration_text(captured, [texts], 64 * 40)
     assert all(map(torch.equal, found.fitted, again.fitted))
     everything = calibration_text(captured, [texts / "0.txt"], 10**6)
     assert 50 < everything.tokens // 64 < 4000 // 64
+
+
+def test_token_files_serve_models_without_a_tokenizer(tmp_path: Path) -> None:
+    model = save_model("gpt2", tmp_path / "gpt2", tokenizer=False)
+    ids = np.random.default_rng(0).integers(0, 96, (60, 24))
+    np.save(tmp_path / "documents.npy", ids)
+    np.save(tmp_path / "stream.npy", ids.reshape(-1))
+    captured = capture(model)
+    # Documents are shorter than the rows that the model takes: no row reaches over two of them.
+    found = calibration_text(captured, [tmp_path / "documents.npy"], 24 * 40)
+    documents = {tuple(row) for row in ids.tolist()}
+    assert {tuple(row) for batch in found.unseen for row in batch.tolist()} < documents
+    assert found.tokens == 24 * 40
+    assert calibration_text(captured, [tmp_path / "stream.npy"], 24 * 40).unseen[0].shape[1] > 24
+    target, text = tmp_path / "out", ("--text", tmp_path / "documents.npy", "--text-tokens", "240")
+    calibrate = ("--calibrate", tmp_path / "documents.npy", "--calibrate-tokens", "960")
+    result = json.loads(done(model, "--degree", "2", "-o", target, *calibrate, *text, "--json").stdout)
+    unseen, other = result["calibration"]["quality"]
+    assert unseen["after"]["kl"] < unseen["before"]["kl"]
+    assert other["after"]["text"] == str(tmp_path / "documents.npy")
+    assert other["after"]["tokens"] == 240
 
 
 def test_a_compile_that_calibrates(llama: Path, texts: Path, tmp_path: Path) -> None:

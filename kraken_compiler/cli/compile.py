@@ -80,7 +80,10 @@ def compile_command(
     text_tokens: TextTokensOption = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, or a directory of texts, to refit a changed form's weights on. May be repeated."),
+        typer.Option(
+            help="Text, token ids (.npy, .safetensors) or a directory of such files, to refit a changed form's weights "
+            "on. May be repeated."
+        ),
     ] = None,
     calibrate_tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens of it. (default: 65536)")] = None,
     max_kl: Annotated[

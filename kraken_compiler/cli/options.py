@@ -11,7 +11,8 @@ DEFAULT_TIMEOUT = 120.0
 """Seconds; ranks that check a program may load and run a large one."""
 
 TextOption = Annotated[
-    Path | None, typer.Option(help="Text to measure the form's cost on. (default: a small built-in sample)")
+    Path | None,
+    typer.Option(help="Text, or token ids (.npy), to measure the form's cost on. (default: a small built-in sample)"),
 ]
 TextTokensOption = Annotated[int | None, typer.Option(min=2, help="Most tokens of the text to read. (default: all)")]
 TrustPickleOption = Annotated[

@@ -17,7 +17,8 @@ from torch import Tensor
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input
+from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
+from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -99,13 +100,13 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
         if limit < 2:
             raise UsageError(f"--text-tokens {limit}: at least 2 are needed to measure anything")
         row = min(row, limit)
-    if captured.origin.tokenizer is None:
-        if path is not None:
-            raise UsageError(f"--text: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
+    if path is not None and is_token_file(path):
+        return _token_file_text(program, path, row, limit)
+    if captured.origin.tokenizer is None and path is None:
         batches = _random_batches(program, row)
         count = sum(batch.numel() for batch in batches)
         return TokenText("random tokens (the model has no tokenizer)", count, lambda text: iter(batches))
-    tokenizer = captured.origin.tokenizer.load()
+    tokenizer = load_tokenizer(captured, "--text")
 
     def tokenize(text: str, first: bool) -> list[int]:
         ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=first)["input_ids"]
@@ -115,6 +116,23 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
         expected = limit or size
     name = str(path) if path is not None else "the built-in sample"
     return TokenText(name, expected, lambda text: _batches_of(text, path, tokenize, row, limit))
+
+
+def load_tokenizer(captured: Capture, option: str, instead: str = "give token ids in a .npy file") -> Any:
+    """The source model's tokenizer.
+
+    Args:
+        captured: The source model.
+        option: The option that named a text, for messages.
+        instead: What to do if there is none.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if captured.origin.tokenizer is None:
+        where = captured.origin.path or "the model"
+        raise UsageError(f"{option}: {where} has no tokenizer, so it cannot read text; {instead}")
+    return captured.origin.tokenizer.load()
 
 
 def read_text(path: Path, option: str) -> str:
@@ -154,6 +172,13 @@ def token_batches(ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT
         elif first and len(taken) > 1:
             yield torch.tensor([taken])
         first = False
+
+
+def _token_file_text(program: Program, path: Path, row: int, limit: int | None) -> TokenText:
+    ids = read_token_file(path, vocabulary(program), "--text")
+    rows = token_rows(ids, min(row, ids.shape[-1]))
+    rows = rows[: limit // rows.shape[1]] if limit is not None else rows
+    return TokenText(str(path), rows.numel(), lambda text: iter(torch.split(rows, _ROWS_AT_ONCE)))
 
 
 def _batches_of(

@@ -100,7 +100,7 @@ def _importance(standard: Program, read_lane: ReadLane, batches: Sequence[list[T
 
     How well a token's own prediction is kept counts 1, and as much again what an average token is read; for the first
     of a row that is about a hundred times more. It is a property of positions, so one batch of the longest rows tells.
-    Where short rows add tokens at a position, all tokens there together count what those of the longest rows would.
+    Where rows of single tokens add to a position, all tokens there together count what those of the longest rows would.
     """
     longest = max(batches, key=lambda inputs: inputs[0].shape[-1])
     received_S = attention_received(standard, read_lane, [value[:_WATCHED_ROWS] for value in longest])

@@ -5,7 +5,7 @@ Between two points only the values that later nodes read are kept: in memory up 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Lockstep:
         live = [node for node in nodes if not done.issuperset(node.users) or node in targets]
         for number, inputs in enumerate(self._batches):
             known = {node: self._values.get(self._key(number, node)) for node in read - self._given}
-            computed = runner.compute(nodes, inputs, known)
+            computed = runner.compute(nodes, inputs, known, keep={*live, *targets})
             for node in live:
                 self._values.put(self._key(number, node), computed[node])
             for node in spent:
@@ -117,15 +117,23 @@ class _Runner(StreamingProgram):
     """Runs some nodes of a program."""
 
     def compute(
-        self, nodes: Sequence[fx.Node], inputs: Sequence[Tensor], known: dict[fx.Node, Any]
+        self,
+        nodes: Sequence[fx.Node],
+        inputs: Sequence[Tensor],
+        known: dict[fx.Node, Any],
+        keep: Collection[fx.Node],
     ) -> dict[fx.Node, Any]:
-        """The values of `nodes`, added to those of the nodes that are known."""
+        """The values of the nodes in `keep`, out of those that are known; others go when nothing more reads them."""
         placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
         given = dict(zip(placeholders, [*self._program.weights.values(), *inputs], strict=True))
         self.env = {**given, **known}
+        last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
         with torch.no_grad():
             for node in nodes:
                 self.env[node] = self.run_node(node)
+                for operand in node.all_input_nodes:
+                    if last_reader[operand] is node and operand not in keep:
+                        self.env.pop(operand, None)
         return self.env
 
 

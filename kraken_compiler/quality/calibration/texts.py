@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.quality.texts import longest_row, read_text
+from kraken_compiler.ir.sample_inputs import token_input, vocabulary
+from kraken_compiler.quality.lane_logits import lane_logits
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text
+from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -21,10 +25,10 @@ _CHARACTERS_PER_TOKEN = 6
 _HELD_SHARE = 6
 _UNSEEN_ROWS = 16
 _ROWS_AT_ONCE = 8
-_SHORT_SHARE = 8
-"""One in so many of the rows to fit, and to choose strengths on, is cut into short rows."""
-_SHORT_ROW = 8
-"""Tokens of a short row. Only a row's first token is like no other, and long rows have too few of them to fit."""
+_MEASURED_AT_ONCE = 2
+"""Rows whose logits are held at once: with a large vocabulary they take more than the model."""
+_SINGLE_SHARE = 8
+"""One in so many of the rows to fit, and to choose strengths on, is cut into rows of a single token."""
 
 Tokenize = Callable[[str], list[int]]
 
@@ -34,7 +38,7 @@ class CalibrationText:
     """Rows of tokens, each out of one text.
 
     Attributes:
-        fitted: Batches int64 [rows, sequence] to fit: of long rows, and then of rows of a few tokens.
+        fitted: Batches int64 [rows, sequence] to fit: of long rows, and then of rows of a single token.
         held: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a strength
             that holds on another text holds on text that nobody has seen.
         unseen: Batches that calibration leaves alone, to measure it on.
@@ -55,7 +59,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
 
     Args:
         captured: The source model.
-        paths: Text files, and directories of them.
+        paths: Text files, files of token ids (see `read_token_file`), and directories of them.
         tokens: How many tokens to calibrate on; fewer if the texts are short.
 
     Raises:
@@ -64,28 +68,24 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     """
     if token_input(captured.program) is None:
         raise UsageError("--calibrate: the model reads no tokens")
-    if captured.origin.tokenizer is None:
-        raise UsageError(f"--calibrate: {captured.origin.path or 'the model'} has no tokenizer, so it cannot read text")
-    tokenizer = captured.origin.tokenizer.load()
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        return ids
-
-    row = longest_row(captured)
-    files = [file for path in paths for file in _files(path)]
+    texts = [_read(captured, file) for path in paths for file in _files(path)]
+    # A row of a token file is a document, which may be short.
+    documents = [text.shape[-1] for text in texts if isinstance(text, np.ndarray)]
+    row = min([longest_row(captured), *documents])
     wanted = max(1, tokens // row)
-    quota = -(-(wanted + _UNSEEN_ROWS) // max(1, len(files)))
-    rows = [_rows(read_text(file, "--calibrate"), quota, row, tokenize) for file in files]
-    return divide([text for text in rows if text], wanted)
+    quota = -(-(wanted + _UNSEEN_ROWS) // len(texts))
+    rows = [found for text in texts if (found := _rows_of(captured, text, quota, row))]
+    return divide(rows, wanted, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_ROWS_AT_ONCE]))
 
 
-def divide(texts: Sequence[Sequence[list[int]]], wanted: int) -> CalibrationText:
+def divide(texts: Sequence[Sequence[list[int]]], wanted: int, *, singles: bool = True) -> CalibrationText:
     """Decide which rows are fitted, held back or unseen.
 
     Args:
         texts: For every text its rows, all of one length.
         wanted: How many rows to calibrate on.
+        singles: Cut some of them into rows of a single token. A causal model's first token is like no other, whatever
+            follows it, and long rows have too few of them to fit. (Rows of 4 or of 8 tokens help less or do harm.)
 
     Raises:
         UsageError: There are fewer than three rows.
@@ -103,9 +103,9 @@ def divide(texts: Sequence[Sequence[list[int]]], wanted: int) -> CalibrationText
     held = [entry for entry in used if entry[0] % 4 == 2] if several else last
     kept = {id(row) for _, row in held}
     fitted = [row for _, row in used if id(row) not in kept]
-    return CalibrationText(
-        _with_short_rows(fitted), _with_short_rows([row for _, row in held]), _batches([row for _, row in unseen])
-    )
+    batches = _with_singles if singles else _batches
+    measured = torch.tensor([row for _, row in unseen])
+    return CalibrationText(batches(fitted), batches([row for _, row in held]), torch.split(measured, _MEASURED_AT_ONCE))
 
 
 def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]]:
@@ -114,19 +114,43 @@ def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]
     return [(number, text[place]) for place in range(longest) for number, text in enumerate(texts) if place < len(text)]
 
 
-def _with_short_rows(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
-    """Batches of rows, some of which are cut into short ones; all batches have about as many tokens."""
-    length = len(rows[0])
-    cut = rows[_SHORT_SHARE - 1 :: _SHORT_SHARE]
-    if not cut or length < 2 * _SHORT_ROW or length % _SHORT_ROW:
+def _with_singles(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
+    """Batches of rows, some of which are cut into rows of one token; all batches have about as many tokens."""
+    whole = [row for place, row in enumerate(rows, start=1) if place % _SINGLE_SHARE]
+    if len(whole) == len(rows):
         return _batches(rows)
-    whole = [row for place, row in enumerate(rows, start=1) if place % _SHORT_SHARE]
-    short = torch.tensor(cut).reshape(-1, _SHORT_ROW)
-    return (*_batches(whole), *torch.split(short, _ROWS_AT_ONCE * length // _SHORT_ROW))
+    single = torch.tensor(rows[_SINGLE_SHARE - 1 :: _SINGLE_SHARE]).reshape(-1, 1)
+    return (*_batches(whole), *torch.split(single, _ROWS_AT_ONCE * len(rows[0])))
+
+
+def _first_stands_alone(captured: Capture, rows: Sequence[list[int]]) -> bool:
+    """True if the source says of a row's first token what it says of a row of that token alone."""
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
+    ids = torch.tensor(rows)
+    return torch.allclose(source(ids[:, :1])[:, 0], source(ids)[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def _batches(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
     return tuple(torch.split(torch.tensor(rows), _ROWS_AT_ONCE)) if rows else ()
+
+
+def _read(captured: Capture, file: Path) -> str | TokenIds:
+    if is_token_file(file):
+        return read_token_file(file, vocabulary(captured.program), "--calibrate")
+    return read_text(file, "--calibrate")
+
+
+def _rows_of(captured: Capture, text: str | TokenIds, count: int, row: int) -> list[list[int]]:
+    """At most `count` rows of `row` tokens, spread over a text."""
+    if not isinstance(text, str):
+        return spread(token_rows(text, row), count).tolist()
+    tokenizer = load_tokenizer(captured, "--calibrate")
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return _rows(text, count, row, tokenize)
 
 
 def _rows(text: str, count: int, row: int, tokenize: Tokenize) -> list[list[int]]:

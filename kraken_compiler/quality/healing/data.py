@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kraken_compiler.capture import Capture
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.sample_inputs import token_input, vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import longest_row, read_text
-from kraken_compiler.weights.safetensors_format import read_header, read_tensor
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text
+from kraken_compiler.quality.token_files import read_token_file, spread
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     Args:
         captured: The source model; its tokenizer reads the texts.
         texts: UTF-8 files.
-        tokens: Files of token ids: `.npy`, or `.safetensors` with one tensor. Whole numbers, [tokens], or, if every row
-            is a document, [rows, tokens].
+        tokens: Files of token ids, see `read_token_file`.
         settings: Say how long a row is and how much is held out.
 
     Raises:
@@ -54,7 +52,7 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     if token_input(captured.program) is None:
         raise UsageError("the model reads no tokens, so it cannot be healed on text")
     length = longest_row(captured, settings.sequence)
-    tokenizer = _tokenizer(captured) if texts else None
+    tokenizer = load_tokenizer(captured, "--text", "give token ids with --tokens FILE") if texts else None
     parts = [_split_text(tokenizer, path, settings.hold_out) for path in texts]
     parts += [_split_tokens(path, vocabulary(captured.program), settings.hold_out) for path in tokens]
     train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
@@ -64,14 +62,7 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
             f"the texts are too short: {count:,} tokens give {len(train)} rows of {length} to train on and "
             f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows)"
         )
-    return HealingText(train, _spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
-
-
-def _tokenizer(captured: Capture) -> Any:
-    if captured.origin.tokenizer is None:
-        where = captured.origin.path or "the model"
-        raise UsageError(f"--text: {where} has no tokenizer, so it cannot read text; give token ids with --tokens FILE")
-    return captured.origin.tokenizer.load()
+    return HealingText(train, spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
 
 
 def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
@@ -83,48 +74,17 @@ def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[
 
 
 def _split_tokens(path: Path, vocabulary_size: int, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
-    ids = _read_tokens(path)
-    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2) or not ids.size:
-        raise InputFileError(
-            f"--tokens: {path} holds {ids.dtype} {list(ids.shape)}, not whole numbers [tokens] or [rows, tokens]"
-        )
-    if ids.min() < 0 or ids.max() >= vocabulary_size:
-        raise InputFileError(
-            f"--tokens: {path} holds ids from {ids.min()} to {ids.max()}; the model knows 0 to {vocabulary_size - 1}"
-        )
+    ids = read_token_file(path, vocabulary_size, "--tokens")
     cut = round(len(ids) * (1 - hold_out))
     if ids.ndim == 1:
         return [ids[:cut].tolist()], [ids[cut:].tolist()]
     return ids[:cut].tolist(), ids[cut:].tolist()
 
 
-def _read_tokens(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
-    if path.suffix == ".safetensors":
-        entries = read_header(path)
-        if len(entries) != 1:
-            raise InputFileError(f"--tokens: {path} holds {len(entries)} tensors; it must be one")
-        ((name, entry),) = entries.items()
-        return read_tensor(name, entry).numpy()
-    if path.suffix != ".npy":
-        raise InputFileError(f"--tokens: {path}: must be a .npy or .safetensors file of token ids")
-    try:
-        found: np.ndarray[Any, np.dtype[Any]] = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise InputFileError(f"--tokens: cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputFileError(f"--tokens: {path} is no .npy file of numbers: {error}") from error
-    return found
-
-
 def _rows(streams: list[list[int]], length: int) -> Tensor:
     """Whole rows of streams; the rest of a stream that fills none is left out."""
     found = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
     return torch.cat(found) if found else torch.empty((0, length), dtype=torch.int64)
-
-
-def _spread(rows: Tensor, count: int) -> Tensor:
-    """At most so many rows, from all over: the first ones would be those of the first file."""
-    return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
 
 
 def _hashes(*paths: Path) -> dict[str, str]:
