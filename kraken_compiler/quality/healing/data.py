@@ -16,7 +16,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.sample_inputs import token_input, vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text
-from kraken_compiler.quality.token_files import read_token_file, spread
+from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
         raise UsageError("name a text to heal on: --text FILE, or --tokens FILE for a model without a tokenizer")
     if token_input(captured.program) is None:
         raise UsageError("the model reads no tokens, so it cannot be healed on text")
-    length = longest_row(captured, settings.sequence)
+    streams = [read_token_file(path, vocabulary(captured.program), "--tokens") for path in tokens]
+    # A row of a token file is a document, which may be short.
+    length = min([longest_row(captured, settings.sequence), *(ids.shape[1] for ids in streams if ids.ndim == 2)])
     tokenizer = load_tokenizer(captured, "--text", "give token ids with --tokens FILE") if texts else None
     parts = [_split_text(tokenizer, path, settings.hold_out) for path in texts]
-    parts += [_split_tokens(path, vocabulary(captured.program), settings.hold_out) for path in tokens]
+    parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
     train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
     if not len(train) or not len(held_out):
         count = sum(len(ids) for part in parts for side in part for ids in side)
@@ -73,8 +75,7 @@ def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[
     return [train], [held_out]
 
 
-def _split_tokens(path: Path, vocabulary_size: int, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
-    ids = read_token_file(path, vocabulary_size, "--tokens")
+def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
     cut = round(len(ids) * (1 - hold_out))
     if ids.ndim == 1:
         return [ids[:cut].tolist()], [ids[cut:].tolist()]
