@@ -1,6 +1,6 @@
 """What each form costs zero-shot, calibrated and healed, on text like the calibration's and on text of another kind.
 
-    python benchmarks/quality.py --calibrate TEXT [TEXT ...] --own FILE --other FILE [--forms ...] [--heal-steps N]
+    python benchmarks/quality.py --calibrate TEXT [TEXT ...] --own FILE [--other FILE] [--forms ...] [--heal-steps N]
 
 Every form is compiled in all layers and in the last half of them, calibrated on the texts, then healed on the same
 texts. KL, top-1 agreement and perplexity against the source model are measured on FILEs that are not among the texts:
@@ -56,7 +56,7 @@ def main() -> None:
                 row["healed"] = _measured_artifact(captured, healed, options)
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    print("\n".join(_table(rows)))
+    print("\n".join(_table(rows, _kinds(options))))
     if options.json:
         options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}))
 
@@ -68,8 +68,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibrate", type=Path, nargs="+", required=True, help="texts, or directories of them")
     parser.add_argument("--calibrate-tokens", type=int, default=65536)
     parser.add_argument("--own", type=Path, required=True, help="text of a kind that was calibrated on")
-    parser.add_argument("--other", type=Path, required=True, help="text of another kind")
-    parser.add_argument("--tokens", type=int, default=8192, help="how much of these two to measure on")
+    parser.add_argument("--other", type=Path, help="text of another kind, if there is one")
+    parser.add_argument("--tokens", type=int, default=8192, help="how much of each to measure on")
     changed = [name for name in FORMS if name != STANDARD.name]
     parser.add_argument("--forms", nargs="+", default=changed, choices=changed)
     parser.add_argument("--heal-steps", type=int, default=0, help="0: do not heal")
@@ -94,7 +94,7 @@ def _calibrate(
         layers=layers,
         calibrate=options.calibrate,
         calibrate_tokens=options.calibrate_tokens,
-        text=options.other,
+        text=options.other or options.own,
         text_tokens=512,
         verify=False,
     )
@@ -122,7 +122,7 @@ def _measured_artifact(captured: Capture, directory: Path, options: argparse.Nam
 
 def _measured(captured: Capture, program: Any, options: argparse.Namespace, read_lane: Any = None) -> dict[str, Any]:
     found = {}
-    for kind in ("own", "other"):
+    for kind in _kinds(options):
         choice = TextChoice(getattr(options, kind), options.tokens)
         quality = measure_quality(captured, program, choice, read_lane=read_lane)
         assert not isinstance(quality, str), quality
@@ -130,14 +130,18 @@ def _measured(captured: Capture, program: Any, options: argparse.Namespace, read
     return found
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _kinds(options: argparse.Namespace) -> list[str]:
+    return ["own", "other"] if options.other else ["own"]
+
+
+def _table(rows: list[dict[str, Any]], kinds: list[str]) -> list[str]:
     states = [state for state in ("zero-shot", "calibrated", "healed") if state in rows[0]]
-    header = ["form", "layers", *(f"{state}, {kind}" for state in states for kind in ("own", "other"))]
+    header = ["form", "layers", *(f"{state}, {kind}" for state in states for kind in kinds)]
     cells = [
         [
             row["form"],
             row["layers"],
-            *(f"{row[state][kind]['kl']:.2f}" for state in states for kind in ("own", "other")),
+            *(f"{row[state][kind]['kl']:.3f}" for state in states for kind in kinds),
         ]
         for row in rows
     ]
