@@ -374,9 +374,10 @@ def test_two_backends(llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_unsupported_block_is_named(tmp_path: Path) -> None:
-    source = save_model("mixtral", tmp_path / "mixtral", tokenizer=False)
+    rejected, source = REJECTED["soft_moe"], tmp_path / "soft_moe.pt2"
+    torch.export.save(torch.export.export(rejected(), (), rejected.example_inputs()), source)
     line = refused(3, source, "--degree", "2", "-o", tmp_path / "out", watched=tmp_path)
-    assert "module 'model.layers.0.mlp.experts' (node " in line
+    assert "module 'blocks.0' (node " in line
     assert "mixture of experts" in line
 
 

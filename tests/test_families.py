@@ -41,7 +41,6 @@ CHANGED = 1e-3
 """A form that changes the function of a zoo model moves its logits by more than this; rounding is far below."""
 
 REASONS = {
-    "mixtral": ("mixture of experts", "model.layers.0.mlp"),
     "soft_moe": ("mixture of experts", "blocks.0"),
     "post_norm": ("post-norm", "blocks.0.norm1"),
     "transformer_encoder": ("post-norm", "encoder.layers.0.norm1"),

@@ -86,6 +86,7 @@ def _capture_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache inside, everything as it was afterwards."""
     training = {module: module.training for module in model.modules()}
     config: Any = model.config if is_huggingface(model) else None
+    experts = _experts_implementations(model)
     use_cache = getattr(config, "use_cache", None)
     try:
         # Flags one by one: `eval()` may be overridden to do more.
@@ -93,12 +94,29 @@ def _capture_state(model: nn.Module) -> Iterator[None]:
             module.training = False
         if use_cache is not None:
             config.use_cache = False
+        for own, _ in experts:
+            own._experts_implementation = "batched_mm"
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
         if use_cache is not None:
             config.use_cache = use_cache
+        for own, implementation in experts:
+            own._experts_implementation = implementation
+
+
+def _experts_implementations(model: nn.Module) -> list[tuple[Any, Any]]:
+    """The configs by which transformers' modules choose how to compute experts, and what they say.
+
+    Of its ways only one can be traced for any number of tokens, in any element type, without ops of its own.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [
+        (config, config._experts_implementation)
+        for config in configs.values()
+        if hasattr(config, "_experts_implementation")
+    ]
 
 
 @contextmanager

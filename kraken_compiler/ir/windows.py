@@ -17,6 +17,7 @@ _GEMMS = frozenset(
     {
         *("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"),
         *("aten::scaled_dot_product_attention", "kraken::attention", "kraken::cached_attention", "kraken_rank::linear"),
+        "kraken::expert_linear",
     }
 )
 

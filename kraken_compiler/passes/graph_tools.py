@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
+
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
+EXPERT_LINEAR = torch.ops.kraken.expert_linear.default
+PROJECTIONS = frozenset({LINEAR, EXPERT_LINEAR})
+"""Products with weights; their operands are x, the weight [..., out, in] and the bias, in this order."""
+
 ATTENTION = aten.scaled_dot_product_attention.default
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
 SHAPE_ONLY = frozenset(

@@ -11,6 +11,7 @@ from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLay
 from kraken_compiler.passes.normalize.canonicalize_linear import CanonicalizeLinear
 from kraken_compiler.passes.normalize.drop_noops import DropNoops
 from kraken_compiler.passes.normalize.fuse_attention import FuseAttention
+from kraken_compiler.passes.normalize.fuse_experts import FuseExperts
 from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
 from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
@@ -30,6 +31,7 @@ RECOGNIZE: tuple[Pass, ...] = (
     LowerEinsum(),
     HoistSizes(),
     CanonicalizeLinear(),
+    FuseExperts(),
     UnflattenTokens(),
     CanonicalizeLayout(),
     MergeSplitNorms(),

@@ -91,6 +91,26 @@ _BUILDERS = (
         embedding_multiplier=2.0,
         logits_scaling=2.0,
     ),
+    _modern("mixtral", "mixtral", kv_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    _modern(
+        "qwen2_moe",
+        "qwen2_moe",
+        kv_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+    ),
+    _modern(
+        "qwen3_moe",
+        "qwen3_moe",
+        kv_heads=4,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        moe_intermediate_size=32,
+    ),
 )
 
 FAMILIES: dict[str, Builder] = {builder.name: builder for builder in _BUILDERS}

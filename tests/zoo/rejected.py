@@ -157,15 +157,6 @@ _SIZES: dict[str, Any] = {
 _T5 = {"vocab_size": 97, "d_model": D, "d_kv": 8, "d_ff": FFN, "num_layers": 2, "num_heads": H, "is_gated_act": False}
 
 _MODELS = (
-    Rejected(
-        Builder(
-            "mixtral",
-            partial(
-                from_config, "mixtral", **_SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
-            ),
-        ),
-        "",
-    ),
     Rejected(Builder("soft_moe", partial(_decoder, SoftMoeBlock)), ""),
     Rejected(Builder("post_norm", partial(_decoder, PostNormBlock)), "norm"),
     Rejected(Builder("transformer_encoder", EncoderLayers), "norm"),

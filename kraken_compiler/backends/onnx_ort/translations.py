@@ -43,10 +43,20 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.kraken.wait.default: wait,
         torch.ops.kraken.all_gather.default: gather,
         torch.ops.aten.square.default: square,
+        torch.ops.kraken.expert_linear.default: _expert_linear,
         torch.ops.kraken.attention.default: _plain_attention,
         torch.ops.kraken_onnx.attention.default: _attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
     }
+
+
+def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
+    """Every row gets a copy of its expert's weight: ONNX has no product that picks one."""
+    out = op.Squeeze(
+        op.MatMul(op.Gather(weight, experts), op.Unsqueeze(x, op.Constant(value_ints=[-1]))),
+        op.Constant(value_ints=[-1]),
+    )
+    return out if bias is None else op.Add(out, op.Gather(bias, experts))
 
 
 def _attention(

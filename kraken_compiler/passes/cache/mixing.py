@@ -8,12 +8,12 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.passes.graph_tools import LINEAR, NORMS, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import NORMS, PROJECTIONS, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
 
 _TOKEN_BY_TOKEN = frozenset(
     {
-        LINEAR,
+        *PROJECTIONS,
         aten.embedding.default,
         aten.reshape.default,
         aten.permute.default,
@@ -39,6 +39,8 @@ _ALONG_DIM = {
     aten.cat.default: 1,
     aten.stack.default: 1,
     aten.softmax.int: 1,
+    aten.topk.default: 2,
+    aten.sort.default: 1,
     aten.index_select.default: 1,
     aten.repeat_interleave.self_int: 2,
     aten.unflatten.int: 1,
@@ -53,6 +55,7 @@ _ALONG_DIM = {
 }
 """Operators that work along a dim, and which argument says along which."""
 
+_LAST_BY_DEFAULT = (aten.topk.default, aten.sort.default)
 _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
 
@@ -76,7 +79,7 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         shape = argument(node, 1, "normalized_shape")
         return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"
     if target in _ALONG_DIM:
-        dims = argument(node, _ALONG_DIM[target], "dim", 0)
+        dims = argument(node, _ALONG_DIM[target], "dim", -1 if target in _LAST_BY_DEFAULT else 0)
         dims = dims if isinstance(dims, (list, tuple)) else [dims]
         shape = shape_of(operand)
         rank = len(shape) + (target is aten.stack.default)

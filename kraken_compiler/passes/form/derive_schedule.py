@@ -30,7 +30,8 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
     Returns:
         The plan; `plan.reads[k - 1]` belongs to branch k.
     """
-    reads = tuple(_read(branch, forms[branch.layer]) for branch in branches)
+    slots = _slots(branches)
+    reads = tuple(_read(branch, forms[branch.layer], slots) for branch in branches)
     total = len(branches)
     needed = sorted({read.peers for read in reads} | {total})
     points = [point for point in needed if point > 0]
@@ -43,10 +44,30 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
     return FormPlan(tuple(form.name for form in forms), reads, tuple(reduces))
 
 
-def _read(branch: Branch, form: Form) -> Read:
+def _slots(branches: Sequence[Branch]) -> list[int]:
+    """The points between which lags count: 0 and the end of every slot.
+
+    FFNs side by side (routed and shared experts) fill one slot, so that all of them read the same.
+    """
+    ends = [0]
+    for branch in branches:
+        before = branches[branch.index - 2] if branch.index > 1 else None
+        same = before is not None and (before.layer, before.kind, before.reads) == (
+            branch.layer,
+            branch.kind,
+            branch.reads,
+        )
+        if same and branch.kind == "ffn":
+            ends[-1] = branch.index
+        else:
+            ends.append(branch.index)
+    return ends
+
+
+def _read(branch: Branch, form: Form, slots: list[int]) -> Read:
     lag = form.lag(branch.kind)
-    own = max(0, min(branch.index - lag.own, branch.reads))
-    peers = max(0, min(branch.index - lag.peers, branch.reads))
+    slot = next(number for number, end in enumerate(slots) if end >= branch.index)
+    own, peers = (min(slots[max(0, slot - steps)], branch.reads) for steps in (lag.own, lag.peers))
     return Read(branch.index, own, peers)
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import ATTENTION, LINEAR, NORMS, ancestors, args_of, aten, module_path
+from kraken_compiler.passes.graph_tools import ATTENTION, NORMS, PROJECTIONS, ancestors, args_of, aten, module_path
 from kraken_compiler.passes.probing import Region
 
 _LINEAR_OPS = frozenset(
@@ -23,6 +23,7 @@ _LINEAR_OPS = frozenset(
         aten.neg.default,
         aten.mul.Tensor,
         aten.div.Tensor,
+        aten.sum.dim_IntList,
     }
 )
 
@@ -71,12 +72,13 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
         weights: The nodes that are functions of weights alone.
     """
     inside = set(nodes)
-    output = _output_projection(term, inside, weights)
-    if isinstance(output, Rejection):
-        return output
+    found = _output_projection(term, inside, weights)
+    if isinstance(found, Rejection):
+        return found
+    output, factors = found
     source = args_of(output)[0]
     assert isinstance(source, fx.Node)
-    linears = {node for node in nodes if node.target is LINEAR and node is not output}
+    linears = {node for node in nodes if node.target in PROJECTIONS and node is not output}
     attentions = [node for node in nodes if node.target is ATTENTION]
     inputs: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
@@ -91,20 +93,39 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
         if any(attention in ancestors(first, within=inside) for attention in attentions):
             reason = "a second projection follows the attention before the output projection"
             return Rejection(reason, (first.name,), module_path(first))
+    for factor in factors:
+        if inputs & ancestors(factor, within=inside):
+            reason = "the branch's output is multiplied by what depends on the columns that would be divided"
+            return Rejection(reason, (factor.name,), module_path(factor), _HINT)
     between = ancestors(source, inputs, inside) & inside
     return Projections(
         tuple(node for node in nodes if node in inputs), output, tuple(node for node in nodes if node in between)
     )
 
 
-def _output_projection(term: fx.Node, inside: set[fx.Node], weights: set[fx.Node]) -> fx.Node | Rejection:
+def _output_projection(
+    term: fx.Node, inside: set[fx.Node], weights: set[fx.Node]
+) -> tuple[fx.Node, tuple[fx.Node, ...]] | Rejection:
     """Walk back from the branch's output through linear operations to its last projection.
 
     Only then is the output a sum of the lanes' parts.
+
+    Returns:
+        The projection, and everything computed from the stream that says how its output goes on: factors (routing
+        weights, gates) and the experts that were picked. A lane must know all of them in full.
     """
     node = term
-    while node.target is not LINEAR or args_of(node)[1] not in weights:
+    factors: list[fx.Node] = []
+    while node.target not in PROJECTIONS or args_of(node)[1] not in weights:
         operands = [operand for operand in node.all_input_nodes if operand in inside]
+        if node.target is aten.mul.Tensor and len(operands) == 2:
+            ways = [_output_projection(operand, inside, weights) for operand in operands]
+            found = [way for way in ways if not isinstance(way, Rejection)]
+            if len(found) != 1:
+                reason = "the branch's output is a product of two projections"
+                return Rejection(reason, (node.name,), module_path(node), _HINT) if found else _rejected(ways[0])
+            factor = operands[1] if ways[0] is found[0] else operands[0]
+            return found[0][0], (*factors, factor, *found[0][1])
         commutes = node.target is aten.mul.Tensor or (operands and args_of(node)[0] is operands[0])
         if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes:
             return Rejection(_why_not_linear(node), (node.name,), module_path(node), _HINT)
@@ -112,7 +133,12 @@ def _output_projection(term: fx.Node, inside: set[fx.Node], weights: set[fx.Node
     if args_of(node)[0] not in inside:
         reason = "the branch is a single projection of the stream, with nothing to split between lanes"
         return Rejection(reason, (node.name,), module_path(node))
-    return node
+    return node, (*factors, *(operand for operand in args_of(node)[3:] if operand in inside))
+
+
+def _rejected(way: object) -> Rejection:
+    assert isinstance(way, Rejection)
+    return way
 
 
 _HINT = "A branch must leave through one linear projection, so that its output is the sum of what the lanes compute."

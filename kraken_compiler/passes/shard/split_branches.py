@@ -90,12 +90,11 @@ def _split(
     output = nodes[plan.output]
     weight, bias = args_of(output)[1], argument(output, 2, "bias")
     assert isinstance(weight, fx.Node)
-    kept = weight_kept(2, 1, plan.columns, int(shapes[weight.name][1]))
-    parts = [args_of(output)[0], splitter.part(weight, kept)]
-    if bias is not None:
-        # Every lane adds its N-th, so that the sum over lanes adds the bias once.
-        parts.append(splitter.part(bias, (None,), scale=1.0 / degree))
-    output.args, output.kwargs = tuple(parts), {}
+    rank = len(shapes[weight.name])
+    kept = weight_kept(rank, rank - 1, plan.columns, int(shapes[weight.name][-1]))
+    # Every lane adds its N-th, so that the sum over lanes adds the bias once.
+    share = splitter.part(bias, (None,) * (rank - 1), scale=1.0 / degree) if bias is not None else None
+    _rebind(output, splitter.part(weight, kept), share)
     return None
 
 
@@ -106,10 +105,14 @@ def _split_input(
     if lanes is None:
         return
     weight, bias = args_of(node)[1], argument(node, 2, "bias")
-    parts = [args_of(node)[0], splitter.part(weight, (lanes, None))]
-    if bias is not None:
-        parts.append(splitter.part(bias, (lanes,)))
-    node.args, node.kwargs = tuple(parts), {}
+    experts: Kept = (None,) * (len(shapes[weight.name]) - 2)
+    part = splitter.part(bias, (*experts, lanes)) if bias is not None else None
+    _rebind(node, splitter.part(weight, (*experts, lanes, None)), part)
+
+
+def _rebind(projection: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
+    x, rest = args_of(projection)[0], args_of(projection)[3:]
+    projection.args, projection.kwargs = (x, weight, bias, *rest), {}
 
 
 def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> None:

@@ -12,7 +12,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import args_of, argument, aten
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import find_projections
 
@@ -111,6 +111,8 @@ def _of_branch(
 
 
 def _projection(node: fx.Node, program: Program) -> Projection | Rejection:
+    if node.target is not LINEAR:
+        return Rejection("its projections are those of experts, each of which sees only some tokens", (node.name,))
     weight, bias = args_of(node)[1], argument(node, 2, "bias")
     views: list[fx.Node] = []
     user = node
