@@ -8,6 +8,7 @@ Legend: E experts, I columns in, O columns out; `*` any leading dims.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tenso
 
 def _rows_of_experts(picked: Tensor, count: int) -> list[tuple[int, Tensor]]:
     """The experts that are picked, each with the numbers of its rows."""
-    lengths = torch.bincount(picked, minlength=count).tolist()
-    groups = picked.argsort(stable=True).split(lengths)
-    return [(expert, rows) for expert, rows in enumerate(groups) if len(rows)]
+    order, stops = picked.argsort(stable=True), torch.bincount(picked, minlength=count).cumsum(0).tolist()
+    bounds = enumerate(itertools.pairwise([0, *stops]))
+    return [(expert, order[start:stop]) for expert, (start, stop) in bounds if stop > start]
 
 
 @expert_linear.register_fake

@@ -26,7 +26,7 @@ from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor
 
 _LAST_DIM = (LINEAR, aten.layer_norm.default, aten.rms_norm.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-_ALONG_DIM = {
+_ALONG_DIM: dict[Any, tuple[int, str, Any]] = {
     aten.softmax.int: (1, "dim", None),
     aten.topk.default: (2, "dim", -1),
     aten.sort.default: (1, "dim", -1),
