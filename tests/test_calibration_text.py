@@ -139,3 +139,7 @@ def test_refusals(llama: Path, texts: Path, tmp_path: Path) -> None:
     bad = (llama, "--degree", "2", "-o", tmp_path / "out", "--no-verify", "--calibrate")
     assert "is not UTF-8 text" in refused(5, *bad, tmp_path / "bytes")
     assert "cannot read" in refused(5, *bad, tmp_path / "missing")
+    np.save(tmp_path / "single.npy", np.ones((20, 1), dtype=np.int64))
+    assert "holds [20, 1] tokens; nothing follows from a single one" in refused(5, *bad, tmp_path / "single.npy")
+    np.save(tmp_path / "large.npy", np.full(50, 97))
+    assert "holds ids from 97 to 97; the model knows 0 to 96" in refused(5, *bad, tmp_path / "large.npy")

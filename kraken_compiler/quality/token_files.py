@@ -39,6 +39,8 @@ def read_token_file(path: Path, vocabulary_size: int, option: str) -> TokenIds:
         raise InputFileError(
             f"{option}: {path} holds {ids.dtype} {list(ids.shape)}, not whole numbers [tokens] or [rows, tokens]"
         )
+    if ids.shape[-1] < 2:
+        raise InputFileError(f"{option}: {path} holds {list(ids.shape)} tokens; nothing follows from a single one")
     if ids.min() < 0 or ids.max() >= vocabulary_size:
         raise InputFileError(
             f"{option}: {path} holds ids from {ids.min()} to {ids.max()}; the model knows 0 to {vocabulary_size - 1}"

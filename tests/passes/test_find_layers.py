@@ -110,6 +110,14 @@ class Experts(Ffn):
         return super().forward(x_BSD) * share + self.other(x_BSD) * (1 - share)
 
 
+class SelfGated(Ffn):
+    """The loudest column of all decides how much the whole output counts."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        columns = F.gelu(self.up(x_BSD))
+        return self.down(columns) * torch.sigmoid(columns.amax(-1, keepdim=True))
+
+
 class OneProjection(nn.Linear):
     def __init__(self) -> None:
         super().__init__(D, D)
@@ -158,9 +166,18 @@ def test_rejects_a_rewritten_stream() -> None:
     assert path == "blocks.1"
 
 
-def test_rejects_experts() -> None:
-    text, path = reason(Gpt(ffn=Experts))
-    assert "mixture of experts" in text
+def test_experts_mixed_by_a_gate_are_branches_side_by_side() -> None:
+    """The gate is computed from the stream alone: a lane knows it whole, and multiplies its part by it."""
+    sample, program = recognized(Gpt(ffn=Experts))
+    assert program.layers is not None
+    ffns = [(branch.layer, branch.reads) for branch in program.layers.branches if branch.kind == "ffn"]
+    assert ffns == [(layer, reads) for layer, reads in sorted(set(ffns)) for _ in range(2)]
+    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+
+
+def test_rejects_a_gate_computed_from_divided_columns() -> None:
+    text, path = reason(Gpt(ffn=SelfGated))
+    assert "multiplied by what depends on the columns that would be divided" in text
     assert path == "blocks.0.ffn"
 
 

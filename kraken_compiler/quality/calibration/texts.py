@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,14 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     row = min([longest_row(captured), *documents])
     wanted = max(1, tokens // row)
     quota = -(-(wanted + _UNSEEN_ROWS) // len(texts))
-    rows = [found for text in texts if (found := _rows_of(captured, text, quota, row))]
-    return divide(rows, wanted, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_ROWS_AT_ONCE]))
+    tokenizer = cache(lambda: load_tokenizer(captured, "--calibrate"))
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer()(text, verbose=False, add_special_tokens=False)["input_ids"]
+        return ids
+
+    rows = [found for text in texts if (found := _rows(text, quota, row, tokenize))]
+    return divide(rows, wanted, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_MEASURED_AT_ONCE]))
 
 
 def divide(texts: Sequence[Sequence[list[int]]], wanted: int, *, singles: bool = True) -> CalibrationText:
@@ -140,21 +147,10 @@ def _read(captured: Capture, file: Path) -> str | TokenIds:
     return read_text(file, "--calibrate")
 
 
-def _rows_of(captured: Capture, text: str | TokenIds, count: int, row: int) -> list[list[int]]:
+def _rows(text: str | TokenIds, count: int, row: int, tokenize: Tokenize) -> list[list[int]]:
     """At most `count` rows of `row` tokens, spread over a text."""
     if not isinstance(text, str):
         return spread(token_rows(text, row), count).tolist()
-    tokenizer = load_tokenizer(captured, "--calibrate")
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        return ids
-
-    return _rows(text, count, row, tokenize)
-
-
-def _rows(text: str, count: int, row: int, tokenize: Tokenize) -> list[list[int]]:
-    """At most `count` rows of `row` tokens, spread over a text."""
     span = row * _CHARACTERS_PER_TOKEN
     if len(text) <= count * span:
         ids = tokenize(text)
