@@ -175,6 +175,19 @@ def test_experts_mixed_by_a_gate_are_branches_side_by_side() -> None:
     assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
 
 
+def test_rejects_the_square_of_an_output() -> None:
+    """It is no sum of the lanes' parts, though nothing else joins the product."""
+
+    class Squared(Ffn):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            out_BSD = super().forward(x_BSD)
+            return out_BSD * out_BSD
+
+    text, path = reason(Gpt(ffn=Squared))
+    assert "'mul.Tensor' stands between" in text
+    assert path == "blocks.0.ffn"
+
+
 def test_rejects_a_gate_computed_from_divided_columns() -> None:
     text, path = reason(Gpt(ffn=SelfGated))
     assert "multiplied by what depends on the columns that would be divided" in text

@@ -127,7 +127,9 @@ def _output_projection(
             factor = operands[1] if ways[0] is found[0] else operands[0]
             return found[0][0], (*factors, factor, *found[0][1])
         commutes = node.target is aten.mul.Tensor or (operands and args_of(node)[0] is operands[0])
-        if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes:
+        # An operand that is read twice is listed once.
+        is_square = node.target in (aten.mul.Tensor, aten.div.Tensor) and args_of(node)[0] is args_of(node)[1]
+        if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes or is_square:
             return Rejection(_why_not_linear(node), (node.name,), module_path(node), _HINT)
         node = operands[0]
     if args_of(node)[0] not in inside:
