@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -141,10 +140,13 @@ def _moved_dims(node: fx.Node, shift: int) -> tuple[Any, ...] | None:
 
 def _copied(node: fx.Node, twins: dict[fx.Node, _Twin], args: tuple[Any, ...]) -> _Twin:
     """The same operation on the tensors before flattening."""
+
+    def unflat(operand: fx.Node) -> fx.Node:
+        return twins[operand].node if operand in twins else operand
+
     leading = next(twins[operand].leading for operand in node.all_input_nodes if operand in twins)
     with node.graph.inserting_after(node):
-        twin = node.graph.node_copy(node, lambda operand: twins[operand].node if operand in twins else operand)
-    unflat: Callable[[Any], Any] = lambda operand: twins[operand].node if operand in twins else operand  # noqa: E731
+        twin = node.graph.node_copy(node, unflat)
     twin.args = fx.node.map_arg(args, unflat)
     twin.meta = {key: value for key, value in node.meta.items() if key != "val"}
     return _Twin(compute_shape(twin, fake_mode_of(node.graph)), leading)

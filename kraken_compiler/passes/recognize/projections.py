@@ -115,7 +115,6 @@ def _output_projection(
         weights, gates) and the experts that were picked. A lane must know all of them in full.
     """
     node = term
-    factors: list[fx.Node] = []
     while node.target not in PROJECTIONS or args_of(node)[1] not in weights:
         operands = [operand for operand in node.all_input_nodes if operand in inside]
         if node.target is aten.mul.Tensor and len(operands) == 2:
@@ -123,9 +122,9 @@ def _output_projection(
             found = [way for way in ways if not isinstance(way, Rejection)]
             if len(found) != 1:
                 reason = "the branch's output is a product of two projections"
-                return Rejection(reason, (node.name,), module_path(node), _HINT) if found else _rejected(ways[0])
+                return Rejection(reason, (node.name,), module_path(node), _HINT) if found else ways[0]
             factor = operands[1] if ways[0] is found[0] else operands[0]
-            return found[0][0], (*factors, factor, *found[0][1])
+            return found[0][0], (factor, *found[0][1])
         commutes = node.target is aten.mul.Tensor or (operands and args_of(node)[0] is operands[0])
         # An operand that is read twice is listed once.
         is_square = node.target in (aten.mul.Tensor, aten.div.Tensor) and args_of(node)[0] is args_of(node)[1]
@@ -135,12 +134,7 @@ def _output_projection(
     if args_of(node)[0] not in inside:
         reason = "the branch is a single projection of the stream, with nothing to split between lanes"
         return Rejection(reason, (node.name,), module_path(node))
-    return node, (*factors, *(operand for operand in args_of(node)[3:] if operand in inside))
-
-
-def _rejected(way: object) -> Rejection:
-    assert isinstance(way, Rejection)
-    return way
+    return node, tuple(operand for operand in args_of(node)[3:] if operand in inside)
 
 
 _HINT = "A branch must leave through one linear projection, so that its output is the sum of what the lanes compute."
