@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py --calibrate TEXT [TEXT ...] --own FILE [--other FILE] [--forms ...] [--heal-steps N]
 
-Every form is compiled in all layers and in the last half of them, calibrated on the texts, then healed on the same
-texts. KL, top-1 agreement and perplexity against the source model are measured on FILEs that are not among the texts:
-`--own` is of a kind that they contain, `--other` of one that they do not. Nothing of a FILE is read for anything else.
+Every form is compiled in all layers and in the last half of them (--layers takes one alone), calibrated on the texts,
+then healed on the same texts. KL, top-1 agreement and perplexity against the source model are measured on FILEs that
+are not among the texts: `--own` is of a kind that they contain, `--other` of one that they do not. Nothing of a FILE is
+read for anything else.
 What was compiled and healed is kept in --out, so that a run that was interrupted goes on where it was.
 """
 
@@ -32,6 +33,8 @@ from kraken_compiler.quality.token_files import is_token_file
 from kraken_compiler.report import table
 from kraken_compiler.verify.verification import lanes_in
 
+_LAYERS = {"all": lambda count: None, "last-half": lambda count: f"{count // 2}-{count - 1}"}
+
 
 def main() -> None:
     options = _options()
@@ -43,7 +46,7 @@ def main() -> None:
     count = len(standard.layers.layers)
     rows: list[dict[str, Any]] = []
     for form in options.forms:
-        for layers in (None, f"{count // 2}-{count - 1}"):
+        for layers in (_LAYERS[choice](count) for choice in options.layers):
             program, _ = lower(captured.program, options.degree, form, layers, cached=False)
             row = {"form": form, "layers": layers or "all", "zero-shot": _measured(captured, program, options)}
             name = f"{form}-{layers or 'all'}"
@@ -72,8 +75,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="how much of each to measure on")
     changed = [name for name in FORMS if name != STANDARD.name]
     parser.add_argument("--forms", nargs="+", default=changed, choices=changed)
+    parser.add_argument("--layers", nargs="+", default=list(_LAYERS), choices=_LAYERS)
     parser.add_argument("--heal-steps", type=int, default=0, help="0: do not heal")
     parser.add_argument("--heal-batch", type=int, default=4)
+    parser.add_argument("--heal-learning-rate", type=float, help="default: kraken-heal's")
     parser.add_argument("--out", type=Path, default=Path("quality-out"), help="where artifacts go")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser.parse_args()
@@ -109,7 +114,12 @@ def _heal(calibrated: Path, target: Path, options: argparse.Namespace) -> float 
     files = [file for path in options.calibrate for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     tokens = [file for file in files if is_token_file(file)]
     texts = [file for file in files if file not in tokens]
-    settings = HealSettings(steps=options.heal_steps, batch=options.heal_batch, evaluate_tokens=2048)
+    settings = HealSettings(
+        steps=options.heal_steps,
+        batch=options.heal_batch,
+        learning_rate=options.heal_learning_rate,
+        evaluate_tokens=2048,
+    )
     heal_artifact(calibrated, settings, texts=texts, tokens=tokens, output=target)
     return time.perf_counter() - began
 
