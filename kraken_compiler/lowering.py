@@ -15,7 +15,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.degrees import even_degrees, smallest_degree, valid_degrees
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -99,7 +99,7 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     """A valid degree, or a `UsageError` that lists the valid ones."""
     valid = valid_degrees(layers)
     if len(valid) == 1 and degree is None:
-        raise UnsupportedModelError([Rejection("its heads and FFN columns have no common divisor above 1")])
+        raise UnsupportedModelError([Rejection("it has one attention head, so there is nothing to divide among lanes")])
     wanted = degree
     if wanted is None:
         visible = torch.accelerator.device_count()
@@ -110,6 +110,7 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     attention = next(branch for branch in branches if branch.kind == "attention")
     columns = sorted({branch.columns for branch in branches if branch.kind == "ffn"})
     raise UsageError(
-        f"degree {wanted} does not divide the model ({attention.heads} heads, {attention.kv_heads} KV heads, "
-        f"FFN columns {', '.join(map(str, columns))}); valid degrees: {', '.join(map(str, valid))}"
+        f"the model cannot be divided among {wanted} lanes ({attention.heads} heads, {attention.kv_heads} KV heads, "
+        f"FFN columns {', '.join(map(str, columns))}); valid degrees: 1 to {valid[-1]}, "
+        f"without padding: {', '.join(map(str, even_degrees(layers)))}"
     )

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.passes.manager import PassRecord
+from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Report:
         exact = "computes what the source model computes" if data["exact"] else "changes the function of the model"
         return [
             f"{data['model_class'] or 'model'}: {len(data['layers'])} layers, degree {data['degree']}, {exact}",
+            _padding_line(data["padding"], data["degrees_without_padding"]),
             "",
             *table(("lane", "parameters", "bytes", "heads", "KV heads"), map(_lane_row, data["lanes"])),
             "",
@@ -64,8 +67,8 @@ def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
     lane = {
         "parameters": parameter_count(program.weights),
         "bytes": sum(spec.nbytes for spec in program.weights.values()),
-        "heads": attentions[0].heads // program.degree,
-        "kv_heads": max(1, attentions[0].kv_heads // program.degree),
+        "heads": -(-attentions[0].heads // program.degree),
+        "kv_heads": _kv_heads_of_a_lane(attentions[0], program.degree),
     }
     rows = []
     for layer in layers.layers:
@@ -95,11 +98,21 @@ def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
             "model_class": program.call.model_class,
             "degree": program.degree,
             "exact": is_exact(program),
+            "padding": {kind: padding(layers, program.degree, kind) for kind in ("attention", "ffn")},
+            "degrees_without_padding": list(even_degrees(layers)),
             "lanes": [{"lane": index, **lane} for index in range(program.degree)],
             "layers": rows,
             "passes": [vars(record) for record in history],
         }
     )
+
+
+def _kv_heads_of_a_lane(branch: Branch, degree: int) -> int:
+    kv_heads = branch.kv_heads or branch.heads
+    if branch.heads % kv_heads:
+        return max(1, kv_heads // degree)
+    start, stop = kv_shares(branch.heads, kv_heads, degree)[0]
+    return stop - start
 
 
 def is_exact(program: Program) -> bool:
@@ -121,6 +134,17 @@ def _reduce_entry(reduce: Reduce, window: Window | None) -> dict[str, Any]:
         "window_branches": list(reduce.window),
         "window_gemms": list(window.gemms) if window else [],
     }
+
+
+def _padding_line(padded: dict[str, float], without: Sequence[int]) -> str:
+    """How unevenly the model is divided, and which degrees divide it evenly."""
+    more = [f"{share:.1%} more {what}" for share, what in _padded(padded) if share]
+    degrees = ", ".join(map(str, without))
+    return f"lanes compute {' and '.join(more) or 'nothing twice'}; degrees without padding: {degrees}"
+
+
+def _padded(padded: dict[str, float]) -> tuple[tuple[float, str], ...]:
+    return (padded["attention"], "heads than the model has"), (padded["ffn"], "FFN columns than the model has")
 
 
 def _lane_row(lane: dict[str, Any]) -> tuple[str, ...]:

@@ -328,7 +328,7 @@ def test_help_is_fast_and_names_the_exit_codes() -> None:
 
 def test_wrong_options(llama: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out")
-    assert "valid degrees: 1, 2, 4, 8" in refused(2, llama, "--degree", "3", *out, watched=tmp_path)
+    assert "valid degrees: 1 to 8" in refused(2, llama, "--degree", "9", *out, watched=tmp_path)
     assert "did you mean 'kraken'?" in refused(2, llama, "--form", "karken", *out, watched=tmp_path)
     assert "unknown backend 'torhc'" in refused(2, llama, "--backend", "torhc", *out, watched=tmp_path)
     assert "choose one of float32" in refused(2, llama, "--dtype", "int8", *out, watched=tmp_path)
@@ -382,7 +382,7 @@ def test_an_unsupported_block_is_named(tmp_path: Path) -> None:
 
 
 def test_json_errors(llama: Path, tmp_path: Path) -> None:
-    result = invoke(llama, "--degree", "3", "-o", tmp_path / "out", "--json")
+    result = invoke(llama, "--degree", "9", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 2
     told = json.loads(result.stdout)
     assert (told["error"], told["exit_code"]) == ("UsageError", 2)
@@ -501,10 +501,10 @@ def kill_a_rank(module: str = "call_rank") -> None:
 
 def test_as_a_process(llama: Path, tmp_path: Path) -> None:
     """The installed command, in a terminal's place: no traceback, the exit code, no half artifact."""
-    command = [str(Path(sys.executable).with_name("kraken-compile")), str(llama), "--degree", "3", "-o", "out"]
+    command = [str(Path(sys.executable).with_name("kraken-compile")), str(llama), "--degree", "9", "-o", "out"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=dict(os.environ))
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("error: degree 3 does not divide")
+    assert ended.stderr.splitlines()[-1].startswith("error: the model cannot be divided among 9 lanes")
     assert list(tmp_path.iterdir()) == []

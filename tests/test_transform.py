@@ -154,7 +154,7 @@ def test_a_form_of_ones_own() -> None:
     ("options", "message"),
     [
         ({"form": "karken"}, "did you mean 'kraken'"),
-        ({"degree": 3}, "valid degrees: 1, 2, 4, 8"),
+        ({"degree": 9}, "valid degrees: 1 to 8, without padding: 1, 2, 4, 8"),
         ({"layers": "7"}, "there is no layer 7"),
     ],
 )

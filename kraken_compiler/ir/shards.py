@@ -24,7 +24,8 @@ class BranchShards:
         region: Names of the nodes between them, in graph order.
         kept: For every tensor of the branch that is not whole on every lane: its kept sets, by node name. Covers the
             projections' outputs, the region, and what the region reads from outside.
-        columns: The columns of the output projection that each lane keeps.
+        columns: The columns of the output projection's input that each lane computes, equally many on all lanes.
+        owned: Those of them that count, the first of `columns`; the others are another lane's, and multiplied by zero.
         structure: Number of the branch's structure; branches with the same number are split alike, node by node.
     """
 
@@ -34,4 +35,5 @@ class BranchShards:
     region: tuple[str, ...]
     kept: dict[str, Kept]
     columns: tuple[IndexSet, ...]
+    owned: tuple[IndexSet, ...]
     structure: int = 0

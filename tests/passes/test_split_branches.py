@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.shard.degrees import smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.degrees import even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.plan_shards import PlanShards
 from kraken_compiler.passes.shard.split_branches import SplitBranches
 from tests.passes.helpers import (
@@ -145,7 +145,8 @@ def test_a_wrong_plan_is_noticed() -> None:
 def test_valid_degrees() -> None:
     _, program = recognized(Gpt(attention=lambda: Attention(2)))
     assert program.layers is not None
-    assert valid_degrees(program.layers) == (1, 2, 4)
+    assert valid_degrees(program.layers) == (1, 2, 3, 4)
+    assert even_degrees(program.layers) == (1, 2, 4)
     assert smallest_degree(program.layers) == 2
 
 

@@ -54,10 +54,10 @@ class Projections:
         return int(torch.unique(heads, dim=0).shape[0])
 
 
-def known_constants(program: Program) -> dict[str, torch.Tensor]:
-    """Values of the small constant tensors of the graph, by placeholder name."""
+def known_constants(program: Program, lane: int | None = None) -> dict[str, torch.Tensor]:
+    """Values of the small constant tensors of the graph, by placeholder name; one lane's part of them if given."""
     return {
-        name: program.constants[spec.source]
+        name: program.constants[spec.source] if lane is None else spec.take(program.constants[spec.source], lane)
         for name, spec in program.weights.items()
         if spec.source in program.constants and program.constants[spec.source].numel() <= 4096
     }

@@ -1,26 +1,89 @@
-"""Which degrees a model can be split to, as far as its head and column counts tell."""
+"""How heads and FFN columns are spread over lanes, and which degrees need no padding for it.
+
+What a degree does not divide is padded: all lanes compute equally many heads or columns, some of them copies of the
+next lane's, which the lane's output projection multiplies by zero.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from kraken_compiler.ir.layers import Branch, LayerTable
 
 
-def valid_degrees(layers: LayerTable) -> tuple[int, ...]:
-    """Every degree that divides the heads and FFN columns of all layers; 1 included.
+@dataclass(frozen=True)
+class Share:
+    """What a lane has of a number of heads or columns: it computes start..stop, and start..owned count.
 
-    KV heads are split too, or replicated when the degree exceeds them, so one count must divide the other.
+    Legend: 8 heads on 3 lanes are 0..2, 2..5 and 5..8 (owned), and the first lane computes 0..3.
     """
-    most = max((branch.heads for branch in layers.branches), default=1)
-    return tuple(degree for degree in range(1, most + 1) if all(_divides(degree, branch) for branch in layers.branches))
+
+    start: int
+    owned: int
+    stop: int
+
+
+def spread(count: int, degree: int) -> tuple[Share, ...]:
+    """`count` positions over `degree` lanes as evenly as can be.
+
+    The smaller shares come first: what pads them follows them.
+    """
+    size, larger = -(-count // degree), count % degree
+    sizes = [count // degree] * (degree - larger) + [size] * larger
+    starts = [sum(sizes[:lane]) for lane in range(degree)]
+    return tuple(Share(start, start + own, start + size) for start, own in zip(starts, sizes))
+
+
+def shared_groups(heads: int, kv_heads: int, degree: int) -> bool:
+    """True if lanes would have different shares of the heads that read one KV head.
+
+    Then every lane picks the KV head of each of its heads by number.
+    """
+    if heads % kv_heads:
+        return False
+    group = heads // kv_heads
+    shares = spread(heads, degree)
+    whole = all(share.start % group == share.stop % group == 0 for share in shares)
+    return not whole and any(share.start // group != (share.stop - 1) // group for share in shares)
+
+
+def kv_shares(heads: int, kv_heads: int, degree: int) -> tuple[tuple[int, int], ...]:
+    """The KV heads start..stop that every lane's heads read, equally many on all lanes."""
+    group = heads // kv_heads
+    needed = [(share.start // group, (share.stop - 1) // group + 1) for share in spread(heads, degree)]
+    size = max(stop - start for start, stop in needed)
+    starts = [min(start, kv_heads - size) for start, _ in needed]
+    return tuple((start, start + size) for start in starts)
+
+
+def valid_degrees(layers: LayerTable) -> tuple[int, ...]:
+    """Every degree that leaves no lane without a head or a column: up to the smallest count of them."""
+    most = min((_count(branch) for branch in layers.branches), default=1)
+    return tuple(range(1, most + 1))
+
+
+def even_degrees(layers: LayerTable) -> tuple[int, ...]:
+    """The valid degrees that need no padding and no KV head on two lanes with different shares of its heads."""
+    return tuple(degree for degree in valid_degrees(layers) if all(_even(degree, branch) for branch in layers.branches))
 
 
 def smallest_degree(layers: LayerTable) -> int:
-    """The smallest valid degree above 1, or 1 if there is none."""
-    return next((degree for degree in valid_degrees(layers) if degree > 1), 1)
+    """The smallest even degree above 1, else the smallest valid one, or 1 if there is none."""
+    choices = (*even_degrees(layers), *valid_degrees(layers))
+    return next((degree for degree in choices if degree > 1), 1)
 
 
-def _divides(degree: int, branch: Branch) -> bool:
-    if branch.kind == "ffn":
-        return branch.columns % degree == 0
-    kv_heads = branch.kv_heads or branch.heads
-    return branch.heads % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
+def padding(layers: LayerTable, degree: int, kind: str) -> float:
+    """Heads (kind "attention") or columns ("ffn") that are computed beyond the model's own, as a share of those."""
+    counts = [_count(branch) for branch in layers.branches if branch.kind == kind]
+    return sum(-(-count // degree) * degree for count in counts) / max(1, sum(counts)) - (1 if counts else 0)
+
+
+def _count(branch: Branch) -> int:
+    return branch.columns if branch.kind == "ffn" else branch.heads
+
+
+def _even(degree: int, branch: Branch) -> bool:
+    if _count(branch) % degree:
+        return False
+    return branch.kind == "ffn" or not shared_groups(branch.heads, branch.kv_heads or branch.heads, degree)

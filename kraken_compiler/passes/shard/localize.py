@@ -30,7 +30,8 @@ def localize(
         known: Values of constants, by node name.
 
     Returns:
-        Constants that must take new values for this node (positions that moved), or a rejection.
+        Constants that must take new values for this node (positions that moved), or a rejection. A value with one more
+        dim than its constant has a row for every lane.
     """
     out = kept.get(node.name)
     operand = args_of(node)[0] if args_of(node) and isinstance(args_of(node)[0], fx.Node) else None
@@ -39,6 +40,8 @@ def localize(
         return _resize(node, out)
     if node.target in _REPEATS and (out is not None or into is not None):
         return _repeat(node, shapes, into, out)
+    if node.target is aten.index_select.default and operand is not None and (into is not None or out is not None):
+        return _pick(node, shapes[operand.name], into, out, known)
     if operand is None or into is None:
         return {}
     before = shapes[operand.name]
@@ -164,6 +167,30 @@ def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept)
     node.args = (operand, list(local.pop()), dim)
     node.kwargs = {}
     return {}
+
+
+def _pick(
+    node: fx.Node, before: tuple[Any, ...], into: Kept | None, out: Kept | None, known: dict[str, Tensor]
+) -> Rejection | dict[fx.Node, Tensor]:
+    """index_select: every lane picks for its own positions of the result, from where it holds what they need."""
+    dim = int(args_of(node)[1]) % len(before)
+    numbers = args_of(node)[2]
+    held, made = (sets[dim] if sets is not None else None for sets in (into, out))
+    if held is None and made is None:
+        return {}
+    values = known.get(numbers.name)
+    if values is None:
+        return _moved(node)
+    wanted = values.tolist()
+    rows = []
+    for lane in range(len(held or made or ())):
+        have = to_indices(held[lane]) if held is not None else list(range(int(before[dim])))
+        mine = [wanted[place] for place in (to_indices(made[lane]) if made is not None else range(len(wanted)))]
+        if not set(mine) <= set(have):
+            return _moved(node)
+        rows.append([have.index(number) for number in mine])
+    alike = all(row == rows[0] for row in rows)
+    return {numbers: torch.tensor(rows[0] if alike else rows, dtype=values.dtype)}
 
 
 def _index(

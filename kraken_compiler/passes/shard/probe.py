@@ -1,9 +1,10 @@
 """Find the kept sets of a branch by probing it: which elements of every tensor does each lane need?
 
 An attention lane owns a contiguous group of heads of the attention's output, an FFN lane a contiguous group of columns
-of the output projection's input. One backward pass per lane from there marks the elements it needs of every tensor back
-to the input projections and of everything read from outside (per-head gains, ALiBi biases). The marks must be a product
-of index sets, one per dimension; if they are not, the branch mixes across lanes and is rejected.
+of the output projection's input; a lane that owns fewer than another computes copies of the next ones (`degrees`). One
+backward pass per lane from there marks the elements it needs of every tensor back to the input projections and of
+everything read from outside (per-head gains, ALiBi biases). The marks must be a product of index sets, one per
+dimension; if they are not, the branch mixes across lanes and is rejected.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from kraken_compiler.ir.index_set import IndexSet, from_indices, size
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
-from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, module_path
+from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
+from kraken_compiler.passes.shard.degrees import kv_shares, spread
 
 
 # A caller in inference or no-grad mode gets no gradients from autograd, and so no kept sets.
@@ -33,7 +35,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         branch: The branch.
         projections: Its projections.
         program: The program it belongs to.
-        degree: Number of lanes; divides the branch's heads or columns.
+        degree: Number of lanes, at most as many as the branch has heads or columns.
     """
     attention = next((node for node in projections.region if node.target is ATTENTION), None)
     leaves = [*projections.inputs, *([attention] if attention else [])]
@@ -41,15 +43,22 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     values = region.run(gradients=True)
     source = args_of(projections.output)[0]
     assert isinstance(source, fx.Node)
-    if attention is None:
-        groups = _blocks(branch.columns, degree)
-        columns = groups
-    else:
-        groups = _blocks(branch.heads, degree)
+    shares = spread(branch.columns if attention is None else branch.heads, degree)
+    groups = [list(range(share.start, share.stop)) for share in shares]
+    owned = [list(range(share.start, share.owned)) for share in shares]
+    columns = groups
+    if attention is not None:
         columns = [_reached(region, attention, group, source) for group in groups]
-        if sorted(index for lane in columns for index in lane) != list(range(branch.columns)):
+        owned = [
+            mine if heads == group else _reached(region, attention, heads, source)
+            for mine, heads, group in zip(columns, owned, groups)
+        ]
+        if sorted(index for lane in owned for index in lane) != list(range(branch.columns)):
             reason = "what follows the attention mixes its heads, so the heads cannot be divided among lanes"
             return Rejection(reason, (source.name,), module_path(attention))
+        if any(lane[: len(first)] != first for lane, first in zip(columns, owned)):
+            reason = "its heads lie interleaved in what follows the attention, so lanes cannot be padded with more"
+            return Rejection(reason, (source.name,), module_path(attention), _HINT)
 
     marked = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
     marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked}
@@ -57,6 +66,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         seeds = [values[source][..., columns[lane]]]
         if attention is not None:
             seeds += _attention_operands(attention, values, groups[lane], branch.heads)
+            seeds += _picked_heads(attention, values, lane, degree)
         loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
         tensors = [values[node] for node in marked]
         gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
@@ -78,16 +88,11 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         region=tuple(node.name for node in projections.region),
         kept=kept,
         columns=tuple(from_indices(lane) for lane in columns),
+        owned=tuple(from_indices(lane) for lane in owned),
     )
 
 
-_HINT = "Try another degree; one that divides the number of KV heads is the least demanding."
-
-
-def _blocks(count: int, degree: int) -> list[list[int]]:
-    """`count` positions in `degree` contiguous blocks."""
-    size = count // degree
-    return [list(range(lane * size, (lane + 1) * size)) for lane in range(degree)]
+_HINT = "Try another degree; one that divides the heads, the KV heads and the FFN columns is the least demanding."
 
 
 def _reached(region: Region, attention: fx.Node, heads: list[int], source: fx.Node) -> list[int]:
@@ -114,6 +119,19 @@ def _attention_operands(
         group = count // have
         needed = sorted({head // group for head in heads})
         parts.append(tensor.movedim(-3, 0)[needed])
+    return parts
+
+
+def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int) -> list[Tensor]:
+    """The KV heads that a lane holds where its heads pick theirs by number: as many as any other lane."""
+    parts = []
+    for operand in args_of(attention)[1:3]:
+        if operand.target is not aten.index_select.default or args_of(operand)[1] != 1:
+            continue
+        source, heads = values[args_of(operand)[0]], values[operand].shape[1]
+        if heads % source.shape[1] == 0:
+            start, stop = kv_shares(heads, source.shape[1], degree)[lane]
+            parts.append(source[:, start:stop])
     return parts
 
 

@@ -20,6 +20,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import to_indices
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept
+from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
@@ -82,8 +83,7 @@ def _split(
         if isinstance(moved, Rejection):
             return moved
         for constant, value in moved.items():
-            source = f"kraken.{constant.name}.{value.flatten().tolist()}".replace(" ", "")
-            _use(node, constant, splitter.add_constant(source, value), check)
+            _use(node, constant, _add_numbers(constant, value, splitter), check)
         for operand in node.all_input_nodes:
             if operand.name not in inside and operand.name in plan.kept:
                 _use(node, operand, splitter.part(operand, plan.kept[operand.name]), check)
@@ -91,11 +91,22 @@ def _split(
     weight, bias = args_of(output)[1], argument(output, 2, "bias")
     assert isinstance(weight, fx.Node)
     rank = len(shapes[weight.name])
-    kept = weight_kept(rank, rank - 1, plan.columns, int(shapes[weight.name][-1]))
+    kept = weight_kept(rank, rank - 1, plan.owned, int(shapes[weight.name][-1]))
     # Every lane adds its N-th, so that the sum over lanes adds the bias once.
     share = splitter.part(bias, (None,) * (rank - 1), scale=1.0 / degree) if bias is not None else None
     _rebind(output, splitter.part(weight, kept), share)
     return None
+
+
+def _add_numbers(constant: fx.Node, value: Tensor, splitter: WeightSplitter) -> fx.Node:
+    """New values for a constant: of its own shape, or with one more dim in front that has a row for every lane."""
+    source = f"kraken.{constant.name}.{value.flatten().tolist()}".replace(" ", "")
+    lanes = ()
+    if value.dim() > len(shape_of(constant)):
+        length = value.shape[1]
+        lanes = (DimShard(0, tuple(((start, start + length),) for start in range(0, value.numel(), length))),)
+        value = value.flatten()
+    return splitter.add_constant(source, value, lanes)
 
 
 def _split_input(
@@ -174,7 +185,7 @@ class _Check:
 
     def run(self) -> Rejection | None:
         for lane in range(self._program.degree):
-            local = Region(self.region, self.leaves, known_constants(self._program), seed=1)
+            local = Region(self.region, self.leaves, known_constants(self._program, lane), seed=1)
             values = {}
             for node in (*self.leaves, *local.externals):
                 source = self.replaced.get(node, node)

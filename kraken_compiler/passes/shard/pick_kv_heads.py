@@ -1,0 +1,69 @@
+"""Where lanes have different shares of the heads that read one KV head, pick every head's KV head by number.
+
+%r = reshape(expand(unsqueeze(%k, 2), [.., 4, ..]), [.., 8, ..])
+                                                 ->     %r = index_select(%k, 1, [0, 0, 0, 0, 1, 1, 1, 1])
+%y = attention(%q, %r, ...)                             %y = attention(%q, %r, ...)
+
+Repeating is the same on all lanes, the numbers need not be: each lane gets its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.cache.unrepeat import unrepeated
+from kraken_compiler.passes.graph_tools import ATTENTION, args_of, aten, calls
+from kraken_compiler.passes.recognize.find_layers import FindLayers
+from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of
+from kraken_compiler.passes.shard.degrees import shared_groups
+from kraken_compiler.passes.shard.split_branches import sort_weights
+from kraken_compiler.passes.shard.split_weights import WeightSplitter
+
+
+@dataclass(frozen=True)
+class PickKvHeads(Pass):
+    """For a split over `degree` lanes."""
+
+    degree: int = 1
+
+    name: ClassVar[str] = "pick-kv-heads"
+    requires: ClassVar[tuple[str, ...]] = ("layers",)
+
+    def run(self, program: Program) -> PassResult:
+        if program.degree == self.degree:
+            return PassResult()
+        splitter = WeightSplitter(program, {})
+        matches = sum(self._pick(node, splitter) for node in calls(program.graph, ATTENTION))
+        if not matches:
+            return PassResult()
+        program.graph.eliminate_dead_code()
+        sort_weights(program)
+        found = FindLayers().run(program)
+        return PassResult(matches, found.rejections)
+
+    def _pick(self, attention: fx.Node, splitter: WeightSplitter) -> int:
+        heads = int(shape_of(attention)[-3])
+        args = list(args_of(attention))
+        matches = 0
+        for place in (1, 2):
+            source = unrepeated(args[place])
+            kv_heads = int(shape_of(source)[-3])
+            if kv_heads == heads or len(shape_of(source)) != 4 or not shared_groups(heads, kv_heads, self.degree):
+                continue
+            numbers = torch.arange(heads) // (heads // kv_heads)
+            index = splitter.add_constant(f"kraken.kv_head_of.{heads}.{kv_heads}", numbers)
+            with attention.graph.inserting_before(attention):
+                args[place] = attention.graph.call_function(aten.index_select.default, (source, 1, index))
+            args[place].meta["nn_module_stack"] = attention.meta.get("nn_module_stack", {})
+            compute_shape(args[place], fake_mode_of(attention.graph))
+            matches += 1
+        if matches:
+            attention.args = tuple(args)
+            attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "enable_gqa"}
+        return matches
