@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 TreeSpec = pytree.TreeSpec
 
@@ -28,6 +29,11 @@ def new_fake_mode() -> FakeTensorMode:
 def is_fake(tensor: Tensor) -> bool:
     """True if the tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """True if the tensor is made of others, as quantised and distributed ones are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

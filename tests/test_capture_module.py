@@ -290,6 +290,35 @@ def test_code_that_no_tracer_follows() -> None:
         capture(Dynamic(), example_inputs=(torch.randn(2, 3),))
 
 
+class Int8Weight(Tensor):
+    """A weight-only quantised tensor, as torchao makes them: integers, and a scale for every row."""
+
+    @staticmethod
+    def __new__(cls, integers: Tensor, scales: Tensor) -> Int8Weight:
+        made: Int8Weight = Tensor._make_wrapper_subclass(cls, integers.shape, dtype=scales.dtype)
+        made.integers, made.scales = integers, scales
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["integers", "scales"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Int8Weight:
+        return Int8Weight(inner["integers"], inner["scales"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        plain = (arg.integers * arg.scales if isinstance(arg, Int8Weight) else arg for arg in args)
+        return function(*plain, **(kwargs or {}))
+
+
+def test_quantised_weights_are_refused_by_name() -> None:
+    model = Model()
+    model.first.weight = nn.Parameter(Int8Weight(torch.ones(8, 8, dtype=torch.int8), torch.ones(8, 1)), False)
+    with pytest.raises(UnsupportedModelError, match=r"module 'first' \(node weight\): its weight is a Int8Weight"):
+        capture(model, example_inputs=(IDS,))
+
+
 def test_origin_of_a_module_follows_its_values() -> None:
     model = Model()
     first = capture(model, example_inputs=(IDS,)).origin

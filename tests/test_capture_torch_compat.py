@@ -38,4 +38,6 @@ def test_fakes() -> None:
     with compat.new_fake_mode():
         assert compat.is_fake(torch.empty(3))
     assert compat.is_fake(torch.empty(3, device="meta"))
+    assert not compat.is_packed(torch.empty(3))
+    assert not compat.is_packed(nn.Parameter(torch.empty(3, device="meta")))
     assert not compat.is_fake(torch.empty(3))

@@ -26,11 +26,27 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
         allow_strict: Try the bytecode tracer when the direct one fails (it cannot see fake parameters).
 
     Raises:
-        UnsupportedModelError: No tracer can follow the model's code.
+        UnsupportedModelError: No tracer can follow the model's code, or its weights are no plain tensors.
     """
+    _refuse_packed_weights(model)
     with _capture_state(model), _no_garbage_collection():
         exported = _trace(model, example, allow_strict=allow_strict)
         return functionalize(exported)
+
+
+def _refuse_packed_weights(model: nn.Module) -> None:
+    """A quantised tensor's rows lie in several tensors with blocks of their own, which no weight table describes."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if compat.is_packed(tensor):
+            path, _, own = name.rpartition(".")
+            reason = f"its {own} is a {type(tensor).__name__}, and only plain tensors can be divided among lanes"
+            raise UnsupportedModelError([Rejection(reason, (own,), path, _PACKED_HINT)])
+
+
+_PACKED_HINT = (
+    "Compile the model with plain weights (before quantize_, or after dequantize()); "
+    "ONNX devices quantize their own: --onnx-weights int8 or int4."
+)
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
