@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, compare
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.shapes import Concretizer
 
@@ -28,6 +29,7 @@ _SMOOTH: dict[Any, Any] = {
     aten.hardswish.default: F.silu,
     aten.hardsigmoid.default: torch.sigmoid,
     aten.abs.default: lambda x: torch.sqrt(x * x + 1),
+    **CHOOSING,
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,11 +82,13 @@ class Region:
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.target in _SMOOTH:
-        return _SMOOTH[node.target](*args, **kwargs)
     if node.target is operator.getitem:
         return args[0][args[1]]
     args, kwargs = (_widen(part) for part in (args, dict(kwargs)))
+    if node.target in _SMOOTH:
+        return _SMOOTH[node.target](*args, **kwargs)
+    if node.target in COMPARISONS:
+        return compare(node, *args)
     assert callable(node.target)
     return node.target(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, ate
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
 from kraken_compiler.passes.shard.degrees import kv_shares, spread
+from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixer_of_heads, mixing
 
 
 # A caller in inference or no-grad mode gets no gradients from autograd, and so no kept sets.
@@ -54,8 +55,8 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
             for mine, heads, group in zip(columns, owned, groups)
         ]
         if sorted(index for lane in owned for index in lane) != list(range(branch.columns)):
-            reason = "what follows the attention mixes its heads, so the heads cannot be divided among lanes"
-            return Rejection(reason, (source.name,), module_path(attention))
+            mixer = mixer_of_heads(region, attention, [list(range(share.start, share.owned)) for share in shares])
+            return mixing(mixer or source, "heads")
         if any(lane[: len(first)] != first for lane, first in zip(columns, owned)):
             reason = "its heads lie interleaved in what follows the attention, so lanes cannot be padded with more"
             return Rejection(reason, (source.name,), module_path(attention), _HINT)
@@ -76,11 +77,13 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     kept: dict[str, Kept] = {}
     for node, lanes in marks.items():
         sets = _kept_sets(lanes)
-        if sets is None:
-            reason = f"the part of '{node.name}' that a lane needs is no block of it, so it mixes across lanes"
-            return Rejection(reason, (node.name,), module_path(node), _HINT)
+        if isinstance(sets, str):
+            return Rejection(sets, (node.name,), module_path(node), _HINT)
         if any(dim is not None for dim in sets):
             kept[node.name] = sets
+    mixer = mixer_of_columns(projections.region, kept) if attention is None else None
+    if mixer is not None:
+        return mixing(mixer, "columns")
     return BranchShards(
         branch=branch.index,
         inputs=tuple(node.name for node in projections.inputs),
@@ -146,8 +149,8 @@ def _lines(marks: Tensor) -> list[Tensor]:
     return lines
 
 
-def _kept_sets(lanes: Sequence[Tensor]) -> Kept | None:
-    """The index sets whose product the marks are, per dimension; None if they are no product or differ in size."""
+def _kept_sets(lanes: Sequence[Tensor]) -> Kept | str:
+    """The index sets whose product the marks are, per dimension, or why there are none."""
     if not any(marks.any() for marks in lanes):
         return (None,) * lanes[0].dim()
     per_lane: list[list[IndexSet]] = []
@@ -155,12 +158,12 @@ def _kept_sets(lanes: Sequence[Tensor]) -> Kept | None:
         sets = [from_indices(line.nonzero().flatten().tolist()) for line in _lines(marks)]
         elements = math.prod(map(size, sets))
         if elements == 0 or elements != torch.count_nonzero(marks):
-            return None
+            return "the part of it that a lane needs is no block, so it mixes across lanes"
         per_lane.append(sets)
     kept: list[KeptDim] = []
     for dim, whole in enumerate(lanes[0].shape):
         mine = tuple(sets[dim] for sets in per_lane)
         if len(set(map(size, mine))) > 1:
-            return None
+            return "at this degree lanes would need unequal parts of it"
         kept.append(None if all(one == ((0, whole),) for one in mine) else mine)
     return tuple(kept)

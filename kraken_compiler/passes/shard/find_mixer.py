@@ -1,0 +1,90 @@
+"""Name the operator that keeps a branch from being divided: the one that reads what several lanes would compute.
+
+What a probe notices is an effect of it (a part that is no block, columns that all heads reach), often far behind.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.shards import Kept
+from kraken_compiler.passes.graph_tools import aten, module_path
+from kraken_compiler.passes.probing import Region
+from kraken_compiler.passes.shapes import is_tensor, same_shape
+
+_HINT = (
+    "Between their projections, attention must keep its heads apart and an FFN its columns: "
+    "replace the operator by one that works on each alone."
+)
+_MOVES = frozenset({aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.unsqueeze.default})
+
+
+def mixing(node: fx.Node, what: str) -> Rejection:
+    """The rejection for an operator that mixes `what` ("heads" or "columns")."""
+    reason = f"it mixes the {what} that would be divided among the lanes"
+    return Rejection(reason, (node.name,), module_path(node), _HINT)
+
+
+def mixer_of_heads(region: Region, attention: fx.Node, groups: Sequence[Sequence[int]]) -> fx.Node | None:
+    """The first node after the attention with an element that depends on the heads of several lanes.
+
+    Args:
+        region: The branch between its projections.
+        attention: Its attention.
+        groups: The heads that each lane owns.
+    """
+    before = region.run()
+    reached: dict[fx.Node, Tensor] = {}
+    for heads in groups:
+        moved = region.inputs[attention].clone()
+        moved[:, heads] += torch.rand_like(moved[:, heads]).add(0.5)
+        after = region.run({attention: moved})
+        for node in region.nodes:
+            if isinstance(before[node], Tensor):
+                reached[node] = reached.get(node, torch.tensor(0)) + (before[node] != after[node]).int()
+    return next((node for node in region.nodes if node in reached and bool((reached[node] > 1).any())), None)
+
+
+def mixer_of_columns(nodes: Sequence[fx.Node], kept: Mapping[str, Kept]) -> fx.Node | None:
+    """The node through which a lane's columns of an FFN need those of other lanes; None if they do not.
+
+    Where they do, a lane needs all of a tensor whose shape that of its part is.
+
+    Args:
+        nodes: The nodes between the FFN's projections, in graph order.
+        kept: Kept sets by node name.
+    """
+    parts = [node for node in nodes if node.name in kept]
+    cuts = [node for node in parts if _needs_all(node, kept)]
+    if not cuts:
+        return None
+    for node in cuts:
+        if not _is_element_by_element(node):
+            return node
+    inside, seen, todo = set(nodes), set(parts), parts
+    while todo:
+        above = [one for one in todo[0].all_input_nodes if one in inside and one not in seen]
+        mixer = next((node for node in above if not _is_element_by_element(node)), None)
+        if mixer is not None:
+            return mixer
+        seen.update(above)
+        todo = [*todo[1:], *above]
+    return cuts[0]
+
+
+def _needs_all(node: fx.Node, kept: Mapping[str, Kept]) -> bool:
+    if node.target in _MOVES:
+        return False
+    whole = (operand for operand in node.all_input_nodes if operand.name not in kept and is_tensor(operand))
+    return any(same_shape(operand, node) for operand in whole)
+
+
+def _is_element_by_element(node: fx.Node) -> bool:
+    if node.target is operator.getitem or node.target in _MOVES:
+        return True
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
