@@ -16,7 +16,7 @@ class KrakenError(Exception):
 
 
 class UsageError(KrakenError):
-    """Wrong options: unknown form, a degree that does not divide, a bad layer range."""
+    """Wrong options: unknown form, a degree the model cannot be divided to, a bad layer range."""
 
     exit_code = 2
 

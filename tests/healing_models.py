@@ -52,19 +52,19 @@ def stacked_reader(program: Program, read: Callable[[str], Tensor]) -> Callable[
     return stacked
 
 
-def parameters_of(family: str, form: str, lora: int | None = None) -> LaneParameters:
+def parameters_of(family: str, form: str, lora: int | None = None, degree: int = 2) -> LaneParameters:
     """All lanes' weights, to be trained."""
-    program = lowered(family, form)
+    program = lowered(family, form, degree)
     made = LaneParameters(program.weights, stacked_reader(program, captured(family).store.read))
     if lora is not None:
         add_lora(made, lora, seed=0)
     return made
 
 
-def trainer_for(family: str, form: str, settings: HealSettings) -> Trainer:
+def trainer_for(family: str, form: str, settings: HealSettings, degree: int = 2) -> Trainer:
     """All lanes in this process, and the source model as teacher."""
-    student = LaneRunner(lowered(family, form), recompute=settings.gradient_checkpointing)
+    student = LaneRunner(lowered(family, form, degree), recompute=settings.gradient_checkpointing)
     source = lowered(family, "standard", 1)
     weights = lane_weights(source.weights, 0, source.reader(captured(family).store.read))
     teacher = teacher_of(LaneRunner(source), weights)
-    return Trainer(student, parameters_of(family, form, settings.lora), teacher, settings)
+    return Trainer(student, parameters_of(family, form, settings.lora, degree), teacher, settings)

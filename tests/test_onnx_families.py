@@ -32,9 +32,9 @@ FORMS_WITH_DEVICES = ("standard", "kraken")
 TOLERANCE = 1e-5
 
 
-def computed_by_devices(directory: Path, batches: list[Tensor]) -> list[list[Tensor]]:
+def computed_by_devices(directory: Path, batches: list[Tensor], degree: int = DEGREE) -> list[list[Tensor]]:
     """Every device's logits of every batch, and last those of the last batch with the KV cache."""
-    models = [DeviceModel.load(directory / device_file(device)) for device in range(DEGREE)]
+    models = [DeviceModel.load(directory / device_file(device)) for device in range(degree)]
 
     def act(collectives: ThreadCollectives) -> list[Tensor]:
         model = models[collectives.rank]
@@ -44,7 +44,7 @@ def computed_by_devices(directory: Path, batches: list[Tensor]) -> list[list[Ten
         decoder = ArrayDecoder(program, *batches[-1].shape)
         return [*results, replay(TensorDecoder(decoder), batches[-1])]
 
-    results: list[Any] = together(DEGREE, act)
+    results: list[Any] = together(degree, act)
     return results
 
 

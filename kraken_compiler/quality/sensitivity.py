@@ -120,7 +120,7 @@ def measure_sensitivity(
         advance: Is told how many runs are done.
 
     Raises:
-        UsageError: An unknown form, or a degree that does not divide the model.
+        UsageError: An unknown form, or a degree the model cannot be divided to.
         InputFileError: The cache cannot be read or written.
     """
     tokens = sum(ids.numel() for ids in batches)

@@ -51,8 +51,11 @@ def localized(
     result = localize(node, sets, shapes, {} if known is None else {"positions": known})
     if isinstance(result, Rejection):
         return result
+    moved = result.get(positions, known)
     for lane in range(2):
-        have = run(cut(whole, into, lane), result.get(positions, known))
+        # One more dim than before: a row for every lane.
+        own = moved[lane] if moved is not None and known is not None and moved.dim() > known.dim() else moved
+        have = run(cut(whole, into, lane), own)
         if isinstance(expected, Tensor):
             assert torch.equal(have, cut(expected, out, lane))
         elif out is not None:
@@ -175,3 +178,15 @@ def test_a_computed_size_of_a_split_dim_is_refused() -> None:
 def test_what_has_no_rule_is_left_alone() -> None:
     node = fine(localized(aten.cos.default, (), (None, HALVES), (None, HALVES)))
     assert len(node.args) == 1
+
+
+def test_index_select_picks_for_every_lane_where_it_holds_what_it_needs() -> None:
+    pairs = torch.arange(8) // 2
+    some: KeptDim = (((0, 3),), ((2, 5),))
+    lanes: KeptDim = (((0, 4),), ((4, 8),))
+    fine(localized(aten.index_select.default, (1, pairs), (None, some), (None, lanes), known=pairs))
+    fine(localized(aten.index_select.default, (1, pairs), (None, None), (None, lanes), known=pairs))
+    fine(localized(aten.index_select.default, (-1, pairs), (None, some), (None, (((1, 5),), ((4, 8),))), known=pairs))
+    assert refused(localized(aten.index_select.default, (1, pairs), (None, lanes), (None, some[::-1]), known=pairs))
+    other_dim = torch.tensor([2, 0])
+    fine(localized(aten.index_select.default, (0, other_dim), (None, HALVES), (None, HALVES), known=other_dim))
