@@ -308,6 +308,8 @@ class Int8Weight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return Int8Weight(args[0].integers, args[0].scales)
         plain = (arg.integers * arg.scales if isinstance(arg, Int8Weight) else arg for arg in args)
         return function(*plain, **(kwargs or {}))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.lowering import lower
+from kraken_compiler.lowering import find_degree, lower
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.report import make_report
 from tests.passes.helpers import Sample, captured
@@ -86,11 +87,21 @@ def test_the_default_degree_is_the_number_of_accelerators(monkeypatch: pytest.Mo
     assert lower(sample().program)[0].degree == 4
 
 
-def test_a_model_that_no_degree_divides() -> None:
+def test_a_model_that_no_degree_divides_is_padded() -> None:
     odd = captured(Gpt(ffn=lambda: Ffn(columns=25)))
-    with pytest.raises(UnsupportedModelError, match="no common divisor"):
-        lower(odd.program)
+    assert lower(odd.program)[0].degree == 2
     assert lower(odd.program, 1)[0].degree == 1
+
+
+def test_one_head_cannot_be_divided() -> None:
+    layers = sample().recognized.layers
+    assert layers is not None
+    first, *others = layers.layers
+    attention, *rest = first.branches
+    single = replace(layers, layers=(replace(first, branches=(replace(attention, heads=1), *rest)), *others))
+    with pytest.raises(UnsupportedModelError, match="one attention head"):
+        find_degree(None, single)
+    assert find_degree(1, single) == 1
 
 
 def test_graphs_are_dumped_after_every_pass(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Degrees that do not divide heads or FFN columns: every family in one process, several on ranks and on ONNX devices."""
+"""Degrees that do not divide heads or FFN columns: all families in one process, some on ranks and as ONNX devices."""
 
 from __future__ import annotations
 

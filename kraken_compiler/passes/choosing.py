@@ -18,7 +18,8 @@ COMPARISONS = frozenset(
     for packet in (aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne)
     for overload in (packet.Tensor, packet.Scalar)
 )
-_TAKE_NUMBERS = frozenset({aten.where.self, aten.masked_fill.Scalar, aten.mul.Tensor, aten.to.dtype})
+WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+_TAKE_NUMBERS = frozenset({*WHERE, aten.masked_fill.Scalar, aten.mul.Tensor, aten.to.dtype})
 """What takes a number in a condition's place."""
 
 
@@ -30,8 +31,11 @@ def compare(node: fx.Node, left: Any, right: Any) -> Tensor:
     return result
 
 
-def _where(condition: Tensor, *options: Tensor) -> Tensor:
-    return torch.where(condition, *options) if condition.dtype == torch.bool else _all_of(condition, *options)
+def _where(condition: Tensor, *options: Any) -> Tensor:
+    if condition.dtype == torch.bool:
+        chosen: Tensor = torch.where(condition, *options)
+        return chosen
+    return _all_of(condition, *(option for option in options if isinstance(option, Tensor)))
 
 
 def _masked_fill(x: Tensor, mask: Tensor, value: float) -> Tensor:
@@ -48,21 +52,21 @@ def _cast(x: Tensor, dtype: torch.dtype, *rest: Any, **named: Any) -> Tensor:
 
 
 def _mean(x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
-    return x.mean(dim or None, keepdim)
+    return x.double().mean(dim or None, keepdim)
 
 
 def _mean_and_place(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    return x.mean(dim, keepdim), x.argmax(dim, keepdim)
+    return x.double().mean(dim, keepdim), x.argmax(dim, keepdim)
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, *rest: Any) -> tuple[Tensor, Tensor]:
     values, places = x.topk(k, dim, *rest)
-    return values + x.mean(dim, keepdim=True), places
+    return values + x.double().mean(dim, keepdim=True), places
 
 
 def _sort(x: Tensor, dim: int = -1, *rest: Any) -> tuple[Tensor, Tensor]:
     values, places = x.sort(dim, *rest)
-    return values + x.mean(dim, keepdim=True), places
+    return values + x.double().mean(dim, keepdim=True), places
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 CHOOSING: dict[Any, Any] = {
-    aten.where.self: _where,
+    **dict.fromkeys(WHERE, _where),
     aten.masked_fill.Scalar: _masked_fill,
     aten.to.dtype: _cast,
     **dict.fromkeys((aten.amax.default, aten.amin.default), _mean),

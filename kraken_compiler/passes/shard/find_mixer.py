@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.shards import Kept
+from kraken_compiler.passes.choosing import WHERE
 from kraken_compiler.passes.graph_tools import aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.shapes import is_tensor, same_shape
@@ -85,6 +86,7 @@ def _needs_all(node: fx.Node, kept: Mapping[str, Kept]) -> bool:
 
 
 def _is_element_by_element(node: fx.Node) -> bool:
-    if node.target is operator.getitem or node.target in _MOVES:
+    # torch tags only some overloads of `where` as pointwise.
+    if node.target is operator.getitem or node.target in _MOVES or node.target in WHERE:
         return True
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
