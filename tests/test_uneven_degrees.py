@@ -24,7 +24,7 @@ from kraken_compiler.quality.healing.state import open_state
 from kraken_compiler.quality.healing.watch import Unwatched
 from kraken_compiler.runtime.replay import expected, split_lengths
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
-from tests.healing_models import rows, trainer_for
+from tests.healing_models import lowered, rows, trainer_for
 from tests.test_families import EVERY_FAMILY, SIZES, lane_program, recognized, relative_error
 from tests.test_families_on_ranks import write_programs, wrong_on_ranks
 from tests.test_onnx_families import computed_by_devices
@@ -130,7 +130,7 @@ def test_healing_trains_padding_like_any_weight(tmp_path: Path) -> None:
     outcome = train(trainer, rows(5), rows(3, seed=1), tmp_path, open_state(tmp_path, {}, restart=False), Unwatched())
     losses = [kl for _, kl in outcome.held_out]
     assert losses[-1] < losses[0]
-    program = trainer.student.program
+    program = lowered("llama", "kraken", 3)
     trained = {spec.name: value for spec, value in trainer.parameters.results()}
     own = with_lane_tensors(program, trained)
     read = lane_tensor_reader(

@@ -31,10 +31,9 @@ def compare(node: fx.Node, left: Any, right: Any) -> Tensor:
     return result
 
 
-def _where(condition: Tensor, *options: Any) -> Tensor:
+def _where(condition: Tensor, *options: Any) -> Any:
     if condition.dtype == torch.bool:
-        chosen: Tensor = torch.where(condition, *options)
-        return chosen
+        return torch.where(condition, *options)
     return _all_of(condition, *(option for option in options if isinstance(option, Tensor)))
 
 

@@ -101,7 +101,7 @@ def _split(
 def _add_numbers(constant: fx.Node, value: Tensor, splitter: WeightSplitter) -> fx.Node:
     """New values for a constant: of its own shape, or with one more dim in front that has a row for every lane."""
     source = f"kraken.{constant.name}.{value.flatten().tolist()}".replace(" ", "")
-    lanes = ()
+    lanes: tuple[DimShard, ...] = ()
     if value.dim() > len(shape_of(constant)):
         length = value.shape[1]
         lanes = (DimShard(0, tuple(((start, start + length),) for start in range(0, value.numel(), length))),)
