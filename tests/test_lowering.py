@@ -142,3 +142,11 @@ def test_a_caller_that_needs_no_gradients(mode: type[torch.inference_mode] | typ
         program, _ = lower(there, 2)
     assert program.shards == expected.shards
     assert program.weights == expected.weights
+
+
+@pytest.mark.parametrize(("degree", "wanted"), [(2, "nothing twice"), (3, "50.0% more heads than the model has")])
+def test_the_report_tells_what_is_padded(degree: int, wanted: str) -> None:
+    report = make_report(lower(sample().program, degree)[0])
+    assert f"lanes compute {wanted}; degrees without padding: 1, 2, 4" in report.lines()
+    assert report.data["padding"] == {"attention": {2: 0.0, 3: 0.5}[degree], "ffn": 0.0}
+    assert report.data["degrees_without_padding"] == [1, 2, 4]
