@@ -60,7 +60,8 @@ class WeightSplitter:
             return self._insert(aten.permute.default, (part, args_of(node)[1]))
         if node.target is aten.reshape.default and (inner_kept := self._before_reshape(node, kept)) is not None:
             part = self.part(args_of(node)[0], inner_kept, scale)
-            sizes = [size(lanes[0]) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
+            # The largest part: smaller ones are padded to it.
+            sizes = [max(map(size, lanes)) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
             return self._insert(aten.reshape.default, (part, sizes))
         part = node
         for dim, lanes in enumerate(kept):
