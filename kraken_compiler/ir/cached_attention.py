@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken_compiler.ir.capped_attention import capped_attention
+
 _library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor positions, Tensor slots, Tensor past, Tensor? slopes=None, int window=0, float? scale=None) -> Tensor"
+    "Tensor positions, Tensor slots, Tensor past, Tensor? slopes=None, int window=0, float? scale=None, "
+    "float softcap=0.0, Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -39,6 +42,8 @@ def cached_attention(
     slopes: Tensor | None = None,
     window: int = 0,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Append keys and values to the caches and attend causally.
 
@@ -52,6 +57,7 @@ def cached_attention(
         slopes: ALiBi slopes, float32 [H].
         window: How many positions a query sees, itself included; 0 means all.
         scale: Factor on the scores, 1/sqrt(D) if None.
+        softcap, sinks: See `kraken::capped_attention`.
 
     Returns:
         [B, H, T, D] of the query's dtype.
@@ -62,10 +68,16 @@ def cached_attention(
         index = (rows, slice(None), positions.expand(query.shape[0], tokens))
         key_cache[index] = key.transpose(1, 2)
         value_cache[index] = value.transpose(1, 2)
+    else:
+        key_cache[:, :, before:length] = key
+        value_cache[:, :, before:length] = value
+    if softcap or sinks is not None:
+        bias = _bias(positions, slots, slopes, window, query.dtype)
+        seen = key_cache[:, :, :length], value_cache[:, :, :length]
+        return capped_attention(query, *seen, bias, scale=scale, softcap=softcap, sinks=sinks)
+    if before + tokens != length:
         bias = _bias(positions, slots, slopes, window, query.dtype)
         return _attend(query, key_cache[:, :, :length], value_cache[:, :, :length], bias, scale)
-    key_cache[:, :, before:length] = key
-    value_cache[:, :, before:length] = value
     whole = not window or window >= length
     if before == 0 and whole and slopes is None:
         return _grouped(query, key, value, scale=scale, is_causal=tokens > 1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.ir import expert_linear as expert_linear  # defines its op, as importing this file defines the rest
+from kraken_compiler.ir import capped_attention, expert_linear  # noqa: F401  (importing them defines their ops)
 
 
 @torch.library.custom_op("kraken::all_reduce_start", mutates_args=())
@@ -79,6 +79,7 @@ def _identity_backward(context: Any, grad: Tensor) -> Tensor:
 
 all_reduce_start.register_autograd(_identity_backward)
 wait.register_autograd(_identity_backward)
+
 
 _library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(

@@ -16,8 +16,8 @@ from kraken_compiler.ir.schedule import FormPlan, Window
 _GEMMS = frozenset(
     {
         *("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"),
-        *("aten::scaled_dot_product_attention", "kraken::attention", "kraken::cached_attention", "kraken_rank::linear"),
-        "kraken::expert_linear",
+        *("aten::scaled_dot_product_attention", "kraken::attention", "kraken::cached_attention"),
+        *("kraken::capped_attention", "kraken::expert_linear", "kraken_rank::linear"),
     }
 )
 

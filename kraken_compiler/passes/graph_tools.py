@@ -18,6 +18,8 @@ PROJECTIONS = frozenset({LINEAR, EXPERT_LINEAR})
 """Products with weights; their operands are x, the weight [..., out, in] and the bias, in this order."""
 
 ATTENTION = aten.scaled_dot_product_attention.default
+CAPPED_ATTENTION = torch.ops.kraken.capped_attention.default
+ATTENTIONS = frozenset({ATTENTION, CAPPED_ATTENTION})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
 SHAPE_ONLY = frozenset(
     {

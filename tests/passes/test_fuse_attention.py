@@ -52,6 +52,19 @@ def bloom(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return torch.bmm(probabilities, v).view(batch, heads, seq, width)
 
 
+def capped(q: Tensor, k: Tensor) -> Tensor:
+    """Scores that never exceed 2 (Gemma 2)."""
+    return torch.tanh(scores(q, k) / 2.0) * 2.0
+
+
+def with_sinks(raw: Tensor, v: Tensor, shift: bool = True) -> Tensor:
+    """A column of sinks beside the scores, cut off behind the softmax (gpt-oss)."""
+    sinks = torch.tensor([0.5, -1.0], dtype=raw.dtype)[None, :, None, None].expand(*raw.shape[:-1], 1)
+    raw = torch.cat([raw, sinks], dim=-1)
+    shares = torch.softmax(raw - raw.max(dim=-1, keepdim=True).values if shift else raw, dim=-1)
+    return shares[..., :-1] @ v
+
+
 ATTENTIONS: dict[str, Formula] = {
     "bidirectional": lambda q, k, v, keep: torch.softmax(scores(q, k), -1) @ v,
     "scaled before": lambda q, k, v, keep: torch.softmax((q * 0.3) @ k.mT, -1) @ v,
@@ -79,6 +92,14 @@ ATTENTIONS: dict[str, Formula] = {
 }
 
 
+CAPPED: dict[str, Formula] = {
+    "capped": lambda q, k, v, keep: torch.softmax(capped(q, k).masked_fill(~keep, float("-inf")), -1) @ v,
+    "sinks": lambda q, k, v, keep: with_sinks(scores(q, k).masked_fill(~keep, float("-inf")), v),
+    "sinks, not shifted": lambda q, k, v, keep: with_sinks(scores(q, k), v, shift=False),
+    "capped, with sinks": lambda q, k, v, keep: with_sinks(capped(q, k) + distance(keep), v),
+}
+
+
 def _read_twice(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     probabilities = torch.softmax(scores(q, k), -1)
     return probabilities @ v + probabilities.sum(-1, keepdim=True)
@@ -90,10 +111,27 @@ OTHERS: dict[str, Formula] = {
     "probabilities read twice": _read_twice,
     "probabilities on the right": lambda q, k, v, keep: v.mT @ torch.softmax(scores(q, k), -1),
     "capped scores": lambda q, k, v, keep: torch.softmax(torch.tanh(scores(q, k)), -1) @ v,
+    "masked, then capped": lambda q, k, v, keep: (
+        torch.softmax(torch.tanh(scores(q, k).masked_fill(~keep, -9.0)) * 2.0, -1) @ v
+    ),
+    "a column cut off in front": lambda q, k, v, keep: (
+        torch.softmax(torch.cat([scores(q, k), q[..., :1]], -1), -1)[..., 1:] @ v
+    ),
+    "a second column from the data": lambda q, k, v, keep: (
+        torch.softmax(torch.cat([scores(q, k), q[..., :1]], -1), -1)[..., :-1] @ v
+    ),
     "gated probabilities": lambda q, k, v, keep: (torch.softmax(scores(q, k), -1) * keep) @ v,
     "scores that are no product": lambda q, k, v, keep: torch.softmax(q.cos(), -1) @ k.mT,
     "scale from the data": lambda q, k, v, keep: torch.softmax(scores(q, k) * q.mean(), -1) @ v,
 }
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_fuses_capped_scores_and_sinks(name: str) -> None:
+    program = check_pass(FuseAttention(), captured(Attention(CAPPED[name]), hidden(H * E)), matches=1, before=BEFORE)
+    (node,) = (node for node in program.graph.nodes if "capped_attention" in str(node.target))
+    assert ("softcap" in node.kwargs, "sinks" in node.kwargs) == ("capped" in name, "sinks" in name)
+    assert not {"aten.softmax.int", "aten.matmul"} & set(targets(program))
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken_compiler.ir.capped_attention import capped_attention
+
 _library: Any = torch.library.Library("kraken_onnx", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "attention_mask(Tensor attention_mask, Tensor input_ids, Tensor? slopes, int window, ScalarType dtype) -> Tensor"
@@ -21,6 +23,10 @@ _library.define(
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor past_key, Tensor past_value, "
     "float? scale=None) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "capped_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor past_key, Tensor past_value, "
+    "float? scale=None, float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -70,6 +76,22 @@ def _attention(
     return out, keys, values
 
 
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In plain operators, which the exporter writes one by one: ONNX caps scores after the mask, and has no sinks."""
+    keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+    return capped_attention(query, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks), keys, values
+
+
 def _attention_shape(
     query: Tensor,
     key: Tensor,
@@ -88,6 +110,7 @@ def _attention_shape(
     )
 
 
+_library.impl("capped_attention", _capped_attention, "CompositeImplicitAutograd")
 for _name, _run, _fake in (("attention_mask", _mask, _mask_shape), ("attention", _attention, _attention_shape)):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kraken_onnx::{_name}", _fake, lib=_library)

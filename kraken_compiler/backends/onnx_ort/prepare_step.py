@@ -138,13 +138,16 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
             continue
         query, key, value, key_cache, value_cache, *_ = node.args
         given = list(node.args[8:])
-        slopes, window, scale = given + [None, 0, None][len(given) :]
+        slopes, window, scale, softcap, sinks = given + [None, 0, None, 0.0, None][len(given) :]
         kind = (slopes, window, query.meta["val"].dtype)
         with graph.inserting_before(node):
             if kind not in masks:
                 masks[kind] = _call(graph, mode, torch.ops.kraken_onnx.attention_mask.default, mask_input, ids, *kind)
             operands = (query, key, value, masks[kind], key_cache, value_cache, scale)
-            results = _call(graph, mode, torch.ops.kraken_onnx.attention.default, *operands)
+            target = torch.ops.kraken_onnx.attention.default
+            if softcap or sinks is not None:
+                target, operands = torch.ops.kraken_onnx.capped_attention.default, (*operands, softcap, sinks)
+            results = _call(graph, mode, target, *operands)
             out, presents[key_cache.name], presents[value_cache.name] = (
                 _element(graph, results, number) for number in range(3)
             )

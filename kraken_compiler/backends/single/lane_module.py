@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.ir.capped_attention import capped_attention
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import ATTENTION
+from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION
 from kraken_compiler.report import Report
 
 
@@ -95,6 +96,9 @@ def _batched_graph(program: Program) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target is ATTENTION:
             node.target = torch.ops.kraken.attention.default
+        elif node.target is CAPPED_ATTENTION:
+            # Written out, it batches over lanes as its operators do.
+            node.target = capped_attention
         elif node.target is torch.ops.kraken.wait.default:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

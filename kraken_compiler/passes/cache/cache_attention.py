@@ -31,7 +31,8 @@ from kraken_compiler.passes.cache.mixing import mixes_tokens
 from kraken_compiler.passes.cache.positional_values import evaluate, origins
 from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import (
-    ATTENTION,
+    ATTENTIONS,
+    CAPPED_ATTENTION,
     ancestors,
     args_of,
     argument,
@@ -111,7 +112,7 @@ class _Builder:
         for node in self.program.graph.nodes:
             if node not in on_tokens or node is self.tokens:
                 continue
-            rejection = self._attention(node) if node.target is ATTENTION else self._plain(node, tail)
+            rejection = self._attention(node) if node.target in ATTENTIONS else self._plain(node, tail)
             if rejection is not None:
                 return rejection
             if node is self.final:
@@ -295,11 +296,21 @@ class _Builder:
             for name, dim in ((spec.key, spec.key_dim), (spec.value, spec.value_dim))
         ]
         operands = (self.new[query], self.new[keys], self.new[values], *stores, self.positions, self.slots, self.past)
-        scale = node.kwargs.get("scale")
-        extra = (self._slopes(rule, mask), rule.window, scale)
+        extra: tuple[Any, ...] = (self._slopes(rule, mask), rule.window, node.kwargs.get("scale"))
+        if node.target is CAPPED_ATTENTION:
+            sinks = node.kwargs.get("sinks")
+            assert sinks is None or isinstance(sinks, fx.Node)
+            extra += (node.kwargs.get("softcap", 0.0), None if sinks is None else self._whole(sinks))
         self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
         self._refresh(self.new[node], node)
         return None
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """A weight, or what has been computed of weights alone, in the step graph."""
+        for other in sorted(ancestors(node, stop=set(self.new)), key=list(self.program.graph.nodes).index):
+            self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
+            self.new[other].meta = dict(other.meta)
+        return self.new[node]
 
     def _slopes(self, rule: MaskRule, mask: fx.Node | None) -> fx.Node | None:
         return self._table_input(self.tables.add_slopes(mask)) if rule.slopes and mask is not None else None

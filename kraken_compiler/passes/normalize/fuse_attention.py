@@ -17,7 +17,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -36,12 +36,17 @@ class FuseAttention(Pass):
 
 @dataclass
 class _Scores:
-    """scores = scale * q k^T + bias, on the way from the product to the softmax."""
+    """scores = scale * q k^T + bias, on the way from the product to the softmax.
+
+    With a softcap, scores = softcap * tanh(scale * q k^T / softcap) + bias; the softmax may have a column of sinks.
+    """
 
     query: fx.Node
     key: fx.Node
     scale: float = 1.0
     bias: fx.Node | None = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
     sizes: list[Any] | None = None
     """The arguments of the reshape to [batch, heads, queries, keys], if the product has three dims."""
 
@@ -51,11 +56,11 @@ def _fuse(softmax: fx.Node) -> bool:
     if int(args_of(softmax)[1]) % rank != rank - 1:
         return False
     product = _follow(softmax)
-    if product is None or args_of(product)[0] not in (softmax, *_chain_down(softmax)):
+    if product is None:
         return False
     graph = softmax.graph
     with graph.inserting_before(softmax):
-        scores = _parse(args_of(softmax)[0], graph)
+        scores = _parse_sinks(softmax, graph) or _parse(args_of(softmax)[0], graph)
         if scores is None or (scores.sizes is None and len(shape_of(scores.query)) != 4):
             return False
     query, key, value = scores.query, scores.key, args_of(product)[1]
@@ -69,7 +74,11 @@ def _fuse(softmax: fx.Node) -> bool:
             )
         # A model in half precision may compute its scores in float32; then all of its attention is.
         value, bias = (_cast(tensor, dtype) for tensor in (value, scores.bias))
-        new = graph.call_function(ATTENTION, (query, key, value, bias), {"scale": scores.scale})
+        extra = {"softcap": scores.softcap} if scores.softcap else {}
+        if scores.sinks is not None:
+            extra["sinks"] = _cast(scores.sinks, dtype)
+        target = CAPPED_ATTENTION if extra else ATTENTION
+        new = graph.call_function(target, (query, key, value, bias), {"scale": scores.scale, **extra})
         if out_dtype != dtype:
             new = graph.call_function(aten.to.dtype, (new, out_dtype))
         if scores.sizes is not None:
@@ -78,24 +87,53 @@ def _fuse(softmax: fx.Node) -> bool:
     return True
 
 
-def _chain_down(node: fx.Node) -> list[fx.Node]:
-    """The casts and reshapes that follow `node`, as long as each is the only user of the one before."""
-    chain: list[fx.Node] = []
-    while len(node.users) == 1:
-        (node,) = node.users
-        if node.target not in (*_CASTS, aten.reshape.default):
-            break
-        chain.append(node)
-    return chain
-
-
 def _follow(softmax: fx.Node) -> fx.Node | None:
-    """The product of the probabilities with the values."""
-    last = [softmax, *_chain_down(softmax)][-1]
-    if len(last.users) != 1:
+    """The product of the probabilities with the values, casts, reshapes and the cut of a sink's column on the way."""
+    node = softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in _PRODUCTS:
+            return user if args_of(user)[0] is node else None
+        if user.target not in (*_CASTS, aten.reshape.default, aten.slice.Tensor):
+            return None
+        if user.target is aten.slice.Tensor and _sink_column(softmax) is None:
+            return None
+        node = user
+    return None
+
+
+def _sink_column(softmax: fx.Node) -> fx.Node | None:
+    """The concatenation of scores and sinks that a softmax reads, if the sinks' column is cut off behind it."""
+    cuts = [user for user in softmax.users if user.target is aten.slice.Tensor]
+    node = args_of(softmax)[0]
+    # Scores may be shifted by their maximum: one number for all keys of a query changes no probability.
+    if node.target is aten.sub.Tensor and isinstance(args_of(node)[1], fx.Node) and not node.kwargs:
+        shift = shape_of(args_of(node)[1])
+        node = args_of(node)[0] if shift and same_size(shift[-1], 1) else node
+    if len(cuts) != 1 or len(softmax.users) != 1 or node.target is not aten.cat.default:
         return None
-    (product,) = last.users
-    return product if product.target in _PRODUCTS and args_of(product)[0] is last else None
+    dim, start, end = (argument(cuts[0], place, name) for place, name in ((1, "dim"), (2, "start"), (3, "end")))
+    rank = len(shape_of(softmax))
+    along = (int(dim or 0) % rank, int(argument(node, 1, "dim", 0)) % rank)
+    columns = [shape_of(part)[-1] for part in args_of(node)[0]]
+    whole = along == (rank - 1, rank - 1) and start in (None, 0) and end == -1
+    return node if whole and len(columns) == 2 and same_size(columns[1], 1) else None
+
+
+def _parse_sinks(softmax: fx.Node, graph: fx.Graph) -> _Scores | None:
+    column = _sink_column(softmax)
+    if column is None:
+        return None
+    scored, sinks = args_of(column)[0]
+    while sinks.target in (aten.expand.default, aten.reshape.default, aten.unsqueeze.default, *_CASTS):
+        sinks = args_of(sinks)[0]
+    scores = _parse(scored, graph)
+    if scores is None or scores.sizes is not None or sinks.op != "placeholder":
+        return None
+    if len(shape_of(sinks)) != 1 or not same_size(shape_of(sinks)[0], shape_of(scores.query)[1]):
+        return None
+    scores.sinks = sinks
+    return scores
 
 
 def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
@@ -119,8 +157,10 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
             scores.bias = graph.call_function(aten.reshape.default, (scores.bias, [batch, heads, rows, -1]))
         return scores
     if node.target in _SCALINGS and isinstance(args_of(node)[1], (int, float)):
+        if node.target is aten.mul.Tensor and getattr(args_of(node)[0], "target", None) is aten.tanh.default:
+            return _parse_softcap(node, graph)
         scores = _parse(args_of(node)[0], graph)
-        if scores is None:
+        if scores is None or scores.softcap:
             return None
         factor = float(args_of(node)[1])
         scores.scale = scores.scale / factor if "div" in str(node.target) else scores.scale * factor
@@ -136,6 +176,16 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
                 return scores if isinstance(bias, fx.Node) else None
         return None
     return _parse_mask(node, graph)
+
+
+def _parse_softcap(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+    """c * tanh(x), which is c * tanh((c x) / c)."""
+    tanh, cap = args_of(node)[:2]
+    scores = _parse(args_of(tanh)[0], graph)
+    if scores is None or scores.bias is not None or scores.softcap or cap <= 0:
+        return None
+    scores.scale, scores.softcap = scores.scale * float(cap), float(cap)
+    return scores
 
 
 def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:

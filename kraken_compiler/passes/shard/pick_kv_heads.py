@@ -18,7 +18,7 @@ from torch import fx
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.unrepeat import unrepeated
-from kraken_compiler.passes.graph_tools import ATTENTION, args_of, aten, calls
+from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, aten, calls
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of
 from kraken_compiler.passes.shard.degrees import shared_groups
@@ -39,7 +39,7 @@ class PickKvHeads(Pass):
         if program.degree == self.degree:
             return PassResult()
         splitter = WeightSplitter(program, {})
-        matches = sum(self._pick(node, splitter) for node in calls(program.graph, ATTENTION))
+        matches = sum(self._pick(node, splitter) for node in calls(program.graph, *ATTENTIONS))
         if not matches:
             return PassResult()
         program.graph.eliminate_dead_code()

@@ -20,7 +20,7 @@ from kraken_compiler.ir.index_set import IndexSet, from_indices, size
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
-from kraken_compiler.passes.graph_tools import ATTENTION, args_of, argument, aten, module_path
+from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
 from kraken_compiler.passes.shard.degrees import kv_shares, spread
@@ -38,7 +38,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         program: The program it belongs to.
         degree: Number of lanes, at most as many as the branch has heads or columns.
     """
-    attention = next((node for node in projections.region if node.target is ATTENTION), None)
+    attention = next((node for node in projections.region if node.target in ATTENTIONS), None)
     leaves = [*projections.inputs, *([attention] if attention else [])]
     region = Region(projections.region, leaves, known_constants(program))
     values = region.run(gradients=True)
@@ -122,7 +122,8 @@ def _attention_operands(
         group = count // have
         needed = sorted({head // group for head in heads})
         parts.append(tensor.movedim(-3, 0)[needed])
-    return parts
+    sinks = attention.kwargs.get("sinks")
+    return [*parts, values[sinks][heads]] if isinstance(sinks, fx.Node) else parts
 
 
 def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int) -> list[Tensor]:
