@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A part of the graph that works on complete sums only, such as a norm, and that lanes repeat on what they see.
+
+    Attributes:
+        source: Node whose value it takes; everything else it reads is a weight.
+        nodes: Its nodes, in graph order; the last one's value is the result.
+    """
+
+    source: str
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -16,11 +30,13 @@ class Branch:
         path: Module path in the source model ("" if the graph does not carry one).
         stream: Node whose value the branch reads in the source model.
         reads: How many branches have contributed to `stream` (the branch's source point).
-        output: Node whose value the branch adds to the stream.
+        output: Node whose value is the sum of what the lanes compute. Without `post`, what is added to the stream.
         nodes: Every node of the branch, in graph order; nodes shared with a sibling branch appear in both.
         heads: Query heads (0 for an FFN).
         kv_heads: Key and value heads as the weights hold them (0 for an FFN).
         columns: Width of the input of the output projection.
+        post: What turns the whole output into what is added to the stream (a norm after the branch, sandwich norm).
+        after: What turns the stream that the branch has joined into the next stream (post-norm).
     """
 
     index: int
@@ -34,6 +50,8 @@ class Branch:
     heads: int = 0
     kv_heads: int = 0
     columns: int = 0
+    post: Replay | None = None
+    after: Replay | None = None
 
 
 @dataclass(frozen=True)
@@ -73,3 +91,11 @@ class LayerTable:
     def branches(self) -> tuple[Branch, ...]:
         """All branches in order; branch number k is at position k - 1."""
         return tuple(branch for layer in self.layers for branch in layer.branches)
+
+    def with_nodes(self, nodes: Mapping[Branch, tuple[str, ...]]) -> LayerTable:
+        """The table with other nodes in some branches."""
+        layers = []
+        for layer in self.layers:
+            branches = tuple(replace(one, nodes=nodes.get(one, one.nodes)) for one in layer.branches)
+            layers.append(replace(layer, branches=branches))
+        return replace(self, layers=tuple(layers))

@@ -98,6 +98,17 @@ class Decay(Block):
         return super().forward(x_BSD * 0.9)
 
 
+class Projected(Block):
+    """A projection of the stream itself, which no lane can compute of its part."""
+
+    def __init__(self, attention: Attention, ffn: Ffn) -> None:
+        super().__init__(attention, ffn)
+        self.turn = nn.Linear(D, D)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(self.turn(x_BSD))
+
+
 class Experts(Ffn):
     """Two FFNs, mixed by a gate computed from the tokens."""
 
@@ -148,22 +159,39 @@ def reason(module: nn.Module) -> tuple[str, str]:
     return rejection.reason, rejection.path
 
 
-def test_rejects_norms_on_the_stream() -> None:
-    text, path = reason(with_blocks(PostNorm))
-    assert "post-norm" in text
-    assert path == "blocks.0.norm1"
+def test_norms_on_the_stream_follow_its_sums() -> None:
+    """All but the model's last, which is no operand of any branch."""
+    table = table_of(with_blocks(PostNorm))
+    first, second, third, last = table.branches
+    for branch, following in ((first, second), (second, third), (third, last)):
+        assert branch.post is None
+        assert branch.after is not None
+        assert [node.partition("_default")[0] for node in branch.after.nodes] == ["layer_norm"]
+        assert branch.after.nodes[-1] == following.stream
+    assert last.post is None
+    assert last.after is None
+    assert [name for _, name in table.joins[:-1]] == [branch.stream for branch in table.branches]
 
 
-def test_rejects_norms_after_a_branch() -> None:
-    text, path = reason(with_blocks(SandwichNorm))
-    assert "sandwich norm" in text
-    assert path == "blocks.0.norm2"
+def test_norms_after_a_branch_are_no_part_of_it() -> None:
+    table = table_of(with_blocks(SandwichNorm))
+    for branch in table.branches:
+        assert branch.after is None
+        assert (branch.post is not None) == (branch.kind == "ffn")
+        if branch.post is not None:
+            assert branch.post.source == branch.output
+            assert not set(branch.post.nodes) & set(branch.nodes)
+
+
+def test_a_factor_on_the_stream_follows_the_layer_before() -> None:
+    table = table_of(with_blocks(Decay))
+    assert [branch.after is not None for branch in table.branches] == [False, True, False, False]
 
 
 def test_rejects_a_rewritten_stream() -> None:
-    text, path = reason(with_blocks(Decay))
+    text, path = reason(with_blocks(Projected))
     assert "rewritten between layers" in text
-    assert path == "blocks.1"
+    assert path == "blocks.1.turn"
 
 
 def test_experts_mixed_by_a_gate_are_branches_side_by_side() -> None:

@@ -25,7 +25,7 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
     Args:
         branches: All branches of the model in execution order.
         forms: One form per layer.
-        bytes_per_token: Payload of one reduce per token.
+        bytes_per_token: Bytes of one branch's output per token.
 
     Returns:
         The plan; `plan.reads[k - 1]` belongs to branch k.
@@ -40,8 +40,27 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
         first = points[index - 1] + 1 if index else 1
         awaited_by = next((read.branch for read in reads if read.peers >= last), None)
         stop = awaited_by if awaited_by is not None else total + 1
-        reduces.append(Reduce(index, first, last, awaited_by, tuple(range(last + 1, stop)), bytes_per_token))
+        payload = bytes_per_token * len(sums_of(branches, first, last))
+        reduces.append(Reduce(index, first, last, awaited_by, tuple(range(last + 1, stop)), payload))
     return FormPlan(tuple(form.name for form in forms), reads, tuple(reduces))
+
+
+def sums_of(branches: Sequence[Branch], first: int, last: int) -> tuple[tuple[int, int], ...]:
+    """Which outputs of the branches first..last (1-based, inclusive) may be summed before they join the stream.
+
+    Neighbours that are only added share one sum. A norm needs its operand's sum apart from all others.
+
+    Returns:
+        The sums in order, each as its first and last branch.
+    """
+    sums: list[tuple[int, int]] = []
+    for number in range(first, last + 1):
+        before, branch = branches[number - 2] if number > first else None, branches[number - 1]
+        if before is None or before.post or before.after or branch.post:
+            sums.append((number, number))
+        else:
+            sums[-1] = (sums[-1][0], number)
+    return tuple(sums)
 
 
 def _slots(branches: Sequence[Branch]) -> list[int]:

@@ -6,6 +6,9 @@
 
 Each branch is built again on its own read, so branches that shared a norm in the source model get one each where their
 reads differ. The nodes a branch does not share with the stream (masks, rotary tables) are kept once.
+
+Norms after branches and on the stream work on complete sums. Branches with such norms in between share a reduce all the
+same: their outputs travel side by side. A lane that reads its own parts early repeats the norms on what it sees.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.ir.layers import Branch, LayerTable
+from kraken_compiler.ir.layers import Branch, LayerTable, Replay
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import FormPlan, Reduce
 from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.form.derive_schedule import sums_of
 from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants
+from kraken_compiler.passes.shapes import shape_of
 
 _START = torch.ops.kraken.all_reduce_start.default
 _WAIT = torch.ops.kraken.wait.default
@@ -56,6 +61,8 @@ class _Builder:
         self.stream: dict[int, fx.Node] = {}
         self.sums: dict[tuple[int, int], fx.Node] = {}
         self.handles: dict[int, fx.Node] = {}
+        self.replays: dict[tuple[Replay, fx.Node], tuple[fx.Node, ...]] = {}
+        self.whole: dict[Replay, fx.Node] = {}
 
     def build(self) -> fx.Graph:
         final = self.old[self.layers.final]
@@ -83,7 +90,8 @@ class _Builder:
                 read = self._read(branch)
                 names = tuple(self.copies[self.old[name], read].name for name in branch.nodes)
                 output = self.copies[self.old[branch.output], read].name
-                branches.append(replace(branch, stream=read.name, output=output, nodes=names))
+                post, after = self._renamed_replay(branch.post), self._renamed_replay(branch.after)
+                branches.append(replace(branch, stream=read.name, output=output, nodes=names, post=post, after=after))
             layers.append(replace(layer, branches=tuple(branches)))
         head = self.layers.head
         return replace(
@@ -94,6 +102,13 @@ class _Builder:
             head=self.new[self.old[head]].name if head in self.old else head,
             layers=tuple(layers),
         )
+
+    def _renamed_replay(self, replay: Replay | None) -> Replay | None:
+        """The one that works on what all lanes have summed."""
+        if replay is None:
+            return None
+        source = self.whole[replay]
+        return Replay(source.name, tuple(node.name for node in self.replays[replay, source]))
 
     def _copy(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
         copy = self.graph.node_copy(node, lambda operand: values[operand])
@@ -112,25 +127,63 @@ class _Builder:
         self.parts.append(part)
         for reduce in self.plan.reduces:
             if reduce.last == branch.index:
-                operand = self._sum(reduce.first, reduce.last)
-                self.handles[reduce.index] = self.graph.call_function(_START, (operand,))
+                self.handles[reduce.index] = self.graph.call_function(_START, (self._payload(reduce),))
 
     def _read(self, branch: Branch) -> fx.Node:
         """G[peers] + (O[own] - O[peers]): the landed sum plus the lane's own parts since."""
         read = self.plan.reads[branch.index - 1]
         landed = self._point(read.peers)
-        if read.own == read.peers:
-            return landed
-        return self._add(landed, self._sum(read.peers + 1, read.own))
+        for first, last in sums_of(self.layers.branches, read.peers + 1, read.own):
+            landed = self._joined(landed, last, self._sum(first, last))
+        return landed
 
     def _point(self, point: int) -> fx.Node:
         """The whole stream after `point` branches; waits for the reduces that are still under way."""
         if point not in self.stream:
             reduce = self._reduce_ending_at(point)
-            before = self._point(reduce.first - 1)
+            value = self._point(reduce.first - 1)
             arrived = self.graph.call_function(_WAIT, (self.handles[reduce.index],))
-            self.stream[point] = self._add(before, arrived)
+            for (_, last), whole in zip(self._sums(reduce), self._unpacked(arrived, reduce), strict=True):
+                value = self.stream[last] = self._joined(value, last, whole, is_whole=True)
         return self.stream[point]
+
+    def _sums(self, reduce: Reduce) -> tuple[tuple[int, int], ...]:
+        return sums_of(self.layers.branches, reduce.first, reduce.last)
+
+    def _payload(self, reduce: Reduce) -> fx.Node:
+        """What a reduce sums over the lanes: one sum of parts, or several side by side."""
+        parts = [self._sum(first, last) for first, last in self._sums(reduce)]
+        return parts[0] if len(parts) == 1 else self.graph.call_function(aten.cat.default, (parts, self._last_dim))
+
+    def _unpacked(self, arrived: fx.Node, reduce: Reduce) -> list[fx.Node]:
+        count = len(self._sums(reduce))
+        if count == 1:
+            return [arrived]
+        width = int(shape_of(self.old[self.layers.embedding])[-1])
+        ranges = [(place * width, (place + 1) * width) for place in range(count)]
+        return [self.graph.call_function(aten.slice.Tensor, (arrived, self._last_dim, *ends)) for ends in ranges]
+
+    @property
+    def _last_dim(self) -> int:
+        return len(shape_of(self.old[self.layers.embedding])) - 1
+
+    def _joined(self, stream: fx.Node, number: int, summed: fx.Node, *, is_whole: bool = False) -> fx.Node:
+        """The stream after branch `number`, whose output (with that of those it shares a sum with) is `summed`."""
+        branch = self.layers.branches[number - 1]
+        joined = self._add(stream, self._replayed(branch.post, summed, is_whole))
+        return self._replayed(branch.after, joined, is_whole)
+
+    def _replayed(self, replay: Replay | None, value: fx.Node, is_whole: bool) -> fx.Node:
+        if replay is None:
+            return value
+        if is_whole:
+            self.whole[replay] = value
+        if (replay, value) not in self.replays:
+            values = _Overlay(self.new, {self.old[replay.source]: value})
+            for name in replay.nodes:
+                values[self.old[name]] = self._copy(self.old[name], values)
+            self.replays[replay, value] = tuple(values[self.old[name]] for name in replay.nodes)
+        return self.replays[replay, value][-1]
 
     def _reduce_ending_at(self, point: int) -> Reduce:
         return next(reduce for reduce in self.plan.reduces if reduce.last == point)

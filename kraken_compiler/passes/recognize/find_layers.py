@@ -7,26 +7,28 @@ scaled_dot_product_attention in it is an attention branch, any other an FFN bran
     p ---------------------------------> d = p + term          sequential
     p ---------------------------------> d = p + term + term   parallel attention and FFN
      \\--> norm -> linear -> ... -> linear (output projection) -> term
+
+Norms may follow a branch (sandwich norms: between output projection and term) and the sum itself (post-norm: between d
+and the next link); they need complete sums, so they are no part of the branch but kept beside it.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import networkx as nx
 from torch import fx
 
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir.layers import Branch, Layer, LayerTable
+from kraken_compiler.ir.layers import Branch, Layer, LayerTable, Replay
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import (
-    ATTENTION,
+    ATTENTIONS,
     LINEAR,
-    NORMS,
     SHAPE_ONLY,
     ancestors,
     args_of,
@@ -37,8 +39,8 @@ from kraken_compiler.passes.graph_tools import (
     value_descendants,
 )
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
-from kraken_compiler.passes.recognize.projections import find_projections
-from kraken_compiler.passes.shapes import is_tensor, shape_of, value_of
+from kraken_compiler.passes.recognize.projections import find_part, find_projections
+from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of, value_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _find(program: Program) -> LayerTable | Rejection:
             reason = "besides its first output the model returns values from between its layers"
             return _reject(reason, more[0], "Return only what follows the last layer (no hidden states).")
     if not joins:
-        strayed = next((node for node in graph.nodes if node.target is ATTENTION), None)
+        strayed = next((node for node in graph.nodes if node.target in ATTENTIONS), None)
         reason = "no residual stream was found: no sum of a stream and a branch lies on every path to the output"
         return _reject(reason, strayed, _HINT)
     fault = _check_stream(chain, joins, hidden, graph)
@@ -96,8 +98,8 @@ def _find(program: Program) -> LayerTable | Rejection:
 
 
 _HINT = (
-    "Supported are pre-norm decoders and encoders whose layers add attention and FFN outputs to one stream; "
-    "encoder-decoders, post-norm models and skip connections across layers are not."
+    "Supported are decoders and encoders whose layers add attention and FFN outputs to one stream; "
+    "encoder-decoders and skip connections across layers are not."
 )
 
 
@@ -165,15 +167,14 @@ def _check_stream(chain: list[fx.Node], joins: list[_Join], hidden: set[fx.Node]
     """Everything between the first and the last join must be joins, and all attention must be inside them."""
     for left, right in itertools.pairwise(joins):
         if left.after is not right.before:
-            between = chain[chain.index(left.after) + 1 : chain.index(right.before) + 1]
-            norm = next((node for node in between if node.target in NORMS), None)
-            if norm is not None:
-                reason = "the residual stream itself is normalised between layers (post-norm)"
-                return _reject(reason, norm, _HINT)
-            return _reject("the residual stream is rewritten between layers, not only added to", between[0], _HINT)
+            between = ancestors(right.before, {left.after}, hidden) & hidden
+            if any(is_gemm(node) for node in between) or not same_shape(left.after, right.before):
+                first = chain[chain.index(left.after) + 1]
+                reason = "the residual stream is rewritten between layers, not only added to or normalised"
+                return _reject(reason, first, _HINT)
     inside = {node for join in joins for term in join.terms for node in ancestors(term, {join.before}, hidden)}
     for node in graph.nodes:
-        if node.target is ATTENTION and node not in inside:
+        if node.target in ATTENTIONS and node not in inside:
             reason = "an attention lies outside the layers of the one residual stream that reaches the output"
             return _reject(reason, node, _HINT)
     return None
@@ -185,20 +186,25 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
     branches: list[Branch] = []
     points = [(0, joins[0].before.name)]
     layer = -1
-    for join in joins:
+    afters = [_replay(left.after, right.before, hidden, place) for left, right in itertools.pairwise(joins)]
+    for join, after in zip(joins, [*afters, None], strict=True):
         reads = len(branches)
         measured = []
         for term in join.terms:
-            nodes = in_order(place, ancestors(term, {join.before}, hidden))
-            attentions = [node for node in nodes if node.target is ATTENTION]
+            part = find_part(term, in_order(place, ancestors(term, {join.before}, hidden)), weights)
+            if part is not term and not same_shape(part, join.before):
+                reason = "what follows the branch's output projection does not leave it in the shape of the stream"
+                return _reject(reason, part)
+            nodes = in_order(place, ancestors(part, {join.before}, hidden))
+            attentions = [node for node in nodes if node.target in ATTENTIONS]
             if len(attentions) > 1:
                 return _reject("a branch holds more than one attention", attentions[1])
-            found = find_projections(term, nodes, weights)
+            found = find_projections(part, nodes, weights)
             if isinstance(found, Rejection):
                 return found
-            measured.append((not attentions, nodes, term, attentions, found))
+            measured.append((not attentions, nodes, part, attentions, found, _replay(part, term, hidden, place)))
         # Where attention and FFN are parallel, attention goes first: a form may let the FFN read it.
-        for is_ffn, nodes, term, attentions, found in sorted(measured, key=lambda entry: entry[0]):
+        for is_ffn, nodes, part, attentions, found, post in sorted(measured, key=lambda entry: entry[0]):
             if attentions or layer < 0:
                 layer += 1
             heads = _heads(attentions[0]) if attentions else 0
@@ -210,14 +216,16 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
                     path=_branch_path(found.output, attentions),
                     stream=join.before.name,
                     reads=reads,
-                    output=term.name,
+                    output=part.name,
                     nodes=tuple(node.name for node in nodes),
                     heads=heads,
                     kv_heads=found.kv_heads(attentions[0], program) if attentions else 0,
                     columns=int(shape_of(args_of(found.output)[0])[-1]),
+                    post=post,
                 )
             )
-        points.append((len(branches), join.after.name))
+        branches[-1] = replace(branches[-1], after=after)
+        points.append((len(branches), after.nodes[-1] if after else join.after.name))
     if not any(branch.kind == "attention" for branch in branches):
         return _reject("no branch of the residual stream holds an attention", joins[0].after, _ATTENTION_HINT)
     return LayerTable(
@@ -227,6 +235,12 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
         head=_head(joins[-1].after, program),
         layers=_group(branches),
     )
+
+
+def _replay(source: fx.Node, result: fx.Node, hidden: set[fx.Node], place: dict[fx.Node, int]) -> Replay | None:
+    """What makes `result` out of `source`; None if they are the same."""
+    nodes = in_order(place, ancestors(result, {source}, hidden))
+    return Replay(source.name, tuple(node.name for node in nodes)) if nodes else None
 
 
 _ATTENTION_HINT = (

@@ -9,7 +9,15 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import ATTENTION, NORMS, PROJECTIONS, ancestors, args_of, aten, module_path
+from kraken_compiler.passes.graph_tools import (
+    ATTENTIONS,
+    PROJECTIONS,
+    ancestors,
+    args_of,
+    aten,
+    descendants,
+    module_path,
+)
 from kraken_compiler.passes.probing import Region
 
 _LINEAR_OPS = frozenset(
@@ -79,7 +87,7 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
     source = args_of(output)[0]
     assert isinstance(source, fx.Node)
     linears = {node for node in nodes if node.target in PROJECTIONS and node is not output}
-    attentions = [node for node in nodes if node.target is ATTENTION]
+    attentions = [node for node in nodes if node.target in ATTENTIONS]
     inputs: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
     for core in cores:
@@ -101,6 +109,30 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
     return Projections(
         tuple(node for node in nodes if node in inputs), output, tuple(node for node in nodes if node in between)
     )
+
+
+def find_part(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> fx.Node:
+    """The node of a branch up to which its value is a sum of what the lanes compute.
+
+    That is `term`, what the branch adds to the stream, if only linear operations follow the output projection. If a
+    norm follows (sandwich norm), it is the last projection through which everything goes.
+
+    Args:
+        term: What the branch adds to the stream.
+        nodes: The nodes of the branch, in graph order.
+        weights: The nodes that are functions of weights alone.
+    """
+    inside = set(nodes)
+    if not isinstance(_output_projection(term, inside, weights), Rejection):
+        return term
+    for node in reversed(nodes):
+        if node.target not in PROJECTIONS or args_of(node)[1] not in weights:
+            continue
+        later = descendants([node]) & inside
+        read = {operand for user in later - {node} for operand in user.all_input_nodes}
+        if not (read & inside) - later:
+            return node
+    return term
 
 
 def _output_projection(
@@ -141,7 +173,5 @@ _HINT = "A branch must leave through one linear projection, so that its output i
 
 
 def _why_not_linear(node: fx.Node) -> str:
-    if node.target in NORMS:
-        return "the branch's output is normalised before it is added to the stream (sandwich norm)"
     name = str(node.target).removeprefix("aten.").removesuffix(".default")
     return f"'{name}' stands between the branch's output projection and the residual stream (mixture of experts?)"
