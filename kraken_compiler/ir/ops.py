@@ -81,6 +81,28 @@ all_reduce_start.register_autograd(_identity_backward)
 wait.register_autograd(_identity_backward)
 
 
+@torch.library.custom_op("kraken::mean_power", mutates_args=())
+def mean_power(x: Tensor, power: int, width: int, share: Tensor | None = None) -> Tensor:
+    """The sum of `x` ** `power` over the last dim divided by `width`; [..., 1].
+
+    A placeholder in lane graphs under construction, for a mean over columns that are split between lanes; a pass writes
+    it as sums and an all-reduce before a graph is complete.
+
+    Args:
+        x: Columns of which a lane holds a part.
+        power: 1 for the mean, 2 for the mean of squares.
+        width: Number of columns of all lanes.
+        share: Factor on every column; None means 1.
+    """
+    value = x**power if share is None else x**power * share
+    return value.sum(-1, keepdim=True) / width
+
+
+@mean_power.register_fake
+def _mean_power_shape(x: Tensor, power: int, width: int, share: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1))
+
+
 _library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "

@@ -20,8 +20,11 @@ from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
 from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
+from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
+from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
 from kraken_compiler.passes.shard.plan_shards import PlanShards
+from kraken_compiler.passes.shard.share_means import ShareMeans
 from kraken_compiler.passes.shard.split_branches import SplitBranches
 from kraken_compiler.passes.shard.split_head import SplitHead
 
@@ -56,10 +59,13 @@ def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> 
     return (
         AssignForms(form),
         PickKvHeads(degree),
+        OpenWideNorms(degree),
         PlanShards(degree),
         SplitBranches(degree),
+        ShareMeans(),
         SplitHead(),
         RewireStream(),
+        ReduceMeans(),
         PlaceCollectives(),
         *((CacheAttention(),) if cached else ()),
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, compare
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.shapes import Concretizer
@@ -30,6 +31,8 @@ _SMOOTH: dict[Any, Any] = {
     aten.hardsigmoid.default: torch.sigmoid,
     aten.abs.default: lambda x: torch.sqrt(x * x + 1),
     **CHOOSING,
+    # A mean over all lanes' columns is told to all lanes; that it depends on all columns mixes nothing.
+    torch.ops.kraken.mean_power.default: lambda x, power, *rest: x.new_full((*x.shape[:-1], 1), power - 1.0),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
