@@ -17,6 +17,7 @@ from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
 from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
 from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
+from kraken_compiler.passes.normalize.separate_heads import SeparateHeads
 from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
@@ -36,6 +37,7 @@ RECOGNIZE: tuple[Pass, ...] = (
     HoistSizes(),
     CanonicalizeLinear(),
     FuseExperts(),
+    SeparateHeads(),
     UnflattenTokens(),
     CanonicalizeLayout(),
     MergeSplitNorms(),
