@@ -143,7 +143,7 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
         with graph.inserting_before(node):
             if kind not in masks:
                 masks[kind] = _call(graph, mode, torch.ops.kraken_onnx.attention_mask.default, mask_input, ids, *kind)
-            operands = (query, key, value, masks[kind], key_cache, value_cache, scale)
+            operands: tuple[Any, ...] = (query, key, value, masks[kind], key_cache, value_cache, scale)
             target = torch.ops.kraken_onnx.attention.default
             if softcap or sinks is not None:
                 target, operands = torch.ops.kraken_onnx.capped_attention.default, (*operands, softcap, sinks)

@@ -74,7 +74,7 @@ def _fuse(softmax: fx.Node) -> bool:
             )
         # A model in half precision may compute its scores in float32; then all of its attention is.
         value, bias = (_cast(tensor, dtype) for tensor in (value, scores.bias))
-        extra = {"softcap": scores.softcap} if scores.softcap else {}
+        extra: dict[str, Any] = {"softcap": scores.softcap} if scores.softcap else {}
         if scores.sinks is not None:
             extra["sinks"] = _cast(scores.sinks, dtype)
         target = CAPPED_ATTENTION if extra else ATTENTION
