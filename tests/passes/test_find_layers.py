@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,6 +187,21 @@ def test_norms_after_a_branch_are_no_part_of_it() -> None:
 def test_a_factor_on_the_stream_follows_the_layer_before() -> None:
     table = table_of(with_blocks(Decay))
     assert [branch.after is not None for branch in table.branches] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("gate", ["stream", "norm"])
+def test_rejects_an_output_that_meets_its_input_again(gate: str) -> None:
+    """What joins the stream is then no function of the sum over lanes alone."""
+
+    class Gated(Block):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            x_BSD = x_BSD + self.attention(self.norm1(x_BSD))
+            y_BSD = self.norm2(x_BSD)
+            return x_BSD + self.ffn(y_BSD) * (x_BSD if gate == "stream" else y_BSD)
+
+    text, path = reason(with_blocks(Gated))
+    assert "'mul.Tensor' stands between" in text
+    assert path == "blocks.0"
 
 
 def test_rejects_a_rewritten_stream() -> None:

@@ -191,7 +191,8 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
         reads = len(branches)
         measured = []
         for term in join.terms:
-            part = find_part(term, in_order(place, ancestors(term, {join.before}, hidden)), weights)
+            above = in_order(place, ancestors(term, {join.before}, hidden))
+            part = find_part(term, above, join.before, weights)
             if part is not term and not same_shape(part, join.before):
                 reason = "what follows the branch's output projection does not leave it in the shape of the stream"
                 return _reject(reason, part)

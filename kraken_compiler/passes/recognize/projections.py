@@ -111,7 +111,7 @@ def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node])
     )
 
 
-def find_part(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> fx.Node:
+def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set[fx.Node]) -> fx.Node:
     """The node of a branch up to which its value is a sum of what the lanes compute.
 
     That is `term`, what the branch adds to the stream, if only linear operations follow the output projection. If a
@@ -120,6 +120,7 @@ def find_part(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> fx.
     Args:
         term: What the branch adds to the stream.
         nodes: The nodes of the branch, in graph order.
+        stream: What the branch reads.
         weights: The nodes that are functions of weights alone.
     """
     inside = set(nodes)
@@ -130,7 +131,7 @@ def find_part(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> fx.
             continue
         later = descendants([node]) & inside
         read = {operand for user in later - {node} for operand in user.all_input_nodes}
-        if not (read & inside) - later:
+        if not (read & {*inside, stream}) - later:
             return node
     return term
 
