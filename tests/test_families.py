@@ -33,7 +33,7 @@ DEGREES = (2, 4)
 SIZES = ((1, 7), (3, 13))
 """Batch and sequence; models are captured with 2 x 16."""
 
-SHARDING = ("pick-kv-heads", "plan-shards", "split-branches", "split-head")
+SHARDING = ("pick-kv-heads", "open-wide-norms", "plan-shards", "split-branches", "split-head")
 
 EVERY_FAMILY = pytest.mark.parametrize("name", SUPPORTED, scope="session")
 
@@ -42,11 +42,6 @@ CHANGED = 1e-3
 
 REASONS = {
     "soft_moe": ("mixture of experts", "blocks.0"),
-    "post_norm": ("post-norm", "blocks.0.norm1"),
-    "transformer_encoder": ("post-norm", "encoder.layers.0.norm1"),
-    "bert": ("post-norm", "bert.encoder.layer.0.attention.output.LayerNorm"),
-    "gemma2": ("sandwich norm", "model.layers.0.post_attention_layernorm"),
-    "sandwich_norm": ("sandwich norm", "blocks.0.after1"),
     "t5": ("encoder-decoders", "encoder.block.0"),
     "no_attention": ("no branch of the residual stream holds an attention", "blocks.0"),
     # The concatenation is in the model's own forward, which has no path.
@@ -130,7 +125,10 @@ def test_lower_makes_the_same_program(name: str, degree: int, form: str) -> None
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("name", ["falcon", "gpt2", "plain_fused_llama", "plain_parallel"])
+@pytest.mark.parametrize(
+    "name",
+    ["falcon", "gpt2", "plain_fused_llama", "plain_parallel", "plain_post_norm", "plain_parallel_sandwich", "gemma3"],
+)
 def test_one_lane_is_the_source_model(name: str) -> None:
     """With one lane there are no peers, so a form whose own lag is 1 reads what the source model reads."""
     model = recognized(name).model

@@ -41,8 +41,10 @@ def computed_by_devices(directory: Path, batches: list[Tensor], degree: int = DE
         program = DeviceProgram(model, collectives, threads=1)
         feeds = [whole_feeds(model, {"input_ids": ids.numpy()}) for ids in batches]
         results = [torch.from_numpy(program.run(given)[LOGITS].copy()) for given in feeds]
-        decoder = ArrayDecoder(program, *batches[-1].shape)
-        return [*results, replay(TensorDecoder(decoder), batches[-1])]
+        if model.caches:
+            decoder = ArrayDecoder(program, *batches[-1].shape)
+            results.append(replay(TensorDecoder(decoder), batches[-1]))
+        return results
 
     results: list[Any] = together(degree, act)
     return results
@@ -62,7 +64,8 @@ def test_devices_compute_what_the_lanes_compute(name: str, tmp_path: Path) -> No
         lanes = LaneModule.from_program(program, read)
         with torch.no_grad():
             want = [lanes.run_flat([ids])[0] for ids in batches]
-        want.append(expected(want[-1], *split_lengths(*SIZES[-1])))
+        if program.cached is not None:
+            want.append(expected(want[-1], *split_lengths(*SIZES[-1])))
         for device, have in enumerate(computed_by_devices(directory, batches)):
             found = [relative_error(one, other) for one, other in zip(have, want, strict=True)]
             if not max(found) <= TOLERANCE:

@@ -6,19 +6,21 @@
     ids = token_batch(model, batch=2, seq=7)       # int64 [2, 7]
     logits = logits_of(model, ids)                 # float32 [2, 7, model.vocab]
 
-`FAMILIES` are transformers models, `PLAIN` are models no library wrote, `SUPPORTED` is both, `REJECTED` are models the
-compiler must refuse, with a part of the reason it must give.
+`FAMILIES` are transformers models, `PLAIN` and `NORMS` are models no library wrote, `SUPPORTED` is all of these,
+`REJECTED` are models the compiler must refuse, with a part of the reason it must give.
 """
 
 from tests.zoo.builder import Builder, logits_of, random_tokens, token_batch
 from tests.zoo.families import FAMILIES
+from tests.zoo.norms import NORMS
 from tests.zoo.plain import PLAIN
 from tests.zoo.rejected import REJECTED, Rejected
 
-SUPPORTED: dict[str, Builder] = {**FAMILIES, **PLAIN}
+SUPPORTED: dict[str, Builder] = {**FAMILIES, **PLAIN, **NORMS}
 
 __all__ = [
     "FAMILIES",
+    "NORMS",
     "PLAIN",
     "REJECTED",
     "SUPPORTED",

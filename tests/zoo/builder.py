@@ -24,6 +24,7 @@ class Builder:
             replicated.
         layers: Number of layers.
         max_positions: Longest sequence the model takes.
+        no_cache: A part of the reason why there is no KV cache, "" if there is one. Encoders have none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Builder:
     degrees: tuple[int, ...] = (2, 4, 8)
     layers: int = 3
     max_positions: int = 64
+    no_cache: str = ""
 
     def __call__(self) -> nn.Module:
         """The model in fp32 and eval mode, with the same weights in every process; it carries `.vocab`."""

@@ -14,17 +14,20 @@ _EAGER_ONLY = {"gptj", "gpt_neo", "bloom", "codegen", "gemma2"}
 
 # The families disagree about what to call the same five sizes.
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "intermediate_size": 96}
+_BERT_SIZES = {**_SIZES, "max_position_embeddings": 64}
+_MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 _GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
 
 
-def from_config(family: str, **config: Any) -> nn.Module:
-    """A causal language model of a transformers family with the library's initial weights."""
+def from_config(family: str, *, auto: str = "AutoModelForCausalLM", **config: Any) -> nn.Module:
+    """A language model of a transformers family with the library's initial weights."""
     import transformers
 
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "use_cache": False}
-    settings = transformers.AutoConfig.for_model(family, **ids, **config)
+    settings = transformers.AutoConfig.for_model(family, **{**ids, **config})
     attention = "eager" if family in _EAGER_ONLY else "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
+    model = getattr(transformers, auto).from_config(settings, attn_implementation=attention)
     assert isinstance(model, nn.Module)
     return model
 
@@ -34,6 +37,12 @@ def _family(
 ) -> Builder:
     make = partial(from_config, family, vocab_size=vocab, **sizes, **config)
     return Builder(name, make, vocab=vocab, kv_heads=kv_heads)
+
+
+def _encoder(name: str, family: str, sizes: dict[str, Any], **config: Any) -> Builder:
+    """A masked language model: every token sees every other."""
+    make = partial(from_config, family, auto="AutoModelForMaskedLM", vocab_size=97, **sizes, **config)
+    return Builder(name, make, no_cache="not causal")
 
 
 def _modern(name: str, family: str, *, vocab: int = 97, kv_heads: int = 8, **config: Any) -> Builder:
@@ -111,6 +120,15 @@ _BUILDERS = (
         norm_topk_prob=True,
         moe_intermediate_size=32,
     ),
+    _modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
+    _modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
+    _modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=_MIXED_WINDOWS, sliding_window=6),
+    _modern("cohere2", "cohere2", kv_heads=4, layer_types=_MIXED_WINDOWS, sliding_window=6),
+    _modern("olmo2", "olmo2", kv_heads=4),
+    _encoder("bert", "bert", _BERT_SIZES),
+    _encoder("roberta", "roberta", _BERT_SIZES, pad_token_id=0),
+    _encoder("albert", "albert", _BERT_SIZES, embedding_size=32),
+    _encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
 )
 
 FAMILIES: dict[str, Builder] = {builder.name: builder for builder in _BUILDERS}

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.builder import Builder, random_tokens
 from tests.zoo.families import from_config
+from tests.zoo.norms import attend
 from tests.zoo.plain import FFN, LAYERS, D, Decoder, GptBlock, H
 
 
@@ -36,14 +36,6 @@ class Rejected:
     def example_inputs(self, batch: int = 2, seq: int = 8) -> dict[str, Tensor]:
         """Seeded token ids for every input."""
         return {name: random_tokens(self.build.vocab, batch, seq, seed) for seed, name in enumerate(self.inputs)}
-
-
-def _masked_lm(family: str, **config: Any) -> nn.Module:
-    import transformers
-
-    model = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(family, **config))
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def _seq2seq(family: str, **config: Any) -> nn.Module:
@@ -71,26 +63,6 @@ class SoftMoeBlock(GptBlock):
         return x_BSD + (mixed * share.unsqueeze(-2)).sum(-1)
 
 
-class PostNormBlock(GptBlock):
-    """The norms sit on the stream itself, after each addition (Vaswani et al. 2017)."""
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm1(x_BSD + attend(self, x_BSD))
-        return self.norm2(x_BSD + self.ffn(x_BSD))
-
-
-class SandwichNormBlock(GptBlock):
-    """A second norm on each branch's output, before it is added to the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after1, self.after2 = nn.LayerNorm(D), nn.LayerNorm(D)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.after1(attend(self, self.norm1(x_BSD)))
-        return x_BSD + self.after2(self.ffn(self.norm2(x_BSD)))
-
-
 class FfnBlock(nn.Module):
     """No attention: every position for itself."""
 
@@ -101,13 +73,6 @@ class FfnBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return x_BSD + self.ffn(self.norm(x_BSD))
-
-
-def attend(block: GptBlock, x_BSD: Tensor) -> Tensor:
-    """Causal self-attention with a GPT block's projections."""
-    q, k, v = (proj(x_BSD).unflatten(-1, (H, -1)).transpose(1, 2) for proj in (block.q, block.k, block.v))
-    y_BHSE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return block.o(y_BHSE.transpose(1, 2).flatten(2))
 
 
 class SkipDecoder(nn.Module):
@@ -128,20 +93,6 @@ class SkipDecoder(nn.Module):
         return self.head(self.norm(self.up(self.fuse(torch.cat([late, early], dim=-1)))))
 
 
-class EncoderLayers(nn.Module):
-    """torch's own encoder between an embedding and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(97, D)
-        layer = nn.TransformerEncoderLayer(D, H, FFN, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
-        self.head = nn.Linear(D, 97)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.head(self.encoder(self.tokens(input_ids)))
-
-
 def _decoder(block: Callable[[], nn.Module]) -> nn.Module:
     return Decoder([block() for _ in range(LAYERS)], nn.LayerNorm(D), 97, positions=True, tied=False)
 
@@ -158,11 +109,6 @@ _T5 = {"vocab_size": 97, "d_model": D, "d_kv": 8, "d_ff": FFN, "num_layers": 2, 
 
 _MODELS = (
     Rejected(Builder("soft_moe", partial(_decoder, SoftMoeBlock)), ""),
-    Rejected(Builder("post_norm", partial(_decoder, PostNormBlock)), "norm"),
-    Rejected(Builder("transformer_encoder", EncoderLayers), "norm"),
-    Rejected(Builder("bert", partial(_masked_lm, "bert", **_SIZES)), "norm"),
-    Rejected(Builder("gemma2", partial(from_config, "gemma2", **_SIZES, num_key_value_heads=2, head_dim=8)), "norm"),
-    Rejected(Builder("sandwich_norm", partial(_decoder, SandwichNormBlock)), "norm"),
     Rejected(Builder("t5", partial(_seq2seq, "t5", **_T5)), "", inputs=("input_ids", "decoder_input_ids")),
     Rejected(Builder("no_attention", partial(_decoder, FfnBlock)), "attention"),
     Rejected(Builder("unet_skip", SkipDecoder), ""),
