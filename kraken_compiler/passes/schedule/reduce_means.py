@@ -20,7 +20,7 @@ from kraken_compiler.ir.schedule import Reduce
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import LINEAR, ancestors, args_of, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
-from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shapes import shape_of, value_of
 
 _MEAN = torch.ops.kraken.mean_power.default
 _START = torch.ops.kraken.all_reduce_start.default
@@ -47,8 +47,9 @@ class ReduceMeans(Pass):
                 continue
             matches += len(means)
             for group in _levels(means, set(inside)):
+                payload = sum(value_of(mean).dtype.itemsize for mean in group)
                 inside, start = _reduce(group, inside)
-                reduces[start] = Reduce(0, branch.index, branch.index, branch.index, (), 4 * len(group))
+                reduces[start] = Reduce(0, branch.index, branch.index, branch.index, (), payload)
             branches[branch] = _names(branch, inside)
         starts = [node for node in program.graph.nodes if node.target is _START]
         numbered = tuple(replace(reduces[start], index=index) for index, start in enumerate(starts))

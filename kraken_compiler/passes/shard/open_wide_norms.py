@@ -83,14 +83,15 @@ def _open(norm: fx.Node) -> list[str]:
 
     with graph.inserting_before(norm):
         # As in the norm's own kernel, the statistics of half-precision values are float32.
-        wide = x if dtype == torch.float32 else call(aten.to.dtype, x, torch.float32)
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        wide = call(aten.to.dtype, x, torch.float32) if is_half else x
         variance = call(_MEAN, wide, 2, width)
         if is_layer_norm:
             mean = call(_MEAN, wide, 1, width)
             wide = call(aten.sub.Tensor, wide, mean)
             variance = call(aten.sub.Tensor, variance, call(aten.mul.Tensor, mean, mean))
         result = call(aten.mul.Tensor, wide, call(aten.rsqrt.default, call(aten.add.Tensor, variance, epsilon)))
-        if dtype != torch.float32:
+        if is_half:
             result = call(aten.to.dtype, result, dtype)
         for operand, target in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
             result = result if operand is None else call(target, result, operand)
