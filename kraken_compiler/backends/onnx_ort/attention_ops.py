@@ -26,7 +26,8 @@ _library.define(
 )
 _library.define(
     "capped_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor past_key, Tensor past_value, "
-    "float? scale=None, float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor, Tensor)"
+    "float scale, float softcap, int kv_heads, int group, int key_dim, int dim, Tensor? sinks=None) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -83,11 +84,15 @@ def _capped_attention(
     mask: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    scale: float | None = None,
-    softcap: float = 0.0,
+    scale: float,
+    softcap: float,
+    kv_heads: int,
+    group: int,
+    key_dim: int,
+    dim: int,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In plain operators, which the exporter writes one by one: ONNX caps scores after the mask, and has no sinks."""
+    """See `kraken::capped_attention`; K, H / K and both D are numbers, for ONNX reshapes by them."""
     keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     return capped_attention(query, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks), keys, values
 
@@ -110,7 +115,16 @@ def _attention_shape(
     )
 
 
-_library.impl("capped_attention", _capped_attention, "CompositeImplicitAutograd")
-for _name, _run, _fake in (("attention_mask", _mask, _mask_shape), ("attention", _attention, _attention_shape)):
+def _capped_attention_shape(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_shape(query, key, value, mask, past_key, past_value)
+
+
+for _name, _run, _fake in (
+    ("attention_mask", _mask, _mask_shape),
+    ("attention", _attention, _attention_shape),
+    ("capped_attention", _capped_attention, _capped_attention_shape),
+):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kraken_onnx::{_name}", _fake, lib=_library)

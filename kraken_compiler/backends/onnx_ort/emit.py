@@ -28,6 +28,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
 from kraken_compiler.progress import Advance
 
 RUNNABLE = ("float32", "float16")
@@ -100,4 +101,9 @@ def _require_runnable(program: Program) -> None:
         raise UsageError(
             f"the onnx backend writes {' and '.join(RUNNABLE)}, and this model is {', '.join(foreign)}; "
             "compile it with --dtype float32"
+        )
+    if program.cached is None and any(node.target is CAPPED_ATTENTION for node in program.graph.nodes):
+        raise UsageError(
+            "the onnx backend writes attention with capped scores or sinks only where it keeps a KV cache, and this "
+            f"model has none: {program.no_cache}; compile it with --backend torch"
         )

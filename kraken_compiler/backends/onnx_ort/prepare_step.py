@@ -146,7 +146,10 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
             operands: tuple[Any, ...] = (query, key, value, masks[kind], key_cache, value_cache, scale)
             target = torch.ops.kraken_onnx.attention.default
             if softcap or sinks is not None:
-                target, operands = torch.ops.kraken_onnx.capped_attention.default, (*operands, softcap, sinks)
+                (heads, head_dim), kv_heads = query.meta["val"].shape[1::2], key.meta["val"].shape[1]
+                sizes = (kv_heads, heads // kv_heads, head_dim, value.meta["val"].shape[3])
+                target = torch.ops.kraken_onnx.capped_attention.default
+                operands = (*operands[:-1], head_dim**-0.5 if scale is None else scale, softcap, *sizes, sinks)
             results = _call(graph, mode, target, *operands)
             out, presents[key_cache.name], presents[value_cache.name] = (
                 _element(graph, results, number) for number in range(3)

@@ -46,6 +46,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.kraken.expert_linear.default: _expert_linear,
         torch.ops.kraken.attention.default: _plain_attention,
         torch.ops.kraken_onnx.attention.default: _attention,
+        torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
     }
 
@@ -64,6 +65,44 @@ def _attention(
 ) -> Any:
     out, present_key, present_value, _ = op.Attention(query, key, value, mask, past_key, past_value, scale=scale)
     return out, present_key, present_value
+
+
+def _capped_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    past_key: Any,
+    past_value: Any,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    kv_heads: int = 1,
+    group: int = 1,
+    key_dim: int = 1,
+    dim: int = 1,
+    sinks: Any = None,
+) -> Any:
+    """In plain operators over [B, K, H / K, T, S]: ONNX's Attention caps scores after the mask, and has no sinks."""
+    keys, values = op.Concat(past_key, key, axis=2), op.Concat(past_value, value, axis=2)
+    apart = op.Constant(value_ints=[2])
+    queries = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, group, -1, key_dim]))
+    scores = op.MatMul(queries, op.Transpose(op.Unsqueeze(keys, apart), perm=[0, 1, 2, 4, 3]))
+    scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale), scores))
+    if softcap:
+        cap = op.CastLike(op.Constant(value_float=softcap), scores)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    scores = op.Add(scores, op.Unsqueeze(mask, apart))
+    if sinks is None:
+        shares = op.Softmax(scores, axis=-1)
+    else:
+        last = op.Constant(value_ints=[-1])
+        sink = op.Reshape(sinks, op.Constant(value_ints=[1, kv_heads, group, 1, 1]))
+        largest = op.Max(op.ReduceMax(scores, last, keepdims=1), sink)
+        weights = op.Exp(op.Sub(scores, largest))
+        total = op.Add(op.ReduceSum(weights, last, keepdims=1), op.Exp(op.Sub(sink, largest)))
+        shares = op.Div(weights, total)
+    mixed = op.MatMul(shares, op.Unsqueeze(values, apart))
+    return op.Reshape(mixed, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
 
 
 def _plain_attention(
