@@ -123,12 +123,20 @@ def _share(mean: fx.Node, call: object) -> fx.Node:
 
 def _hide(start: fx.Node, wait: fx.Node, within: set[fx.Node]) -> None:
     """Move the projections that need no mean (the one of the values) between start and wait."""
+    needed = ancestors(start)
+    order = list(start.graph.nodes)
+    place = {node: number for number, node in enumerate(order)}
+    early = [node for node in order if node in within and node.target is LINEAR and node not in needed]
+    if early and place[early[0]] < place[start]:
+        for node in order[place[early[0]] :]:
+            if node in needed:
+                early[0].prepend(node)
     place = {node: number for number, node in enumerate(start.graph.nodes)}
     late = [node for node in within if node.target is LINEAR and place[node] > place[wait]]
     for linear in sorted(late, key=place.__getitem__):
-        needed = ancestors(linear)
-        if wait in needed:
+        above = ancestors(linear)
+        if wait in above:
             continue
-        for node in sorted(needed, key=place.__getitem__):
+        for node in sorted(above, key=place.__getitem__):
             if place[node] > place[wait]:
                 wait.prepend(node)
