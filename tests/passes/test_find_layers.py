@@ -167,7 +167,8 @@ def test_norms_on_the_stream_follow_its_sums() -> None:
     for branch, following in ((first, second), (second, third), (third, last)):
         assert branch.post is None
         assert branch.after is not None
-        assert [node.partition("_default")[0] for node in branch.after.nodes] == ["layer_norm"]
+        (norm,) = branch.after.nodes
+        assert norm.startswith("layer_norm")
         assert branch.after.nodes[-1] == following.stream
     assert last.post is None
     assert last.after is None

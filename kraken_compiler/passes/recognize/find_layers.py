@@ -200,7 +200,7 @@ def _layer_table(program: Program, joins: list[_Join], hidden: set[fx.Node]) -> 
             attentions = [node for node in nodes if node.target in ATTENTIONS]
             if len(attentions) > 1:
                 return _reject("a branch holds more than one attention", attentions[1])
-            found = find_projections(part, nodes, weights)
+            found = find_projections(part, nodes, weights, join.before)
             if isinstance(found, Rejection):
                 return found
             measured.append((not attentions, nodes, part, attentions, found, _replay(part, term, hidden, place)))

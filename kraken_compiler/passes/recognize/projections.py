@@ -71,16 +71,19 @@ def known_constants(program: Program, lane: int | None = None) -> dict[str, torc
     }
 
 
-def find_projections(term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node]) -> Projections | Rejection:
+def find_projections(
+    term: fx.Node, nodes: list[fx.Node], weights: set[fx.Node], stream: fx.Node | None = None
+) -> Projections | Rejection:
     """Find the projections of the branch whose output is `term`.
 
     Args:
         term: What the branch adds to the stream.
         nodes: The nodes of the branch, in graph order.
         weights: The nodes that are functions of weights alone.
+        stream: What the branch reads, if that must not meet the output again.
     """
     inside = set(nodes)
-    found = _output_projection(term, inside, weights)
+    found = _output_projection(term, inside, weights, stream)
     if isinstance(found, Rejection):
         return found
     output, factors = found
@@ -137,7 +140,7 @@ def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set
 
 
 def _output_projection(
-    term: fx.Node, inside: set[fx.Node], weights: set[fx.Node]
+    term: fx.Node, inside: set[fx.Node], weights: set[fx.Node], stream: fx.Node | None = None
 ) -> tuple[fx.Node, tuple[fx.Node, ...]] | Rejection:
     """Walk back from the branch's output through linear operations to its last projection.
 
@@ -149,9 +152,9 @@ def _output_projection(
     """
     node = term
     while node.target not in PROJECTIONS or args_of(node)[1] not in weights:
-        operands = [operand for operand in node.all_input_nodes if operand in inside]
-        if node.target is aten.mul.Tensor and len(operands) == 2:
-            ways = [_output_projection(operand, inside, weights) for operand in operands]
+        operands = [operand for operand in node.all_input_nodes if operand in inside or operand is stream]
+        if node.target is aten.mul.Tensor and len(operands) == 2 and stream not in operands:
+            ways = [_output_projection(operand, inside, weights, stream) for operand in operands]
             found = [way for way in ways if not isinstance(way, Rejection)]
             if len(found) != 1:
                 reason = "the branch's output is a product of two projections"
