@@ -15,6 +15,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.calibration.attention_received import attention_received
+from kraken_compiler.quality.calibration.branch_fit import Streams
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
 from kraken_compiler.quality.calibration.moments import Moments
@@ -26,7 +27,7 @@ from kraken_compiler.runtime.logits import inputs_function, logits_function
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 from tests.zoo import SUPPORTED, random_tokens
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3", "opt", "granite", "llama_bias")
+FAMILIES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3", "opt", "granite", "llama_bias", "gemma2")
 
 
 def samples(tokens: int, features: int = 5, targets: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +149,7 @@ def test_calibration_brings_lanes_closer_to_the_source(family: str) -> None:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom", "gemma2"])
 def test_attention_received_is_what_the_model_says_of_itself(family: str) -> None:
     model = SUPPORTED[family]()
     model.set_attn_implementation("eager")
@@ -160,6 +161,23 @@ def test_attention_received_is_what_the_model_says_of_itself(family: str) -> Non
     read_lane = read_from_source(program, captured(family).store.read)
     found = attention_received(program, read_lane, inputs_function(program.inputs)(ids))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "adds"), [("llama", True), ("gemma2", False)])
+def test_gaps_are_not_added_up_through_norms(family: str, adds: bool, tmp_path: Path) -> None:
+    """What a norm makes of two streams' difference is not the difference that their next reads have."""
+    standard, program = lowered(family, "standard"), lowered(family, "kraken")
+    read_lane = read_from_source(program, captured(family).store.read)
+    inputs = list(map(inputs_function(program.inputs), batches(0, 2)))
+    values = Values(tmp_path, limit=1 << 30)
+    runs = [Lockstep(one, read_lane, inputs, values, name) for one, name in ((standard, "source"), (program, "lanes"))]
+    streams = Streams(standard, *runs, values, [False, True], [torch.ones(8 * 24)] * 2)
+    for of_source, of_lanes in list(zip(find_refittable(standard), find_refittable(program), strict=True))[:3]:
+        assert not isinstance(of_source, Rejection)
+        assert not isinstance(of_lanes, Rejection)
+        streams.settle(of_source.end, of_lanes.end)
+    gap = streams.gap(1)
+    assert bool(torch.as_tensor(gap).abs().max() > 0) == adds
 
 
 def test_an_unchanged_form_is_left_alone() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import ATTENTION
+from kraken_compiler.passes.graph_tools import ATTENTIONS
 
 
 def attention_received(program: Program, read_lane: ReadLane, inputs: Sequence[Tensor]) -> Tensor:
@@ -44,7 +44,7 @@ class _Watch(StreamingProgram):
         self.received_S, self.seen = torch.zeros(sequence), 0
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (ATTENTION, torch.ops.kraken.attention.default):
+        if target in (*ATTENTIONS, torch.ops.kraken.attention.default):
             for lane in range(self._program.degree if self._differs((args, kwargs)) else 1):
                 lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
                 self._add(target, *lane_args, **lane_kwargs)

@@ -46,6 +46,9 @@ class Streams:
         self.importance = tuple(importance)
         self._values = values
         self._has_gap = False
+        branches = standard.layers.branches
+        # A norm between a sum and the next read does not commute with it: what a stream lacks is no sum of differences.
+        self._is_sum = not any(branch.post or branch.after for branch in branches)
         nodes = {node.name: node for node in standard.graph.nodes}
         self._joins: list[tuple[int, fx.Node]] = [(point, nodes[name]) for point, name in standard.layers.joins]
 
@@ -54,7 +57,10 @@ class Streams:
         return next(node for point, node in reversed(self._joins) if point <= branch)
 
     def gap(self, batch: int) -> Tensor | float:
-        """The source's stream minus the lanes' after the branches so far, of one batch."""
+        """The source's stream minus the lanes' after the branches so far, of one batch.
+
+        0 where norms follow branches: each is then fitted to what it gives in the source.
+        """
         value: Tensor | float = self._values.get(f"gap-{batch}") if self._has_gap else 0.0
         return value
 
@@ -62,9 +68,11 @@ class Streams:
         """Let a branch contribute to both streams."""
         pairs = zip(self.source.advance([of_source]), self.lanes.advance([of_lanes]), strict=True)
         for batch, (source, lanes) in enumerate(pairs):
+            if not self._is_sum:
+                continue
             gap = self.gap(batch) + total(source[of_source], self.degree) - total(lanes[of_lanes], self.degree)
             self._values.put(f"gap-{batch}", gap)
-        self._has_gap = True
+        self._has_gap = self._is_sum
 
 
 _MASSIVE = 10.0
@@ -148,7 +156,9 @@ class BranchFit:
                 features = x_NP.shape[1] + biased
                 fitted, held = (Moments.zeros(features, lacking.shape[1], measured=one) for one in (False, True))
             added = total(source[end], self.degree)
-            weight_N = _output_weight(self.streams.importance[batch], source[after], added)
+            # A norm after the branch reads its sum and not the stream.
+            stream = added if self.of_source.branch.post else source[after]
+            weight_N = _output_weight(self.streams.importance[batch], stream, added)
             (held if self.streams.held[batch] else fitted).add(_with_ones(x_NP, biased), lacking, weight_N)
         if fitted is None or held is None:
             return FitRecord(_UNEQUAL, 0.0, 1.0, kept=False)
