@@ -8,7 +8,8 @@ import pytest
 
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.quality.budget import Budget, choose_forms, perplexity_increase, traffic
+from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.quality.budget import Budget, Payloads, choose_forms, perplexity_increase, traffic
 from kraken_compiler.quality.evaluate import ByPosition, Quality
 
 LAYERS = 12
@@ -45,6 +46,21 @@ def test_traffic_of_the_forms() -> None:
     late = traffic(branches(4), ["standard", "standard", "kraken", "kraken"])
     # The last sum before the first kraken layer is hidden too.
     assert (late.sent, late.hidden, late.spared) == (6, 2, 0.5)
+
+
+def test_norms_that_need_whole_sums_are_waited_for() -> None:
+    """Attention sends three numbers more wherever it reads what the source reads; a late branch sends none."""
+    model = branches(4)
+    sums = [Reduce(number, number, number, number + 1, (), 256) for number in range(1, 9)]
+    means = [Reduce(9, number, number, number, (), size) for number in (1, 3, 5, 7) for size in (8, 4)]
+    payloads = Payloads.of(FormPlan((), (), (*sums, *means)))
+    assert payloads == Payloads(256, {1: 12, 3: 12, 5: 12, 7: 12})
+    standard = traffic(model, ["standard"] * 4, payloads)
+    assert (standard.standard, standard.sent, standard.spared) == (2096, 2096, 0.0)
+    kraken = traffic(model, ["kraken"] * 4, payloads)
+    assert (kraken.standard, kraken.sent, kraken.hidden) == (2096, 4 * 256 + 12, 3 * 256)
+    dropped = traffic(model, ["sync-drop"] * 4, payloads)
+    assert dropped.sent == 4 * 256 + 4 * 12
 
 
 @pytest.mark.parametrize("limit", [0.001, 0.012, 0.05, 0.2, 0.5, 0.7, 5.0])

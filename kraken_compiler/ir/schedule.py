@@ -33,6 +33,11 @@ class Reduce:
     window: tuple[int, ...]
     bytes_per_token: int = 0
 
+    @property
+    def is_inside(self) -> bool:
+        """True if its own branch awaits it: the means of norms over split columns."""
+        return self.awaited_by == self.last
+
 
 @dataclass(frozen=True)
 class FormPlan:

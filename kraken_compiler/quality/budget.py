@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.formatting import number_text
 from kraken_compiler.ir.forms import FORMS, KRAKEN, STANDARD, SYNC_DROP
 from kraken_compiler.ir.layers import Branch
+from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.passes.form.derive_schedule import derive_plan
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.report import table
@@ -91,21 +92,47 @@ class Traffic:
         return self.hidden / self.sent if self.sent else 0.0
 
 
-def traffic(branches: Sequence[Branch], forms: Sequence[str]) -> Traffic:
-    """All-reduce bytes of a choice of forms, in units of one token's residual stream.
+@dataclass(frozen=True)
+class Payloads:
+    """What the branches of a model send.
+
+    Attributes:
+        part: Bytes per token of a branch's output.
+        inside: For branches whose norms need whole sums themselves, by number: the bytes per token of those.
+    """
+
+    part: int = 1
+    inside: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, standard: FormPlan) -> Payloads:
+        """Those of a model, from its program in standard form."""
+        inside: dict[int, int] = {}
+        for reduce in standard.reduces:
+            if reduce.is_inside:
+                inside[reduce.last] = inside.get(reduce.last, 0) + reduce.bytes_per_token
+        return cls(min(reduce.bytes_per_token for reduce in standard.reduces if not reduce.is_inside), inside)
+
+
+def traffic(branches: Sequence[Branch], forms: Sequence[str], payloads: Payloads = Payloads()) -> Traffic:
+    """All-reduce bytes per token of a choice of forms.
 
     Args:
         branches: Of the whole model, in order.
         forms: The form of every layer.
+        payloads: What the branches send.
     """
-    standard = derive_plan(branches, [STANDARD] * len(forms), 1).reduces
-    reduces = derive_plan(branches, [FORMS[form] for form in forms], 1).reduces
-    hidden = sum(reduce.bytes_per_token for reduce in reduces if reduce.window)
-    return Traffic(_total(standard), _total(reduces), hidden)
+    standard = derive_plan(branches, [STANDARD] * len(forms), payloads.part)
+    plan = derive_plan(branches, [FORMS[form] for form in forms], payloads.part)
+    hidden = sum(reduce.bytes_per_token for reduce in plan.reduces if reduce.window)
+    return Traffic(_sent(branches, standard, payloads), _sent(branches, plan, payloads), hidden)
 
 
-def _total(reduces: Sequence[Any]) -> int:
-    return sum(reduce.bytes_per_token for reduce in reduces)
+def _sent(branches: Sequence[Branch], plan: FormPlan, payloads: Payloads) -> int:
+    # A branch that reads its peers late takes the means of its own columns and sends nothing.
+    fresh = [read.branch for read in plan.reads if read.own == read.peers == branches[read.branch - 1].reads]
+    inside = sum(payloads.inside.get(number, 0) for number in fresh)
+    return inside + sum(reduce.bytes_per_token for reduce in plan.reduces)
 
 
 @dataclass(frozen=True)
@@ -172,6 +199,7 @@ def choose_forms(
     sync_drop_costs: Sequence[float],
     measure: Measure,
     budget: Budget,
+    payloads: Payloads = Payloads(),
 ) -> Choice:
     """Search for the forms that wait for the least communication within a budget.
 
@@ -181,8 +209,9 @@ def choose_forms(
         sync_drop_costs: The same for `sync-drop`.
         measure: Measures a choice, never the same one twice.
         budget: The limit.
+        payloads: What the branches send.
     """
-    search = _Search(branches, measure, budget)
+    search = _Search(branches, measure, budget, payloads)
     forms = search.most([STANDARD.name] * len(kraken_costs), KRAKEN.name, kraken_costs)
     search.most(forms, SYNC_DROP.name, sync_drop_costs)
     measured = sorted(search.measured.values(), key=lambda candidate: (candidate.traffic.spared, candidate.kl))
@@ -193,9 +222,9 @@ def choose_forms(
 class _Search:
     """Measures candidates, each once."""
 
-    def __init__(self, branches: Sequence[Branch], measure: Measure, budget: Budget) -> None:
+    def __init__(self, branches: Sequence[Branch], measure: Measure, budget: Budget, payloads: Payloads) -> None:
         self.measured: dict[tuple[str, ...], Candidate] = {}
-        self._branches, self._measure, self._budget = branches, measure, budget
+        self._branches, self._measure, self._budget, self._payloads = branches, measure, budget, payloads
 
     def most(self, base: Sequence[str], form: str, costs: Sequence[float]) -> list[str]:
         """Give a form to as many of the standard layers of `base` as the budget allows, the cheapest first."""
@@ -223,7 +252,7 @@ class _Search:
             quality = self._measure(forms)
             self.measured[forms] = Candidate(
                 forms,
-                traffic(self._branches, forms),
+                traffic(self._branches, forms, self._payloads),
                 quality.kl,
                 perplexity_increase(quality),
                 self._budget.used(quality),

@@ -12,7 +12,7 @@ from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress
-from kraken_compiler.quality.budget import Budget, Choice, choose_forms
+from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import Quality, evaluate
@@ -62,6 +62,7 @@ def forms_within(
     fitted, measured = rows[:-count], list(torch.split(rows[-count:], _ROWS_AT_ONCE))
     standard, _ = lower(captured.program, degree, "standard", cached=False)
     assert standard.layers is not None
+    assert standard.plan is not None
     layers = len(standard.layers.layers)
     wanted = [(form.name, run) for form in (KRAKEN, SYNC_DROP) for run in single_layers(layers)]
     name = f"a part of {', '.join(map(str, paths))}"
@@ -82,7 +83,8 @@ def forms_within(
             found = calibrate(standard, program, read_lane, list(map(inputs_of, batches)), held, advance=advance)
         return evaluate(replay(said), lane_logits(program, found.weights.read_lane), measured, name)
 
-    return choose_forms(standard.layers.branches, costs[KRAKEN.name], costs[SYNC_DROP.name], measure, budget)
+    by_form = (costs[KRAKEN.name], costs[SYNC_DROP.name])
+    return choose_forms(standard.layers.branches, *by_form, measure, budget, Payloads.of(standard.plan))
 
 
 def layers_of(forms: Sequence[str]) -> list[int]:
