@@ -42,7 +42,8 @@ CHANGED = 1e-3
 
 REASONS = {
     "soft_moe": ("mixture of experts", "blocks.0"),
-    "t5": ("encoder-decoders", "encoder.block.0"),
+    # Its decoder reads the encoder's tokens, shifted, so no input tells the two streams apart.
+    "bart_one_input": ("inputs of their own", "model.encoder.layers.0"),
     "no_attention": ("no branch of the residual stream holds an attention", "blocks.0"),
     # The concatenation is in the model's own forward, which has no path.
     "unet_skip": ("not only added to", ""),

@@ -37,6 +37,7 @@ class Branch:
         columns: Width of the input of the output projection.
         post: What turns the whole output into what is added to the stream (a norm after the branch, sandwich norm).
         after: What turns the stream that the branch has joined into the next stream (post-norm).
+        base: How many branches belong to streams before this one: 0, or in a decoder the number of its encoder's.
     """
 
     index: int
@@ -52,11 +53,12 @@ class Branch:
     columns: int = 0
     post: Replay | None = None
     after: Replay | None = None
+    base: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: an attention branch and the FFN branches that follow it."""
+    """One layer: an attention branch, in a decoder with cross-attention a second, and the FFN branches that follow."""
 
     index: int
     path: str
@@ -69,8 +71,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """The stream of an encoder, which the branches of a decoder read besides their own.
+
+    Attributes:
+        embedding: Node where the stream begins.
+        final: Node of the stream after its last branch.
+        result: Node through which the decoder reads it.
+    """
+
+    embedding: str
+    final: str
+    result: str
+
+
+@dataclass(frozen=True)
 class LayerTable:
-    """The residual stream and everything on it.
+    """The residual stream and everything on it. Of an encoder-decoder the decoder's; the encoder's branches come first.
 
     Attributes:
         embedding: Node where the stream begins (all embeddings summed).
@@ -79,6 +96,7 @@ class LayerTable:
         final: Node of the stream after the last branch.
         head: The vocabulary projection's node, "" if the model has none.
         layers: The layers in order.
+        encoder: The stream before this one, if there are two.
     """
 
     embedding: str
@@ -86,6 +104,7 @@ class LayerTable:
     final: str
     head: str
     layers: tuple[Layer, ...]
+    encoder: Encoder | None = None
 
     @property
     def branches(self) -> tuple[Branch, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ def value_descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 def ancestors(
     node: fx.Node,
-    stop: set[fx.Node] | frozenset[fx.Node] = frozenset(),
-    within: set[fx.Node] | None = None,
+    stop: Set[fx.Node] = frozenset(),
+    within: Set[fx.Node] | None = None,
 ) -> set[fx.Node]:
     """All nodes that `node` depends on, itself included.
 

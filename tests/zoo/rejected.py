@@ -105,11 +105,21 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": FFN,
     "max_position_embeddings": 64,
 }
-_T5 = {"vocab_size": 97, "d_model": D, "d_kv": 8, "d_ff": FFN, "num_layers": 2, "num_heads": H, "is_gated_act": False}
+_BART: dict[str, Any] = {
+    "vocab_size": 97,
+    "d_model": D,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": H,
+    "decoder_attention_heads": H,
+    "encoder_ffn_dim": FFN,
+    "decoder_ffn_dim": FFN,
+    "max_position_embeddings": 64,
+}
 
 _MODELS = (
     Rejected(Builder("soft_moe", partial(_decoder, SoftMoeBlock)), ""),
-    Rejected(Builder("t5", partial(_seq2seq, "t5", **_T5)), "", inputs=("input_ids", "decoder_input_ids")),
+    Rejected(Builder("bart_one_input", partial(_seq2seq, "bart", **_BART)), ""),
     Rejected(Builder("no_attention", partial(_decoder, FfnBlock)), "attention"),
     Rejected(Builder("unet_skip", SkipDecoder), ""),
 )

@@ -19,8 +19,9 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
     """Derive what every branch reads, which partial outputs share a reduce, and when reduces start and are awaited.
 
     A read never looks further than the source model's own read does, so branches that are parallel in the source stay
-    parallel in a form with own lag 1. Partial outputs share a reduce when no read needs the sum between them. A reduce
-    starts as soon as its last operand exists and is awaited at the first read that needs it.
+    parallel in a form with own lag 1; nor does it look back beyond the beginning of its stream. Partial outputs share a
+    reduce when no read needs the sum between them. A reduce starts as soon as its last operand exists and is awaited at
+    the first read that needs it.
 
     Args:
         branches: All branches of the model in execution order.
@@ -86,7 +87,8 @@ def _slots(branches: Sequence[Branch]) -> list[int]:
 def _read(branch: Branch, form: Form, slots: list[int]) -> Read:
     lag = form.lag(branch.kind)
     slot = next(number for number, end in enumerate(slots) if end >= branch.index)
-    own, peers = (min(slots[max(0, slot - steps)], branch.reads) for steps in (lag.own, lag.peers))
+    points = (slots[max(0, slot - steps)] for steps in (lag.own, lag.peers))
+    own, peers = (max(branch.base, min(point, branch.reads)) for point in points)
     return Read(branch.index, own, peers)
 
 

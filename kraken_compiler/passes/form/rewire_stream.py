@@ -7,6 +7,9 @@
 Each branch is built again on its own read, so branches that shared a norm in the source model get one each where their
 reads differ. The nodes a branch does not share with the stream (masks, rotary tables) are kept once.
 
+An encoder's stream is rebuilt first; what the decoder reads of it stands where its first reader does, so that the
+encoder's last reduce is under way while the decoder begins.
+
 Norms after branches and on the stream work on complete sums. Branches with such norms in between share a reduce all the
 same: their outputs travel side by side. A lane that reads its own parts early repeats the norms on what it sees.
 """
@@ -20,7 +23,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.ir.layers import Branch, LayerTable, Replay
+from kraken_compiler.ir.layers import Branch, Encoder, LayerTable, Replay
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import FormPlan, Reduce
 from kraken_compiler.passes.base import Pass, PassResult
@@ -58,7 +61,8 @@ class _Builder:
         self.new: dict[fx.Node, fx.Node] = {}
         self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.parts: list[fx.Node] = []
-        self.stream: dict[int, fx.Node] = {}
+        self.stream: dict[tuple[int, int], fx.Node] = {}
+        """The whole stream by the point at which it began and the point that it has reached."""
         self.sums: dict[tuple[int, int], fx.Node] = {}
         self.handles: dict[int, fx.Node] = {}
         self.replays: dict[tuple[Replay, fx.Node], tuple[fx.Node, ...]] = {}
@@ -66,20 +70,44 @@ class _Builder:
 
     def build(self) -> fx.Graph:
         final = self.old[self.layers.final]
-        embedding = self.old[self.layers.embedding]
-        on_stream = value_descendants([embedding]) - {embedding}
+        embeddings = self._embeddings()
+        on_stream = value_descendants(embeddings.values()) - set(embeddings.values())
         for node in self.program.graph.nodes:
             if node not in on_stream and node.op != "output":
                 self.new[node] = self._copy(node, self.new)
-        self.stream[0] = self.new[embedding]
+        self.stream = {(base, base): self.new[embedding] for base, embedding in embeddings.items()}
         for branch in self.layers.branches:
             self._branch(branch)
-        self.new[final] = self._point(len(self.parts))
+        self._finish_encoder()
+        self.new[final] = self._point(len(self.parts), self._base)
         tail = descendants([final]) - {final}
         for node in self.program.graph.nodes:
             if node in tail:
                 self.new[node] = self._copy(node, self.new)
         return self.graph
+
+    @property
+    def _base(self) -> int:
+        """The point at which the stream that reaches the output begins."""
+        return self.layers.branches[-1].base
+
+    def _embeddings(self) -> dict[int, fx.Node]:
+        """Where the streams begin, by their first points."""
+        encoder, embedding = self.layers.encoder, self.old[self.layers.embedding]
+        return {self._base: embedding} | ({} if encoder is None else {0: self.old[encoder.embedding]})
+
+    def _finish_encoder(self) -> None:
+        """What lies between the encoder's last branch and the branches that read it; computed once."""
+        encoder = self.layers.encoder
+        if encoder is None or self.old[encoder.final] in self.new:
+            return
+        final = self.old[encoder.final]
+        self.new[final] = self._point(self._base, 0)
+        in_branches = {self.old[name] for branch in self.layers.branches for name in branch.nodes}
+        between = descendants([final]) - value_descendants([self.old[self.layers.embedding]]) - in_branches - {final}
+        for node in self.program.graph.nodes:
+            if node in between:
+                self.new[node] = self._copy(node, self.new)
 
     def renamed(self) -> LayerTable:
         """The layer table with the new graph's node names."""
@@ -93,11 +121,16 @@ class _Builder:
                 post, after = self._renamed_replay(branch.post), self._renamed_replay(branch.after)
                 branches.append(replace(branch, stream=read.name, output=output, nodes=names, post=post, after=after))
             layers.append(replace(layer, branches=tuple(branches)))
-        head = self.layers.head
+        head, encoder = self.layers.head, self.layers.encoder
+        points = {point: node.name for (base, point), node in sorted(self.stream.items()) if point > base or point == 0}
+        if encoder is not None:
+            result = self.new[self.old[encoder.result]].name
+            encoder = Encoder(self.stream[0, 0].name, self.new[self.old[encoder.final]].name, result)
         return replace(
             self.layers,
-            embedding=self.stream[0].name,
-            joins=tuple((point, node.name) for point, node in sorted(self.stream.items())),
+            embedding=self.stream[self._base, self._base].name,
+            joins=tuple(sorted(points.items())),
+            encoder=encoder,
             final=self.new[self.old[self.layers.final]].name,
             head=self.new[self.old[head]].name if head in self.old else head,
             layers=tuple(layers),
@@ -117,6 +150,8 @@ class _Builder:
 
     def _branch(self, branch: Branch) -> None:
         source, read = self.old[branch.stream], self._read(branch)
+        if self._reads_encoder(branch):
+            self._finish_encoder()
         values = _Overlay(self.new, {source: read})
         for name in branch.nodes:
             node = self.old[name]
@@ -129,23 +164,29 @@ class _Builder:
             if reduce.last == branch.index:
                 self.handles[reduce.index] = self.graph.call_function(_START, (self._payload(reduce),))
 
+    def _reads_encoder(self, branch: Branch) -> bool:
+        encoder = self.layers.encoder
+        return encoder is not None and any(
+            self.old[encoder.result] in self.old[name].all_input_nodes for name in branch.nodes
+        )
+
     def _read(self, branch: Branch) -> fx.Node:
         """G[peers] + (O[own] - O[peers]): the landed sum plus the lane's own parts since."""
         read = self.plan.reads[branch.index - 1]
-        landed = self._point(read.peers)
+        landed = self._point(read.peers, branch.base)
         for first, last in sums_of(self.layers.branches, read.peers + 1, read.own):
             landed = self._joined(landed, last, self._sum(first, last))
         return landed
 
-    def _point(self, point: int) -> fx.Node:
-        """The whole stream after `point` branches; waits for the reduces that are still under way."""
-        if point not in self.stream:
+    def _point(self, point: int, base: int) -> fx.Node:
+        """The whole stream that begins at `base` after `point` branches; waits for reduces that are under way."""
+        if (base, point) not in self.stream:
             reduce = self._reduce_ending_at(point)
-            value = self._point(reduce.first - 1)
+            value = self._point(reduce.first - 1, base)
             arrived = self.graph.call_function(_WAIT, (self.handles[reduce.index],))
             for (_, last), whole in zip(self._sums(reduce), self._unpacked(arrived, reduce), strict=True):
-                value = self.stream[last] = self._joined(value, last, whole, is_whole=True)
-        return self.stream[point]
+                value = self.stream[base, last] = self._joined(value, last, whole, is_whole=True)
+        return self.stream[base, point]
 
     def _sums(self, reduce: Reduce) -> tuple[tuple[int, int], ...]:
         return sums_of(self.layers.branches, reduce.first, reduce.last)
@@ -159,7 +200,7 @@ class _Builder:
         count = len(self._sums(reduce))
         if count == 1:
             return [arrived]
-        width = int(shape_of(self.old[self.layers.embedding])[-1])
+        width = int(shape_of(self.old[self.layers.branches[reduce.first - 1].stream])[-1])
         ranges = [(place * width, (place + 1) * width) for place in range(count)]
         return [self.graph.call_function(aten.slice.Tensor, (arrived, self._last_dim, *ends)) for ends in ranges]
 
