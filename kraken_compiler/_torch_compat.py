@@ -227,8 +227,11 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
     for target, translation in translations.items():
         registry.register_op(target, translation, is_complex=False)
     calls = [node for node in graph.nodes if node.op == "call_function"]
+    is_direct = all(registry.is_registered(node.target) and not _mixes_types(node) for node in calls)
+    if not is_direct:
+        _lay_out(graph)
     program = flat_program(graph)
-    if all(registry.is_registered(node.target) and not _mixes_types(node) for node in calls):
+    if is_direct:
         made = _core._exported_program_to_onnx_program(program, registry=registry, lower="at_conversion")
         made.model = onnxscript_apis.convert_version(made.model, opset)
         made.optimize()
@@ -238,6 +241,25 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
     )
     assert exported is not None
     return exported.model
+
+
+def _lay_out(graph: fx.Graph) -> None:
+    """Copy what is permuted before it is reshaped.
+
+    Tracing again, torch takes a reshape for a view where an attention's result is laid out for one, decomposes the
+    attention, whose result then is laid out differently, and trips over the view.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        permuted = node.args[0]
+        assert isinstance(permuted, fx.Node)
+        if permuted.target is aten.permute.default:
+            with graph.inserting_before(node):
+                copy = graph.call_function(aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
+            value = permuted.meta["val"]
+            with value.fake_mode:
+                copy.meta = {**permuted.meta, "val": value.clone(memory_format=torch.contiguous_format)}
+            node.replace_input_with(permuted, copy)
 
 
 def _mixes_types(node: fx.Node) -> bool:
