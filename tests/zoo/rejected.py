@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo.builder import Builder, random_tokens
-from tests.zoo.families import from_config
 from tests.zoo.norms import attend
 from tests.zoo.plain import FFN, LAYERS, D, Decoder, GptBlock, H
 
