@@ -190,17 +190,23 @@ def test_a_factor_on_the_stream_follows_the_layer_before() -> None:
     assert [branch.after is not None for branch in table.branches] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("gate", ["stream", "norm"])
-def test_rejects_an_output_that_meets_its_input_again(gate: str) -> None:
-    """What joins the stream is then no function of the sum over lanes alone."""
+@pytest.mark.parametrize("gate", ["stream", "itself", "norm"])
+def test_an_output_may_meet_what_all_lanes_know_but_not_the_stream(gate: str) -> None:
+    """A factor that every lane computes in full keeps the output a sum; a square of the output does not."""
 
     class Gated(Block):
         def forward(self, x_BSD: Tensor) -> Tensor:
             x_BSD = x_BSD + self.attention(self.norm1(x_BSD))
             y_BSD = self.norm2(x_BSD)
-            return x_BSD + self.ffn(y_BSD) * (x_BSD if gate == "stream" else y_BSD)
+            out_BSD = self.ffn(y_BSD)
+            return x_BSD + out_BSD * {"stream": x_BSD, "itself": out_BSD, "norm": y_BSD}[gate]
 
-    text, path = reason(with_blocks(Gated))
+    model = with_blocks(Gated)
+    if gate == "norm":
+        sample = captured(model)
+        assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+        return
+    text, path = reason(model)
     assert "'mul.Tensor' stands between" in text
     assert path == "blocks.0"
 
