@@ -120,6 +120,7 @@ _BUILDERS = (
         norm_topk_prob=True,
         moe_intermediate_size=32,
     ),
+    _modern("olmoe", "olmoe", kv_heads=4, num_experts=8, num_experts_per_tok=3),
     _modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
     _modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
     _modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=_MIXED_WINDOWS, sliding_window=6),
