@@ -51,10 +51,12 @@ bench-shard: $(VENV)/.package ## measure a compile of a 16 GB checkpoint against
 bench-compile: $(VENV)/.package ## time the plans of a 70B and a 405B model, pass by pass
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_time.py $(BENCH_ARGS)
 
-tables: $(VENV)/.models ## write the tables of families in the docs, from what their tests find
+tables: $(VENV)/.models ## write docs/models.md and README's list of models, from what the tests find
 	@rm -rf build/tables && mkdir -p build/tables
-	@$(TEST_ENV) KRAKEN_TABLES=build/tables $(BIN)/python -m pytest -n $(WORKERS) -q tests/test_onnx_families.py
-	@$(BIN)/python tests/write_tables.py build/tables
+	@$(TEST_ENV) KRAKEN_TABLES=$(CURDIR)/build/tables $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q \
+		tests/test_families.py tests/test_families_on_ranks.py tests/test_cache_families.py tests/test_onnx_families.py \
+		tests/test_other_inputs.py tests/test_uneven_degrees.py tests/test_invented_models.py
+	@$(BIN)/python -m tests.write_tables build/tables
 
 clean: ## remove everything that the other targets made
 	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -39,6 +39,22 @@ def run_programs(payload: Mapping[str, Any], session: Session) -> None:
     save_file(outputs, directory / f"out-{session.rank}.safetensors")
 
 
+def run_on_inputs(payload: Mapping[str, Any], session: Session) -> None:
+    """Run every artifact of a directory, called MODEL.FORM, on its model's inputs in `MODEL.safetensors`.
+
+    The logits are saved in `out-RANK.safetensors`, by artifact.
+    """
+    directory = Path(payload["directory"])
+    outputs: dict[str, Tensor] = {}
+    for name in payload["programs"]:
+        session.status.progress(f"running {name}")
+        program = RankProgram.load(open_artifact(directory / name, verify=False), verify=False)
+        given = load_file(directory / f"{name.split('.')[0]}.safetensors")
+        with torch.inference_mode():
+            outputs[name] = program(**given).logits.contiguous()
+    save_file(outputs, directory / f"out-{session.rank}.safetensors")
+
+
 def generate_greedily(payload: Mapping[str, Any], session: Session) -> list[list[int]]:
     """Continue a batch of prompts with the KV cache; EOS ends nothing."""
     prompts, tokens = payload["prompts"], payload["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from kraken_compiler.ir.schedule import FormPlan, Reduce
 from kraken_compiler.quality.budget import Budget, Payloads, choose_forms, perplexity_increase, traffic
 from kraken_compiler.quality.evaluate import ByPosition, Quality
 
-LAYERS = 12
+LAYERS = 7
+COSTS_OF_TWO = {"kraken": [1.0, 1.0], "sync-drop": [1.0, 1.0]}
 COST = {"standard": 0.0, "kraken": 1.0, "sync-drop": 0.3}
 
 
@@ -29,7 +31,7 @@ def quality(kl: float, increase: float = 0.0) -> Quality:
 
 
 def cost(forms: tuple[str, ...]) -> float:
-    """Layer 0 costs most; the last costs a twelfth of that."""
+    """Layer 0 costs most; the last costs a seventh of that."""
     return sum(COST[form] * (LAYERS - layer) / 100 for layer, form in enumerate(forms))
 
 
@@ -63,42 +65,41 @@ def test_norms_that_need_whole_sums_are_waited_for() -> None:
     assert dropped.sent == 4 * 256 + 4 * 12
 
 
-@pytest.mark.parametrize("limit", [0.001, 0.012, 0.05, 0.2, 0.5, 0.7, 5.0])
-def test_the_most_that_the_budget_allows(limit: float) -> None:
+@pytest.mark.parametrize("limit", [0.001, 0.012, 0.05, 0.1, 0.2, 0.3, 5.0])
+def test_nothing_within_the_budget_spares_more_by_a_layer(limit: float) -> None:
+    """Against every choice of forms there is, for costs that add up and are known up to a factor, and not exactly."""
+    model, layers = branches(LAYERS), range(LAYERS)
     asked: list[tuple[str, ...]] = []
 
     def measure(forms: tuple[str, ...]) -> Quality:
         asked.append(forms)
         return quality(cost(forms))
 
-    # What layers cost alone is known up to a factor, and not exactly.
-    alone = [7 * (LAYERS - layer) * (1.02 if layer % 2 else 1.0) for layer in range(LAYERS)]
-    choice = choose_forms(branches(LAYERS), alone, alone, measure, Budget(max_kl=limit))
-    assert len(asked) == len(set(asked)) <= 10
-    assert len(choice.frontier) == len(asked)
-
-    most = max(n for n in range(LAYERS + 1) if cost(("standard",) * (LAYERS - n) + ("kraken",) * n) <= limit)
-    late = ("kraken",) * most
-    rest = LAYERS - most
-    more = max(n for n in range(rest + 1) if cost(("standard",) * (rest - n) + ("sync-drop",) * n + late) <= limit)
-    wanted = ("standard",) * (rest - more) + ("sync-drop",) * more + late
-    if most == more == 0:
-        assert choice.best is None
+    alone = [7 * (LAYERS - layer) * (1.02 if layer % 2 else 1.0) for layer in layers]
+    costs = {form: [COST[form] * one for one in alone] for form in ("kraken", "sync-drop")}
+    choice = choose_forms(model, costs, measure, Budget(max_kl=limit))
+    assert len(asked) == len(set(asked)) == len(choice.frontier) <= 7
+    every = [forms for forms in itertools.product(COST, repeat=LAYERS) if cost(forms) <= limit]
+    most = max(traffic(model, forms).spared for forms in every)
+    if choice.best is None:
+        assert most <= 1 / LAYERS
     else:
-        assert choice.best is not None
-        assert choice.best.forms == wanted
         assert choice.best.kl <= limit
+        assert choice.best.traffic.spared >= most - 1 / LAYERS
         assert "chosen" in "\n".join(choice.lines())
     spared = [candidate.traffic.spared for candidate in choice.frontier]
     assert spared == sorted(spared)
-    assert choice.to_dict()["frontier"][0]["kl"] == choice.frontier[0].kl
+    assert [candidate["kl"] for candidate in choice.to_dict()["frontier"]] == [one.kl for one in choice.frontier]
 
 
-def test_the_cheapest_layers_come_first() -> None:
+def test_steps_that_cost_least_for_their_bytes_come_first() -> None:
+    """Layer 0 halves what it waits for, for little, and does not go on; layer 1 hides all at once; layer 2 is dear."""
+
     def measure(forms: tuple[str, ...]) -> Quality:
         return quality(0.1 * forms.count("kraken") + 0.04 * forms.count("sync-drop"))
 
-    choice = choose_forms(branches(3), [3, 1, 2], [1, 3, 2], measure, Budget(0.15))
+    costs = {"kraken": [3.0, 1.0, 6.0], "sync-drop": [0.6, 0.9, 3.0]}
+    choice = choose_forms(branches(3), costs, measure, Budget(0.15))
     assert choice.best is not None
     assert choice.best.forms == ("sync-drop", "kraken", "standard")
 
@@ -108,17 +109,18 @@ def test_good_expectations_save_measurements() -> None:
 
     def measure(forms: tuple[str, ...]) -> Quality:
         asked.append(forms)
-        return quality(forms.count("kraken") * 0.01 + forms.count("sync-drop"))
+        return quality(forms.count("kraken") * 0.01)
 
-    choice = choose_forms(branches(40), [1.0] * 40, [1.0] * 40, measure, Budget(0.315))
+    costs = {"kraken": [1.0] * 40, "sync-drop": [2.0] * 40}
+    choice = choose_forms(branches(40), costs, measure, Budget(0.315))
     assert choice.best is not None
     assert choice.best.forms.count("kraken") == 31
-    # The middle, the right one, the one above it; then one of the other form.
-    assert len(asked) <= 6
+    # The middle, the right one, the one above it.
+    assert len(asked) == 3
 
 
 def test_what_is_no_number_is_over_the_budget() -> None:
-    choice = choose_forms(branches(2), [1, 1], [1, 1], lambda forms: quality(math.nan), Budget(0.1))
+    choice = choose_forms(branches(2), COSTS_OF_TWO, lambda forms: quality(math.nan), Budget(0.1))
     assert choice.best is None
     assert all(candidate.used == math.inf for candidate in choice.frontier)
 

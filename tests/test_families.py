@@ -27,6 +27,7 @@ from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.report import is_exact
 from kraken_compiler.verify.compare import errors
+from tests.table_notes import note
 from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
 
 DEGREES = (2, 4)
@@ -96,7 +97,7 @@ def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
     model = recognized(name).model
     batches = [token_batch(model, *size, seed) for seed, size in enumerate(SIZES)]
     wanted = [logits_of(model, ids) for ids in batches]
-    wrong = []
+    wrong, standard = [], []
     for degree in DEGREES:
         for form in FORMS:
             program = lane_program(name, degree, form, cache=False)
@@ -107,6 +108,8 @@ def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
             if not right:
                 wrong.append(f"degree {degree}, {form}: relative errors {found}, exact: {is_exact(program)}")
             require_overlap(program.windows)
+            standard += found * (form == "standard")
+    note("lanes", name, error=max(standard), forms=list(FORMS))
     assert not wrong, "\n".join(wrong)
 
 
@@ -173,6 +176,7 @@ def test_what_is_not_supported_is_refused(name: str) -> None:
     assert first.nodes
     assert f"(node {first.nodes[0]}" in message
     assert first.hint
+    note("rejected", name, reason=first.reason)
 
 
 def test_every_refused_model_has_its_reason_here() -> None:

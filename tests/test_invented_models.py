@@ -5,6 +5,7 @@ They are nobody's: the compiler cannot know them by name, and what gives them aw
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.lowering import lower
+from tests.table_notes import note
 from tests.zoo import Builder, logits_of, random_tokens
 from tests.zoo.plain import D, Decoder, E, GptBlock, H
 
@@ -141,6 +143,7 @@ def test_is_refused_and_the_operator_is_named(model: Invented) -> None:
         assert first.nodes[0].startswith(model.operator), message
         assert f"module '{first.path}' (node {first.nodes[0]}" in message
         assert first.hint
+    note("invented", model.block.__name__, reason=first.reason, what=inspect.cleandoc(model.block.__doc__ or ""))
 
 
 def test_what_the_models_replace_is_all_that_is_wrong() -> None:

@@ -1,32 +1,100 @@
-"""Writes the tables in the docs from what the tests noted: `make tables`."""
+"""Writes docs/models.md and the list of models in the README from what the tests noted: `make tables`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from tests.zoo import FAMILIES, NORMS, OTHER_INPUTS, PLAIN, REJECTED
 
 ROOT = Path(__file__).resolve().parent.parent
-_ONNX_HEAD = """# Families on ONNX Runtime
+PAGE, README = ROOT / "docs" / "models.md", ROOT / "README.md"
+BEGIN, END = "<!-- models: written by `make tables` -->", "<!-- end of models -->"
 
-Every family that the torch backend supports, from a tiny random model, as two devices on stock ONNX Runtime: the
-largest relative difference of the logits from the lanes in one process, over two batch and sequence sizes and over a
-ragged batch with the KV cache (a prompt, then token by token). 1e-5 is allowed. `make tables` writes this page.
+_HEAD = """# Models
 
-| family | standard | kraken |
-|---|---|---|
+Every model that the tests compile, and how closely what comes out equals what went in. `make tables` writes this page
+from the tests' own findings. The models are tiny and have random weights, three layers or two and two; the numbers are
+the largest relative errors of the logits over several batch and sequence sizes, in float32.
+
+- **standard**: all lanes in one process against the source model, degrees 2 and 4.
+- **3, 5**: the same at degrees that divide neither heads nor FFN columns, which are padded.
+- **forms**: how many of the other forms were lowered at degrees 2 and 4, change the function and keep their schedule.
+- **on ranks**: so many real processes against all lanes in one process, in these forms, with the KV cache too.
+- **KV cache**: prompts of different lengths and token by token, against recomputation.
+- **ONNX**: two devices on stock ONNX Runtime against the lanes, standard and kraken, with the KV cache too.
+
 """
+_COLUMNS = "| model | standard | 3, 5 | forms | on ranks | KV cache | ONNX |\n|---|---|---|---|---|---|---|\n"
+
+Notes = dict[str, dict[str, dict[str, Any]]]
+"""What was noted, by check and model."""
 
 
-def main(directory: Path) -> None:
-    """Write the pages."""
-    records = [json.loads(path.read_text()) for path in directory.glob("onnx.*.json")]
-    errors = {(record["family"], record["form"]): record["error"] for record in records}
-    families = sorted({family for family, _ in errors})
-    rows = [
-        f"| `{family}` | {errors[family, 'standard']:.0e} | {errors[family, 'kraken']:.0e} |" for family in families
+def main(folder: Path) -> None:
+    """Write both."""
+    notes: Notes = defaultdict(dict)
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        notes[content["check"]][content["model"]] = content
+    PAGE.write_text(_page(notes))
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + readme_list() + rest.partition(END)[2])
+
+
+def readme_list() -> str:
+    """What the README says of the models, between its marks."""
+    lines = [
+        BEGIN,
+        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs:"
+        f" {_names([*FAMILIES, *OTHER_INPUTS])};",
+        f"and {len(PLAIN) + len(NORMS)} that are plain `nn.Module` code: {_names([*PLAIN, *NORMS])}.",
+        f"Rejected, with module path, node and reason: {_names(REJECTED)}.",
+        END,
     ]
-    (ROOT / "docs" / "onnx-families.md").write_text(_ONNX_HEAD + "\n".join(rows) + "\n")
+    return "\n".join(lines)
+
+
+def _names(models: Iterable[str]) -> str:
+    return ", ".join(sorted(models))
+
+
+def _page(notes: Notes) -> str:
+    parts = [_HEAD]
+    for title, models in (
+        ("Families of transformers", [*FAMILIES, *OTHER_INPUTS]),
+        ("Plain modules", [*PLAIN, *NORMS]),
+    ):
+        rows = "".join(f"| {' | '.join(_row(notes, model))} |\n" for model in sorted(models))
+        parts.append(f"## {title}\n\n{_COLUMNS}{rows}\n")
+    parts.append("## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
+    parts += (f"- `{model}`: {found['reason']}\n" for model, found in sorted(notes["rejected"].items()))
+    parts.append("\nMade up for the tests:\n\n")
+    parts += (
+        f"- {found['what'].splitlines()[0]} {found['reason']}\n" for _, found in sorted(notes["invented"].items())
+    )
+    return "".join(parts)
+
+
+def _row(notes: Notes, model: str) -> tuple[str, ...]:
+    lanes, uneven, ranks, cache, onnx = (notes[check][model] for check in ("lanes", "uneven", "ranks", "cache", "onnx"))
+    return (
+        f"`{model}`",
+        _error(lanes["error"]),
+        ", ".join("rejected" if error is None else _error(error) for error in uneven["errors"].values()),
+        str(len(lanes["forms"]) - 1),
+        f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
+        _error(cache["error"]) if "error" in cache else f"none: {cache['reason']}",
+        f"{_error(onnx['standard'])}, {_error(onnx['kraken'])}",
+    )
+
+
+def _error(error: float) -> str:
+    return f"{error:.0e}"
 
 
 if __name__ == "__main__":

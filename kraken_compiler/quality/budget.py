@@ -1,9 +1,10 @@
 """Chooses a form for every layer, so that as little communication as possible is waited for within a quality budget.
 
-Layers are taken in the order of what a form costs in them alone. First as many as the budget allows become `kraken`,
-then as many of the rest as it still allows become `sync-drop`, which halves what a layer waits for and costs less. Both
-numbers are found by bisection. What the layers cost alone, scaled to what was measured last, says where to look next;
-but every candidate is calibrated and measured, none is taken on a prediction.
+Layers give up communication in small steps: from `standard` to `sync-drop`, which halves what a layer waits for, from
+there or at once to `kraken`, which hides the rest. Steps are ordered by what they cost in a layer alone for every byte
+that they spare, so a prefix of them is what a knapsack would take; the longest prefix within the budget is found by
+bisection. The costs, scaled to what was measured last, say where to look next; but every candidate is calibrated and
+measured, none is taken on a prediction.
 """
 
 from __future__ import annotations
@@ -82,9 +83,14 @@ class Traffic:
     hidden: int
 
     @property
+    def spared_bytes(self) -> int:
+        """Bytes per token of the standard form that nobody waits for: hidden, or never sent."""
+        return self.standard - (self.sent - self.hidden)
+
+    @property
     def spared(self) -> float:
-        """Share of the standard form's bytes that nobody waits for: hidden, or never sent."""
-        return 1 - (self.sent - self.hidden) / self.standard
+        """Their share of the standard form's bytes."""
+        return self.spared_bytes / self.standard
 
     @property
     def hidden_share(self) -> float:
@@ -195,8 +201,7 @@ Measure = Callable[[tuple[str, ...]], Quality]
 
 def choose_forms(
     branches: Sequence[Branch],
-    kraken_costs: Sequence[float],
-    sync_drop_costs: Sequence[float],
+    costs: Mapping[str, Sequence[float]],
     measure: Measure,
     budget: Budget,
     payloads: Payloads = Payloads(),
@@ -205,59 +210,83 @@ def choose_forms(
 
     Args:
         branches: Of the whole model, in order.
-        kraken_costs: For every layer what `kraken` costs there alone; only ratios count.
-        sync_drop_costs: The same for `sync-drop`.
+        costs: By form, for every layer what the form costs there alone; only ratios count.
         measure: Measures a choice, never the same one twice.
         budget: The limit.
         payloads: What the branches send.
     """
-    search = _Search(branches, measure, budget, payloads)
-    forms = search.most([STANDARD.name] * len(kraken_costs), KRAKEN.name, kraken_costs)
-    search.most(forms, SYNC_DROP.name, sync_drop_costs)
-    measured = sorted(search.measured.values(), key=lambda candidate: (candidate.traffic.spared, candidate.kl))
-    allowed = [candidate for candidate in measured if candidate.within]
-    return Choice(str(budget), allowed[-1] if allowed else None, tuple(measured))
+
+    def traffic_of(forms: Sequence[str]) -> Traffic:
+        return traffic(branches, forms, payloads)
+
+    steps = _steps(costs, traffic_of)
+    path = list(itertools.accumulate(steps, _taken, initial=(STANDARD.name,) * len(costs[KRAKEN.name])))
+    expected = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
+    spared = [traffic_of(forms).spared for forms in path]
+    candidates: list[Candidate] = []
+    allowed, refused, scale = 0, len(path), 0.0
+    while refused - allowed > 1 and (refused == len(path) or spared[refused] - spared[allowed] > _FINE):
+        middle = _next(expected, allowed, refused, 1 / scale if scale > 0 else None)
+        quality = measure(path[middle])
+        used, increase = budget.used(quality), perplexity_increase(quality)
+        candidates.append(Candidate(path[middle], traffic_of(path[middle]), quality.kl, increase, used))
+        if used <= 1:
+            allowed = middle
+        else:
+            refused = middle
+        scale = used / expected[middle] if expected[middle] > 0 else 0.0
+    candidates.sort(key=lambda candidate: (candidate.traffic.spared, candidate.kl))
+    within = [candidate for candidate in candidates if candidate.within]
+    return Choice(str(budget), within[-1] if within else None, tuple(candidates))
 
 
-class _Search:
-    """Measures candidates, each once."""
+_FINE = 1 / 40
+"""The search ends when the next choice over the budget would spare no more than this share of the bytes besides."""
 
-    def __init__(self, branches: Sequence[Branch], measure: Measure, budget: Budget, payloads: Payloads) -> None:
-        self.measured: dict[tuple[str, ...], Candidate] = {}
-        self._branches, self._measure, self._budget, self._payloads = branches, measure, budget, payloads
 
-    def most(self, base: Sequence[str], form: str, costs: Sequence[float]) -> list[str]:
-        """Give a form to as many of the standard layers of `base` as the budget allows, the cheapest first."""
-        order = sorted((layer for layer, old in enumerate(base) if old == STANDARD.name), key=costs.__getitem__)
-        expected = list(itertools.accumulate((costs[layer] for layer in order), initial=0.0))
+@dataclass(frozen=True)
+class _Step:
+    """A layer goes on to a form that spares more.
 
-        def with_layers(number: int) -> list[str]:
-            chosen = set(order[:number])
-            return [form if layer in chosen else old for layer, old in enumerate(base)]
+    Attributes:
+        layer: Which.
+        form: Its new form.
+        cost: What that costs beyond the layer's form before.
+        rate: The same for every byte that it spares beyond that form.
+    """
 
-        spent = self.measured[tuple(base)].used if tuple(base) in self.measured else 0.0
-        allowed, refused, scale = 0, len(order) + 1, 0.0
-        while refused - allowed > 1:
-            middle = _next(expected, allowed, refused, (1 - spent) / scale if scale > 0 else None)
-            used = self._candidate(tuple(with_layers(middle))).used
-            if used <= 1:
-                allowed = middle
-            else:
-                refused = middle
-            scale = max(0.0, used - spent) / expected[middle] if expected[middle] > 0 else 0.0
-        return with_layers(allowed)
+    layer: int
+    form: str
+    cost: float
+    rate: float
 
-    def _candidate(self, forms: tuple[str, ...]) -> Candidate:
-        if forms not in self.measured:
-            quality = self._measure(forms)
-            self.measured[forms] = Candidate(
-                forms,
-                traffic(self._branches, forms, self._payloads),
-                quality.kl,
-                perplexity_increase(quality),
-                self._budget.used(quality),
-            )
-        return self.measured[forms]
+
+def _steps(costs: Mapping[str, Sequence[float]], traffic_of: Callable[[Sequence[str]], Traffic]) -> list[_Step]:
+    """The steps of all layers, the cheapest for their bytes first; a layer's own are in the order it takes them."""
+    layers = len(costs[KRAKEN.name])
+    found = []
+    for layer in range(layers):
+        spared, cost = 0, 0.0
+        left = list(costs)
+        while left:
+            steps = []
+            for form in left:
+                alone = [form if other == layer else STANDARD.name for other in range(layers)]
+                more = traffic_of(alone).spared_bytes - spared
+                if more > 0:
+                    extra = costs[form][layer] - cost
+                    steps.append((extra / more, -more, _Step(layer, form, extra, extra / more)))
+            if not steps:
+                break
+            _, less, step = min(steps, key=lambda one: one[:2])
+            found.append(step)
+            spared, cost = spared - less, cost + step.cost
+            left.remove(step.form)
+    return sorted(found, key=lambda step: step.rate)
+
+
+def _taken(forms: tuple[str, ...], step: _Step) -> tuple[str, ...]:
+    return (*forms[: step.layer], step.form, *forms[step.layer + 1 :])
 
 
 def _next(expected: Sequence[float], allowed: int, refused: int, left: float | None) -> int:

@@ -83,8 +83,7 @@ def forms_within(
             found = calibrate(standard, program, read_lane, list(map(inputs_of, batches)), held, advance=advance)
         return evaluate(replay(said), lane_logits(program, found.weights.read_lane), measured, name)
 
-    by_form = (costs[KRAKEN.name], costs[SYNC_DROP.name])
-    return choose_forms(standard.layers.branches, *by_form, measure, budget, Payloads.of(standard.plan))
+    return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
 
 
 def layers_of(forms: Sequence[str]) -> list[int]:

@@ -7,12 +7,14 @@
     logits = logits_of(model, ids)                 # float32 [2, 7, model.vocab]
 
 `FAMILIES` are transformers models, `PLAIN` and `NORMS` are models no library wrote, `SUPPORTED` is all of these,
-`REJECTED` are models the compiler must refuse, with a part of the reason it must give.
+`OTHER_INPUTS` take something else than a batch of tokens, `REJECTED` are models the compiler must refuse, with a part
+of the reason it must give.
 """
 
 from tests.zoo.builder import Builder, logits_of, random_tokens, token_batch
 from tests.zoo.families import FAMILIES
 from tests.zoo.norms import NORMS
+from tests.zoo.other_inputs import OTHER_INPUTS
 from tests.zoo.plain import PLAIN
 from tests.zoo.rejected import REJECTED, Rejected
 
@@ -21,6 +23,7 @@ SUPPORTED: dict[str, Builder] = {**FAMILIES, **PLAIN, **NORMS}
 __all__ = [
     "FAMILIES",
     "NORMS",
+    "OTHER_INPUTS",
     "PLAIN",
     "REJECTED",
     "SUPPORTED",

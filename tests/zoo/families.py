@@ -39,10 +39,10 @@ def _family(
     return Builder(name, make, vocab=vocab, kv_heads=kv_heads)
 
 
-def _encoder(name: str, family: str, sizes: dict[str, Any], **config: Any) -> Builder:
+def _encoder(name: str, family: str, sizes: dict[str, Any], *, no_cache: str = "not causal", **config: Any) -> Builder:
     """A masked language model: every token sees every other."""
     make = partial(from_config, family, auto="AutoModelForMaskedLM", vocab_size=97, **sizes, **config)
-    return Builder(name, make, no_cache="not causal")
+    return Builder(name, make, no_cache=no_cache)
 
 
 def _modern(name: str, family: str, *, vocab: int = 97, kv_heads: int = 8, **config: Any) -> Builder:
@@ -127,7 +127,8 @@ _BUILDERS = (
     _modern("cohere2", "cohere2", kv_heads=4, layer_types=_MIXED_WINDOWS, sliding_window=6),
     _modern("olmo2", "olmo2", kv_heads=4),
     _encoder("bert", "bert", _BERT_SIZES),
-    _encoder("roberta", "roberta", _BERT_SIZES, pad_token_id=0),
+    # Its positions count the tokens before them that are no padding.
+    _encoder("roberta", "roberta", _BERT_SIZES, no_cache="may mix tokens", pad_token_id=0),
     _encoder("albert", "albert", _BERT_SIZES, embedding_size=32),
     _encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
 )

@@ -1,0 +1,18 @@
+"""What docs/models.md and the README say of the models is what the tests hold: `make tables` was not forgotten."""
+
+from __future__ import annotations
+
+from tests.write_tables import PAGE, README, readme_list
+from tests.zoo import OTHER_INPUTS, REJECTED, SUPPORTED
+
+
+def test_the_page_has_every_model() -> None:
+    lines = PAGE.read_text().splitlines()
+    models = [line.split("|")[1].strip(" `") for line in lines if line.startswith("| `")]
+    assert sorted(models) == sorted([*SUPPORTED, *OTHER_INPUTS])
+    rejected = [line.split("`")[1] for line in lines if line.startswith("- `")]
+    assert rejected == sorted(REJECTED)
+
+
+def test_the_readme_lists_what_the_tests_hold() -> None:
+    assert readme_list() in README.read_text()
