@@ -81,7 +81,8 @@ def _texts(batch: int, seed: int) -> dict[str, Tensor]:
 def _from_config(auto: str, family: str, **config: Any) -> nn.Module:
     import transformers
 
-    made = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(family, **config))
+    settings = transformers.AutoConfig.for_model(family, architectures=[], **config)
+    made = getattr(transformers, auto).from_config(settings)
     assert isinstance(made, nn.Module)
     return made
 
