@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.zoo import FAMILIES, NORMS, OTHER_INPUTS, PLAIN, REJECTED
+from tests.zoo import FAMILIES, MORE_FAMILIES, NORMS, OTHER_INPUTS, PLAIN, REJECTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = ROOT / "docs" / "models.md", ROOT / "README.md"
@@ -31,6 +31,15 @@ the largest relative errors of the logits over several batch and sequence sizes,
 """
 _COLUMNS = "| model | standard | 3, 5 | forms | on ranks | KV cache | ONNX |\n|---|---|---|---|---|---|---|\n"
 
+_MORE = """## More families of transformers
+
+In one process only, at degrees 2 and 3: `standard` against the source, `kraken` as another function, and whether there
+is a KV cache.
+
+| model | standard | KV cache |
+|---|---|---|
+"""
+
 Notes = dict[str, dict[str, dict[str, Any]]]
 """What was noted, by check and model."""
 
@@ -50,8 +59,9 @@ def readme_list() -> str:
     """What the README says of the models, between its marks."""
     lines = [
         BEGIN,
-        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs:"
-        f" {_names([*FAMILIES, *OTHER_INPUTS])};",
+        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs:",
+        f"{_names([*FAMILIES, *OTHER_INPUTS])};",
+        f"{len(MORE_FAMILIES)} more in one process: {_names(MORE_FAMILIES)};",
         f"and {len(PLAIN) + len(NORMS)} that are plain `nn.Module` code: {_names([*PLAIN, *NORMS])}.",
         f"Rejected, with module path, node and reason: {_names(REJECTED)}.",
         END,
@@ -71,7 +81,10 @@ def _page(notes: Notes) -> str:
     ):
         rows = "".join(f"| {' | '.join(_row(notes, model))} |\n" for model in sorted(models))
         parts.append(f"## {title}\n\n{_COLUMNS}{rows}\n")
-    parts.append("## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
+    parts.append(_MORE)
+    for model, found in sorted(notes["more"].items()):
+        parts.append(f"| `{model}` | {_error(found['error'])} | {'no' if found['no_cache'] else 'yes'} |\n")
+    parts.append("\n## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
     parts += (f"- `{model}`: {found['reason']}\n" for model, found in sorted(notes["rejected"].items()))
     parts.append("\nMade up for the tests:\n\n")
     parts += (

@@ -9,89 +9,111 @@ from torch import nn
 
 from tests.zoo.builder import Builder
 
-_EAGER_ONLY = {"gptj", "gpt_neo", "bloom", "codegen", "gemma2"}
+_EAGER_ONLY = {
+    "gptj",
+    "gpt_neo",
+    "bloom",
+    "codegen",
+    "ctrl",
+    "gemma2",
+    "megatron-bert",
+    "mpnet",
+    "roformer",
+    "vaultgemma",
+}
 """Families without a scaled_dot_product_attention path."""
 
 # The families disagree about what to call the same five sizes.
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "intermediate_size": 96}
-_BERT_SIZES = {**_SIZES, "max_position_embeddings": 64}
-_MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "intermediate_size": 96}
+BERT_SIZES = {**SIZES, "max_position_embeddings": 64}
+MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
-_GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
+GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
 
 
-def from_config(family: str, *, auto: str = "AutoModelForCausalLM", **config: Any) -> nn.Module:
+def from_config(name: str, *, auto: str = "AutoModelForCausalLM", **config: Any) -> nn.Module:
     """A language model of a transformers family with the library's initial weights."""
     import transformers
 
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "use_cache": False}
-    settings = transformers.AutoConfig.for_model(family, **{**ids, **config})
-    attention = "eager" if family in _EAGER_ONLY else "sdpa"
+    settings = transformers.AutoConfig.for_model(name, **{**ids, **config})
+    attention = "eager" if name in _EAGER_ONLY else "sdpa"
     model = getattr(transformers, auto).from_config(settings, attn_implementation=attention)
     assert isinstance(model, nn.Module)
     return model
 
 
-def _family(
-    name: str, family: str, sizes: dict[str, Any], *, vocab: int = 97, kv_heads: int = 8, **config: Any
+def family(
+    name: str,
+    model_type: str,
+    sizes: dict[str, Any],
+    *,
+    vocab: int = 97,
+    kv_heads: int = 8,
+    no_cache: str = "",
+    **config: Any,
 ) -> Builder:
-    make = partial(from_config, family, vocab_size=vocab, **sizes, **config)
-    return Builder(name, make, vocab=vocab, kv_heads=kv_heads)
+    """A causal language model."""
+    make = partial(from_config, model_type, vocab_size=vocab, **sizes, **config)
+    return Builder(name, make, vocab=vocab, kv_heads=kv_heads, no_cache=no_cache)
 
 
-def _encoder(name: str, family: str, sizes: dict[str, Any], *, no_cache: str = "not causal", **config: Any) -> Builder:
+def encoder(
+    name: str, model_type: str, sizes: dict[str, Any], *, no_cache: str = "not causal", **config: Any
+) -> Builder:
     """A masked language model: every token sees every other."""
-    make = partial(from_config, family, auto="AutoModelForMaskedLM", vocab_size=97, **sizes, **config)
+    make = partial(from_config, model_type, auto="AutoModelForMaskedLM", vocab_size=97, **sizes, **config)
     return Builder(name, make, no_cache=no_cache)
 
 
-def _modern(name: str, family: str, *, vocab: int = 97, kv_heads: int = 8, **config: Any) -> Builder:
+def modern(name: str, model_type: str, *, kv_heads: int = 8, **config: Any) -> Builder:
+    """A causal language model whose config calls its sizes what Llama's does."""
     config = {"num_key_value_heads": kv_heads, "max_position_embeddings": 64, **config}
-    return _family(name, family, _SIZES, vocab=vocab, kv_heads=kv_heads, **config)
+    return family(name, model_type, SIZES, kv_heads=kv_heads, **config)
 
 
 def _falcon(name: str, *, kv_heads: int, **config: Any) -> Builder:
-    sizes = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
-    return _family(name, "falcon", sizes, kv_heads=kv_heads, num_kv_heads=kv_heads, ffn_hidden_size=96, **config)
+    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+    return family(name, "falcon", sizes, kv_heads=kv_heads, num_kv_heads=kv_heads, ffn_hidden_size=96, **config)
 
 
 _BUILDERS = (
-    _family("gpt2", "gpt2", _GPT_SIZES),
-    _family(
+    family("gpt2", "gpt2", GPT_SIZES),
+    family(
         "gpt_neo",
         "gpt_neo",
         {"hidden_size": 64, "num_layers": 3, "num_heads": 8, "intermediate_size": 96, "max_position_embeddings": 64},
         attention_types=[[["global", "local"], 1], [["global"], 1]],
         window_size=6,
     ),
-    _family("gptj", "gptj", _GPT_SIZES, rotary_dim=4),
-    _family("codegen", "codegen", _GPT_SIZES, rotary_dim=4),
-    _family("gpt_neox", "gpt_neox", _SIZES, rotary_pct=0.5, max_position_embeddings=64),
-    _family("gpt_neox_sequential", "gpt_neox", _SIZES, rotary_pct=0.5, use_parallel_residual=False),
-    _family(
+    family("gptj", "gptj", GPT_SIZES, rotary_dim=4),
+    family("codegen", "codegen", GPT_SIZES, rotary_dim=4),
+    family("gpt_neox", "gpt_neox", SIZES, rotary_pct=0.5, max_position_embeddings=64),
+    family("gpt_neox_sequential", "gpt_neox", SIZES, rotary_pct=0.5, use_parallel_residual=False),
+    family(
         "opt",
         "opt",
         {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "ffn_dim": 96},
         word_embed_proj_dim=64,
         max_position_embeddings=64,
     ),
-    _family("bloom", "bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 8}),
+    family("bloom", "bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 8}),
     _falcon("falcon", kv_heads=1, multi_query=True, parallel_attn=True),
     _falcon("falcon40", kv_heads=2, new_decoder_architecture=True),
     _falcon("falcon_alibi", kv_heads=8, alibi=True, multi_query=False, parallel_attn=False, bias=True),
-    _modern("llama", "llama", kv_heads=2),
-    _modern("llama_bias", "llama", vocab=96, kv_heads=4, attention_bias=True, mlp_bias=True),
-    _modern("mistral", "mistral", kv_heads=4, head_dim=8, sliding_window=6),
-    _modern("qwen2", "qwen2", kv_heads=2, tie_word_embeddings=True),
-    _modern("qwen3", "qwen3", kv_heads=4, head_dim=16),
-    _modern("phi", "phi", kv_heads=8),
-    _modern("phi_qk_norm", "phi", kv_heads=4, qk_layernorm=True),
-    _modern("phi3", "phi3", kv_heads=2),
-    _modern("starcoder2", "starcoder2", kv_heads=2),
-    _modern("stablelm", "stablelm", vocab=98, kv_heads=2, qk_layernorm=True, use_qkv_bias=True),
-    _modern("stablelm_parallel", "stablelm", kv_heads=4, qk_layernorm=True, use_parallel_residual=True),
-    _modern("cohere", "cohere", kv_heads=2, use_qk_norm=True, logit_scale=0.25),
-    _modern(
+    modern("llama", "llama", kv_heads=2),
+    modern("llama_bias", "llama", vocab=96, kv_heads=4, attention_bias=True, mlp_bias=True),
+    modern("mistral", "mistral", kv_heads=4, head_dim=8, sliding_window=6),
+    modern("qwen2", "qwen2", kv_heads=2, tie_word_embeddings=True),
+    modern("qwen3", "qwen3", kv_heads=4, head_dim=16),
+    modern("phi", "phi", kv_heads=8),
+    modern("phi_qk_norm", "phi", kv_heads=4, qk_layernorm=True),
+    modern("phi3", "phi3", kv_heads=2),
+    modern("starcoder2", "starcoder2", kv_heads=2),
+    modern("stablelm", "stablelm", vocab=98, kv_heads=2, qk_layernorm=True, use_qkv_bias=True),
+    modern("stablelm_parallel", "stablelm", kv_heads=4, qk_layernorm=True, use_parallel_residual=True),
+    modern("cohere", "cohere", kv_heads=2, use_qk_norm=True, logit_scale=0.25),
+    modern(
         "granite",
         "granite",
         kv_heads=4,
@@ -100,8 +122,8 @@ _BUILDERS = (
         embedding_multiplier=2.0,
         logits_scaling=2.0,
     ),
-    _modern("mixtral", "mixtral", kv_heads=2, num_local_experts=4, num_experts_per_tok=2),
-    _modern(
+    modern("mixtral", "mixtral", kv_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    modern(
         "qwen2_moe",
         "qwen2_moe",
         kv_heads=4,
@@ -110,7 +132,7 @@ _BUILDERS = (
         moe_intermediate_size=32,
         shared_expert_intermediate_size=64,
     ),
-    _modern(
+    modern(
         "qwen3_moe",
         "qwen3_moe",
         kv_heads=4,
@@ -120,17 +142,17 @@ _BUILDERS = (
         norm_topk_prob=True,
         moe_intermediate_size=32,
     ),
-    _modern("olmoe", "olmoe", kv_heads=4, num_experts=8, num_experts_per_tok=3),
-    _modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
-    _modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
-    _modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=_MIXED_WINDOWS, sliding_window=6),
-    _modern("cohere2", "cohere2", kv_heads=4, layer_types=_MIXED_WINDOWS, sliding_window=6),
-    _modern("olmo2", "olmo2", kv_heads=4),
-    _encoder("bert", "bert", _BERT_SIZES),
+    modern("olmoe", "olmoe", kv_heads=4, num_experts=8, num_experts_per_tok=3),
+    modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
+    modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
+    modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=MIXED_WINDOWS, sliding_window=6),
+    modern("cohere2", "cohere2", kv_heads=4, layer_types=MIXED_WINDOWS, sliding_window=6),
+    modern("olmo2", "olmo2", kv_heads=4),
+    encoder("bert", "bert", BERT_SIZES),
     # Its positions count the tokens before them that are no padding.
-    _encoder("roberta", "roberta", _BERT_SIZES, no_cache="may mix tokens", pad_token_id=0),
-    _encoder("albert", "albert", _BERT_SIZES, embedding_size=32),
-    _encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
+    encoder("roberta", "roberta", BERT_SIZES, no_cache="may mix tokens", pad_token_id=0),
+    encoder("albert", "albert", BERT_SIZES, embedding_size=32),
+    encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
 )
 
 FAMILIES: dict[str, Builder] = {builder.name: builder for builder in _BUILDERS}
