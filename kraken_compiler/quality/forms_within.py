@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
@@ -14,10 +15,11 @@ from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.calibrate import calibrate
+from kraken_compiler.quality.calibration.single_layers import SingleLayers
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.lane_logits import lane_logits, replay
-from kraken_compiler.quality.sensitivity import measure_sensitivity, single_layers
+from kraken_compiler.quality.sensitivity import measure_sensitivity
 from kraken_compiler.runtime.logits import inputs_function
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4
 _MOST_MEASURED_ROWS = 16
+_SINGLE_LAYER_TOKENS = 8192
 
 
 def forms_within(
@@ -63,27 +66,48 @@ def forms_within(
     standard, _ = lower(captured.program, degree, "standard", cached=False)
     assert standard.layers is not None
     assert standard.plan is not None
-    layers = len(standard.layers.layers)
-    wanted = [(form.name, run) for form in (KRAKEN, SYNC_DROP) for run in single_layers(layers)]
     name = f"a part of {', '.join(map(str, paths))}"
-    with show.steps("cost of single layers") as advance:
-        alone = measure_sensitivity(captured, standard.degree, wanted, measured[:1], name, cache=cache, advance=advance)
-    costs = {form.name: [cost.kl for cost in alone.costs if cost.form == form.name] for form in (KRAKEN, SYNC_DROP)}
     read_lane = read_from_source(standard, captured.store.read)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     said = [source(ids) for ids in measured]
     inputs_of = inputs_function(standard.inputs)
     batches = [*torch.split(fitted, 2 * _ROWS_AT_ONCE), *short, *text.held]
     held = [False] * (len(batches) - len(text.held)) + [True] * len(text.held)
+    flat = list(map(inputs_of, batches))
+    few = _few(batches, held)
+    single = SingleLayers(captured.program, standard, read_lane, [flat[at] for at in few], [held[at] for at in few])
+    order = single.in_order()
+    with show.steps("cost of single layers") as advance:
+        alone = measure_sensitivity(
+            captured,
+            standard.degree,
+            [(form.name, (layer, layer)) for form in (KRAKEN, SYNC_DROP) for layer in order],
+            measured[:1],
+            name,
+            calibrated=single.tokens,
+            reader=single.reader,
+            cache=cache,
+            advance=advance,
+        )
+    costs = {form.name: [alone.cost(form.name, layer) for layer in sorted(order)] for form in (KRAKEN, SYNC_DROP)}
 
     def measure(forms: tuple[str, ...]) -> Quality:
         program, _ = lower(captured.program, standard.degree, forms, cached=False)
         changed = len(layers_of(forms))
         with show.steps(f"{changed} layers changed: calibrate") as advance:
-            found = calibrate(standard, program, read_lane, list(map(inputs_of, batches)), held, advance=advance)
+            found = calibrate(standard, program, read_lane, flat, held, advance=advance)
         return evaluate(replay(said), lane_logits(program, found.weights.read_lane), measured, name)
 
     return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
+
+
+def _few(batches: Sequence[Tensor], held: Sequence[bool]) -> list[int]:
+    """Which batches single layers are calibrated on: every so many-th of each kind, of all texts then."""
+    kinds: dict[tuple[bool, int], list[int]] = {}
+    for at, ids in enumerate(batches):
+        kinds.setdefault((held[at], ids.shape[1]), []).append(at)
+    every = max(1, sum(ids.numel() for ids in batches) // _SINGLE_LAYER_TOKENS)
+    return sorted(at for of_kind in kinds.values() for at in of_kind[::every])
 
 
 def layers_of(forms: Sequence[str]) -> list[int]:

@@ -1,6 +1,7 @@
 """What a form costs in one layer or one run of layers alone, the others being standard.
 
-Nothing is calibrated here: it is the order of the layers that matters, for choosing which of them take a form.
+It is the order of the layers that matters, for choosing which of them take a form. The weights are the source's unless
+somebody gives others, calibrated for the layer (`calibration/single_layers.py`).
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.formatting import json_text, number_text
@@ -27,6 +28,9 @@ from kraken_compiler.report import table
 
 Run = tuple[int, int]
 """First and last layer, inclusive."""
+
+Reader = Callable[[str, int], ReadLane]
+"""What gives the weights of the program in which a layer alone has a form."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Sensitivity:
         degree: Number of lanes.
         text, tokens: What was read, and how much of it.
         digest: Hash of the token ids.
+        calibrated: How many tokens every layer was calibrated on by itself; 0 if the weights are the source's.
         costs: In the order in which they were asked for.
     """
 
@@ -64,11 +69,18 @@ class Sensitivity:
     text: str
     tokens: int
     digest: str
+    calibrated: int
     costs: tuple[RunCost, ...]
 
     def of(self, form: str, run: Run) -> RunCost | None:
         """A cost, if it was measured."""
         return next((cost for cost in self.costs if (cost.form, cost.first, cost.last) == (form, *run)), None)
+
+    def cost(self, form: str, layer: int) -> float:
+        """The KL of a form in one layer alone, which must have been measured."""
+        found = self.of(form, (layer, layer))
+        assert found is not None
+        return found.kl
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,8 +94,9 @@ class Sensitivity:
             [str(layer), *(_text(self.of(form, run)) for form in forms for run in ((layer, layer), (layer, count - 1)))]
             for layer in range(count)
         ]
+        how = f"each calibrated on {self.calibrated:,} tokens" if self.calibrated else "not calibrated"
         return [
-            f"KL to the source in nats/token, on {self.tokens:,} tokens of {self.text}, not calibrated:",
+            f"KL to the source in nats/token, on {self.tokens:,} tokens of {self.text}, {how}:",
             *table(header, rows),
         ]
 
@@ -105,6 +118,8 @@ def measure_sensitivity(
     batches: Sequence[Tensor],
     text: str,
     *,
+    calibrated: int = 0,
+    reader: Reader | None = None,
     cache: Path | None = None,
     advance: Advance | None = None,
 ) -> Sensitivity:
@@ -116,7 +131,9 @@ def measure_sensitivity(
         wanted: Form names and runs of layers.
         batches: Token ids, int64 [B, S]; the source's logits for all of them are kept in memory.
         text: What the tokens are, for the record.
-        cache: A file that remembers costs; those of another model, degree or text are forgotten.
+        calibrated: How many tokens the weights of `reader` were calibrated on, for the record.
+        reader: Gives the weights of single layers; None takes the source's.
+        cache: A file that remembers costs; those of another model, degree, text or calibration are forgotten.
         advance: Is told how many runs are done.
 
     Raises:
@@ -125,12 +142,12 @@ def measure_sensitivity(
     """
     tokens = sum(ids.numel() for ids in batches)
     digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in batches)).hexdigest()
-    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, digest, ())
+    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, digest, calibrated, ())
     known = _load(cache, empty) if cache is not None else empty
     order = list(dict.fromkeys(wanted))
     missing = [(form, run) for form, run in order if known.of(form, run) is None]
     if missing:
-        known = _measured(captured, known, missing, batches, advance)
+        known = _measured(captured, known, missing, batches, reader, advance)
         if cache is not None:
             _save(cache, known)
     costs = tuple(cost for form, run in order if (cost := known.of(form, run)) is not None)
@@ -142,6 +159,7 @@ def _measured(
     known: Sensitivity,
     missing: Sequence[tuple[str, Run]],
     batches: Sequence[Tensor],
+    reader: Reader | None,
     advance: Advance | None,
 ) -> Sensitivity:
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
@@ -149,9 +167,8 @@ def _measured(
     costs = list(known.costs)
     for number, (form, (first, last)) in enumerate(missing, start=1):
         program, _ = lower(captured.program, known.degree, form, list(range(first, last + 1)), cached=False)
-        found = evaluate(
-            replay(said), lane_logits(program, read_from_source(program, captured.store.read)), batches, known.text
-        )
+        read_lane = reader(form, first) if reader is not None else read_from_source(program, captured.store.read)
+        found = evaluate(replay(said), lane_logits(program, read_lane), batches, known.text)
         costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
         if advance is not None:
             advance(number, len(missing), "runs of layers")

@@ -1,0 +1,97 @@
+"""Lane weights for single layers in a form, calibrated as if each of them were alone.
+
+What a form costs in a layer before calibration says little about what it costs after it: a late read that is linear in
+a fresh one costs nothing any more. One calibration serves several layers: every third layer takes the form, and the two
+standard ones between them are refitted, too, to make up for what the one before them lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import ReadLane
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.forms import STANDARD
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lowering import lower
+from kraken_compiler.quality.calibration.calibrate import calibrate
+from kraken_compiler.quality.calibration.lane_weights import LaneWeights
+from kraken_compiler.quality.calibration.refittable import find_refittable
+
+APART = 3
+"""How far apart the layers are that are calibrated together."""
+
+
+class SingleLayers:
+    """Calibrates single layers, those of a group together; the last group's weights are kept.
+
+    Args:
+        source: The captured program, which is lowered.
+        standard: The same in standard form, on as many lanes.
+        read_lane: Gives the source's weights.
+        batches: Flat inputs to calibrate on.
+        held: For every batch whether it is held back, see `calibrate`.
+    """
+
+    def __init__(
+        self,
+        source: Program,
+        standard: Program,
+        read_lane: ReadLane,
+        batches: Sequence[list[Tensor]],
+        held: Sequence[bool],
+    ) -> None:
+        assert standard.layers is not None
+        self._source, self._standard, self._read_lane = source, standard, read_lane
+        self._batches, self._held = batches, held
+        self._count = len(standard.layers.layers)
+        self._group: tuple[str, int] | None = None
+        self._weights: LaneWeights | None = None
+        self._layer_of: dict[str, int] = {}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they are calibrated on."""
+        return sum(inputs[0].numel() for inputs in self._batches)
+
+    def in_order(self) -> list[int]:
+        """All layers, group by group, so that every group is calibrated once."""
+        return sorted(range(self._count), key=lambda layer: (layer % APART, layer))
+
+    def reader(self, form: str, layer: int) -> ReadLane:
+        """What gives the weights of the program in which this layer alone has the form."""
+        if self._group != (form, layer % APART):
+            self._calibrate(form, layer % APART)
+        weights, layer_of = self._weights, self._layer_of
+        assert weights is not None
+
+        def read(spec: WeightSpec, lane: int) -> Tensor:
+            of_group = layer <= layer_of.get(spec.name, -1) < layer + APART
+            return weights.read_lane(spec, lane) if of_group else self._read_lane(spec, lane)
+
+        return read
+
+    def _calibrate(self, form: str, shift: int) -> None:
+        forms = tuple(form if layer % APART == shift else STANDARD.name for layer in range(self._count))
+        program, _ = lower(self._source, self._standard.degree, forms, cached=False)
+        # The group before goes first: it is as large as the model.
+        self._weights, self._group = None, None
+        self._layer_of = _layers_of_weights(program)
+        self._weights = calibrate(self._standard, program, self._read_lane, self._batches, self._held).weights
+        self._group = (form, shift)
+
+
+def _layers_of_weights(program: Program) -> dict[str, int]:
+    """The layer of every weight that calibration may change, by name."""
+    found = {}
+    for refittable in find_refittable(program):
+        if isinstance(refittable, Rejection):
+            continue
+        for projection in (*(one for group in refittable.inputs for one in group), refittable.output):
+            for spec in (projection.weight, projection.bias):
+                if spec is not None:
+                    found[spec.name] = refittable.branch.layer
+    return found
