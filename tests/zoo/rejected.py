@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo.builder import Builder, random_tokens
+from tests.zoo.families import modern
 from tests.zoo.norms import attend
 from tests.zoo.plain import FFN, LAYERS, D, Decoder, GptBlock, H
 
@@ -96,14 +97,6 @@ def _decoder(block: Callable[[], nn.Module]) -> nn.Module:
     return Decoder([block() for _ in range(LAYERS)], nn.LayerNorm(D), 97, positions=True, tied=False)
 
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": D,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": H,
-    "intermediate_size": FFN,
-    "max_position_embeddings": 64,
-}
 _BART: dict[str, Any] = {
     "vocab_size": 97,
     "d_model": D,
@@ -121,6 +114,10 @@ _MODELS = (
     Rejected(Builder("bart_one_input", partial(_seq2seq, "bart", **_BART)), ""),
     Rejected(Builder("no_attention", partial(_decoder, FfnBlock)), "attention"),
     Rejected(Builder("unet_skip", SkipDecoder), ""),
+    Rejected(modern("recurrent_gemma", "recurrent_gemma", kv_heads=4), "cannot be found out"),
+    Rejected(modern("jetmoe", "jetmoe", kv_heads=4), "no residual stream"),
+    Rejected(modern("diffllama", "diffllama", kv_heads=4), "more than one attention"),
+    Rejected(modern("mamba", "mamba"), "attention"),
 )
 
 REJECTED: dict[str, Rejected] = {model.build.name: model for model in _MODELS}

@@ -54,9 +54,12 @@ def classify_mask(program: Program, attention: fx.Node) -> MaskRule | Rejection:
     if any(not value_of(node).is_floating_point() for node in stored):
         return _no_rule(stored[0], "its mask is stored among the weights")
     length, limit = _length(program, nodes)
-    lanes = range(_distinct_lanes(program, nodes))
     # Weights have no values yet: what holds for two random draws holds for any.
-    rules = {_rule(evaluate(program, nodes, length, lane, seed)) for lane in lanes for seed in range(1 + bool(stored))}
+    draws = [(lane, seed) for lane in range(_distinct_lanes(program, nodes)) for seed in range(1 + bool(stored))]
+    try:
+        rules = {_rule(evaluate(program, nodes, length, *draw)) for draw in draws}
+    except RuntimeError as error:
+        return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({str(error).splitlines()[0]})")
     if len(rules) != 1 or None in rules:
         return _no_rule(attention, "its mask is not causal with at most a sliding window and ALiBi slopes")
     (rule,) = rules

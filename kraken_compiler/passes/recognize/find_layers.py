@@ -134,11 +134,11 @@ def _measure(
     part = find_part(term, above, join.before, weights)
     if part is not term and not same_shape(part, join.before):
         reason = "what follows the branch's output projection does not leave it in the shape of the stream"
-        return _reject(reason, part)
+        return _reject(reason, part, _BRANCH_HINT)
     nodes = in_order(place, ancestors(part, ends, hidden))
     attentions = [node for node in nodes if node.target in ATTENTIONS]
     if len(attentions) > 1:
-        return _reject("a branch holds more than one attention", attentions[1])
+        return _reject("a branch holds more than one attention", attentions[1], _BRANCH_HINT)
     found = find_projections(part, nodes, weights, join.before)
     if isinstance(found, Rejection):
         return found
@@ -172,6 +172,9 @@ def _replay(source: fx.Node, result: fx.Node, hidden: frozenset[fx.Node], place:
 _ATTENTION_HINT = (
     "Attention must be a scaled_dot_product_attention or softmax(q k^T + mask) v over [batch, heads, ...]."
 )
+
+
+_BRANCH_HINT = "A branch must be one attention or one FFN that is added to the stream by itself."
 
 
 def _heads(attention: fx.Node) -> int:

@@ -99,11 +99,11 @@ def find_projections(
         inputs |= {core} & linears
     if not inputs:
         reason = "no projection was found between the residual stream and the branch's output projection"
-        return Rejection(reason, (output.name,), module_path(output))
+        return Rejection(reason, (output.name,), module_path(output), _HINT)
     for first in inputs:
         if any(attention in ancestors(first, within=inside) for attention in attentions):
             reason = "a second projection follows the attention before the output projection"
-            return Rejection(reason, (first.name,), module_path(first))
+            return Rejection(reason, (first.name,), module_path(first), _HINT)
     for factor in factors:
         if inputs & ancestors(factor, within=inside):
             reason = "the branch's output is multiplied by what depends on the columns that would be divided"
@@ -169,7 +169,7 @@ def _output_projection(
         node = operands[0]
     if args_of(node)[0] not in inside:
         reason = "the branch is a single projection of the stream, with nothing to split between lanes"
-        return Rejection(reason, (node.name,), module_path(node))
+        return Rejection(reason, (node.name,), module_path(node), _HINT)
     return node, tuple(operand for operand in args_of(node)[3:] if operand in inside)
 
 

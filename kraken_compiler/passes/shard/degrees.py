@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from kraken_compiler.ir.layers import Branch, LayerTable
 
+DEGREE_HINT = "Try another degree; one that divides the heads, the KV heads and the FFN columns is the least demanding."
+"""What to try where a degree asks for parts that a lane cannot compute by itself."""
+
 
 @dataclass(frozen=True)
 class Share:

@@ -12,6 +12,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import IndexSet, size, to_indices
 from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, module_path
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT
 
 _SIZED = frozenset({aten.reshape.default, aten.expand.default})
 _REPEATS = frozenset({aten.repeat_interleave.self_int, aten.repeat.default})
@@ -70,7 +71,7 @@ def localize(
 
 def _moved(node: fx.Node) -> Rejection:
     reason = "it picks fixed positions of a split dimension that are not at the same place on every lane"
-    return Rejection(reason, (node.name,), module_path(node))
+    return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
 
 
 def _resize(node: fx.Node, out: Kept) -> Rejection | dict[fx.Node, Tensor]:
@@ -80,7 +81,7 @@ def _resize(node: fx.Node, out: Kept) -> Rejection | dict[fx.Node, Tensor]:
             continue
         if isinstance(sizes[dim], fx.Node):
             reason = "a split dimension has a size that is computed, not a number"
-            return Rejection(reason, (node.name,), module_path(node))
+            return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
         sizes[dim] = size(lanes[0])
     node.args = (args_of(node)[0], sizes)
     return {}

@@ -23,7 +23,7 @@ from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
-from kraken_compiler.passes.shard.degrees import kv_shares, spread
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT, kv_shares, spread
 from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixer_of_heads, mixing
 
 
@@ -59,7 +59,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
             return mixing(mixer or source, "heads")
         if any(lane[: len(first)] != first for lane, first in zip(columns, owned)):
             reason = "its heads lie interleaved in what follows the attention, so lanes cannot be padded with more"
-            return Rejection(reason, (source.name,), module_path(attention), _HINT)
+            return Rejection(reason, (source.name,), module_path(attention), DEGREE_HINT)
 
     marked = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
     marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked}
@@ -70,7 +70,10 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
             seeds += _picked_heads(attention, values, lane, degree)
         loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
         tensors = [values[node] for node in marked]
-        gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            return _no_derivative(projections.region, source, error)
         for node, tensor, gradient in zip(marked, tensors, gradients):
             marks[node].append(torch.zeros_like(tensor, dtype=torch.bool) if gradient is None else gradient != 0)
 
@@ -78,7 +81,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     for node, lanes in marks.items():
         sets = _kept_sets(lanes)
         if isinstance(sets, str):
-            return Rejection(sets, (node.name,), module_path(node), _HINT)
+            return Rejection(sets, (node.name,), module_path(node), DEGREE_HINT)
         if any(dim is not None for dim in sets):
             kept[node.name] = sets
     mixer = mixer_of_columns(projections.region, kept) if attention is None else None
@@ -95,7 +98,13 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     )
 
 
-_HINT = "Try another degree; one that divides the heads, the KV heads and the FFN columns is the least demanding."
+def _no_derivative(region: Sequence[fx.Node], source: fx.Node, error: RuntimeError) -> Rejection:
+    """Some operators cannot be differentiated; torch says which, as `aten::name`."""
+    reason = str(error).splitlines()[0]
+    node = next((node for node in region if str(node.target).rpartition(".")[0].replace(".", "::") in reason), source)
+    return Rejection(
+        f"what lanes need of it cannot be found out: {reason}", (node.name,), module_path(node), DEGREE_HINT
+    )
 
 
 def _reached(region: Region, attention: fx.Node, heads: list[int], source: fx.Node) -> list[int]:

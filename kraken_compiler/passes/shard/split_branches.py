@@ -26,6 +26,7 @@ from kraken_compiler.passes.graph_tools import args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT
 from kraken_compiler.passes.shard.localize import localize
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes, weight_kept
 
@@ -157,11 +158,11 @@ def _refresh(
     except (RuntimeError, ValueError, IndexError) as error:
         missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
         culprit = next(node for node in missing if node not in twins)
-        return Rejection(f"{_MIXES} ({str(error).splitlines()[0]})", (culprit.name,), module_path(culprit))
+        return Rejection(f"{_MIXES} ({str(error).splitlines()[0]})", (culprit.name,), module_path(culprit), DEGREE_HINT)
     for name, sizes in expected.items():
         have = shape_of(nodes[name])
         if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
-            return Rejection(_MIXES, (name,), module_path(nodes[name]))
+            return Rejection(_MIXES, (name,), module_path(nodes[name]), DEGREE_HINT)
     for twin, model in twins.items():
         twin.meta["val"] = model.meta["val"]
     return None
@@ -196,7 +197,7 @@ class _Check:
             want = self._whole[..., to_indices(self.plan.columns[lane])]
             if not torch.allclose(part, want, rtol=1e-9, atol=1e-9):
                 reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
-                return Rejection(reason, (self.output.name,), module_path(self.output))
+                return Rejection(reason, (self.output.name,), module_path(self.output), DEGREE_HINT)
         return None
 
     def _cut(self, value: Any, name: str, lane: int) -> Any:
