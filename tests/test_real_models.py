@@ -87,6 +87,10 @@ def test_sentences_stay_where_minilm_puts_them(minilm: Path) -> None:
         assert torch.cosine_similarity(cat, kitten, dim=0) > 0.5 > torch.cosine_similarity(cat, bank, dim=0)
 
 
+ESTER = "[CLS] C C ( = O ) O . C O >> C C ( = O ) [MASK] C [SEP]"
+"""Acetic acid and methanol make methyl acetate; the oxygen that joins them is masked."""
+
+
 def test_an_albert_of_reactions_fills_in_atoms(rxnmapper: Path) -> None:
     """Twelve layers with the same weights, which stay one tensor; one head a lane."""
     from transformers import AlbertForMaskedLM
@@ -94,8 +98,7 @@ def test_an_albert_of_reactions_fills_in_atoms(rxnmapper: Path) -> None:
     source = AlbertForMaskedLM.from_pretrained(rxnmapper, dtype=torch.float32).eval()
     captured = capture(rxnmapper, trust_pickle=True)
     names = (rxnmapper / "vocab.txt").read_text().split("\n")
-    # Acetic acid and methanol make methyl acetate; the oxygen that joins them is masked.
-    reaction = "[CLS] C C ( = O ) O . C O >> C C ( = O ) [MASK] C [SEP]".split()
+    reaction = ESTER.split()
     ids = torch.tensor([[names.index(token) for token in reaction]])
     program, _ = lower(captured.program, 8, "standard")
     logits = logits_of(LaneModule.from_program(program, captured.store.read), ids)
