@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,16 +58,13 @@ def main(folder: Path) -> None:
 
 def readme_list() -> str:
     """What the README says of the models, between its marks."""
-    lines = [
-        BEGIN,
-        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs:",
-        f"{_names([*FAMILIES, *OTHER_INPUTS])};",
-        f"{len(MORE_FAMILIES)} more in one process: {_names(MORE_FAMILIES)};",
-        f"and {len(PLAIN) + len(NORMS)} that are plain `nn.Module` code: {_names([*PLAIN, *NORMS])}.",
-        f"Rejected, with module path, node and reason: {_names(REJECTED)}.",
-        END,
-    ]
-    return "\n".join(lines)
+    text = (
+        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs: "
+        f"{_names([*FAMILIES, *OTHER_INPUTS])}; {len(MORE_FAMILIES)} more in one process: {_names(MORE_FAMILIES)}; "
+        f"and {len(PLAIN) + len(NORMS)} that are plain `nn.Module` code: {_names([*PLAIN, *NORMS])}. "
+        f"Rejected, with module path, node and reason: {_names(REJECTED)}."
+    )
+    return "\n".join([BEGIN, *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), END])
 
 
 def _names(models: Iterable[str]) -> str:
@@ -87,9 +85,8 @@ def _page(notes: Notes) -> str:
     parts.append("\n## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
     parts += (f"- `{model}`: {found['reason']}\n" for model, found in sorted(notes["rejected"].items()))
     parts.append("\nMade up for the tests:\n\n")
-    parts += (
-        f"- {found['what'].splitlines()[0]} {found['reason']}\n" for _, found in sorted(notes["invented"].items())
-    )
+    invented = (found for _, found in sorted(notes["invented"].items()))
+    parts += (f"- {found['what'].splitlines()[0]} *{found['reason']}*\n" for found in invented)
     return "".join(parts)
 
 
@@ -101,13 +98,13 @@ def _row(notes: Notes, model: str) -> tuple[str, ...]:
         ", ".join("rejected" if error is None else _error(error) for error in uneven["errors"].values()),
         str(len(lanes["forms"]) - 1),
         f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
-        _error(cache["error"]) if "error" in cache else f"none: {cache['reason']}",
+        _error(cache["error"]) if "error" in cache else f"none: {cache['reason'].rpartition(': ')[2]}",
         f"{_error(onnx['standard'])}, {_error(onnx['kraken'])}",
     )
 
 
 def _error(error: float) -> str:
-    return f"{error:.0e}"
+    return f"{error:.0e}" if error else "0"
 
 
 if __name__ == "__main__":
