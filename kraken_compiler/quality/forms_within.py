@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
+from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
@@ -57,48 +59,85 @@ def forms_within(
         UsageError: The model reads no text, or the texts are too short.
         InputFileError: A text or the cache cannot be read.
     """
-    text = calibration_text(captured, paths, tokens)
-    row = text.fitted[0].shape[1]
-    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
-    short = [ids for ids in text.fitted if ids.shape[1] != row]
-    count = min(_MOST_MEASURED_ROWS, max(1, len(rows) // 6))
-    fitted, measured = rows[:-count], list(torch.split(rows[-count:], _ROWS_AT_ONCE))
+    rows = _rows(captured, paths, tokens)
     standard, _ = lower(captured.program, degree, "standard", cached=False)
     assert standard.layers is not None
     assert standard.plan is not None
-    name = f"a part of {', '.join(map(str, paths))}"
     read_lane = read_from_source(standard, captured.store.read)
+    inputs = list(map(inputs_function(standard.inputs), rows.batches))
+    costs = _costs_of_layers(captured, standard, read_lane, inputs, rows, show, cache)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    said = [source(ids) for ids in measured]
-    inputs_of = inputs_function(standard.inputs)
-    batches = [*torch.split(fitted, 2 * _ROWS_AT_ONCE), *short, *text.held]
-    held = [False] * (len(batches) - len(text.held)) + [True] * len(text.held)
-    flat = list(map(inputs_of, batches))
-    few = _few(batches, held)
-    single = SingleLayers(captured.program, standard, read_lane, [flat[at] for at in few], [held[at] for at in few])
-    order = single.in_order()
-    with show.steps("cost of single layers") as advance:
-        alone = measure_sensitivity(
-            captured,
-            standard.degree,
-            [(form.name, (layer, layer)) for form in (KRAKEN, SYNC_DROP) for layer in order],
-            measured[:1],
-            name,
-            calibrated=single.tokens,
-            reader=single.reader,
-            cache=cache,
-            advance=advance,
-        )
-    costs = {form.name: [alone.cost(form.name, layer) for layer in sorted(order)] for form in (KRAKEN, SYNC_DROP)}
+    said = [source(ids) for ids in rows.measured]
 
     def measure(forms: tuple[str, ...]) -> Quality:
         program, _ = lower(captured.program, standard.degree, forms, cached=False)
         changed = len(layers_of(forms))
         with show.steps(f"{changed} layers changed: calibrate") as advance:
-            found = calibrate(standard, program, read_lane, flat, held, advance=advance)
-        return evaluate(replay(said), lane_logits(program, found.weights.read_lane), measured, name)
+            found = calibrate(standard, program, read_lane, inputs, rows.held, advance=advance)
+        return evaluate(replay(said), lane_logits(program, found.weights.read_lane), rows.measured, rows.name)
 
     return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a search reads.
+
+    Attributes:
+        batches: Token ids to calibrate on.
+        held: For every batch whether it is held back, see `calibrate`.
+        measured: Token ids to measure on.
+        name: What they are, for the record.
+    """
+
+    batches: list[Tensor]
+    held: list[bool]
+    measured: list[Tensor]
+    name: str
+
+
+def _rows(captured: Capture, paths: Sequence[Path], tokens: int) -> _Rows:
+    """Divide what the calibration of the result reads: the last long rows are measured, the others are fitted."""
+    text = calibration_text(captured, paths, tokens)
+    row = text.fitted[0].shape[1]
+    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
+    short = [ids for ids in text.fitted if ids.shape[1] != row]
+    count = min(_MOST_MEASURED_ROWS, max(1, len(rows) // 6))
+    fitted = [*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short]
+    held = [False] * len(fitted) + [True] * len(text.held)
+    name = f"a part of {', '.join(map(str, paths))}"
+    return _Rows([*fitted, *text.held], held, list(torch.split(rows[-count:], _ROWS_AT_ONCE)), name)
+
+
+def _costs_of_layers(
+    captured: Capture,
+    standard: Program,
+    read_lane: ReadLane,
+    inputs: Sequence[list[Tensor]],
+    rows: _Rows,
+    show: Progress,
+    cache: Path | None,
+) -> dict[str, list[float]]:
+    """By form what it costs in every layer alone, calibrated for that."""
+    few = _few(rows.batches, rows.held)
+    single = SingleLayers(
+        captured.program, standard, read_lane, [inputs[at] for at in few], [rows.held[at] for at in few]
+    )
+    order = single.in_order()
+    forms = (KRAKEN.name, SYNC_DROP.name)
+    with show.steps("cost of single layers") as advance:
+        alone = measure_sensitivity(
+            captured,
+            standard.degree,
+            [(form, (layer, layer)) for form in forms for layer in order],
+            rows.measured[:1],
+            rows.name,
+            calibrated=single.tokens,
+            reader=single.reader,
+            cache=cache,
+            advance=advance,
+        )
+    return {form: [alone.cost(form, layer) for layer in sorted(order)] for form in forms}
 
 
 def _few(batches: Sequence[Tensor], held: Sequence[bool]) -> list[int]:
