@@ -116,7 +116,7 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path, bytes_allowed: int
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["write", "ftruncate", "open", "close"])
+@pytest.mark.parametrize("call", ["pwrite", "ftruncate", "open", "close"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_a_shard_that_cannot_be_written_is_named(tmp_path: Path, call: str, number: int) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.file_errors import naming
+from kraken_compiler.weights.direct_io import aligned_buffer, open_direct
 from kraken_compiler.weights.safetensors_format import byte_view, encode_header
 from kraken_compiler.weights.shard_journal import Mark
 
 _CHUNK = 1 << 20
+"""What is hashed and written at a time; whole chunks of the file go past the page cache, see `direct_io`."""
 
 
 class LaneFile:
@@ -40,6 +42,8 @@ class LaneFile:
         self._states: list[tuple[int, hashlib._Hash]] = []
         with naming(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._direct = open_direct(path)
+        self._block = aligned_buffer(_CHUNK)
 
     @property
     def mark(self) -> Mark:
@@ -72,7 +76,6 @@ class LaneFile:
             self._end, self._hash = self._states[marks - 1]
         with naming(self.path):
             os.ftruncate(self._file, self._end)
-            os.lseek(self._file, self._end, os.SEEK_SET)
         self._states = []
         if not marks:
             self._append(memoryview(self._head))
@@ -88,14 +91,25 @@ class LaneFile:
     def close(self) -> None:
         with naming(self.path):
             os.close(self._file)
+            if self._direct is not None:
+                os.close(self._direct)
 
     def _append(self, data: memoryview) -> None:
-        # Piece by piece: what is hashed is still in the processor's cache when the system copies it.
-        for start in range(0, len(data), _CHUNK):
-            piece = data[start : start + _CHUNK]
+        # Piece by piece, up to whole chunks of the file: what is hashed is still in the processor's cache when it is
+        # copied.
+        while data:
+            piece = data[: _CHUNK - self._end % _CHUNK]
             self._hash.update(piece)
             with naming(self.path):
-                while piece:
-                    written = os.write(self._file, piece)
-                    self._end += written
-                    piece = piece[written:]
+                self._write(piece)
+            data = data[len(piece) :]
+
+    def _write(self, piece: memoryview) -> None:
+        file = self._file
+        if self._direct is not None and len(piece) == _CHUNK:
+            self._block[:] = piece
+            file, piece = self._direct, memoryview(self._block)
+        while piece:
+            written = os.pwrite(file, piece, self._end)
+            self._end += written
+            piece = piece[written:]

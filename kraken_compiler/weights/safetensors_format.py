@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.direct_io import aligned_buffer
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -115,7 +116,9 @@ def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
     """
     if entry.dtype is None:
         raise InputFileError(f"{entry.path}: tensor '{name}' has an element type that torch does not know")
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    buffer = torch.frombuffer(aligned_buffer(entry.nbytes), dtype=torch.uint8)
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
