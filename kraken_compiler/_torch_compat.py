@@ -26,6 +26,18 @@ def new_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
+@contextmanager
+def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, ops called on a mode's fake tensors give fakes, symbolic sizes included.
+
+    Before 2.12 an op that is made of others asks for sizes as plain numbers unless torch's Python dispatcher is on.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with mode, enable_python_dispatcher():
+        yield
+
+
 def is_fake(tensor: Tensor) -> bool:
     """True if the tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
@@ -288,6 +300,20 @@ def functional_collectives() -> Any:
     import torch.distributed._functional_collectives
 
     return torch.ops._c10d_functional
+
+
+def launch_config(shutdown_seconds: int, **options: Any) -> Any:
+    """A `LaunchConfig` of torch's elastic launcher, whose ranks get so long to end once one has failed.
+
+    Torch 2.11 cannot be told: there it is half a minute.
+    """
+    from dataclasses import fields
+
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):
+        options["shutdown_timeout"] = shutdown_seconds
+    return LaunchConfig(**options)
 
 
 def rendezvous_host(group: Any) -> str | None:

@@ -131,6 +131,7 @@ def compile_model(
                 trust_pickle=trust_pickle,
                 dtype=dtype,
                 require_weights=directory is not None,
+                hash_early=directory is not None,
             )
         chosen: Choice | None = None
         if budget is not None and directory is not None:

@@ -50,6 +50,7 @@ def source_of(
         input_specs=recorded.input_specs if example_inputs is None else (),
         trust_pickle=trust_pickle,
         dtype=getattr(torch, recorded.dtype) if recorded.dtype else None,
+        hash_early=bool(recorded.sha256),
     )
     comparable = recorded.sha256 and captured.origin.kind == recorded.kind
     if comparable and captured.origin.sha256 != recorded.sha256:

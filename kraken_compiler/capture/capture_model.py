@@ -27,6 +27,7 @@ def capture(
     trust_pickle: bool = False,
     dtype: torch.dtype | None = None,
     require_weights: bool = True,
+    hash_early: bool = False,
 ) -> Capture:
     """Capture a model as a program of degree 1 with dynamic batch and sequence sizes.
 
@@ -39,6 +40,7 @@ def capture(
         trust_pickle: Allow files that can run any code when they are opened.
         dtype: Element type of the captured model; default: the source's own.
         require_weights: With False, a Hugging Face directory needs no weight files (planning reads none).
+        hash_early: The hash of the files (`Origin.sha256`) will be asked for: begin with it during the capture.
 
     Raises:
         UsageError: The example inputs are missing or do not fit.
@@ -62,11 +64,14 @@ def capture(
             trust_pickle=trust_pickle,
             dtype=dtype,
             require_weights=require_weights,
+            hash_early=hash_early,
         )
     if kind is SourceKind.GGUF:
         from kraken_compiler.capture.from_gguf import capture_gguf
 
-        return capture_gguf(path, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype)
+        return capture_gguf(
+            path, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype, hash_early=hash_early
+        )
     if kind is SourceKind.EXPORT:
         from kraken_compiler.capture.from_archive import capture_archive
 

@@ -11,7 +11,7 @@ import torch
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, TokenizerSource, digest_files
+from kraken_compiler.capture.record import Capture, TokenizerSource, file_digest
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
 
@@ -22,6 +22,7 @@ def capture_gguf(
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    hash_early: bool = False,
 ) -> Capture:
     """Capture the model in a GGUF file; its dequantized weights are held in memory once.
 
@@ -29,6 +30,7 @@ def capture_gguf(
         path: The file.
         example_inputs, input_specs: What to trace with; inferred if neither is given.
         dtype: Element type of the dequantized weights; default float32.
+        hash_early: See `capture`.
 
     Raises:
         InputFileError: The file is damaged.
@@ -41,6 +43,7 @@ def capture_gguf(
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
     directory = str(path.parent)
+    digest = file_digest((path,), early=hash_early)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -64,7 +67,7 @@ def capture_gguf(
         input_specs=input_specs,
         kind="gguf",
         path=str(path),
-        digest=lambda: digest_files((path,)),
+        digest=digest,
         tokenizer=TokenizerSource(directory, path.name),
     )
 

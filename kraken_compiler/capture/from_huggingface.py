@@ -15,7 +15,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_files
+from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, file_digest
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
@@ -40,6 +40,7 @@ def capture_directory(
     trust_pickle: bool = False,
     dtype: torch.dtype | None = None,
     require_weights: bool = True,
+    hash_early: bool = False,
 ) -> Capture:
     """Capture the model that a directory's `config.json` describes.
 
@@ -49,6 +50,7 @@ def capture_directory(
         trust_pickle: Accept `pytorch_model.bin`.
         dtype: Element type of the model; default: the config's, else the checkpoint's, else float32.
         require_weights: Fail if there are no weight files.
+        hash_early: See `capture`.
 
     Raises:
         InputFileError: A file is missing or damaged.
@@ -62,6 +64,8 @@ def capture_directory(
     with quiet_transformers():
         config = _read_config(path)
     checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)
+    files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
+    digest = file_digest(files, early=hash_early)
     model = _build(config, path, dtype or _own_dtype(config, checkpoint))
     example = resolve(model, example_inputs, input_specs)
     with fake_parameters(model) as mode:
@@ -79,13 +83,12 @@ def capture_directory(
     store = CheckpointStore(checkpoint, sources, expected, path)
     if checkpoint is not None:
         store.validate()
-    files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     origin = Origin(
         kind="huggingface",
         path=str(path),
         model_class=class_name(model),
-        digest=lambda: digest_files(files),
+        digest=digest,
         tokenizer=TokenizerSource(str(path)) if has_tokenizer else None,
     )
     return Capture(program, store, origin, config_dict(model), notes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +124,28 @@ def digest_files(files: tuple[Path, ...]) -> str:
         return total.hexdigest()
     except OSError as error:
         raise InputFileError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
+
+def file_digest(files: tuple[Path, ...], *, early: bool) -> Callable[[], str]:
+    """What computes `digest_files`.
+
+    Args:
+        files: The files.
+        early: Begin at once, in a thread: who captures a large model waits for one core, the disk and the others idle.
+    """
+    if not early:
+        return lambda: digest_files(files)
+    result: Future[str] = Future()
+
+    def compute() -> None:
+        try:
+            result.set_result(digest_files(files))
+        except BaseException as error:  # whoever asks for the hash gets it
+            result.set_exception(error)
+
+    # A daemon: a capture that fails does not wait for the hash of what nobody will use.
+    threading.Thread(target=compute, name="hash-source", daemon=True).start()
+    return result.result
 
 
 def digest_tensors(store: WeightStore) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kraken_compiler._torch_compat import on_fakes
+
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     """The mode that made the graph's fake tensors."""
@@ -39,7 +41,7 @@ def compute_shape(node: fx.Node, mode: FakeTensorMode) -> fx.Node:
     """Give one call its `meta["val"]` by running it on its operands' fake tensors; returns the node."""
     assert callable(node.target)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-    with mode:
+    with on_fakes(mode):
         node.meta["val"] = node.target(*args, **kwargs)
     return node
 

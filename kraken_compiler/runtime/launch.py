@@ -57,14 +57,17 @@ def launch(
         raise UsageError(f"cannot start {degree} ranks with a timeout of {timeout:g} s")
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
+
+    from kraken_compiler._torch_compat import launch_config
 
     with tempfile.TemporaryDirectory(prefix="kraken-run-") as name, _signals_restored(), _quiet_elastic():
         directory = Path(name)
         redirects = dict.fromkeys(range(degree), Std.ALL)
         if show_output:
             redirects[0] = Std.ERR
-        config = LaunchConfig(
+        config = launch_config(
+            _SHUTDOWN_SECONDS,
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=degree,
@@ -75,7 +78,6 @@ def launch(
             local_addr="localhost",
             max_restarts=0,
             monitor_interval=0.05,
-            shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         watchdog = Watchdog(directory, degree, timeout)
         with _reserved_port() as port, _environment(_rank_environment(degree, directory, timeout, port)), watchdog:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler._torch_compat import on_fakes
 from kraken_compiler.backends.onnx_ort import attention_ops
 from kraken_compiler.backends.onnx_ort.format import (
     ATTENTION_MASK,
@@ -174,7 +175,7 @@ def _drop_collectives(graph: fx.Graph) -> None:
 
 def _call(graph: fx.Graph, mode: Any, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
-    with mode:
+    with on_fakes(mode):
         node.meta["val"] = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]))
     return node
 
