@@ -30,7 +30,9 @@ from tests.zoo import random_tokens
 
 pytestmark = pytest.mark.timeout(280)
 
-QUICK = ("--sequence", "12", "--batch", "4", "--learning-rate", "3e-3", "--evaluate-tokens", "256")
+EXACT = ("--precision", "float32")
+"""Not the default where there is a GPU."""
+QUICK = ("--sequence", "12", "--batch", "4", "--learning-rate", "3e-3", "--evaluate-tokens", "256", *EXACT)
 
 
 @pytest.fixture(scope="module", autouse=True)

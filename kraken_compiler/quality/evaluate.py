@@ -101,7 +101,7 @@ class _Sums:
         if length > self.table.shape[1]:
             self.table = F.pad(self.table, (0, length - self.table.shape[1]))
         for into, value in zip(self.table, values, strict=True):
-            into[: value.shape[0]] += value
+            into[: value.shape[0]] += value.to(into.device)
 
     def totals(self) -> list[float]:
         totals: list[float] = self.table.sum(dim=1).tolist()

@@ -6,12 +6,14 @@ Compilers move nodes, so the order that counts is the order of the calls in the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
 
+_PARTITION = re.compile(r"^ *def partition_(\d+)\(.*\n((?:(?: .*)?\n)*)", re.MULTILINE)
+_RUN_PARTITION = re.compile(r"\bpartitions\[(\d+)\]\(")
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 _RENAMED = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)\b(?!\.|\()")
 _FIRST = r"\.default\((?:reinterpret_tensor\()?(\w+)"
@@ -115,11 +117,7 @@ def _calls(code: str) -> list[_Call]:
     started: dict[str, int] = {}
     renamed: dict[str, str] = {}
     name = ""
-    body = code.partition("def call(")[2]
-    for line in body.splitlines():
-        text = line.strip()
-        if text.startswith("return "):
-            break
+    for text in _statements(code):
         sources = _SOURCES.match(text)
         if sources:
             # The last of the nodes that became one call is the one whose result it is.
@@ -142,6 +140,23 @@ def _calls(code: str) -> list[_Call]:
         elif rename := _RENAMED.match(text):
             renamed[rename[1]] = _origin(renamed, rename[2])
     return calls
+
+
+def _statements(code: str) -> Iterator[str]:
+    """The lines that run, in order: of the function `call`, and in their places those of the partitions it runs.
+
+    Partitions are what one CUDA graph holds.
+    """
+    partitions = {match[1]: match[2] for match in _PARTITION.finditer(code)}
+    for line in code.partition("def call(")[2].splitlines():
+        text = line.strip()
+        if text.startswith("return "):
+            return
+        run = _RUN_PARTITION.search(text)
+        inner = partitions[run[1]] if run is not None else text
+        yield from (
+            statement for statement in map(str.strip, inner.splitlines()) if not statement.startswith("return ")
+        )
 
 
 def _origin(renamed: Mapping[str, str], name: str) -> str:
