@@ -1,4 +1,4 @@
-"""Capture a live `nn.Module`; its parameters are shared, never copied."""
+"""Capture a live `nn.Module`; its parameters are shared, never copied, but for integers that are packed."""
 
 from __future__ import annotations
 
