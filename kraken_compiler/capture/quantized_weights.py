@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kraken_compiler import _torch_compat as compat
-from kraken_compiler.errors import Rejection, UnsupportedModelError
+from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.dequantize import dequantize, pack
 
 
@@ -63,6 +63,21 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     for path, own, tensor in list(_packed(copied)):
         _hold(copied.get_submodule(path), own, apart[id(tensor)])
     return copied
+
+
+def refuse_conversion(model: nn.Module, dtype: torch.dtype) -> None:
+    """Quantised weights stay of the type they were made for, and would meet activations of another.
+
+    Raises:
+        UsageError: A quantised weight is not of this type.
+    """
+    other = next((found for found in _packed(model) if found[2].dtype != dtype), None)
+    if other is not None:
+        path, own, tensor = other
+        raise UsageError(
+            f"the {own} of module '{path}' was quantised as {str(tensor.dtype).removeprefix('torch.')}, and cannot be "
+            f"converted to {str(dtype).removeprefix('torch.')}: convert the model before it is quantised"
+        )
 
 
 _HINT = (
