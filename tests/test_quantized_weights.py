@@ -1,4 +1,4 @@
-"""Linear layers whose weights torchao quantised: lanes hold parts of the integers and compute what the model computes."""
+"""Linear layers whose weights torchao quantised: lanes hold parts of the integers and compute what the model does."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.report import make_report
 from kraken_compiler.runtime.logits import inputs_function
 from kraken_compiler.runtime.replay import expected, split_lengths
 from tests.table_notes import note
@@ -61,7 +62,7 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 INT8, INT8_GROUPS, INT4, INT4_ZEROS, INT4_ROWS = CONFIGS
-MODELS = ("llama", "gpt", "gpt_neox")
+MODELS = ("llama", "plain_gpt", "gpt_neox")
 """Grouped heads; plain `nn.Module` code; q, k and v in one matrix, heads interleaved."""
 SIZES = ((1, 7), (3, 13))
 
@@ -89,6 +90,13 @@ def difference(lanes: LaneModule, model: nn.Module, *sizes: tuple[int, int]) -> 
     batches = [token_batch(model, *size) for size in sizes or SIZES]
     with torch.no_grad():
         return max(relative_error(lanes.run_flat([ids])[0], logits_of(model, ids)) for ids in batches)
+
+
+def in_standard_form(model: nn.Module, degree: int) -> tuple[LaneModule, Program]:
+    """A model that is no other test's, without a program with a KV cache, which takes most of the time."""
+    found = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
+    program, _ = lower(found.program, degree, "standard", cached=False)
+    return LaneModule.from_program(program, found.store.read), program
 
 
 def of(model: str, config: str, program: Program) -> LaneModule:
@@ -131,21 +139,19 @@ def test_dequantize(bits: int, zeros: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_lanes_compute_what_the_model_computes(config: str) -> None:
-    worst, changed = 0.0, []
+    worst = 0.0
     for model in MODELS if config in (INT8, INT4) else MODELS[:1]:
-        for degree in (2, 4):
+        for degree in (2, 4) if model == MODELS[0] else (4,):
             program = lowered(model, config, degree)
             assert all(spec.shards for name, spec in program.weights.items() if "_weight_data" in name)
             worst = max(worst, difference(of(model, config, program), quantized(model, config)))
-        changed.append(difference(of(model, config, lowered(model, config, 2, "kraken")), quantized(model, config)))
     assert worst < 1e-5
-    assert min(changed) > 1e-3
+    changed = of(MODELS[0], config, lowered(MODELS[0], config, 2, "kraken"))
+    assert difference(changed, quantized(MODELS[0], config)) > 1e-3
     note("quantized", config, standard=worst)
 
 
-@pytest.mark.parametrize(
-    ("config", "degree"), [(INT8, 3), (INT8, 5), (INT4, 3), (INT4_ZEROS, 3)], ids=lambda one: str(one)[:4]
-)
+@pytest.mark.parametrize(("config", "degree"), [(INT8, 5), (INT4, 3), (INT4_ZEROS, 3)], ids=lambda one: str(one)[:4])
 def test_degrees_that_do_not_divide(config: str, degree: int) -> None:
     assert difference(of("llama", config, lowered("llama", config, degree)), quantized("llama", config)) < 1e-5
 
@@ -154,12 +160,12 @@ def test_lanes_get_whole_groups() -> None:
     """Three groups of FFN columns on two lanes: one has one of its own, and computes another as padding."""
     model = SUPPORTED["llama"]()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-    lanes = transform(model, 2, "standard")
+    lanes, program = in_standard_form(model, 2)
     assert difference(lanes, model) < 1e-5
-    assert lanes.report is not None
-    assert lanes.report.data["padding"] == {"attention": 0.0, "ffn": pytest.approx(1 / 3)}
-    assert lanes.report.data["degrees_without_padding"] == [1]
-    sources = {spec.source: spec for spec in lanes.program.weights.values()}
+    report = make_report(program).data
+    assert report["padding"] == {"attention": 0.0, "ffn": pytest.approx(1 / 3)}
+    assert report["degrees_without_padding"] == [1]
+    sources = {spec.source: spec for spec in program.weights.values()}
     assert sources["model.layers.0.mlp.down_proj.weight_data"].shape == (64, 32)
     assert sources["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 2)
     assert sources["model.layers.0.mlp.up_proj.weight_data"].shape == (64, 32)
@@ -168,7 +174,7 @@ def test_lanes_get_whole_groups() -> None:
 def test_weights_of_int4_as_gpus_make_them() -> None:
     """torchao multiplies with them on GPUs only; the reference are the numbers they stand for."""
     generator = torch.Generator().manual_seed(0)
-    model, plain = SUPPORTED["gpt"](), SUPPORTED["gpt"]()
+    model, plain = SUPPORTED["plain_gpt"](), SUPPORTED["plain_gpt"]()
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -180,12 +186,10 @@ def test_weights_of_int4_as_gpus_make_them() -> None:
         module.weight = nn.Parameter(weight, requires_grad=False)
         value = integers * scale.t().repeat_interleave(8, 1) + zero.t().repeat_interleave(8, 1)
         plain.get_submodule(path).weight = nn.Parameter(value)
-    ids = token_batch(model, 2, 16)
-    lanes = transform(model, 4, "standard", example_inputs={"input_ids": ids})
-    assert difference(lanes, plain) < 1e-5
+    assert difference(in_standard_form(model, 4)[0], plain) < 1e-5
     module.weight.activation_dtype = torch.float8_e4m3fn
     with pytest.raises(UnsupportedModelError, match=r"module 'head' \(node weight\).* asks for rounded or scaled"):
-        transform(model, 4, "standard", example_inputs={"input_ids": ids})
+        in_standard_form(model, 4)
 
 
 def test_only_some_layers_in_bfloat16() -> None:
@@ -193,7 +197,7 @@ def test_only_some_layers_in_bfloat16() -> None:
     quantize_(model, CONFIGS[INT8], filter_fn=lambda _, path: path.endswith("down_proj"))
     ids = token_batch(model, 3, 11)
     with torch.no_grad():
-        have = transform(model, 2, "standard")(ids).logits
+        have = in_standard_form(model, 2)[0].run_flat([ids])[0]
     assert have.dtype == torch.bfloat16
     assert relative_error(have.float(), model(ids).logits.float()) < 0.05
 
@@ -202,7 +206,7 @@ def test_only_some_layers_in_bfloat16() -> None:
 
 
 def test_the_module_stays_as_it_was() -> None:
-    model = SUPPORTED["gpt"]()
+    model = SUPPORTED["plain_gpt"]()
     quantize_(model, CONFIGS[INT4])
     model.train()
     ids = token_batch(model, 2, 16)
@@ -226,8 +230,8 @@ def test_more_lanes_than_groups() -> None:
     model = SUPPORTED["llama"]()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
     message = (
-        r"module 'model\.layers\.0\.self_attn' \(node linear_3\): its output projection is quantised in groups that keep "
-        r"4 heads \(32 columns\) together.* 4 lanes of 16 columns\. Try another degree, or quantise .* smaller group"
+        r"module 'model\.layers\.0\.self_attn' \(node linear_3\): its output projection is quantised in groups that "
+        r"keep 4 heads \(32 columns\) together.* 4 lanes of 16 columns\. Try another degree, or .* smaller group"
     )
     with pytest.raises(UnsupportedModelError, match=message):
         transform(model, 4)
@@ -282,8 +286,8 @@ def test_calibration_leaves_them_alone() -> None:
     )
     made = calibrate(standard, program, read, ids, [False, True])
     notes = [record.note for record in made.branches]
-    assert notes[:2] == ["reads what the source reads"] * 2
-    assert all("not refitted: its weight is quantised" in one for one in notes[3:])
+    assert notes[0] == "reads what the source reads"
+    assert all("not refitted: its weight is quantised" in one for one in notes[1:])
 
 
 # artifacts ------------------------------------------------------------------------------------------------------------
@@ -383,6 +387,7 @@ def communicator() -> Iterator[NoCommunication]:
 def test_compiled_ranks(communicator: NoCommunication) -> None:
     """Bytes and halves of them, with and without zero points, in one program."""
     model = SUPPORTED["llama"]()
+    model.model.layers = model.model.layers[:1]  # type: ignore[index]
     quantize_(model, CONFIGS[INT8], filter_fn=lambda _, path: path.endswith(("q_proj", "o_proj", "lm_head")))
     quantize_(model, CONFIGS[INT4_ZEROS], filter_fn=lambda _, path: path.endswith(("gate_proj", "down_proj")))
     found = capture(model)
@@ -416,10 +421,10 @@ def test_directories(directory: Path) -> None:
     found = capture(directory)
     assert (found.origin.kind, found.origin.path) == ("huggingface", str(directory))
     program, _ = lower(found.program, 2, "standard", cached=False)
-    assert (
-        difference(LaneModule.from_program(program, found.store.read), AutoModelForCausalLM.from_pretrained(directory))
-        < 1e-5
-    )
+    lanes, ids = LaneModule.from_program(program, found.store.read), token_batch(quantized("llama", INT4), 3, 9)
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+    assert relative_error(lanes.run_flat([ids])[0], want) < 1e-5
     kinds = {spec.dtype for name, spec in program.weights.items() if "_weight_data" in name}
     assert kinds == {"uint8"}
 

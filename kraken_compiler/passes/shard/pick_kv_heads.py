@@ -44,7 +44,6 @@ class PickKvHeads(Pass):
         matches = sum(self._pick(node, splitter, units.get(node.name, 1)) for node in calls(program.graph, *ATTENTIONS))
         if not matches:
             return PassResult()
-        program.graph.eliminate_dead_code()
         sort_weights(program)
         found = FindLayers().run(program)
         return PassResult(matches, found.rejections)
