@@ -56,9 +56,14 @@ def pack(integers: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """What `pack` packed, as int8."""
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return (halves ^ 8).to(torch.int8) - 8
+    """What `pack` packed, as int8.
+
+    A byte is spread over the two of an int16, the lower half first in memory: compilers have no fast code for what
+    interleaves two tensors.
+    """
+    wide = packed.to(torch.int16)
+    halves = ((wide & 15) | ((wide & 240) << 4)).view(torch.int8)
+    return (halves ^ 8) - 8
 
 
 def grain(columns: int, groups: int, bits: int) -> int:
