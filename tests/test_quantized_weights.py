@@ -108,11 +108,11 @@ def of(model: str, config: str, program: Program) -> LaneModule:
 
 def test_two_integers_share_a_byte() -> None:
     integers = torch.arange(-8, 8, dtype=torch.int8).repeat(2).view(2, 16)
-    assert pack(integers).dtype == torch.uint8
+    assert pack(integers).dtype == torch.int8
     assert pack(integers).shape == (2, 8)
     assert torch.equal(unpack(pack(integers)), integers)
     # Lanes are padded with bytes of zeros.
-    assert torch.equal(unpack(torch.zeros(1, 2, dtype=torch.uint8)), torch.zeros(1, 4, dtype=torch.int8))
+    assert torch.equal(unpack(torch.zeros(1, 2, dtype=torch.int8)), torch.zeros(1, 4, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -181,7 +181,7 @@ def test_weights_of_int4_as_gpus_make_them() -> None:
         rows, columns = module.weight.shape
         integers = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
         scale, zero = torch.rand(columns // 8, rows, generator=generator) / 50, torch.randn(columns // 8, rows) / 50
-        bytes_ = pack(integers).view(torch.int8)
+        bytes_ = pack(integers)
         weight = Int4Tensor(bytes_, scale, zero, [1, 8], torch.Size((rows, columns)))
         module.weight = nn.Parameter(weight, requires_grad=False)
         value = integers * scale.t().repeat_interleave(8, 1) + zero.t().repeat_interleave(8, 1)
@@ -321,7 +321,7 @@ def test_lane_files_hold_integers(compiled: CompileResult) -> None:
     assert compiled.directory is not None
     artifact = open_artifact(compiled.directory)
     kinds = {spec.source.rpartition("_")[2]: spec.dtype for spec in artifact.manifest.weights}
-    assert kinds["data"] == "uint8"
+    assert kinds["data"] == "int8"
     plain, _ = lower(capture(SUPPORTED["llama"]()).program, 2, "kraken", cached=False)
     of_floats = sum(spec.nbytes for spec in plain.weights.values())
     size = (compiled.directory / "torch" / "lane-0.safetensors").stat().st_size
@@ -426,7 +426,7 @@ def test_directories(directory: Path) -> None:
         want = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
     assert relative_error(lanes.run_flat([ids])[0], want) < 1e-5
     kinds = {spec.dtype for name, spec in program.weights.items() if "_weight_data" in name}
-    assert kinds == {"uint8"}
+    assert kinds == {"int8"}
 
 
 def test_directories_of_other_quantisers_are_refused(directory: Path, tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def _from_bytes(tensor: Any) -> QuantizedWeight:
     assert scale is not None
     whole = QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 8, tensor.dtype)
     bits = int(str(getattr(tensor, "target_dtype", torch.int8)).removeprefix("torch.int"))
-    return replace(whole, data=pack(tensor.qdata), bits=4) if bits <= 4 and columns % 2 == 0 else whole
+    even = columns // scale.shape[1] % 2 == 0
+    return replace(whole, data=pack(tensor.qdata), bits=4) if bits <= 4 and even else whole
 
 
 def _by_row(part: Tensor | None, tensor: Any) -> Tensor | None:
@@ -203,7 +204,7 @@ def _from_packed(tensor: Any) -> QuantizedWeight:
     """Two integers a byte, and for each group weight = integer * scale + zero, both [groups, rows]."""
     scale, zero = (part.t().contiguous() for part in (tensor.scale, tensor.zero_point))
     zero_point = -zero.float() / scale.float() if bool(zero.any()) else None
-    return QuantizedWeight(tensor.qdata.contiguous().view(torch.uint8), scale, zero_point, 4, tensor.dtype)
+    return QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 4, tensor.dtype)
 
 
 _READERS: dict[str, tuple[Callable[[Any], QuantizedWeight], bool]] = {

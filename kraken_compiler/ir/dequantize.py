@@ -26,7 +26,7 @@ def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
     """Compute the weight.
 
     Args:
-        data: int8 [O, I], or uint8 [O, I / 2] of two integers a byte, see `pack`.
+        data: int8 [O, I], or two integers a byte [O, I / 2], see `pack`.
         scale: [O, G], G divides I.
         zero_point: [O, G] of any type; None means 0.
         bits: Of an integer, 8 or 4.
@@ -35,35 +35,36 @@ def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
     Returns:
         [O, I].
     """
-    values_OI = data if bits == 8 else unpack(data)
-    values_OGS = values_OI.reshape(*scale.shape, -1).to(scale.dtype)
-    if zero_point is not None:
-        values_OGS = values_OGS - zero_point.unsqueeze(-1)
-    weight_OI: Tensor = (values_OGS * scale.unsqueeze(-1)).flatten(-2).to(dtype)
-    return weight_OI
+    # Halves are multiplied before they are put together: compilers have fast code for that, and none for bytes.
+    parts = []
+    for integers in (data,) if bits == 8 else _halves(data):
+        part_OGS = integers.reshape(*scale.shape, -1).to(scale.dtype)
+        if zero_point is not None:
+            part_OGS = part_OGS - zero_point.unsqueeze(-1)
+        parts.append(part_OGS * scale.unsqueeze(-1))
+    weight = parts[0] if len(parts) == 1 else torch.stack(parts, dim=-1)
+    return weight.flatten(scale.dim() - 1).to(dtype)
 
 
 _library.impl("dequantize", dequantize, "CompositeImplicitAutograd")
 
 
 def pack(integers: Tensor) -> Tensor:
-    """Integers from -8 to 7, two to a byte, the first in its lower half: [..., I] -> uint8 [..., I / 2].
+    """Integers from -8 to 7, two to a byte, the first in its lower half: int8 [..., I] -> int8 [..., I / 2].
 
     Both are two's complements, so that a byte of zeros, with which lanes are padded, holds two zeros.
     """
-    halves = (integers.to(torch.int16) & 15).to(torch.uint8)
-    return halves[..., ::2] | (halves[..., 1::2] << 4)
+    return (integers[..., ::2] & 15) | (integers[..., 1::2] << 4)
+
+
+def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second integer of every byte; shifting right copies the sign."""
+    return (packed << 4) >> 4, packed >> 4
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """What `pack` packed, as int8.
-
-    A byte is spread over the two of an int16, the lower half first in memory: compilers have no fast code for what
-    interleaves two tensors.
-    """
-    wide = packed.to(torch.int16)
-    halves = ((wide & 15) | ((wide & 240) << 4)).view(torch.int8)
-    return (halves ^ 8) - 8
+    """What `pack` packed."""
+    return torch.stack(_halves(packed), dim=-1).flatten(-2)
 
 
 def grain(columns: int, groups: int, bits: int) -> int:

@@ -77,7 +77,7 @@ def register_schemas() -> None:
             outputs=[parameter("Y", "the weight")],
             type_constraints=[
                 *constraint,
-                ("I", ["tensor(int8)", "tensor(uint8)"], "integers"),
+                ("I", ["tensor(int8)"], "integers"),
                 ("S", _TYPES, "floating-point tensors"),
                 ("Z", [*_TYPES, "tensor(int8)"], "any numbers"),
             ],
