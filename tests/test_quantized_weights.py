@@ -38,6 +38,7 @@ from kraken_compiler.ir.dequantize import dequantize, pack, unpack
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
 from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of
+from kraken_compiler.passes.shard.degrees import Share, kv_shares, shared_groups, spread
 from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.refittable import find_refittable
@@ -45,7 +46,9 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.report import make_report
 from kraken_compiler.runtime.logits import inputs_function
 from kraken_compiler.runtime.replay import expected, split_lengths
+from tests.lane_decoder import LaneDecoder
 from tests.table_notes import note
+from tests.test_cache_families import one_by_one
 from tests.test_families import relative_error
 from tests.test_onnx_families import computed_by_devices
 from tests.zoo import SUPPORTED, logits_of, token_batch
@@ -171,6 +174,15 @@ def test_lanes_get_whole_groups() -> None:
     assert sources["model.layers.0.mlp.up_proj.weight_data"].shape == (64, 32)
 
 
+def test_units_are_spread_whole() -> None:
+    assert spread(96, 2, 32) == (Share(0, 32, 64), Share(32, 96, 96))
+    assert spread(96, 3, 32) == tuple(Share(start, start + 32, start + 32) for start in (0, 32, 64))
+    # 6 heads with a KV head for each 3, in pairs that stay together: the second lane's begin within a KV head's.
+    assert shared_groups(6, 2, 3, 2)
+    assert not shared_groups(6, 2, 2)
+    assert kv_shares(6, 2, 3, 2) == ((0, 2), (0, 2), (0, 2))
+
+
 def test_weights_of_int4_as_gpus_make_them() -> None:
     """torchao multiplies with them on GPUs only; the reference are the numbers they stand for."""
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +212,20 @@ def test_only_some_layers_in_bfloat16() -> None:
         have = in_standard_form(model, 2)[0].run_flat([ids])[0]
     assert have.dtype == torch.bfloat16
     assert relative_error(have.float(), model(ids).logits.float()) < 0.05
+
+
+def test_embeddings_may_be_quantised_too() -> None:
+    """With a KV cache: what is looked up in a quantised table is a token, or a position."""
+    model = SUPPORTED["plain_gpt"]()
+    table = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, table, filter_fn=lambda module, _: isinstance(module, nn.Embedding))
+    found = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
+    program, _ = lower(found.program, 2, "standard")
+    assert difference(LaneModule.from_program(program, found.store.read), model) < 1e-5
+    assert not program.no_cache
+    ids = token_batch(model, *SIZES[-1])
+    have = one_by_one(LaneDecoder(program, found.store.read, *SIZES[-1]), ids, 7, positional=True)
+    assert relative_error(have, logits_of(model, ids)) < 1e-5
 
 
 # what the module is afterwards ----------------------------------------------------------------------------------------
@@ -269,6 +295,17 @@ def test_a_weight_whose_product_is_another_is_refused() -> None:
     model.model.layers[0].mlp.up_proj.weight.zero_point += 3
     with pytest.raises(UnsupportedModelError, match=r"a Int8Tensor whose product is not the one of its integers"):
         transform(model, 2)
+
+
+def test_archives_with_quantised_tensors_are_refused(tmp_path: Path) -> None:
+    model = SUPPORTED["plain_gpt"]()
+    quantize_(model, CONFIGS[INT4], filter_fn=lambda _, path: path == "blocks.1.q")
+    torch.export.save(torch.export.export(model, (token_batch(model, 2, 16),)), tmp_path / "model.pt2")
+    message = (
+        r"module 'blocks\.1\.q' .*its weight was exported as a IntxUnpackedToInt8Tensor.* Compile the module itself"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        capture(tmp_path / "model.pt2", trust_pickle=True)
 
 
 def test_quantised_weights_keep_their_type() -> None:
