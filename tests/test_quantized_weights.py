@@ -52,6 +52,7 @@ from tests.test_cache_families import one_by_one
 from tests.test_families import relative_error
 from tests.test_onnx_families import computed_by_devices
 from tests.zoo import SUPPORTED, logits_of, token_batch
+from tests.zoo.builder import randomize
 
 CONFIGS: dict[str, Any] = {
     "int8, a scale for each row": Int8WeightOnlyConfig(),
@@ -65,8 +66,14 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 INT8, INT8_GROUPS, INT4, INT4_ZEROS, INT4_ROWS = CONFIGS
-MODELS = ("llama", "plain_gpt", "gpt_neox")
-"""Grouped heads; plain `nn.Module` code; q, k and v in one matrix, heads interleaved."""
+CASES: dict[str, tuple[tuple[str, int], ...]] = {
+    INT8: (("llama", 2), ("llama", 4), ("plain_gpt", 4)),
+    INT8_GROUPS: (("llama", 4),),
+    INT4: (("llama", 2), ("llama", 4), ("gpt_neox", 4)),
+    INT4_ZEROS: (("llama", 2),),
+    INT4_ROWS: (("llama", 4),),
+}
+"""Models and degrees: grouped heads; plain `nn.Module` code; q, k and v in one matrix, heads interleaved."""
 SIZES = ((1, 7), (3, 13))
 
 
@@ -143,15 +150,17 @@ def test_dequantize(bits: int, zeros: torch.dtype | None) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_lanes_compute_what_the_model_computes(config: str) -> None:
     worst = 0.0
-    for model in MODELS if config in (INT8, INT4) else MODELS[:1]:
-        for degree in (2, 4) if model == MODELS[0] else (4,):
-            program = lowered(model, config, degree)
-            assert all(spec.shards for name, spec in program.weights.items() if "_weight_data" in name)
-            worst = max(worst, difference(of(model, config, program), quantized(model, config)))
+    for model, degree in CASES[config]:
+        program = lowered(model, config, degree)
+        assert all(spec.shards for name, spec in program.weights.items() if "_weight_data" in name)
+        worst = max(worst, difference(of(model, config, program), quantized(model, config)))
     assert worst < 1e-5
-    changed = of(MODELS[0], config, lowered(MODELS[0], config, 2, "kraken"))
-    assert difference(changed, quantized(MODELS[0], config)) > 1e-3
     note("quantized", config, standard=worst)
+
+
+def test_another_form_is_another_function() -> None:
+    changed = of("llama", INT8, lowered("llama", INT8, 2, "kraken"))
+    assert 1e-3 < difference(changed, quantized("llama", INT8)) < 10
 
 
 @pytest.mark.parametrize(("config", "degree"), [(INT8, 5), (INT4, 3), (INT4_ZEROS, 3)], ids=lambda one: str(one)[:4])
@@ -181,6 +190,21 @@ def test_units_are_spread_whole() -> None:
     assert shared_groups(6, 2, 3, 2)
     assert not shared_groups(6, 2, 2)
     assert kv_shares(6, 2, 3, 2) == ((0, 2), (0, 2), (0, 2))
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_heads_that_share_scales_and_heads_that_share_keys(degree: int) -> None:
+    """Pairs of heads share scales, threes a KV head: lanes whose pairs are of two KV heads pick them by number."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 48, "head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, intermediate_size=80, num_hidden_layers=1, **sizes)).eval()
+    randomize(model, seed=0)
+    model.vocab = 97
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)))
+    lanes, program = in_standard_form(model, degree)
+    assert difference(lanes, model) < 1e-5
+    assert make_report(program).data["padding"]["attention"] == pytest.approx({2: 1 / 3, 3: 0}[degree])
 
 
 def test_weights_of_int4_as_gpus_make_them() -> None:

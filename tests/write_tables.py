@@ -44,8 +44,8 @@ is a KV cache.
 _QUANTIZED = """
 ## Quantised weights
 
-Linear layers of `llama` that torchao quantised (some also of `plain_gpt` and `gpt_neox`), in `standard` form at degrees
-2 and 4 against the quantised source, and in `kraken` on two ranks and two ONNX devices, with the KV cache.
+Linear layers of `llama` that torchao quantised (some also of `plain_gpt` and `gpt_neox`), in `standard` form at degree
+2 or 4 against the quantised source, and in `kraken` on two ranks and two ONNX devices, with the KV cache.
 
 | weights | standard | on ranks | ONNX |
 |---|---|---|---|
