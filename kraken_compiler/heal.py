@@ -22,7 +22,9 @@ from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
+from kraken_compiler.passes.graph_tools import DEQUANTIZE
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.healing.build import trainer_of_all_lanes
 from kraken_compiler.quality.healing.data import HealingText, read_texts
@@ -127,6 +129,7 @@ def heal_artifact(
     settings = _resolved(settings, artifact.manifest.degree)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
+    _require_trainable(path, captured.program)
     with show.stage("read the texts"):
         text = read_texts(captured, [Path(name) for name in texts], [Path(name) for name in tokens], settings)
     folder = target.absolute().with_name(f"{target.name}.heal")
@@ -219,6 +222,16 @@ def _write(
         )
     assert verification is not None
     return HealResult(written, record, outcome, resumed_from, verification)
+
+
+def _require_trainable(path: Path, program: Program) -> None:
+    """Refuse a source whose integers stay what they are: to train the rest would heal nothing."""
+    quantised = sum(node.target is DEQUANTIZE for node in program.graph.nodes)
+    if quantised:
+        raise UsageError(
+            f"{path}: {quantised} of its source's weights are quantised, and integers cannot be trained; "
+            "heal the model with plain weights, and quantise what comes of it (ONNX devices: --onnx-weights)"
+        )
 
 
 def _identity(artifact: Artifact, captured: Capture, text: HealingText, settings: HealSettings) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import torch
 
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS, STANDARD, Form
-from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.layers import Branch, LayerTable
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.shard.degrees import even_degrees, smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.scale_groups import HINT
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -107,6 +108,9 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     if wanted in valid:
         return wanted
     branches = layers.branches
+    coarse = [branch for branch in branches if branch.unit > 1 and count(branch) // branch.unit < wanted]
+    if coarse and wanted <= min(map(count, branches)):
+        raise UnsupportedModelError([_too_coarse(branch, wanted, valid[-1]) for branch in coarse[:1]])
     attention = next(branch for branch in branches if branch.kind == "attention")
     columns = sorted({branch.columns for branch in branches if branch.kind == "ffn"})
     raise UsageError(
@@ -114,3 +118,14 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
         f"FFN columns {', '.join(map(str, columns))}); valid degrees: 1 to {valid[-1]}, "
         f"without padding: {', '.join(map(str, even_degrees(layers)))}"
     )
+
+
+def _too_coarse(branch: Branch, degree: int, most: int) -> Rejection:
+    """Why a degree that leaves no lane without a head or a column is one too many for the scales."""
+    what = "columns" if branch.kind == "ffn" else "heads"
+    width = branch.unit * branch.columns // count(branch)
+    reason = (
+        f"its output projection is quantised in groups that keep {branch.unit} {what} ({width} columns) together, and "
+        f"{count(branch)} {what} have too few of them for {degree} lanes of {branch.columns / degree:g} columns"
+    )
+    return Rejection(reason, (branch.output,), branch.path, f"{HINT} Valid degrees: 1 to {most}.")

@@ -11,7 +11,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.passes.manager import PassRecord
-from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding
+from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
     assert plan is not None
     attentions = [branch for branch in layers.branches if branch.kind == "attention"]
     windows = {window.reduce: window for window in program.windows}
+    heads = spread(attentions[0].heads, program.degree, attentions[0].unit)[0]
     lane = {
-        "parameters": parameter_count(program.weights),
+        "parameters": parameter_count(program),
         "bytes": sum(spec.nbytes for spec in program.weights.values()),
-        "heads": -(-attentions[0].heads // program.degree),
+        "heads": heads.stop - heads.start,
         "kv_heads": _kv_heads_of_a_lane(attentions[0], program.degree),
     }
     rows = []
@@ -111,7 +112,7 @@ def _kv_heads_of_a_lane(branch: Branch, degree: int) -> int:
     kv_heads = branch.kv_heads or branch.heads
     if branch.heads % kv_heads:
         return max(1, kv_heads // degree)
-    start, stop = kv_shares(branch.heads, kv_heads, degree)[0]
+    start, stop = kv_shares(branch.heads, kv_heads, degree, branch.unit)[0]
     return stop - start
 
 

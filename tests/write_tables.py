@@ -41,6 +41,16 @@ is a KV cache.
 |---|---|---|
 """
 
+_QUANTIZED = """
+## Quantised weights
+
+Linear layers of `llama` that torchao quantised (some also of `plain_gpt` and `gpt_neox`), in `standard` form at degree
+2 or 4 against the quantised source, and in `kraken` on two ranks and two ONNX devices, with the KV cache.
+
+| weights | standard | on ranks | ONNX |
+|---|---|---|---|
+"""
+
 Notes = dict[str, dict[str, dict[str, Any]]]
 """What was noted, by check and model."""
 
@@ -82,6 +92,11 @@ def _page(notes: Notes) -> str:
     parts.append(_MORE)
     for model, found in sorted(notes["more"].items()):
         parts.append(f"| `{model}` | {_error(found['error'])} | {'no' if found['no_cache'] else 'yes'} |\n")
+    parts.append(_QUANTIZED)
+    for weights, found in sorted(notes["quantized"].items()):
+        others = (notes[check].get(weights) for check in ("quantized_ranks", "quantized_onnx"))
+        cells = (_error(other["error"]) if other else "not run" for other in others)
+        parts.append(f"| {weights} | {_error(found['standard'])} | {' | '.join(cells)} |\n")
     parts.append("\n## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
     parts += (f"- `{model}`: {found['reason']}\n" for model, found in sorted(notes["rejected"].items()))
     parts.append("\nMade up for the tests:\n\n")

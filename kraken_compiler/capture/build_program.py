@@ -59,6 +59,7 @@ def build_program(
         elif not node.users and node.name not in outputs:
             exported.graph.erase_node(node)
         else:
+            _require_plain(exported, spec)
             weight = _weight(spec, node)
             weights[weight.name] = weight
             if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False:
@@ -124,6 +125,18 @@ def _weight(spec: ExportInput, node: fx.Node) -> WeightSpec:
         dtype=_dtype_name(value.dtype),
         kind=_WEIGHT_KINDS[spec.kind],
     )
+
+
+def _require_plain(exported: ExportedProgram, spec: ExportInput) -> None:
+    """Refuse an archive whose graph looks into quantised tensors: their parts have no names in it."""
+    held = exported.state_dict.get(spec.target or "")
+    if held is not None and compat.is_packed(held):
+        path, _, own = str(spec.target).rpartition(".")
+        reason = f"its {own} was exported as a {type(held).__name__}, and only plain tensors can be divided among lanes"
+        raise UnsupportedModelError([Rejection(reason, (spec.arg.name,), path, _PACKED_HINT)])
+
+
+_PACKED_HINT = "Compile the module itself: its quantised weights are taken apart before it is exported."
 
 
 def _constant_value(exported: ExportedProgram, name: str) -> Tensor:

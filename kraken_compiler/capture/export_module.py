@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
+from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
@@ -26,27 +27,13 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
         allow_strict: Try the bytecode tracer when the direct one fails (it cannot see fake parameters).
 
     Raises:
-        UnsupportedModelError: No tracer can follow the model's code, or its weights are no plain tensors.
+        UnsupportedModelError: No tracer can follow the model's code, or its weights are tensors of a kind that lanes
+            cannot share.
     """
-    _refuse_packed_weights(model)
+    model = with_plain_weights(model)
     with _capture_state(model), _no_garbage_collection():
         exported = _trace(model, example, allow_strict=allow_strict)
         return functionalize(exported)
-
-
-def _refuse_packed_weights(model: nn.Module) -> None:
-    """A quantised tensor's rows lie in several tensors with blocks of their own, which no weight table describes."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if compat.is_packed(tensor):
-            path, _, own = name.rpartition(".")
-            reason = f"its {own} is a {type(tensor).__name__}, and only plain tensors can be divided among lanes"
-            raise UnsupportedModelError([Rejection(reason, (own,), path, _PACKED_HINT)])
-
-
-_PACKED_HINT = (
-    "Compile the model with plain weights (before quantize_, or after dequantize()); "
-    "ONNX devices quantize their own: --onnx-weights int8 or int4."
-)
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:

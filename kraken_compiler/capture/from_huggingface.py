@@ -14,6 +14,7 @@ from kraken_compiler.capture.checkpoint_map import map_checkpoint
 from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
+from kraken_compiler.capture.from_quantized_directory import capture_quantized_directory
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, file_digest
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
@@ -63,9 +64,22 @@ def capture_directory(
         raise missing_packages(f"reading the Hugging Face directory {path}", error) from error
     with quiet_transformers():
         config = _read_config(path)
-    checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights)
+    quantized = getattr(config, "quantization_config", None) is not None
+    checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights or quantized)
     files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
     digest = file_digest(files, early=hash_early)
+    has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = TokenizerSource(str(path)) if has_tokenizer else None
+    if quantized:
+        return capture_quantized_directory(
+            path,
+            _architecture(config),
+            example_inputs=example_inputs,
+            input_specs=input_specs,
+            dtype=dtype,
+            digest=digest,
+            tokenizer=tokenizer,
+        )
     model = _build(config, path, dtype or _own_dtype(config, checkpoint))
     example = resolve(model, example_inputs, input_specs)
     with fake_parameters(model) as mode:
@@ -83,13 +97,12 @@ def capture_directory(
     store = CheckpointStore(checkpoint, sources, expected, path)
     if checkpoint is not None:
         store.validate()
-    has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     origin = Origin(
         kind="huggingface",
         path=str(path),
         model_class=class_name(model),
         digest=digest,
-        tokenizer=TokenizerSource(str(path)) if has_tokenizer else None,
+        tokenizer=tokenizer,
     )
     return Capture(program, store, origin, config_dict(model), notes)
 
@@ -105,8 +118,13 @@ def _read_config(path: Path) -> Any:
         raise InputFileError(f"{path / 'config.json'} is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise InputFileError(f"{path / 'config.json'} is damaged: it is no JSON object")
-    if fields.get("quantization_config"):
-        raise _unsupported("its weights are quantized", "Save it unquantized first.")
+    quantization = fields.get("quantization_config")
+    if quantization and (not isinstance(quantization, dict) or quantization.get("quant_method") != "torchao"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise _unsupported(
+            f"its weights are quantized{f' by {method}' if method else ''}",
+            "Weight-only integers of torchao can be read; save it unquantized, or quantized by those.",
+        )
     if "auto_map" in fields and not _known_type(fields.get("model_type")):
         raise _unsupported(
             "its architecture is Python code next to the weights (auto_map in config.json), which is never executed",
@@ -155,16 +173,26 @@ def _build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
 
 def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     import transformers
+
+    architecture = _architecture(config)
+    automatic: Any = transformers.AutoModelForCausalLM
+    model: nn.Module
+    if architecture is automatic:
+        model = architecture.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    else:
+        model = architecture._from_config(config, attn_implementation=attention, dtype=dtype)
+    return model
+
+
+def _architecture(config: Any) -> Any:
+    """The class that the config names, or the one that finds out which it is."""
+    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = (getattr(config, "architectures", None) or [""])[0]
-    model: nn.Module
     if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
-        auto: Any = transformers.AutoModelForCausalLM
-        model = auto.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
-    else:
-        model = getattr(transformers, named)._from_config(config, attn_implementation=attention, dtype=dtype)
-    return model
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, named)
 
 
 def _own_dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:

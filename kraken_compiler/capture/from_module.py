@@ -1,4 +1,4 @@
-"""Capture a live `nn.Module`; its parameters are shared, never copied."""
+"""Capture a live `nn.Module`; its parameters are shared, never copied, but for integers that are packed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, resolve
 from kraken_compiler.capture.export_module import export_module
+from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.weights.store import MemoryStore
 
@@ -33,10 +34,15 @@ def capture_module(
         model: The module.
         example_inputs: Its arguments, positional (a tuple) or named (a dict).
         input_specs: The same as texts, `NAME=DTYPE[SIZES]`.
-        dtype: Convert the module to this type first, in place.
+        dtype: Convert the module to this type first, in place; quantised weights keep theirs.
         kind, path, digest, tokenizer: For `Origin`, if the module was loaded from a file.
+
+    Raises:
+        UsageError: The inputs do not fit, or quantised weights are of another type than `dtype`.
+        UnsupportedModelError: The module cannot be captured.
     """
     if dtype is not None:
+        refuse_conversion(model, dtype)
         model.to(dtype)
     exported = export_module(model, resolve(model, example_inputs, input_specs))
     program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))

@@ -38,6 +38,8 @@ class Branch:
         post: What turns the whole output into what is added to the stream (a norm after the branch, sandwich norm).
         after: What turns the stream that the branch has joined into the next stream (post-norm).
         base: How many branches belong to streams before this one: 0, or in a decoder the number of its encoder's.
+        unit: How many heads (of an FFN: columns) a lane has or has not together, because quantised weights have a scale
+            for all of them.
     """
 
     index: int
@@ -54,6 +56,7 @@ class Branch:
     post: Replay | None = None
     after: Replay | None = None
     base: int = 0
+    unit: int = 1
 
 
 @dataclass(frozen=True)

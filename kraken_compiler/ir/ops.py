@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.ir import capped_attention, expert_linear  # noqa: F401  (importing them defines their ops)
+from kraken_compiler.ir import capped_attention, dequantize, expert_linear  # noqa: F401  (importing defines their ops)
 
 
 @torch.library.custom_op("kraken::all_reduce_start", mutates_args=())

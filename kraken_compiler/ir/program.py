@@ -7,12 +7,13 @@ only communication. Every backend takes a lane program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.ir import dequantize  # noqa: F401  (registers the op)
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec as CallSpec
 from kraken_compiler.ir.calls import InputSpec as InputSpec
@@ -94,6 +95,9 @@ class CachedProgram:
     plan: CachePlan
 
 
-def parameter_count(table: Mapping[str, WeightSpec]) -> int:
+def parameter_count(program: Program) -> int:
     """Number of parameters one lane holds."""
-    return sum(torch.Size(spec.shape).numel() for spec in table.values() if spec.kind == "parameter")
+    dequantized = (node for node in program.graph.nodes if node.target is torch.ops.kraken.dequantize.default)
+    per_element = {node.args[0].name: 8 // node.args[3] for node in dequantized}
+    held = (spec for spec in program.weights.values() if spec.kind == "parameter")
+    return sum(torch.Size(spec.shape).numel() * per_element.get(spec.name, 1) for spec in held)

@@ -50,11 +50,21 @@ def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torc
 def _rows(program: Program, name: str) -> int | None:
     """Rows of the smallest embedding that an input indexes; None if it indexes none."""
     rows = [
-        program.weights[node.args[0].name].source_shape[0]
+        program.weights[_table(node)].source_shape[0]
         for node in program.graph.nodes
-        if node.target in _LOOKUPS and _index(node) == name and node.args[0].name in program.weights
+        if node.target in _LOOKUPS and _index(node) == name and _table(node) in program.weights
     ]
     return min(rows, default=None)
+
+
+def _table(lookup: fx.Node) -> str:
+    """The weight whose rows are looked up; of a quantised one, the integers."""
+    table = lookup.args[0]
+    assert isinstance(table, fx.Node)
+    if table.target is torch.ops.kraken.dequantize.default:
+        table = table.args[0]
+        assert isinstance(table, fx.Node)
+    return table.name
 
 
 def _index(lookup: fx.Node) -> str:
@@ -84,8 +94,8 @@ def position_limit(program: Program) -> int:
     """The longest sequence that the program's learned positions allow: rows of the embeddings that hold no tokens."""
     token = token_input(program)
     rows = [
-        program.weights[node.args[0].name].source_shape[0]
+        program.weights[_table(node)].source_shape[0]
         for node in program.graph.nodes
-        if node.target in _LOOKUPS and node.args[0].name in program.weights and _index(node) != (token and token.name)
+        if node.target in _LOOKUPS and _table(node) in program.weights and _index(node) != (token and token.name)
     ]
     return min(rows, default=NO_LIMIT)

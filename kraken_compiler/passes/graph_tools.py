@@ -9,11 +9,13 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
+from kraken_compiler.ir.dequantize import grain
 
 aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 EXPERT_LINEAR = torch.ops.kraken.expert_linear.default
+DEQUANTIZE = torch.ops.kraken.dequantize.default
 PROJECTIONS = frozenset({LINEAR, EXPERT_LINEAR})
 """Products with weights; their operands are x, the weight [..., out, in] and the bias, in this order."""
 
@@ -104,6 +106,12 @@ def ancestors(
 def in_order(place: Mapping[fx.Node, int], nodes: set[fx.Node]) -> list[fx.Node]:
     """`nodes` in graph order, given every node's place in it."""
     return sorted(nodes, key=place.__getitem__)
+
+
+def grain_of(weight: fx.Node) -> int:
+    """How many columns of a dequantised weight stay together when it is cut."""
+    scale, bits = args_of(weight)[1], args_of(weight)[3]
+    return grain(weight.meta["val"].shape[-1], scale.meta["val"].shape[-1], bits)
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

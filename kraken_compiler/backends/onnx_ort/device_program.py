@@ -27,6 +27,8 @@ Array = npt.NDArray[Any]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+_FULL_ACCURACY = "1"
+"""Of a product with quantized weights: ONNX Runtime computes it in float32."""
 
 
 class ArrayCollectives(Protocol):
@@ -261,6 +263,8 @@ def _session_options(model: DeviceModel, provider: str, threads: int | None) -> 
     options.log_severity_level = 3
     # A thread that spins takes the core from the thread that receives.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A weight that is integers with scales is multiplied as such; the other operand is not rounded for it.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FULL_ACCURACY)
     options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(model.path.parent.absolute()))
     return options
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import onnx_ir
 
 from kraken_compiler._torch_compat import onnx_model
+from kraken_compiler.backends.onnx_ort.dequantize_weights import dequantize_weights
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
 from kraken_compiler.backends.onnx_ort.prepare_step import Prepared
 from kraken_compiler.backends.onnx_ort.quantization import Quantization
@@ -56,6 +57,7 @@ def export_graph(prepared: Prepared) -> ExportedGraph:
     names = [*prepared.weights, *prepared.tables, *prepared.inputs.values()]
     with quiet_torch():
         model: onnx_ir.Model = onnx_model(prepared.graph, translations(), OPSET)
+    dequantize_weights(model)
     graph = model.graph
     assert len(graph.inputs) == len(names), f"{len(graph.inputs)} inputs instead of {len(names)}"
     assert len(graph.outputs) == len(prepared.outputs), f"{len(graph.outputs)} outputs: {graph.outputs}"

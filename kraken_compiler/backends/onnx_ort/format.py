@@ -18,6 +18,9 @@ DOMAIN, DOMAIN_VERSION = "kraken", 1
 START, WAIT, GATHER = "AllReduceStart", "AllReduceWait", "AllGather"
 COLLECTIVES = (START, WAIT, GATHER)
 
+DEQUANTIZE = "Dequantize"
+"""On the way to a file: `kraken::dequantize`, which no file holds."""
+
 MICROSOFT_DOMAIN, MICROSOFT_VERSION = "com.microsoft", 1
 """ONNX Runtime's own ops."""
 

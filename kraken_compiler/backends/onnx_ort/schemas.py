@@ -7,7 +7,7 @@ from functools import cache
 import onnx
 from onnx.defs import OpSchema
 
-from kraken_compiler.backends.onnx_ort.format import DOMAIN, DOMAIN_VERSION, GATHER, START, WAIT
+from kraken_compiler.backends.onnx_ort.format import DEQUANTIZE, DOMAIN, DOMAIN_VERSION, GATHER, START, WAIT
 
 _TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
@@ -60,6 +60,30 @@ def register_schemas() -> None:
             attributes=[
                 OpSchema.Attribute("axis", OpSchema.AttrType.INT, "Along which dim."),
                 OpSchema.Attribute("degree", OpSchema.AttrType.INT, "Number of devices."),
+            ],
+        )
+    )
+    onnx.defs.register_schema(
+        OpSchema(
+            DEQUANTIZE,
+            DOMAIN,
+            DOMAIN_VERSION,
+            "The weight that integers, their scales and zero points stand for; becomes operators of ONNX.",
+            inputs=[
+                OpSchema.FormalParameter("Data", "I", "the integers, packed if they are short"),
+                OpSchema.FormalParameter("Scale", "S", "a row's scales"),
+                OpSchema.FormalParameter("ZeroPoint", "Z", "a row's zero points", param_option=optional),
+            ],
+            outputs=[parameter("Y", "the weight")],
+            type_constraints=[
+                *constraint,
+                ("I", ["tensor(int8)"], "integers"),
+                ("S", _TYPES, "floating-point tensors"),
+                ("Z", [*_TYPES, "tensor(int8)"], "any numbers"),
+            ],
+            attributes=[
+                OpSchema.Attribute("bits", OpSchema.AttrType.INT, "Of an integer."),
+                OpSchema.Attribute("dtype", OpSchema.AttrType.INT, "Of the weight."),
             ],
         )
     )

@@ -34,13 +34,16 @@ def annotate_shards(
         name=CONFIGURATION, num_devices=program.degree, device=[f"device-{device}" for device in devices]
     )
     sharded: dict[str, dict[int, int]] = {}
+    stored = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
     for name, spec in program.weights.items():
         if spec.shards:
             axes = {
                 len(spec.source_shape) - 1 - shard.dim if name in transposed else shard.dim: shard.dim
                 for shard in spec.shards
             }
-            whole = {axis: spec.source_shape[dim] for axis, dim in axes.items()}
+            # Two integers that share a byte in the weight table are two elements in the file.
+            in_file = stored.get(name, spec.shape[::-1] if name in transposed else spec.shape)
+            whole = {axis: spec.source_shape[dim] * in_file[axis] // spec.shape[dim] for axis, dim in axes.items()}
             held = {axis: spec.shape[dim] for axis, dim in axes.items()}
             sharded |= _of_parts(name, quantized[name], whole, held) if name in quantized else {name: whole}
     for node in proto.graph.node:

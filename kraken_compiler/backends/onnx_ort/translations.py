@@ -38,11 +38,15 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def gather(x: Any, dim: int, degree: int) -> Any:
         return own.AllGather(x, axis=dim, degree=degree)
 
+    def dequantize(data: Any, scale: Any, zero_point: Any = None, bits: int = 8, dtype: int = 1) -> Any:
+        return own.Dequantize(data, scale, zero_point, bits=bits, dtype=dtype)
+
     return {
         torch.ops.kraken.all_reduce_start.default: start,
         torch.ops.kraken.wait.default: wait,
         torch.ops.kraken.all_gather.default: gather,
         torch.ops.aten.square.default: square,
+        torch.ops.kraken.dequantize.default: dequantize,
         torch.ops.kraken.expert_linear.default: _expert_linear,
         torch.ops.kraken.attention.default: _plain_attention,
         torch.ops.kraken_onnx.attention.default: _attention,

@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.ir.capped_attention import capped_attention
+from kraken_compiler.ir.dequantize import dequantize
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION
+from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE
 from kraken_compiler.report import Report
 
 
@@ -90,15 +91,18 @@ def _stacked(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
     return stacked
 
 
+_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {CAPPED_ATTENTION: capped_attention, DEQUANTIZE: dequantize}
+"""Ops whose functions batch over lanes as their operators do."""
+
+
 def _batched_graph(program: Program) -> fx.GraphModule:
     """The program's graph for vmap: attention that batches over lanes, and no waits, for the sum is there at once."""
     module = program.copy().module
     for node in list(module.graph.nodes):
         if node.target is ATTENTION:
             node.target = torch.ops.kraken.attention.default
-        elif node.target is CAPPED_ATTENTION:
-            # Written out, it batches over lanes as its operators do.
-            node.target = capped_attention
+        elif node.target in _WRITTEN_OUT:
+            node.target = _WRITTEN_OUT[node.target]
         elif node.target is torch.ops.kraken.wait.default:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

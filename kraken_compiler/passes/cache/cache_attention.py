@@ -33,6 +33,7 @@ from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import (
     ATTENTIONS,
     CAPPED_ATTENTION,
+    DEQUANTIZE,
     ancestors,
     args_of,
     argument,
@@ -181,6 +182,10 @@ class _Builder:
             if not is_tensor(operand):
                 self._size(operand)
                 continue
+            if self._is_dequantized(operand):
+                # As a table it would be there in full, for as long as the model is.
+                self._whole(operand)
+                continue
             rejection = self._table(operand, node, in_tail)
             if rejection is not None:
                 return rejection
@@ -311,6 +316,10 @@ class _Builder:
             self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
             self.new[other].meta = dict(other.meta)
         return self.new[node]
+
+    def _is_dequantized(self, node: fx.Node) -> bool:
+        above = ancestors(node, stop=set(self.new))
+        return self.tokens not in ancestors(node) and any(other.target is DEQUANTIZE for other in above)
 
     def _slopes(self, rule: MaskRule, mask: fx.Node | None) -> fx.Node | None:
         return self._table_input(self.tables.add_slopes(mask)) if rule.slopes and mask is not None else None

@@ -18,6 +18,7 @@ values' projections are part of it.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,10 +31,12 @@ from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import (
     ATTENTIONS,
+    DEQUANTIZE,
     LINEAR,
     ancestors,
     args_of,
     descendants,
+    grain_of,
     in_order,
     module_path,
 )
@@ -142,6 +145,7 @@ def _measure(
     found = find_projections(part, nodes, weights, join.before)
     if isinstance(found, Rejection):
         return found
+    heads, columns = _heads(attentions[0]) if attentions else 0, int(shape_of(args_of(found.output)[0])[-1])
     return Branch(
         index=0,
         layer=0,
@@ -151,10 +155,11 @@ def _measure(
         reads=0,
         output=part.name,
         nodes=tuple(node.name for node in nodes),
-        heads=_heads(attentions[0]) if attentions else 0,
+        heads=heads,
         kv_heads=found.kv_heads(attentions[0], program) if attentions else 0,
-        columns=int(shape_of(args_of(found.output)[0])[-1]),
+        columns=columns,
         post=_replay(part, term, hidden, place),
+        unit=_unit(found.output, heads, columns),
     )
 
 
@@ -179,6 +184,15 @@ _BRANCH_HINT = "A branch must be one attention or one FFN that is added to the s
 
 def _heads(attention: fx.Node) -> int:
     return int(shape_of(attention)[-3])
+
+
+def _unit(output: fx.Node, heads: int, columns: int) -> int:
+    """How many heads, or columns if there are none, stay together for the output projection's weight to be cut."""
+    weight = args_of(output)[1]
+    together = math.lcm(*(grain_of(node) for node in ancestors(weight) if node.target is DEQUANTIZE))
+    width = columns // heads if heads else 1
+    # Where heads have no columns of their own, no number of them has.
+    return math.lcm(together, width) // width if not heads or columns % heads == 0 else 1
 
 
 def _branch_path(output: fx.Node, attentions: list[fx.Node]) -> str:

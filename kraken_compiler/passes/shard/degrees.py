@@ -26,18 +26,19 @@ class Share:
     stop: int
 
 
-def spread(count: int, degree: int) -> tuple[Share, ...]:
-    """`count` positions over `degree` lanes as evenly as can be.
+def spread(count: int, degree: int, unit: int = 1) -> tuple[Share, ...]:
+    """`count` positions over `degree` lanes as evenly as can be, `unit` of them always together.
 
     The smaller shares come first: what pads them follows them.
     """
-    size, larger = -(-count // degree), count % degree
-    sizes = [count // degree] * (degree - larger) + [size] * larger
+    units = count // unit
+    size, larger = -(-units // degree), units % degree
+    sizes = [units // degree] * (degree - larger) + [size] * larger
     starts = [sum(sizes[:lane]) for lane in range(degree)]
-    return tuple(Share(start, start + own, start + size) for start, own in zip(starts, sizes))
+    return tuple(Share(start * unit, (start + own) * unit, (start + size) * unit) for start, own in zip(starts, sizes))
 
 
-def shared_groups(heads: int, kv_heads: int, degree: int) -> bool:
+def shared_groups(heads: int, kv_heads: int, degree: int, unit: int = 1) -> bool:
     """True if lanes would have different shares of the heads that read one KV head.
 
     Then every lane picks the KV head of each of its heads by number.
@@ -45,15 +46,15 @@ def shared_groups(heads: int, kv_heads: int, degree: int) -> bool:
     if heads % kv_heads:
         return False
     group = heads // kv_heads
-    shares = spread(heads, degree)
+    shares = spread(heads, degree, unit)
     whole = all(share.start % group == share.stop % group == 0 for share in shares)
     return not whole and any(share.start // group != (share.stop - 1) // group for share in shares)
 
 
-def kv_shares(heads: int, kv_heads: int, degree: int) -> tuple[tuple[int, int], ...]:
+def kv_shares(heads: int, kv_heads: int, degree: int, unit: int = 1) -> tuple[tuple[int, int], ...]:
     """The KV heads start..stop that every lane's heads read, equally many on all lanes."""
     group = heads // kv_heads
-    needed = [(share.start // group, (share.stop - 1) // group + 1) for share in spread(heads, degree)]
+    needed = [(share.start // group, (share.stop - 1) // group + 1) for share in spread(heads, degree, unit)]
     size = max(stop - start for start, stop in needed)
     starts = [min(start, kv_heads - size) for start, _ in needed]
     return tuple((start, start + size) for start in starts)
@@ -61,7 +62,7 @@ def kv_shares(heads: int, kv_heads: int, degree: int) -> tuple[tuple[int, int], 
 
 def valid_degrees(layers: LayerTable) -> tuple[int, ...]:
     """Every degree that leaves no lane without a head or a column: up to the smallest count of them."""
-    most = min((_count(branch) for branch in layers.branches), default=1)
+    most = min((_units(branch) for branch in layers.branches), default=1)
     return tuple(range(1, most + 1))
 
 
@@ -78,15 +79,22 @@ def smallest_degree(layers: LayerTable) -> int:
 
 def padding(layers: LayerTable, degree: int, kind: str) -> float:
     """Heads (kind "attention") or columns ("ffn") that are computed beyond the model's own, as a share of those."""
-    counts = [_count(branch) for branch in layers.branches if branch.kind == kind]
-    return sum(-(-count // degree) * degree for count in counts) / max(1, sum(counts)) - (1 if counts else 0)
+    mine = [branch for branch in layers.branches if branch.kind == kind]
+    computed = sum(-(-_units(branch) // degree) * degree * branch.unit for branch in mine)
+    return computed / max(1, sum(map(count, mine))) - (1 if mine else 0)
 
 
-def _count(branch: Branch) -> int:
+def count(branch: Branch) -> int:
+    """What is divided among the lanes: an attention's heads, an FFN's columns."""
     return branch.columns if branch.kind == "ffn" else branch.heads
 
 
+def _units(branch: Branch) -> int:
+    return count(branch) // branch.unit
+
+
 def _even(degree: int, branch: Branch) -> bool:
-    if _count(branch) % degree:
+    if _units(branch) % degree:
         return False
-    return branch.kind == "ffn" or not shared_groups(branch.heads, branch.kv_heads or branch.heads, degree)
+    kv_heads = branch.kv_heads or branch.heads
+    return branch.kind == "ffn" or not shared_groups(branch.heads, kv_heads, degree, branch.unit)

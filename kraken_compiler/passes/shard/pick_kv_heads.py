@@ -38,23 +38,26 @@ class PickKvHeads(Pass):
     def run(self, program: Program) -> PassResult:
         if program.degree == self.degree:
             return PassResult()
+        assert program.layers is not None
         splitter = WeightSplitter(program, {})
-        matches = sum(self._pick(node, splitter) for node in calls(program.graph, *ATTENTIONS))
+        units = {name: branch.unit for branch in program.layers.branches for name in branch.nodes}
+        matches = sum(self._pick(node, splitter, units.get(node.name, 1)) for node in calls(program.graph, *ATTENTIONS))
         if not matches:
             return PassResult()
-        program.graph.eliminate_dead_code()
         sort_weights(program)
         found = FindLayers().run(program)
         return PassResult(matches, found.rejections)
 
-    def _pick(self, attention: fx.Node, splitter: WeightSplitter) -> int:
+    def _pick(self, attention: fx.Node, splitter: WeightSplitter, unit: int) -> int:
         heads = int(shape_of(attention)[-3])
         args = list(args_of(attention))
         matches = 0
         for place in (1, 2):
             source = unrepeated(args[place])
             kv_heads = int(shape_of(source)[-3])
-            if kv_heads == heads or len(shape_of(source)) != 4 or not shared_groups(heads, kv_heads, self.degree):
+            if kv_heads == heads or len(shape_of(source)) != 4:
+                continue
+            if not shared_groups(heads, kv_heads, self.degree, unit):
                 continue
             numbers = torch.arange(heads) // (heads // kv_heads)
             index = splitter.add_constant(f"kraken.kv_head_of.{heads}.{kv_heads}", numbers)

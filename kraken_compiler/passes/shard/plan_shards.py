@@ -18,6 +18,7 @@ from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections, known_constants
 from kraken_compiler.passes.shard.degrees import valid_degrees
 from kraken_compiler.passes.shard.probe import probe_branch
+from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class PlanShards(Pass):
             plan = probe_branch(branch, projections, program, self.degree)
             if isinstance(plan, Rejection):
                 return PassResult(len(plans), (plan,))
+            rejection = cut_of_scales(projections.output, plan.owned)
+            if rejection is not None:
+                return PassResult(len(plans), (rejection,))
             plan = replace(plan, structure=len(probed))
             probed[structure] = (names, plan)
             plans.append(plan)
@@ -61,7 +65,7 @@ def _structure(
 ) -> tuple[list[str], tuple[Any, ...]]:
     """Names of all nodes a probe sees, in a fixed order, and a key that is equal for branches that probe alike."""
     numbers: dict[fx.Node, int] = {}
-    key: list[Any] = [branch.kind, branch.heads, branch.columns]
+    key: list[Any] = [branch.kind, branch.heads, branch.columns, branch.unit]
 
     def describe(argument: Any) -> Any:
         if isinstance(argument, fx.Node):

@@ -23,7 +23,7 @@ from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
-from kraken_compiler.passes.shard.degrees import DEGREE_HINT, kv_shares, spread
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT, count, kv_shares, spread
 from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixer_of_heads, mixing
 
 
@@ -44,7 +44,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     values = region.run(gradients=True)
     source = args_of(projections.output)[0]
     assert isinstance(source, fx.Node)
-    shares = spread(branch.columns if attention is None else branch.heads, degree)
+    shares = spread(count(branch), degree, branch.unit)
     groups = [list(range(share.start, share.stop)) for share in shares]
     owned = [list(range(share.start, share.owned)) for share in shares]
     columns = groups
@@ -67,7 +67,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         seeds = [values[source][..., columns[lane]]]
         if attention is not None:
             seeds += _attention_operands(attention, values, groups[lane], branch.heads)
-            seeds += _picked_heads(attention, values, lane, degree)
+            seeds += _picked_heads(attention, values, lane, degree, branch.unit)
         loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
         tensors = [values[node] for node in marked]
         try:
@@ -135,7 +135,7 @@ def _attention_operands(
     return [*parts, values[sinks][heads]] if isinstance(sinks, fx.Node) else parts
 
 
-def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int) -> list[Tensor]:
+def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int, unit: int) -> list[Tensor]:
     """The KV heads that a lane holds where its heads pick theirs by number: as many as any other lane."""
     parts = []
     for operand in args_of(attention)[1:3]:
@@ -143,7 +143,7 @@ def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, 
             continue
         source, heads = values[args_of(operand)[0]], values[operand].shape[1]
         if heads % source.shape[1] == 0:
-            start, stop = kv_shares(heads, source.shape[1], degree)[lane]
+            start, stop = kv_shares(heads, source.shape[1], degree, unit)[lane]
             parts.append(source[:, start:stop])
     return parts
 

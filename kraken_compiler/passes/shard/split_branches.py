@@ -209,6 +209,8 @@ class _Check:
 
 def sort_weights(program: Program) -> None:
     """Bring the weight table into graph order and drop rows and placeholders that nothing reads."""
+    # What computed the whole of a weight of which only a part is wanted now still reads its operands.
+    program.graph.eliminate_dead_code()
     table = {}
     for node in list(program.graph.nodes):
         if node.op == "placeholder" and node.name in program.weights:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.ir.dequantize import in_units
 from kraken_compiler.ir.index_set import IndexSet, from_indices, size, to_indices
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
-from kraken_compiler.passes.graph_tools import args_of, aten
+from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of, aten, grain_of
 from kraken_compiler.passes.shapes import fake_mode_of, shape_of
 
 
@@ -52,6 +53,8 @@ class WeightSplitter:
     def _make(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
         if node.name in self.program.weights:
             return self._weight(node, kept, scale)
+        if node.target is DEQUANTIZE and self._is_cut_between_groups(node, kept[1]):
+            return self._dequantized(node, kept, scale)
         if node.target is aten.permute.default:
             inner: list[KeptDim] = [None] * len(kept)
             for dim, source in enumerate(args_of(node)[1]):
@@ -71,6 +74,28 @@ class WeightSplitter:
         if scale != 1.0:
             part = self._insert(aten.mul.Tensor, (part, scale))
         return part
+
+    def _is_cut_between_groups(self, node: fx.Node, columns: KeptDim) -> bool:
+        unit = grain_of(node)
+        return all(start % unit == stop % unit == 0 for lane in columns or () for start, stop in lane)
+
+    def _dequantized(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+        """Cut integers, scales and zero points alike; what a lane is padded with has a scale of 0."""
+        data, scales, zero_points, bits, dtype = args_of(node)
+        rows, columns = kept
+        whole, groups = int(self.shapes[node.name][1]), int(self.shapes[scales.name][1])
+        held = None if columns is None else tuple(in_units(lane, 8 // bits) for lane in columns)
+        of_groups = None
+        if columns is not None and groups > 1:
+            of_groups = tuple(in_units(lane, whole // groups) for lane in columns)
+        part = self.part(data, (rows, held))
+        part_scales = self.part(scales, (rows, of_groups), scale)
+        part_zeros = self.part(zero_points, (rows, of_groups)) if zero_points is not None else None
+        # Where the whole was: computed earlier, all weights of a model would be there at once.
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(DEQUANTIZE, (part, part_scales, part_zeros, bits, dtype))
+        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        return made
 
     def _insert(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         """A call placed as early as its operands allow, so that every later user of the same part can read it."""

@@ -12,7 +12,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, args_of, argument, aten
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import find_projections
 
@@ -117,6 +117,8 @@ def _projection(node: fx.Node, program: Program) -> Projection | Rejection:
     views: list[fx.Node] = []
     user = node
     while weight.op != "placeholder":
+        if weight.target is DEQUANTIZE:
+            return Rejection("its weight is quantised: what fits better would be rounded again", (node.name,))
         if weight.target not in (aten.permute.default, aten.reshape.default) or len(weight.users) > 1:
             return Rejection("its weight is computed from other weights", (node.name,))
         views.insert(0, weight)

@@ -1,0 +1,78 @@
+"""Capture a Hugging Face directory whose weights torchao quantised; transformers puts them together, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.capture.from_module import capture_module
+from kraken_compiler.capture.quiet import quiet_transformers
+from kraken_compiler.capture.record import Capture, TokenizerSource
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.optional_packages import missing_packages
+
+
+def capture_quantized_directory(
+    path: Path,
+    architecture: Any,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    input_specs: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    digest: Callable[[], str],
+    tokenizer: TokenizerSource | None = None,
+) -> Capture:
+    """Capture it; unlike plain weights, the quantised ones are all in memory, as integers.
+
+    Args:
+        path: The directory.
+        architecture: The class of transformers that reads it.
+        example_inputs, input_specs: What to trace with; inferred if neither is given.
+        dtype: Element type to convert to; quantised weights cannot be converted.
+        digest, tokenizer: For `Origin`.
+
+    Raises:
+        InputFileError: A file is missing or damaged.
+        UsageError: torchao is not installed, or `dtype` is not the type that the weights were quantised for.
+        UnsupportedModelError: The weights are of a kind that cannot be divided.
+    """
+    return capture_module(
+        _load(path, architecture),
+        example_inputs=example_inputs,
+        input_specs=input_specs,
+        dtype=dtype,
+        kind="huggingface",
+        path=str(path),
+        digest=digest,
+        tokenizer=tokenizer,
+    )
+
+
+def _load(path: Path, architecture: Any) -> nn.Module:
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_transformers():
+            model, found = architecture.from_pretrained(
+                str(path),
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except ImportError as error:
+        raise missing_packages(f"reading the quantised weights of {path}", error, "quantized") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputFileError(f"{path}: transformers cannot read its quantised weights: {reason}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputFileError(f"{path}: {len(missing)} tensors are in none of its files ({missing[0]})")
+    assert isinstance(model, nn.Module)
+    return model
