@@ -16,8 +16,11 @@ from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.weights.direct_io import aligned_buffer
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
+
+_DIGEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -159,5 +162,9 @@ def digest_tensors(store: WeightStore) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    # In large pieces: between two of them a thread waits for the interpreter, which may be busy capturing.
+    total, buffer = hashlib.sha256(), memoryview(aligned_buffer(_DIGEST_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total.update(buffer[:count])
+    return total.hexdigest()

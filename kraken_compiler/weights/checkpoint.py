@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.direct_io import Buffers
 from kraken_compiler.weights.safetensors_format import TensorEntry, read_header, read_tensor
 
 
@@ -46,6 +47,7 @@ class SafetensorsCheckpoint:
     def __init__(self, files: tuple[Path, ...], entries: Mapping[str, TensorEntry]) -> None:
         self.files = files
         self._entries = dict(entries)
+        self._buffers = Buffers()
 
     @classmethod
     def open(cls, files: tuple[Path, ...]) -> SafetensorsCheckpoint:
@@ -70,7 +72,7 @@ class SafetensorsCheckpoint:
         return self._entries[key].path
 
     def read(self, key: str) -> Tensor:
-        return read_tensor(key, self._entries[key])
+        return read_tensor(key, self._entries[key], self._buffers)
 
 
 class PickledCheckpoint:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.direct_io import aligned_buffer
+from kraken_compiler.weights.direct_io import Buffers, aligned_buffer
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -108,8 +108,13 @@ def _entry(path: Path, data_start: int, fields: Mapping[str, object]) -> TensorE
     return TensorEntry(path, dtype, sizes, data_start + start, stop - start)
 
 
-def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
+def read_tensor(name: str, entry: TensorEntry, buffers: Buffers | None = None) -> torch.Tensor:
     """One tensor, copied out of its file.
+
+    Args:
+        name: Its name, for messages.
+        entry: Where it lies.
+        buffers: Where to copy it to; None takes fresh memory.
 
     Raises:
         InputFileError: The file cannot be read, is shorter than it was, or holds an element type torch does not have.
@@ -118,7 +123,8 @@ def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
         raise InputFileError(f"{entry.path}: tensor '{name}' has an element type that torch does not know")
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    buffer = torch.frombuffer(aligned_buffer(entry.nbytes), dtype=torch.uint8)
+    memory = aligned_buffer(entry.nbytes) if buffers is None else buffers.take(entry.nbytes)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes)
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.start)
