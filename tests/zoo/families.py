@@ -147,6 +147,8 @@ _BUILDERS = (
         moe_intermediate_size=32,
     ),
     modern("olmoe", "olmoe", kv_heads=4, num_experts=8, num_experts_per_tok=3),
+    # Norms after the branches, so after the sum of the experts, too.
+    modern("flex_olmo", "flex_olmo", kv_heads=4, num_experts=4, num_experts_per_tok=2),
     # Sinks, experts with biases whose gate and up columns alternate, and activations that are cut off.
     modern(
         "gpt_oss",
@@ -167,7 +169,7 @@ _BUILDERS = (
     modern("olmo2", "olmo2", kv_heads=4),
     encoder("bert", "bert", BERT_SIZES),
     # Its positions count the tokens before them that are no padding.
-    encoder("roberta", "roberta", BERT_SIZES, no_cache="may mix tokens", pad_token_id=0),
+    encoder("roberta", "roberta", BERT_SIZES, pad_token_id=0),
     encoder("albert", "albert", BERT_SIZES, embedding_size=32),
     encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
 )
