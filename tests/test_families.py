@@ -42,6 +42,8 @@ CHANGED = 1e-3
 """A form that changes the function of a zoo model moves its logits by more than this; rounding is far below."""
 
 REASONS = {
+    # A norm of the sum of routed and shared experts.
+    "afmoe": ("mixture of experts", "model.layers.1.post_mlp_layernorm"),
     "soft_moe": ("mixture of experts", "blocks.0"),
     # Its decoder reads the encoder's tokens, shifted, so no input tells the two streams apart.
     "bart_one_input": ("inputs of their own", "model.encoder.layers.0"),

@@ -80,7 +80,7 @@ def test_lanes_compute_what_the_source_computes(name: str) -> None:
 @pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.timeout(900)
 def test_ranks_equal_the_single_process(degree: int, tmp_path: Path) -> None:
-    """In standard and in kraken form and in a third one, with and without the KV cache."""
+    """In every form, in standard and in kraken form with the KV cache, too."""
     vocabulary = min(build.vocab for build in SUPPORTED.values())
     batches = [random_tokens(vocabulary, *size, seed) for seed, size in enumerate(SIZES)]
     wanted: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections import defaultdict
@@ -25,7 +26,8 @@ the largest relative errors of the logits over several batch and sequence sizes,
 - **standard**: all lanes in one process against the source model, degrees 2 and 4.
 - **3, 5**: the same at degrees that divide neither heads nor FFN columns, which are padded.
 - **forms**: how many of the other forms were lowered at degrees 2 and 4, change the function and keep their schedule.
-- **on ranks**: so many real processes against all lanes in one process, in these forms, with the KV cache too.
+- **on ranks**: so many real processes against all lanes in one process, in these forms; `standard` and `kraken` with
+  the KV cache, too.
 - **KV cache**: prompts of different lengths and token by token, against recomputation.
 - **ONNX**: two devices on stock ONNX Runtime against the lanes, standard and kraken, with the KV cache too.
 
@@ -34,8 +36,8 @@ _COLUMNS = "| model | standard | 3, 5 | forms | on ranks | KV cache | ONNX |\n|-
 
 _MORE = """## More families of transformers
 
-In one process only, at degrees 2 and 3: `standard` against the source, `kraken` as another function, and whether there
-is a KV cache.
+In one process only, at degrees 2 and 3: `standard` against the source, `kraken` as another function, and this with the
+KV cache (prompts of different lengths, then token by token) against recomputation.
 
 | model | standard | KV cache |
 |---|---|---|
@@ -49,6 +51,15 @@ Linear layers of `llama` that torchao quantised (some also of `plain_gpt` and `g
 
 | weights | standard | on ranks | ONNX |
 |---|---|---|---|
+"""
+
+_TRAINED = """## Trained models
+
+Real models that packages carry, on real inputs: what they compute, not only how close it is. The error is that of the
+standard form against the source, or of ranks against all lanes in one process.
+
+| model | given | compiled as | error | what came out |
+|---|---|---|---|---|
 """
 
 Notes = dict[str, dict[str, dict[str, Any]]]
@@ -91,12 +102,16 @@ def _page(notes: Notes) -> str:
         parts.append(f"## {title}\n\n{_COLUMNS}{rows}\n")
     parts.append(_MORE)
     for model, found in sorted(notes["more"].items()):
-        parts.append(f"| `{model}` | {_error(found['error'])} | {'no' if found['no_cache'] else 'yes'} |\n")
+        parts.append(f"| `{model}` | {_error(found['error'])} | {_error(found['cache']) or 'none'} |\n")
     parts.append(_QUANTIZED)
     for weights, found in sorted(notes["quantized"].items()):
         others = (notes[check].get(weights) for check in ("quantized_ranks", "quantized_onnx"))
         cells = (_error(other["error"]) if other else "not run" for other in others)
         parts.append(f"| {weights} | {_error(found['standard'])} | {' | '.join(cells)} |\n")
+    parts.append(f"\n{_TRAINED}")
+    for _, found in sorted(notes["trained"].items()):
+        cells = (found["of"], found["given"], found["compiled"], _error(found["error"]), found["outcome"])
+        parts.append(f"| {' | '.join(cells)} |\n")
     parts.append("\n## What is rejected\n\nWith the module path and the node that are in the way.\n\n")
     parts += (f"- `{model}`: {found['reason']}\n" for model, found in sorted(notes["rejected"].items()))
     parts.append("\nMade up for the tests:\n\n")
@@ -113,12 +128,19 @@ def _row(notes: Notes, model: str) -> tuple[str, ...]:
         ", ".join("rejected" if error is None else _error(error) for error in uneven["errors"].values()),
         str(len(lanes["forms"]) - 1),
         f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
-        _error(cache["error"]) if "error" in cache else f"none: {cache['reason'].rpartition(': ')[2]}",
+        _error(cache["error"]) if "error" in cache else f"none: {_reason(cache['reason'])}",
         f"{_error(onnx['standard'])}, {_error(onnx['kraken'])}",
     )
 
 
-def _error(error: float) -> str:
+def _reason(rejection: str) -> str:
+    """What stands behind module and node in a message."""
+    return re.sub(r"^unsupported: (module '.*?'|the model)( \(node .*?\))?: ", "", rejection)
+
+
+def _error(error: float | None) -> str:
+    if error is None:
+        return ""
     return f"{error:.0e}" if error else "0"
 
 

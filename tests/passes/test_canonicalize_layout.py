@@ -27,6 +27,7 @@ NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
     "there and back": lambda x: x.transpose(1, 2).mT,
     "permutation that moves nothing": lambda x: x.permute(0, -2, 2),
     "view and back": lambda x: x.view(x.shape[0], -1).view(x.shape[0], x.shape[1], 4),
+    "one more dim and back": lambda x: x.unsqueeze(1).squeeze(-3),
 }
 
 
@@ -64,6 +65,7 @@ def test_keeps_a_permute_whose_operand_others_read() -> None:
 
 def test_leaves_other_layout_changes_alone() -> None:
     check_untouched(CanonicalizeLayout(), captured(Apply(lambda x: x.unsqueeze(1).permute(0, 2, 1, 3)), hidden(4)))
+    check_untouched(CanonicalizeLayout(), captured(Apply(lambda x: x[..., :1].unsqueeze(1).squeeze(-1)), hidden(4)))
 
 
 def test_golden(golden: Golden) -> None:

@@ -122,6 +122,23 @@ class Experts(Ffn):
         return super().forward(x_BSD) * share + self.other(x_BSD) * (1 - share)
 
 
+class Routed(Ffn):
+    """Every token picks two of three experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.ups = nn.Linear(D, 3), nn.Parameter(torch.empty(3, COLUMNS, D))
+        self.downs = nn.Parameter(torch.empty(3, D, COLUMNS))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        flat = x_BSD.reshape(-1, D)
+        share, picked = torch.softmax(self.router(flat), dim=-1).topk(2, dim=-1)
+        rows, experts = flat.repeat_interleave(2, dim=0), picked.reshape(-1)
+        hidden = torch.bmm(self.ups[experts], rows.unsqueeze(-1)).squeeze(-1).relu()
+        rows = torch.bmm(self.downs[experts], hidden.unsqueeze(-1)).squeeze(-1) * share.reshape(-1, 1)
+        return rows.view(flat.shape[0], 2, D).sum(1).view(x_BSD.shape)
+
+
 class SelfGated(Ffn):
     """The loudest column of all decides how much the whole output counts."""
 
@@ -149,9 +166,9 @@ class Pooled(Gpt):
         return self.head(torch.cat([self.norm(x_BSD), y_BSD], dim=-1)[..., :D])
 
 
-def with_blocks(block: type[Block], layers: int = 2) -> Gpt:
+def with_blocks(block: type[Block], layers: int = 2, ffn: type[Ffn] = Ffn) -> Gpt:
     model = Gpt(layers)
-    model.blocks = nn.ModuleList(block(Attention(), Ffn()) for _ in range(layers))
+    model.blocks = nn.ModuleList(block(Attention(), ffn()) for _ in range(layers))
     return model
 
 
@@ -183,6 +200,23 @@ def test_norms_after_a_branch_are_no_part_of_it() -> None:
         if branch.post is not None:
             assert branch.post.source == branch.output
             assert not set(branch.post.nodes) & set(branch.nodes)
+
+
+def test_a_norm_after_experts_follows_their_sum() -> None:
+    sample, program = recognized(with_blocks(SandwichNorm, ffn=Routed))
+    assert program.layers is not None
+    for branch in program.layers.branches:
+        if branch.kind == "ffn":
+            assert branch.post is not None
+            assert branch.post.source == branch.output
+            assert [node.rstrip("_0123456789") for node in branch.post.nodes] == ["layer_norm"]
+    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+
+
+def test_rejects_a_norm_after_two_branches() -> None:
+    text, path = reason(with_blocks(SandwichNorm, ffn=Experts))
+    assert "stands between the branch's output projection and the residual stream" in text
+    assert path == "blocks.0.norm2"
 
 
 def test_a_factor_on_the_stream_follows_the_layer_before() -> None:

@@ -12,6 +12,7 @@ from tests.zoo.builder import Builder
 _EAGER_ONLY = {
     "gptj",
     "gpt_neo",
+    "gpt_oss",
     "bloom",
     "codegen",
     "ctrl",
@@ -30,6 +31,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attenti
 BERT_SIZES = {**SIZES, "max_position_embeddings": 64}
 MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
 
 
@@ -145,6 +147,21 @@ _BUILDERS = (
         moe_intermediate_size=32,
     ),
     modern("olmoe", "olmoe", kv_heads=4, num_experts=8, num_experts_per_tok=3),
+    # Norms after the branches, so after the sum of the experts, too.
+    modern("flex_olmo", "flex_olmo", kv_heads=4, num_experts=4, num_experts_per_tok=2),
+    # Sinks, experts with biases whose gate and up columns alternate, and activations that are cut off.
+    modern(
+        "gpt_oss",
+        "gpt_oss",
+        kv_heads=4,
+        head_dim=8,
+        layer_types=MIXED_WINDOWS,
+        sliding_window=6,
+        rope_parameters={**_YARN, "truncate": False},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=1.5,
+    ),
     modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
     modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
     modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=MIXED_WINDOWS, sliding_window=6),
@@ -152,7 +169,7 @@ _BUILDERS = (
     modern("olmo2", "olmo2", kv_heads=4),
     encoder("bert", "bert", BERT_SIZES),
     # Its positions count the tokens before them that are no padding.
-    encoder("roberta", "roberta", BERT_SIZES, no_cache="may mix tokens", pad_token_id=0),
+    encoder("roberta", "roberta", BERT_SIZES, pad_token_id=0),
     encoder("albert", "albert", BERT_SIZES, embedding_size=32),
     encoder("distilbert", "distilbert", {"dim": 64, "n_layers": 3, "n_heads": 8, "hidden_dim": 96}),
 )

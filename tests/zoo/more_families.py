@@ -13,6 +13,20 @@ _DECODERS = (
     modern("exaone4", "exaone4", kv_heads=4),
     modern("gemma", "gemma", kv_heads=4, head_dim=8),
     modern("glm", "glm", kv_heads=4, head_dim=8),
+    modern(
+        "glm4_moe",
+        "glm4_moe",
+        kv_heads=4,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+    modern("minimax_m2", "minimax_m2", kv_heads=4, head_dim=8, **_EXPERTS),
+    modern("phimoe", "phimoe", kv_heads=4, num_local_experts=4),
     modern("granitemoe", "granitemoe", kv_heads=4, **_EXPERTS),
     modern("helium", "helium", kv_heads=4, head_dim=8),
     modern("hunyuan_v1_dense", "hunyuan_v1_dense", kv_heads=4, head_dim=8),
@@ -30,21 +44,6 @@ _DECODERS = (
     family("gpt_bigcode", "gpt_bigcode", GPT_SIZES, kv_heads=1),
 )
 _WITHOUT_CACHE = (
-    modern(
-        "glm4_moe",
-        "glm4_moe",
-        kv_heads=4,
-        no_cache="may mix tokens",
-        head_dim=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-    ),
-    modern("minimax_m2", "minimax_m2", kv_heads=4, no_cache="may mix tokens", head_dim=8, **_EXPERTS),
-    modern("phimoe", "phimoe", kv_heads=4, no_cache="may mix tokens", num_local_experts=4),
     # Its table of ALiBi slopes ends at 64 tokens.
     family(
         "mpt",
@@ -54,11 +53,11 @@ _WITHOUT_CACHE = (
     ),
     encoder("electra", "electra", BERT_SIZES, embedding_size=32),
     encoder("ernie", "ernie", BERT_SIZES),
-    encoder("esm", "esm", BERT_SIZES, no_cache="may mix tokens", pad_token_id=0, mask_token_id=3),
+    encoder("esm", "esm", BERT_SIZES, pad_token_id=0, mask_token_id=3),
     encoder("megatron_bert", "megatron-bert", BERT_SIZES),
     encoder("modernbert", "modernbert", BERT_SIZES, pad_token_id=0),
-    encoder("mpnet", "mpnet", BERT_SIZES, no_cache="may mix tokens"),
-    encoder("roformer", "roformer", BERT_SIZES, no_cache="may mix tokens", embedding_size=64),
+    encoder("mpnet", "mpnet", BERT_SIZES),
+    encoder("roformer", "roformer", BERT_SIZES, embedding_size=64),
 )
 
 MORE_FAMILIES: dict[str, Builder] = {builder.name: builder for builder in (*_DECODERS, *_WITHOUT_CACHE)}

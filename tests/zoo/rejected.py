@@ -109,6 +109,8 @@ _BART: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+_SHARED_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 _MODELS = (
     Rejected(Builder("soft_moe", partial(_decoder, SoftMoeBlock)), ""),
     Rejected(Builder("bart_one_input", partial(_seq2seq, "bart", **_BART)), ""),
@@ -117,6 +119,9 @@ _MODELS = (
     Rejected(modern("recurrent_gemma", "recurrent_gemma", kv_heads=4), "cannot be found out"),
     Rejected(modern("jetmoe", "jetmoe", kv_heads=4), "no residual stream"),
     Rejected(modern("diffllama", "diffllama", kv_heads=4), "more than one attention"),
+    Rejected(
+        modern("afmoe", "afmoe", kv_heads=4, head_dim=8, num_dense_layers=1, **_SHARED_EXPERTS), "mixture of experts"
+    ),
     Rejected(modern("mamba", "mamba"), "attention"),
 )
 

@@ -108,6 +108,11 @@ class _Builder:
         on_tokens = self.on_tokens = value_descendants([self.tokens]) & needed
         if self.final not in on_tokens or len(shape_of(self.final)) != 3:
             return Rejection("its residual stream does not reach the logits", (self.logits.name,))
+        for node in self.program.graph.nodes:
+            # First, because "not causal" says more about an encoder than whatever else is in the way.
+            rule = self._rule(node) if node in on_tokens and node.target in ATTENTIONS else None
+            if isinstance(rule, Rejection):
+                return rule
         self._placeholders()
         tail = value_descendants([self.final])
         for node in self.program.graph.nodes:
@@ -263,15 +268,8 @@ class _Builder:
         query, key, value = args_of(node)[:3]
         if argument(node, 4, "dropout_p", 0.0):
             return Rejection("its attention drops scores at random", (node.name,), module_path(node))
-        mask = argument(node, 3, "attn_mask")
-        if mask is not None and mask in self.on_tokens:
-            return Rejection("its mask depends on the inputs", (node.name,), module_path(node))
-        if mask is None or mask not in self.rules:
-            rule = classify_mask(self.program, node)
-            if isinstance(rule, Rejection):
-                return rule
-            self.rules[mask] = rule
-        rule = self.rules[mask]
+        mask, rule = argument(node, 3, "attn_mask"), self._rule(node)
+        assert isinstance(rule, MaskRule), "build has asked before"
         batch, sequence = shape_of(self.tokens)
         for part in (query, key, value):
             shape = shape_of(part)
@@ -309,6 +307,19 @@ class _Builder:
         self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
         self._refresh(self.new[node], node)
         return None
+
+    def _rule(self, attention: fx.Node) -> MaskRule | Rejection:
+        """What the mask of an attention lets a query see."""
+        mask = argument(attention, 3, "attn_mask")
+        if mask is not None and mask in self.on_tokens:
+            return Rejection("its mask depends on the inputs", (attention.name,), module_path(attention))
+        if mask in self.rules:
+            return self.rules[mask]
+        rule = classify_mask(self.program, attention)
+        # Without a mask it is the attention itself that says whether it is causal.
+        if isinstance(rule, MaskRule) and mask is not None:
+            self.rules[mask] = rule
+        return rule
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """A weight, or what has been computed of weights alone, in the step graph."""

@@ -22,6 +22,8 @@ from kraken_compiler.passes.graph_tools import argument, module_path
 from kraken_compiler.passes.shapes import shape_of, value_of
 
 _SHORTEST, _LONGEST = 64, 8192
+_NOT_CAUSAL = "its attention is not causal: tokens see what follows them, as in an encoder"
+_OTHER_RULE = "its mask is not causal with at most a sliding window and ALiBi slopes"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def classify_mask(program: Program, attention: fx.Node) -> MaskRule | Rejection:
     """
     mask = argument(attention, 3, "attn_mask")
     if mask is None:
-        return MaskRule() if argument(attention, 5, "is_causal", False) else _no_rule(attention, "it is not causal")
+        return MaskRule() if argument(attention, 5, "is_causal", False) else _no_rule(attention, _NOT_CAUSAL)
     nodes = origins(program, mask)
     stored = [node for node in nodes if node.name in program.weights and constant_of(program, node) is None]
     if any(not value_of(node).is_floating_point() for node in stored):
@@ -57,11 +59,13 @@ def classify_mask(program: Program, attention: fx.Node) -> MaskRule | Rejection:
     # Weights have no values yet: what holds for two random draws holds for any.
     draws = [(lane, seed) for lane in range(_distinct_lanes(program, nodes)) for seed in range(1 + bool(stored))]
     try:
-        rules = {_rule(evaluate(program, nodes, length, *draw)) for draw in draws}
+        masks = [evaluate(program, nodes, length, *draw) for draw in draws]
     except RuntimeError as error:
         return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({str(error).splitlines()[0]})")
+    rules = set(map(_rule, masks))
     if len(rules) != 1 or None in rules:
-        return _no_rule(attention, "its mask is not causal with at most a sliding window and ALiBi slopes")
+        later = any(bool(_allowed(mask).triu(1).any()) for mask in masks)
+        return _no_rule(attention, _NOT_CAUSAL if later else _OTHER_RULE)
     (rule,) = rules
     assert rule is not None
     return MaskRule(rule[0], rule[1], limit)
@@ -108,11 +112,7 @@ def _distinct_lanes(program: Program, nodes: Iterable[fx.Node]) -> int:
 def _rule(mask: Tensor) -> tuple[int, bool] | None:
     """Window of a mask [..., S, S] and whether it has slopes; None if it follows no such rule."""
     length = mask.shape[-1]
-    if mask.dtype == torch.bool:
-        allowed, bias = mask, torch.zeros(mask.shape)
-    else:
-        # A large negative number stands for minus infinity; how large depends on what the element type holds.
-        allowed, bias = mask > (-5e3 if mask.dtype == torch.float16 else -1e9), mask.float()
+    allowed, bias = _allowed(mask), torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
     allowed, bias = (tensor.reshape(-1, length, length) for tensor in (allowed, bias))
     distance = torch.arange(length)[:, None] - torch.arange(length)
     seen = int(allowed[0, -1].sum())
@@ -126,6 +126,12 @@ def _rule(mask: Tensor) -> tuple[int, bool] | None:
     if bool((error > rounding * bias.masked_fill(~expected, 0.0).abs().amax((1, 2))).any()):
         return None
     return (0 if seen == length else seen), bool(slopes.any())
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Which key every query sees."""
+    # A large negative number stands for minus infinity; how large depends on what the element type holds.
+    return mask if mask.dtype == torch.bool else mask > (-5e3 if mask.dtype == torch.float16 else -1e9)
 
 
 def _no_rule(node: fx.Node, reason: str) -> Rejection:

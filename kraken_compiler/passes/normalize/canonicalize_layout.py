@@ -2,6 +2,7 @@
 
     %a = view(%x, [b, s, 4, 8])                      ->     %p = permute(%r, [0, 2, 1, 3])   of   %r = reshape(%x, ...)
     %t = transpose(%a, 1, 2)
+    %q = squeeze(unsqueeze(%t, 1), 1)                ->     (users of %q read %t)
 
 `reshape` and not `view`, because a lane's tensors, and tensors batched over lanes, need not be contiguous.
 """
@@ -37,6 +38,7 @@ class CanonicalizeLayout(Pass):
                 with program.graph.inserting_before(node):
                     replace(node, program.graph.call_function(_PERMUTE, (args_of(node)[0], permutation)))
                 matches += 1
+        matches += sum(_undone(node) for node in calls(program.graph, aten.squeeze.dim))
         return PassResult(matches + sum(_merge(node) for node in calls(program.graph, _RESHAPE, _PERMUTE)))
 
 
@@ -92,3 +94,17 @@ def _merge(node: fx.Node) -> bool:
         node.replace_all_uses_with(operand)
         node.graph.erase_node(node)
     return merged or identity
+
+
+def _undone(node: fx.Node) -> bool:
+    """Drop a squeeze of what was unsqueezed; whoever writes in place through a squeezed view leaves such pairs."""
+    operand = args_of(node)[0]
+    assert isinstance(operand, fx.Node)
+    if operand.target is not aten.unsqueeze.default:
+        return False
+    rank = len(shape_of(operand))
+    if int(args_of(operand)[1]) % rank != int(args_of(node)[1]) % rank:
+        return False
+    node.replace_all_uses_with(args_of(operand)[0])
+    node.graph.erase_node(node)
+    return True

@@ -15,10 +15,10 @@ from kraken_compiler.passes.graph_tools import (
     ancestors,
     args_of,
     aten,
-    descendants,
     module_path,
 )
 from kraken_compiler.passes.probing import Region
+from kraken_compiler.passes.shapes import is_tensor, same_shape
 
 _LINEAR_OPS = frozenset(
     {
@@ -118,7 +118,8 @@ def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set
     """The node of a branch up to which its value is a sum of what the lanes compute.
 
     That is `term`, what the branch adds to the stream, if only linear operations follow the output projection. If a
-    norm follows (sandwich norm), it is the last projection through which everything goes.
+    norm follows (sandwich norm), it is the first node through which everything goes after the projection: the
+    projection itself, or where the experts that a token picked are summed.
 
     Args:
         term: What the branch adds to the stream.
@@ -129,14 +130,26 @@ def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set
     inside = set(nodes)
     if not isinstance(_output_projection(term, inside, weights), Rejection):
         return term
-    for node in reversed(nodes):
-        if node.target not in PROJECTIONS or args_of(node)[1] not in weights:
+    for place, last in reversed(list(enumerate(nodes))):
+        found = _output_projection(last, inside, weights)
+        if isinstance(found, Rejection) or not _all_through(last, term, inside, stream):
             continue
-        later = descendants([node]) & inside
-        read = {operand for user in later - {node} for operand in user.all_input_nodes}
-        if not (read & {*inside, stream}) - later:
-            return node
+        # Casts and factors that follow are the norm's to repeat: what is reduced stays as narrow as it was.
+        for node in nodes[nodes.index(found[0]) : place]:
+            if is_tensor(node) and same_shape(node, stream) and _all_through(node, term, inside, stream):
+                return node
+        return last
     return term
+
+
+def _all_through(node: fx.Node, term: fx.Node, inside: set[fx.Node], stream: fx.Node) -> bool:
+    """True if nothing of the branch reaches `term` but through `node`."""
+    behind = ancestors(term, {node}, inside)
+    return all(
+        stream not in later.all_input_nodes
+        and any(operand is node or operand in behind for operand in later.all_input_nodes)
+        for later in behind
+    )
 
 
 def _output_projection(
