@@ -34,7 +34,14 @@ DEGREES = (2, 4)
 SIZES = ((1, 7), (3, 13))
 """Batch and sequence; models are captured with 2 x 16."""
 
-SHARDING = ("pick-kv-heads", "open-wide-norms", "plan-shards", "split-branches", "split-head")
+SHARDING = (
+    "separate-projections",
+    "pick-kv-heads",
+    "open-wide-norms",
+    "plan-shards",
+    "split-branches",
+    "split-head",
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("name", SUPPORTED, scope="session")
 

@@ -125,7 +125,7 @@ def _row(notes: Notes, model: str) -> tuple[str, ...]:
     return (
         f"`{model}`",
         _error(lanes["error"]),
-        ", ".join("rejected" if error is None else _error(error) for error in uneven["errors"].values()),
+        ", ".join(map(_error, uneven["errors"].values())),
         str(len(lanes["forms"]) - 1),
         f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
         _error(cache["error"]) if "error" in cache else f"none: {_reason(cache['reason'])}",

@@ -25,6 +25,7 @@ from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
 from kraken_compiler.passes.shard.plan_shards import PlanShards
+from kraken_compiler.passes.shard.separate_projections import SeparateProjections
 from kraken_compiler.passes.shard.share_means import ShareMeans
 from kraken_compiler.passes.shard.split_branches import SplitBranches
 from kraken_compiler.passes.shard.split_head import SplitHead
@@ -60,6 +61,7 @@ def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> 
     """
     return (
         AssignForms(form),
+        SeparateProjections(degree),
         PickKvHeads(degree),
         OpenWideNorms(degree),
         PlanShards(degree),

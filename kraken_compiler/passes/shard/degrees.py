@@ -13,6 +13,9 @@ from kraken_compiler.ir.layers import Branch, LayerTable
 DEGREE_HINT = "Try another degree; one that divides the heads, the KV heads and the FFN columns is the least demanding."
 """What to try where a degree asks for parts that a lane cannot compute by itself."""
 
+KV_HEAD_OF = "kraken.kv_head_of"
+"""Begins the names of constants that say which KV head every head reads."""
+
 
 @dataclass(frozen=True)
 class Share:

@@ -21,9 +21,14 @@ from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, aten, calls
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of
-from kraken_compiler.passes.shard.degrees import shared_groups
+from kraken_compiler.passes.shard.degrees import KV_HEAD_OF, shared_groups
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter
+
+
+def kv_head_numbers(splitter: WeightSplitter, heads: int, kv_heads: int) -> fx.Node:
+    """Which KV head every head reads, as a constant of the graph."""
+    return splitter.add_constant(f"{KV_HEAD_OF}.{heads}.{kv_heads}", torch.arange(heads) // (heads // kv_heads))
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ class PickKvHeads(Pass):
                 continue
             if not shared_groups(heads, kv_heads, self.degree, unit):
                 continue
-            numbers = torch.arange(heads) // (heads // kv_heads)
-            index = splitter.add_constant(f"kraken.kv_head_of.{heads}.{kv_heads}", numbers)
+            index = kv_head_numbers(splitter, heads, kv_heads)
             with attention.graph.inserting_before(attention):
                 args[place] = attention.graph.call_function(aten.index_select.default, (source, 1, index))
             args[place].meta["nn_module_stack"] = attention.meta.get("nn_module_stack", {})

@@ -23,7 +23,7 @@ from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
-from kraken_compiler.passes.shard.degrees import DEGREE_HINT, count, kv_shares, spread
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT, KV_HEAD_OF, count, kv_shares, spread
 from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixer_of_heads, mixing
 
 
@@ -61,13 +61,14 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
             reason = "its heads lie interleaved in what follows the attention, so lanes cannot be padded with more"
             return Rejection(reason, (source.name,), module_path(attention), DEGREE_HINT)
 
+    picks = [node for node in projections.region if _picks_kv_heads(node, program)]
     marked = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
     marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked}
     for lane in range(degree):
         seeds = [values[source][..., columns[lane]]]
         if attention is not None:
             seeds += _attention_operands(attention, values, groups[lane], branch.heads)
-            seeds += _picked_heads(attention, values, lane, degree, branch.unit)
+            seeds += [part for pick in picks for part in _picked_heads(pick, values, lane, degree, branch.unit)]
         loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
         tensors = [values[node] for node in marked]
         try:
@@ -135,17 +136,21 @@ def _attention_operands(
     return [*parts, values[sinks][heads]] if isinstance(sinks, fx.Node) else parts
 
 
-def _picked_heads(attention: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int, unit: int) -> list[Tensor]:
+def _picks_kv_heads(node: fx.Node, program: Program) -> bool:
+    if node.target is not aten.index_select.default:
+        return False
+    spec = program.weights.get(args_of(node)[2].name)
+    return spec is not None and spec.source.startswith(KV_HEAD_OF)
+
+
+def _picked_heads(pick: fx.Node, values: dict[fx.Node, Tensor], lane: int, degree: int, unit: int) -> list[Tensor]:
     """The KV heads that a lane holds where its heads pick theirs by number: as many as any other lane."""
-    parts = []
-    for operand in args_of(attention)[1:3]:
-        if operand.target is not aten.index_select.default or args_of(operand)[1] != 1:
-            continue
-        source, heads = values[args_of(operand)[0]], values[operand].shape[1]
-        if heads % source.shape[1] == 0:
-            start, stop = kv_shares(heads, source.shape[1], degree, unit)[lane]
-            parts.append(source[:, start:stop])
-    return parts
+    operand, dim = args_of(pick)[:2]
+    if operand not in values or pick not in values:
+        return []
+    source, heads = values[operand], values[pick].shape[dim]
+    start, stop = kv_shares(heads, source.shape[dim], degree, unit)[lane]
+    return [source.narrow(dim, start, stop - start)]
 
 
 def _lines(marks: Tensor) -> list[Tensor]:

@@ -111,7 +111,7 @@ class WeightSplitter:
 
     def _weight(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
         spec = self.program.weights[node.name]
-        shards = tuple(DimShard(dim, lanes) for dim, lanes in enumerate(kept) if lanes is not None)
+        shards = tuple(shard for dim, lanes in enumerate(kept) if (shard := _cut(spec, dim, lanes)) is not None)
         return self.add_weight(replace(spec, shards=shards, scale=scale), near=node)
 
     def add_weight(self, spec: WeightSpec, near: fx.Node | None = None) -> fx.Node:
@@ -123,6 +123,7 @@ class WeightSplitter:
         first = near if near is not None else next(iter(graph.nodes))
         with graph.inserting_before(first):
             placeholder = graph.placeholder(f"{spec.name}_lane" if near is not None else spec.name)
+        placeholder.target = placeholder.name  # the name of the argument, which others of this weight have too
         with self._fake_mode:
             placeholder.meta["val"] = torch.empty(spec.shape, dtype=spec.torch_dtype)
         self.program.weights[placeholder.name] = replace(spec, name=placeholder.name)
@@ -160,6 +161,15 @@ class WeightSplitter:
 
     def _lanes(self, kept: Kept) -> int:
         return next(len(lanes) for lanes in kept if lanes is not None)
+
+
+def _cut(spec: WeightSpec, dim: int, lanes: KeptDim) -> DimShard | None:
+    """What lanes keep of one dim of a weight, which may be a part of its source itself."""
+    held = next((shard for shard in spec.shards if shard.dim == dim), None)
+    if held is None or lanes is None:
+        return held if lanes is None else DimShard(dim, lanes)
+    within = zip(map(to_indices, held.lanes), map(to_indices, lanes))
+    return DimShard(dim, tuple(from_indices(whole[place] for place in mine) for whole, mine in within))
 
 
 def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
