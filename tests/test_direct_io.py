@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_a_lane_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.
     assert (mark.end, mark.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     entries = read_header(path)
     assert all(torch.equal(read_tensor(name, entries[name]), tensor) for name, tensor in tensors.items())
+
+
+def test_a_direct_write_that_a_limit_cuts_short_says_why(tmp_path: Path) -> None:
+    file = LaneFile(tmp_path / "lane.safetensors", {"t": (torch.float32, (3 * MIB // 4,))}, {})
+    file.cut(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB + MIB // 2 + 100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.append("t", torch.randn(3 * MIB // 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        file.close()
 
 
 def test_a_file_that_is_not_there_is_no_file_without_direct_writes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -105,11 +106,21 @@ class LaneFile:
             data = data[len(piece) :]
 
     def _write(self, piece: memoryview) -> None:
-        file = self._file
         if self._direct is not None and len(piece) == _CHUNK:
-            self._block[:] = piece
-            file, piece = self._direct, memoryview(self._block)
+            piece = piece[self._written_directly(piece, self._direct) :]
         while piece:
-            written = os.pwrite(file, piece, self._end)
+            written = os.pwrite(self._file, piece, self._end)
             self._end += written
             piece = piece[written:]
+
+    def _written_directly(self, chunk: memoryview, file: int) -> int:
+        """How much of a chunk went past the page cache."""
+        self._block[:] = chunk
+        try:
+            written = os.pwrite(file, self._block, self._end)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0  # a limit within the chunk, or a disk of larger blocks: the usual way says why, or does it
+        self._end += written
+        return written
