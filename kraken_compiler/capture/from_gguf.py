@@ -11,7 +11,7 @@ import torch
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, TokenizerSource, file_digest
+from kraken_compiler.capture.record import Capture, TokenizerSource, files_digester
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
 
@@ -43,7 +43,7 @@ def capture_gguf(
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
     directory = str(path.parent)
-    digest = file_digest((path,), early=hash_early)
+    digest = files_digester((path,), early=hash_early)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(

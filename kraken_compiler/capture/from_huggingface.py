@@ -16,7 +16,7 @@ from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_module import class_name, config_dict, forward_parameters
 from kraken_compiler.capture.from_quantized_directory import capture_quantized_directory
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, file_digest
+from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.weightless import fake_parameters, parameters_on_meta
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
@@ -67,7 +67,7 @@ def capture_directory(
     quantized = getattr(config, "quantization_config", None) is not None
     checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights or quantized)
     files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
-    digest = file_digest(files, early=hash_early)
+    digest = files_digester(files, early=hash_early)
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = TokenizerSource(str(path)) if has_tokenizer else None
     if quantized:

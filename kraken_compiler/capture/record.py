@@ -129,7 +129,7 @@ def digest_files(files: tuple[Path, ...]) -> str:
         raise InputFileError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
 
-def file_digest(files: tuple[Path, ...], *, early: bool) -> Callable[[], str]:
+def files_digester(files: tuple[Path, ...], *, early: bool) -> Callable[[], str]:
     """What computes `digest_files`.
 
     Args:

@@ -5,6 +5,7 @@
 %q = reshape(slice(%v, 3, 0, -2), [b, s, 8, 8])        %yk = linear(%x, rows of %w that are keys)
 %k = select(%v, 3, [-2])                               %k = reshape(%yk, [b, s, 2, 1, 8])
 
+Where keys or values are repeated for their queries' heads right behind it, every head picks its KV head by number.
 A lane's heads are then equally many rows on every lane, wherever a group ends. Only layout operators may lie between;
 what they do is found out by sending the numbers of the rows through them.
 """
@@ -12,6 +13,7 @@ what they do is found out by sending the numbers of the rows through them.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -66,16 +68,22 @@ class SeparateProjections(Pass):
         assert program.layers is not None
         if program.degree == self.degree:
             return PassResult()
+        uneven = [
+            branch
+            for branch in program.layers.branches
+            if branch.kind == "attention" and _is_uneven(branch, self.degree)
+        ]
+        if not uneven:
+            return PassResult()
         splitter = WeightSplitter(program, {})
+        known = known_constants(program)
         nodes = {node.name: node for node in program.graph.nodes}
         matches = 0
-        for branch in program.layers.branches:
-            if branch.kind != "attention" or not _is_uneven(branch, self.degree):
-                continue
+        for branch in uneven:
             for name in branch.nodes:
                 node = nodes[name]
                 if node.target is LINEAR and args_of(node)[1].name in program.weights:
-                    matches += self._separate(node, branch, program, splitter)
+                    matches += self._separate(node, branch, splitter, known)
         if not matches:
             return PassResult()
         refresh_shapes(program.graph)
@@ -83,19 +91,19 @@ class SeparateProjections(Pass):
         found = FindLayers().run(program)
         return PassResult(matches, found.rejections)
 
-    def _separate(self, linear: fx.Node, branch: Branch, program: Program, splitter: WeightSplitter) -> bool:
+    def _separate(self, linear: fx.Node, branch: Branch, splitter: WeightSplitter, known: Mapping[str, Tensor]) -> bool:
         view = next(iter(linear.users))
         if len(linear.users) != 1 or view.target is not aten.reshape.default or _is_by_head(view, branch):
             return False
         sizes, parts = argument(view, 1, "shape")[:2], _parts(linear, branch)
-        rows = _rows(linear, parts, program) if parts else None
+        rows = _rows(linear, parts, known) if parts else None
         if rows is None or any(isinstance(size, int) for size in sizes):
             return False
         x, weight, bias = args_of(linear)[0], args_of(linear)[1], argument(linear, 2, "bias")
         for part, of_part in zip(parts, rows):
             shard = DimShard(0, (from_indices(of_part),) * self.degree)
             operands = [
-                splitter.add_weight(replace(program.weights[whole.name], shards=(shard,)), near=whole)
+                splitter.add_weight(replace(splitter.program.weights[whole.name], shards=(shard,)), near=whole)
                 for whole in (weight, bias)
                 if whole is not None
             ]
@@ -159,13 +167,11 @@ def _parts(linear: fx.Node, branch: Branch) -> list[fx.Node]:
     return sorted(parts) if len(parts) > 1 else []
 
 
-def _rows(linear: fx.Node, parts: list[fx.Node], program: Program) -> list[list[int]] | None:
+def _rows(linear: fx.Node, parts: list[fx.Node], known: Mapping[str, Tensor]) -> list[list[int]] | None:
     """The rows of the projection's weight that every part is made of, in order; None if they are in no order."""
-    order = {node: number for number, node in enumerate(linear.graph.nodes)}
-    between = sorted(_inner(linear, parts), key=order.__getitem__)
-    region = Region([linear, *between], [linear], known_constants(program))
+    region = Region([linear, *sorted(_inner(linear, parts))], [linear], known)
     batch, sequence, width = region.inputs[linear].shape
-    numbers = torch.arange(width, dtype=torch.float64).expand(batch, sequence, width)
+    numbers = torch.arange(width, dtype=torch.float64)
     tokens = torch.arange(batch * sequence, dtype=torch.float64).reshape(batch, sequence, 1)
     rows, places = (region.run({linear: tensor.expand(batch, sequence, width)}) for tensor in (numbers, tokens))
     found = []
