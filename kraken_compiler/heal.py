@@ -38,7 +38,7 @@ from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched,
 from kraken_compiler.recompile import backends_of, lowered_as, source_of
 from kraken_compiler.verify.verification import SIZES, Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
-from kraken_compiler.weights.shards import shard_file
+from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
 
 FilePath = str | os.PathLike[str]
 
@@ -194,7 +194,9 @@ def _write(
     manifest = artifact.manifest
     program = lowered_as(captured, manifest)
     program = with_lane_tensors(program, [name for name, spec in program.weights.items() if is_trained(spec)])
-    read_lane = read_from_lane_files([folder / shard_file(lane) for lane in range(program.degree)])
+    read_lane = read_from_lane_files(
+        [folder / lane_file_name(lane) for lane in range(program.degree)], folder / SHARED_FILE
+    )
     read = lane_tensor_reader(program.weights, program.degree, read_lane, captured.store.read)
     verification: Verification | None = None
 

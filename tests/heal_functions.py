@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.single.streaming import read_from_lane_files
-from kraken_compiler.backends.torch_dist.lane_files import lane_file
+from kraken_compiler.backends.torch_dist.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.ir.program import Program
@@ -85,7 +83,7 @@ def _all_lanes(artifact: Artifact, source: Artifact, settings: HealSettings) -> 
 
 def _stacked(artifact: Artifact, program: Program) -> Any:
     lanes = range(program.degree)
-    read_lane = read_from_lane_files([Path(artifact.path(lane_file(lane))) for lane in lanes])
+    read_lane = read_weights(artifact, program.degree)
 
     def stacked(spec: WeightSpec) -> Tensor:
         return torch.stack([read_lane(spec, lane) for lane in lanes]) if spec.shards else read_lane(spec, 0)

@@ -214,9 +214,9 @@ def resumed(place: Path, *, damage: bool = False, other_source: bool = False) ->
         shard.write_bytes(content)
     again = write(target, "again", digest="1" * 64 if other_source else SHA256)
     same = [
-        open_artifact(target).manifest.files[f"torch/lane-{lane}.safetensors"]
-        == open_artifact(place / "reference.kraken").manifest.files[f"torch/lane-{lane}.safetensors"]
-        for lane in range(2)
+        open_artifact(target).manifest.files[f"torch/{name}.safetensors"]
+        == open_artifact(place / "reference.kraken").manifest.files[f"torch/{name}.safetensors"]
+        for name in ("lane-0", "lane-1", "shared")
     ]
     return {"sources": len(sources), "read_again": len(again), "same": all(same)}
 

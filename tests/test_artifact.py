@@ -63,6 +63,7 @@ def test_manifest_says_what_the_program_is(written: Path) -> None:
         "torch/lane-0.safetensors",
         "torch/lane-1.safetensors",
         "torch/lane.pt2",
+        "torch/shared.safetensors",
     ]
     assert open_artifact(written).report() == {"note": "toy"}
 
@@ -158,7 +159,7 @@ def test_truncated_and_missing_files_are_found_without_hashing(artifact: Path, v
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 99}, "format version 99, this version reads 1"),
+        ({"format_version": 99}, "format version 99, this version reads 2"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"source": {"kind": "module", "name": "a", "surprise": 1}}, "unknown key 'source.surprise'"),
         ({"degree": 0}, "'degree'"),

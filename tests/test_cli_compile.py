@@ -140,11 +140,11 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_artifact(compiled: tuple[Path, dict[str, Any]]) -> None:
     artifact, said = compiled
-    lanes = [f"torch/lane-{lane}.safetensors" for lane in range(2)]
+    weights = [f"torch/{name}.safetensors" for name in ("lane-0", "lane-1", "shared")]
     graphs = [f"torch/{name}.pt2" for name in ("lane", "step", "tables")]
     names = ("generation_config", "tokenizer", "tokenizer_config")
     tokenizer = [f"tokenizer/{name}.json" for name in names]
-    assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *lanes, *tokenizer])
+    assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *weights, *tokenizer])
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
     assert said["artifact"] == str(artifact)
     manifest = open_artifact(artifact).manifest

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from kraken_compiler.weights import lane_file
-from kraken_compiler.weights.direct_io import Buffers, open_direct
-from kraken_compiler.weights.lane_file import LaneFile
+from kraken_compiler.capture.record import digest_files
+from kraken_compiler.weights import direct_io, shard_file
+from kraken_compiler.weights.buffers import Buffers, aligned_buffer
+from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
+from kraken_compiler.weights.direct_io import BLOCK, LargeFile, open_direct, would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
+from kraken_compiler.weights.shard_file import ShardFile
 
 MIB = 1 << 20
 
@@ -39,13 +48,13 @@ def test_what_is_in_use_is_never_given_away() -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_lane_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+def test_a_shard_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     """Tensors that begin and end within chunks, some longer than several of them."""
     if not direct:
-        monkeypatch.setattr(lane_file, "open_direct", lambda path: None)
+        monkeypatch.setattr(shard_file, "open_direct", lambda path: None)
     path = tmp_path / "lane.safetensors"
     tensors = {f"t{number}": torch.randn(size) for number, size in enumerate((3, 700_001, 5, 262_144, 1_300_000, 1))}
-    file = LaneFile(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {})
+    file = ShardFile(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {})
     assert (file._direct is not None) <= direct
     file.cut(0)
     for name, tensor in tensors.items():
@@ -59,7 +68,7 @@ def test_a_lane_file_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_direct_write_that_a_limit_cuts_short_says_why(tmp_path: Path) -> None:
-    file = LaneFile(tmp_path / "lane.safetensors", {"t": (torch.float32, (3 * MIB // 4,))}, {})
+    file = ShardFile(tmp_path / "lane.safetensors", {"t": (torch.float32, (3 * MIB // 4,))}, {})
     file.cut(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB + MIB // 2 + 100, hard))
@@ -74,3 +83,94 @@ def test_a_direct_write_that_a_limit_cuts_short_says_why(tmp_path: Path) -> None
 def test_a_file_that_is_not_there_is_no_file_without_direct_writes(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_direct(tmp_path / "nothing")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A file that ends within a block, of which the page cache has nothing."""
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(3 * MIB + 1234))
+    forget(path)
+    return path
+
+
+def forget(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_back(path: Path, start: int, size: int, direct: bool = True) -> bytes:
+    buffer = memoryview(aligned_buffer(size))
+    with LargeFile(path, direct=direct) as file:
+        return bytes(buffer[: file.read(buffer, start)])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("cached", [0, MIB, 4 * MIB])
+def test_a_large_file_is_read_whatever_is_cached(large: Path, direct: bool, cached: int) -> None:
+    content = Path(large).read_bytes()
+    forget(large)
+    with large.open("rb", buffering=0) as file:
+        file.read(cached)
+    assert read_back(large, 0, 2 * MIB, direct) == content[: 2 * MIB]
+    assert read_back(large, 2 * MIB, 2 * MIB, direct) == content[2 * MIB :]
+    assert read_back(large, 4 * MIB, 2 * MIB, direct) == b""
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_what_a_disk_does_not_do_is_done_as_usual(large: Path, refused: int) -> None:
+    """Direct reads of other blocks (EINVAL), file systems that cannot say what is cached (EOPNOTSUPP)."""
+    seen = []
+
+    def preadv(file: int, buffers: list[memoryview], start: int, flags: int = 0) -> int:
+        seen.append(flags)
+        if flags if refused == errno.EOPNOTSUPP else len(seen) == 2:
+            raise OSError(refused, os.strerror(refused))
+        return os.preadv(file, buffers, start, flags)
+
+    with mock.patch.object(direct_io, "os", SimpleNamespace(**vars(os) | {"preadv": preadv})):
+        found = read_back(large, BLOCK, 4 * MIB)
+    assert seen[0] == os.RWF_NOWAIT
+    assert len(seen) > 2
+    assert found == large.read_bytes()[BLOCK:]
+
+
+def test_an_error_of_the_disk_names_the_file(large: Path) -> None:
+    def preadv(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with (
+        mock.patch.object(direct_io, "os", SimpleNamespace(**vars(os) | {"preadv": preadv})),
+        pytest.raises(OSError, match=f"Input/output error: '{large}'"),
+    ):
+        read_back(large, 0, MIB)
+
+
+def test_what_would_flood_the_cache(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not would_flood_the_cache([large])
+    monkeypatch.setattr(direct_io, "_SHARE_OF_MEMORY", 0.0)
+    assert would_flood_the_cache([large])
+
+
+def test_a_flooding_source_is_read_past_the_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors at odd places, read directly at first and as usual then; the hash is the same."""
+    path = tmp_path / "model.safetensors"
+    tensors = {"bytes": torch.randint(0, 255, (3,), dtype=torch.uint8), "a": torch.randn(500_000), "b": torch.randn(7)}
+    save_file(tensors, path)
+    usual = digest_files((path, path))
+    monkeypatch.setattr(direct_io, "_SHARE_OF_MEMORY", 0.0)
+    forget(path)
+    opened = []
+
+    def open_and_note(file: Path, mode: int) -> int | None:
+        opened.append(file)
+        return open_direct(file, mode)
+
+    monkeypatch.setattr(direct_io, "open_direct", open_and_note)
+    assert digest_files((path, path)) == usual
+    assert len(opened) == 2
+    checkpoint = SafetensorsCheckpoint.open((path,))
+    for _ in range(3):
+        assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+    assert len(opened) == 2 + len(tensors)

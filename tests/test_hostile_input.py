@@ -23,7 +23,7 @@ from kraken_compiler.backends.onnx_ort import format as device_format
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.stages import cut
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import map_weights
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.errors import InputFileError
@@ -83,6 +83,9 @@ def test_bytes_of_manifests(artifact: Path, copy: Path, data: st.DataObject) -> 
     refused_or_read(lambda: use(copy), copy)
 
 
+OWN_WEIGHTS = {name: spec for name, spec in toy_program(2).weights.items() if not spec.shared}
+
+
 def read_weights(path: Path) -> None:
     checkpoint = SafetensorsCheckpoint.open((path,))
     for name in checkpoint.names():
@@ -100,7 +103,7 @@ def test_safetensors_headers(artifact: Path, tmp_path: Path, data: st.DataObject
     path = tmp_path / "lane-0.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + valid[8 + length :])
     refused_or_read(lambda: read_weights(path), tmp_path)
-    refused_or_read(lambda: load_lane_weights(path, toy_program(2).weights), tmp_path)
+    refused_or_read(lambda: map_weights(path, OWN_WEIGHTS), tmp_path)
 
 
 @cases(200)
@@ -109,7 +112,7 @@ def test_bytes_of_safetensors(artifact: Path, tmp_path: Path, data: st.DataObjec
     path = tmp_path / "lane-0.safetensors"
     path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane-0.safetensors").read_bytes())))
     refused_or_read(lambda: read_weights(path), tmp_path)
-    refused_or_read(lambda: load_lane_weights(path, toy_program(2).weights), tmp_path)
+    refused_or_read(lambda: map_weights(path, OWN_WEIGHTS), tmp_path)
 
 
 def inspect(path: Path) -> None:
@@ -232,7 +235,9 @@ def test_the_valid_files_are_read(artifact: Path, tmp_path: Path) -> None:
     assert refused_or_read(lambda: use(artifact), artifact) is None
     assert refused_or_read(lambda: load_graph(artifact / "torch" / "lane.pt2"), artifact) is None
     assert refused_or_read(lambda: inspect(artifact / "torch" / "lane.pt2"), artifact) is None
-    assert refused_or_read(lambda: read_weights(artifact / "torch" / "lane-0.safetensors"), artifact) is None
+    weights = artifact / "torch" / "lane-0.safetensors"
+    assert refused_or_read(lambda: read_weights(weights), artifact) is None
+    assert refused_or_read(lambda: map_weights(weights, OWN_WEIGHTS), artifact) is None
     assert (
         refused_or_read(lambda: read_device(write_device(tmp_path, device_proto().SerializeToString())), tmp_path)
         is None

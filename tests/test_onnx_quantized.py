@@ -207,7 +207,7 @@ def test_other_weights_than_are_known_are_refused(tmp_path: Path) -> None:
     proto = onnx.load_model(str(path), load_external_data=False)
     next(entry for entry in proto.metadata_props if entry.key == META_WEIGHTS).value = "int3"
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputFileError, match="its weights are int3; this version knows int8 and int4"):
+    with pytest.raises(InputFileError, match="its weights are 'int3'; this version knows int8 and int4"):
         DeviceModel.load(path)
 
 

@@ -29,6 +29,7 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, lane_file
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.communicators.none import NoCommunication
@@ -385,7 +386,7 @@ def test_lane_files_hold_integers(compiled: CompileResult) -> None:
     assert kinds["data"] == "int8"
     plain, _ = lower(capture(SUPPORTED["llama"]()).program, 2, "kraken", cached=False)
     of_floats = sum(spec.nbytes for spec in plain.weights.values())
-    size = (compiled.directory / "torch" / "lane-0.safetensors").stat().st_size
+    size = sum(artifact.path(name).stat().st_size for name in (lane_file(0), SHARED_WEIGHTS))
     report = compiled.report.data["lanes"][0]
     # What is not a linear layer, the embedding, stays; scales take more here than in models of useful sizes.
     assert report["bytes"] < size < 0.5 * of_floats

@@ -10,7 +10,7 @@ import torch
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.lane_files import lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, map_weights
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
@@ -83,12 +83,12 @@ def test_load_outside_a_group(artifacts: tuple[Path, Path], tmp_path: Path) -> N
 def test_wrong_weights_are_found(tmp_path: Path) -> None:
     directory = write_toy(tmp_path / "two.kraken", 2)
     artifact = open_artifact(directory)
-    path = artifact.path(lane_file(0))
-    table = dict(artifact.manifest.weight_table)
+    path = artifact.path(SHARED_WEIGHTS)
+    table = {name: spec for name, spec in artifact.manifest.weight_table.items() if spec.shared}
     with pytest.raises(InputFileError, match="lacks 1 weights, the first is 'absent'"):
-        load_lane_weights(path, table | {"absent": replace(table["w_scale"], name="absent")})
+        map_weights(path, table | {"absent": replace(table["w_scale"], name="absent")})
     with pytest.raises(InputFileError, match=r"weight 'w_scale' is torch\.float32 \[\]"):
-        load_lane_weights(path, table | {"w_scale": replace(table["w_scale"], dtype="float16")})
+        map_weights(path, table | {"w_scale": replace(table["w_scale"], dtype="float16")})
 
 
 def test_failure_is_told(artifacts: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Lane shards: every lane's slice, each source read once, memory bounded by one tensor."""
+"""Lane shards: every lane's slice, each source read once, memory bounded by few tensors."""
 
 from __future__ import annotations
 
@@ -47,12 +47,19 @@ def test_shards(tmp_path: Path) -> None:
     lane_program = program()
     paths = write_lane_shards(lane_program, read, tmp_path, lambda *step: steps.append(step))
 
-    assert [path.name for path in paths] == ["lane-0.safetensors", "lane-1.safetensors", "lane-2.safetensors"]
+    assert [path.name for path in paths] == [
+        *(f"lane-{lane}.safetensors" for lane in range(3)),
+        "shared.safetensors",
+    ]
     assert reads == {"w": 1, "b": 1}
     assert steps == [(1, 3, "w"), (2, 3, "b"), (3, 3, "scale")]
-    for lane, path in enumerate(paths):
+    shared = load_file(paths[3])
+    assert list(shared) == ["p_bias", "c_scale"]
+    for lane, path in enumerate(paths[:3]):
         expected = lane_weights(lane_program.weights, lane, lane_program.reader(tensors.__getitem__))
-        loaded = load_file(path)
+        own = load_file(path)
+        assert not own.keys() & shared.keys()
+        loaded = own | shared
         assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
             spec = lane_program.weights[name]
@@ -60,7 +67,7 @@ def test_shards(tmp_path: Path) -> None:
             assert tuple(loaded[name].shape) == spec.shape
             torch.testing.assert_close(loaded[name], tensor.to(spec.torch_dtype))
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt", "kraken_weights": "1", "lane": str(lane)}
+            assert file.metadata() == {"format": "pt", "kraken_weights": "2", "lane": str(lane)}
 
 
 def test_a_source_of_another_shape(tmp_path: Path) -> None:
@@ -92,9 +99,9 @@ print((peak() - before) / 1024)
 """
 
 
-def test_memory_stays_around_one_tensor(tmp_path: Path) -> None:
-    """16 tensors of 16 MiB: the files hold 256 MiB, the writer one tensor and a slice of it."""
+def test_memory_stays_around_few_tensors(tmp_path: Path) -> None:
+    """16 tensors of 16 MiB: the files hold 256 MiB, the writer three tensors."""
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120
     )
-    assert float(result.stdout) < 64
+    assert float(result.stdout) < 80

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.optional_packages import missing_packages
-from kraken_compiler.weights.direct_io import aligned_buffer
+from kraken_compiler.weights.buffers import aligned_buffer
+from kraken_compiler.weights.direct_io import LargeFile, would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
 
@@ -119,11 +121,12 @@ def digest_files(files: tuple[Path, ...]) -> str:
         InputFileError: A file cannot be read.
     """
     try:
+        direct = would_flood_the_cache(files)
         if len(files) == 1:
-            return _file_digest(files[0])
+            return _file_digest(files[0], direct)
         total = hashlib.sha256()
         for path in sorted(files):
-            total.update(f"{_file_digest(path)}  {path.name}\n".encode())
+            total.update(f"{_file_digest(path, direct)}  {path.name}\n".encode())
         return total.hexdigest()
     except OSError as error:
         raise InputFileError(f"cannot read {error.filename}: {error.strerror or error}") from error
@@ -161,10 +164,17 @@ def digest_tensors(store: WeightStore) -> str:
     return total.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    # In large pieces: between two of them a thread waits for the interpreter, which may be busy capturing.
-    total, buffer = hashlib.sha256(), memoryview(aligned_buffer(_DIGEST_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            total.update(buffer[:count])
+def _file_digest(path: Path, direct: bool) -> str:
+    # In large pieces: between two of them a thread waits for the interpreter, which may be busy capturing. One is read
+    # while the one before it is hashed.
+    total = hashlib.sha256()
+    pieces = [memoryview(aligned_buffer(_DIGEST_BYTES)) for _ in range(2)]
+    with LargeFile(path, direct=direct) as file, ThreadPoolExecutor(1, "read-source") as pool:
+        starts = itertools.count(step=_DIGEST_BYTES)
+        reading = pool.submit(file.read, pieces[0], next(starts))
+        while count := reading.result():
+            done = pieces[0][:count]
+            pieces.reverse()
+            reading = pool.submit(file.read, pieces[0], next(starts))
+            total.update(done)
     return total.hexdigest()

@@ -65,6 +65,11 @@ class WeightSpec:
         return dtype
 
     @property
+    def shared(self) -> bool:
+        """True if every lane holds the same whole tensor."""
+        return not self.shards
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Local shape, the same on every lane."""
         shape = list(self.source_shape)

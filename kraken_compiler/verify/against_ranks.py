@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.single.streaming import read_from_lane_files
-from kraken_compiler.backends.torch_dist.lane_files import lane_file
+from kraken_compiler.backends.torch_dist.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.runtime.execute import execute_on_ranks
@@ -33,5 +32,4 @@ def compare_with_ranks(directory: Path, sizes: tuple[tuple[int, int], ...], time
     program = load_program(artifact)
     inputs = [sample_inputs(program, *size, seed) for seed, size in enumerate(sizes)]
     executed = execute_on_ranks(directory, inputs, timeout=timeout)
-    read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
-    return compare_with_lanes(executed, program, read_lane, inputs, sizes, who="ranks")
+    return compare_with_lanes(executed, program, read_weights(artifact, program.degree), inputs, sizes, who="ranks")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
+from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
-from kraken_compiler.backends.torch_dist.lane_files import lane_file
+from kraken_compiler.backends.torch_dist.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
@@ -113,7 +113,7 @@ def lanes_in(artifact: Artifact) -> Reference | None:
     if "torch" not in artifact.manifest.backends:
         return None
     program = load_program(artifact)
-    return Reference(program, read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)]))
+    return Reference(program, read_weights(artifact, program.degree))
 
 
 def verify_programs(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.direct_io import Buffers
+from kraken_compiler.weights.buffers import Buffers
+from kraken_compiler.weights.direct_io import would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import TensorEntry, read_header, read_tensor
 
 
@@ -48,6 +49,8 @@ class SafetensorsCheckpoint:
         self.files = files
         self._entries = dict(entries)
         self._buffers = Buffers()
+        self._flooding = would_flood_the_cache(files)
+        self._read: set[str] = set()
 
     @classmethod
     def open(cls, files: tuple[Path, ...]) -> SafetensorsCheckpoint:
@@ -72,7 +75,10 @@ class SafetensorsCheckpoint:
         return self._entries[key].path
 
     def read(self, key: str) -> Tensor:
-        return read_tensor(key, self._entries[key], self._buffers)
+        # Whoever reads a tensor again may read it many times.
+        once = key not in self._read
+        self._read.add(key)
+        return read_tensor(key, self._entries[key], self._buffers, direct=self._flooding and once)
 
 
 class PickledCheckpoint:

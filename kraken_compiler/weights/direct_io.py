@@ -1,30 +1,30 @@
-"""Large writes that go from memory to the disk without a copy in the system's page cache.
+"""Large reads and writes between memory and the disk, without a copy in the system's page cache.
 
-A lane file is written once, is often larger than the memory, and is read by other processes later: a copy of it in the
-page cache costs more processor time than hashing it, and pushes out the source that is still to be read. Direct writes
-must begin and end at whole blocks, in memory too; what is before and behind them goes the usual way.
+A lane file is written once, is often larger than the memory, and is read by other processes later; so is a source that
+the memory cannot hold, which is read from its beginning to its end: a copy in the page cache costs more processor time
+than hashing the bytes, and pushes out what somebody needs. Direct reads and writes must begin and end at whole blocks,
+in memory too; what is before and behind them goes the usual way.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import sys
-import threading
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-_LARGE = 2 << 20
-"""The size of a large page."""
-_MOST_KEPT, _MOST_BUFFERS = 256 << 20, 3
-"""What `Buffers` keep: one that is read into, one that is written from, one for whoever is late."""
-_OWN_REFERENCES = 2
-"""`sys.getrefcount` of what only a list holds: the list, and the call."""
+from kraken_compiler.file_errors import naming
+
+BLOCK = 4096
+"""What direct reads begin at, in the file and in memory; a multiple of every common disk's blocks."""
+
+_SHARE_OF_MEMORY = 0.5
 
 
-def open_direct(path: Path) -> int | None:
-    """A descriptor for direct writes to an existing file; None where the system or the file system has none.
+def open_direct(path: Path, mode: int = os.O_WRONLY) -> int | None:
+    """A descriptor for direct writes, or reads, of an existing file; None where the system or its file system has none.
 
     Raises:
         OSError: The file cannot be opened for another reason.
@@ -33,49 +33,95 @@ def open_direct(path: Path) -> int | None:
     if not flag:
         return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
+        return os.open(path, mode | os.O_CLOEXEC | flag)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None
         raise
 
 
-def aligned_buffer(size: int) -> mmap.mmap:
-    """Zeros in memory that begin at a block, in large pages where the system has them.
+def would_flood_the_cache(files: Iterable[Path]) -> bool:
+    """True if files together take more than half of the machine's memory.
 
-    Such pages are what makes fresh memory cheap: a page of 4 KiB costs as much to get as to read it from a cached file.
+    Raises:
+        OSError: There is no such file.
     """
-    buffer = mmap.mmap(-1, size)
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None and size >= _LARGE:
-        with suppress(OSError):  # a kernel without them: the memory is the same
-            buffer.madvise(advice)
-    return buffer
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(path.stat().st_size for path in files) > _SHARE_OF_MEMORY * memory
 
 
-class Buffers:
-    """Memory for one large tensor after another: what nobody uses any more is used again.
+class LargeFile:
+    """A file to be read in large pieces.
 
-    Fresh memory has to be found, cleared and mapped by the system, on a virtual machine by two of them, which takes
-    longer than to read a cached file. A buffer is in use as long as anybody but this object refers to it; tensors made
-    by `torch.frombuffer` do.
+    Args:
+        path: The file.
+        direct: Copy what the page cache already holds from there, and read the rest past it; False reads as usual.
+
+    Raises:
+        OSError: It cannot be opened or read; names it (also from `read`).
     """
 
-    def __init__(self) -> None:
-        self._held: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+    def __init__(self, path: Path, *, direct: bool) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._direct = open_direct(path, os.O_RDONLY) if direct else None
 
-    def take(self, size: int) -> mmap.mmap:
-        """A buffer of at least this size, with anything in it."""
-        if not _LARGE <= size <= _MOST_KEPT:
-            return aligned_buffer(size)
-        with self._lock:
-            free = [place for place in range(len(self._held)) if sys.getrefcount(self._held[place]) <= _OWN_REFERENCES]
-            fitting = [place for place in free if len(self._held[place]) >= size]
-            if fitting:
-                return self._held[min(fitting, key=lambda place: len(self._held[place]))]
-            # One that is too small goes; else the oldest, which whoever uses it keeps.
-            if len(self._held) == _MOST_BUFFERS:
-                del self._held[free[0] if free else 0]
-            self._held.append(aligned_buffer(size))
-            return self._held[-1]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def read(self, buffer: memoryview, start: int) -> int:
+        """Fill a buffer.
+
+        Args:
+            buffer: Where to; it begins at a block in memory and ends at one.
+            start: Where in the file to begin, at a block.
+
+        Returns:
+            How many bytes were read: fewer than the buffer holds only if the file ends.
+        """
+        assert start % BLOCK == 0 == len(buffer) % BLOCK, "direct reads are of whole blocks"
+        done = 0
+        with naming(self._path):
+            if self._direct is not None:
+                done = self._read_cached(buffer, start)
+                done += self._read_directly(buffer[done:], start + done, self._direct)
+            while done < len(buffer):
+                count = os.preadv(self._file, [buffer[done:]], start + done)
+                if not count:
+                    break
+                done += count
+        return done
+
+    def _read_cached(self, buffer: memoryview, start: int) -> int:
+        """What the page cache holds of a piece from its beginning on, in whole blocks."""
+        try:
+            done = os.preadv(self._file, [buffer], start, os.RWF_NOWAIT)
+        except (BlockingIOError, AttributeError):
+            return 0
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return 0
+        return done - done % BLOCK
+
+    @staticmethod
+    def _read_directly(buffer: memoryview, start: int, file: int) -> int:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(file, [buffer[done:]], start + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break  # a disk of larger blocks: the usual way does it
+            done += count
+            if count % BLOCK or not count:
+                break  # the file ends
+        return done

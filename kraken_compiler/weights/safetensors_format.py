@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.direct_io import Buffers, aligned_buffer
+from kraken_compiler.weights.buffers import Buffers, aligned_buffer
+from kraken_compiler.weights.direct_io import BLOCK, LargeFile
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -108,13 +109,14 @@ def _entry(path: Path, data_start: int, fields: Mapping[str, object]) -> TensorE
     return TensorEntry(path, dtype, sizes, data_start + start, stop - start)
 
 
-def read_tensor(name: str, entry: TensorEntry, buffers: Buffers | None = None) -> torch.Tensor:
+def read_tensor(name: str, entry: TensorEntry, buffers: Buffers | None = None, *, direct: bool = False) -> torch.Tensor:
     """One tensor, copied out of its file.
 
     Args:
         name: Its name, for messages.
         entry: Where it lies.
         buffers: Where to copy it to; None takes fresh memory.
+        direct: Leave the system's page cache as it is.
 
     Raises:
         InputFileError: The file cannot be read, is shorter than it was, or holds an element type torch does not have.
@@ -123,21 +125,21 @@ def read_tensor(name: str, entry: TensorEntry, buffers: Buffers | None = None) -
         raise InputFileError(f"{entry.path}: tensor '{name}' has an element type that torch does not know")
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    memory = aligned_buffer(entry.nbytes) if buffers is None else buffers.take(entry.nbytes)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes)
+    # Whole blocks of the file, among which the tensor is.
+    before = entry.start % BLOCK
+    size = -(-(before + entry.nbytes) // BLOCK) * BLOCK
+    memory = aligned_buffer(size) if buffers is None else buffers.take(size)
     try:
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            view = byte_view(buffer)
-            done = 0
-            while done < entry.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputFileError(f"{entry.path} is truncated: tensor '{name}' is incomplete")
-                done += count
+        with LargeFile(entry.path, direct=direct) as file:
+            count = file.read(memoryview(memory)[:size], entry.start - before)
     except OSError as error:
         raise InputFileError(f"cannot read {entry.path}: {error.strerror or error}") from error
-    return buffer.view(entry.dtype).reshape(entry.shape)
+    if count < before + entry.nbytes:
+        raise InputFileError(f"{entry.path} is truncated: tensor '{name}' is incomplete")
+    content = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=before)
+    if before % entry.dtype.itemsize:
+        content = content.clone()  # a header of an odd length: elements must lie where their type may begin
+    return content.view(entry.dtype).reshape(entry.shape)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""What is known of lane files while they grow, so that a killed compile need not be begun anew.
+"""What is known of shards while they grow, so that a killed compile need not be begun anew.
 
 One line of JSON for every source tensor whose parts are in the files, and one at the end:
 
@@ -36,7 +36,7 @@ class Mark:
 
 
 class ShardJournal:
-    """The journal of the lane files of one directory.
+    """The journal of the shards of one directory.
 
     Args:
         directory: Theirs.
@@ -48,12 +48,12 @@ class ShardJournal:
     def __init__(self, directory: Path) -> None:
         self._path = directory / JOURNAL
 
-    def marks(self, lanes: int) -> list[tuple[Mark, ...]]:
-        """What an earlier writer noted: for every source tensor that it finished, a mark for each lane."""
+    def marks(self, files: int) -> list[tuple[Mark, ...]]:
+        """What an earlier writer noted: for every source tensor that it finished, a mark for each file."""
         lines = []
         for line in _lines(self._path):
             ends, hashes = line.get("ends"), line.get("sha256")
-            if not isinstance(ends, list) or not isinstance(hashes, list) or not len(ends) == len(hashes) == lanes:
+            if not isinstance(ends, list) or not isinstance(hashes, list) or not len(ends) == len(hashes) == files:
                 break
             if not all(isinstance(end, int) for end in ends):
                 break

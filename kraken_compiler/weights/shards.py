@@ -1,13 +1,15 @@
-"""Write every lane's part of the weights, reading each source tensor once and holding two at a time."""
+"""Write every lane's part of the weights, reading each source tensor once and holding few at a time."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -15,27 +17,32 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
-from kraken_compiler.weights.lane_file import LaneFile
-from kraken_compiler.weights.shard_journal import ShardJournal
+from kraken_compiler.weights.shard_file import ShardFile
+from kraken_compiler.weights.shard_journal import Mark, ShardJournal
 
-FORMAT = {"format": "pt", "kraken_weights": "1"}
+FORMAT = {"format": "pt", "kraken_weights": "2"}
+SHARED_FILE = "shared.safetensors"
+"""Name of the file with the weights that all lanes hold whole."""
 READ_AHEAD_BYTES = 256 << 20
-"""A source tensor up to this size is read while the one before it is written."""
+"""A source tensor up to this size is read while the ones before it are written."""
+_TENSORS_IN_FLIGHT = 2
+"""So many tensors of that size are written at once."""
 
 
-def shard_file(lane: int) -> str:
-    """Name of the file with a lane's part of the weights."""
+def lane_file_name(lane: int) -> str:
+    """Name of the file with the weights that are a lane's own."""
     return f"lane-{lane}.safetensors"
 
 
 def write_lane_shards(
     program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
 ) -> list[Path]:
-    """Write `lane-0.safetensors` ... `lane-(N-1).safetensors`, keyed by placeholder name, and their journal.
+    """Write the weights, keyed by placeholder name, and their journal.
 
-    Memory stays around the largest two tensors, whatever the size of a shard; around the largest alone if that is
-    larger than `READ_AHEAD_BYTES`. What an earlier call wrote into the directory is kept as far as its journal and the
-    hashes say that it is whole: the caller must know that it was of the same values.
+    What lanes hold parts of goes to `lane-0.safetensors` ... `lane-(N-1).safetensors`, what all of them hold whole to
+    `shared.safetensors`, once. Memory stays around the largest three tensors, whatever the size of a shard; around the
+    largest alone if that is larger than `READ_AHEAD_BYTES`. What an earlier call wrote into the directory is kept as
+    far as its journal and the hashes say that it is whole: the caller must know that it was of the same values.
 
     Args:
         program: A lane program; its weight table says what each lane owns.
@@ -45,7 +52,7 @@ def write_lane_shards(
         progress: Told about every source tensor that is done.
 
     Returns:
-        The files, lane 0 first.
+        The files, lane 0 first, the shared one last.
 
     Raises:
         InputFileError: A source tensor cannot be read, or is not of the shape that the program needs.
@@ -53,26 +60,34 @@ def write_lane_shards(
     """
     by_source = _by_source(program.weights.values())
     sources = list(by_source)
-    contents = {spec.name: (spec.torch_dtype, spec.shape) for specs in by_source.values() for spec in specs}
-    lanes = range(program.degree)
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(closing(LaneFile(directory / shard_file(lane), contents, FORMAT | {"lane": str(lane)})))
-            for lane in lanes
-        ]
+        shards = [_Shard.open(stack, directory, by_source, lane) for lane in (*range(program.degree), None)]
+        files = [shard.file for shard in shards]
         journal = ShardJournal(directory)
-        pool = stack.enter_context(ThreadPoolExecutor(program.degree, "write-lane"))
-        kept = _resume(files, sources, journal, pool)
+        kept = _resume(files, sources, journal)
         tensors = _read_ahead(program.reader(read), {source: by_source[source] for source in sources[kept:]})
-        for done, (source, tensor) in enumerate(tensors, start=kept + 1):
+        writing: deque[tuple[str, list[Future[Mark]]]] = deque()
+        done = kept
+
+        def finish_oldest() -> None:
+            nonlocal done
+            source, marks = writing.popleft()
+            journal.add(source, [mark.result() for mark in marks])
+            done += 1
+            if progress is not None:
+                progress(done, len(sources), source)
+
+        for source, tensor in tensors:
             specs = by_source[source]
             for spec in specs:
                 _check_shape(spec, tensor)
-            list(pool.map(_write_parts, files, lanes, [specs] * len(files), [tensor] * len(files)))
+            writing.append((source, [shard.submit(specs, tensor) for shard in shards]))
+            allowed = _TENSORS_IN_FLIGHT - 1 if tensor.nbytes <= READ_AHEAD_BYTES else 0
             del tensor
-            journal.add(source, [file.mark for file in files])
-            if progress is not None:
-                progress(done, len(sources), source)
+            while len(writing) > allowed:
+                finish_oldest()
+        while writing:
+            finish_oldest()
         journal.finish({file.path.name: file.mark for file in files})
     return [file.path for file in files]
 
@@ -117,11 +132,47 @@ def _by_source(specs: Iterable[WeightSpec]) -> dict[str, list[WeightSpec]]:
     return dict(by_source)
 
 
-def _resume(files: Sequence[LaneFile], sources: Sequence[str], journal: ShardJournal, pool: ThreadPoolExecutor) -> int:
+@dataclass(frozen=True)
+class _Shard:
+    """One file and the thread that writes it.
+
+    Attributes:
+        file: The file.
+        lane: Whose weights it holds; None for those that all lanes hold whole.
+        thread: Writes one source tensor's parts after the other's.
+    """
+
+    file: ShardFile
+    lane: int | None
+    thread: ThreadPoolExecutor
+
+    @classmethod
+    def open(
+        cls, stack: ExitStack, directory: Path, by_source: Mapping[str, Sequence[WeightSpec]], lane: int | None
+    ) -> Self:
+        name = SHARED_FILE if lane is None else lane_file_name(lane)
+        specs = [spec for specs in by_source.values() for spec in specs if spec.shared == (lane is None)]
+        contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs}
+        metadata = FORMAT | {"lane": "all" if lane is None else str(lane)}
+        file = stack.enter_context(closing(ShardFile(directory / name, contents, metadata)))
+        return cls(file, lane, stack.enter_context(ThreadPoolExecutor(1, "write-shard")))
+
+    def submit(self, specs: Sequence[WeightSpec], tensor: Tensor) -> Future[Mark]:
+        """Write this file's parts of a source tensor; gives how far the file then is."""
+        return self.thread.submit(self._write, [spec for spec in specs if spec.shared == (self.lane is None)], tensor)
+
+    def _write(self, specs: Sequence[WeightSpec], tensor: Tensor) -> Mark:
+        for spec in specs:
+            self.file.append(spec.name, spec.take(tensor, self.lane or 0).to(spec.torch_dtype))
+        return self.file.mark
+
+
+def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJournal) -> int:
     """Keep what an earlier writer finished; returns how many source tensors that are."""
     noted = journal.marks(len(files))[: len(sources)]
-    matching = pool.map(LaneFile.matching, files, [[marks[lane] for marks in noted] for lane in range(len(files))])
-    kept = min(matching)
+    with ThreadPoolExecutor(len(files), "hash-shard") as pool:
+        matching = pool.map(ShardFile.matching, files, [[marks[at] for marks in noted] for at in range(len(files))])
+        kept = min(matching)
     journal.restart(sources, noted[:kept])
     for file in files:
         file.cut(kept)
@@ -146,11 +197,6 @@ def _read_ahead(
 def _source_bytes(spec: WeightSpec) -> int:
     """Size of a source tensor, should it have the weight's element type."""
     return math.prod(spec.source_shape) * spec.torch_dtype.itemsize
-
-
-def _write_parts(file: LaneFile, lane: int, specs: Sequence[WeightSpec], tensor: Tensor) -> None:
-    for spec in specs:
-        file.append(spec.name, spec.take(tensor, lane).to(spec.torch_dtype))
 
 
 def _check_shape(spec: WeightSpec, tensor: Tensor) -> None:

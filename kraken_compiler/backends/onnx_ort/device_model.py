@@ -112,7 +112,7 @@ class DeviceModel:
         _check_description(model)
         if model.weights is not None and model.weights not in WEIGHT_KINDS:
             raise InputFileError(
-                f"{path}: its weights are {model.weights}; this version knows {' and '.join(WEIGHT_KINDS)}"
+                f"{path}: its weights are {model.weights!r}; this version knows {' and '.join(WEIGHT_KINDS)}"
             )
         wanted = metadata[META_DATA]
         _check_places(path, proto)
@@ -136,7 +136,7 @@ def _check_versions(path: Path, proto: onnx.ModelProto, metadata: dict[str, str]
         raise InputFileError(f"{path}: not a device file of kraken-compile")
     if metadata[META_FORMAT] != str(FORMAT_VERSION):
         raise InputFileError(
-            f"{path}: device file format {metadata[META_FORMAT]}, this version reads {FORMAT_VERSION}; "
+            f"{path}: device file format {metadata[META_FORMAT]!r}, this version reads {FORMAT_VERSION}; "
             "compile the model again"
         )
     versions = {entry.domain: entry.version for entry in proto.opset_import}

@@ -34,10 +34,15 @@ def read_from_source(program: Program, read: Callable[[str], Tensor]) -> ReadLan
     return read_lane
 
 
-def read_from_lane_files(paths: Sequence[Path]) -> ReadLane:
-    """Local tensors out of the lanes' safetensors files, copied: a mapped page would stay resident after its use."""
-    headers = [read_header(path) for path in paths]
-    return lambda spec, lane: read_tensor(spec.name, headers[lane][spec.name])
+def read_from_lane_files(lanes: Sequence[Path], shared: Path) -> ReadLane:
+    """Local tensors out of safetensors files, copied: a mapped page would stay resident after its use.
+
+    Args:
+        lanes: What the lanes hold parts of, lane 0 first.
+        shared: What all of them hold whole.
+    """
+    own, common = [read_header(path) for path in lanes], read_header(shared)
+    return lambda spec, lane: read_tensor(spec.name, (common if spec.shared else own[lane])[spec.name])
 
 
 class Lanes(list[Any]):

@@ -19,7 +19,7 @@ from kraken_compiler.weights.shards import write_lane_shards
 
 
 class TorchBackend(Backend):
-    """`lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and `lane-0.safetensors` to `lane-(N-1)`."""
+    """`lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights: lanes' own, and shared ones."""
 
     name: ClassVar[str] = "torch"
 

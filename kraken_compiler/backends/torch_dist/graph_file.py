@@ -70,7 +70,7 @@ def load_graph(path: Path) -> fx.GraphModule:
         version = content["schema_version"]["major"]
         if version != SCHEMA_MAJOR:
             raise InputFileError(
-                f"{path}: graph schema {version}, this version reads {SCHEMA_MAJOR}; compile the model again"
+                f"{path}: graph schema {version!r}, this version reads {SCHEMA_MAJOR}; compile the model again"
             )
         return fx.GraphModule({}, graph_from_json(content["graph_module"]["graph"]))
     except UnknownGraphError as error:

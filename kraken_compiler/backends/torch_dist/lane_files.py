@@ -1,4 +1,4 @@
-"""The torch backend's files inside an artifact: what they are called, and one lane's weights as tensors."""
+"""The torch backend's files inside an artifact: what they are called, and the lanes' weights as tensors."""
 
 from __future__ import annotations
 
@@ -7,21 +7,41 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.weights.shards import shard_file
+from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
 
 GRAPH_FILE, STEP_FILE, TABLES_FILE = "torch/lane.pt2", "torch/step.pt2", "torch/tables.pt2"
 """The lane graph, and what a KV cache adds to it: prefill and decode, and what is computed once for a capacity."""
 
+SHARED_WEIGHTS = f"torch/{SHARED_FILE}"
+"""The weights that all lanes hold whole."""
+
 
 def lane_file(lane: int) -> str:
-    """Path of a lane's weights inside an artifact."""
-    return f"torch/{shard_file(lane)}"
+    """Path of the weights that are a lane's own, inside an artifact."""
+    return f"torch/{lane_file_name(lane)}"
 
 
-def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
+def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
     """Map one lane's weights into memory; their pages are read when they are used.
+
+    Processes of one host that map the shared weights have one copy of them.
+
+    Raises:
+        InputFileError: A file is missing or damaged, or lacks a weight of the table.
+    """
+    own = {name: spec for name, spec in table.items() if not spec.shared}
+    shared = {name: spec for name, spec in table.items() if spec.shared}
+    tensors = map_weights(artifact.path(lane_file(lane)), own)
+    tensors |= map_weights(artifact.path(SHARED_WEIGHTS), shared)
+    return {name: tensors[name] for name in table}
+
+
+def map_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
+    """Map the weights of a file into memory.
 
     Raises:
         InputFileError: The file is missing or damaged, or lacks a weight of the table.
@@ -45,3 +65,9 @@ def load_lane_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, 
                 f"{spec.dtype} {list(spec.shape)}"
             )
     return tensors
+
+
+def read_weights(artifact: Artifact, degree: int) -> ReadLane:
+    """Local tensors of all lanes, copied out of the artifact's files."""
+    lanes = [artifact.path(lane_file(lane)) for lane in range(degree)]
+    return read_from_lane_files(lanes, artifact.path(SHARED_WEIGHTS))

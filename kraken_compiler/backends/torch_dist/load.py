@@ -11,7 +11,7 @@ from torch import nn
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
@@ -44,7 +44,7 @@ def load_lanes(artifact: Artifact) -> LaneModule:
         InputFileError: A file is missing or damaged.
     """
     program = load_program(artifact)
-    lanes = [load_lane_weights(artifact.path(lane_file(lane)), program.weights) for lane in range(program.degree)]
+    lanes = [load_lane_weights(artifact, lane, program.weights) for lane in range(program.degree)]
     module = LaneModule(program)
     for name, spec in program.weights.items():
         parts = [weights.pop(name) for weights in lanes]

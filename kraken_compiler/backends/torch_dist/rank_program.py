@@ -14,7 +14,7 @@ from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, Ru
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, SHARED_WEIGHTS, lane_file, load_lane_weights
 from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.communicators.base import Communicator
@@ -173,7 +173,7 @@ class RankProgram(nn.Module):
             lane: Number of the lane; None means this rank's.
             group: The ranks that run the lanes; None means all.
             device: Where the weights go.
-            verify: Check the hashes of the two files that are read.
+            verify: Check the hashes of the files that are read.
             communicator, reduce_dtype: As for the class.
 
         Raises:
@@ -183,9 +183,9 @@ class RankProgram(nn.Module):
         manifest = artifact.manifest
         lane = lane_of_rank(lane, manifest.degree, group, communicator)
         if verify:
-            artifact.verify(GRAPH_FILE, lane_file(lane))
+            artifact.verify(GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS)
         table = manifest.weight_table
-        weights = load_lane_weights(artifact.path(lane_file(lane)), table)
+        weights = load_lane_weights(artifact, lane, table)
         program = cls(
             load_graph(artifact.path(GRAPH_FILE)),
             table,

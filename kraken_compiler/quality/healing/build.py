@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.single.streaming import read_from_lane_files
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import (
+    GRAPH_FILE,
+    SHARED_WEIGHTS,
+    lane_file,
+    load_lane_weights,
+    read_weights,
+)
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
@@ -39,7 +44,7 @@ def trainer_of_all_lanes(
         InputFileError: A file of the artifact is missing or damaged.
     """
     program = load_program(artifact)
-    read_lane = read_from_lane_files([artifact.path(lane_file(lane)) for lane in range(program.degree)])
+    read_lane = read_weights(artifact, program.degree)
 
     def stacked(spec: WeightSpec) -> Tensor:
         if not spec.shards:
@@ -69,16 +74,15 @@ def trainer_of_one_lane(
         InputFileError: A file of an artifact is missing or damaged.
     """
     lane = communicator.rank
-    own = lane_file(lane)
     for each in (artifact, teacher):
-        each.verify(GRAPH_FILE, own)
+        each.verify(GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS)
     program, source = load_program(artifact), load_program(teacher)
-    read_lane = read_from_lane_files([artifact.path(own)])
-    made = LaneParameters(program.weights, lambda spec: read_lane(spec, 0), device)
+    read_lane = read_weights(artifact, program.degree)
+    made = LaneParameters(program.weights, lambda spec: read_lane(spec, lane), device)
     # Every lane has weights of its own to update, so their first updates need not be alike.
     parameters = _parameters(made, settings, settings.seed + lane)
     student = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
-    weights = _moved(load_lane_weights(teacher.path(own), source.weights), device)
+    weights = _moved(load_lane_weights(teacher, lane, source.weights), device)
     said = teacher_of(LaneRunner(source, OnRanks(communicator), device=device), weights)
     return Trainer(student, parameters, said, settings, peers=RankPeers(communicator, device), device=device)
 

@@ -1,17 +1,13 @@
-"""The trained weights as files, one per lane, from which the new artifact is written."""
+"""The trained weights as files, every lane's own and shared ones, from which the new artifact is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import Tensor
-
-from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.trainer import Trainer
-from kraken_compiler.weights.shards import shard_file
+from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
 
 
@@ -26,16 +22,19 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
     merge_lora(trainer.parameters)
     peers = trainer.peers
     lanes = range(degree) if peers.count == 1 else (peers.rank,)
-    contents = {spec.name: (spec.torch_dtype, spec.shape) for spec, _ in trainer.parameters.results()}
+    trained = [spec for spec, _ in trainer.parameters.results()]
     with ExitStack() as stack:
-        writers = {
-            lane: stack.enter_context(StreamingSafetensorsWriter(folder / shard_file(lane), contents)) for lane in lanes
-        }
+
+        def writer(name: str, shared: bool) -> StreamingSafetensorsWriter:
+            contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in trained if spec.shared == shared}
+            return stack.enter_context(StreamingSafetensorsWriter(folder / name, contents))
+
+        own = {lane: writer(lane_file_name(lane), shared=False) for lane in lanes}
+        # All ranks train what all lanes hold in the same way.
+        common = writer(SHARED_FILE, shared=True) if peers.rank == 0 else None
         for spec, value in trainer.parameters.results():
-            for lane, part in _parts(spec, value, tuple(lanes)):
-                writers[lane].write(spec.name, part)
-
-
-def _parts(spec: WeightSpec, value: Tensor, lanes: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    stacked = bool(spec.shards) and len(lanes) > 1
-    return ((lane, value[lane] if stacked else value) for lane in lanes)
+            if not spec.shared:
+                for at, lane in enumerate(lanes):
+                    own[lane].write(spec.name, value[at] if len(lanes) > 1 else value)
+            elif common is not None:
+                common.write(spec.name, value)

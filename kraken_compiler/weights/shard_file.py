@@ -1,4 +1,4 @@
-"""One lane's safetensors file, written from its beginning to its end while its hash is computed."""
+"""A safetensors file that is written from its beginning to its end while its hash is computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.file_errors import naming
-from kraken_compiler.weights.direct_io import aligned_buffer, open_direct
+from kraken_compiler.weights.buffers import aligned_buffer
+from kraken_compiler.weights.direct_io import open_direct
 from kraken_compiler.weights.safetensors_format import byte_view, encode_header
 from kraken_compiler.weights.shard_journal import Mark
 
@@ -20,7 +21,7 @@ _CHUNK = 1 << 20
 """What is hashed and written at a time; whole chunks of the file go past the page cache, see `direct_io`."""
 
 
-class LaneFile:
+class ShardFile:
     """A safetensors file whose tensors are known in advance and arrive in the order of the header.
 
     Args:

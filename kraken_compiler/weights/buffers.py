@@ -1,0 +1,56 @@
+"""Memory for large tensors that come one after the other."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+from contextlib import suppress
+
+_LARGE = 2 << 20
+"""The size of a large page."""
+_MOST_KEPT, _MOST_BUFFERS = 256 << 20, 3
+"""What `Buffers` keep: one that is read into, one that is written from, one for whoever is late."""
+_OWN_REFERENCES = 2
+"""`sys.getrefcount` of what only a list holds: the list, and the call."""
+
+
+def aligned_buffer(size: int) -> mmap.mmap:
+    """Zeros in memory that begin at a block, in large pages where the system has them.
+
+    Such pages are what makes fresh memory cheap: a page of 4 KiB costs as much to get as to read it from a cached file.
+    """
+    buffer = mmap.mmap(-1, size)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and size >= _LARGE:
+        with suppress(OSError):  # a kernel without them: the memory is the same
+            buffer.madvise(advice)
+    return buffer
+
+
+class Buffers:
+    """Memory for one large tensor after another: what nobody uses any more is used again.
+
+    Fresh memory has to be found, cleared and mapped by the system, on a virtual machine by two of them, which takes
+    longer than to read a cached file. A buffer is in use as long as anybody but this object refers to it; tensors made
+    by `torch.frombuffer` do.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> mmap.mmap:
+        """A buffer of at least this size, with anything in it."""
+        if not _LARGE <= size <= _MOST_KEPT:
+            return aligned_buffer(size)
+        with self._lock:
+            free = [place for place in range(len(self._held)) if sys.getrefcount(self._held[place]) <= _OWN_REFERENCES]
+            fitting = [place for place in free if len(self._held[place]) >= size]
+            if fitting:
+                return self._held[min(fitting, key=lambda place: len(self._held[place]))]
+            # One that is too small goes; else the oldest, which whoever uses it keeps.
+            if len(self._held) == _MOST_BUFFERS:
+                del self._held[free[0] if free else 0]
+            self._held.append(aligned_buffer(size))
+            return self._held[-1]
