@@ -20,9 +20,11 @@ from kraken_compiler.progress import Advance
 
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
 
+_SECONDS_BETWEEN_LINES = 60.0
+
 
 class ConsoleProgress:
-    """Progress bars on standard error; nothing but a line per stage if that is no terminal."""
+    """Progress bars on standard error; a line per stage if that is no terminal, and one a minute for long ones."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -41,8 +43,17 @@ class ConsoleProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with self._bars(*columns) as bars:
             task = bars.add_task(name, total=None)
-            started = time.perf_counter()
-            yield lambda done, total, unit: bars.update(task, completed=done, total=total)
+            started = told = time.perf_counter()
+
+            def advance(done: int, total: int, unit: str) -> None:
+                nonlocal told
+                bars.update(task, completed=done, total=total)
+                now = time.perf_counter()
+                if bars.disable and not self._quiet and now - told >= _SECONDS_BETWEEN_LINES:
+                    told = now
+                    self._console.print(f"{name}: {done} of {total}, {now - started:.0f} s", highlight=False)
+
+            yield advance
         self._done(name, started)
 
     def _bars(self, *columns: Any) -> Bars:
