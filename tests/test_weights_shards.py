@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from torch import fx
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import CallSpec, Program
+from kraken_compiler.ir.source_reader import ReadRows, SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec, lane_weights
+from kraken_compiler.weights import shards
 from kraken_compiler.weights.shards import write_lane_shards
 
 ROWS = DimShard(0, (((0, 2),), ((2, 4),), ((4, 5),)))
@@ -68,6 +71,51 @@ def test_shards(tmp_path: Path) -> None:
             torch.testing.assert_close(loaded[name], tensor.to(spec.torch_dtype))
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt", "kraken_weights": "2", "lane": str(lane)}
+
+
+@pytest.mark.parametrize("rows_bytes", [1, 40, 1000])
+def test_large_tensors_are_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_bytes: int) -> None:
+    """What is written does not depend on it; one cut along another dim, or by halves of a file, is read whole."""
+    spread = DimShard(0, (((0, 2), (6, 7)), ((3, 5),), ((0, 1), (5, 6))))  # lane 1 is padded
+    by_rows = {
+        "rows": WeightSpec("p_rows", "rows", (7, 4), "float32", "parameter", (spread,), 0.5),
+        "both": WeightSpec("p_whole", "both", (7, 4), "float32", "parameter"),
+        "whole": WeightSpec("p_bias", "whole", (9,), "bfloat16", "parameter"),
+    }
+    table = {
+        **{spec.name: spec for spec in by_rows.values()},
+        "p_part": WeightSpec("p_part", "both", (7, 4), "float64", "parameter", (spread,)),
+        "p_columns": WeightSpec("p_columns", "columns", (5, 4), "float32", "parameter", (COLUMNS,)),
+        "p_twice": WeightSpec("p_twice", "twice", (7, 4), "float32", "parameter", (spread,)),
+        "p_again": WeightSpec("p_again", "twice", (7, 4), "float32", "parameter", (spread,), 2.0),
+    }
+    tensors = {spec.source: torch.randn(spec.source_shape) for spec in table.values()}
+    lane_program = replace(program(), weights=table)
+    read_rows = []
+
+    def rows_of(name: str) -> ReadRows:
+        def read(start: int, stop: int) -> torch.Tensor:
+            read_rows.append(name)
+            return tensors[name][start:stop]
+
+        return read
+
+    for place in ("whole", "rows"):
+        (tmp_path / place).mkdir()
+    expected = write_lane_shards(lane_program, tensors.__getitem__, tmp_path / "whole")
+    monkeypatch.setattr(shards, "READ_AHEAD_BYTES", 1)
+    monkeypatch.setattr(shards, "_ROWS_BYTES", rows_bytes)
+    steps: list[tuple[int, int, str]] = []
+    reader = SourceReader(tensors.__getitem__, rows_of)
+    found = write_lane_shards(lane_program, reader, tmp_path / "rows", lambda *step: steps.append(step))
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
+    assert set(read_rows) == set(by_rows)
+    assert (len(read_rows) > len(by_rows)) == (rows_bytes < 1000)
+    assert steps == [
+        (done, 5, name) for done, name in enumerate(("rows", "both", "whole", "columns", "twice"), start=1)
+    ]
+    journals = [(tmp_path / place / "shards.journal").read_text() for place in ("whole", "rows")]
+    assert journals[0] == journals[1]
 
 
 def test_a_source_of_another_shape(tmp_path: Path) -> None:

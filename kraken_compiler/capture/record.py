@@ -22,7 +22,7 @@ from kraken_compiler.weights.direct_io import LargeFile, would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
 
-_DIGEST_BYTES = 16 << 20
+_DIGEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

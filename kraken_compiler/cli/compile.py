@@ -15,6 +15,7 @@ from kraken_compiler.cli.console import (
     errors_as_exit_codes,
     print_json,
     print_lines,
+    set_up_interpreter,
     set_up_logging,
 )
 from kraken_compiler.cli.options import (
@@ -211,6 +212,7 @@ def _text(path: Path | None) -> str | None:
 
 def main() -> None:
     """Entry point."""
+    set_up_interpreter()
     app(prog_name="kraken-compile")
 
 

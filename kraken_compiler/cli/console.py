@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -84,6 +85,16 @@ def set_up_logging(verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(message)s", force=True
     )
+
+
+def set_up_interpreter() -> None:
+    """For a process that makes graphs in one thread while others hash, read and write.
+
+    A capture makes millions of objects that stay, and collections that look at all of them again and again take
+    seconds; threads that come back from the disk wait for the interpreter up to an interval for every piece.
+    """
+    gc.set_threshold(100_000, 50, 100)
+    sys.setswitchinterval(0.0005)
 
 
 @contextmanager

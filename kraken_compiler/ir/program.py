@@ -20,6 +20,7 @@ from kraken_compiler.ir.calls import InputSpec as InputSpec
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.shards import BranchShards
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 
 
@@ -72,9 +73,13 @@ class Program:
         module = fx.GraphModule(self.module, graph)
         return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
 
-    def reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-        """Extend a weight store's `read` by this program's own constants."""
-        return lambda source: self.constants[source] if source in self.constants else read(source)
+    def reader(self, read: Callable[[str], Tensor]) -> SourceReader:
+        """Extend what gives the source's tensors by this program's own constants."""
+        others = SourceReader.of(read)
+        return SourceReader(
+            lambda source: self.constants[source] if source in self.constants else others(source),
+            lambda source: None if source in self.constants else others.rows_of(source),
+        )
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,38 @@ class WeightSpec:
                 pad_shape[shard.dim] = missing
                 pieces.append(local.new_zeros(pad_shape))
             local = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
-        if self.scale != 1.0:
-            local = local * self.scale
-        return local.contiguous()
+        return self._scaled(local)
+
+    @property
+    def is_cut_by_rows(self) -> bool:
+        """True if every lane's part is rows of the source tensor, or all of it: `take_rows` gives it row by row."""
+        return bool(self.source_shape) and all(shard.dim == 0 for shard in self.shards)
+
+    def take_rows(self, rows: Tensor, start: int, lane: int) -> Tensor:
+        """What of lane `lane`'s part some rows of the source tensor hold; all rows in their order give `take`.
+
+        Args:
+            rows: Rows `start`, `start + 1`, ... of the source tensor.
+            start: Number of the first.
+            lane: Lane number, 0-based.
+        """
+        import torch
+
+        stop, last = start + len(rows), self.source_shape[0]
+        ((kept, missing),) = [
+            (shard.lanes[lane], shard.local_size - size(shard.lanes[lane])) for shard in self.shards
+        ] or [(((0, last),), 0)]
+        pieces = [
+            rows[max(first, start) - start : min(end, stop) - start]
+            for first, end in kept
+            if first < stop and start < end
+        ]
+        if missing and stop == last:
+            pieces.append(rows.new_zeros((missing, *rows.shape[1:])))
+        return self._scaled(pieces[0] if len(pieces) == 1 else torch.cat([rows[:0], *pieces]))
+
+    def _scaled(self, local: Tensor) -> Tensor:
+        return (local if self.scale == 1.0 else local * self.scale).contiguous()
 
 
 def lane_weights(table: Mapping[str, WeightSpec], lane: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ def aligned_buffer(size: int) -> mmap.mmap:
 
     Such pages are what makes fresh memory cheap: a page of 4 KiB costs as much to get as to read it from a cached file.
     """
-    buffer = mmap.mmap(-1, size)
+    # Private, for memory that could be shared is given in small pages.
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None and size >= _LARGE:
         with suppress(OSError):  # a kernel without them: the memory is the same

@@ -41,6 +41,10 @@ class Checkpoint(Protocol):
         """The tensor's values."""
         ...
 
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Those along the first dim from `start` to before `stop`."""
+        ...
+
 
 class SafetensorsCheckpoint:
     """One or more safetensors files, opened by reading their headers only."""
@@ -50,7 +54,7 @@ class SafetensorsCheckpoint:
         self._entries = dict(entries)
         self._buffers = Buffers()
         self._flooding = would_flood_the_cache(files)
-        self._read: set[str] = set()
+        self._read: set[TensorEntry] = set()
 
     @classmethod
     def open(cls, files: tuple[Path, ...]) -> SafetensorsCheckpoint:
@@ -75,10 +79,16 @@ class SafetensorsCheckpoint:
         return self._entries[key].path
 
     def read(self, key: str) -> Tensor:
-        # Whoever reads a tensor again may read it many times.
-        once = key not in self._read
-        self._read.add(key)
-        return read_tensor(key, self._entries[key], self._buffers, direct=self._flooding and once)
+        return self._read_entry(key, self._entries[key])
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        return self._read_entry(key, self._entries[key].rows(start, stop))
+
+    def _read_entry(self, key: str, entry: TensorEntry) -> Tensor:
+        # Whoever reads something again may read it many times.
+        once = entry not in self._read
+        self._read.add(entry)
+        return read_tensor(key, entry, self._buffers, direct=self._flooding and once)
 
 
 class PickledCheckpoint:
@@ -119,6 +129,9 @@ class PickledCheckpoint:
     def read(self, key: str) -> Tensor:
         # A copy, so that the pages of the mapped file do not stay with the caller.
         return self._tensors[key][1].detach().clone()
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        return self._tensors[key][1][start:stop].detach().clone()
 
 
 def weight_files(directory: Path, suffix: str, index_name: str, single_name: str) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.ir.source_reader import ReadRows
 from kraken_compiler.weights.checkpoint import Checkpoint
 
 
@@ -72,6 +73,15 @@ class CheckpointStore:
             source = self._sources[name]
             if source.convert is None:
                 self._check(name, expected, self._checkpoint, source.keys[0])
+
+    def rows_of(self, name: str) -> ReadRows | None:
+        source = self._sources.get(name)
+        checkpoint = self._checkpoint
+        if checkpoint is None or source is None or source.convert is not None:
+            return None
+        key, expected = source.keys[0], self._expected[name]
+        self._check(name, expected, checkpoint, key)
+        return lambda start, stop: checkpoint.read_rows(key, start, stop).to(expected.dtype)
 
     def read(self, name: str) -> Tensor:
         source = self._sources.get(name)

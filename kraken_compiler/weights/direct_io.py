@@ -55,7 +55,7 @@ class LargeFile:
 
     Args:
         path: The file.
-        direct: Copy what the page cache already holds from there, and read the rest past it; False reads as usual.
+        direct: Read past the page cache where the system can; False reads as usual.
 
     Raises:
         OSError: It cannot be opened or read; names it (also from `read`).
@@ -90,26 +90,13 @@ class LargeFile:
         done = 0
         with naming(self._path):
             if self._direct is not None:
-                done = self._read_cached(buffer, start)
-                done += self._read_directly(buffer[done:], start + done, self._direct)
+                done = self._read_directly(buffer, start, self._direct)
             while done < len(buffer):
                 count = os.preadv(self._file, [buffer[done:]], start + done)
                 if not count:
                     break
                 done += count
         return done
-
-    def _read_cached(self, buffer: memoryview, start: int) -> int:
-        """What the page cache holds of a piece from its beginning on, in whole blocks."""
-        try:
-            done = os.preadv(self._file, [buffer], start, os.RWF_NOWAIT)
-        except (BlockingIOError, AttributeError):
-            return 0
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            return 0
-        return done - done % BLOCK
 
     @staticmethod
     def _read_directly(buffer: memoryview, start: int, file: int) -> int:

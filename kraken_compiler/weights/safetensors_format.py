@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """Where the part lies that goes from `start` to before `stop` along the first dim."""
+        count, *rest = self.shape
+        size = self.nbytes // count
+        return replace(self, shape=(stop - start, *rest), start=self.start + start * size, nbytes=(stop - start) * size)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from kraken_compiler.file_errors import naming
 from kraken_compiler.weights.buffers import aligned_buffer
-from kraken_compiler.weights.direct_io import open_direct
+from kraken_compiler.weights.direct_io import BLOCK, open_direct
 from kraken_compiler.weights.safetensors_format import byte_view, encode_header
 from kraken_compiler.weights.shard_journal import Mark
 
-_CHUNK = 1 << 20
-"""What is hashed and written at a time; whole chunks of the file go past the page cache, see `direct_io`."""
+_CHUNK = 4 << 20
+"""What is hashed and written at a time."""
 
 
 class ShardFile:
@@ -84,11 +85,19 @@ class ShardFile:
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, whose element type and shape must be those given at construction."""
-        dtype, shape = self._tensors[name]
-        assert tensor.dtype == dtype, f"{name}: {tensor.dtype} instead of {dtype}"
+        _, shape = self._tensors[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
         assert self._end == self._positions[name], f"{name} does not come next"
-        self._append(byte_view(tensor.cpu().contiguous()))
+        self.append_rows(name, tensor)
+
+    def append_rows(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of the next tensor, whose others come later."""
+        dtype, shape = self._tensors[name]
+        assert rows.dtype == dtype, f"{name}: {rows.dtype} instead of {dtype}"
+        done = self._end - self._positions[name]
+        assert 0 <= done <= math.prod(shape) * dtype.itemsize - rows.nbytes, f"{name} does not come next"
+        if rows.numel():
+            self._append(byte_view(rows.cpu().contiguous()))
 
     def close(self) -> None:
         with naming(self.path):
@@ -97,31 +106,34 @@ class ShardFile:
                 os.close(self._direct)
 
     def _append(self, data: memoryview) -> None:
-        # Piece by piece, up to whole chunks of the file: what is hashed is still in the processor's cache when it is
-        # copied.
+        # Piece by piece: what is hashed is still in the processor's cache when it is copied. Whole blocks of the file
+        # go to the disk directly.
         while data:
-            piece = data[: _CHUNK - self._end % _CHUNK]
+            before = -self._end % BLOCK
+            size = before or min(_CHUNK, len(data) - len(data) % BLOCK) or len(data)
+            piece = data[:size]
             self._hash.update(piece)
             with naming(self.path):
                 self._write(piece)
-            data = data[len(piece) :]
+            data = data[size:]
 
     def _write(self, piece: memoryview) -> None:
-        if self._direct is not None and len(piece) == _CHUNK:
+        if self._direct is not None and len(piece) % BLOCK == 0:
             piece = piece[self._written_directly(piece, self._direct) :]
         while piece:
             written = os.pwrite(self._file, piece, self._end)
             self._end += written
             piece = piece[written:]
 
-    def _written_directly(self, chunk: memoryview, file: int) -> int:
-        """How much of a chunk went past the page cache."""
-        self._block[:] = chunk
+    def _written_directly(self, blocks: memoryview, file: int) -> int:
+        """How much of whole blocks went past the page cache."""
+        aligned = memoryview(self._block)[: len(blocks)]
+        aligned[:] = blocks
         try:
-            written = os.pwrite(file, self._block, self._end)
+            written = os.pwrite(file, aligned, self._end)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return 0  # a limit within the chunk, or a disk of larger blocks: the usual way says why, or does it
+            return 0  # a limit within the blocks, or a disk of larger ones: the usual way says why, or does it
         self._end += written
         return written

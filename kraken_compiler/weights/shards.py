@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shard_file import ShardFile
@@ -24,9 +26,11 @@ FORMAT = {"format": "pt", "kraken_weights": "2"}
 SHARED_FILE = "shared.safetensors"
 """Name of the file with the weights that all lanes hold whole."""
 READ_AHEAD_BYTES = 256 << 20
-"""A source tensor up to this size is read while the ones before it are written."""
-_TENSORS_IN_FLIGHT = 2
-"""So many tensors of that size are written at once."""
+"""A source tensor up to this size is read while the ones before it are written; a larger one is read by rows."""
+_PIECES_IN_FLIGHT = 2
+"""So many tensors, or parts of large ones, are written at once."""
+_ROWS_BYTES = 64 << 20
+"""How much is read at once of a large tensor."""
 
 
 def lane_file_name(lane: int) -> str:
@@ -40,14 +44,15 @@ def write_lane_shards(
     """Write the weights, keyed by placeholder name, and their journal.
 
     What lanes hold parts of goes to `lane-0.safetensors` ... `lane-(N-1).safetensors`, what all of them hold whole to
-    `shared.safetensors`, once. Memory stays around the largest three tensors, whatever the size of a shard; around the
-    largest alone if that is larger than `READ_AHEAD_BYTES`. What an earlier call wrote into the directory is kept as
-    far as its journal and the hashes say that it is whole: the caller must know that it was of the same values.
+    `shared.safetensors`, once. Memory stays around the largest three tensors, whatever the size of a shard. Of those
+    larger than `READ_AHEAD_BYTES` parts are read, if lanes own whole rows of them; else one alone is held. What an
+    earlier call wrote into the directory is kept as far as its journal and the hashes say that it is whole: the caller
+    must know that it was of the same values.
 
     Args:
         program: A lane program; its weight table says what each lane owns.
-        read: Gives a whole source tensor (`program.constants` are read from the program itself). Called in one other
-            thread, one call after the other.
+        read: Gives a whole source tensor (`program.constants` are read from the program itself), or rows of it, see
+            `SourceReader`. Called in one other thread, one call after the other.
         directory: An existing directory.
         progress: Told about every source tensor that is done.
 
@@ -65,24 +70,27 @@ def write_lane_shards(
         files = [shard.file for shard in shards]
         journal = ShardJournal(directory)
         kept = _resume(files, sources, journal)
-        tensors = _read_ahead(program.reader(read), {source: by_source[source] for source in sources[kept:]})
-        writing: deque[tuple[str, list[Future[Mark]]]] = deque()
+        pieces = [
+            piece for source in sources[kept:] for piece in _pieces(source, by_source[source], program.reader(read))
+        ]
+        writing: deque[tuple[_Piece, list[Future[Mark]]]] = deque()
         done = kept
 
         def finish_oldest() -> None:
             nonlocal done
-            source, marks = writing.popleft()
-            journal.add(source, [mark.result() for mark in marks])
-            done += 1
-            if progress is not None:
-                progress(done, len(sources), source)
+            piece, marks = writing.popleft()
+            noted = [mark.result() for mark in marks]
+            if piece.last:
+                journal.add(piece.source, noted)
+                done += 1
+                if progress is not None:
+                    progress(done, len(sources), piece.source)
 
-        for source, tensor in tensors:
-            specs = by_source[source]
-            for spec in specs:
-                _check_shape(spec, tensor)
-            writing.append((source, [shard.submit(specs, tensor) for shard in shards]))
-            allowed = _TENSORS_IN_FLIGHT - 1 if tensor.nbytes <= READ_AHEAD_BYTES else 0
+        for piece, tensor in _read_ahead(pieces):
+            for spec in piece.specs:
+                _check_shape(spec, tensor, piece.rows)
+            writing.append((piece, [shard.submit(piece, tensor) for shard in shards]))
+            allowed = _PIECES_IN_FLIGHT - 1 if piece.nbytes <= READ_AHEAD_BYTES else 0
             del tensor
             while len(writing) > allowed:
                 finish_oldest()
@@ -157,14 +165,60 @@ class _Shard:
         file = stack.enter_context(closing(ShardFile(directory / name, contents, metadata)))
         return cls(file, lane, stack.enter_context(ThreadPoolExecutor(1, "write-shard")))
 
-    def submit(self, specs: Sequence[WeightSpec], tensor: Tensor) -> Future[Mark]:
-        """Write this file's parts of a source tensor; gives how far the file then is."""
-        return self.thread.submit(self._write, [spec for spec in specs if spec.shared == (self.lane is None)], tensor)
+    def submit(self, piece: _Piece, tensor: Tensor) -> Future[Mark]:
+        """Write what this file holds of a piece; gives how far the file then is."""
+        return self.thread.submit(self._write, piece, tensor)
 
-    def _write(self, specs: Sequence[WeightSpec], tensor: Tensor) -> Mark:
-        for spec in specs:
-            self.file.append(spec.name, spec.take(tensor, self.lane or 0).to(spec.torch_dtype))
+    def _write(self, piece: _Piece, tensor: Tensor) -> Mark:
+        lane = self.lane or 0
+        for spec in piece.specs:
+            if spec.shared != (self.lane is None):
+                continue
+            if piece.rows is None:
+                self.file.append(spec.name, spec.take(tensor, lane).to(spec.torch_dtype))
+            else:
+                self.file.append_rows(spec.name, spec.take_rows(tensor, piece.rows[0], lane).to(spec.torch_dtype))
         return self.file.mark
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is read at once: a source tensor, or some rows of a large one.
+
+    Attributes:
+        source: The tensor's name.
+        specs: What is made of it.
+        read: Reads the piece.
+        rows: First row and the one after the last; None for a whole tensor.
+        last: True if all of the tensor has been read with this.
+        nbytes: Its size, should the source have the weights' element type.
+    """
+
+    source: str
+    specs: Sequence[WeightSpec]
+    read: Callable[[], Tensor]
+    rows: tuple[int, int] | None
+    last: bool
+    nbytes: int
+
+
+def _pieces(source: str, specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piece]:
+    """What is read of a source tensor, in order."""
+    shape = specs[0].source_shape
+    nbytes = math.prod(shape) * specs[0].torch_dtype.itemsize
+    # A file's tensors lie one behind the other, so of two that are made of the same source none can be written by rows.
+    alone = len(specs) == len({spec.shared for spec in specs})
+    by_rows = nbytes > READ_AHEAD_BYTES and alone and all(spec.is_cut_by_rows for spec in specs)
+    read_rows = reader.rows_of(source) if by_rows else None
+    if read_rows is None:
+        yield _Piece(source, specs, partial(reader, source), None, True, nbytes)
+        return
+    count, row_bytes = shape[0], nbytes // shape[0]
+    step = max(1, _ROWS_BYTES // row_bytes)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        read = partial(read_rows, start, stop)
+        yield _Piece(source, specs, read, (start, stop), stop == count, (stop - start) * row_bytes)
 
 
 def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJournal) -> int:
@@ -179,28 +233,19 @@ def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJo
     return kept
 
 
-def _read_ahead(
-    read: Callable[[str], Tensor], by_source: Mapping[str, Sequence[WeightSpec]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Source tensors in order; the next one is read while the caller works, unless it is large."""
-    sources = list(by_source)
+def _read_ahead(pieces: Sequence[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
+    """What is read, in order; the next piece is read while the caller works, unless it is large."""
     with ThreadPoolExecutor(1, "read-source") as pool:
-        pending = pool.submit(read, sources[0]) if sources else None
-        for source, following in zip(sources, [*sources[1:], ""]):
-            tensor = pending.result() if pending is not None else read(source)
-            small = following and _source_bytes(by_source[following][0]) <= READ_AHEAD_BYTES
-            pending = pool.submit(read, following) if small else None
-            yield source, tensor
+        pending = pool.submit(pieces[0].read) if pieces else None
+        for piece, following in zip(pieces, [*pieces[1:], None]):
+            tensor = pending.result() if pending is not None else piece.read()
+            small = following is not None and following.nbytes <= READ_AHEAD_BYTES
+            pending = pool.submit(following.read) if following is not None and small else None
+            yield piece, tensor
             del tensor
 
 
-def _source_bytes(spec: WeightSpec) -> int:
-    """Size of a source tensor, should it have the weight's element type."""
-    return math.prod(spec.source_shape) * spec.torch_dtype.itemsize
-
-
-def _check_shape(spec: WeightSpec, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != spec.source_shape:
-        raise InputFileError(
-            f"weight '{spec.source}' has shape {list(tensor.shape)}, the program needs {list(spec.source_shape)}"
-        )
+def _check_shape(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int] | None = None) -> None:
+    needed = spec.source_shape if rows is None else (rows[1] - rows[0], *spec.source_shape[1:])
+    if tuple(tensor.shape) != needed:
+        raise InputFileError(f"weight '{spec.source}' has shape {list(tensor.shape)}, the program needs {list(needed)}")

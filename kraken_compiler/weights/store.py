@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kraken_compiler.ir.source_reader import ReadRows
+
 
 class WeightStore(Protocol):
     """Tensors by source name, read one at a time and never kept."""
@@ -17,6 +19,10 @@ class WeightStore(Protocol):
         Raises:
             InputFileError: The file that holds it is missing, truncated or lacks it.
         """
+        ...
+
+    def rows_of(self, name: str) -> ReadRows | None:
+        """What gives rows of the tensor; None if the whole of it must be read to have any."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -40,6 +46,9 @@ class MemoryStore:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
+
+    def rows_of(self, name: str) -> ReadRows | None:
+        return lambda start, stop: self._tensors[name][start:stop].detach().cpu()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)

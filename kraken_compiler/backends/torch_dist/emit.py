@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,9 +31,16 @@ class TorchBackend(Backend):
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:
-        windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
-        if program.cached is not None:
-            check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
-            save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
-        write_lane_shards(program, read, directory, progress)
-        return windows
+        # Graphs are a matter of the processor, weights of the disk.
+        with ThreadPoolExecutor(1, "save-graphs") as pool:
+            windows = pool.submit(_save_graphs, program, directory)
+            write_lane_shards(program, read, directory, progress)
+            return windows.result()
+
+
+def _save_graphs(program: Program, directory: Path) -> tuple[Window, ...]:
+    windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
+    if program.cached is not None:
+        check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
+        save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
+    return windows
