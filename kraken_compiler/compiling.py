@@ -23,7 +23,6 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
@@ -35,6 +34,7 @@ from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.weights.store import reader_of
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def compile_model(
                 comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
             Verification(tuple(comparisons)).require_passed()
         measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
-        read: Callable[[str], torch.Tensor] = SourceReader(captured.store.read, captured.store.rows_of)
+        read = reader_of(captured.store)
         calibration: Calibration | None = None
         if calibrate:
             calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)

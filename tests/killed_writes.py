@@ -31,7 +31,20 @@ from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 from tests.toy_lane_program import toy_program, toy_sources
 
-CALLS = ("open", "close", "write", "ftruncate", "fsync", "mkdir", "rename", "unlink", "rmdir", "scandir", "listdir")
+CALLS = (
+    "open",
+    "close",
+    "write",
+    "pwrite",
+    "ftruncate",
+    "fsync",
+    "mkdir",
+    "rename",
+    "unlink",
+    "rmdir",
+    "scandir",
+    "listdir",
+)
 SHA256 = "0" * 64
 SOURCE = Source(kind="huggingface", name="toy")
 

@@ -23,7 +23,9 @@ from kraken_compiler.backends.onnx_ort.format import (
     LOGITS,
     META_DATA,
     META_FORMAT,
+    META_SHARED_DATA,
     OPSET,
+    SHARED_DATA_FILE,
     START,
     WAIT,
     data_file,
@@ -64,6 +66,25 @@ def test_every_device_has_the_same_graph_and_its_own_weights(kraken: Path) -> No
     assert models[0].program == models[1].program
     assert models[0].proto.graph.node == models[1].proto.graph.node
     assert (kraken / data_file(0)).read_bytes() != (kraken / data_file(1)).read_bytes()
+
+
+def test_what_all_devices_hold_whole_lies_in_one_file(kraken: Path) -> None:
+    table = lane_program(NAME, DEGREE, "kraken").weights
+    for device in range(DEGREE):
+        weights = DeviceModel.load(kraken / device_file(device)).proto.graph.initializer
+        files = {
+            weight.name: next(entry.value for entry in weight.external_data if entry.key == "location")
+            for weight in weights
+            if weight.external_data and weight.name in table
+        }
+        assert {name for name, file in files.items() if file == SHARED_DATA_FILE} == {
+            name for name in files if table[name].shared
+        }
+        assert set(files.values()) == {data_file(device), SHARED_DATA_FILE}
+    assert sorted(path.name for path in kraken.iterdir() if path.suffix == ".data") == [
+        *map(data_file, range(DEGREE)),
+        SHARED_DATA_FILE,
+    ]
 
 
 def test_attention_stays_one_node_and_keeps_its_heads(kraken: Path) -> None:
@@ -111,9 +132,10 @@ def test_weights_are_stored_once_and_never_transposed_at_run_time(kraken: Path) 
     for tensor in proto.graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if entries:
-            ends.append((int(entries["offset"]), int(entries["offset"]) + int(entries["length"])))
+            start = int(entries["offset"])
+            ends.append((entries["location"], start, start + int(entries["length"])))
     ends.sort()
-    assert all(one[1] <= other[0] for one, other in pairwise(ends))
+    assert all(one[2] <= other[1] for one, other in pairwise(ends) if one[0] == other[0])
 
 
 def test_the_run_itself_overlaps(kraken: Path) -> None:
@@ -189,11 +211,11 @@ def set_opset(proto: onnx.ModelProto, version: int) -> None:
     next(entry for entry in proto.opset_import if entry.domain == "").version = version
 
 
-def set_location(proto: onnx.ModelProto, location: str) -> None:
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
+def set_location(proto: onnx.ModelProto, location: str, weights: int | None = None) -> None:
+    """Say of the first so many of a device's own weights, or of all, that they are elsewhere."""
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
+    for entry in [entry for entry in entries if entry.value == data_file(0)][:weights]:
+        entry.value = location
 
 
 def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -206,11 +228,16 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
         (lambda directory: (directory / device_file(0)).unlink(), "cannot be read"),
         (rewrite(device_file(0), lambda content: content[: len(content) // 2]), "damaged"),
         (rewrite(device_file(0), lambda content: b"nonsense" * 100), "damaged"),
-        (lambda directory: (directory / data_file(0)).unlink(), "missing; it holds the weights"),
+        (lambda directory: (directory / data_file(0)).unlink(), "missing; it holds"),
+        (lambda directory: (directory / SHARED_DATA_FILE).unlink(), "shared.onnx.data: missing; it holds"),
+        (rewrite(SHARED_DATA_FILE, lambda content: content[:-100]), "truncated"),
+        (rewrite(SHARED_DATA_FILE, lambda content: content[:500] + b"\x01" + content[501:]), "its hash differs"),
+        (metadata(lambda entries: entries.pop(META_SHARED_DATA)), "its hash differs"),
+        (model(lambda proto: set_location(proto, "other", 1)), "its own weights are in 2 files"),
         (rewrite(data_file(0), lambda content: content[:-100]), "truncated"),
         (rewrite(data_file(0), lambda content: content[:5000] + b"\x01" + content[5001:]), "its hash differs"),
         (metadata(lambda entries: entries.pop(META_FORMAT)), "not a device file"),
-        (metadata(lambda entries: entries.update({META_FORMAT: "9"})), "format 9, this version reads 1"),
+        (metadata(lambda entries: entries.update({META_FORMAT: "9"})), "format '9', this version reads 2"),
         (metadata(lambda entries: entries.pop(META_DATA)), "incomplete"),
         (model(lambda proto: set_opset(proto, OPSET - 1)), f"its opset is {OPSET - 1}"),
         (model(lambda proto: set_opset(proto, 99)), "its opset is 99"),

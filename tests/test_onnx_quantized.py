@@ -24,6 +24,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_WEIGHTS,
     MICROSOFT_DOMAIN,
     QUANTIZED_PRODUCT,
+    SHARED_DATA_FILE,
     WEIGHT_KINDS,
     data_file,
     device_file,
@@ -232,7 +233,7 @@ def test_compiled_verified_and_mixed_up(tmp_path: Path) -> None:
     # A device of another compile, whose weights are quantized otherwise, is no device of this one.
     artifact = open_artifact(out)
     write(name, "int8", tmp_path / "other")
-    for file in (device_file(1), data_file(1)):
+    for file in (device_file(1), data_file(1), SHARED_DATA_FILE):
         shutil.copy(tmp_path / "other" / file, out / "onnx" / file)
     with pytest.raises(InputFileError, match="is not device 1 of 2 of this compile"):
         read_devices(artifact)

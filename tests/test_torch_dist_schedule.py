@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from torch import fx
@@ -9,9 +12,10 @@ from torch import fx
 from kraken_compiler.backends.registry import BACKENDS, backend_named
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, with_real_collectives
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError, VerificationError
-from tests.toy_lane_program import toy_program
+from tests.toy_lane_program import toy_program, toy_sources
 
 
 def node(module: fx.GraphModule, name: str) -> fx.Node:
@@ -87,6 +91,23 @@ def test_a_missing_reduce_is_an_error() -> None:
         program.module.graph.erase_node(found)
     with pytest.raises(VerificationError, match="4 reduces, the program 3"):
         check_schedule(program.module, program.plan)
+
+
+def test_a_wrong_graph_does_not_wait_for_the_weights(tmp_path: Path) -> None:
+    program = toy_program(2).copy()
+    wait = node(program.module, "wait")
+    wait.replace_all_uses_with(wait.args[0])  # type: ignore[arg-type]
+    program.module.graph.erase_node(wait)
+    sources = toy_sources()
+
+    def read(name: str) -> torch.Tensor:
+        time.sleep(0.3)
+        return sources[name]
+
+    done = []
+    with pytest.raises(VerificationError, match="reduce 0"):
+        TorchBackend().write(program, read, tmp_path, lambda *step: done.append(step))
+    assert len(done) < len(sources)
 
 
 def test_attention_and_batched_products_count() -> None:

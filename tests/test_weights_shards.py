@@ -16,10 +16,11 @@ from torch import fx
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import CallSpec, Program
-from kraken_compiler.ir.source_reader import ReadRows, SourceReader
+from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec, lane_weights
 from kraken_compiler.weights import shards
 from kraken_compiler.weights.shards import write_lane_shards
+from kraken_compiler.weights.store import MemoryStore, reader_of
 
 ROWS = DimShard(0, (((0, 2),), ((2, 4),), ((4, 5),)))
 COLUMNS = DimShard(1, (((0, 1), (3, 4)), ((1, 3),), ((0, 2),)))
@@ -93,12 +94,12 @@ def test_large_tensors_are_read_by_rows(tmp_path: Path, monkeypatch: pytest.Monk
     lane_program = replace(program(), weights=table)
     read_rows = []
 
-    def rows_of(name: str) -> ReadRows:
+    def rows_of(name: str) -> SourceRows:
         def read(start: int, stop: int) -> torch.Tensor:
             read_rows.append(name)
             return tensors[name][start:stop]
 
-        return read
+        return SourceRows(tuple(tensors[name].shape), read)
 
     for place in ("whole", "rows"):
         (tmp_path / place).mkdir()
@@ -121,6 +122,13 @@ def test_large_tensors_are_read_by_rows(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_source_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=r"weight 'w' has shape \[4, 4\], the program needs \[5, 4\]"):
         write_lane_shards(program(), lambda name: torch.zeros(4, 4), tmp_path)
+
+
+def test_a_source_of_another_shape_that_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "READ_AHEAD_BYTES", 1)
+    store = MemoryStore({"w": torch.zeros(5, 4), "b": torch.zeros(5)})
+    with pytest.raises(InputFileError, match=r"weight 'b' has shape \[5\], the program needs \[4\]"):
+        write_lane_shards(program(), reader_of(store), tmp_path)
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

@@ -146,8 +146,7 @@ def _source_with_hash(
 ) -> Iterator[Callable[[], Source]]:
     """Prepare the directory, and hash the source while the block writes; gives what waits for the hash.
 
-    Reading a large source twice at the same time reads the disk once. Only what a killed compile left is not looked at
-    before the hash is known.
+    Only what a killed compile left is not looked at before the hash is known.
     """
 
     def complete() -> Source:

@@ -35,8 +35,8 @@ class Backend(ABC):
 
         Args:
             program: The lane program; it is not changed.
-            read: Gives a whole source tensor by name; called for one at a time, perhaps in another
-                thread, and nothing read may be kept.
+            read: Gives a whole source tensor by name, or rows of it, see `SourceReader.of`; called for one at a time,
+                perhaps in another thread, and nothing read may be kept.
             directory: An existing directory of the backend's own; empty but for shards that a killed compile of the
                 same model left with their journal.
             progress: Told about long stages.

@@ -122,12 +122,14 @@ def digest_files(files: tuple[Path, ...]) -> str:
     """
     try:
         direct = would_flood_the_cache(files)
-        if len(files) == 1:
-            return _file_digest(files[0], direct)
-        total = hashlib.sha256()
-        for path in sorted(files):
-            total.update(f"{_file_digest(path, direct)}  {path.name}\n".encode())
-        return total.hexdigest()
+        pieces = [memoryview(aligned_buffer(_DIGEST_BYTES)) for _ in range(2)]
+        with ThreadPoolExecutor(1, "read-source") as pool:
+            if len(files) == 1:
+                return _file_digest(files[0], direct, pieces, pool)
+            total = hashlib.sha256()
+            for path in sorted(files):
+                total.update(f"{_file_digest(path, direct, pieces, pool)}  {path.name}\n".encode())
+            return total.hexdigest()
     except OSError as error:
         raise InputFileError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
@@ -164,13 +166,11 @@ def digest_tensors(store: WeightStore) -> str:
     return total.hexdigest()
 
 
-def _file_digest(path: Path, direct: bool) -> str:
+def _file_digest(path: Path, direct: bool, pieces: list[memoryview], pool: ThreadPoolExecutor) -> str:
     # In large pieces: between two of them a thread waits for the interpreter, which may be busy capturing. One is read
     # while the one before it is hashed.
-    total = hashlib.sha256()
-    pieces = [memoryview(aligned_buffer(_DIGEST_BYTES)) for _ in range(2)]
-    with LargeFile(path, direct=direct) as file, ThreadPoolExecutor(1, "read-source") as pool:
-        starts = itertools.count(step=_DIGEST_BYTES)
+    total, starts = hashlib.sha256(), itertools.count(step=_DIGEST_BYTES)
+    with LargeFile(path, direct=direct) as file:
         reading = pool.submit(file.read, pieces[0], next(starts))
         while count := reading.result():
             done = pieces[0][:count]

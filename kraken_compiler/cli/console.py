@@ -25,7 +25,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class ConsoleProgress:
-    """Progress bars on standard error; a line per stage if that is no terminal, and one a minute for long ones."""
+    """Progress bars on standard error; a line per stage if that is no terminal, and one a minute for steps."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet

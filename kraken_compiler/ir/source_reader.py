@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ReadRows = Callable[[int, int], Tensor]
-"""Gives the rows from one number to before another of a certain tensor."""
+
+@dataclass(frozen=True)
+class SourceRows:
+    """A source tensor that can be read by rows.
+
+    Attributes:
+        shape: The whole tensor's.
+        read: Gives the rows from one number to before another.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -17,11 +27,11 @@ class SourceReader:
 
     Attributes:
         whole: Gives a whole tensor.
-        rows_of: Gives what gives rows of a tensor; None for a tensor of which all must be read to have any.
+        rows_of: Gives a tensor's rows; None for a tensor of which all must be read to have any.
     """
 
     whole: Callable[[str], Tensor]
-    rows_of: Callable[[str], ReadRows | None] = lambda name: None
+    rows_of: Callable[[str], SourceRows | None] = lambda name: None
 
     @classmethod
     def of(cls, read: Callable[[str], Tensor]) -> SourceReader:

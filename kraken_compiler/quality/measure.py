@@ -66,7 +66,7 @@ def with_quality(
     text: TextChoice,
     show: Progress,
 ) -> Verification:
-    """Measure an artifact's form, with the weights in its lane files if it has them, and its quantized weights."""
+    """Measure an artifact's form, with the weights in its files if it has them, and its quantized weights."""
     with show.steps("quality") as advance:
         quality = measure_quality(captured, lanes.program, text, read_lane=lanes.read_lane, advance=advance)
     if isinstance(quality, str):

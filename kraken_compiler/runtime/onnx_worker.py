@@ -19,7 +19,7 @@ import numpy as np
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import CPU_PROVIDER, DeviceProgram
-from kraken_compiler.backends.onnx_ort.format import data_file, device_file
+from kraken_compiler.backends.onnx_ort.format import SHARED_DATA_FILE, data_file, device_file
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.choose_backend import require_backend
@@ -129,13 +129,19 @@ def _load(artifact: Artifact, place: Place, status: StatusWriter) -> DeviceModel
         )
     status.progress("reading the device file", extra=_seconds_to_read(artifact, place))
     name = f"{_DIRECTORY}/{device_file(place.rank)}"
-    artifact.verify(name, f"{_DIRECTORY}/{data_file(place.rank)}")
+    artifact.verify(name, *_weight_files(artifact, place))
     return DeviceModel.load(artifact.path(name), verify=False)
 
 
 def _seconds_to_read(artifact: Artifact, place: Place) -> float:
     """How long reading and hashing the weights may take; all ranks' files are of about the same size."""
-    return artifact.manifest.files[f"{_DIRECTORY}/{data_file(place.rank)}"].bytes / SLOWEST_DISK
+    return sum(artifact.manifest.files[name].bytes for name in _weight_files(artifact, place)) / SLOWEST_DISK
+
+
+def _weight_files(artifact: Artifact, place: Place) -> list[str]:
+    """Its own weights, and those that it shares with the others."""
+    shared = f"{_DIRECTORY}/{SHARED_DATA_FILE}"
+    return [f"{_DIRECTORY}/{data_file(place.rank)}", *([shared] if shared in artifact.manifest.files else [])]
 
 
 def _numpy_dtype(name: str | None) -> np.dtype[Any] | None:

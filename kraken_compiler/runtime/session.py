@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.torch_dist.lane_files import rank_files
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT as DEFAULT_TIMEOUT
 from kraken_compiler.runtime.environment import SLOWEST_DISK, Place, collective_timeout
@@ -104,8 +105,9 @@ def load_rank_program(
         UsageError: There are more or fewer ranks than lanes.
     """
     artifact = open_artifact(directory, verify=False)
-    largest = max((record.bytes for record in artifact.manifest.files.values()), default=0)
-    session.status.progress("loading the program", extra=largest / SLOWEST_DISK)
+    files = artifact.manifest.files
+    needed = sum(files[name].bytes for name in rank_files(session.rank) if name in files)
+    session.status.progress("loading the program", extra=needed / SLOWEST_DISK)
     program = RankProgram.load(artifact, device=session.device, reduce_dtype=reduce_dtype)
     # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
     dist.barrier()

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 _LARGE = 2 << 20
 """The size of a large page."""
-_MOST_KEPT, _MOST_BUFFERS = 256 << 20, 3
-"""What `Buffers` keep: one that is read into, one that is written from, one for whoever is late."""
+_MOST_KEPT, _MOST_BUFFERS = 256 << 20, 4
+"""What `Buffers` keep: one that is read into, two that are written from, one for whoever is late."""
 _OWN_REFERENCES = 2
 """`sys.getrefcount` of what only a list holds: the list, and the call."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.ir.source_reader import ReadRows
+from kraken_compiler.ir.source_reader import SourceRows
 from kraken_compiler.weights.checkpoint import Checkpoint
 
 
@@ -74,14 +74,14 @@ class CheckpointStore:
             if source.convert is None:
                 self._check(name, expected, self._checkpoint, source.keys[0])
 
-    def rows_of(self, name: str) -> ReadRows | None:
+    def rows_of(self, name: str) -> SourceRows | None:
         source = self._sources.get(name)
         checkpoint = self._checkpoint
         if checkpoint is None or source is None or source.convert is not None:
             return None
         key, expected = source.keys[0], self._expected[name]
         self._check(name, expected, checkpoint, key)
-        return lambda start, stop: checkpoint.read_rows(key, start, stop).to(expected.dtype)
+        return SourceRows(expected.shape, lambda start, stop: checkpoint.read_rows(key, start, stop).to(expected.dtype))
 
     def read(self, name: str) -> Tensor:
         source = self._sources.get(name)

@@ -1,9 +1,10 @@
 """Large reads and writes between memory and the disk, without a copy in the system's page cache.
 
-A lane file is written once, is often larger than the memory, and is read by other processes later; so is a source that
+A shard is written once, is often larger than the memory, and is read by other processes later; so is a source that
 the memory cannot hold, which is read from its beginning to its end: a copy in the page cache costs more processor time
 than hashing the bytes, and pushes out what somebody needs. Direct reads and writes must begin and end at whole blocks,
-in memory too; what is before and behind them goes the usual way.
+in memory too; what is before and behind them goes the usual way. Kernels before 5.12 may lose what is read directly if
+another thread forks in the meantime.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Self
 from kraken_compiler.file_errors import naming
 
 BLOCK = 4096
-"""What direct reads begin at, in the file and in memory; a multiple of every common disk's blocks."""
+"""What direct reads and writes begin at, in the file and in memory; a multiple of every common disk's blocks."""
 
 _SHARE_OF_MEMORY = 0.5
 

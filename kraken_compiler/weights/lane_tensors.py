@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 
 PREFIX = "lanes/"
@@ -49,7 +50,7 @@ def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:
 
 def lane_tensor_reader(
     table: Mapping[str, WeightSpec], degree: int, read_lane: ReadLane, read: Callable[[str], Tensor]
-) -> Callable[[str], Tensor]:
+) -> SourceReader:
     """What gives the source tensors of a program made by `with_lane_tensors`.
 
     Args:
@@ -59,16 +60,17 @@ def lane_tensor_reader(
         read: Gives the tensors that still are the source's.
     """
     own = {spec.source: spec for spec in table.values() if spec.source.startswith(PREFIX)}
+    others = SourceReader.of(read)
 
     def read_source(source: str) -> Tensor:
         spec = own.get(source)
         if spec is None:
-            return read(source)
-        if not spec.shards:
+            return others(source)
+        if spec.shared:
             return read_lane(spec, 0)
         return torch.cat([read_lane(spec, lane) for lane in range(degree)])
 
-    return read_source
+    return SourceReader(read_source, lambda source: None if source in own else others.rows_of(source))
 
 
 def _moved(program: Program, rows: Mapping[Row, str]) -> Program:
@@ -80,7 +82,7 @@ def _moved(program: Program, rows: Mapping[Row, str]) -> Program:
 
 
 def _own(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
-    if not spec.shards:
+    if spec.shared:
         return replace(spec, source=source, source_shape=spec.shape, scale=1.0)
     size, *rest = spec.shape
     blocks = tuple(((lane * size, (lane + 1) * size),) for lane in range(degree))

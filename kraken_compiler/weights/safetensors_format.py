@@ -67,6 +67,7 @@ class TensorEntry:
     def rows(self, start: int, stop: int) -> TensorEntry:
         """Where the part lies that goes from `start` to before `stop` along the first dim."""
         count, *rest = self.shape
+        assert 0 <= start < stop <= count, f"rows {start} to {stop} of {count}"
         size = self.nbytes // count
         return replace(self, shape=(stop - start, *rest), start=self.start + start * size, nbytes=(stop - start) * size)
 

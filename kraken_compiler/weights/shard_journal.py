@@ -2,7 +2,7 @@
 
 One line of JSON for every source tensor whose parts are in the files, and one at the end:
 
-    {"source": "model.embed_tokens.weight", "ends": [8504, 8504], "sha256": ["5fd9...", "02c4..."]}
+    {"source": "model.embed_tokens.weight", "ends": [840, 840, 8504], "sha256": ["5fd9...", "02c4...", "7a11..."]}
     {"finished": {"lane-0.safetensors": {"sha256": "91ab...", "bytes": 4711}, ...}}
 
 The hashes are of a file's beginning up to its end so far: one pass over the bytes gives all of them, the whole file's
@@ -64,8 +64,8 @@ class ShardJournal:
         """Begin with what was found to hold."""
         with naming(self._path):
             self._path.write_text("", encoding="utf-8")
-        for source, of_lanes in zip(sources, marks):
-            self.add(source, of_lanes)
+        for source, of_files in zip(sources, marks):
+            self.add(source, of_files)
 
     def add(self, source: str, marks: Sequence[Mark]) -> None:
         """Note that a source tensor's parts are in the files."""

@@ -44,15 +44,16 @@ def write_lane_shards(
     """Write the weights, keyed by placeholder name, and their journal.
 
     What lanes hold parts of goes to `lane-0.safetensors` ... `lane-(N-1).safetensors`, what all of them hold whole to
-    `shared.safetensors`, once. Memory stays around the largest three tensors, whatever the size of a shard. Of those
-    larger than `READ_AHEAD_BYTES` parts are read, if lanes own whole rows of them; else one alone is held. What an
-    earlier call wrote into the directory is kept as far as its journal and the hashes say that it is whole: the caller
-    must know that it was of the same values.
+    `shared.safetensors`, once. Memory stays around the largest three tensors, whatever the size of a shard, and the
+    lanes' parts of two of them, where those are no rows and have to be copied. Of a tensor larger than
+    `READ_AHEAD_BYTES` some rows are held at a time, or the whole of it and no other. What an earlier call wrote into
+    the directory is kept as far as its journal and the hashes say that it is whole: the caller must know that it was
+    of the same values.
 
     Args:
         program: A lane program; its weight table says what each lane owns.
         read: Gives a whole source tensor (`program.constants` are read from the program itself), or rows of it, see
-            `SourceReader`. Called in one other thread, one call after the other.
+            `SourceReader`. Called for one after the other, perhaps in another thread.
         directory: An existing directory.
         progress: Told about every source tensor that is done.
 
@@ -87,8 +88,8 @@ def write_lane_shards(
                     progress(done, len(sources), piece.source)
 
         for piece, tensor in _read_ahead(pieces):
-            for spec in piece.specs:
-                _check_shape(spec, tensor, piece.rows)
+            for spec in piece.specs if piece.rows is None else ():
+                _check_shape(spec, tuple(tensor.shape))
             writing.append((piece, [shard.submit(piece, tensor) for shard in shards]))
             allowed = _PIECES_IN_FLIGHT - 1 if piece.nbytes <= READ_AHEAD_BYTES else 0
             del tensor
@@ -125,7 +126,7 @@ def lane_parts(
     for done, (source, of_source) in enumerate(by_source.items(), start=1):
         tensor = reader(source)
         for spec in of_source:
-            _check_shape(spec, tensor)
+            _check_shape(spec, tuple(tensor.shape))
             for lane in range(program.degree):
                 yield spec, lane, spec.take(tensor, lane).to(spec.torch_dtype)
         del tensor
@@ -209,15 +210,17 @@ def _pieces(source: str, specs: Sequence[WeightSpec], reader: SourceReader) -> I
     # A file's tensors lie one behind the other, so of two that are made of the same source none can be written by rows.
     alone = len(specs) == len({spec.shared for spec in specs})
     by_rows = nbytes > READ_AHEAD_BYTES and alone and all(spec.is_cut_by_rows for spec in specs)
-    read_rows = reader.rows_of(source) if by_rows else None
-    if read_rows is None:
+    rows = reader.rows_of(source) if by_rows else None
+    if rows is None:
         yield _Piece(source, specs, partial(reader, source), None, True, nbytes)
         return
+    for spec in specs:
+        _check_shape(spec, rows.shape)
     count, row_bytes = shape[0], nbytes // shape[0]
     step = max(1, _ROWS_BYTES // row_bytes)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        read = partial(read_rows, start, stop)
+        read = partial(rows.read, start, stop)
         yield _Piece(source, specs, read, (start, stop), stop == count, (stop - start) * row_bytes)
 
 
@@ -245,7 +248,8 @@ def _read_ahead(pieces: Sequence[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
             del tensor
 
 
-def _check_shape(spec: WeightSpec, tensor: Tensor, rows: tuple[int, int] | None = None) -> None:
-    needed = spec.source_shape if rows is None else (rows[1] - rows[0], *spec.source_shape[1:])
-    if tuple(tensor.shape) != needed:
-        raise InputFileError(f"weight '{spec.source}' has shape {list(tensor.shape)}, the program needs {list(needed)}")
+def _check_shape(spec: WeightSpec, shape: tuple[int, ...]) -> None:
+    if shape != spec.source_shape:
+        raise InputFileError(
+            f"weight '{spec.source}' has shape {list(shape)}, the program needs {list(spec.source_shape)}"
+        )

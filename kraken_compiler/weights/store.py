@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kraken_compiler.ir.source_reader import ReadRows
+from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 
 
 class WeightStore(Protocol):
@@ -21,8 +21,8 @@ class WeightStore(Protocol):
         """
         ...
 
-    def rows_of(self, name: str) -> ReadRows | None:
-        """What gives rows of the tensor; None if the whole of it must be read to have any."""
+    def rows_of(self, name: str) -> SourceRows | None:
+        """The tensor by rows; None if the whole of it must be read to have any."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -38,6 +38,11 @@ class WeightStore(Protocol):
         ...
 
 
+def reader_of(store: WeightStore) -> SourceReader:
+    """What gives a store's tensors, whole or by rows."""
+    return SourceReader(store.read, store.rows_of)
+
+
 class MemoryStore:
     """A store over tensors that are already in memory, e.g. the state of an `nn.Module`; nothing is copied."""
 
@@ -47,8 +52,9 @@ class MemoryStore:
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
 
-    def rows_of(self, name: str) -> ReadRows | None:
-        return lambda start, stop: self._tensors[name][start:stop].detach().cpu()
+    def rows_of(self, name: str) -> SourceRows | None:
+        tensor = self._tensors[name].detach()
+        return SourceRows(tuple(tensor.shape), lambda start, stop: tensor[start:stop].cpu())
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)

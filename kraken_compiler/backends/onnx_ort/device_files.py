@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_DATA,
     META_LANE,
     META_PROGRAM,
+    META_SHARED_DATA,
+    SHARED_DATA_FILE,
     data_file,
     device_file,
 )
@@ -43,11 +45,20 @@ _INLINE_BYTES = 1024
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in every device's data file."""
+    """Where a tensor lies: in every device's data file, or once in the one that they share."""
 
     value: onnx_ir.Value
+    shared: bool
     offset: int
     nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    def file(self, lane: int) -> str:
+        """Name of the file in which device `lane` finds it."""
+        return SHARED_DATA_FILE if self.shared else data_file(lane)
 
 
 def write_device_files(
@@ -83,31 +94,47 @@ def write_device_files(
         if name not in exported.quantized:
             exported.weights[name].shape = onnx_ir.Shape(shape[::-1] if name in exported.transposed else shape)
     inline = _inline(exported, program, read)
-    places = _layout({name: value for name, value in exported.weights.items() if name not in inline})
+    outside = {name: value for name, value in exported.weights.items() if name not in inline}
+    places = _layout(outside, _shared_names(exported, program))
     proto = _shared_proto(exported, program, places, metadata)
     for name, value in inline.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(_stored(exported, name, value).numpy(), name))
-    shared = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    same = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    ends = dict.fromkeys(map(data_file, range(program.degree)), 0)
+    for place in places.values():
+        ends |= {place.file(lane): place.end for lane in range(program.degree)}
     with ExitStack() as stack:
-        files = [
-            stack.enter_context((directory / data_file(lane)).open("wb", buffering=0)) for lane in range(program.degree)
-        ]
-        end = max((place.offset + place.nbytes for place in places.values()), default=0)
-        for file in files:
-            with naming(Path(file.name)):
-                file.truncate(end)
-        for lane, file in enumerate(files):
+        files = {name: stack.enter_context((directory / name).open("wb", buffering=0)) for name in ends}
+        for name, end in ends.items():
+            with naming(directory / name):
+                files[name].truncate(end)
+        for lane in range(program.degree):
             for name, value in (tables.of(lane) if tables is not None else {}).items():
                 for part, content in _parts(exported, name, value).items():
-                    _write(file, places[part], content)
+                    _write(files[data_file(lane)], places[part], content)
         specs = [program.weights[name] for name in exported.sources if name not in inline]
         for spec, lane, local in lane_parts(program, specs, read, progress):
             for name, value in _parts(exported, spec.name, local).items():
-                _write(files[lane], places[name], value)
+                if lane == 0 or not places[name].shared:
+                    _write(files[places[name].file(lane)], places[name], value)
+    digests = {name: _digest(directory / name) for name in ends}
     for lane in range(program.degree):
-        with (directory / data_file(lane)).open("rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-        _finish(proto, lane, digest, shared, directory / device_file(lane))
+        hashes = {META_DATA: digests[data_file(lane)], META_PROGRAM: same}
+        if SHARED_DATA_FILE in digests:
+            hashes[META_SHARED_DATA] = digests[SHARED_DATA_FILE]
+        _finish(proto, lane, places, hashes, directory / device_file(lane))
+
+
+def _shared_names(exported: ExportedGraph, program: Program) -> set[str]:
+    """What is stored of the weights that all of several devices hold whole, by name in the file."""
+    shared = [name for name in exported.sources if program.degree > 1 and program.weights[name].shared]
+    quantized = exported.quantized
+    return {part for name in shared for part in (quantized[name].part_names(name) if name in quantized else (name,))}
+
+
+def _digest(path: Path) -> str:
+    with naming(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _inline(exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -121,17 +148,17 @@ def _inline(exported: ExportedGraph, program: Program, read: Callable[[str], Ten
     }
 
 
-def _layout(weights: Mapping[str, onnx_ir.Value]) -> dict[str, _Place]:
+def _layout(weights: Mapping[str, onnx_ir.Value], shared: Collection[str]) -> dict[str, _Place]:
     places: dict[str, _Place] = {}
-    end = 0
+    ends = {True: 0, False: 0}
     for name, value in weights.items():
         assert value.shape is not None
         assert value.dtype is not None
         nbytes = int(value.dtype.itemsize * torch.Size(value.shape.numpy()).numel())
         alignment = PAGE if nbytes >= PAGE else _SMALL_ALIGNMENT
-        offset = -(-end // alignment) * alignment
-        places[name] = _Place(value, offset, nbytes)
-        end = offset + nbytes
+        offset = -(-ends[name in shared] // alignment) * alignment
+        places[name] = _Place(value, name in shared, offset, nbytes)
+        ends[name in shared] = offset + nbytes
     return places
 
 
@@ -183,13 +210,15 @@ def _shared_proto(
     return proto
 
 
-def _finish(shared: onnx.ModelProto, lane: int, digest: str, program: str, path: Path) -> None:
+def _finish(
+    same: onnx.ModelProto, lane: int, places: Mapping[str, _Place], hashes: Mapping[str, str], path: Path
+) -> None:
     proto = onnx.ModelProto()
-    proto.CopyFrom(shared)
+    proto.CopyFrom(same)
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            tensor.external_data.add(key="location", value=data_file(lane))
-    for key, value in ((META_LANE, str(lane)), (META_DATA, digest), (META_PROGRAM, program)):
+            tensor.external_data.add(key="location", value=places[tensor.name].file(lane))
+    for key, value in ((META_LANE, str(lane)), *hashes.items()):
         proto.metadata_props.add(key=key, value=value)
     with naming(path):
         path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -24,11 +24,13 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_LANE,
     META_POSITIONS,
     META_PROGRAM,
+    META_SHARED_DATA,
     META_WEIGHTS,
     OPSET,
     OWN,
     PRODUCT_ACCURACY,
     QUANTIZED_PRODUCT,
+    SHARED_DATA_FILE,
     WEIGHT_KINDS,
     CacheRecord,
 )
@@ -114,7 +116,7 @@ class DeviceModel:
             raise InputFileError(
                 f"{path}: its weights are {model.weights!r}; this version knows {' and '.join(WEIGHT_KINDS)}"
             )
-        wanted = metadata[META_DATA]
+        wanted = (metadata[META_DATA], metadata.get(META_SHARED_DATA, ""))
         _check_places(path, proto)
         _check_data(path, proto, wanted if verify else None)
         return model
@@ -189,8 +191,14 @@ def _check_places(path: Path, proto: onnx.ModelProto) -> None:
         raise InputFileError(f"{path}: refused: a constant of it lies in another file")
 
 
-def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
-    """Make sure that the weights are there, beside the file and nowhere else, and whole."""
+def _check_data(path: Path, proto: onnx.ModelProto, wanted: tuple[str, str] | None) -> None:
+    """Make sure that the weights are there, beside the file and nowhere else, and whole.
+
+    Args:
+        path: The device file.
+        proto: Its content.
+        wanted: Hashes of the device's own weights and of those that all devices share; None does not look.
+    """
     ends: dict[str, int] = {}
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -208,8 +216,9 @@ def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
                 f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', outside its folder"
             )
         ends[name] = max(ends.get(name, 0), offset + length)
-    if len(ends) > 1:
-        raise InputFileError(f"{path}: refused: its weights are in {len(ends)} files, a device has one")
+    own = len(ends.keys() - {SHARED_DATA_FILE})
+    if own > 1:
+        raise InputFileError(f"{path}: refused: its own weights are in {own} files, a device has one")
     for name, end in ends.items():
         data = path.parent / name
         try:
@@ -220,7 +229,7 @@ def _check_data(path: Path, proto: onnx.ModelProto, wanted: str | None) -> None:
             if wanted is not None:
                 with data.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != wanted:
+                if found != wanted[name == SHARED_DATA_FILE]:
                     raise InputFileError(f"{data}: not what {path.name} was written with (its hash differs)")
         except OSError as error:
             raise InputFileError(f"{data}: cannot be read: {error.strerror or error}") from error

@@ -30,7 +30,7 @@ NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = MICROSOFT_DOMAIN, MICROSOF
 OPSET = 23
 """The first one that keeps attention as one node."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 INPUT_IDS, POSITION_IDS, ATTENTION_MASK, LOGIT_POSITIONS = (
     "input_ids",
@@ -51,6 +51,7 @@ META_DEGREE = "kraken.degree"
 META_FORMS = "kraken.forms"
 META_PROGRAM = "kraken.program_sha256"
 META_DATA = "kraken.data_sha256"
+META_SHARED_DATA = "kraken.shared_data_sha256"
 META_CACHE = "kraken.cache"
 META_POSITIONS = "kraken.max_positions"
 META_COLLECTIVES = "kraken.collectives"
@@ -76,8 +77,12 @@ def device_file(device: int) -> str:
 
 
 def data_file(device: int) -> str:
-    """Name of the file beside it that holds its weights."""
+    """Name of the file beside it that holds its own weights."""
     return f"{device_file(device)}.data"
+
+
+SHARED_DATA_FILE = "shared.onnx.data"
+"""Name of the file beside the models that holds what every one of several devices has whole."""
 
 
 def past_name(layer: int, part: str) -> str:

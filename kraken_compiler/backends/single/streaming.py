@@ -7,6 +7,7 @@ differs between lanes is a list of one tensor per lane, and a reduce is a sum ov
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def read_from_lane_files(lanes: Sequence[Path], shared: Path) -> ReadLane:
         lanes: What the lanes hold parts of, lane 0 first.
         shared: What all of them hold whole.
     """
-    own, common = [read_header(path) for path in lanes], read_header(shared)
-    return lambda spec, lane: read_tensor(spec.name, (common if spec.shared else own[lane])[spec.name])
+    header = cache(read_header)  # a rank asks for its own lane's file only
+    return lambda spec, lane: read_tensor(spec.name, header(shared if spec.shared else lanes[lane])[spec.name])
 
 
 class Lanes(list[Any]):

@@ -34,7 +34,14 @@ class TorchBackend(Backend):
         # Graphs are a matter of the processor, weights of the disk.
         with ThreadPoolExecutor(1, "save-graphs") as pool:
             windows = pool.submit(_save_graphs, program, directory)
-            write_lane_shards(program, read, directory, progress)
+
+            def advance(done: int, total: int, unit: str) -> None:
+                if windows.done():
+                    windows.result()  # a graph that is wrong need not wait for the weights
+                if progress is not None:
+                    progress(done, total, unit)
+
+            write_lane_shards(program, read, directory, advance)
             return windows.result()
 
 

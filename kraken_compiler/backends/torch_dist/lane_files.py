@@ -25,6 +25,11 @@ def lane_file(lane: int) -> str:
     return f"torch/{lane_file_name(lane)}"
 
 
+def rank_files(lane: int) -> tuple[str, ...]:
+    """Paths inside an artifact of what the rank that runs a lane cannot do without."""
+    return GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS
+
+
 def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
     """Map one lane's weights into memory; their pages are read when they are used.
 

@@ -14,7 +14,7 @@ from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, Ru
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, SHARED_WEIGHTS, lane_file, load_lane_weights
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.communicators.base import Communicator
@@ -183,7 +183,7 @@ class RankProgram(nn.Module):
         manifest = artifact.manifest
         lane = lane_of_rank(lane, manifest.degree, group, communicator)
         if verify:
-            artifact.verify(GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS)
+            artifact.verify(*rank_files(lane))
         table = manifest.weight_table
         weights = load_lane_weights(artifact, lane, table)
         program = cls(

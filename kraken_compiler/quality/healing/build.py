@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.torch_dist.lane_files import (
-    GRAPH_FILE,
-    SHARED_WEIGHTS,
-    lane_file,
-    load_lane_weights,
-    read_weights,
-)
+from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights, rank_files, read_weights
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
@@ -47,7 +41,7 @@ def trainer_of_all_lanes(
     read_lane = read_weights(artifact, program.degree)
 
     def stacked(spec: WeightSpec) -> Tensor:
-        if not spec.shards:
+        if spec.shared:
             return read_lane(spec, 0)
         return torch.stack([read_lane(spec, lane) for lane in range(program.degree)])
 
@@ -75,7 +69,7 @@ def trainer_of_one_lane(
     """
     lane = communicator.rank
     for each in (artifact, teacher):
-        each.verify(GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS)
+        each.verify(*rank_files(lane))
     program, source = load_program(artifact), load_program(teacher)
     read_lane = read_weights(artifact, program.degree)
     made = LaneParameters(program.weights, lambda spec: read_lane(spec, lane), device)

@@ -65,7 +65,7 @@ class LaneParameters(nn.Module):
 
     def shared(self, name: str) -> bool:
         """True if all lanes hold a trained parameter alike; `name` is as `trained` gives it."""
-        return not self.table[name.partition(".")[0]].shards
+        return self.table[name.partition(".")[0]].shared
 
     def results(self) -> Iterator[tuple[WeightSpec, Tensor]]:
         """The trained weights in the program's element type; LoRA's updates must have been merged."""

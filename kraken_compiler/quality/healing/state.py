@@ -3,7 +3,7 @@
     OUT.heal/
       state.json                    settings, step, what was evaluated, sha256 of the files that belong to the step
       step-100.rank-0.safetensors   trained weights, AdamW's moments, the random generator
-      lane-0.safetensors ...        the result, once all steps are done
+      lane-0.safetensors ...        the result, once all steps are done, with `shared.safetensors`
 
 A file is written under another name, and renamed when it is whole; `state.json` names the others, and is replaced last.
 So whenever the process is killed, one complete checkpoint is there. No pickles.
