@@ -179,6 +179,7 @@ def compile_model(
         def check(partial: Path) -> dict[str, object]:
             """Runs on the complete artifact before it is put in place."""
             nonlocal verification
+            captured.store.release()  # what comes now are other processes
             with show.stage("run on ranks"):
                 found = verify_programs(partial, SIZES, timeout, in_memory)
             verification = replace(found, comparisons=(*comparisons, *found.comparisons))

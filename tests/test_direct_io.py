@@ -47,6 +47,14 @@ def test_what_is_in_use_is_never_given_away() -> None:
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
 
 
+def test_what_is_released_is_kept_by_its_users_alone() -> None:
+    buffers = Buffers()
+    first = tensor_in(buffers, 4 * MIB).fill_(7)
+    buffers.release()
+    assert tensor_in(buffers, 4 * MIB).fill_(9).data_ptr() != first.data_ptr()
+    assert bool((first == 7).all())
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_shard_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     """Tensors that begin and end within chunks, some longer than several of them."""

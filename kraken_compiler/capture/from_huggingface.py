@@ -58,6 +58,10 @@ def capture_directory(
         UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
     """
+    checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle)
+    files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
+    # Before anything that takes seconds.
+    digest = files_digester(files, early=hash_early)
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -65,9 +69,8 @@ def capture_directory(
     with quiet_transformers():
         config = _read_config(path)
     quantized = getattr(config, "quantization_config", None) is not None
-    checkpoint = _open_checkpoint(path, trust_pickle=trust_pickle, required=require_weights or quantized)
-    files = (path / "config.json", *(checkpoint.files if checkpoint is not None else ()))
-    digest = files_digester(files, early=hash_early)
+    if checkpoint is None and (require_weights or quantized):
+        raise _without_weights(path)
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = TokenizerSource(str(path)) if has_tokenizer else None
     if quantized:
@@ -208,22 +211,27 @@ def _own_dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     return torch.float32
 
 
-def _open_checkpoint(path: Path, *, trust_pickle: bool, required: bool) -> Checkpoint | None:
+def _open_checkpoint(path: Path, *, trust_pickle: bool) -> Checkpoint | None:
     files = weight_files(path, ".safetensors", "model.safetensors.index.json", "model.safetensors")
     if files:
         return SafetensorsCheckpoint.open(files)
-    pickled = weight_files(path, ".bin", "pytorch_model.bin.index.json", "pytorch_model.bin")
-    pickled = tuple(file for file in pickled if file.name.startswith("pytorch_model"))
-    if pickled and trust_pickle:
-        return PickledCheckpoint.open(pickled)
-    if pickled and required:
-        raise InputFileError(
-            f"{path} has its weights only as {pickled[0].name}, a pickle, which can run any code when it is opened: "
-            "save the model again with save_pretrained(..., safe_serialization=True), or pass --trust-pickle"
-        )
-    if required:
-        raise InputFileError(f"{path} has no weight files (*.safetensors), only a config")
-    return None
+    pickled = _pickled_files(path)
+    return PickledCheckpoint.open(pickled) if pickled and trust_pickle else None
+
+
+def _pickled_files(path: Path) -> tuple[Path, ...]:
+    files = weight_files(path, ".bin", "pytorch_model.bin.index.json", "pytorch_model.bin")
+    return tuple(file for file in files if file.name.startswith("pytorch_model"))
+
+
+def _without_weights(path: Path) -> InputFileError:
+    pickled = _pickled_files(path)
+    if not pickled:
+        return InputFileError(f"{path} has no weight files (*.safetensors), only a config")
+    return InputFileError(
+        f"{path} has its weights only as {pickled[0].name}, a pickle, which can run any code when it is opened: "
+        "save the model again with save_pretrained(..., safe_serialization=True), or pass --trust-pickle"
+    )
 
 
 def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -90,10 +91,12 @@ def set_up_logging(verbose: bool) -> None:
 def set_up_interpreter() -> None:
     """For a process that makes graphs in one thread while others hash, read and write.
 
-    A capture makes millions of objects that stay, and collections that look at all of them again and again take
-    seconds; threads that come back from the disk wait for the interpreter up to an interval for every piece.
+    A capture makes millions of objects that stay, and collections that look at all of them again and again, and once
+    more at the end, take seconds; threads that come back from the disk wait for the interpreter up to an interval for
+    every piece.
     """
     gc.set_threshold(100_000, 50, 100)
+    atexit.register(gc.freeze)
     sys.setswitchinterval(0.0005)
 
 

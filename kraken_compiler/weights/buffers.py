@@ -41,6 +41,11 @@ class Buffers:
         self._held: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
+    def release(self) -> None:
+        """Keep nothing; what is in use goes with its last user."""
+        with self._lock:
+            self._held.clear()
+
     def take(self, size: int) -> mmap.mmap:
         """A buffer of at least this size, with anything in it."""
         if not _LARGE <= size <= _MOST_KEPT:

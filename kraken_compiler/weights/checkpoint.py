@@ -45,6 +45,10 @@ class Checkpoint(Protocol):
         """Those along the first dim from `start` to before `stop`."""
         ...
 
+    def release(self) -> None:
+        """Give back the memory that reading keeps for the next time."""
+        ...
+
 
 class SafetensorsCheckpoint:
     """One or more safetensors files, opened by reading their headers only."""
@@ -83,6 +87,9 @@ class SafetensorsCheckpoint:
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         return self._read_entry(key, self._entries[key].rows(start, stop))
+
+    def release(self) -> None:
+        self._buffers.release()
 
     def _read_entry(self, key: str, entry: TensorEntry) -> Tensor:
         # Whoever reads something again may read it many times.
@@ -132,6 +139,9 @@ class PickledCheckpoint:
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         return self._tensors[key][1][start:stop].detach().clone()
+
+    def release(self) -> None:
+        """What is mapped is the system's to drop."""
 
 
 def weight_files(directory: Path, suffix: str, index_name: str, single_name: str) -> tuple[Path, ...]:

@@ -60,6 +60,10 @@ class CheckpointStore:
     def names(self) -> tuple[str, ...]:
         return tuple(self._expected)
 
+    def release(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.release()
+
     def validate(self) -> None:
         """Check names, shapes and element types against the files' headers; no tensor is read.
 

@@ -7,8 +7,10 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class ShardFile:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._direct = open_direct(path)
         self._block = aligned_buffer(_CHUNK)
+        self._writer = ThreadPoolExecutor(1, "write-block")
 
     @property
     def mark(self) -> Mark:
@@ -100,40 +103,45 @@ class ShardFile:
             self._append(byte_view(rows.cpu().contiguous()))
 
     def close(self) -> None:
+        self._writer.shutdown()
         with naming(self.path):
             os.close(self._file)
             if self._direct is not None:
                 os.close(self._direct)
 
     def _append(self, data: memoryview) -> None:
-        # Piece by piece: what is hashed is still in the processor's cache when it is copied. Whole blocks of the file
-        # go to the disk directly.
+        # Piece by piece, each of which is written while the next one is hashed; whole blocks of the file go to the disk
+        # directly.
+        writing: Future[None] | None = None
         while data:
             before = -self._end % BLOCK
             size = before or min(_CHUNK, len(data) - len(data) % BLOCK) or len(data)
             piece = data[:size]
             self._hash.update(piece)
-            with naming(self.path):
-                self._write(piece)
+            if writing is not None:
+                writing.result()
+            writing = self._writer.submit(self._write, piece, self._end)
+            self._end += len(piece)
             data = data[size:]
+        if writing is not None:
+            writing.result()
 
-    def _write(self, piece: memoryview) -> None:
-        if self._direct is not None and len(piece) % BLOCK == 0:
-            piece = piece[self._written_directly(piece, self._direct) :]
-        while piece:
-            written = os.pwrite(self._file, piece, self._end)
-            self._end += written
-            piece = piece[written:]
+    def _write(self, piece: memoryview, start: int) -> None:
+        with naming(self.path):
+            done = 0
+            if self._direct is not None and len(piece) % BLOCK == 0:
+                done = self._written_directly(piece, start, self._direct)
+            while done < len(piece):
+                done += os.pwrite(self._file, piece[done:], start + done)
 
-    def _written_directly(self, blocks: memoryview, file: int) -> int:
+    def _written_directly(self, blocks: memoryview, start: int, file: int) -> int:
         """How much of whole blocks went past the page cache."""
         aligned = memoryview(self._block)[: len(blocks)]
-        aligned[:] = blocks
+        # Other threads run in the meantime, which they do not while memoryviews are copied.
+        np.copyto(np.frombuffer(aligned, np.uint8), np.frombuffer(blocks, np.uint8))
         try:
-            written = os.pwrite(file, aligned, self._end)
+            return os.pwrite(file, aligned, start)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             return 0  # a limit within the blocks, or a disk of larger ones: the usual way says why, or does it
-        self._end += written
-        return written

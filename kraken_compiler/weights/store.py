@@ -29,6 +29,10 @@ class WeightStore(Protocol):
         """Every source name that `read` accepts."""
         ...
 
+    def release(self) -> None:
+        """Give back the memory that reading keeps for the next time."""
+        ...
+
     def validate(self) -> None:
         """Check that every tensor is there with the shape the model needs, without reading values.
 
@@ -58,6 +62,9 @@ class MemoryStore:
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
+
+    def release(self) -> None:
+        """Reading keeps nothing."""
 
     def validate(self) -> None:
         """Tensors in memory are what the model was captured with."""
