@@ -108,7 +108,7 @@ class WeightSpec:
     @property
     def is_cut_by_rows(self) -> bool:
         """True if every lane's part is rows of the source tensor, or all of it: `take_rows` gives it row by row."""
-        return bool(self.source_shape) and all(shard.dim == 0 for shard in self.shards)
+        return bool(self.source_shape) and [shard.dim for shard in self.shards] in ([], [0])
 
     def take_rows(self, rows: Tensor, start: int, lane: int) -> Tensor:
         """What of lane `lane`'s part some rows of the source tensor hold; all rows in their order give `take`.
@@ -121,9 +121,8 @@ class WeightSpec:
         import torch
 
         stop, last = start + len(rows), self.source_shape[0]
-        ((kept, missing),) = [
-            (shard.lanes[lane], shard.local_size - size(shard.lanes[lane])) for shard in self.shards
-        ] or [(((0, last),), 0)]
+        kept = self.shards[0].lanes[lane] if self.shards else ((0, last),)
+        missing = self.shape[0] - size(kept)
         pieces = [
             rows[max(first, start) - start : min(end, stop) - start]
             for first, end in kept

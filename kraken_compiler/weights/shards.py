@@ -71,9 +71,8 @@ def write_lane_shards(
         files = [shard.file for shard in shards]
         journal = ShardJournal(directory)
         kept = _resume(files, sources, journal)
-        pieces = [
-            piece for source in sources[kept:] for piece in _pieces(source, by_source[source], program.reader(read))
-        ]
+        reader = program.reader(read)
+        pieces = [piece for source in sources[kept:] for piece in _pieces(by_source[source], reader)]
         writing: deque[tuple[_Piece, list[Future[Mark]]]] = deque()
         done = kept
 
@@ -88,8 +87,8 @@ def write_lane_shards(
                     progress(done, len(sources), piece.source)
 
         for piece, tensor in _read_ahead(pieces):
-            for spec in piece.specs if piece.rows is None else ():
-                _check_shape(spec, tuple(tensor.shape))
+            if piece.rows is None:
+                _check_shape(piece.specs, tuple(tensor.shape))
             writing.append((piece, [shard.submit(piece, tensor) for shard in shards]))
             allowed = _PIECES_IN_FLIGHT - 1 if piece.nbytes <= READ_AHEAD_BYTES else 0
             del tensor
@@ -125,8 +124,8 @@ def lane_parts(
     reader = program.reader(read)
     for done, (source, of_source) in enumerate(by_source.items(), start=1):
         tensor = reader(source)
+        _check_shape(of_source, tuple(tensor.shape))
         for spec in of_source:
-            _check_shape(spec, tuple(tensor.shape))
             for lane in range(program.degree):
                 yield spec, lane, spec.take(tensor, lane).to(spec.torch_dtype)
         del tensor
@@ -160,7 +159,7 @@ class _Shard:
         cls, stack: ExitStack, directory: Path, by_source: Mapping[str, Sequence[WeightSpec]], lane: int | None
     ) -> Self:
         name = SHARED_FILE if lane is None else lane_file_name(lane)
-        specs = [spec for specs in by_source.values() for spec in specs if spec.shared == (lane is None)]
+        specs = [spec for specs in by_source.values() for spec in _held(specs, lane)]
         contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs}
         metadata = FORMAT | {"lane": "all" if lane is None else str(lane)}
         file = stack.enter_context(closing(ShardFile(directory / name, contents, metadata)))
@@ -172,9 +171,7 @@ class _Shard:
 
     def _write(self, piece: _Piece, tensor: Tensor) -> Mark:
         lane = self.lane or 0
-        for spec in piece.specs:
-            if spec.shared != (self.lane is None):
-                continue
+        for spec in _held(piece.specs, self.lane):
             if piece.rows is None:
                 self.file.append(spec.name, spec.take(tensor, lane).to(spec.torch_dtype))
             else:
@@ -182,46 +179,55 @@ class _Shard:
         return self.file.mark
 
 
+def _held(specs: Iterable[WeightSpec], lane: int | None) -> list[WeightSpec]:
+    """Those of some weights that a lane's file holds; the shared file's if there is no lane."""
+    return [spec for spec in specs if spec.shared == (lane is None)]
+
+
 @dataclass(frozen=True)
 class _Piece:
     """What is read at once: a source tensor, or some rows of a large one.
 
     Attributes:
-        source: The tensor's name.
-        specs: What is made of it.
+        specs: What is made of the tensor.
         read: Reads the piece.
         rows: First row and the one after the last; None for a whole tensor.
-        last: True if all of the tensor has been read with this.
         nbytes: Its size, should the source have the weights' element type.
     """
 
-    source: str
     specs: Sequence[WeightSpec]
     read: Callable[[], Tensor]
     rows: tuple[int, int] | None
-    last: bool
     nbytes: int
 
+    @property
+    def source(self) -> str:
+        """The tensor's name."""
+        return self.specs[0].source
 
-def _pieces(source: str, specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piece]:
-    """What is read of a source tensor, in order."""
-    shape = specs[0].source_shape
+    @property
+    def last(self) -> bool:
+        """True if all of the tensor has been read with this."""
+        return self.rows is None or self.rows[1] == self.specs[0].source_shape[0]
+
+
+def _pieces(specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piece]:
+    """What is read of the source tensor that weights are made of, in order."""
+    source, shape = specs[0].source, specs[0].source_shape
     nbytes = math.prod(shape) * specs[0].torch_dtype.itemsize
     # A file's tensors lie one behind the other, so of two that are made of the same source none can be written by rows.
     alone = len(specs) == len({spec.shared for spec in specs})
     by_rows = nbytes > READ_AHEAD_BYTES and alone and all(spec.is_cut_by_rows for spec in specs)
     rows = reader.rows_of(source) if by_rows else None
     if rows is None:
-        yield _Piece(source, specs, partial(reader, source), None, True, nbytes)
+        yield _Piece(specs, partial(reader, source), None, nbytes)
         return
-    for spec in specs:
-        _check_shape(spec, rows.shape)
+    _check_shape(specs, rows.shape)
     count, row_bytes = shape[0], nbytes // shape[0]
     step = max(1, _ROWS_BYTES // row_bytes)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        read = partial(rows.read, start, stop)
-        yield _Piece(source, specs, read, (start, stop), stop == count, (stop - start) * row_bytes)
+        yield _Piece(specs, partial(rows.read, start, stop), (start, stop), (stop - start) * row_bytes)
 
 
 def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJournal) -> int:
@@ -242,14 +248,16 @@ def _read_ahead(pieces: Sequence[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
         pending = pool.submit(pieces[0].read) if pieces else None
         for piece, following in zip(pieces, [*pieces[1:], None]):
             tensor = pending.result() if pending is not None else piece.read()
-            small = following is not None and following.nbytes <= READ_AHEAD_BYTES
-            pending = pool.submit(following.read) if following is not None and small else None
+            pending = None
+            if following is not None and following.nbytes <= READ_AHEAD_BYTES:
+                pending = pool.submit(following.read)
             yield piece, tensor
             del tensor
 
 
-def _check_shape(spec: WeightSpec, shape: tuple[int, ...]) -> None:
-    if shape != spec.source_shape:
-        raise InputFileError(
-            f"weight '{spec.source}' has shape {list(shape)}, the program needs {list(spec.source_shape)}"
-        )
+def _check_shape(specs: Iterable[WeightSpec], shape: tuple[int, ...]) -> None:
+    for spec in specs:
+        if shape != spec.source_shape:
+            raise InputFileError(
+                f"weight '{spec.source}' has shape {list(shape)}, the program needs {list(spec.source_shape)}"
+            )
