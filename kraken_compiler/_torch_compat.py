@@ -118,8 +118,66 @@ def load_archive(file: IO[bytes]) -> dict[str, ExportedProgram]:
     programs = load_pt2(file).exported_programs
     for program in programs.values():
         # Python source out of the file, which torch would execute if the program were run as a module.
+        note_guards(program, program._guards_code)
         program._guards_code = []
     return programs
+
+
+def traced_guards(exported: ExportedProgram) -> list[str]:
+    """What a trace found out about sizes and took for granted, as Python text: `L['x'].size()[1] <= 32`.
+
+    Without the questions whether a tensor of exactly some size lies in memory without gaps, which no number depends on.
+    """
+    environment = _shape_environment(exported)
+    if environment is None:
+        return list(exported._guards_code)
+    layouts = [guard for guard in environment.guards if _asks_for_layout(guard)]
+    kept = [guard for guard in environment.guards if guard not in layouts]
+    if not layouts:
+        return list(exported._guards_code)
+    try:
+        environment.guards = kept
+        return list(_guards_as_text(exported))
+    finally:
+        environment.guards = [*kept, *layouts]
+
+
+def _guards_as_text(exported: ExportedProgram) -> list[str]:
+    from torch.export.exported_program import _convert_guards_to_code
+
+    return list(_convert_guards_to_code(exported.graph_module))  # type: ignore[no-untyped-call]
+
+
+def _shape_environment(exported: ExportedProgram) -> Any:
+    values = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return next((mode.shape_env for mode in modes if mode.shape_env is not None), None)
+
+
+def _asks_for_layout(guard: Any) -> bool:
+    place = getattr(guard.sloc, "framework_loc", None)
+    name = getattr(place, "name", "")
+    file = getattr(place, "filename", "")
+    return file.endswith("torch/_prims_common/__init__.py") and "contiguous" in name
+
+
+def note_guards(exported: ExportedProgram, guards: Iterable[str]) -> None:
+    """Keep guards with a program under a name that torch does not know: it would execute them."""
+    exported._noted_guards = tuple(dict.fromkeys(guards))  # type: ignore[attr-defined]
+
+
+def noted_guards(exported: ExportedProgram) -> tuple[str, ...]:
+    """What `note_guards` kept."""
+    guards: tuple[str, ...] = getattr(exported, "_noted_guards", ())
+    return guards
+
+
+def tree_leaf_paths(spec: TreeSpec) -> list[str]:
+    """Where every leaf is, in the way in which guards say it: `['k'][0]`, "" for a bare leaf."""
+    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(numbered)
+    by_leaf = {leaf: pytree.keystr(path) for path, leaf in paths}
+    return [by_leaf[leaf] for leaf in range(spec.num_leaves)]
 
 
 def read_archive_entries(file: IO[bytes]) -> Iterator[tuple[str, Callable[[], bytes]]]:

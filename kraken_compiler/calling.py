@@ -16,6 +16,7 @@ from torch import Tensor
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import CallSpec, InputSpec
+from kraken_compiler.size_checks import require_sizes
 
 _missing = object()
 
@@ -48,6 +49,7 @@ def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwarg
         taken[spec.parameter] += 1
         _check_shape(call, spec, tensor)
         bound.append(tensor)
+    require_sizes(call, inputs, [tensor.shape for tensor in bound])
     return bound
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.ir.size_rules import names_in
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.structure_safety import require_safe_structure
 
@@ -51,13 +52,19 @@ def check_weights(weights: Iterable[WeightSpec], degree: int) -> None:
 
 
 def check_call(call: CallSpec, inputs: Iterable[InputSpec]) -> None:
-    """Make sure that inputs are arguments, and that their structures can be restored without running anything.
+    """Make sure that inputs are arguments, that their structures can be restored without running anything, and that
+    rules for sizes speak of the inputs' sizes.
 
     Raises:
         ValueError: They are not.
     """
+    sizes: set[str] = set()
     for spec in inputs:
         if spec.parameter not in call.trees:
             raise ValueError(f"input {spec.name!r} belongs to no argument")
+        sizes.update(size for size in spec.shape if isinstance(size, str))
+    for rule in call.sizes:
+        if not names_in(rule) <= sizes:
+            raise ValueError(f"the rule {rule!r} is about sizes that no input has")
     for text in (call.out_tree, *call.trees.values()):
         require_safe_structure(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch.export.graph_signature import InputSpec as ExportInput
 from torch.export.graph_signature import OutputSpec as ExportOutput
 
 from kraken_compiler import _torch_compat as compat
+from kraken_compiler.capture.size_guards import size_rules
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
+from kraken_compiler.ir.size_rules import all_in_words
 from kraken_compiler.ir.weight_table import WeightSpec
 
 _WEIGHT_KINDS = {
@@ -71,6 +72,9 @@ def build_program(
     _flatten_output(exported.graph, none_outputs)
     exported.graph_module.recompile()
 
+    arguments = {name: (tree, tuple(arg.name for arg in args)) for name, (tree, args) in call_inputs.items()}
+    shapes = {name: _shape(placeholders[name], symbols) for name, _ in inputs}
+    rules = size_rules(exported, shapes, placeholders, arguments)
     call = CallSpec(
         parameters=tuple(parameters) or tuple(call_inputs),
         constants=_constant_arguments(user_specs, call_inputs),
@@ -84,6 +88,7 @@ def build_program(
             if _has_tensor(args) and (nones := _none_leaves(args))
         },
         none_outputs=none_outputs,
+        sizes=rules,
     )
     for name, _ in inputs:
         if fx.Graph().placeholder(name).name != name:
@@ -91,7 +96,7 @@ def build_program(
             placeholders[name].name = f"arg_{name}"
     input_specs = tuple(_input_spec(placeholders[name], parameter, symbols) for name, parameter in inputs)
     program = Program(exported.graph_module, weights, input_specs, call, constants)
-    return program, _notes(exported, input_specs, symbols)
+    return program, _notes(input_specs, rules)
 
 
 def _check_outputs(specs: Sequence[ExportOutput], exported: ExportedProgram) -> tuple[list[str], tuple[int, ...]]:
@@ -233,13 +238,16 @@ def _name_symbols(nodes: Sequence[fx.Node]) -> dict[str, str]:
     return names
 
 
+def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[int | str, ...]:
+    sizes = node.meta["val"].shape
+    return tuple(symbols[symbol] if (symbol := compat.shape_symbol(size)) else int(size) for size in sizes)
+
+
 def _input_spec(node: fx.Node, parameter: str, symbols: dict[str, str]) -> InputSpec:
-    value = node.meta["val"]
-    shape = tuple(symbols[symbol] if (symbol := compat.shape_symbol(size)) else int(size) for size in value.shape)
-    return InputSpec(node.name, parameter, _dtype_name(value.dtype), shape)
+    return InputSpec(node.name, parameter, _dtype_name(node.meta["val"].dtype), _shape(node, symbols))
 
 
-def _notes(exported: ExportedProgram, inputs: Sequence[InputSpec], symbols: dict[str, str]) -> tuple[str, ...]:
+def _notes(inputs: Sequence[InputSpec], rules: Sequence[str]) -> tuple[str, ...]:
     notes = []
     for spec in inputs:
         dims = {0: "batch", 1: "sequence"} if len(spec.shape) <= 3 else {0: "batch"}
@@ -249,23 +257,7 @@ def _notes(exported: ExportedProgram, inputs: Sequence[InputSpec], symbols: dict
             for dim, size in enumerate(spec.shape)
             if dim in dims and isinstance(size, int)
         ]
-    for symbol, bounds in exported.range_constraints.items():
-        name = symbols.get(str(symbol))
-        if name is None:
-            continue
-        low, high = _bound(bounds.lower), _bound(bounds.upper)
-        if high is not None or (low or 0) > 2:
-            limit = f"between {low} and {high}" if high is not None else f"at least {low}"
-            notes.append(f"the {name} size must be {limit}")
-    return tuple(notes)
-
-
-def _bound(limit: Any) -> int | None:
-    """A finite bound as an integer; torch writes infinity as a symbol or as the largest integers."""
-    if not getattr(limit, "is_Integer", isinstance(limit, int)):
-        return None
-    value = int(limit)
-    return value if abs(value) < sys.maxsize - 1 else None
+    return (*notes, *all_in_words(rules))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

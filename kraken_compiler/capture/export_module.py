@@ -33,11 +33,12 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
     model = with_plain_weights(model)
     with _capture_state(model), _no_garbage_collection():
         exported = _trace(model, example, allow_strict=allow_strict)
+        compat.note_guards(exported, compat.traced_guards(exported))
         return functionalize(exported)
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
-    """Remove in-place ops.
+    """Remove in-place ops; the noted guards stay noted.
 
     Re-tracing takes as long as tracing, so it only happens where an op really writes; `detach_` on a lifted constant,
     which every `torch.tensor(...)` in a forward leaves behind, is renamed instead.
@@ -47,8 +48,11 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
             if node.target is torch.ops.aten.detach_.default:
                 node.target = torch.ops.aten.detach.default
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
+        known, before = compat.noted_guards(exported), set(exported._guards_code)
         with quiet_torch():
             functional: ExportedProgram = exported.run_decompositions({})
+        found = [guard for guard in compat.traced_guards(functional) if guard not in before]
+        compat.note_guards(functional, (*known, *found))
         return functional
     exported.graph_module.recompile()
     return exported

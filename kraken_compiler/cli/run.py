@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, set_up_logging
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.options import RunOptions, options_app
+from kraken_compiler.runtime.options import NEW_TOKENS, RunOptions, options_app
 
 _DESCRIPTION = """Run an artifact on this machine, one process per lane, and print the continuation of prompts.
 
@@ -36,12 +36,19 @@ def run(options: RunOptions) -> None:
         from kraken_compiler.runtime.launch import launch
         from kraken_compiler.runtime.text import require_tokenizer
         from kraken_compiler.runtime.worker_command import OPTIONS_FILE
+        from kraken_compiler.size_checks import require_generation
 
         artifact = open_artifact(options.artifact, verify=False)
         backend = choose_backend(options, artifact)
+        prompts = options.ids()
         if not options.input_ids:
             require_tokenizer(artifact)
-            options.prompts()
+            batch = len(options.prompts()) or 1
+        else:
+            batch = len(prompts)
+        new_tokens = options.max_new_tokens or NEW_TOKENS
+        # Here and not only where ranks know the lengths of texts, because starting them takes seconds.
+        require_generation(artifact.manifest.call, artifact.manifest.inputs, batch, map(len, prompts), new_tokens)
         with tempfile.TemporaryDirectory(prefix="kraken-options-") as name, _input_for_ranks(options) as terminal:
             file = Path(name) / "options.json"
             # The launcher's timeout reaches the ranks by itself.

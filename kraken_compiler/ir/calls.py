@@ -35,6 +35,7 @@ class CallSpec:
         model_class: The source model's class, for messages.
         none_inputs: For a captured argument, which of its leaves were None; the others are tensors.
         none_outputs: Which leaves of the output were None; the others are the graph's outputs, in order.
+        sizes: What the sizes of the inputs must keep to for the program to be the model's, see `ir/size_rules.py`.
     """
 
     parameters: tuple[str, ...]
@@ -45,6 +46,7 @@ class CallSpec:
     model_class: str = ""
     none_inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     none_outputs: tuple[int, ...] = ()
+    sizes: tuple[str, ...] = ()
 
     @property
     def output_names(self) -> tuple[str, ...]:

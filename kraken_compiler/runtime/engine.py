@@ -20,6 +20,7 @@ from kraken_compiler.runtime.decoder import Array, Decoder, check_capacity
 from kraken_compiler.runtime.generate import generate
 from kraken_compiler.runtime.sampling import Sampling
 from kraken_compiler.runtime.status import StatusWriter
+from kraken_compiler.size_checks import require_generation
 
 IDLE_SECONDS = 0.2
 """How long ranks sleep between two looks for an order. Waiting inside a collective for a person to type would run into
@@ -140,7 +141,8 @@ class Engine:
             The new token of every row, None for one that has ended.
 
         Raises:
-            UsageError: A token is none of the model's, or prompt and new tokens do not fit.
+            UsageError: A token is none of the model's, prompt and new tokens do not fit, or the model was not compiled
+                for sequences of such lengths.
         """
         # Here and not where ranks carry it out: an order that is refused must not reach the others.
         self._check(order)
@@ -179,6 +181,9 @@ class Engine:
                 f"prompt and new tokens need {needed} positions, the model has {positions}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
+        manifest = self.artifact.manifest
+        lengths = list(map(len, order.prompts))
+        require_generation(manifest.call, manifest.inputs, len(lengths), lengths, order.max_new_tokens)
         check_capacity(needed, order.capacity)
         if order.capacity > positions:
             raise UsageError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.runtime.derived_inputs import Derived, derived_input, no_language_model
+from kraken_compiler.size_checks import require_sizes
 
 
 def logits_function(
@@ -25,12 +26,15 @@ def logits_function(
         Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary].
 
     Raises:
-        UsageError: The program needs an input that does not follow from the ids, or has no logits.
+        UsageError: The program needs an input that does not follow from the ids, has no logits, or was not compiled
+            for sizes that it is called with.
     """
     inputs_of = inputs_function(inputs)
 
     def logits_of(ids: Tensor) -> Tensor:
-        logits = run_flat(inputs_of(ids))[call.logits]
+        tensors = inputs_of(ids)
+        require_sizes(call, inputs, [tensor.shape for tensor in tensors])
+        logits = run_flat(tensors)[call.logits]
         if logits.dim() != 3:
             raise no_language_model(call.output_names[call.logits], logits.dim())
         return logits

@@ -15,6 +15,7 @@ from kraken_compiler.runtime.lines import Lines
 from kraken_compiler.runtime.options import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
 from kraken_compiler.runtime.sampling import Sampling
 from kraken_compiler.runtime.text import TextCodec, TextStream
+from kraken_compiler.size_checks import longest_allowed, token_rules
 
 _SIGN = "> "
 _TITLE_CHARACTERS = 70
@@ -139,7 +140,9 @@ def _converse(engine: Engine, options: RunOptions) -> None:
     codec = TextCodec.of(engine.artifact)
     chat = codec.can_chat if options.chat is None else options.chat
     terminal = options.terminal or (os.isatty(0) and os.isatty(1))
-    capacity = options.max_context or min(CONTEXT, engine.model.positions)
+    manifest = engine.artifact.manifest
+    rules = token_rules(manifest.call, manifest.inputs)
+    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions))
     history = _system(options)
     lines = Lines()
     heard = False

@@ -10,14 +10,18 @@ import numpy.typing as npt
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import (
     ATTENTION_MASK,
+    BATCH,
     INPUT_IDS,
     LOGIT_POSITIONS,
     LOGITS,
     POSITION_IDS,
+    SEQUENCE,
     past_name,
     present_name,
 )
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.size_rules import broken_rule
+from kraken_compiler.size_checks import refusal
 
 Array = npt.NDArray[Any]
 
@@ -91,6 +95,7 @@ class ArrayDecoder:
         self._held = 0
         columns = np.arange(longest)[None, :] - (longest - lengths)[:, None]
         present = columns >= 0
+        self._require_lengths(lengths)
         self._mask[:, :longest] = present
         moved = np.take_along_axis(np.asarray(ids, np.int64), np.maximum(columns, 0), axis=1)
         return self._append(np.where(present, moved, 0), np.maximum(columns, 0))
@@ -111,6 +116,7 @@ class ArrayDecoder:
             raise UsageError("give the prompt to prefill first")
         self._require_room(self._held + 1)
         positions = self._mask[:, : self._held].sum(axis=1, keepdims=True)
+        self._require_lengths(positions[:, 0] + 1)
         self._mask[:, self._held] = 1
         return self._append(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
 
@@ -120,6 +126,14 @@ class ArrayDecoder:
                 f"the KV cache is full: it holds {self.capacity} tokens and {tokens} are needed; "
                 "ask for fewer new tokens or a larger capacity"
             )
+
+    def _require_lengths(self, lengths: Array) -> None:
+        """Hold every row's length against the source model's rules; the program holds the longest one's."""
+        for length in sorted(set(lengths.tolist())) if self._program.model.sizes else ():
+            sizes = {BATCH: self.batch, SEQUENCE: length}
+            broken = broken_rule(self._program.model.sizes, sizes)
+            if broken is not None:
+                raise UsageError(refusal("the model", sizes, broken))
 
     def _append(self, ids: Array, positions: Array) -> Array:
         total = self._held + ids.shape[1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_POSITIONS,
     META_PROGRAM,
     META_SHARED_DATA,
+    META_SIZES,
     META_WEIGHTS,
     OPSET,
     OWN,
@@ -35,6 +37,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     CacheRecord,
 )
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.ir.size_rules import parse_rule
 
 CACHE_DTYPES = ("float32", "float16")
 
@@ -56,6 +59,8 @@ class DeviceModel:
         positions: The longest sequence that it takes; None if nothing bounds it.
         collectives: One of `format.COLLECTIVE_KINDS`.
         weights: One of `format.WEIGHT_KINDS`; None if they are of the model's own type.
+        sizes: What its sizes must keep to, see `ir/size_rules.py`; with caches, those of whole sequences.
+        shapes: What the dims of the inputs are called there; with caches, nothing.
     """
 
     path: Path
@@ -68,6 +73,8 @@ class DeviceModel:
     positions: int | None
     collectives: str = OWN
     weights: str | None = None
+    sizes: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | str, *, verify: bool = True) -> Self:
@@ -89,7 +96,7 @@ class DeviceModel:
             raise InputFileError(f"{path}: damaged, not an ONNX model ({error})") from error
         try:
             return cls._described(path, proto, verify)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             # What is no text in a text field comes as bytes, or fails when it is looked at.
             reason = " ".join(str(error).split())
             raise InputFileError(f"{path}: damaged, its description is incomplete ({reason})") from error
@@ -99,6 +106,7 @@ class DeviceModel:
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         _check_versions(path, proto, metadata)
         caches = json.loads(metadata.get(META_CACHE, "null"))
+        sizes = json.loads(metadata.get(META_SIZES, "{}"))
         model = cls(
             path=path,
             proto=proto,
@@ -110,6 +118,8 @@ class DeviceModel:
             positions=json.loads(metadata.get(META_POSITIONS, "null")),
             collectives=metadata.get(META_COLLECTIVES, OWN),
             weights=metadata.get(META_WEIGHTS),
+            sizes=tuple(sizes.get("rules", ())),
+            shapes={name: tuple(shape) for name, shape in sizes.get("shapes", {}).items()},
         )
         _check_description(model)
         if model.weights is not None and model.weights not in WEIGHT_KINDS:
@@ -163,6 +173,10 @@ def _check_description(model: DeviceModel) -> None:
         raise TypeError("forms are names")
     if model.positions is not None and (type(model.positions) is not int or model.positions < 1):
         raise ValueError("the longest sequence is a positive number")
+    for rule in model.sizes:
+        if not isinstance(rule, str):
+            raise TypeError("rules for sizes are text")
+        parse_rule(rule)
     for cache in model.caches or ():
         sizes = (cache.heads, cache.key_dim, cache.value_dim)
         if not all(type(size) is int and size > 0 for size in sizes) or cache.dtype not in CACHE_DTYPES:

@@ -17,11 +17,13 @@ import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.events import Event, RanNode
-from kraken_compiler.backends.onnx_ort.format import OWN, START, WAIT
+from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
 from kraken_compiler.backends.onnx_ort.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.sizes import bind_sizes, shape_of
 from kraken_compiler.backends.onnx_ort.stages import Collective, Stage, cut
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.size_rules import broken_rule
+from kraken_compiler.size_checks import refusal
 
 Array = npt.NDArray[Any]
 
@@ -133,7 +135,7 @@ class DeviceProgram:
             The outputs by name.
 
         Raises:
-            UsageError: An input is missing, or of a wrong shape or type.
+            UsageError: An input is missing, of a wrong shape or type, or of a size that was not compiled for.
         """
         sizes = self._sizes(feeds)
         given = into or {}
@@ -196,9 +198,32 @@ class DeviceProgram:
             if feeds[name].dtype != wanted:
                 raise UsageError(f"input '{name}' is {feeds[name].dtype}, expected {wanted}")
         try:
-            return bind_sizes(self.inputs.values(), {name: feeds[name].shape for name in self.inputs})
+            sizes = bind_sizes(self.inputs.values(), {name: feeds[name].shape for name in self.inputs})
         except ValueError as error:
             raise UsageError(str(error)) from error
+        self._require_sizes(feeds)
+        return sizes
+
+    def _require_sizes(self, feeds: Mapping[str, Array]) -> None:
+        """Hold the source model's sizes against its rules; of a batch of unequal rows, the longest one's."""
+        model = self.model
+        if not model.sizes:
+            return
+        if model.caches is not None:
+            past = next((feeds[name].shape[2] for name in self.inputs if name.startswith(PAST_PREFIX)), 0)
+            batch, tokens = feeds[INPUT_IDS].shape
+            sizes = {BATCH: batch, SEQUENCE: past + tokens}
+        else:
+            shapes = {name: model.shapes.get(name, ()) for name in self.inputs}
+            sizes = {
+                dim: size
+                for name, shape in shapes.items()
+                for dim, size in zip(shape, feeds[name].shape)
+                if isinstance(dim, str)
+            }
+        broken = broken_rule(model.sizes, sizes)
+        if broken is not None:
+            raise UsageError(refusal("the model", sizes, broken))
 
 
 class _Session:

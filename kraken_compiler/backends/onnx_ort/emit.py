@@ -19,6 +19,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_FORMAT,
     META_FORMS,
     META_POSITIONS,
+    META_SIZES,
     META_WEIGHTS,
     ORT_NCCL,
     OWN,
@@ -30,6 +31,7 @@ from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
 from kraken_compiler.progress import Advance
+from kraken_compiler.size_checks import token_rules
 
 RUNNABLE = ("float32", "float16")
 """Element types that ONNX Runtime has kernels for on CPUs."""
@@ -82,6 +84,10 @@ class OnnxBackend(Backend):
             META_COLLECTIVES: self.collectives,
             META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
         }
+        if program.call.sizes:
+            rules = program.call.sizes if cached is None else token_rules(program.call, program.inputs)
+            shapes = {spec.name: spec.shape for spec in program.inputs} if cached is None else {}
+            metadata[META_SIZES] = json.dumps({"rules": rules, "shapes": shapes})
         if self.weights is not None:
             metadata[META_WEIGHTS] = self.weights
         if cached is not None and tables is not None:

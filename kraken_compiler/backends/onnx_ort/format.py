@@ -54,6 +54,7 @@ META_DATA = "kraken.data_sha256"
 META_SHARED_DATA = "kraken.shared_data_sha256"
 META_CACHE = "kraken.cache"
 META_POSITIONS = "kraken.max_positions"
+META_SIZES = "kraken.sizes"
 META_COLLECTIVES = "kraken.collectives"
 META_WEIGHTS = "kraken.weights"
 
@@ -85,9 +86,12 @@ SHARED_DATA_FILE = "shared.onnx.data"
 """Name of the file beside the models that holds what every one of several devices has whole."""
 
 
+PAST_PREFIX = "past_key_values."
+
+
 def past_name(layer: int, part: str) -> str:
     """Input that holds what attention `layer` kept; `part` is "key" or "value". [batch, heads, past, dim]."""
-    return f"past_key_values.{layer}.{part}"
+    return f"{PAST_PREFIX}{layer}.{part}"
 
 
 def present_name(layer: int, part: str) -> str:

@@ -35,6 +35,7 @@ class CachedDecoder:
         capacity: int,
         device: torch.device,
         identical_on_all_ranks: bool = False,
+        require_lengths: Callable[[Sequence[int]], None] = lambda lengths: None,
     ) -> None:
         """Allocate the caches and compute the tables.
 
@@ -45,6 +46,7 @@ class CachedDecoder:
             batch, capacity: See the class.
             device: Where it all lives.
             identical_on_all_ranks: Whether the collectives give all ranks the same bits.
+            require_lengths: Raises a `UsageError` if the model takes no sequences of these lengths.
 
         Raises:
             UsageError: The capacity is beyond what the model's positions allow, or a size is not positive.
@@ -56,6 +58,7 @@ class CachedDecoder:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
+        self._require_lengths = require_lengths
         # Compiled code writes into caches outside of inference mode, where inference tensors must not be written to.
         with torch.inference_mode(False):
             self._every_slot = torch.arange(capacity, device=device)
@@ -129,6 +132,7 @@ class CachedDecoder:
                 f"the KV cache is full: it holds {self.capacity} tokens and {needed} are needed; "
                 "ask for fewer new tokens or a larger capacity"
             )
+        self._require_lengths([length + count for length, count in zip(self._lengths, counts)])
         alike = longest == min(self._lengths)
         # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
         static = self._device.type == "cuda" and tokens == 1 and self.capacity > 1

@@ -25,6 +25,7 @@ from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
+from kraken_compiler.size_checks import require_lengths, token_rules
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
@@ -274,6 +275,7 @@ class RankProgram(nn.Module):
             capacity=capacity,
             device=self._device(),
             identical_on_all_ranks=self.communicator.identical_on_all_ranks,
+            require_lengths=partial(require_lengths, self.call, token_rules(self.call, self.inputs), batch),
         )
 
     def _step(self, graphs: CachedGraphs, compiled: bool) -> RunStep:
