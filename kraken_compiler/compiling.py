@@ -105,7 +105,7 @@ def compile_model(
         max_perplexity_increase: The same for the growth of the perplexity, as a share of the source's: 0.02 is 2 %.
         verify: Check the programs and measure the quality.
         trust_pickle: Allow files that can run any code when they are opened.
-        force: Replace a directory that is not empty.
+        force: Replace an artifact that is there; other directories are replaced only when they are empty.
         dump_directory: Where to write the graph as text after every pass.
         timeout: Seconds without progress after which a rank counts as hanging.
         progress: Is told about long stages.
@@ -123,7 +123,8 @@ def compile_model(
     paths = [Path(one) for one in calibrate]
     budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
     # From the beginning: a rival must hear of it before it has worked for hours.
-    with reserved(Path(directory), force) if directory is not None else nullcontext() as reservation:
+    inputs = [Path(one) for one in (model, text, *paths) if isinstance(one, str | os.PathLike)]
+    with reserved(Path(directory), force, inputs) if directory is not None else nullcontext() as reservation:
         with show.stage("capture"):
             captured = capture(
                 model,

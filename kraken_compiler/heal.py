@@ -16,7 +16,8 @@ from torch import nn
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE, HealingRecord
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.artifact.reservation import check_target
+from kraken_compiler.artifact.replaceable import resolved
+from kraken_compiler.artifact.reservation import Reservation, check_target, reserved
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.capture import Capture
@@ -33,7 +34,7 @@ from kraken_compiler.quality.healing.parameters import is_trained
 from kraken_compiler.quality.healing.ranks import heal_on_ranks
 from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.state import Lock, RunState, open_state
+from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
 from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched, Watch
 from kraken_compiler.recompile import backends_of, lowered_as, source_of
 from kraken_compiler.verify.verification import SIZES, Verification, verify_programs
@@ -105,7 +106,7 @@ def heal_artifact(
         output: The new artifact; None puts it beside the old one, as `NAME.healed.kraken`.
         source: The source model; None means where it was when the artifact was compiled.
         example_inputs, trust_pickle: To capture it, see `compile_model`.
-        force: Replace an output directory that is not empty.
+        force: Replace an artifact that is there; other directories are replaced only when they are empty.
         restart: Begin anew, whatever an earlier run left.
         tensorboard: A directory for curves.
         timeout: Seconds without progress, beyond what training steps take, after which a rank counts as hanging.
@@ -126,7 +127,9 @@ def heal_artifact(
         artifact = open_artifact(path)
     if "torch" not in artifact.manifest.backends:
         raise UsageError(f"{path}: holds no torch program to train; compile the model with --backend torch,onnx")
-    _check_output(path, target, force)
+    where = source if source is not None else artifact.manifest.source.path
+    inputs = [Path(one) for one in (path, *texts, *tokens, where) if one and isinstance(one, str | os.PathLike)]
+    _check_output(path, target, force, inputs)
     settings = _resolved(settings, artifact.manifest.degree)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
@@ -153,8 +156,9 @@ def heal_artifact(
             kl_after=outcome.after["kl"],
             settings=settings.identity(),
         )
-        result = _write(artifact, captured, folder, target, record, outcome, state.step, force, timeout, show)
-    shutil.rmtree(folder, ignore_errors=True)
+        with reserved(target, force, inputs) as reservation:
+            result = _write(artifact, captured, folder, reservation, record, outcome, state.step, timeout, show)
+    remove_run(folder)
     return result
 
 
@@ -183,11 +187,10 @@ def _write(
     artifact: Artifact,
     captured: Capture,
     folder: Path,
-    target: Path,
+    reservation: Reservation,
     record: HealingRecord,
     outcome: Outcome,
     resumed_from: int,
-    force: bool,
     timeout: float,
     show: Progress,
 ) -> HealResult:
@@ -213,14 +216,14 @@ def _write(
         written = write_artifact(
             program,
             program.reader(read),
-            target,
+            reservation.target,
             source=manifest.source,
             backends=backends_of(artifact),
             tokenizer_saver=_tokenizer_copier(artifact),
             report=report,
             healed=(*manifest.healed, record),
             check=check,
-            force=force,
+            reservation=reservation,
             progress=advance,
         )
     assert verification is not None
@@ -265,10 +268,13 @@ def _beside(path: Path) -> Path:
     return path.absolute().with_name(f"{path.absolute().name.removesuffix('.kraken')}.healed.kraken")
 
 
-def _check_output(path: Path, target: Path, force: bool) -> None:
-    if target.absolute().resolve() == path.absolute().resolve():
-        raise UsageError(f"--output {target}: is the artifact that is healed; choose another directory")
-    check_target(target, force)
+def _check_output(path: Path, target: Path, force: bool, inputs: Sequence[Path]) -> None:
+    place = resolved(target)
+    if any(above.exists() and above.samefile(path) for above in (place, *place.parents)):
+        raise UsageError(
+            f"--output {target}: is the artifact that is healed, or lies inside it; choose another directory"
+        )
+    check_target(target, force, inputs)
 
 
 def _tokenizer_copier(artifact: Artifact) -> Callable[[Path], None] | None:

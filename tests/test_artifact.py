@@ -86,7 +86,10 @@ def test_a_directory_in_use_is_refused(artifact: Path) -> None:
 
 
 def test_force_replaces_the_whole(artifact: Path) -> None:
-    (artifact / "stray").write_text("of an earlier version")
+    lost = artifact / "torch" / "lane-9.safetensors"
+    lost.write_bytes(b"of an earlier version")
+    files = json.loads((artifact / "manifest.json").read_text())["files"]
+    edit_manifest(artifact, format_version=1, files=files | {"torch/lane-9.safetensors": {"sha256": "", "bytes": 21}})
     write_toy(artifact, 2, force=True, report={"note": "second"})
     assert beside(artifact) == ["manifest.json", "report.json", "torch"]
     assert open_artifact(artifact).report() == {"note": "second"}

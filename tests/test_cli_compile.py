@@ -437,11 +437,15 @@ def test_an_output_in_use(llama: Path, tmp_path: Path) -> None:
     target.mkdir()
     (target / "precious").write_text("")
     arguments = (llama, *LOSSLESS, "--no-verify", "-o", target)
+    for force in ((), ("--force",)):
+        line = refused(2, *arguments, *force, watched=tmp_path)
+        assert "is not empty and holds precious, which no compile wrote; choose another directory" in line
+    (target / "precious").unlink()
+    done(*arguments, "-q")
     assert "is not empty; choose another directory, or replace it with --force" in refused(
         2, *arguments, watched=tmp_path
     )
     done(*arguments, "--force", "-q")
-    assert "precious" not in files_in(target)
     assert open_artifact(target).manifest.degree == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

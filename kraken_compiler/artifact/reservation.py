@@ -8,7 +8,8 @@ Beside `model.kraken` lies, as long as somebody writes it,
       artifact/     what becomes `model.kraken`
       old/          the artifact that was there, where the file system cannot swap two directories in one step
 
-A compile that was killed leaves this directory; the next one finds the lock free and takes the directory over.
+A compile that was killed leaves this directory; the next one finds the lock free and takes the directory over. Nothing
+else is removed: a directory is replaced only if it is empty or an artifact alone, before the work and again after it.
 """
 
 from __future__ import annotations
@@ -16,34 +17,42 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kraken_compiler.artifact.exchange import exchange
+from kraken_compiler.artifact.replaceable import require_replaceable, resolved
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.file_errors import naming
 from kraken_compiler.weights.shard_journal import JOURNAL
 
 _LOCK, _KEY, _ARTIFACT, _OLD = "lock", "key", "artifact", "old"
+_NEW_KEY = f"{_KEY}.new"
 _RESUMED = (JOURNAL, ".safetensors")
 """Ends of the names of files that a later compile can go on with: shards, and what is known of them."""
 
 
-def check_target(directory: Path | str, force: bool = False) -> None:
+def check_target(directory: Path | str, force: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Make sure that an artifact may be written here; worth asking before hours of work.
 
+    Args:
+        directory: The artifact's.
+        force: It may be there already.
+        inputs: Files and directories that the artifact is made from.
+
     Raises:
-        UsageError: It is no directory, or not empty and `force` is not given.
+        UsageError: It is no directory, or not empty and `force` is not given, or something would be lost with it.
         InputFileError: It cannot be looked into.
     """
-    target = Path(directory)
+    target = resolved(directory)
     try:
         if not target.exists():
             return
         if not target.is_dir():
             raise UsageError(f"{target} exists and is no directory")
+        require_replaceable(target, inputs)
         occupied = any(target.iterdir())
     except OSError as error:
         raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -56,12 +65,15 @@ class Reservation:
     """The right to write one artifact.
 
     Attributes:
-        target: Where the artifact will be, absolute.
+        target: Where the artifact will be, absolute and behind all links.
         work: The directory beside it that is the writer's own.
+        force, inputs: See `check_target`.
     """
 
     target: Path
     work: Path
+    force: bool = False
+    inputs: tuple[Path, ...] = ()
 
     @property
     def partial(self) -> Path:
@@ -80,8 +92,8 @@ class Reservation:
         path = self.work / _KEY
         with naming(path):
             # In one step, so that a killed compile leaves no half of it.
-            path.with_suffix(".new").write_text(key, encoding="utf-8")
-            path.with_suffix(".new").rename(path)
+            (self.work / _NEW_KEY).write_text(key, encoding="utf-8")
+            (self.work / _NEW_KEY).rename(path)
 
     def prepare(self, *, keep_shards: bool) -> Path:
         """Make the directory for the artifact.
@@ -95,7 +107,7 @@ class Reservation:
         Raises:
             OSError: It cannot be written.
         """
-        if keep_shards:
+        if keep_shards and not self.partial.is_symlink():
             _remove_all_but_shards(self.partial)
         else:
             (self.work / _KEY).unlink(missing_ok=True)
@@ -107,10 +119,17 @@ class Reservation:
         """Let the complete artifact take its place.
 
         Raises:
+            UsageError: Somebody put something there meanwhile, which is untouched; the artifact is beside it.
             OSError: It cannot; the old one is where it was.
         """
         for journal in self.partial.rglob(JOURNAL):
             journal.unlink()
+        try:
+            check_target(self.target, self.force, self.inputs)
+        except UsageError as error:
+            beside = _free_name(self.target)
+            self.partial.rename(beside)
+            raise UsageError(f"{error} (what was compiled meanwhile is in {beside})") from None
         if not self.target.exists():
             self.partial.rename(self.target)
         elif not exchange(self.partial, self.target):
@@ -125,23 +144,24 @@ class Reservation:
 
 
 @contextmanager
-def reserved(directory: Path | str, force: bool = False) -> Iterator[Reservation]:
+def reserved(directory: Path | str, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Reservation]:
     """Be the only one that writes an artifact here.
 
     What was written and not put in place is removed at the end, also after Ctrl-C.
 
     Args:
         directory: The artifact's; its parents are made if need be.
-        force: It may be there already.
+        force, inputs: See `check_target`.
 
     Raises:
         UsageError: Somebody else is writing it; or see `check_target`.
         InputFileError: Nothing can be written there.
     """
-    target = Path(directory).absolute()
-    check_target(target, force)
+    target = resolved(directory)
+    check_target(target, force, inputs)
     work = target.parent / f".{target.name}.partial"
     try:
+        _require_own(work)
         made = [parent for parent in target.parents if not parent.exists()]
         lock = _lock(work)
     except OSError as error:
@@ -153,8 +173,8 @@ def reserved(directory: Path | str, force: bool = False) -> Iterator[Reservation
             _restore(work / _OLD, target)
         except OSError as error:
             raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
-        check_target(target, force)  # the one that held the lock may have finished just now
-        yield Reservation(target, work)
+        check_target(target, force, inputs)  # the one that held the lock may have finished just now
+        yield Reservation(target, work, force, tuple(inputs))
     finally:
         _clear(work)
         for parent in made:
@@ -183,6 +203,33 @@ def _lock(work: Path) -> int | None:
         os.close(descriptor)  # what was locked is no longer the file of that name
 
 
+def _require_own(work: Path) -> None:
+    """Make sure that the directory for the writer is not somebody else's.
+
+    Raises:
+        UsageError: It is.
+    """
+    if not os.path.lexists(work):
+        return
+    others = [work.name]
+    if work.is_dir() and not work.is_symlink():
+        names = {path.name for path in work.iterdir()}
+        # Made before and removed after all others.
+        own = {_LOCK, _KEY, _NEW_KEY, _ARTIFACT, _OLD} if _LOCK in names else set()
+        others = sorted(names - own)
+    if others:
+        raise UsageError(
+            f"{work} is needed while the artifact is written, and no compile made {', '.join(others[:3])}; move it away"
+        )
+
+
+def _free_name(target: Path) -> Path:
+    number = 1
+    while os.path.lexists(beside := target.with_name(f"{target.name}.{number}")):
+        number += 1
+    return beside
+
+
 def _is_open(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
@@ -198,9 +245,8 @@ def _restore(old: Path, target: Path) -> None:
 
 def _clear(work: Path) -> None:
     """Remove the directory, the lock last: whoever holds it may still be alone in here."""
-    for path in work.iterdir():
-        if path.name != _LOCK:
-            _remove(path)
+    for name in (_KEY, _NEW_KEY, _ARTIFACT, _OLD):
+        _remove(work / name)
     (work / _LOCK).unlink(missing_ok=True)
     _remove_if_empty(work)
 

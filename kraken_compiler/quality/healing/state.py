@@ -15,9 +15,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,11 @@ from kraken_compiler.quality.healing.settings import option_name
 
 STATE_FILE = "state.json"
 _VERSION = 1
+_OF_A_RUN = re.compile(
+    r"(state\.json|step-\d+\.rank-\d+\.safetensors|lane-\d+\.safetensors|shared\.safetensors|rows\.safetensors)"
+    r"(\.partial)?|lock|events\.jsonl|\.?teacher\.kraken(\.partial)?"
+)
+"""Names of all that a run puts into its folder."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,11 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
                 state = read_state(folder)
                 _require_same(folder, state.identity, wanted)
                 return state
+            others = sorted(path.name for path in folder.iterdir() if not _OF_A_RUN.fullmatch(path.name))
+            if others:
+                raise UsageError(f"{folder} also holds {', '.join(others[:3])}, which no run wrote; move it away")
             with Lock(folder):
-                shutil.rmtree(folder)
+                remove_run(folder)
         elif folder.exists():
             folder.rmdir()
         # Renamed when it has a state, so that a folder without one is never ours.
@@ -82,6 +92,19 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
     except OSError as error:
         raise InputFileError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return state
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's files, and its folder if it holds nothing else."""
+    for path in sorted(folder.iterdir()):
+        if not _OF_A_RUN.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def read_state(folder: Path) -> RunState:
@@ -140,7 +163,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> str:
 def keep_only(folder: Path, state: RunState) -> None:
     """Remove the files of earlier checkpoints."""
     for path in folder.glob("step-*"):
-        if path.name not in state.files:
+        if _OF_A_RUN.fullmatch(path.name) and path.name not in state.files:
             path.unlink(missing_ok=True)
 
 
