@@ -93,6 +93,35 @@ def test_a_file_that_is_not_there_is_no_file_without_direct_writes(tmp_path: Pat
         open_direct(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("system", "release", "direct"),
+    [
+        ("Linux", "5.11.22-7-generic", False),
+        ("Linux", "4.18.0-477.el8.x86_64", False),
+        ("Linux", "4.4.0", False),
+        ("Linux", "unknown", False),
+        ("Linux", "5.12.0-rc1", True),
+        ("Linux", "6.8.0-31-generic", True),
+        ("Linux", "10.0", True),
+        ("FreeBSD", "4.11-RELEASE", True),
+    ],
+)
+def test_kernels_that_lose_what_is_read_directly_get_none(
+    large: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, system: str, release: str, direct: bool
+) -> None:
+    request.addfinalizer(direct_io._keeps_what_is_read.cache_clear)
+    direct_io._keeps_what_is_read.cache_clear()
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system, release=release))
+    opened: list[int] = []
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments[1]) or 99)
+    assert (open_direct(large, os.O_RDONLY) is not None) == direct
+    assert [bool(flags & os.O_DIRECT) for flags in opened] == [True] * direct
+    monkeypatch.undo()
+    content = large.read_bytes()
+    forget(large)
+    assert read_back(large, 0, 4 * MIB) == content
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A file that ends within a block, of which the page cache has nothing."""

@@ -3,14 +3,16 @@
 A shard is written once, is often larger than the memory, and is read by other processes later; so is a source that
 the memory cannot hold, which is read from its beginning to its end: a copy in the page cache costs more processor time
 than hashing the bytes, and pushes out what somebody needs. Direct reads and writes must begin and end at whole blocks,
-in memory too; what is before and behind them goes the usual way. Kernels before 5.12 may lose what is read directly if
-another thread forks in the meantime.
+in memory too; what is before and behind them goes the usual way. Linux before 5.12 may lose what is read directly if
+another thread forks in the meantime, so there all goes the usual way.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +24,19 @@ BLOCK = 4096
 """What direct reads and writes begin at, in the file and in memory; a multiple of every common disk's blocks."""
 
 _SHARE_OF_MEMORY = 0.5
+_FIRST_SAFE_LINUX = (5, 12)
 
 
 def open_direct(path: Path, mode: int = os.O_WRONLY) -> int | None:
-    """A descriptor for direct writes, or reads, of an existing file; None where the system or its file system has none.
+    """A descriptor for direct writes, or reads, of an existing file; None where there are none that can be trusted.
+
+    The system or its file system may have none, or lose what was read.
 
     Raises:
         OSError: The file cannot be opened for another reason.
     """
     flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
+    if not flag or not _keeps_what_is_read():
         return None
     try:
         return os.open(path, mode | os.O_CLOEXEC | flag)
@@ -39,6 +44,16 @@ def open_direct(path: Path, mode: int = os.O_WRONLY) -> int | None:
         if error.errno == errno.EINVAL:
             return None
         raise
+
+
+@functools.cache
+def _keeps_what_is_read() -> bool:
+    """False if a fork in another thread may spoil a direct read, or if that is not known."""
+    kernel = os.uname()
+    if kernel.sysname != "Linux":
+        return True
+    version = re.match(r"(\d+)\.(\d+)", kernel.release)
+    return version is not None and (int(version[1]), int(version[2])) >= _FIRST_SAFE_LINUX
 
 
 def would_flood_the_cache(files: Iterable[Path]) -> bool:
