@@ -72,7 +72,7 @@ print("ready", flush=True)
 sys.stdin.read()
 """
 
-HELPER_MODULES = ["torch", "torch.distributed", "kraken_compiler.runtime.worker"]
+HELPER_MODULES = ["torch", "torch.distributed", "kraken_compiler.runtime.torch_rank"]
 """What one rank of the verification imports."""
 
 

@@ -96,7 +96,7 @@ def run(command: str, *arguments: str) -> str:
     print(f"$ {shlex.join((command, *arguments))}", flush=True)
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", f"kraken_compiler.cli.{command.removeprefix('kraken-')}", *arguments],
+        [sys.executable, "-P", "-m", f"kraken_compiler.cli.{command.removeprefix('kraken-')}", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -9,8 +9,9 @@ module = kraken_compiler.load_lanes("model.kraken")          # all of an artifac
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# Not typing's: a rank decides where modules come from before it imports any that Python has not imported anyway.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kraken_compiler.api import CompileResult, load_lanes, transform, verify_artifact
     from kraken_compiler.api import compile_model as compile
@@ -46,7 +47,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import what is asked for, so that the import of the package costs nothing (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'kraken_compiler' has no attribute '{name}'")

@@ -30,6 +30,8 @@ def continuation(logits_of: Callable[[Tensor], Tensor], prompt: list[int], count
 class NearTies:
     """A decoder whose logits are ties, but for the last bit of a rank's own."""
 
+    identical_on_all_ranks = False
+
     def __init__(self, batch: int, rank: int) -> None:
         self.batch = batch
         self.capacity = 100

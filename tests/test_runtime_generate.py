@@ -102,6 +102,18 @@ def test_a_decoder_of_tensors_generates_too() -> None:
     assert decoder.prefill(np.array([[1], [2]]), np.array([1, 1])).dtype == np.float32
 
 
+def test_what_a_decoder_promises_is_declared_and_not_guessed() -> None:
+    class Silent:
+        batch, capacity = 2, 30
+        prefill, step, reset = TensorCounter.prefill, TensorCounter.step, TensorCounter.reset
+
+    with pytest.raises(AttributeError, match="identical_on_all_ranks"):
+        HostDecoder(Silent())
+    assert "identical_on_all_ranks" in dir(Decoder)
+    for kind in (RecomputingDecoder, ArrayDecoder):
+        assert kind.identical_on_all_ranks is False
+
+
 def test_what_does_not_fit() -> None:
     assert len(list(generate(counting(2, 5), [[1], [1, 2]], 3))) == 3
     with pytest.raises(UsageError, match="room for 6 tokens, there is room for 5; shorten the prompt"):

@@ -20,7 +20,10 @@ TrustPickleOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None,
-    typer.Option(help=f"Seconds without progress after which a rank counts as hanging. (default: {DEFAULT_TIMEOUT:g})"),
+    typer.Option(
+        help="Seconds after which a rank counts as hanging that gets nothing done, while no rank computes. "
+        f"(default: {DEFAULT_TIMEOUT:g})"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]

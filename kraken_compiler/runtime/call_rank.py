@@ -1,4 +1,4 @@
-"""What every rank of `run_ranks` runs: `python -m kraken_compiler.runtime.call_rank MODULE:FUNCTION DIRECTORY`."""
+"""What every rank of `run_ranks` runs: `python -m kraken_compiler.runtime.call_rank MODULE:FUNCTION DIRECTORY FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+from kraken_compiler.runtime.import_path import load_package
 from kraken_compiler.runtime.session import rank_session
 
 
 def main() -> None:
-    """Call the function as this rank; arguments and result are JSON files in the directory."""
-    function_path, name = sys.argv[1:]
+    """Call the function as this rank; arguments and result are JSON files in the directory.
+
+    The folder is where the launcher has the function's package from; what is in there is imported last.
+    """
+    function_path, name, folder = sys.argv[1:]
     directory = Path(name)
+    sys.path.append(folder)
+    load_package(function_path.partition(".")[0], folder)
     with rank_session() as session:
         module, _, function = function_path.partition(":")
         payload = json.loads((directory / "payload.json").read_text())

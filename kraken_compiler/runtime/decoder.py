@@ -22,9 +22,7 @@ class Decoder(Protocol[A]):
     Attributes:
         batch: Number of rows.
         capacity: Most tokens a row can have, prompt and new ones together.
-
-    A decoder may also have an attribute `identical_on_all_ranks`. True promises that ranks that run the same kernels
-    get the same logits to the last bit.
+        identical_on_all_ranks: True promises that ranks that run the same kernels get the same logits to the last bit.
     """
 
     @property
@@ -32,6 +30,9 @@ class Decoder(Protocol[A]):
 
     @property
     def capacity(self) -> int: ...
+
+    @property
+    def identical_on_all_ranks(self) -> bool: ...
 
     def prefill(self, ids: A, lengths: A) -> A:
         """Read prompts into an empty decoder.
@@ -68,7 +69,12 @@ class RecomputingDecoder:
     """A decoder for a program without a cache: it reads all there is again for every token.
 
     Rows of different lengths are padded on the right, which a causal model does not notice.
+
+    Attributes:
+        batch, capacity, identical_on_all_ranks: See `Decoder`; of any function nothing is promised.
     """
+
+    identical_on_all_ranks = False
 
     def __init__(self, logits_of: Callable[[Array], Array], batch: int, capacity: int) -> None:
         """Wrap a language model.

@@ -7,6 +7,7 @@ neither the same command line, nor files, nor a tokenizer.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ _FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
 
 _ORDER_SECONDS = 120.0
 _COMPILE_SECONDS = 1800.0
+_SLOWEST_ACCELERATOR = 1e12
+"""Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
 _IDLE, _END = b"", b"end"
 """What rank 0 sends instead of an order, which is a JSON object."""
 
@@ -193,10 +196,14 @@ class Engine:
 
     def _carry_out(self, order: Order) -> Iterator[list[int | None]]:
         status = self.session.status
-        extra = _COMPILE_SECONDS if order.compiled else 0.0
-        status.progress("generating token 1", extra)
+        compiling = _COMPILE_SECONDS if order.compiled else 0.0
+        rows, longest = len(order.prompts), max(map(len, order.prompts), default=0)
+        reading = self._seconds_to_read(rows * longest)
+        # Without a cache all is read again for every token.
+        again = self._seconds_to_read(rows * order.capacity) if self.artifact.manifest.cache is None else 0.0
+        status.progress("generating token 1", compiling + reading)
         decoder = self._decoder_for(order)
-        rows = generate(
+        steps = generate(
             decoder,
             order.prompts,
             order.max_new_tokens,
@@ -204,16 +211,22 @@ class Engine:
             eos=order.eos,
             agree=self._agreement(decoder),
         )
-        for done, tokens in enumerate(rows, start=1):
+        for done, tokens in enumerate(steps, start=1):
             # The first step may compile as well: reading a prompt and appending a token are two programs.
-            status.progress(f"generating token {done + 1}", extra if done == 1 else 0.0)
+            status.progress(f"generating token {done + 1}", again + (compiling if done == 1 else 0.0))
             yield tokens
+
+    def _seconds_to_read(self, tokens: int) -> float:
+        """How long a slow accelerator multiplies so many tokens with its share of the weights."""
+        manifest = self.artifact.manifest
+        elements = sum(math.prod(spec.source_shape) for spec in manifest.weights) / manifest.degree
+        return 2.0 * elements * tokens / _SLOWEST_ACCELERATOR
 
     def _agreement(self, decoder: Decoder[Array]) -> Callable[[Array], Array] | None:
         """How the ranks come to the same choices; None if they make the same ones anyway."""
         session = self.session
         # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
-        identical = session.one_machine and getattr(decoder, "identical_on_all_ranks", False)
+        identical = session.one_machine and decoder.identical_on_all_ranks
         return None if session.degree == 1 or identical else first_rank_decides(session)
 
     def _decoder_for(self, order: Order) -> Decoder[Array]:

@@ -15,7 +15,7 @@ DEFAULT_TIMEOUT = 60.0
 SLOWEST_DISK = 50e6
 """Bytes per second at which a file is read and hashed at the least."""
 
-_BACKSTOP_SECONDS = 600.0
+_BACKSTOP_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def collective_timeout(timeout: float | None) -> float:
     under_launcher = os.environ.get(RUN_TIMEOUT)
     if under_launcher is None:
         return DEFAULT_TIMEOUT
-    # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load, so it is
-    # given the first word.
+    # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load or to
+    # compute, so it is given the first word.
     return float(under_launcher) + _BACKSTOP_SECONDS

@@ -16,6 +16,7 @@ from torch import Tensor
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.events import Event, read_events
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.import_path import folder_of
 from kraken_compiler.runtime.launch import launch
 from kraken_compiler.runtime.replay import replay
 from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session, load_rank_program
@@ -48,7 +49,7 @@ def run_ranks(
         (directory / "payload.json").write_text(json.dumps(payload or {}))
         launch(
             degree,
-            [function_path, name],
+            [function_path, name, folder_of(function_path.partition(".")[0])],
             module="kraken_compiler.runtime.call_rank",
             timeout=timeout,
             show_output=False,

@@ -18,6 +18,7 @@ from kraken_compiler.backends.onnx_ort.events import write_events
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.communicators.arrays import ArrayCommunicator
+from kraken_compiler.runtime.environment import collective_timeout
 from kraken_compiler.runtime.replay import replay
 from kraken_compiler.runtime.session import Session
 
@@ -28,6 +29,7 @@ class TensorDecoder:
     def __init__(self, decoder: ArrayDecoder) -> None:
         self._decoder = decoder
         self.batch, self.capacity = decoder.batch, decoder.capacity
+        self.identical_on_all_ranks = decoder.identical_on_all_ranks
 
     def reset(self) -> None:
         self._decoder.reset()
@@ -45,7 +47,7 @@ def execute(payload: Mapping[str, Any], session: Session) -> int:
     model = DeviceModel.load(Path(payload["artifact"]) / "onnx" / device_file(session.rank), verify=False)
     # Products that round what they multiply could only be compared loosely; what that costs is in the quality.
     model = model.with_exact_products()
-    communicator = ArrayCommunicator.from_environment(timeout=600.0)
+    communicator = ArrayCommunicator.from_environment(timeout=collective_timeout(None))
     program = DeviceProgram(model, communicator, profiled=True)
     tensors = load_file(directory / "in.safetensors")
     results: dict[str, Tensor] = {}

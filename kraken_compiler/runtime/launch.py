@@ -18,7 +18,9 @@ from typing import Any
 from kraken_compiler import errors
 from kraken_compiler.communicators.meeting import MEET
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
+from kraken_compiler.runtime import start_rank
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
+from kraken_compiler.runtime.start_rank import LAUNCHER
 from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures
 from kraken_compiler.runtime.watchdog import Verdict, Watchdog
 
@@ -39,8 +41,9 @@ def launch(
 ) -> None:
     """Run `python -m module arguments...` as `degree` local ranks and wait for them.
 
-    Rank 0's standard output goes to this process's; nothing else of the ranks is shown unless one fails. When this
-    returns or raises, no rank is left running.
+    Other than with `python -m`, no module is looked for in the working directory. Rank 0's standard output goes to this
+    process's; nothing else of the ranks is shown unless one fails. When this returns or raises, or this process ends in
+    any other way, no rank is left running.
 
     Args:
         degree: Number of ranks.
@@ -82,7 +85,7 @@ def launch(
         watchdog = Watchdog(directory, degree, timeout)
         with _reserved_port() as port, _environment(_rank_environment(degree, directory, timeout, port)), watchdog:
             try:
-                elastic_launch(config, sys.executable)("-m", module, *arguments)
+                elastic_launch(config, sys.executable)("-P", start_rank.__file__, module, *arguments)
             except ChildFailedError as error:
                 exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
                 raise _explain(directory, exit_codes, watchdog.verdict) from None
@@ -100,6 +103,7 @@ def threads_per_rank(degree: int) -> int:
 
 def _rank_environment(degree: int, directory: Path, timeout: float, port: int) -> dict[str, str]:
     values = {
+        LAUNCHER: str(os.getpid()),
         RUN_DIRECTORY: str(directory),
         RUN_TIMEOUT: str(timeout),
         # Ranks without torch meet here: at the elastic launcher's own port they would find its store.

@@ -104,7 +104,11 @@ class RunOptions:
         typer.Option(help="cpu or cuda, for --backend torch. (default: cuda if every rank can have a device)"),
     ] = None
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds without progress after which a rank counts as hanging. (default: 60)")
+        float | None,
+        typer.Option(
+            help="Seconds after which a rank counts as hanging that gets nothing done, while no rank computes. "
+            "(default: 60)"
+        ),
     ] = None
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the launcher does.")] = False
     terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False

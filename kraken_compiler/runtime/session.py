@@ -78,6 +78,7 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
     try:
         device = _device(device_type, place)
         _join(device, timedelta(seconds=collective_timeout(timeout)))
+        status.computes_here = device.type == "cpu"
         status.progress("working")
         yield Session(place.rank, place.degree, device, status, place.one_machine)
         status.progress("leaving")

@@ -24,6 +24,8 @@ RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 """Environment variable: seconds without progress after which a run is given up."""
 
 _BEAT_SECONDS = 0.5
+_LEAST_SHARE_OF_A_CORE = 0.05
+"""Of the processor time between two beats: more than waiting takes, less than computing on a crowded machine."""
 _START_SECONDS = 90.0
 _PEER_SIGNS = (
     *("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket timeout"),
@@ -61,6 +63,7 @@ class Beat:
         main_thread: Identifier of its main thread.
         alive: When it wrote this, seconds since the epoch.
         progress: When its main thread last got something done.
+        computed: When its main thread was last seen to compute.
         stage: What it said it is doing.
         extra: Seconds that this stage may take beyond the run's timeout.
         done: True once it has nothing left to do but exit.
@@ -70,13 +73,21 @@ class Beat:
     main_thread: int
     alive: float
     progress: float
+    computed: float
     stage: str
     extra: float = 0.0
     done: bool = False
 
 
 class StatusWriter:
-    """A rank's side. Without a run directory it does nothing."""
+    """A rank's side. Without a run directory it does nothing.
+
+    Attributes:
+        computes_here: False once an accelerator computes, for which the main thread waits at full speed: then its
+            processor time says nothing.
+    """
+
+    computes_here = True
 
     def __init__(self, rank: int, directory: Path | None) -> None:
         self._rank = rank
@@ -86,7 +97,7 @@ class StatusWriter:
         # Ranks start at different speeds: the first one waits for the last, and that is no hang.
         self._extra = _START_SECONDS
         self._done = False
-        self._progress = time.time()
+        self._progress = self._computed = time.time()
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
@@ -131,19 +142,37 @@ class StatusWriter:
         _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
 
     def _keep_beating(self) -> None:
+        beaten, used = time.monotonic(), _main_thread_seconds()
         while not self._stop.wait(_BEAT_SECONDS):
             if os.getppid() != self._parent:
                 # The launcher is gone without having ended us; nobody is left to talk to.
                 os._exit(1)
+            now, total = time.monotonic(), _main_thread_seconds()
+            if self.computes_here and total - used > _LEAST_SHARE_OF_A_CORE * (now - beaten):
+                self._computed = time.time()
+            beaten, used = now, total
             self._beat()
 
     def _beat(self) -> None:
         assert self._directory is not None
         thread = threading.main_thread().ident or 0
-        beat = Beat(os.getpid(), thread, time.time(), self._progress, self._stage, self._extra, self._done)
+        progress, computed = self._progress, self._computed
+        beat = Beat(os.getpid(), thread, time.time(), progress, computed, self._stage, self._extra, self._done)
         with self._lock:
             if self._directory.is_dir():
                 _write(_beat_file(self._directory, self._rank), json.dumps(asdict(beat)))
+
+
+def _main_thread_seconds() -> float:
+    """Processor time of the main thread; of the process where the system does not tell.
+
+    Other threads may spin while they wait for the main thread, as those of OpenMP do.
+    """
+    clock_of = getattr(time, "pthread_getcpuclockid", None)
+    main = threading.main_thread().ident
+    if clock_of is None or main is None:
+        return time.process_time()
+    return time.clock_gettime(clock_of(main))
 
 
 def is_of_peer(error: BaseException) -> bool:

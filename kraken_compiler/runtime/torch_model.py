@@ -75,7 +75,7 @@ class HostDecoder:
             device: Where it takes them.
         """
         self.batch, self.capacity = decoder.batch, decoder.capacity
-        self.identical_on_all_ranks = bool(getattr(decoder, "identical_on_all_ranks", False))
+        self.identical_on_all_ranks = decoder.identical_on_all_ranks
         self._decoder = decoder
         self._prefill = on_host(decoder.prefill, device)
         self._step = on_host(decoder.step, device)

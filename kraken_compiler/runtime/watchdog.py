@@ -1,5 +1,8 @@
 """Notices that ranks hang, finds out which one, and ends the run.
 
+A rank hangs that neither gets something done nor computes, while none of its peers computes either: it may wait for that
+one. How long a computation takes is nobody's business here; a prompt may be long.
+
 A rank that waits for a hanging peer looks exactly as idle as the peer. What tells them apart: a stopped process sends
 no heartbeat, and a process that hangs elsewhere is not inside the graph or a collective when asked for its stack.
 """
@@ -20,6 +23,8 @@ _POLL_SECONDS = 0.2
 _STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
+_LULL_SECONDS = 10.0
+"""How long a rank that computes may get no processor on a crowded machine."""
 _WAITING_PLACES = (
     *("<eval_with_key>", "torch/distributed/", "torch/_ops.py"),
     *("onnxruntime/", "/zmq/", "kraken_compiler/communicators/"),
@@ -69,7 +74,7 @@ class Watchdog:
         while not self._stop.wait(_POLL_SECONDS):
             beats = read_beats(self._directory)
             late = [rank for rank in range(self._degree) if self._is_late(beats.get(rank))]
-            if late:
+            if late and not any(map(self._computes, beats.values())):
                 self.verdict = self._judge(beats, late)
                 for rank in {self.verdict.rank, *late}:
                     _signal(beats.get(rank), signal.SIGKILL)
@@ -81,7 +86,11 @@ class Watchdog:
             return now - self._started > self._timeout + _START_SECONDS
         if beat.done:
             return False
-        return now - beat.progress > self._timeout + beat.extra
+        return now - max(beat.progress, beat.computed) > self._timeout + beat.extra
+
+    def _computes(self, beat: Beat) -> bool:
+        """True if a rank was seen to compute just now."""
+        return not beat.done and time.time() - beat.computed < min(self._timeout, _LULL_SECONDS)
 
     def _judge(self, beats: dict[int, Beat], late: list[int]) -> Verdict:
         silent = [rank for rank in range(self._degree) if rank not in beats]
@@ -101,7 +110,12 @@ class Watchdog:
         state = "stopped answering" if rank in stopped else "made no progress"
         if not stopped and not elsewhere and len(late) > 1:
             state = "and its peers made no progress"
-        return Verdict(rank, f"{state} for {self._timeout:g} s while {beats[rank].stage}", stacks[rank])
+        return Verdict(
+            rank,
+            f"{state} for {self._timeout:g} s while {beats[rank].stage}, and no rank computed; "
+            "--timeout SECONDS allows more",
+            stacks[rank],
+        )
 
     def _stacks(self, beats: dict[int, Beat]) -> dict[int, str]:
         """The stacks that ranks were asked for; a busy machine may take its time, a dead process never answers."""

@@ -1,53 +1,21 @@
 """One rank that generates text: `python -m kraken_compiler.runtime.worker DIR --prompt TEXT`.
 
 `kraken-run` starts it on this machine; torchrun starts it on several, with the same options:
-`torchrun --nnodes 2 --nproc-per-node 2 ... -m kraken_compiler.runtime.worker DIR --prompt TEXT`.
+`PYTHONSAFEPATH=1 torchrun --nnodes 2 --nproc-per-node 2 ... -m kraken_compiler.runtime.worker DIR --prompt TEXT`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
-
-from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.runtime.choose_backend import require_backend
-from kraken_compiler.runtime.engine import Engine
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.session import load_rank_program, rank_session
-from kraken_compiler.runtime.speak import speak
-from kraken_compiler.runtime.torch_model import TorchModel
-from kraken_compiler.runtime.worker_command import run_worker
-
-REDUCE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from kraken_compiler.runtime.import_path import leave_working_directory_out
 
 
-def run_rank(options: RunOptions) -> None:
-    """Be a rank until all is generated; rank 0 prints the result, and nothing else, to standard output.
-
-    Raises:
-        UsageError: No launcher started this, or the options ask for what cannot be done.
-        InputFileError: A file of the artifact is missing, truncated or tampered with.
-    """
-    options.check()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    with rank_session(options.timeout, options.device) as session:
-        require_backend("torch", options, open_artifact(options.artifact, verify=False))
-        reduce_dtype = REDUCE_DTYPES[options.reduce_dtype]
-        artifact, program = load_rank_program(options.artifact, session, reduce_dtype=reduce_dtype)
-        engine = Engine(artifact, TorchModel(artifact.manifest, program, session.device), session)
-        if session.rank == 0:
-            speak(engine, options)
-            engine.end()
-        else:
-            engine.follow()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
+    # Imported here, when the working directory can no longer get in the way.
+    from kraken_compiler.runtime.torch_rank import run_rank
+    from kraken_compiler.runtime.worker_command import run_worker
+
     run_worker(run_rank, "kraken_compiler.runtime.worker", __doc__ or "", arguments)
 
 
 if __name__ == "__main__":
+    leave_working_directory_out()
     main()

@@ -1,0 +1,56 @@
+"""What ranks run in the tests of running. Apart from the tests, so that a rank does not import pytest."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kraken_compiler.runtime.session import Session
+
+
+def multiply(seconds: float) -> None:
+    """Compute as a long prompt makes a rank compute: in few calls, without a word."""
+    x = torch.randn(384, 384)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        x = torch.tanh(x @ x)
+
+
+def think(seconds: float) -> None:
+    """Compute in Python, as a slow tokenizer does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sorted(str(number) for number in range(1000))
+
+
+WAYS = {"multiply": multiply, "think": think, "sleep": time.sleep}
+
+
+def act(payload: Mapping[str, Any], session: Session) -> str:
+    """Do what the payload says of this rank, one after the other, and meet; nothing is reported meanwhile."""
+    session.status.progress("reading a long prompt")
+    for way, seconds in payload["ranks"][session.rank]:
+        WAYS[way](seconds)
+    dist.barrier()
+    return "done"
+
+
+def modules_of(payload: Mapping[str, Any], session: Session) -> list[str]:
+    """Files of the modules that a user's scripts may be called like, and what is first looked at for more."""
+    assert payload is not None
+    return [str(module.__file__) for module in (queue, torch, np)] + sys.path
+
+
+def say_pid_and_wait(payload: Mapping[str, Any], session: Session) -> None:
+    """Leave the process id in a directory, and go on for long."""
+    Path(payload["directory"], f"pid-{session.rank}").write_text(str(os.getpid()))
+    time.sleep(600)
