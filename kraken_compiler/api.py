@@ -54,7 +54,7 @@ def transform(
     captured = capture(model, example_inputs=example_inputs)
     program, history = lower(captured.program, degree, form, layers)
     module = LaneModule.from_program(program, captured.store.read)
-    module.report = make_report(program, history)
+    module.report = make_report(program, history, captured.notes)
     return module
 
 

@@ -143,7 +143,6 @@ def compile_model(
         with show.stage("rewrite"):
             dumps = Path(dump_directory) if dump_directory is not None else None
             program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
-        report = make_report(program, history)
         notes = captured.notes
         if program.no_cache and token_input(program) is not None:
             notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
@@ -152,6 +151,7 @@ def compile_model(
                 "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
             )
             notes = (*notes, unrun)
+        report = make_report(program, history, notes)
         if directory is None:
             return CompileResult(report, notes=notes)
 

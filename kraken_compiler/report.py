@@ -49,15 +49,17 @@ class Report:
                 ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
                 _layer_rows(data["layers"]),
             ),
+            *(f"note      {note}" for note in data["notes"]),
         ]
 
 
-def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
+def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Sequence[str] = ()) -> Report:
     """Summarize a lane program.
 
     Args:
         program: A scheduled lane program.
         history: The records of the passes that made it.
+        notes: What a user should know about the capture, one sentence each.
     """
     layers, plan = program.layers, program.plan
     assert layers is not None
@@ -104,6 +106,7 @@ def make_report(program: Program, history: Sequence[PassRecord] = ()) -> Report:
             "lanes": [{"lane": index, **lane} for index in range(program.degree)],
             "layers": rows,
             "passes": [vars(record) for record in history],
+            "notes": list(notes),
         }
     )
 

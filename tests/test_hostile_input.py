@@ -27,7 +27,8 @@ from kraken_compiler.backends.torch_dist.lane_files import map_weights
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint, weight_files
+from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
+from kraken_compiler.weights.checkpoint_files import weight_files
 from kraken_compiler.weights.safetensors_format import read_header
 from tests.hostile_files import CANARY, dumped, mutated, mutated_bytes, refused_or_read, rezipped
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy
@@ -360,7 +361,7 @@ def test_an_index_of_weight_files_names_only_files_beside_it(tmp_path: Path) -> 
     listing = {"weight_map": {"a": "../outside.safetensors", "b": "/etc/passwd"}}
     (model / "index.json").write_text(json.dumps(listing))
     with pytest.raises(InputFileError, match="2 of 2 weight files are missing"):
-        weight_files(model, ".safetensors", "index.json", "model.safetensors")
+        weight_files(model / "index.json")
 
 
 def test_a_header_nested_beyond_measure(tmp_path: Path) -> None:

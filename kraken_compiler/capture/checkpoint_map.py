@@ -8,65 +8,94 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from kraken_compiler.weights.checkpoint import Checkpoint
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.checkpoint import Checkpoint, Rows, same_values
 from kraken_compiler.weights.checkpoint_store import TensorSource
 
 
-def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Say for every tensor of `model` what it is made from.
+@dataclass(frozen=True)
+class CheckpointMap:
+    """Which tensors of a checkpoint make which of a model.
+
+    Attributes:
+        sources: Name in the model -> what it is made from; ties are not followed.
+        unused: Tensors of the checkpoint that make none.
+    """
+
+    sources: Mapping[str, TensorSource]
+    unused: tuple[str, ...]
+
+
+def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> CheckpointMap:
+    """Say what every tensor of `model` is made from.
 
     Args:
         model: A `transformers.PreTrainedModel`; values are not needed.
         checkpoint: Its weight files.
 
-    Returns:
-        Tensor name -> source; tensors that the checkpoint does not hold under any name are left out.
+    Raises:
+        InputFileError: Several tensors of the checkpoint are the same one of the model, and differ.
     """
-    wanted: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
-    wanted.update(model.named_buffers(remove_duplicate=False))
-    sources = _renamed(model, wanted, checkpoint)
-    for names in _aliases(wanted):
-        held = next((sources[name] for name in names if name in sources), None)
-        if held is not None:
-            sources.update((name, held) for name in names if name not in sources)
-    return sources
-
-
-def _renamed(model: Any, wanted: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
+    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    renamer = _Renamer(model, wanted)
+    whole: dict[str, list[str]] = defaultdict(list)
+    pieces: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    unused = []
+    for key in renamer.in_order(checkpoint.names()):
+        name, pattern = renamer.rename(key)
+        if name not in wanted:
+            unused.append(key)
+        elif pattern is None:
+            whole[name].append(key)
+        else:
+            pieces[name].append((pattern, key))
     sources: dict[str, TensorSource] = {}
-    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for key in sorted(checkpoint.names(), key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = key, None
-        if name not in wanted and pattern is None:
-            name = _with_other_prefix(key, prefix, wanted)
-        if pattern is not None:
-            parts[name].append((pattern, key))
-        elif name in wanted and (name not in sources or key == name):
-            sources[name] = TensorSource((key,))
-    for name, pieces in parts.items():
-        sources.update(_converted(model, by_pattern[pieces[0][0]], name, pieces, wanted))
-    return sources
+    for name, parts in pieces.items():
+        sources.update(_converted(model, renamer.converters[parts[0][0]], name, parts, wanted))
+    for name, keys in whole.items():
+        if name in sources:
+            raise _doubled(name, [keys[0], sources[name].keys[0]], checkpoint)
+        first = Rows.of(checkpoint, keys[0])
+        differing = [key for key in keys[1:] if not same_values(first, Rows.of(checkpoint, key))]
+        if differing:
+            raise _doubled(name, [keys[0], differing[0]], checkpoint)
+        sources[name] = TensorSource((keys[0],))
+    return CheckpointMap(sources, tuple(unused))
 
 
-def _with_other_prefix(key: str, prefix: str, wanted: dict[str, Tensor]) -> str:
-    """The key with the base model's prefix stripped or added, if one of them is a tensor of the model."""
-    stripped = key.removeprefix(f"{prefix}.")
-    return stripped if stripped in wanted else f"{prefix}.{key}" if f"{prefix}.{key}" in wanted else key
+class _Renamer:
+    """The names that transformers gives a checkpoint's tensors while it loads them."""
+
+    def __init__(self, model: Any, wanted: dict[str, Tensor]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._prefix, self._wanted = model.base_model_prefix, wanted
+        self.converters = {pattern: one for one in self._converters for pattern in one.source_patterns}
+
+    def in_order(self, keys: Sequence[str]) -> list[str]:
+        """The order in which transformers looks at them."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(keys, key=dot_natural_key)
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of the conversion that the tensor is a piece of."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._wanted)
+        if name not in self._wanted and key in self._wanted:
+            name, pattern = rename_source_key(key, [], [], self._prefix, self._wanted)
+        return name, pattern
 
 
 def _converted(
@@ -80,7 +109,16 @@ def _converted(
             job = copy.deepcopy(converter)
             for pattern, key in pieces:
                 job.add_tensor(first, key, pattern, lambda key=key: read(key))
-            made = job.convert(first, model=model, config=model.config)[name]
+            try:
+                made = job.convert(first, model=model, config=model.config)[name]
+            except InputFileError:
+                raise
+            except Exception as error:
+                # Conversions are many, and each meets pieces that are missing or do not fit with an error of its own.
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise InputFileError(
+                    f"tensor '{name}' cannot be put together from its {len(keys)} pieces ({keys[0]}): {reason}"
+                ) from error
             tensor = made[0] if isinstance(made, list) else made
             assert isinstance(tensor, Tensor)
             return tensor
@@ -91,9 +129,9 @@ def _converted(
     return {name: TensorSource(keys, convert_for(name)) for name in targets if name in wanted}
 
 
-def _aliases(wanted: dict[str, Tensor]) -> list[list[str]]:
-    """Groups of names that one tensor has."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in wanted.items():
-        groups[id(tensor)].append(name)
-    return [names for names in groups.values() if len(names) > 1]
+def _doubled(name: str, keys: list[str], checkpoint: Checkpoint) -> InputFileError:
+    places = ", ".join(f"'{key}' in {checkpoint.file_of(key).name}" for key in keys)
+    return InputFileError(
+        f"{checkpoint.file_of(keys[0]).parent}: tensor '{name}' of the model is in the files more than once, with "
+        f"different values: {places}"
+    )

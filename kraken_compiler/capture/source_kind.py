@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _ACCEPTED = (
@@ -63,8 +64,8 @@ def _detect_directory(path: Path) -> SourceKind:
     gguf = sorted(path.glob("*.gguf"))
     if gguf:
         raise InputFileError(f"{path} has no config.json but a GGUF file: give the file itself, {gguf[0]}")
-    if (path / "adapter_config.json").is_file():
-        raise InputFileError(f"{path} holds an adapter, not a model: merge it into its base model and save that")
+    if (path / ADAPTER_CONFIG).is_file():
+        return SourceKind.HUGGINGFACE
     raise InputFileError(f"{path} has no config.json, so it is no Hugging Face model directory; expected {_ACCEPTED}")
 
 

@@ -188,7 +188,6 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         )
     elif not quiet:
         lines = result.report.lines()
-        lines += [f"note      {note}" for note in result.notes]
         if result.choice is not None:
             lines += ["", f"forms within a budget of {result.choice.budget}", *result.choice.lines()]
         if result.calibration is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.buffers import Buffers
 from kraken_compiler.weights.direct_io import would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import TensorEntry, read_header, read_tensor
+
+_COMPARED = 16 << 20
+"""Elements of a tensor that are compared at a time."""
 
 
 class Checkpoint(Protocol):
@@ -65,12 +69,20 @@ class SafetensorsCheckpoint:
         """Read the headers of `files`.
 
         Raises:
-            InputFileError: A file is missing, truncated or damaged.
+            InputFileError: A file is missing, truncated or damaged, or two files hold a tensor with different values.
         """
         entries: dict[str, TensorEntry] = {}
+        doubled: list[tuple[str, TensorEntry]] = []
         for path in files:
-            entries.update(read_header(path))
-        return cls(files, entries)
+            header = read_header(path)
+            doubled += [(key, entries[key]) for key in header if key in entries]
+            entries.update(header)
+        checkpoint = cls(files, entries)
+        for key, other in doubled:
+            copy = cls((other.path,), {key: other})
+            if not same_values(Rows.of(checkpoint, key), Rows.of(copy, key)):
+                raise _ambiguous(key, other.path, entries[key].path)
+        return checkpoint
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -110,7 +122,8 @@ class PickledCheckpoint:
         """Map the tensors of `files`.
 
         Raises:
-            InputFileError: A file is missing, damaged, or holds something else than tensors.
+            InputFileError: A file is missing, damaged, or holds something else than tensors, or two files hold a tensor
+                with different values.
         """
         tensors: dict[str, tuple[Path, Tensor]] = {}
         for path in files:
@@ -120,7 +133,12 @@ class PickledCheckpoint:
                 raise InputFileError(f"cannot read {path}: {_first_line(error)}") from error
             if not isinstance(state, Mapping):
                 raise InputFileError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
-            tensors.update((key, (path, value)) for key, value in state.items() if isinstance(value, Tensor))
+            found = {key: (path, value) for key, value in state.items() if isinstance(value, Tensor)}
+            for key in found.keys() & tensors.keys():
+                (other, earlier), (_, value) = tensors[key], found[key]
+                if earlier.dtype != value.dtype or not torch.equal(earlier, value):
+                    raise _ambiguous(key, other, path)
+            tensors.update(found)
         return cls(files, tensors)
 
     def names(self) -> tuple[str, ...]:
@@ -144,28 +162,54 @@ class PickledCheckpoint:
         """What is mapped is the system's to drop."""
 
 
-def weight_files(directory: Path, suffix: str, index_name: str, single_name: str) -> tuple[Path, ...]:
-    """The weight files of a model directory: those of the index, else the single file, else every `*suffix`.
+@dataclass(frozen=True)
+class Rows:
+    """A tensor that is read by rows.
 
-    Raises:
-        InputFileError: The index is damaged or names a file that is not there.
+    Attributes:
+        dtype, shape: Of the whole; a scalar is read whole.
+        read: Gives the rows from one number to before another.
     """
-    index = directory / index_name
-    if not index.exists():
-        single = directory / single_name
-        return (single,) if single.exists() else tuple(sorted(directory.glob(f"*{suffix}")))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = tuple(directory / Path(name).name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputFileError(f"{index} is damaged: it does not map tensors to files") from error
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise InputFileError(
-            f"{directory}: {len(missing)} of {len(paths)} weight files are missing ({shown}), {index.name} names them"
-        )
-    return paths
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Rows:
+        """A tensor of a checkpoint, as `dtype` if one is given."""
+        held, shape = checkpoint.describe(key)
+
+        def read(start: int, stop: int) -> Tensor:
+            values = checkpoint.read_rows(key, start, stop) if shape else checkpoint.read(key)
+            return values if dtype is None else values.to(dtype)
+
+        return cls(dtype or held, shape, read)
+
+
+def same_values(one: Rows, other: Rows) -> bool:
+    """Whether two tensors are equal, bit by bit but for the sign of zeros; a few rows at a time are in memory."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if 0 in one.shape:
+        return True
+    count = one.shape[0] if one.shape else 1
+    step = max(1, _COMPARED // math.prod(one.shape[1:]))
+    return all(
+        torch.equal(_comparable(one.read(start, stop)), _comparable(other.read(start, stop)))
+        for start, stop in ((start, min(start + step, count)) for start in range(0, count, step))
+    )
+
+
+def _comparable(values: Tensor) -> Tensor:
+    # torch cannot compare numbers of 8 bits; as floats they are the same.
+    return values.float() if values.is_floating_point() and values.itemsize == 1 else values
+
+
+def _ambiguous(key: str, first: Path, second: Path) -> InputFileError:
+    return InputFileError(
+        f"tensor '{key}' is in two files with different values, {first} and {second.name}: they are of different saves"
+    )
 
 
 def _is_zip(path: Path) -> bool:

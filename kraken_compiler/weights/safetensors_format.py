@@ -72,6 +72,10 @@ class TensorEntry:
         return replace(self, shape=(stop - start, *rest), start=self.start + start * size, nbytes=(stop - start) * size)
 
 
+class _NameTwiceError(ValueError):
+    """A name that stands twice in a JSON object."""
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file, from its header alone.
 
@@ -85,9 +89,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputFileError(f"{path} is truncated or no safetensors file: its header is incomplete")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
     except OSError as error:
         raise InputFileError(f"cannot read {path}: {error.strerror or error}") from error
+    except _NameTwiceError as error:
+        raise InputFileError(f"{path} is damaged: its header has '{error}' twice") from error
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
     try:
@@ -100,6 +106,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if end > size:
         raise InputFileError(f"{path} is truncated: its header describes {end} bytes, the file has {size}")
     return entries
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _NameTwiceError(name)
+        fields[name] = value
+    return fields
 
 
 def _entry(path: Path, data_start: int, fields: Mapping[str, object]) -> TensorEntry:

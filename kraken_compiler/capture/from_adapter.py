@@ -1,0 +1,98 @@
+"""Merge an adapter into a model's weights, in memory: transformers loads it, peft merges it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kraken_compiler.capture.quiet import quiet_transformers
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.store import WeightStore
+
+
+def with_adapter(model: nn.Module, store: WeightStore, adapter: Path) -> nn.Module:
+    """`model` with its values, all in memory, and the adapter's updates added to them.
+
+    Args:
+        model: A `transformers.PreTrainedModel` with parameters on the meta device; it is changed.
+        store: Its values.
+        adapter: The directory of the adapter.
+
+    Raises:
+        InputFileError: The adapter is damaged, or does not fit the model.
+        UsageError: peft is not installed.
+        UnsupportedModelError: The adapter is of a kind that is no update of weights.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise missing_packages(f"reading the adapter in {adapter}", error, "heal") from error
+    _fill(model, store)
+    _load(model, adapter)
+    _merge(model, adapter)
+    return model
+
+
+def _fill(model: nn.Module, store: WeightStore) -> None:
+    """Put the store's values into the model; tied parameters stay tied."""
+    held: dict[int, Tensor] = {}
+    originals: list[Tensor] = []  # so that no other tensor takes over the id of one
+    for path, module in model.named_modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            own = f"{path}.{name}" if path else name
+            if isinstance(tensor, nn.Parameter) or own in model.state_dict():
+                originals.append(tensor)
+                if id(tensor) not in held:
+                    values = store.read(own)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    held[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
+                setattr(module, name, held[id(tensor)])
+
+
+def _load(model: Any, adapter: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_transformers():
+            found = model.load_adapter(str(adapter), adapter_kwargs={"local_files_only": True})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputFileError(f"{adapter}: its adapter cannot be applied to the model: {_first_line(error)}") from error
+    # Older releases of transformers raise for keys that they do not expect, and return nothing.
+    for what, keys in (
+        ("lacks", getattr(found, "missing_keys", ())),
+        ("holds, for no part of the model,", getattr(found, "unexpected_keys", ())),
+        ("holds in another shape", [key for key, *_ in getattr(found, "mismatched_keys", ())]),
+    ):
+        if keys:
+            raise InputFileError(f"{adapter}: its adapter {what} {len(keys)} tensors ({shown(sorted(keys))})")
+
+
+def _merge(model: nn.Module, adapter: Path) -> None:
+    """Replace every module that the adapter put in by the module that it stands for, its update added."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model.eval()
+    for path, module in list(model.named_modules()):
+        try:
+            if isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=True)
+                merged = module.get_base_layer()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            else:
+                continue
+        except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                [Rejection(f"the adapter in {adapter} cannot be merged: {_first_line(error)}", path=path)]
+            ) from error
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, merged)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,191 @@
+"""A Hugging Face model built from its `config.json` alone, its parameters on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kraken_compiler.capture.quiet import quiet_transformers
+from kraken_compiler.capture.weightless import parameters_on_meta
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.weights.scaled_checkpoint import Float8Config
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """What a directory's `config.json` holds.
+
+    Raises:
+        InputFileError: It is missing or damaged.
+    """
+    try:
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputFileError(f"{path / 'config.json'} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputFileError(f"{path / 'config.json'} is damaged: it is no JSON object")
+    return fields
+
+
+def read_config(path: Path, fields: dict[str, Any]) -> Any:
+    """The config as transformers reads it, `fields` being what `config.json` holds.
+
+    Raises:
+        InputFileError: It does not describe a model.
+        UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
+    """
+    from transformers import AutoConfig
+
+    if "auto_map" in fields and not _known_type(fields.get("model_type")):
+        raise unsupported(
+            "its architecture is Python code next to the weights (auto_map in config.json), which is never executed",
+            "Load the model yourself and pass the module to kraken_compiler.transform.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        # Configs check themselves in code of their own, which raises what it likes.
+        if not _known_type(fields.get("model_type")):
+            raise unsupported(
+                f"transformers does not know the architecture that {path / 'config.json'} describes "
+                f"(model_type {fields.get('model_type')!r})",
+                "A newer transformers may.",
+            ) from error
+        raise _not_buildable(path, error) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise unsupported("encoder-decoder models are not supported yet")
+    return config
+
+
+def quantization_of(fields: dict[str, Any]) -> Float8Config | str | None:
+    """How a model's weights are quantised: float8 with scales, or the name of a library that reads them.
+
+    Raises:
+        UnsupportedModelError: In a way that cannot be read.
+    """
+    nested = [part.get("quantization_config") for part in fields.values() if isinstance(part, dict)]
+    settings = fields.get("quantization_config") or next(filter(None, nested), None)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "torchao":
+        return "torchao"
+    if method == "fp8":
+        block = settings.get("weight_block_size")
+        is_block = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+        if block is not None and not is_block:
+            raise unsupported(f"the weight_block_size of its float8 weights is {block!r}, not two sizes")
+        return Float8Config("fp8", (block[0], block[1]) if is_block else None, settings.get("scale_fmt") == "ue8m0")
+    if method == "compressed-tensors" and (obstacle := _not_float8(settings)) is None:
+        return Float8Config("compressed-tensors")
+    named = f" by {method}" if method else ""
+    because = f" ({obstacle})" if method == "compressed-tensors" else ""
+    raise unsupported(
+        f"its weights are quantized{named}{because}",
+        "Weight-only integers of torchao and float8 weights with scales can be read; save it unquantized, or as those.",
+    )
+
+
+def build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters on the meta device, of the element types that transformers gives them.
+
+    Raises:
+        InputFileError: The config describes no model that can be built.
+    """
+    failure: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            with parameters_on_meta(), quiet_transformers():
+                model = _instantiate(config, attention, dtype)
+        except ValueError as error:
+            # transformers says so this way when a class has no such attention.
+            failure = error
+        except (TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            failure = error
+            break
+        else:
+            _keep_in_float32(model, dtype)
+            return model
+    assert failure is not None
+    raise _not_buildable(path, failure) from failure
+
+
+def architecture_of(config: Any) -> Any:
+    """The class that the config names, or the one that finds out which it is."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, named)
+
+
+def named_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def unsupported(reason: str, hint: str = "") -> UnsupportedModelError:
+    """An error about the model as a whole."""
+    return UnsupportedModelError([Rejection(reason, hint=hint)])
+
+
+def _known_type(model_type: object) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _not_float8(settings: dict[str, Any]) -> str | None:
+    """Why weights of compressed-tensors are not floats of 8 bits with a scale."""
+    groups = settings.get("config_groups")
+    if settings.get("format") not in ("float-quantized", "naive-quantized"):
+        return f"format {settings.get('format')}"
+    if settings.get("transform_config"):
+        return "with transforms of the weights"
+    sparsity = settings.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        return "with sparse weights"
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    if not all(isinstance(one, dict) and (one.get("type"), one.get("num_bits")) == ("float", 8) for one in weights):
+        return "with weights that are no floats of 8 bits"
+    return None
+
+
+def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    architecture = architecture_of(config)
+    automatic: Any = transformers.AutoModelForCausalLM
+    model: nn.Module
+    if architecture is automatic:
+        model = architecture.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    else:
+        model = architecture._from_config(config, attn_implementation=attention, dtype=dtype)
+    return model
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give float32 to the parameters that loading leaves in it (routers' biases, some output projections)."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = model._get_dtype_plan(dtype)
+    if not kept:
+        return
+    pattern, globs, _ = build_glob_alternation(list(kept))
+    for name, tensor in named_state(model).items():
+        match = pattern.search(name)
+        if match is None or match.lastgroup is None or name not in model.state_dict():
+            continue
+        wanted = kept[globs[match.lastgroup]]
+        if tensor.dtype != wanted and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted)
+
+
+def _not_buildable(path: Path, error: Exception) -> InputFileError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputFileError(f"{path / 'config.json'} does not describe a model that can be built: {reason}")

@@ -1,0 +1,110 @@
+"""Which tensors of a Hugging Face model are one: what its config ties, unless the checkpoint holds different values.
+
+transformers ties by the config where a tensor is missing, in either direction, and unties where both are there and
+differ. The model is changed accordingly before it is traced, so that the graph has one weight or two.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.errors import InputFileError
+
+SameValues = Callable[[str, str], bool]
+"""Whether two tensors of the model, which the checkpoint holds both, have the same values there."""
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What a checkpoint's tensors stand for.
+
+    Attributes:
+        held: Name of a tensor of the model -> name under which the checkpoint holds its values.
+        untied: Pairs of tensors that the config ties and the checkpoint does not.
+    """
+
+    held: Mapping[str, str]
+    untied: tuple[tuple[str, str], ...]
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know, one sentence each."""
+        return tuple(
+            f"the config ties '{target}' to '{source}', but the files hold different values for the two: not tied, as in "
+            "transformers"
+            for target, source in self.untied
+        )
+
+
+def settle_ties(model: nn.Module, present: set[str], same: SameValues, location: object) -> Ties:
+    """Untie what the checkpoint holds apart, in `model` itself, and say what holds every tensor's values.
+
+    Args:
+        model: A `transformers.PreTrainedModel`, tied as its config says.
+        present: Names of the tensors that the checkpoint holds.
+        same: Compares two of them.
+        location: Where the checkpoint is, for messages.
+
+    Raises:
+        InputFileError: Tensors that are one by the model's code have different values.
+    """
+    config: Any = model
+    ties = _as_loaded(dict(config.all_tied_weights_keys), present, same)
+    for target, _ in ties.untied:
+        _untie(model, target)
+    held = dict(ties.held)
+    for names in _shared(model):
+        holders = list(dict.fromkeys(held[name] for name in names if name in held))
+        for other in holders[1:]:
+            if not same(holders[0], other):
+                raise InputFileError(
+                    f"{location}: '{holders[0]}' and '{other}' are one tensor of the model, and have different values"
+                )
+        held.update((name, holders[0]) for name in names if holders)
+    return Ties(held, ties.untied)
+
+
+def _as_loaded(tied: Mapping[str, str], present: set[str], same: SameValues) -> Ties:
+    """The ties that loading makes. One after the other, as in transformers: each may give the next its values."""
+    held = {name: name for name in present}
+    untied = []
+    for target, source in tied.items():
+        if target in held and source in held:
+            if not same(held[source], held[target]):
+                untied.append((target, source))
+                continue
+            held[target] = held[source]
+        elif source in held:
+            held[target] = held[source]
+        elif target in held:
+            held[source] = held[target]
+        else:
+            siblings = (other for other, their in tied.items() if their == source and other in held)
+            sibling = next(siblings, None)
+            if sibling is not None:
+                held[target] = held[sibling]
+    return Ties(held, tuple(untied))
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = getattr(module, own)
+    assert isinstance(tensor, Tensor)
+    separate = torch.empty_like(tensor.detach())
+    setattr(module, own, nn.Parameter(separate, tensor.requires_grad) if own in module._parameters else separate)
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """Groups of names that one tensor has."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        groups[id(tensor)].append(name)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        groups[id(tensor)].append(name)
+    return [names for names in groups.values() if len(names) > 1]

@@ -1,0 +1,96 @@
+"""Tensors of a checkpoint that no tensor of the model is made from: passed over, told, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.checkpoint import Checkpoint
+from kraken_compiler.weights.checkpoint_files import shown
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_OF_PEFT = "base_model.model."
+"""What peft puts before the names of a model's tensors."""
+
+
+def settle_unused(
+    model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str], used: Iterable[str]
+) -> tuple[str, ...]:
+    """Notes about the tensors that nothing is made from.
+
+    Those that transformers ignores for this model are passed over. One that stands in or under the module of a weight
+    that is read (a scale, a zero point, a low-rank update, a bias) changes what that weight means.
+
+    Args:
+        model: A `transformers.PreTrainedModel`.
+        checkpoint: Its weight files.
+        unused: Their tensors that nothing is made from.
+        used: Their other tensors.
+
+    Raises:
+        InputFileError: A tensor that is not read belongs to one that is.
+    """
+    ignored = _ignored(model)
+    left = [key for key in unused if ignored is None or not ignored.search(key)]
+    used = set(used)
+    weights = {key for key in used if key.endswith(".weight")}
+    owners = {key: owner for key in left if (owner := _owner(key, weights, used)) is not None}
+    if owners:
+        first, owner = next(iter(owners.items()))
+        more = f" (and {len(owners) - 1} more such tensors)" if len(owners) > 1 else ""
+        raise InputFileError(
+            f"{checkpoint.file_of(first)}: tensor '{first}' belongs to '{owner}', and nothing of the model reads it{more}: "
+            "merge it into the weight, or remove it"
+        )
+    if not left:
+        return ()
+    bare = sorted(key for key in used if checkpoint.describe(key)[0] in _FLOAT8)
+    if bare:
+        raise InputFileError(
+            f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale that we know, and {len(left)} "
+            f"tensors of the files are not read ({shown(left)})"
+        )
+    what = "1 tensor of the files is not" if len(left) == 1 else f"{len(left)} tensors of the files are not"
+    return (f"{what} part of the model and not read: {shown(left)}",)
+
+
+def float8_note(checkpoint: Checkpoint, used: Iterable[str]) -> tuple[str, ...]:
+    """A note about weights that are float8 and nothing else."""
+    bare = [key for key in used if checkpoint.describe(key)[0] in _FLOAT8]
+    if not bare:
+        return ()
+    return (f"{len(bare)} weights are float8 without scales: their numbers are taken as they are",)
+
+
+def _ignored(model: Any) -> re.Pattern[str] | None:
+    """What transformers does not count as unexpected: what the class says, and buffers that moved."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.append(r"(^|\.)position_ids$")
+    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+
+def _owner(key: str, weights: set[str], used: set[str]) -> str | None:
+    """The tensor that is read and that `key` belongs to: the weight of a module around it, or one it is named after."""
+    key = key.removeprefix(_OF_PEFT)
+    parts = key.split(".")
+    around = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    for module in around:
+        if f"{module}.weight" in weights:
+            return f"{module}.weight"
+        if module in used:
+            return module
+    stem = key
+    while "_" in stem.rpartition(".")[2]:
+        stem = stem.rpartition("_")[0]
+        if stem in used:
+            return stem
+    return None

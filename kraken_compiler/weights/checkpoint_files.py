@@ -1,0 +1,130 @@
+"""Which weight files of a model directory are read: those that transformers reads, in its order of preference."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kraken_compiler.errors import InputFileError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED_SINGLE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "consolidated*.pth")
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one checkpoint.
+
+    Attributes:
+        files: The files, sorted.
+        index: Their index, if they are shards.
+        pickled: They are pickles.
+    """
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    pickled: bool = False
+
+    def notes(self, directory: Path) -> tuple[str, ...]:
+        """What lies beside the files and is not read, and what their names say, one sentence each."""
+        read = {*self.files, self.index}
+        beside = [
+            path.name
+            for pattern in _WEIGHTS
+            for path in sorted(directory.glob(pattern))
+            if path not in read and path.name != ADAPTER
+        ]
+        chosen = self.index or self.files[0]
+        notes = []
+        if beside:
+            notes.append(f"not read: {shown(beside)}; {chosen.name} comes first, as in transformers")
+        saves = {match[1] for path in self.files if (match := _SHARD.search(path.name))}
+        if len(saves) > 1:
+            counts = " and ".join(sorted(saves))
+            notes.append(f"{chosen.name} names shards of {len(saves)} saves (of {counts} files)")
+        return tuple(notes)
+
+
+def find_weight_files(directory: Path, named: object = None) -> WeightFiles | None:
+    """The files that hold a directory's weights, None if there are none under a name that transformers reads.
+
+    A single file goes before an index, safetensors before pickles. Files that no such name or index leads to (variants,
+    consolidated files, shards without an index) are not read.
+
+    Args:
+        directory: The model directory.
+        named: What its `config.json` says in `transformers_weights`: a file that goes before all others.
+
+    Raises:
+        InputFileError: An index is damaged or names a file that is not there.
+    """
+    if named is not None:
+        return _named_by_config(directory, named)
+    for single, index, pickled in ((SINGLE, INDEX, False), (PICKLED_SINGLE, PICKLED_INDEX, True)):
+        if (directory / single).is_file():
+            return WeightFiles((directory / single,), pickled=pickled)
+        if (directory / index).is_file():
+            return WeightFiles(weight_files(directory / index), directory / index, pickled)
+    return None
+
+
+def weight_files(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, sorted.
+
+    Raises:
+        InputFileError: The index is damaged or names a file that is not there.
+    """
+    directory = index.parent
+    try:
+        names = sorted(set(placements(index).values()))
+        paths = tuple(directory / Path(name).name for name in names)
+    except TypeError as error:
+        raise InputFileError(f"{index} is damaged: it does not map tensors to files") from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise InputFileError(
+            f"{directory}: {len(missing)} of {len(paths)} weight files are missing ({shown(missing)}), "
+            f"{index.name} names them"
+        )
+    if not paths:
+        raise InputFileError(f"{index} is damaged: it names no weight files")
+    return paths
+
+
+def placements(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its file, as an index has it.
+
+    Raises:
+        InputFileError: The index is damaged.
+    """
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputFileError(f"{index} is damaged: it does not map tensors to files") from error
+
+
+def unread_weights(directory: Path) -> list[str]:
+    """Names of files that look like weights, for a message about a directory where none can be read."""
+    return [path.name for pattern in _WEIGHTS for path in sorted(directory.glob(pattern))]
+
+
+def shown(names: list[str], most: int = 3) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _named_by_config(directory: Path, named: object) -> WeightFiles:
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise InputFileError(f"{directory / 'config.json'}: transformers_weights {named!r} is no safetensors file")
+    path = directory / named
+    if directory.resolve() not in path.resolve().parents:
+        raise InputFileError(f"{directory / 'config.json'}: transformers_weights '{named}' is outside of the directory")
+    if not path.is_file():
+        raise InputFileError(f"{directory}: {named} is missing, config.json names it as transformers_weights")
+    return WeightFiles((path,)) if path.suffix == ".safetensors" else WeightFiles(weight_files(path), path)

@@ -1,0 +1,209 @@
+"""Checkpoints of float8 weights with scales, read as their products.
+
+A weight is held in 8 bits, and beside it stands a scale, for the whole tensor, for each of its rows, or for each of its
+blocks; the weight is the product of the two. Blocks at the end of a row or column may be cut short by the tensor's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.checkpoint import Checkpoint
+from kraken_compiler.weights.checkpoint_files import shown
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("{}_scale_inv", "{}_scale")
+_RELEASED_SCALES = ("{}.scale", "{}.qscale_weight")
+"""What some releases of DeepSeek and Mistral call them; too plain a name unless the config says float8."""
+_OF_ACTIVATIONS = ("{}.input_scale", "{}.activation_scale")
+_PRODUCTS = 16 << 20
+"""Elements of a weight that are multiplied at a time."""
+
+
+@dataclass(frozen=True)
+class Float8Config:
+    """What a `config.json` says about float8 weights.
+
+    Attributes:
+        method: Name of the quantisation method.
+        block: Rows and columns that share a scale; None if it does not say.
+        bytes_are_exponents: Scales of 8 bits are powers of two.
+    """
+
+    method: str
+    block: tuple[int, int] | None = None
+    bytes_are_exponents: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of one weight.
+
+    Attributes:
+        key: Its tensor.
+        shape: Its sizes, as many as the weight's.
+        blocks: How many positions of each dim of the weight share one of its numbers.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+class ScaledCheckpoint:
+    """A checkpoint in which a float8 weight and its scale are one float32 tensor."""
+
+    def __init__(self, held: Checkpoint, scales: Mapping[str, Scale], consumed: frozenset[str], exponents: bool) -> None:
+        self.files = held.files
+        self._held = held
+        self._scales = dict(scales)
+        self._consumed = consumed
+        self._exponents = exponents
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    @classmethod
+    def over(cls, held: Checkpoint, config: Float8Config | None) -> tuple[Checkpoint, tuple[str, ...]]:
+        """The checkpoint with its float8 weights multiplied by their scales, and notes; itself if it has none.
+
+        Args:
+            held: The files.
+            config: What the config says; None if it is silent about float8.
+
+        Raises:
+            InputFileError: A weight has no scale, or one whose blocks cannot be told.
+        """
+        names = set(held.names())
+        weights = [key for key in held.names() if held.describe(key)[0] in _FLOAT8]
+        found = {key: scale for key in weights if (scale := _scale_of(key, names, held, config)) is not None}
+        bare = [key for key in weights if key not in found and key not in {scale.key for scale in found.values()}]
+        if bare and (found or config is not None):
+            raise InputFileError(f"{held.file_of(bare[0])}: {_count(bare)} float8 without a scale ({shown(bare)})")
+        if not found:
+            return held, ()
+        modules = {key.rpartition(".")[0] for key in found}
+        of_activations = {pattern.format(module) for module in modules for pattern in _OF_ACTIVATIONS} & names
+        exponents = config is not None and config.bytes_are_exponents
+        consumed = frozenset(of_activations | {scale.key for scale in found.values()})
+        return cls(held, found, consumed, exponents), (
+            f"{len(found)} weights are float8 with scales: they are read as their products; activations are not rounded "
+            "to float8, as some GPU kernels do",
+        )
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in self._held.names() if name not in self._consumed)
+
+    def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
+        dtype, shape = self._held.describe(key)
+        return (torch.float32 if key in self._scales else dtype), shape
+
+    def file_of(self, key: str) -> Path:
+        return self._held.file_of(key)
+
+    def read(self, key: str) -> Tensor:
+        if key not in self._scales:
+            return self._held.read(key)
+        values = self._held.read(key)
+        product = torch.empty(values.shape)
+        step = max(1, _PRODUCTS // max(1, math.prod(values.shape[1:])))
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            product[rows] = self._multiplied(key, values[rows], start)
+        return product
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        rows = self._held.read_rows(key, start, stop)
+        return self._multiplied(key, rows, start) if key in self._scales else rows
+
+    def release(self) -> None:
+        self._held.release()
+
+    def _multiplied(self, key: str, rows: Tensor, start: int) -> Tensor:
+        """Rows of a weight, of which the first is number `start`, times their scales."""
+        scale = self._scales[key]
+        factors = self._factors(scale)
+        for dim, (size, block) in enumerate(zip(rows.shape, scale.blocks)):
+            first = start if dim == 0 else 0
+            factors = factors.index_select(dim, torch.arange(first, first + size) // block)
+        return factors.mul_(rows.float())
+
+    def _factors(self, scale: Scale) -> Tensor:
+        key, factors = self._last
+        if key != scale.key:
+            held = self._held.read(scale.key)
+            # An exponent of 8 bits counts from 127, as a float32's does.
+            exponents = self._exponents and held.dtype == torch.uint8
+            factors = (held.float() - 127).exp2() if exponents else held.float()
+            factors = factors.reshape(scale.shape)
+            self._last = (scale.key, factors)
+        return factors
+
+
+def _scale_of(key: str, names: set[str], held: Checkpoint, config: Float8Config | None) -> Scale | None:
+    weight = held.describe(key)[1]
+    if not weight:
+        return None
+    module = key.rpartition(".")[0]
+    candidates = [pattern.format(key) for pattern in _SCALES]
+    if config is not None and key.endswith(".weight"):
+        candidates += [pattern.format(module) for pattern in _RELEASED_SCALES]
+    present = [name for name in candidates if name in names]
+    if not present:
+        return None
+    if len(present) > 1:
+        raise InputFileError(f"{held.file_of(key)}: '{key}' has {len(present)} scales ({shown(present)})")
+    dtype, shape = held.describe(present[0])
+    exponents = config is not None and config.bytes_are_exponents and dtype == torch.uint8
+    if dtype is None or not (dtype.is_floating_point or exponents):
+        raise InputFileError(f"{held.file_of(present[0])}: the scale '{present[0]}' is of a type that is not supported")
+    whole = _as_many_dims(shape, weight)
+    blocks = _blocks(weight, whole, config.block if config is not None else None) if whole is not None else None
+    if whole is None or blocks is None:
+        raise InputFileError(
+            f"{held.file_of(key)}: the scale '{present[0]}' of shape {list(shape)} does not say which parts of the weight "
+            f"of shape {list(weight)} it is for"
+        )
+    return Scale(present[0], whole, blocks)
+
+
+def _as_many_dims(scale: Sequence[int], weight: Sequence[int]) -> tuple[int, ...] | None:
+    """The scale's sizes with one for every dim of the weight: one number is for all, a row of numbers for the rows."""
+    if math.prod(scale) == 1:
+        return (1,) * len(weight)
+    if len(scale) == 1 and len(weight) > 1 and scale[0] == weight[0]:
+        return (scale[0], *(1 for _ in weight[1:]))
+    return tuple(scale) if len(scale) == len(weight) else None
+
+
+def _blocks(weight: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None) -> tuple[int, ...] | None:
+    given = (None,) * (len(weight) - 2) + (block or (None, None)) if len(weight) > 1 else (None,)
+    sizes = [_block(*dim) for dim in zip(weight, scale, given)]
+    return tuple(size for size in sizes if size is not None) if None not in sizes else None
+
+
+def _block(size: int, count: int, given: int | None) -> int | None:
+    """How many of `size` positions share each of `count` numbers.
+
+    Without a word of the config it is the power of two that makes so many blocks, for the last of them may be short;
+    there is at most one. Else the number that divides the size.
+    """
+    if count in (1, size):
+        return size if count == 1 else 1
+    if given is not None and -(-size // given) == count:
+        return given
+    if given is not None or not 1 < count < size:
+        return None
+    power: int = 1 << (-(-size // count) - 1).bit_length()
+    if -(-size // power) == count:
+        return power
+    return size // count if size % count == 0 else None
+
+
+def _count(names: list[str]) -> str:
+    return f"'{names[0]}' is" if len(names) == 1 else f"{len(names)} weights are"
