@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def _merge(model: nn.Module, adapter: Path) -> None:
     for path, module in list(model.named_modules()):
         try:
             if isinstance(module, BaseTunerLayer):
+                _own_parameters(model, module.get_base_layer())
                 module.merge(safe_merge=True)
                 merged = module.get_base_layer()
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -92,6 +94,14 @@ def _merge(model: nn.Module, adapter: Path) -> None:
             ) from error
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, merged)
+
+
+def _own_parameters(model: nn.Module, layer: nn.Module) -> None:
+    """Give a layer copies of the parameters that it shares: an update of a tied head is none of the embedding."""
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if holders[id(parameter)] > 1:
+            setattr(layer, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def _first_line(error: BaseException) -> str:

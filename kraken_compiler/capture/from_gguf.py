@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
+from kraken_compiler.capture.gguf_file import GgufFile
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource, files_digester
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 
 
 def capture_gguf(
@@ -33,26 +38,24 @@ def capture_gguf(
         hash_early: See `capture`.
 
     Raises:
-        InputFileError: The file is damaged.
+        InputFileError: The file is damaged, incomplete, or holds what transformers passes over.
         UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers cannot read this architecture from GGUF.
     """
     try:
         import gguf  # noqa: F401
-        from transformers import AutoModelForCausalLM
+        import transformers  # noqa: F401
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
-    directory = str(path.parent)
+    if (path.parent / ADAPTER_CONFIG).is_file():
+        raise InputFileError(f"an adapter lies beside {path}: merge it into the model, or move one of the two away")
     digest = files_digester((path,), early=hash_early)
     try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                gguf_file=path.name,
-                dtype=dtype or torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+        file = GgufFile.open(path)
+        file.require_whole()
+        model, found = _load(path, dtype or torch.float32)
+        file.require_complete(found["missing_keys"])
+        notes = file.settle_unread(model, found["unexpected_keys"])
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
     except NotImplementedError as error:
@@ -61,15 +64,35 @@ def capture_gguf(
         if "not supported" in str(error):
             raise _unreadable(path, error) from error
         raise InputFileError(f"{path} is truncated, damaged or no model: {_first_line(error)}") from error
-    return capture_module(
+    if not file.has_tokenizer:
+        notes = (*notes, f"{path.name} holds no tokenizer: give token ids, not text (--input-ids)")
+    captured = capture_module(
         model,
         example_inputs=example_inputs,
         input_specs=input_specs,
         kind="gguf",
         path=str(path),
         digest=digest,
-        tokenizer=TokenizerSource(directory, path.name),
+        tokenizer=TokenizerSource(str(path.parent), path.name) if file.has_tokenizer else None,
     )
+    return replace(captured, notes=(*captured.notes, *notes))
+
+
+def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what transformers says about loading it."""
+    import transformers
+
+    automatic: Any = transformers.AutoModelForCausalLM
+    with quiet_transformers():
+        model, found = automatic.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    return model, found
 
 
 def _unreadable(path: Path, error: Exception) -> UnsupportedModelError:

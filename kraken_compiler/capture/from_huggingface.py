@@ -139,7 +139,7 @@ def capture_directory(
         exported = export_module(model, example, allow_strict=False)
     program, own_notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
 
-    expected = {name: tensor for name, tensor in expected_tensors(model, exported.state_dict).items()}
+    expected = expected_tensors(model, exported.state_dict)
     if checkpoint is not None:
         require_complete(model, expected, reading, checkpoint)
     store = CheckpointStore(checkpoint, reading.sources, expected, base)

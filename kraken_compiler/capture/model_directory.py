@@ -109,7 +109,9 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
         by_rows = store.rows_of(name) if expected[name].shape else None
         if by_rows is None:
             whole = store.read(name)
-            return Rows(whole.dtype, tuple(whole.shape), lambda start, stop: whole[start:stop] if whole.dim() else whole)
+            return Rows(
+                whole.dtype, tuple(whole.shape), lambda start, stop: whole[start:stop] if whole.dim() else whole
+            )
         return Rows(expected[name].dtype, by_rows.shape, by_rows.read)
 
     ties = settle_ties(model, set(found.sources), lambda one, other: same_values(rows(one), rows(other)), directory)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kraken_compiler.capture.huggingface_model import named_state
 from kraken_compiler.errors import InputFileError
 
 SameValues = Callable[[str, str], bool]
@@ -35,8 +36,8 @@ class Ties:
     def notes(self) -> tuple[str, ...]:
         """What a user should know, one sentence each."""
         return tuple(
-            f"the config ties '{target}' to '{source}', but the files hold different values for the two: not tied, as in "
-            "transformers"
+            f"the config ties '{target}' to '{source}', but the files hold different values for the two: they are not "
+            "tied, as in transformers"
             for target, source in self.untied
         )
 
@@ -103,8 +104,6 @@ def _untie(model: nn.Module, name: str) -> None:
 def _shared(model: nn.Module) -> list[list[str]]:
     """Groups of names that one tensor has."""
     groups: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        groups[id(tensor)].append(name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
+    for name, tensor in named_state(model).items():
         groups[id(tensor)].append(name)
     return [names for names in groups.values() if len(names) > 1]

@@ -44,8 +44,8 @@ def settle_unused(
         first, owner = next(iter(owners.items()))
         more = f" (and {len(owners) - 1} more such tensors)" if len(owners) > 1 else ""
         raise InputFileError(
-            f"{checkpoint.file_of(first)}: tensor '{first}' belongs to '{owner}', and nothing of the model reads it{more}: "
-            "merge it into the weight, or remove it"
+            f"{checkpoint.file_of(first)}: tensor '{first}' belongs to '{owner}', and nothing of the model reads "
+            f"it{more}: merge it into the weight, or remove it"
         )
     if not left:
         return ()

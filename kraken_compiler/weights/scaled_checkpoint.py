@@ -1,7 +1,7 @@
 """Checkpoints of float8 weights with scales, read as their products.
 
 A weight is held in 8 bits, and beside it stands a scale, for the whole tensor, for each of its rows, or for each of its
-blocks; the weight is the product of the two. Blocks at the end of a row or column may be cut short by the tensor's size.
+blocks; the weight is the product of the two. The last block of a dim may be cut short by the tensor's size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Scale:
 class ScaledCheckpoint:
     """A checkpoint in which a float8 weight and its scale are one float32 tensor."""
 
-    def __init__(self, held: Checkpoint, scales: Mapping[str, Scale], consumed: frozenset[str], exponents: bool) -> None:
+    def __init__(
+        self, held: Checkpoint, scales: Mapping[str, Scale], consumed: frozenset[str], exponents: bool
+    ) -> None:
         self.files = held.files
         self._held = held
         self._scales = dict(scales)
@@ -92,8 +94,8 @@ class ScaledCheckpoint:
         exponents = config is not None and config.bytes_are_exponents
         consumed = frozenset(of_activations | {scale.key for scale in found.values()})
         return cls(held, found, consumed, exponents), (
-            f"{len(found)} weights are float8 with scales: they are read as their products; activations are not rounded "
-            "to float8, as some GPU kernels do",
+            f"{len(found)} weights are float8 with scales: they are read as their products; activations are not "
+            "rounded to float8 (GPU kernels may)",
         )
 
     def names(self) -> tuple[str, ...]:
@@ -166,8 +168,8 @@ def _scale_of(key: str, names: set[str], held: Checkpoint, config: Float8Config 
     blocks = _blocks(weight, whole, config.block if config is not None else None) if whole is not None else None
     if whole is None or blocks is None:
         raise InputFileError(
-            f"{held.file_of(key)}: the scale '{present[0]}' of shape {list(shape)} does not say which parts of the weight "
-            f"of shape {list(weight)} it is for"
+            f"{held.file_of(key)}: the scale '{present[0]}' of shape {list(shape)} does not say which parts of the "
+            f"weight of shape {list(weight)} it is for"
         )
     return Scale(present[0], whole, blocks)
 
