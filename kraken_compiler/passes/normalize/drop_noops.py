@@ -3,6 +3,7 @@
 %c = clone(%x)                                   ->     (users of %c read %x)
 %s = slice(%c, 0, 0, 9223372036854775807)
 _assert_tensor_metadata(%s, ...)
+%w = type_as(%v, %x)                             ->     %w = to(%v, float32)        (what it reads is %v alone)
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _CASTS = frozenset(
         aten._to_copy.default,
     }
 )
+_CASTS_LIKE = frozenset({aten.type_as.default, aten.to.other})
 _RESIZES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor}
 )
@@ -70,6 +72,9 @@ class DropNoops(Pass):
             elif _computes_its_first_operand(node):
                 node.replace_all_uses_with(args_of(node)[0])
                 program.graph.erase_node(node)
+                matches += 1
+            elif node.target in _CASTS_LIKE and value_of(node).device == value_of(args_of(node)[0]).device:
+                node.target, node.args, node.kwargs = aten.to.dtype, (args_of(node)[0], value_of(node).dtype), {}
                 matches += 1
         return PassResult(matches)
 

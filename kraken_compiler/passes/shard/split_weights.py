@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of, aten, grain_of
 from kraken_compiler.passes.shapes import fake_mode_of, shape_of
+from kraken_compiler.passes.shard.weight_operands import operand_part
 
 
 @dataclass
@@ -66,14 +68,34 @@ class WeightSplitter:
             # The largest part: smaller ones are padded to it.
             sizes = [max(map(size, lanes)) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
             return self._insert(aten.reshape.default, (part, sizes))
+        if (found := operand_part(node, kept, self.shapes)) is not None:
+            part = self.part(found.operand, found.kept, scale)
+            return part if found.target is None else self._insert(found.target, (part, *found.rest), found.kwargs)
         part = node
         for dim, lanes in enumerate(kept):
             if lanes is not None:
-                index = self._lane_index(lanes, int(self.shapes[node.name][dim]))
-                part = self._insert(aten.index_select.default, (part, dim, index))
+                part = self._selected(part, dim, lanes, self.shapes[node.name])
         if scale != 1.0:
             part = self._insert(aten.mul.Tensor, (part, scale))
         return part
+
+    def _selected(self, node: fx.Node, dim: int, lanes: tuple[IndexSet, ...], shape: tuple[Any, ...]) -> fx.Node:
+        """The positions that each lane keeps of one dim of a tensor that is whole on every lane.
+
+        Like `WeightSpec.take`, a lane that keeps fewer than others is padded with zeros at the end. They are picked like
+        any other position: a product with 0 is not 0 where a value is infinite.
+        """
+        whole = int(shape[dim])
+        if len(lanes[0]) == 1 and len(set(lanes)) == 1:
+            return self._insert(aten.slice.Tensor, (node, dim, *lanes[0][0]))
+        if len(set(map(size, lanes))) == 1:
+            index = self._lane_index(lanes, f"kraken.positions.{whole}", torch.arange(whole))
+            return self._insert(aten.index_select.default, (node, dim, index))
+        # The constant is padded with zeros too, so position 0 is where the zero must lie.
+        behind = [0, 0] * (len(shape) - 1 - dim)
+        padded = self._insert(aten.constant_pad_nd.default, (node, [*behind, 1, 0]))
+        index = self._lane_index(lanes, f"kraken.positions_after_zero.{whole}", torch.arange(1, whole + 1))
+        return self._insert(aten.index_select.default, (padded, dim, index))
 
     def _is_cut_between_groups(self, node: fx.Node, columns: KeptDim) -> bool:
         unit = grain_of(node)
@@ -97,17 +119,17 @@ class WeightSplitter:
         made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         return made
 
-    def _insert(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A call placed as early as its operands allow, so that every later user of the same part can read it."""
         computed = [arg for arg in args if isinstance(arg, fx.Node) and arg.op != "placeholder"]
         graph = self.program.graph
         if computed:
             assert len(computed) == 1
             with graph.inserting_after(computed[0]):
-                return graph.call_function(target, args)
+                return graph.call_function(target, args, dict(kwargs or {}))
         first = next(node for node in graph.nodes if node.op != "placeholder")
         with graph.inserting_before(first):
-            return graph.call_function(target, args)
+            return graph.call_function(target, args, dict(kwargs or {}))
 
     def _weight(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
         spec = self.program.weights[node.name]
@@ -137,9 +159,9 @@ class WeightSplitter:
         name = re.sub(r"\W+", "_", source).strip("_")
         return self.add_weight(WeightSpec(name, source, tuple(value.shape), dtype, "constant", shards))
 
-    def _lane_index(self, lanes: tuple[IndexSet, ...], whole: int) -> fx.Node:
+    def _lane_index(self, lanes: tuple[IndexSet, ...], source: str, positions: Tensor) -> fx.Node:
         """The positions each lane keeps, as a weight of whole numbers."""
-        return self.add_constant(f"kraken.positions.{whole}", torch.arange(whole), (DimShard(0, lanes),))
+        return self.add_constant(source, positions, (DimShard(0, lanes),))
 
     def _before_reshape(self, node: fx.Node, kept: Kept) -> Kept | None:
         """Kept sets of a reshape's operand, group of dims by group of dims; None if they are no product."""
