@@ -39,6 +39,7 @@ SHARDING = (
     "pick-kv-heads",
     "open-wide-norms",
     "plan-shards",
+    "copy-shared",
     "split-branches",
     "split-head",
 )

@@ -22,6 +22,7 @@ from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
+from kraken_compiler.passes.shard.copy_shared import CopyShared
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
 from kraken_compiler.passes.shard.plan_shards import PlanShards
@@ -65,6 +66,7 @@ def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> 
         PickKvHeads(degree),
         OpenWideNorms(degree),
         PlanShards(degree),
+        CopyShared(),
         SplitBranches(degree),
         ShareMeans(),
         SplitHead(),

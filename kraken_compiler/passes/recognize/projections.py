@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -44,20 +45,26 @@ class Projections:
         inputs: The linears nearest to the branch's core (the attention, or the output projection's input): they are
             split by output column.
         output: The linear through which the branch leaves: split by input column.
-        region: The nodes between `inputs` and `output`, both excluded, in graph order.
+        region: The nodes between `inputs` (or `whole`) and `output`, both excluded, in graph order.
+        whole: Linears as near as `inputs` that something else reads too, as the up-projections of multi-head latent
+            attention read what also holds its rotary key. Every lane computes all of them.
+        shared: The nodes of `region` that something outside it reads, directly or through others of them.
     """
 
     inputs: tuple[fx.Node, ...]
     output: fx.Node
     region: tuple[fx.Node, ...]
+    whole: tuple[fx.Node, ...] = ()
+    shared: tuple[fx.Node, ...] = ()
 
     def kv_heads(self, attention: fx.Node, program: Program) -> int:
         """How many different key heads reach `attention`: repeated ones hold equal values, so they are counted once."""
         key = args_of(attention)[1]
         assert isinstance(key, fx.Node)
-        nodes = ancestors(key, set(self.inputs))
+        leaves = (*self.inputs, *self.whole)
+        nodes = ancestors(key, set(leaves))
         inside = [node for node in self.region if node in nodes]
-        values = Region(inside, self.inputs, known_constants(program)).run()
+        values = Region(inside, leaves, known_constants(program)).run()
         heads = values[key].transpose(0, 1).flatten(1)
         return int(torch.unique(heads, dim=0).shape[0])
 
@@ -91,16 +98,19 @@ def find_projections(
     assert isinstance(source, fx.Node)
     linears = {node for node in nodes if node.target in PROJECTIONS and node is not output}
     attentions = [node for node in nodes if node.target in ATTENTIONS]
-    inputs: set[fx.Node] = set()
+    leaves: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
     for core in cores:
         reached = ancestors(core, linears | set(attentions), inside) & inside
-        inputs |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
-        inputs |= {core} & linears
-    if not inputs:
+        leaves |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
+        leaves |= {core} & linears
+    between = ancestors(source, leaves, inside) & inside
+    shared = _read_elsewhere([node for node in nodes if node in between or node in leaves], between | {output})
+    inputs, whole = leaves - shared, leaves & shared
+    if not leaves:
         reason = "no projection was found between the residual stream and the branch's output projection"
         return Rejection(reason, (output.name,), module_path(output), _HINT)
-    for first in inputs:
+    for first in leaves:
         if any(attention in ancestors(first, within=inside) for attention in attentions):
             reason = "a second projection follows the attention before the output projection"
             return Rejection(reason, (first.name,), module_path(first), _HINT)
@@ -108,10 +118,23 @@ def find_projections(
         if inputs & ancestors(factor, within=inside):
             reason = "the branch's output is multiplied by what depends on the columns that would be divided"
             return Rejection(reason, (factor.name,), module_path(factor), _HINT)
-    between = ancestors(source, inputs, inside) & inside
-    return Projections(
-        tuple(node for node in nodes if node in inputs), output, tuple(node for node in nodes if node in between)
+    returned = next((node for node in shared & between if node.target in ATTENTIONS), None)
+    if returned is not None:
+        reason = "what its attention gives is also read from outside the branch"
+        return Rejection(reason, (returned.name,), module_path(returned), _HINT)
+    inputs_in_order, between_in_order, whole_in_order, shared_in_order = (
+        tuple(node for node in nodes if node in some) for some in (inputs, between, whole, shared & between)
     )
+    return Projections(inputs_in_order, output, between_in_order, whole_in_order, shared_in_order)
+
+
+def _read_elsewhere(nodes: Sequence[fx.Node], readers: Set[fx.Node]) -> set[fx.Node]:
+    """Those of `nodes`, which are in graph order, that others than `readers` read, directly or through one of them."""
+    shared = set[fx.Node]()
+    for node in reversed(nodes):
+        if any(user not in readers or user in shared for user in node.users):
+            shared.add(node)
+    return shared
 
 
 def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set[fx.Node]) -> fx.Node:

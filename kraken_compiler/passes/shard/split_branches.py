@@ -22,7 +22,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, argument, module_path
+from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
@@ -48,17 +48,21 @@ class SplitBranches(Pass):
         nodes = {node.name: node for node in program.graph.nodes}
         firsts: dict[int, BranchShards] = {}
         checks = []
-        for plan in program.shards:
+        branches = {}
+        assert program.layers is not None
+        for branch, plan in zip(program.layers.branches, program.shards, strict=True):
             region = [nodes[name] for name in plan.region]
             leaves = [nodes[name] for name in plan.inputs]
             is_first = firsts.setdefault(plan.structure, plan) is plan
             check = _Check(plan, leaves, region, nodes[plan.output], program) if is_first else None
-            rejection = _split(plan, nodes, shapes, splitter, check)
-            if rejection is not None:
-                return PassResult(rejections=(rejection,))
+            parts = _split(plan, nodes, shapes, splitter, check)
+            if isinstance(parts, Rejection):
+                return PassResult(rejections=(parts,))
             if check is not None:
                 checks.append(check)
+            branches[branch] = tuple(one for name in branch.nodes for one in (name, *parts.get(name, ())))
         program.degree = self.degree
+        program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
         rejection = _refresh(program, nodes, shapes, firsts) or next(
             filter(None, (check.run() for check in checks)), None
@@ -72,8 +76,10 @@ def _split(
     shapes: dict[str, tuple[Any, ...]],
     splitter: WeightSplitter,
     check: _Check | None,
-) -> Rejection | None:
+) -> Rejection | dict[str, tuple[str, ...]]:
+    """Cut one branch; returns the nodes that cut a lane's part out of what is computed, by the name of that."""
     known = known_constants(splitter.program)
+    parts: dict[str, tuple[str, ...]] = {}
     degree = len(plan.columns)
     for name in plan.inputs:
         _split_input(nodes[name], plan.kept.get(name), shapes, splitter)
@@ -87,7 +93,10 @@ def _split(
             _use(node, constant, _add_numbers(constant, value, splitter), check)
         for operand in node.all_input_nodes:
             if operand.name not in inside and operand.name in plan.kept:
-                _use(node, operand, splitter.part(operand, plan.kept[operand.name]), check)
+                part = splitter.part(operand, plan.kept[operand.name])
+                calls = (step for step in ancestors(part, {operand}) if step.op == "call_function")
+                parts[operand.name] = tuple(step.name for step in sorted(calls))
+                _use(node, operand, part, check)
     output = nodes[plan.output]
     weight, bias = args_of(output)[1], argument(output, 2, "bias")
     assert isinstance(weight, fx.Node)
@@ -96,7 +105,7 @@ def _split(
     # Every lane adds its N-th, so that the sum over lanes adds the bias once.
     share = splitter.part(bias, (None,) * (rank - 1), scale=1.0 / degree) if bias is not None else None
     _rebind(output, splitter.part(weight, kept), share)
-    return None
+    return parts
 
 
 def _add_numbers(constant: fx.Node, value: Tensor, splitter: WeightSplitter) -> fx.Node:
