@@ -63,7 +63,7 @@ def build_program(
             _require_plain(exported, spec)
             weight = _weight(spec, node)
             weights[weight.name] = weight
-            if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False:
+            if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False or _is_table(exported, spec):
                 constants[weight.source] = _constant_value(exported, weight.source)
 
     call_inputs = _call_inputs(exported)
@@ -150,6 +150,12 @@ def _constant_value(exported: ExportedProgram, name: str) -> Tensor:
     if compat.is_fake(value):
         raise _unsupported(f"the tensor '{name}' that its forward creates depends on the weights", name)
     return value.detach()
+
+
+def _is_table(exported: ExportedProgram, spec: ExportInput) -> bool:
+    """True for a complex buffer whose value is at hand: lanes hold its parts, which no checkpoint has."""
+    value = exported.state_dict.get(spec.target or "")
+    return spec.kind is InputKind.BUFFER and value is not None and value.is_complex() and not compat.is_fake(value)
 
 
 def _call_inputs(exported: ExportedProgram) -> dict[str, tuple[compat.TreeSpec, list[Any]]]:

@@ -15,8 +15,11 @@ from kraken_compiler.passes.normalize.fuse_experts import FuseExperts
 from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
 from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
+from kraken_compiler.passes.normalize.lower_complex import LowerComplex
 from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
+from kraken_compiler.passes.normalize.lower_writes import LowerWrites
 from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
+from kraken_compiler.passes.normalize.refuse_random_draws import RefuseRandomDraws
 from kraken_compiler.passes.normalize.separate_heads import SeparateHeads
 from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
@@ -33,7 +36,10 @@ from kraken_compiler.passes.shard.split_head import SplitHead
 
 RECOGNIZE: tuple[Pass, ...] = (
     InlineRegions(),
+    RefuseRandomDraws(),
     DropNoops(),
+    LowerWrites(),
+    LowerComplex(),
     CanonicalizeLayout(),
     LowerEinsum(),
     HoistSizes(),

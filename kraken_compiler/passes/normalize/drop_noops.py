@@ -8,6 +8,7 @@ _assert_tensor_metadata(%s, ...)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, argument, aten
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, replace
 from kraken_compiler.passes.shapes import is_tensor, same_shape, same_size, shape_of, value_of
 
 _ASSERTS = frozenset(
@@ -100,16 +101,26 @@ def _computes_its_first_operand(node: fx.Node) -> bool:
 
 
 def _drop_empty_operands(node: fx.Node) -> bool:
-    """cat([%x, <no elements>]) is %x: partial rotary embeddings that rotate everything concatenate nothing."""
-    tensors, dim = args_of(node)[0], int(argument(node, 1, "dim", 0))
-    full = [tensor for tensor in tensors if not same_size(shape_of(tensor)[dim], 0)]
-    if len(full) == len(tensors) or not full:
+    """cat([%x, <no elements>]) is %x: partial rotary embeddings that rotate everything concatenate nothing.
+
+    torch also lets an empty tensor of one dim stand among tensors of any shape: caches that hold nothing yet.
+    """
+    tensors, dim, rank = args_of(node)[0], int(argument(node, 1, "dim", 0)), len(shape_of(node))
+    shaped = [tensor for tensor in tensors if len(shape_of(tensor)) == rank]
+    full = [tensor for tensor in shaped if not same_size(shape_of(tensor)[dim], 0)] or shaped[:1]
+    if len(full) == len(tensors):
         return False
-    if len(full) == 1:
-        node.replace_all_uses_with(full[0])
+    with node.graph.inserting_before(node):
+        kept = full[0] if len(full) == 1 else node.graph.call_function(aten.cat.default, (full, dim))
+        # An empty tensor has a say in the element type.
+        dtype = functools.reduce(torch.promote_types, (value_of(tensor).dtype for tensor in full))
+        if dtype != value_of(node).dtype:
+            kept = node.graph.call_function(aten.to.dtype, (kept, value_of(node).dtype))
+    if kept in full:
+        node.replace_all_uses_with(kept)
         node.graph.erase_node(node)
     else:
-        node.args = (full, dim)
+        replace(node, kept)
     return True
 
 
