@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.ir.position_lookups import longest_sequence, lookups
 from kraken_compiler.ir.program import InputSpec, Program
 
 NO_LIMIT = 1 << 30
@@ -61,9 +62,12 @@ def _table(lookup: fx.Node) -> str:
     """The weight whose rows are looked up; of a quantised one, the integers."""
     table = lookup.args[0]
     assert isinstance(table, fx.Node)
+    return _weight_of(table)
+
+
+def _weight_of(table: fx.Node) -> str:
     if table.target is torch.ops.kraken.dequantize.default:
-        table = table.args[0]
-        assert isinstance(table, fx.Node)
+        (table, *_) = table.all_input_nodes
     return table.name
 
 
@@ -91,11 +95,10 @@ def vocabulary(program: Program) -> int:
 
 
 def position_limit(program: Program) -> int:
-    """The longest sequence that the program's learned positions allow: rows of the embeddings that hold no tokens."""
-    token = token_input(program)
-    rows = [
-        program.weights[_table(node)].source_shape[0]
-        for node in program.graph.nodes
-        if node.target in _LOOKUPS and _table(node) in program.weights and _index(node) != (token and token.name)
-    ]
-    return min(rows, default=NO_LIMIT)
+    """The longest sequence that the program's lookups by position allow."""
+    limits = (
+        longest_sequence(program, index, program.weights[name].source_shape[0])
+        for table, index in lookups(program.graph)
+        if (name := _weight_of(table)) in program.weights
+    )
+    return min((limit for limit in limits if limit is not None), default=NO_LIMIT)

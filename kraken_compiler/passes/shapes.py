@@ -74,6 +74,13 @@ def same_shape(left: fx.Node, right: fx.Node) -> bool:
     return len(left_shape) == len(right_shape) and all(map(same_size, left_shape, right_shape))
 
 
+def symbols_of(number: Any) -> frozenset[Any]:
+    """The symbols in a size or in a number computed of sizes; none in a plain number."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return frozenset()
+    return frozenset(number.node.expr.free_symbols)
+
+
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 

@@ -18,17 +18,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler._torch_compat import new_dynamic_size
+from kraken_compiler._torch_compat import largest_size, new_dynamic_size, smallest_size
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op)
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
 from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
-from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit, token_input
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
+from kraken_compiler.passes.cache.compare_lengths import compare_lengths
 from kraken_compiler.passes.cache.hoist_tables import Tables, gather, used_rank
+from kraken_compiler.passes.cache.length_independence import LengthIndependence
 from kraken_compiler.passes.cache.mixing import mixes_tokens
-from kraken_compiler.passes.cache.positional_values import evaluate, origins
+from kraken_compiler.passes.cache.positional_values import origins
 from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import (
     ATTENTIONS,
@@ -70,8 +72,13 @@ def _derive(program: Program) -> CachedProgram | Rejection:
     logits = _logits(program)
     if logits is None or program.layers is None:
         return Rejection("it has no logits")
-    builder = _Builder(program, next(node for node in program.graph.nodes if node.name == token.name), logits)
-    return builder.build()
+    tokens = next(node for node in program.graph.nodes if node.name == token.name)
+    length = shape_of(tokens)[1]
+    if isinstance(length, int):
+        return Rejection(f"its forward takes the length as a number, so it is captured for {length} tokens only")
+    if (shortest := smallest_size(length)) > 2:
+        return Rejection(f"it is captured for {shortest} tokens and more, and a cache begins with fewer")
+    return _Builder(program, tokens, logits).build()
 
 
 def _logits(program: Program) -> fx.Node | None:
@@ -92,12 +99,14 @@ class _Builder:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.table_inputs: list[fx.Node] = []
-        self.looked_up: dict[tuple[fx.Node, int], fx.Node] = {}
-        self.rows: dict[tuple[int, int, int], fx.Node] = {}
+        self.looked_up: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+        self.rows: dict[tuple[Any, ...], fx.Node] = {}
+        self.expanded: dict[fx.Node, fx.Node] = {}
         self.caches: list[CacheSpec] = []
         self.rules: dict[fx.Node | None, MaskRule] = {}
         self.inputs: list[InputSpec] = []
         self.limits: list[int] = []
+        self.proofs = LengthIndependence(tokens)
         self.on_tokens: set[fx.Node] = set()
         self.mode = fake_mode_of(program.graph)
         self.tables = Tables(program.graph, tokens, self.mode)
@@ -130,11 +139,12 @@ class _Builder:
 
     def _program(self) -> CachedProgram:
         program = self.program
-        limits = [*self.limits, *(rule.limit for rule in self.rules.values() if rule.limit is not None)]
+        bounds = [*self.limits, position_limit(program), largest_size(shape_of(self.tokens)[1]) or NO_LIMIT]
+        limit = min(*bounds, *(rule.limit or NO_LIMIT for rule in self.rules.values()), NO_LIMIT)
         plan = CachePlan(
             tuple(self.caches),
             tuple(node.name for node in self.table_inputs),
-            min(limits, default=None),
+            limit if limit < NO_LIMIT else None,
         )
         tables = self.tables.finish()
         call = replace(program.call, out_names=("logits",), none_outputs=())
@@ -181,23 +191,18 @@ class _Builder:
         reason = mixes_tokens(node, shape_of(self.tokens)[1])
         if reason:
             return Rejection(reason, (node.name,), module_path(node))
+        if is_tensor(node) and self.proofs.numbers_of_tokens(node):
+            return self._counts(node)
         for operand in node.all_input_nodes:
             if operand in self.new:
                 continue
-            if not is_tensor(operand):
-                self._size(operand)
-                continue
-            if self._is_dequantized(operand):
-                # As a table it would be there in full, for as long as the model is.
-                self._whole(operand)
-                continue
-            rejection = self._table(operand, node, in_tail)
+            rejection = self._operand(operand, node, in_tail)
             if rejection is not None:
                 return rejection
         values: dict[fx.Node, fx.Node] = {}
         for operand in node.all_input_nodes:
             if operand not in self.new:
-                values[operand] = self.looked_up[operand, used_rank(operand, node)]
+                values[operand] = self._looked_up(operand, node, in_tail)
             elif in_tail and not is_tensor(operand) and self._is_sequence(operand):
                 values[operand] = self._picks_size()
             else:
@@ -207,28 +212,46 @@ class _Builder:
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         looked_up = any(operand not in self.new for operand in node.all_input_nodes)
         if in_tail or looked_up:
-            self._refresh(new, None if in_tail else node)
-        else:
-            # Same operands, same shape: to compute it again would be most of this pass's time.
-            new.meta["val"] = node.meta["val"]
+            return self._refresh(new, node, in_tail)
+        # Same operands, same shape: to compute it again would be most of this pass's time.
+        new.meta["val"] = node.meta["val"]
         return None
 
-    def _refresh(self, new: fx.Node, like: fx.Node | None) -> None:
+    def _counts(self, node: fx.Node) -> Rejection:
+        """In the step graph the size would be the number of new tokens."""
+        return Rejection("it depends on the total length, which it takes as a number", (node.name,), module_path(node))
+
+    def _operand(self, operand: fx.Node, node: fx.Node, in_tail: bool) -> Rejection | None:
+        """Provide for an operand that depends on no token."""
+        if not is_tensor(operand):
+            return self._size(operand)
+        if self._is_dequantized(operand):
+            # As a table it would be there in full, for as long as the model is.
+            self._whole(operand)
+            return None
+        return self._table(operand, node, in_tail)
+
+    def _refresh(self, new: fx.Node, like: fx.Node, in_tail: bool) -> Rejection | None:
         compute_shape(new, self.mode)
-        if like is None or not is_tensor(like):
-            return
+        if in_tail or not is_tensor(like):
+            return None
         have, want = value_of(new), value_of(like)
         same = len(have.shape) == len(want.shape) and all(map(same_size, have.shape, want.shape))
-        assert same, f"{like.name}: {have.shape} in the step graph, {want.shape} before"
-        assert have.dtype == want.dtype, f"{like.name}: {have.dtype} in the step graph, {want.dtype} before"
+        if same and have.dtype == want.dtype:
+            return None
+        reason = f"with a cache it would be {have.dtype} {list(have.shape)} instead of {want.dtype} {list(want.shape)}"
+        return Rejection(reason, (like.name,), module_path(like))
 
-    def _size(self, node: fx.Node) -> None:
+    def _size(self, node: fx.Node) -> Rejection | None:
         """Copy a computed size with what it is computed from."""
         place = {other: number for number, other in enumerate(self.program.graph.nodes)}
         for other in in_order(place, ancestors(node, stop=set(self.new))):
-            assert not is_tensor(other), f"{node.name} is computed from the tensor {other.name}"
+            if is_tensor(other):
+                reason = f"a size is computed from the numbers in a tensor ({other.name})"
+                return Rejection(reason, (node.name,), module_path(other))
             self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
             self.new[other].meta = dict(other.meta)
+        return None
 
     def _is_sequence(self, node: fx.Node) -> bool:
         return bool(same_size(node.meta["val"], shape_of(self.tokens)[1]))
@@ -238,31 +261,67 @@ class _Builder:
 
     def _table(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> Rejection | None:
         rank = used_rank(operand, user)
-        if (operand, rank) in self.looked_up:
+        if (operand, rank, in_tail) in self.looked_up:
             return None
-        if operand.target is aten.embedding.default:
-            self.limits.append(self._rows(operand))
+        changing = self._changes(operand)
+        if changing is not None:
+            return changing
         found = self.tables.add(operand, rank)
         if isinstance(found, Rejection):
             return found
         number, along = found
-        if in_tail and along >= 0:
-            return Rejection("positions matter after the last layer", (operand.name,), module_path(operand))
         table = self._table_input(number)
         if along >= 0:
-            known = (number, along, rank)
+            known = (number, along, rank, in_tail)
             if known not in self.rows:
-                self.rows[known] = gather(self.graph, table, self.positions, along, rank, self.mode)
+                positions = self._picked_positions() if in_tail else self.positions
+                self.rows[known] = gather(self.graph, table, positions, along, rank, self.mode)
             table = self.rows[known]
-        self.looked_up[operand, rank] = table
+        self.looked_up[operand, rank, in_tail] = table
         return None
 
-    def _rows(self, lookup: fx.Node) -> int:
-        """For how many positions an embedding of positions has rows."""
-        table, index = args_of(lookup)[:2]
-        tokens = 8
-        last = int(evaluate(self.program, origins(self.program, index), tokens, 0).max())
-        return int(shape_of(table)[0]) - (last - (tokens - 1))
+    def _changes(self, operand: fx.Node) -> Rejection | None:
+        """Why a value cannot be computed once for the capacity; None if its rows are those of any length."""
+        if self.tokens not in ancestors(operand) or self.proofs.is_steady(operand):
+            return None
+        culprit = self.proofs.culprit(operand)
+        found = compare_lengths(self.program, origins(self.program, operand))
+        if isinstance(found, str):
+            return Rejection(found, (culprit.name,), module_path(culprit))
+        if found.by_row:
+            reason = "what it computes from no token differs between the rows of a batch"
+            return Rejection(reason, (culprit.name,), module_path(culprit))
+        if found.beyond is not None:
+            reason = (
+                "what it computes from no token depends on the total length: "
+                f"with {found.beyond} tokens it is other than with {found.limit}"
+            )
+            return Rejection(reason, (culprit.name,), module_path(culprit))
+        self.limits.append(found.limit)
+        return None
+
+    def _looked_up(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> fx.Node:
+        """A table's rows, for every row of the batch where the user does not broadcast."""
+        found = self.looked_up[operand, used_rank(operand, user), in_tail]
+        shape = shape_of(operand)
+        broadcasts = is_tensor(user) and torch.Tag.pointwise in user.target.tags  # type: ignore[union-attr]
+        if broadcasts or not shape or not same_size(shape[0], shape_of(self.tokens)[0]):
+            return found
+        # Positions have a single row where all rows of the batch are at the same place.
+        if found not in self.expanded:
+            batch = compute_shape(self.graph.call_function(aten.sym_size.int, (self.new[self.tokens], 0)), self.mode)
+            size = [batch, *(-1 for _ in shape[1:])]
+            self.expanded[found] = compute_shape(
+                self.graph.call_function(aten.expand.default, (found, size)), self.mode
+            )
+        return self.expanded[found]
+
+    def _picked_positions(self) -> fx.Node:
+        def call(target: Any, *args: Any) -> fx.Node:
+            return compute_shape(self.graph.call_function(target, args), self.mode)
+
+        rows = call(aten.sym_size.int, self.picks, 0)
+        return call(aten.gather.default, call(aten.expand.default, self.positions, [rows, -1]), 1, self.picks)
 
     def _attention(self, node: fx.Node) -> Rejection | None:
         query, key, value = args_of(node)[:3]
@@ -270,6 +329,8 @@ class _Builder:
             return Rejection("its attention drops scores at random", (node.name,), module_path(node))
         mask, rule = argument(node, 3, "attn_mask"), self._rule(node)
         assert isinstance(rule, MaskRule), "build has asked before"
+        if self.proofs.numbers_of_tokens(node):
+            return self._counts(node)
         batch, sequence = shape_of(self.tokens)
         for part in (query, key, value):
             shape = shape_of(part)
@@ -305,8 +366,7 @@ class _Builder:
             assert sinks is None or isinstance(sinks, fx.Node)
             extra += (node.kwargs.get("softcap", 0.0), None if sinks is None else self._whole(sinks))
         self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
-        self._refresh(self.new[node], node)
-        return None
+        return self._refresh(self.new[node], node, in_tail=False)
 
     def _rule(self, attention: fx.Node) -> MaskRule | Rejection:
         """What the mask of an attention lets a query see."""
@@ -315,7 +375,7 @@ class _Builder:
             return Rejection("its mask depends on the inputs", (attention.name,), module_path(attention))
         if mask in self.rules:
             return self.rules[mask]
-        rule = classify_mask(self.program, attention)
+        rule = classify_mask(self.program, attention, self.proofs)
         # Without a mask it is the attention itself that says whether it is causal.
         if isinstance(rule, MaskRule) and mask is not None:
             self.rules[mask] = rule

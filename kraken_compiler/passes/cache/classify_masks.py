@@ -1,27 +1,29 @@
 """What an attention mask lets a query see: causal, with a sliding window, with ALiBi slopes, or something else.
 
-A mask that depends on no input is a function of two positions. It is computed for all pairs up to a length, on every
-lane, and compared number by number with the rule it seems to follow: nothing is read off the operators that build it.
+A mask that depends on no input is a function of two positions, and perhaps of how many there are. It is computed for
+all pairs up to a length, on every lane, and compared number by number with the rule it seems to follow: nothing is read
+off the operators that build it. That it follows the same rule at every length is proven, or computed for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.passes.cache.positional_values import constant_of, evaluate, origins
+from kraken_compiler.passes.cache.compare_lengths import lengths_to_try, numbers_in, size_bound
+from kraken_compiler.passes.cache.length_independence import LengthIndependence
+from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate, origins, stored
 from kraken_compiler.passes.graph_tools import argument, module_path
-from kraken_compiler.passes.shapes import shape_of, value_of
+from kraken_compiler.passes.shapes import value_of
 
 _SHORTEST, _LONGEST = 64, 8192
+_MOST_ELEMENTS = 1 << 24
+"""Of a mask that is computed for many lengths."""
 _NOT_CAUSAL = "its attention is not causal: tokens see what follows them, as in an encoder"
 _OTHER_RULE = "its mask is not causal with at most a sliding window and ALiBi slopes"
 
@@ -41,51 +43,103 @@ class MaskRule:
     limit: int | None = None
 
 
-def classify_mask(program: Program, attention: fx.Node) -> MaskRule | Rejection:
+@dataclass(frozen=True)
+class _Seen:
+    """The rule of one mask of one length.
+
+    Attributes:
+        window: See `MaskRule`; 0 also where the sequence is too short to show one.
+        slopes: One per head.
+        length: Of the sequence.
+    """
+
+    window: int
+    slopes: Tensor
+    length: int
+
+    def agrees(self, other: _Seen) -> bool:
+        """True if one rule explains both."""
+        longer, shorter = (self, other) if self.length >= other.length else (other, self)
+        same_window = longer.window == shorter.window or (not shorter.window and longer.window >= shorter.length)
+        scale = torch.maximum(longer.slopes.abs(), shorter.slopes.abs())
+        same_slopes = (longer.slopes - shorter.slopes).abs() <= 1e-3 * scale
+        # What one step of distance adds is not seen where there is only one position.
+        return same_window and (bool(same_slopes.all()) or min(shorter.length, shorter.window or 2) < 2)
+
+
+def classify_mask(program: Program, attention: fx.Node, proofs: LengthIndependence) -> MaskRule | Rejection:
     """The rule of one attention's mask.
 
     Args:
         program: A lane program whose only input is its tokens.
         attention: A scaled_dot_product_attention.
+        proofs: What is known of the graph's values.
     """
     mask = argument(attention, 3, "attn_mask")
     if mask is None:
         return MaskRule() if argument(attention, 5, "is_causal", False) else _no_rule(attention, _NOT_CAUSAL)
     nodes = origins(program, mask)
-    stored = [node for node in nodes if node.name in program.weights and constant_of(program, node) is None]
-    if any(not value_of(node).is_floating_point() for node in stored):
-        return _no_rule(stored[0], "its mask is stored among the weights")
+    whole_numbers = [node for node in stored(program, nodes) if not value_of(node).is_floating_point()]
+    if whole_numbers:
+        return _no_rule(whole_numbers[0], "its mask is stored among the weights")
     length, limit = _length(program, nodes)
-    # Weights have no values yet: what holds for two random draws holds for any.
-    draws = [(lane, seed) for lane in range(_distinct_lanes(program, nodes)) for seed in range(1 + bool(stored))]
+    found: list[_Seen] = []
+    for draw in draws(program, nodes):
+        seen = _rule_at(program, attention, nodes, length, draw)
+        if isinstance(seen, Rejection):
+            return seen
+        found.append(seen)
+    if any(seen.window != found[0].window or bool(seen.slopes.any()) != _slopes(found) for seen in found):
+        return _no_rule(attention, _OTHER_RULE)
+    if not proofs.is_shifted(mask):
+        tried = lengths_to_try(program, nodes, most_elements=_MOST_ELEMENTS)
+        differing = _differing_length(program, attention, nodes, found, tried)
+        if differing is not None:
+            reason = "its mask depends on the total length"
+            return _no_rule(proofs.culprit(mask), f"{reason}: it is another with {differing} tokens than with {length}")
+        limit = min(limit or max(*tried, length), max(*tried, length))
+    return MaskRule(found[0].window, _slopes(found), limit)
+
+
+def _slopes(found: Sequence[_Seen]) -> bool:
+    return bool(found[0].slopes.any())
+
+
+def _differing_length(
+    program: Program, attention: fx.Node, nodes: Sequence[fx.Node], found: Sequence[_Seen], lengths: Sequence[int]
+) -> int | None:
+    """One of `lengths` at which a mask follows another rule than what was found; None if there is none."""
+    for draw, reference in zip(draws(program, nodes), found, strict=True):
+        for length in lengths:
+            seen = _rule_at(program, attention, nodes, length, draw)
+            if isinstance(seen, Rejection) and length > reference.length:
+                break  # stored positions end here
+            if isinstance(seen, Rejection) or not seen.agrees(reference):
+                return length
+    return None
+
+
+def _rule_at(
+    program: Program, attention: fx.Node, nodes: Sequence[fx.Node], length: int, draw: tuple[int, int]
+) -> _Seen | Rejection:
     try:
-        masks = [evaluate(program, nodes, length, *draw) for draw in draws]
+        mask = evaluate(program, nodes, length, *draw)
     except RuntimeError as error:
         return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({str(error).splitlines()[0]})")
-    rules = set(map(_rule, masks))
-    if len(rules) != 1 or None in rules:
-        later = any(bool(_allowed(mask).triu(1).any()) for mask in masks)
-        return _no_rule(attention, _NOT_CAUSAL if later else _OTHER_RULE)
-    (rule,) = rules
-    assert rule is not None
-    return MaskRule(rule[0], rule[1], limit)
+    seen = _rule(mask)
+    if seen is None:
+        return _no_rule(attention, _NOT_CAUSAL if bool(_allowed(mask).triu(1).any()) else _OTHER_RULE)
+    return seen
 
 
-def _length(program: Program, nodes: Iterable[fx.Node]) -> tuple[int, int | None]:
+def _length(program: Program, nodes: Sequence[fx.Node]) -> tuple[int, int | None]:
     """How long a sequence must be to show the whole rule, and how far what it shows holds."""
-    token = token_input(program)
-    assert token is not None
-    tokens = next(node for node in program.graph.nodes if node.name == token.name)
-    bound = largest_size(shape_of(tokens)[1])
-    numbers = {abs(number) for node in nodes for number in _numbers(node.args)}
+    bound = size_bound(program)
+    numbers = numbers_in(program, nodes)
     wanted = _SHORTEST
     for node in nodes:
         constant = constant_of(program, node)
-        if constant is None:
-            continue
-        if constant.numel() == 1:
-            numbers.add(abs(int(constant)) if torch.isfinite(constant.double()).all() else 0)
-        elif sum(size > 1 for size in constant.shape) > 1:
+        if constant is not None and sum(size > 1 for size in constant.shape) > 1:
             # A stored mask may hold any rule, so all of it is looked at.
             bound = min(bound or _LONGEST, constant.shape[-1])
             wanted = max(wanted, bound)
@@ -96,21 +150,8 @@ def _length(program: Program, nodes: Iterable[fx.Node]) -> tuple[int, int | None
     return length, min(limits, default=None)
 
 
-def _numbers(argument_: Any) -> Iterable[int]:
-    if isinstance(argument_, (list, tuple)):
-        for element in argument_:
-            yield from _numbers(element)
-    elif isinstance(argument_, (int, float)) and not isinstance(argument_, bool) and abs(argument_) < 2**62:
-        yield int(argument_)
-
-
-def _distinct_lanes(program: Program, nodes: Iterable[fx.Node]) -> int:
-    specs = [program.weights[node.name] for node in nodes if node.name in program.weights]
-    return program.degree if any(spec.shards for spec in specs) else 1
-
-
-def _rule(mask: Tensor) -> tuple[int, bool] | None:
-    """Window of a mask [..., S, S] and whether it has slopes; None if it follows no such rule."""
+def _rule(mask: Tensor) -> _Seen | None:
+    """What a mask [..., S, S] lets see; None if it follows no such rule."""
     length = mask.shape[-1]
     allowed, bias = _allowed(mask), torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
     allowed, bias = (tensor.reshape(-1, length, length) for tensor in (allowed, bias))
@@ -125,7 +166,7 @@ def _rule(mask: Tensor) -> tuple[int, bool] | None:
     rounding = 4 * (torch.finfo(mask.dtype).eps if mask.is_floating_point() else 0.0)
     if bool((error > rounding * bias.masked_fill(~expected, 0.0).abs().amax((1, 2))).any()):
         return None
-    return (0 if seen == length else seen), bool(slopes.any())
+    return _Seen(0 if seen == length else seen, slopes.flatten(), length)
 
 
 def _allowed(mask: Tensor) -> Tensor:

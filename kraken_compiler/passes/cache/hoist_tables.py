@@ -63,7 +63,10 @@ class Tables:
         copied = self._copy(node)
         if not varying:
             return self._output(copied), -1
-        first = (isinstance(shape[0], int) and shape[0] == 1) or same_size(shape[0], batch)
+        of_batch = same_size(shape[0], batch)
+        if not along and of_batch and varying == [0]:
+            return self._output(self._call(aten.slice.Tensor, copied, 0, 0, 1)), -1
+        first = (isinstance(shape[0], int) and shape[0] == 1) or of_batch
         if len(along) != 1 or not first or set(varying) - {0, along[0]}:
             reason = f"it depends on positions in a way that no table holds (shape {list(map(str, shape_of(node)))})"
             return Rejection(reason, (node.name,), module_path(node))

@@ -1,0 +1,46 @@
+"""A model's cached decode beside the model itself, in one process: what tests of the KV cache's kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.capture import capture
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+from kraken_compiler.verify.compare import errors
+from tests.lane_decoder import LaneDecoder
+from tests.reports.small_models import EXAMPLE, TOLERANCE, logits, tokens
+
+Read = Callable[[str], Tensor]
+
+
+def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[Program, Read]:
+    """The lane program of a model in standard form, and its weights."""
+    captured = capture(model, example_inputs=example)
+    program, _ = lower(captured.program, degree, "standard")
+    return program, captured.store.read
+
+
+def check_decode(model: nn.Module, program: Program, read: Read, *, batch: int = 3, prompt: int = 4) -> None:
+    """Prompt, then token after token, at capacities beyond the sequence: the model's forward on every prefix."""
+    total = prompt + 5
+    ids = tokens(batch, total)
+    limit = program.cached.plan.limit if program.cached is not None else None
+    for capacity in (total + 3, min(90, limit or 90)):
+        decoder = LaneDecoder(program, read, batch, capacity)
+        places = torch.arange(total).expand(ids.shape)
+        parts = [decoder.run(ids[:, :prompt], places[:, :prompt])]
+        parts += [decoder.run(ids[:, at : at + 1], places[:, at : at + 1]) for at in range(prompt, total)]
+        want = torch.stack([expected(model, ids[:, : length + 1]) for length in range(prompt - 1, total)], 1)
+        have = torch.cat([parts[0][:, -1:], *parts[1:]], 1)
+        assert errors(have, want)[1] <= TOLERANCE, f"capacity {capacity}"
+
+
+def expected(model: nn.Module, ids: Tensor) -> Tensor:
+    """The model's logits after the last token, [batch, vocabulary]."""
+    with torch.no_grad():
+        return logits(model(ids))[:, -1]

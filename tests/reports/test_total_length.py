@@ -1,0 +1,218 @@
+"""What depends on the total length is no table: such a model gets no KV cache, and a note that says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.reports.cached_decoding import check_decode, lowered
+from tests.reports.small_models import FFN, HEADS, LM, Attention, D
+
+ON_LENGTH = "depends on the total length"
+
+
+class Scaled(Attention):
+    """Queries scaled by a number that `scale` computes of the length."""
+
+    def __init__(self, scale: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q * self.scale(q, q.shape[2]), k, v)
+
+
+def rotated(x: Tensor, angles_SE: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    cos, sin = angles_SE.cos(), angles_SE.sin()
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+class Rotary(Attention):
+    """Rotary positions whose angles [S, E/2] `angles` computes."""
+
+    def __init__(self, angles: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.angles = angles
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = self.angles(q.shape[2])
+        return super().attend(rotated(q, angles), rotated(k, angles), v)
+
+
+FREQUENCIES = 100.0 ** -torch.linspace(0, 1, D // HEADS // 2)
+
+
+class Masked(Attention):
+    """Attention with a bias [..., S, S] that `bias` computes, under a causal mask."""
+
+    def __init__(self, bias: Callable[[int], Tensor], window: Callable[[int], int] = lambda length: 1 << 20) -> None:
+        super().__init__()
+        self.bias, self.window = bias, window
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+        seen = (j <= i) & (i - j < self.window(length))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(seen, self.bias(length), -torch.inf))
+
+
+SLOPES = 0.5 ** torch.arange(1.0, HEADS + 1)[:, None, None]
+
+
+class Embedded(LM):
+    """Learned positions looked up by an index [S] that `index` computes, times what `factor` computes."""
+
+    def __init__(self, index: Callable[[int], Tensor], factor: Callable[[int], Tensor | float] = lambda n: 1.0) -> None:
+        super().__init__()
+        self.index, self.factor = index, factor
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids) + self.positions(self.index(ids.shape[1])) * self.factor(ids.shape[1])
+
+
+class Averaged(FFN):
+    """An FFN whose result is divided by a number that follows from its input's shape."""
+
+    def __init__(self, number: Callable[[Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(x_BSD) / self.number(x_BSD)
+
+
+class ScaledInside(Attention):
+    """The softmax's own scale follows from the length."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q, k, v = self.split(x_BSD)
+        scores = q @ k.transpose(2, 3) / math.sqrt(x_BSD.shape[1])
+        seen = torch.ones(x_BSD.shape[1], x_BSD.shape[1], dtype=torch.bool).tril()
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return self.project((weights @ v).transpose(1, 2).flatten(2))
+
+
+class CutFromTheEnd(LM):
+    """Rows of a table, the last of which is the last token's."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids) + self.positions.weight[-ids.shape[1] :]
+
+
+class Numbered(LM):
+    """Positions that are made by an operator of their own."""
+
+    def __init__(self, numbers: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.place = nn.Linear(1, D)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids) + self.place(self.numbers(ids)[..., None])
+
+
+def log_length(q: Tensor, length: int, *, beyond: float, power: int = 1) -> Tensor:
+    return (torch.log(torch.full((), 1.0) * length) / math.log(beyond)).clamp_min(1.0) ** power
+
+
+DEPENDING: dict[str, Callable[[], nn.Module]] = {
+    "log of the length beyond 64": lambda: LM(partial(Scaled, partial(log_length, beyond=64, power=8))),
+    "log of the length beyond 4096": lambda: LM(partial(Scaled, partial(log_length, beyond=4096))),
+    "log of the length beyond 5000, in the FFN": lambda: LM(
+        ffn=partial(Averaged, lambda x: (torch.ones(()) * x.shape[1]).clamp_min(5000.0))
+    ),
+    "a tensor of the length": lambda: LM(partial(Scaled, lambda q, n: 1 + torch.scalar_tensor(n) / 100)),
+    "the number of positions": lambda: LM(partial(Scaled, lambda q, n: torch.arange(n).sum() * 1e-3)),
+    "the last position": lambda: LM(partial(Scaled, lambda q, n: 1 + torch.arange(n)[-1] * 0.1)),
+    "a rotary base that grows": lambda: LM(
+        partial(Rotary, lambda n: torch.arange(n)[:, None] * FREQUENCIES ** (1 + torch.full((), 1.0) * n / 100))
+    ),
+    "a rotary base that grows beyond 512": lambda: LM(
+        partial(Rotary, lambda n: torch.arange(n)[:, None] / (torch.full((8,), 1.0) * n / 512).clamp_min(1.0))
+    ),
+    "other frequencies beyond 300": lambda: LM(
+        partial(
+            Rotary,
+            lambda n: torch.arange(n)[:, None] * torch.where(torch.arange(n).max() >= 300, FREQUENCIES / 2, FREQUENCIES),
+        )
+    ),
+    "angles from the end": lambda: LM(partial(Rotary, lambda n: (n - 1 - torch.arange(n))[:, None] * FREQUENCIES)),
+    "positions from the end": lambda: Embedded(lambda n: n - 1 - torch.arange(n)),
+    "positions counted down": lambda: Embedded(lambda n: torch.arange(n - 1, -1, -1)),
+    "flipped positions": lambda: Embedded(lambda n: torch.arange(n).flip(0)),
+    "rolled positions": lambda: Embedded(lambda n: torch.arange(n).roll(1)),
+    "right-aligned positions": lambda: Embedded(lambda n: torch.arange(200 - n, 200)),
+    "positions after the middle": lambda: Embedded(lambda n: (torch.arange(n) >= n // 2).long()),
+    "relative positions": lambda: Numbered(lambda ids: torch.arange(ids.shape[1]) / ids.shape[1]),
+    "linspace": lambda: Numbered(lambda ids: torch.linspace(0, 1, ids.shape[1])),
+    "a share of all": lambda: Numbered(lambda ids: torch.ones_like(ids, dtype=torch.float32).softmax(-1)),
+    "a reverse sum": lambda: Numbered(lambda ids: torch.ones(ids.shape[1]).flip(0).cumsum(0).flip(0)),
+    "a normalised table": lambda: Embedded(torch.arange, lambda n: 1 / torch.arange(n).float().norm()),
+    "a factor of the length": lambda: Embedded(torch.arange, lambda n: n**-0.5),
+    "a table cut from its end": CutFromTheEnd,
+    "hidden values over the length": lambda: LM(ffn=partial(Averaged, lambda x: x.shape[1] / 16)),
+    "hidden values over the root of the length": lambda: LM(ffn=partial(Averaged, lambda x: math.sqrt(x.shape[1]))),
+    "hidden values over a sum of ones": lambda: LM(ffn=partial(Averaged, lambda x: torch.ones(x.shape[1]).sum())),
+    "a scale inside the softmax": lambda: LM(ScaledInside),
+    "slopes that shrink": lambda: LM(
+        partial(Masked, lambda n: -SLOPES * (torch.arange(n)[:, None] - torch.arange(n)).abs() / (torch.ones(()) * n))
+    ),
+    "slopes that shrink beyond 600": lambda: LM(
+        partial(
+            Masked,
+            lambda n: SLOPES * torch.arange(n) / (torch.ones(()) * n / 600).clamp_min(1.0),
+        )
+    ),
+    "a window of half the length": lambda: LM(partial(Masked, lambda n: torch.zeros(1), lambda n: n // 2 + 1)),
+}
+
+
+@pytest.mark.parametrize("kind", DEPENDING)
+def test_no_cache_where_the_length_matters(kind: str) -> None:
+    program, _ = lowered(DEPENDING[kind]())
+    assert program.cached is None
+    assert ON_LENGTH in program.no_cache, program.no_cache
+    assert "(node " in program.no_cache
+
+
+STEADY: dict[str, Callable[[], nn.Module]] = {
+    "learned positions": LM,
+    "an offset": lambda: Embedded(lambda n: torch.arange(2, n + 2)),
+    "positions up to a last row": lambda: Embedded(lambda n: torch.arange(n).clamp_max(9)),
+    "a running sum": lambda: Numbered(lambda ids: torch.ones_like(ids).cumsum(1) / 100),
+    "rotary": lambda: LM(partial(Rotary, lambda n: torch.arange(n)[:, None] * FREQUENCIES)),
+    "rotary by outer": lambda: LM(partial(Rotary, lambda n: torch.outer(torch.arange(n).float(), FREQUENCIES))),
+    "log of the position": lambda: LM(
+        partial(Scaled, lambda q, n: torch.log(torch.arange(n)[:, None] + 2.0).clamp_min(1.5))
+    ),
+    "ALiBi from the key's position": lambda: LM(partial(Masked, lambda n: SLOPES * torch.arange(n))),
+    "ALiBi from the end": lambda: LM(partial(Masked, lambda n: -SLOPES * (n - 1 - torch.arange(n)))),
+    "ALiBi up to zero": lambda: LM(partial(Masked, lambda n: SLOPES * torch.arange(1 - n, 1))),
+    "a window": lambda: LM(partial(Masked, lambda n: torch.zeros(1), lambda n: 5)),
+}
+
+
+@pytest.mark.parametrize("kind", STEADY)
+def test_what_depends_on_the_position_alone_keeps_its_cache(kind: str) -> None:
+    model = STEADY[kind]()
+    program, read = lowered(model)
+    assert program.cached is not None, program.no_cache
+    check_decode(model, program, read)
+
+
+def test_limits_are_those_of_the_tables() -> None:
+    """Positions that stop to grow end nowhere; an offset takes rows away."""
+    limits = {kind: lowered(STEADY[kind]())[0].cached for kind in ("learned positions", "an offset", "rotary")}
+    found = {kind: cached.plan.limit for kind, cached in limits.items() if cached is not None}
+    # Learned positions also stand in the rotary model's embedding.
+    assert found == {"learned positions": 256, "an offset": 254, "rotary": 256}
+    stopping = lowered(STEADY["positions up to a last row"]())[0].cached
+    assert stopping is not None
+    assert stopping.plan.limit is None
