@@ -224,13 +224,16 @@ def test_pickled_weights_need_trust(directory: Path, saved: tuple[Any, Path]) ->
         capture(directory, trust_pickle=True)
 
 
-def test_encoder_decoders_are_not_supported(tmp_path: Path) -> None:
+def test_encoder_decoders_are_captured_with_a_source_and_a_target(tmp_path: Path) -> None:
     config = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=32)
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder models are not supported yet"):
-        capture(tmp_path, require_weights=False)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder models are not supported yet"):
-        capture(transformers.T5ForConditionalGeneration(config))
+    for source in (tmp_path, transformers.T5ForConditionalGeneration(config)):
+        captured = capture(source, require_weights=False)
+        shapes = {spec.parameter: spec.shape for spec in captured.program.inputs}
+        assert shapes == {
+            "input_ids": ("batch", "sequence"),
+            "decoder_input_ids": ("batch", "sequence_decoder_input_ids"),
+        }
 
 
 def test_the_class_that_the_config_names(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from kraken_compiler import _torch_compat as compat
-from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.calls import DECODER_IDS, INPUT_IDS
 
 HOW_TO = (
     "give one with --input input_ids=int64[2,16] "
@@ -21,6 +22,12 @@ HOW_TO = (
 )
 BATCH, SEQUENCE = 2, 16
 """Sizes of inferred inputs: above 1, which torch.export would take for a constant, and not equal."""
+
+DECODER_SEQUENCE = 12
+"""Length of the decoder's inferred ids: another one than the encoder's, or both would be captured as one size."""
+
+FRAMES_PER_POSITION = 2
+"""Frames of sound to a position of a speech encoder: the second of its two convolutions takes every other one."""
 
 _SPEC = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([a-z]+\d*\w*)\s*\[([\d\s,]*)\]\s*")
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -74,7 +81,6 @@ def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs:
 
     Raises:
         UsageError: Nothing was given and nothing can be inferred, an argument is unknown, or a size is below 2.
-        UnsupportedModelError: The model needs several kinds of inputs (encoder-decoders).
     """
     if example_inputs is not None and input_specs:
         raise UsageError("give example inputs or input specs, not both")
@@ -116,17 +122,35 @@ def _infer(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
     if not is_huggingface(model):
         raise UsageError(f"{name} needs example inputs to be captured: {HOW_TO}")
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError([Rejection("encoder-decoder models are not supported yet", path=name)])
     main_input = getattr(model, "main_input_name", None)
-    if main_input == "input_ids":
-        return {"input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)}
+    main = _main_input(model, main_input)
+    if main is None:
+        raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
+    if not _has_decoder_of_its_own(model):
+        return {main_input: main}
+    return {main_input: main, DECODER_IDS: torch.zeros(BATCH, DECODER_SEQUENCE, dtype=torch.int64)}
+
+
+def _main_input(model: nn.Module, name: str | None) -> Tensor | None:
+    """An example of a Hugging Face model's main input; None if its config does not say what that looks like."""
+    config: Any = model.config
+    if name == INPUT_IDS:
+        return torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if main_input == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return {"pixel_values": _filled(dtype, (BATCH, channels, size, size))}
-    raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
+    if name == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
+        return _filled(dtype, (BATCH, channels, size, size))
+    bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if name == "input_features" and isinstance(bins, int) and isinstance(frames, int):
+        return _filled(dtype, (BATCH, bins, FRAMES_PER_POSITION * frames))
+    return None
+
+
+def _has_decoder_of_its_own(model: nn.Module) -> bool:
+    """True for encoder-decoders, whose decoder reads tokens of its own (and not all: T5's encoder alone has none)."""
+    config: Any = model.config
+    takes = DECODER_IDS in inspect.signature(model.forward).parameters
+    return bool(getattr(config, "is_encoder_decoder", False)) and takes
 
 
 def _by_name(model: nn.Module, example: CallExample) -> CallExample:

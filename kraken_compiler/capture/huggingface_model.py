@@ -55,8 +55,6 @@ def read_config(path: Path, fields: dict[str, Any]) -> Any:
                 "A newer transformers may.",
             ) from error
         raise _not_buildable(path, error) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise unsupported("encoder-decoder models are not supported yet")
     return config
 
 
@@ -120,8 +118,19 @@ def architecture_of(config: Any) -> Any:
 
     named = (getattr(config, "architectures", None) or [""])[0]
     if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
-        return transformers.AutoModelForCausalLM
+        return _automatic(config)
     return getattr(transformers, named)
+
+
+def _automatic(config: Any) -> Any:
+    """The automatic class that knows a config's kind of model."""
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        for automatic in (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq):
+            if type(config) in automatic._model_mapping:
+                return automatic
+    return transformers.AutoModelForCausalLM
 
 
 def named_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -157,12 +166,9 @@ def _not_float8(settings: dict[str, Any]) -> str | None:
 
 
 def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
-    import transformers
-
     architecture = architecture_of(config)
-    automatic: Any = transformers.AutoModelForCausalLM
     model: nn.Module
-    if architecture is automatic:
+    if hasattr(architecture, "from_config"):
         model = architecture.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
     else:
         model = architecture._from_config(config, attn_implementation=attention, dtype=dtype)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
+"""What transformers calls the tokens that a model reads, and those of an encoder-decoder's decoder."""
+
 
 @dataclass(frozen=True)
 class InputSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.ir.calls import DECODER_IDS
 from kraken_compiler.ir.position_lookups import longest_sequence, lookups
 from kraken_compiler.ir.program import InputSpec, Program
 
@@ -82,16 +83,25 @@ def _index(lookup: fx.Node) -> str:
 
 def token_input(program: Program) -> InputSpec | None:
     """The input that carries token ids: the one whole-number input that indexes an embedding."""
-    found = [spec for spec in program.inputs if len(spec.shape) == 2 and _rows(program, spec.name) is not None]
+    found = _token_inputs(program)
     return found[0] if len(found) == 1 else None
 
 
+def text_input(program: Program) -> InputSpec | None:
+    """The input that carries the text whose next tokens are predicted: an encoder-decoder's is its decoder's."""
+    found = _token_inputs(program)
+    return next((spec for spec in found if spec.parameter == DECODER_IDS), token_input(program))
+
+
 def vocabulary(program: Program) -> int:
-    """Rows of the token embedding."""
-    spec = token_input(program)
-    rows = _rows(program, spec.name) if spec else None
-    assert rows is not None
-    return rows
+    """Rows of the token embedding; of the smallest, if an encoder and a decoder have their own."""
+    rows = [rows for spec in _token_inputs(program) if (rows := _rows(program, spec.name)) is not None]
+    assert rows
+    return min(rows)
+
+
+def _token_inputs(program: Program) -> list[InputSpec]:
+    return [spec for spec in program.inputs if len(spec.shape) == 2 and _rows(program, spec.name) is not None]
 
 
 def position_limit(program: Program) -> int:

@@ -17,8 +17,9 @@ from torch import Tensor
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
+from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
 from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
+from kraken_compiler.runtime.derived_inputs import find_derived
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -91,10 +92,11 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
     """
     program = captured.program
     path, limit = choice.path, choice.limit
-    if token_input(program) is None:
+    reason = _unreadable(program)
+    if reason:
         if path is not None:
-            raise UsageError("--text: the model reads no tokens")
-        return "no quality measurement: the model reads no tokens"
+            raise UsageError(f"--text: {reason}")
+        return f"no quality measurement: {reason}"
     row = longest_row(captured)
     if limit is not None:
         if limit < 2:
@@ -228,15 +230,40 @@ def _opened(path: Path | None) -> Iterator[tuple[TextIO, int]]:
         yield file, max(1, size)
 
 
+def require_one_text(program: Program, what: str) -> None:
+    """Make sure that a model reads a text, and nothing beside it.
+
+    Args:
+        program: The source model's.
+        what: What needs it, for the message.
+
+    Raises:
+        UsageError: It reads none, or an encoder and a decoder read one each.
+    """
+    reason = _unreadable(program)
+    if not reason and token_input(program) is None:
+        reason = "the model reads two texts, one in its encoder and one in its decoder"
+    if reason:
+        raise UsageError(f"{what}: {reason}")
+
+
+def _unreadable(program: Program) -> str:
+    """Why a model cannot be measured on a text, "" if it can; an encoder reads the text that its decoder continues."""
+    if text_input(program) is None:
+        return "the model reads no tokens"
+    others = [spec.parameter for spec in program.inputs if find_derived(spec, program.inputs) is None]
+    return f"a text is all there is, and the model also reads '{others[0]}'" if others else ""
+
+
 def _random_batches(program: Program, row: int) -> list[Tensor]:
-    spec = token_input(program)
+    spec = text_input(program)
     assert spec is not None
     return [sample_inputs(program, 2, row, seed)[spec.name] for seed in range(_RANDOM_BATCHES)]
 
 
 def _proven_limit(program: Program) -> int:
     """The longest sequence that fits the graph's own tables, such as a causal mask that the model keeps."""
-    spec = token_input(program)
+    spec = text_input(program)
     assert spec is not None
     ids = next(node.meta["val"] for node in program.graph.nodes if node.name == spec.name)
     return largest_size(ids.shape[1]) or _ROW

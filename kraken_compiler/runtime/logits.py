@@ -14,7 +14,7 @@ from kraken_compiler.size_checks import require_sizes
 
 def logits_function(
     inputs: Sequence[InputSpec], call: CallSpec, run_flat: Callable[[list[Tensor]], Sequence[Tensor]]
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Turn a program into a function from token ids to logits.
 
     Args:
@@ -23,7 +23,8 @@ def logits_function(
         run_flat: Runs the program on its flat inputs.
 
     Returns:
-        Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary].
+        Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary]. That of an encoder-decoder takes the
+        ids [batch, length] of the text that the encoder reads as well; without, the encoder reads the same text.
 
     Raises:
         UsageError: The program needs an input that does not follow from the ids, has no logits, or was not compiled
@@ -31,8 +32,8 @@ def logits_function(
     """
     inputs_of = inputs_function(inputs)
 
-    def logits_of(ids: Tensor) -> Tensor:
-        tensors = inputs_of(ids)
+    def logits_of(ids: Tensor, source: Tensor | None = None) -> Tensor:
+        tensors = inputs_of(ids, source)
         require_sizes(call, inputs, [tensor.shape for tensor in tensors])
         logits = run_flat(tensors)[call.logits]
         if logits.dim() != 3:
@@ -42,8 +43,8 @@ def logits_function(
     return logits_of
 
 
-def inputs_function(inputs: Sequence[InputSpec]) -> Callable[[Tensor], list[Tensor]]:
-    """Turn token ids [batch, sequence] into the flat inputs of a program.
+def inputs_function(inputs: Sequence[InputSpec]) -> Callable[..., list[Tensor]]:
+    """Turn token ids [batch, sequence], and those of an encoder's text, into the flat inputs of a program.
 
     Args:
         inputs: The program's inputs.
@@ -51,14 +52,14 @@ def inputs_function(inputs: Sequence[InputSpec]) -> Callable[[Tensor], list[Tens
     Raises:
         UsageError: The program needs an input that does not follow from the ids.
     """
-    kinds = [(spec, derived_input(spec, len(inputs))) for spec in inputs]
-    return lambda ids: [_derive(spec, kind, ids) for spec, kind in kinds]
+    kinds = [(spec, derived_input(spec, inputs)) for spec in inputs]
+    return lambda ids, source=None: [_derive(spec, kind, ids, ids if source is None else source) for spec, kind in kinds]
 
 
-def _derive(spec: InputSpec, kind: Derived, ids: Tensor) -> Tensor:
+def _derive(spec: InputSpec, kind: Derived, ids: Tensor, source: Tensor) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    if kind is Derived.IDS:
-        return ids.to(dtype)
+    if kind in (Derived.IDS, Derived.SOURCE):
+        return (ids if kind is Derived.IDS else source).to(dtype)
     if kind is Derived.ONES:
         return torch.ones_like(ids, dtype=dtype)
     positions = torch.arange(ids.shape[1], dtype=dtype, device=ids.device)

@@ -140,7 +140,7 @@ class OnnxModel:
 
     def _logits_function(self) -> Callable[[Array], Array]:
         """Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary], until the next call."""
-        kinds = [(spec, derived_input(spec, len(self._inputs))) for spec in self._inputs]
+        kinds = [(spec, derived_input(spec, self._inputs)) for spec in self._inputs]
 
         def logits_of(ids: Array) -> Array:
             feeds = {spec.name: _derive(spec, kind, ids) for spec, kind in kinds if spec.name in self._program.inputs}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir.sample_inputs import token_input, vocabulary
+from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.lane_logits import lane_logits
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, require_one_text, read_text
 from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
         UsageError: The model reads no text, or the texts are too short.
         InputFileError: A text cannot be read.
     """
-    if token_input(captured.program) is None:
-        raise UsageError("--calibrate: the model reads no tokens")
+    require_one_text(captured.program, "--calibrate")
     texts = [_read(captured, file) for path in paths for file in _files(path)]
     # A row of a token file is a document, which may be short.
     documents = [text.shape[-1] for text in texts if isinstance(text, np.ndarray)]

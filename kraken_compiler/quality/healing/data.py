@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.sample_inputs import token_input, vocabulary
+from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, require_one_text, read_text
 from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
 
 
@@ -49,8 +49,7 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     """
     if not texts and not tokens:
         raise UsageError("name a text to heal on: --text FILE, or --tokens FILE for a model without a tokenizer")
-    if token_input(captured.program) is None:
-        raise UsageError("the model reads no tokens, so it cannot be healed on text")
+    require_one_text(captured.program, "a model is healed on text")
     streams = [read_token_file(path, vocabulary(captured.program), "--tokens") for path in tokens]
     # A row of a token file is a document, which may be short.
     length = min([longest_row(captured, settings.sequence), *(ids.shape[1] for ids in streams if ids.ndim == 2)])
