@@ -17,6 +17,7 @@ from torch import nn
 
 from kraken_compiler.capture.checkpoint_map import map_checkpoint
 from kraken_compiler.capture.huggingface_model import named_state
+from kraken_compiler.capture.made_by_code import made_by_code
 from kraken_compiler.capture.tied_tensors import settle_ties
 from kraken_compiler.capture.unused_tensors import float8_note, settle_unused
 from kraken_compiler.errors import InputFileError
@@ -116,6 +117,7 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
 
     ties = settle_ties(model, set(found.sources), lambda one, other: same_values(rows(one), rows(other)), directory)
     sources = {name: found.sources[holder] for name, holder in ties.held.items()}
+    sources |= made_by_code(model, [name for name in model.state_dict() if name not in sources])
     used = {key for source in sources.values() for key in source.keys}
     notes = (
         *files.notes(directory),

@@ -53,7 +53,9 @@ def inputs_function(inputs: Sequence[InputSpec]) -> Callable[..., list[Tensor]]:
         UsageError: The program needs an input that does not follow from the ids.
     """
     kinds = [(spec, derived_input(spec, inputs)) for spec in inputs]
-    return lambda ids, source=None: [_derive(spec, kind, ids, ids if source is None else source) for spec, kind in kinds]
+    return lambda ids, source=None: [
+        _derive(spec, kind, ids, ids if source is None else source) for spec, kind in kinds
+    ]
 
 
 def _derive(spec: InputSpec, kind: Derived, ids: Tensor, source: Tensor) -> Tensor:

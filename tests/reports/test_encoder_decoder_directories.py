@@ -41,6 +41,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     ),
     "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**_BART, **_POSITIONS)),
     "mbart": lambda: transformers.MBartForConditionalGeneration(transformers.MBartConfig(**_BART, **_POSITIONS)),
+    "marian": lambda: transformers.MarianMTModel(transformers.MarianConfig(**_BART, **_POSITIONS)),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**_BART, **_SOUND)),
 }
 
@@ -65,7 +66,7 @@ def inputs(name: str, batch: int, source: int, target: int) -> dict[str, Tensor]
     return {**first, "decoder_input_ids": tokens(batch, target, seed=1)}
 
 
-@pytest.mark.parametrize(("name", "degree"), list(zip(MODELS, (2, 4, 2, 3, 4))))
+@pytest.mark.parametrize(("name", "degree"), list(zip(MODELS, (2, 4, 2, 3, 2, 4))))
 def test_a_directory_is_the_model_that_transformers_loads(name: str, degree: int, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "model")
     lanes = kraken_compiler.transform(tmp_path / "model", degree, "standard")
