@@ -16,7 +16,7 @@ from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.lane_logits import lane_logits
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, require_one_text, read_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text
 from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from kraken_compiler.capture import Capture
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, require_one_text, read_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text
 from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
 
 
