@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT, count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
 
 FormChoice = str | Form | Sequence[str | Form]
@@ -57,11 +58,48 @@ def lower(
     history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
     assert program.layers is not None
     forms = _forms_of_layers(row, layers, len(program.layers.layers))
-    pipeline = rewrite(find_degree(degree, program.layers), forms, cached)
-    history += run_passes(
-        program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
-    )
+    lanes = find_degree(degree, program.layers)
+    pipeline = rewrite(lanes, forms, cached)
+    try:
+        history += run_passes(
+            program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
+        )
+    except UnsupportedModelError as error:
+        raise _with_tried_hints(error, captured, lanes, forms) from None
     return program, history
+
+
+def _with_tried_hints(
+    error: UnsupportedModelError, captured: Program, degree: int, forms: tuple[Form, ...]
+) -> UnsupportedModelError:
+    """The error, with another degree in its hints only if that was found to work."""
+    if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
+        return error
+    program = captured.copy()
+    run_passes(program, RECOGNIZE)
+    assert program.layers is not None
+    degrees = dict.fromkeys((*even_degrees(program.layers), *valid_degrees(program.layers)))
+    others = [other for other in degrees if other not in (1, degree)][:_MOST_TRIES]
+    works = next((other for other in others if _lowers(program.copy(), other, forms)), None)
+    hint = _NO_DEGREE_HINT if works is None else f"Degree {works} works."
+    return UnsupportedModelError(
+        [replace(one, hint=hint) if one.hint == DEGREE_HINT else one for one in error.rejections]
+    )
+
+
+def _lowers(program: Program, degree: int, forms: tuple[Form, ...]) -> bool:
+    try:
+        run_passes(program, rewrite(degree, forms, cached=False))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+_MOST_TRIES = 3
+_NO_DEGREE_HINT = (
+    "Other degrees were tried and do not help: between their projections, attention must keep its heads apart and an "
+    "FFN its columns."
+)
 
 
 def _forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:

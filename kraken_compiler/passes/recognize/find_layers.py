@@ -35,6 +35,8 @@ from kraken_compiler.passes.graph_tools import (
     LINEAR,
     ancestors,
     args_of,
+    aten,
+    calls,
     descendants,
     grain_of,
     in_order,
@@ -74,8 +76,7 @@ def _layer_table(program: Program, streams: tuple[Stream, ...]) -> LayerTable | 
         if rejection is not None:
             return rejection
     if not any(branch.kind == "attention" for branch in branches):
-        first = streams[0].joins[0].after
-        return _reject("no branch of the residual stream holds an attention", first, _ATTENTION_HINT)
+        return _no_attention(program, streams[0])
     joins = streams[-1].joins
     return LayerTable(
         embedding=joins[0].before.name,
@@ -85,6 +86,19 @@ def _layer_table(program: Program, streams: tuple[Stream, ...]) -> LayerTable | 
         layers=_group(branches),
         encoder=_encoder(*streams) if len(streams) > 1 else None,
     )
+
+
+def _no_attention(program: Program, stream: Stream) -> Rejection:
+    """Blames what looks most like one: a softmax, else a product of two activations, in a branch."""
+    inside = {node for join in stream.joins for term in join.terms for node in ancestors(term, {join.before})}
+    weights = weight_derived(program)
+    for targets in ((aten.softmax.int, aten._softmax.default), (aten.matmul.default, aten.bmm.default)):
+        for node in calls(program.graph, *targets):
+            if node in inside and not weights & set(node.all_input_nodes):
+                reason = "no branch of the residual stream holds an attention of a known kind, and this is part of another"
+                return _reject(reason, node, _ATTENTION_HINT)
+    first = stream.joins[0].after
+    return _reject("no branch of the residual stream holds an attention", first, _ATTENTION_HINT)
 
 
 def _encoder(encoder: Stream, decoder: Stream) -> Encoder:
@@ -106,6 +120,9 @@ def _branches(
     for join, after in zip(joins, [*afters, None], strict=True):
         reads = len(branches)
         measured = []
+        rejection = _nested(join, hidden)
+        if rejection is not None:
+            return rejection
         for term in join.terms:
             found = _measure(term, join, stream, place, weights, program)
             if isinstance(found, Rejection):
@@ -119,6 +136,16 @@ def _branches(
             branches.append(replace(branch, index=len(branches) + 1, layer=layer, reads=reads, base=base))
         branches[-1] = replace(branches[-1], after=after)
         points.append((len(branches), after.nodes[-1] if after else join.after.name))
+    return None
+
+
+def _nested(join: Join, hidden: frozenset[fx.Node]) -> Rejection | None:
+    """Terms of one sum are computed side by side: lanes have only parts of one when they need it for another."""
+    for term, other in itertools.permutations(join.terms, 2):
+        for node in ancestors(term, {join.before}, hidden):
+            if other in node.all_input_nodes:
+                reason = f"it reads the output of another branch ('{other.name}') before that is added to the stream"
+                return _reject(reason, node, _BRANCH_HINT)
     return None
 
 

@@ -163,14 +163,16 @@ def _inputs(program: Program) -> list[fx.Node]:
 def _lookups(program: Program, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     """Weight lookups by the values of `inputs`."""
     by_value = set(inputs)
+    lookups = []
     for node in program.graph.nodes:
-        if node.target not in SHAPE_ONLY and any(operand in by_value for operand in node.all_input_nodes):
+        if node.target in SHAPE_ONLY or not any(operand in by_value for operand in node.all_input_nodes):
+            continue
+        # What is looked up by what was looked up is no second beginning.
+        if node.target is aten.embedding.default and value_of(node).is_floating_point():
+            lookups.append(node)
+        else:
             by_value.add(node)
-    return [
-        node
-        for node in program.graph.nodes
-        if node.target is aten.embedding.default and args_of(node)[1] in by_value and value_of(node).is_floating_point()
-    ]
+    return lookups
 
 
 def _dominator_chain(roots: Iterable[fx.Node], hidden: set[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
@@ -195,14 +197,15 @@ def _find_joins(chain: list[fx.Node], hidden: set[fx.Node]) -> list[Join]:
         if terms.count(before) != 1 or len(terms) < 2 or any(term not in hidden for term in terms):
             continue
         others = tuple(term for term in terms if term is not before)
-        # The sum of two embeddings is no join: neither is computed from the other.
-        if all(_depends_on(term, before, hidden) for term in others):
+        # The sum of two embeddings is no join: neither is computed from the other. Nor is what no weights multiply.
+        if all(_is_branch(term, before, hidden) for term in others):
             joins.append(Join(before, after, others))
     return joins
 
 
-def _depends_on(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> bool:
-    return any(stream in above.all_input_nodes for above in ancestors(node, {stream}, hidden))
+def _is_branch(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> bool:
+    above = ancestors(node, {stream}, hidden)
+    return any(stream in one.all_input_nodes for one in above) and any(map(is_gemm, above))
 
 
 def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node]:

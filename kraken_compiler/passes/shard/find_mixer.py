@@ -17,6 +17,7 @@ from kraken_compiler.passes.choosing import WHERE
 from kraken_compiler.passes.graph_tools import aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.shapes import is_tensor, same_shape
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT
 
 _HINT = (
     "Between their projections, attention must keep its heads apart and an FFN its columns: "
@@ -29,6 +30,27 @@ def mixing(node: fx.Node, what: str) -> Rejection:
     """The rejection for an operator that mixes `what` ("heads" or "columns")."""
     reason = f"it mixes the {what} that would be divided among the lanes"
     return Rejection(reason, (node.name,), module_path(node), _HINT)
+
+
+def breaking(nodes: Sequence[fx.Node], broken: Mapping[fx.Node, str]) -> Rejection:
+    """The rejection for the last node that makes parts for lanes of what has none.
+
+    Args:
+        nodes: The nodes between a branch's projections, in graph order.
+        broken: The nodes of which lanes need no parts that can be theirs, and why.
+    """
+    for node in reversed(nodes):
+        reason = next((broken[operand] for operand in node.all_input_nodes if operand in broken), None)
+        whole = node not in broken and not any(user in broken for user in node.users if user.target is operator.getitem)
+        if reason is not None and whole:
+            return Rejection(f"{reason} ('{operator_name(node)}')", (node.name,), module_path(node), DEGREE_HINT)
+    node, reason = next(iter(broken.items()))
+    return Rejection(reason.replace("its operand", "it"), (node.name,), module_path(node), DEGREE_HINT)
+
+
+def operator_name(node: fx.Node) -> str:
+    """What an operator is called, without what is always the same."""
+    return str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
 
 
 def mixer_of_heads(region: Region, attention: fx.Node, groups: Sequence[Sequence[int]]) -> fx.Node | None:
@@ -60,7 +82,7 @@ def mixer_of_columns(nodes: Sequence[fx.Node], kept: Mapping[str, Kept]) -> fx.N
         nodes: The nodes between the FFN's projections, in graph order.
         kept: Kept sets by node name.
     """
-    parts = [node for node in nodes if node.name in kept]
+    parts = [node for node in nodes if node.name in kept or any(_is_kept_result(user, kept) for user in node.users)]
     cuts = [node for node in parts if _needs_all(node, kept)]
     if not cuts:
         return None
@@ -78,11 +100,16 @@ def mixer_of_columns(nodes: Sequence[fx.Node], kept: Mapping[str, Kept]) -> fx.N
     return cuts[0]
 
 
+def _is_kept_result(user: fx.Node, kept: Mapping[str, Kept]) -> bool:
+    return user.target is operator.getitem and user.name in kept
+
+
 def _needs_all(node: fx.Node, kept: Mapping[str, Kept]) -> bool:
     if node.target in _MOVES:
         return False
-    whole = (operand for operand in node.all_input_nodes if operand.name not in kept and is_tensor(operand))
-    return any(same_shape(operand, node) for operand in whole)
+    results = [node] if is_tensor(node) else [user for user in node.users if _is_kept_result(user, kept)]
+    whole = [operand for operand in node.all_input_nodes if operand.name not in kept and is_tensor(operand)]
+    return any(same_shape(operand, result) for operand in whole for result in results)
 
 
 def _is_element_by_element(node: fx.Node) -> bool:

@@ -23,8 +23,9 @@ from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
+from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, KV_HEAD_OF, count, kv_shares, spread
-from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixer_of_heads, mixing
+from kraken_compiler.passes.shard.find_mixer import breaking, mixer_of_columns, mixer_of_heads, mixing
 
 
 # A caller in inference or no-grad mode gets no gradients from autograd, and so no kept sets.
@@ -76,18 +77,19 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         except RuntimeError as error:
             return _no_derivative(projections.region, source, error)
         for node, tensor, gradient in zip(marked, tensors, gradients):
-            marks[node].append(torch.zeros_like(tensor, dtype=torch.bool) if gradient is None else gradient != 0)
+            mark = torch.zeros_like(tensor, dtype=torch.bool) if gradient is None else gradient != 0
+            marks[node].append(_of_all_tokens(mark, node))
 
-    kept: dict[str, Kept] = {}
-    for node, lanes in marks.items():
-        sets = _kept_sets(lanes)
-        if isinstance(sets, str):
-            return Rejection(sets, (node.name,), module_path(node), DEGREE_HINT)
-        if any(dim is not None for dim in sets):
-            kept[node.name] = sets
-    mixer = mixer_of_columns(projections.region, kept) if attention is None else None
+    found = {node: _kept_sets(lanes) for node, lanes in marks.items()}
+    broken = {node: sets for node, sets in found.items() if isinstance(sets, str)}
+    kept: dict[str, Kept] = {
+        node.name: sets for node, sets in found.items() if not isinstance(sets, str) and any(d is not None for d in sets)
+    }
+    mixer = mixer_of_columns(projections.region, kept) if attention is None or broken else None
     if mixer is not None:
-        return mixing(mixer, "columns")
+        return mixing(mixer, "heads" if attention is not None else "columns")
+    if broken:
+        return breaking(projections.region, broken)
     return BranchShards(
         branch=branch.index,
         inputs=tuple(node.name for node in projections.inputs),
@@ -153,6 +155,14 @@ def _picked_heads(pick: fx.Node, values: dict[fx.Node, Tensor], lane: int, degre
     return [source.narrow(dim, start, stop - start)]
 
 
+def _of_all_tokens(marks: Tensor, node: fx.Node) -> Tensor:
+    """Lanes share heads and columns; of a batch and its tokens every lane computes all, needed or not."""
+    for dim, length in enumerate(shape_of(node)):
+        if not isinstance(length, int):
+            marks = marks.any(dim, keepdim=True).expand_as(marks)
+    return marks
+
+
 def _lines(marks: Tensor) -> list[Tensor]:
     """For every dim, which of its positions hold a mark. One pass a dim, over ever smaller tensors."""
     lines = []
@@ -173,12 +183,12 @@ def _kept_sets(lanes: Sequence[Tensor]) -> Kept | str:
         sets = [from_indices(line.nonzero().flatten().tolist()) for line in _lines(marks)]
         elements = math.prod(map(size, sets))
         if elements == 0 or elements != torch.count_nonzero(marks):
-            return "the part of it that a lane needs is no block, so it mixes across lanes"
+            return "a lane needs a part of its operand that is no block of it"
         per_lane.append(sets)
     kept: list[KeptDim] = []
     for dim, whole in enumerate(lanes[0].shape):
         mine = tuple(sets[dim] for sets in per_lane)
         if len(set(map(size, mine))) > 1:
-            return "at this degree lanes would need unequal parts of it"
+            return "lanes need unequal parts of its operand"
         kept.append(None if all(one == ((0, whole),) for one in mine) else mine)
     return tuple(kept)

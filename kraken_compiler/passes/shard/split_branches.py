@@ -27,6 +27,7 @@ from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT
+from kraken_compiler.passes.shard.find_mixer import operator_name
 from kraken_compiler.passes.shard.localize import localize
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes, weight_kept
 
@@ -164,20 +165,26 @@ def _refresh(
                 ]
     try:
         refresh_shapes(program.graph, skip=twins)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError):
         missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
         culprit = next(node for node in missing if node not in twins)
-        return Rejection(f"{_MIXES} ({str(error).splitlines()[0]})", (culprit.name,), module_path(culprit), DEGREE_HINT)
+        return _rejected(culprit)
     for name, sizes in expected.items():
         have = shape_of(nodes[name])
         if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
-            return Rejection(_MIXES, (name,), module_path(nodes[name]), DEGREE_HINT)
+            return _rejected(nodes[name])
     for twin, model in twins.items():
         twin.meta["val"] = model.meta["val"]
     return None
 
 
-_MIXES = "it mixes values across the heads or columns that would be divided among the lanes"
+def _rejected(node: fx.Node) -> Rejection:
+    reason = f"'{operator_name(node)}' does not work on a part of the heads or columns as it works on all of them"
+    return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
+
+
+def _agree(have: Tensor, want: Tensor) -> bool:
+    return have.shape == want.shape and torch.allclose(have, want, rtol=1e-9, atol=1e-9)
 
 
 class _Check:
@@ -191,7 +198,7 @@ class _Check:
         self._program = program
         whole = Region(region, leaves, known_constants(program), seed=1)
         self._inputs = whole.inputs
-        self._whole = whole.run()[args_of(output)[0]]
+        self._whole = whole.run()
 
     def run(self) -> Rejection | None:
         for lane in range(self._program.degree):
@@ -202,12 +209,20 @@ class _Check:
                 if source is not node and source.name not in self.plan.kept:
                     continue
                 values[node] = self._cut(self._inputs[source], source.name, lane)
-            part = local.run(values)[args_of(self.output)[0]]
-            want = self._whole[..., to_indices(self.plan.columns[lane])]
-            if not torch.allclose(part, want, rtol=1e-9, atol=1e-9):
-                reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
-                return Rejection(reason, (self.output.name,), module_path(self.output), DEGREE_HINT)
+            source = args_of(self.output)[0]
+            parts = local.run(values)
+            want = self._whole[source][..., to_indices(self.plan.columns[lane])]
+            if not _agree(parts[source], want):
+                return _rejected(self._first_that_differs(parts, lane))
         return None
+
+    def _first_that_differs(self, parts: dict[fx.Node, Any], lane: int) -> fx.Node:
+        """The first node whose value on a lane is not the lane's part of its value on all."""
+        for node in self.region:
+            if isinstance(parts.get(node), Tensor) and node.name in self.plan.kept:
+                if not _agree(parts[node], self._cut(self._whole[node], node.name, lane)):
+                    return node
+        return self.output
 
     def _cut(self, value: Any, name: str, lane: int) -> Any:
         for dim, lanes in enumerate(self.plan.kept.get(name, ())):
