@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
-from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.ir.sample_inputs import token_input, vocabulary
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
@@ -35,6 +36,8 @@ from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
 from kraken_compiler.weights.store import reader_of
+
+_POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def compile_model(
                 require_weights=directory is not None,
                 hash_early=directory is not None,
             )
+            notes = (*captured.notes, *_tokenizer_notes(captured))
         chosen: Choice | None = None
         if budget is not None and directory is not None:
             cache = Path(f"{os.fspath(directory)}.sensitivity.json")
@@ -143,7 +147,6 @@ def compile_model(
         with show.stage("rewrite"):
             dumps = Path(dump_directory) if dump_directory is not None else None
             program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
-        notes = captured.notes
         if program.no_cache and token_input(program) is not None:
             notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
         if collectives == ORT_NCCL and "onnx" in backends:
@@ -262,9 +265,28 @@ def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | 
         name=path.name if path else origin.model_class,
         path=str(path) if path else "",
         model_class=origin.model_class,
+        max_positions=_max_positions(captured.config),
         input_specs=tuple(input_specs),
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
     )
+
+
+def _max_positions(config: dict[str, Any] | None) -> int | None:
+    """What the source's config, or the part of it that describes the language model, says of the longest sequence."""
+    parts = [config, *(config.get(name) for name in ("text_config", "decoder"))] if config else []
+    found = [part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS_NAMES]
+    return next((limit for limit in found if type(limit) is int and limit > 0), None)
+
+
+def _tokenizer_notes(captured: Capture) -> tuple[str, ...]:
+    """What a user should know of the source's tokenizer, which is refused here if it is damaged."""
+    if captured.origin.tokenizer is None:
+        return ()
+    notes, count = captured.origin.tokenizer.check()
+    known = vocabulary(captured.program) if token_input(captured.program) is not None else count
+    if count > known:
+        notes = (*notes, f"the tokenizer has {count} tokens, the model knows {known}; text with the others is refused")
+    return notes
 
 
 def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:

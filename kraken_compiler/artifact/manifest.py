@@ -52,6 +52,7 @@ class Source(_Record):
         input_specs: The example inputs that were given as text.
         dtype: The element type that was asked for, "" for the source's own.
         model_class: The source model's class.
+        max_positions: The longest sequence that its config says it was made for; None if it does not say.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Source(_Record):
     input_specs: tuple[str, ...] = ()
     dtype: str = ""
     model_class: str = ""
+    max_positions: Annotated[int, Field(ge=1)] | None = None
 
 
 class CacheRecord(_Record):

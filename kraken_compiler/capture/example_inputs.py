@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ FRAMES_PER_POSITION = 2
 """Frames of sound to a position of a speech encoder: the second of its two convolutions takes every other one."""
 
 _SPEC = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([a-z]+\d*\w*)\s*\[([\d\s,]*)\]\s*")
+_MOST_DIGITS = 12
+_MOST_NUMBERS = 1 << 28
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -71,9 +74,38 @@ def parse_input_spec(text: str) -> tuple[str, Tensor]:
     match = _SPEC.fullmatch(text)
     dtype = getattr(torch, match[2], None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
-        raise UsageError(f"'{text}' is no input: write NAME=DTYPE[SIZES], e.g. input_ids=int64[2,16]")
-    sizes = [int(size) for size in match[3].replace(",", " ").split()]
-    return match[1], _filled(dtype, sizes)
+        raise UsageError(f"--input {text!r} is no input: write NAME=DTYPE[SIZES], e.g. input_ids=int64[2,16]")
+    texts = match[3].replace(",", " ").split()
+    # Digits are counted first, as Python converts only so many.
+    longest = max(map(len, texts), default=0)
+    sizes = [int(size) for size in texts] if longest <= _MOST_DIGITS else []
+    if longest > _MOST_DIGITS or math.prod(sizes) > _MOST_NUMBERS:
+        raise UsageError(
+            f"--input {text}: {match[1]} would have more than {_MOST_NUMBERS:,} numbers; an example can be small, "
+            "e.g. [2,16], whatever sizes the program is for"
+        )
+    if 0 in sizes:
+        raise UsageError(f"--input {text}: {match[1]} would be empty; give sizes of at least 1")
+    try:
+        return match[1], _filled(dtype, sizes)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--input {text}: {match[1]} cannot be made as {match[2]}: {reason}") from error
+
+
+def parse_input_specs(texts: Sequence[str]) -> dict[str, Tensor]:
+    """Parse several of them.
+
+    Raises:
+        UsageError: One is not of this form, or two are of the same name.
+    """
+    found: dict[str, Tensor] = {}
+    for text in texts:
+        name, value = parse_input_spec(text)
+        if name in found:
+            raise UsageError(f"--input {text}: there are two inputs called {name}")
+        found[name] = value
+    return found
 
 
 def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs: Sequence[str]) -> CallExample:
@@ -85,7 +117,7 @@ def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs:
     if example_inputs is not None and input_specs:
         raise UsageError("give example inputs or input specs, not both")
     if input_specs:
-        example = CallExample(kwargs=dict(map(parse_input_spec, input_specs)))
+        example = CallExample(kwargs=parse_input_specs(input_specs))
     elif example_inputs is not None:
         example = _normalize(example_inputs)
     else:

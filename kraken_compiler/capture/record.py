@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.tokenizer_files import (
+    GENERATION_CONFIG,
+    generation_config,
+    read_tokenizer,
+    read_without_templates,
+    save_tokenizer,
+)
 from kraken_compiler.weights.buffers import aligned_buffer
 from kraken_compiler.weights.direct_io import LargeFile, would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import byte_view
@@ -38,37 +45,54 @@ class TokenizerSource:
     gguf_file: str | None = None
 
     def load(self) -> Any:
-        """The tokenizer, a `transformers.PreTrainedTokenizerBase`.
+        """The tokenizer, a `transformers.PreTrainedTokenizerBase`; without chat templates if they are damaged.
 
         Raises:
-            InputFileError: The files are damaged or need code that is not part of transformers.
+            InputFileError: The files are damaged, of a kind that the installed packages do not know, or need code that
+                is not part of transformers.
             UsageError: The packages that read them are not installed.
         """
-        from transformers import AutoTokenizer
+        return self._read()[0]
 
-        extra = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        try:
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(
-                    self.directory, trust_remote_code=False, local_files_only=True, **extra
-                )
-        except ImportError as error:
-            raise missing_packages(f"reading the tokenizer in {self.directory}", error) from error
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputFileError(f"{self.directory}: the tokenizer cannot be loaded: {reason}") from error
+    def check(self) -> tuple[tuple[str, ...], int]:
+        """Find what is wrong before anything that takes long.
+
+        Returns:
+            What a user should know, and the number of tokens.
+
+        Raises:
+            InputFileError: A file is damaged, see `load` and `save`.
+            UsageError: The packages that read them are not installed.
+        """
+        tokenizer, notes = self._read()
+        with TemporaryDirectory(prefix="kraken-tokenizer-") as name:
+            return (*notes, *self._write(tokenizer, Path(name))), len(tokenizer)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files, and the source's generation config, which says what else ends a text.
+        """Write the tokenizer's files, and a generation config, which says what else ends a text.
 
         Raises:
             InputFileError: The source's files are damaged.
             OSError: The directory cannot be written.
         """
-        self.load().save_pretrained(directory)
-        settings = Path(self.directory) / "generation_config.json"
-        if settings.is_file():
-            shutil.copyfile(settings, directory / settings.name)
+        self._write(self.load(), directory)
+
+    def _read(self) -> tuple[Any, tuple[str, ...]]:
+        with quiet_transformers():
+            try:
+                return read_tokenizer(self.directory, self.gguf_file), ()
+            except InputFileError as error:
+                tokenizer = read_without_templates(Path(self.directory)) if self.gguf_file is None else None
+                if tokenizer is None:
+                    raise
+                return tokenizer, (f"without a chat template, which is damaged: {error}",)
+
+    def _write(self, tokenizer: Any, directory: Path) -> tuple[str, ...]:
+        notes = save_tokenizer(tokenizer, directory, self.directory)
+        settings = generation_config(Path(self.directory), of_config=self.gguf_file is None)
+        if settings is not None:
+            (directory / GENERATION_CONFIG).write_text(json_text(settings), encoding="utf-8")
+        return notes
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from kraken_compiler.cli.console import (
     errors_as_exit_codes,
     print_json,
     print_lines,
+    quiet_libraries,
+    run_app,
     set_up_interpreter,
     set_up_logging,
 )
@@ -138,7 +140,7 @@ def compile_command(
         "timeout": timeout,
     }
     set_up_logging(verbose)
-    with errors_as_exit_codes(json_output):
+    with errors_as_exit_codes(json_output, quiet), quiet_libraries(verbose):
         merged = load_config(config, {key: value for key, value in given.items() if value not in (None, [])})
         _compile(merged, json_output, quiet)
 
@@ -212,7 +214,7 @@ def _text(path: Path | None) -> str | None:
 def main() -> None:
     """Entry point."""
     set_up_interpreter()
-    app(prog_name="kraken-compile")
+    run_app(app, "kraken-compile")
 
 
 if __name__ == "__main__":

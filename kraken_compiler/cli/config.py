@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.text_files import ENCODING, not_utf8
+
+_SHOWN_CHARACTERS = 60
+_KINDS = {
+    bool: "the truth value",
+    int: "the number",
+    float: "the number",
+    str: "the text",
+    list: "a list",
+    dict: "a table",
+}
+"""Kinds of values as messages call them; a truth value is an int to Python, so it comes first."""
+
+_WANTED = {
+    "string_type": "text in quotes",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list of texts",
+    "finite_number": "a finite number",
+}
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -85,25 +107,43 @@ def merge_config(kind: type[Config], path: Path | None, given: dict[str, Any]) -
     for key in table:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UsageError(f"{path}: there is no key '{key}'; did you mean '{nearest[0]}'?")
+            raise UsageError(f"{path}: there is no key {key!r}; did you mean {nearest[0]!r}?")
     try:
-        config = kind.model_validate({**table, "timeout": float(table.get("timeout", DEFAULT_TIMEOUT))})
+        config = kind.model_validate(table)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first_problem(error)}") from error
+    try:
         return kind.model_validate({**config.model_dump(), **given})
-    except (ValidationError, ValueError, TypeError) as error:
-        reason = _first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f"{path or 'options'}: {reason}") from error
+    except ValidationError as error:
+        raise UsageError(f"--{_first_problem(error)}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_text(encoding=ENCODING))
     except OSError as error:
         raise InputFileError(f"--config: cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputFileError(f"--config: {path} is no TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, "--config") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if not isinstance(error, RecursionError) else "it is nested too deeply"
+        raise InputFileError(f"--config: {path} is no TOML: {reason}") from error
 
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    key, *inside = map(str, problem["loc"])
+    place = f" (entry {int(inside[0]) + 1})" if inside else ""
+    wanted = _WANTED.get(problem["type"])
+    if wanted is None:
+        return f"{key}: {problem['msg']}"
+    return f"{key}{place}: must be {wanted}, not {_described(problem['input'])}"
+
+
+def _described(value: Any) -> str:
+    """A value of a config file by its kind; what is short, by itself."""
+    for kind, name in _KINDS.items():
+        if isinstance(value, kind):
+            shown = json.dumps(value, default=str) if kind not in (dict, list) else ""
+            return f"{name} {shown}".strip() if len(shown) <= _SHOWN_CHARACTERS else name
+    return f"a {type(value).__name__} {value}"

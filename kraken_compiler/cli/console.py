@@ -8,17 +8,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from kraken_compiler.errors import KrakenError
+from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.formatting import json_text
 from kraken_compiler.progress import Advance
+from kraken_compiler.standard_streams import prepare_streams, tell, write_out
 
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
 
@@ -53,7 +55,7 @@ class ConsoleProgress:
                 now = time.perf_counter()
                 if bars.disable and not self._quiet and now - told >= _SECONDS_BETWEEN_LINES:
                     told = now
-                    self._console.print(f"{name}: {done} of {total}, {now - started:.0f} s", highlight=False)
+                    tell(f"{name}: {done} of {total}, {now - started:.0f} s")
 
             yield advance
         self._done(name, started)
@@ -64,17 +66,17 @@ class ConsoleProgress:
 
     def _done(self, name: str, started: float) -> None:
         if not self._quiet:
-            self._console.print(f"{name}: {time.perf_counter() - started:.1f} s", highlight=False)
+            tell(f"{name}: {time.perf_counter() - started:.1f} s")
 
 
 def print_lines(lines: list[str]) -> None:
     """Results for people."""
-    print("\n".join(lines), flush=True)
+    write_out("\n".join(lines) + "\n")
 
 
 def print_json(data: Any) -> None:
     """Results for programs: one JSON document."""
-    print(json_text(data), flush=True)
+    write_out(json_text(data) + "\n")
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -83,6 +85,7 @@ def set_up_logging(verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(message)s", force=True
     )
@@ -101,20 +104,72 @@ def set_up_interpreter() -> None:
 
 
 @contextmanager
-def errors_as_exit_codes(json_output: bool = False) -> Iterator[None]:
-    """End the process with one clear line and the error's exit code."""
+def quiet_libraries(verbose: bool) -> Iterator[None]:
+    """Without `-v`, libraries keep their warnings to themselves, also those that they give when they are imported."""
+    if verbose:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def errors_as_exit_codes(json_output: bool = False, quiet: bool = False) -> Iterator[None]:
+    """End the process with one clear line and the error's exit code.
+
+    Args:
+        json_output: Also as a JSON document on standard output.
+        quiet: Leave out what an error says beyond its first line.
+    """
     try:
         yield
     except KrakenError as error:
-        fail(error, json_output)
+        fail(error, json_output, quiet)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         raise SystemExit(130) from None
 
 
-def fail(error: KrakenError, json_output: bool) -> NoReturn:
+def fail(error: KrakenError, json_output: bool, quiet: bool = False) -> NoReturn:
     """Report an error and exit."""
     if json_output:
-        print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
-    print(f"error: {error}", file=sys.stderr, flush=True)
+        with suppress(InputFileError):  # standard output may be what failed
+            print_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+    tell(f"error: {_short(str(error)) if quiet else error}")
     raise SystemExit(error.exit_code)
+
+
+def run_app(app: Callable[..., Any], name: str) -> None:
+    """Be the entry point of a command.
+
+    Args:
+        app: A typer app.
+        name: What the command is called.
+    """
+    prepare_streams()
+    try:
+        app(prog_name=name)
+    except OSError as error:
+        # Commands write through `write_out`; help and usage are written by typer, which knows closed pipes only.
+        if _can_write_out():
+            raise
+        fail(InputFileError(f"standard output: cannot be written: {error.strerror or error}"), json_output=False)
+
+
+def _can_write_out() -> bool:
+    try:
+        write_out("")
+    except InputFileError:
+        return False
+    return True
+
+
+def _short(message: str) -> str:
+    first, *more = message.strip().splitlines() or [""]
+    return f"{first} ({len(more)} more lines without --quiet)" if more else first

@@ -15,6 +15,8 @@ from kraken_compiler.cli.console import (
     errors_as_exit_codes,
     print_json,
     print_lines,
+    quiet_libraries,
+    run_app,
     set_up_logging,
 )
 from kraken_compiler.cli.heal_bar import HealBar
@@ -122,7 +124,7 @@ def heal_command(
         "timeout": timeout,
     }
     set_up_logging(verbose)
-    with errors_as_exit_codes(json_output):
+    with errors_as_exit_codes(json_output, quiet), quiet_libraries(verbose):
         merged = merge_config(
             HealConfig, config, {name: value for name, value in given.items() if value not in (None, [])}
         )
@@ -176,7 +178,7 @@ def _texts(paths: list[Path]) -> list[str]:
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="kraken-heal")
+    run_app(app, "kraken-heal")
 
 
 if __name__ == "__main__":

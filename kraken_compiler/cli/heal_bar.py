@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
 from kraken_compiler.formatting import number_text
+from kraken_compiler.standard_streams import tell
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.healing.watch import StepRecord
@@ -52,7 +53,9 @@ class HealBar:
         self._held_out = f"held out {number_text(kl, '.3g')}"
         self._show()
         if not self._quiet:
-            self._console.print(f"step {step}: KL on the held-out text {number_text(kl, '.4g')}", highlight=False)
+            line = f"step {step}: KL on the held-out text {number_text(kl, '.4g')}"
+            # The bar has to step aside, where there is one.
+            self._console.print(line, highlight=False) if self._console.is_terminal else tell(line)
         if step and step == (self._steps or step):
             # The last one; what comes now has a bar of its own.
             self._stop()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, set_up_logging
+from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, quiet_libraries, run_app, set_up_logging
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.options import NEW_TOKENS, RunOptions, options_app
 
@@ -27,7 +27,7 @@ _CHUNK = 1 << 16
 def run(options: RunOptions) -> None:
     """Start the ranks, and wait for them."""
     set_up_logging(options.verbose)
-    with errors_as_exit_codes(options.json):
+    with errors_as_exit_codes(options.json), quiet_libraries(options.verbose):
         options.check()
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
@@ -43,7 +43,9 @@ def run(options: RunOptions) -> None:
         prompts = options.ids()
         if not options.input_ids:
             require_tokenizer(artifact)
-            batch = len(options.prompts()) or 1
+            # Read once: a prompt file may be a pipe.
+            options = replace(options, prompt=options.prompts(), prompt_file=None)
+            batch = len(options.prompt) or 1
         else:
             batch = len(prompts)
         new_tokens = options.max_new_tokens or NEW_TOKENS
@@ -108,7 +110,7 @@ app = options_app(run, _DESCRIPTION, EXIT_CODES)
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="kraken-run")
+    run_app(app, "kraken-run")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from kraken_compiler.cli.console import (
     errors_as_exit_codes,
     print_json,
     print_lines,
+    quiet_libraries,
+    run_app,
     set_up_logging,
 )
 from kraken_compiler.cli.options import (
@@ -57,7 +59,7 @@ def verify_command(
 ) -> None:
     """Check an artifact again: hashes, real ranks, overlap, the source model, and what the form costs on text."""
     set_up_logging(verbose)
-    with errors_as_exit_codes(json_output):
+    with errors_as_exit_codes(json_output, quiet), quiet_libraries(verbose):
         # Imported late, so that --help does not load torch.
         from kraken_compiler.api import verify_artifact
 
@@ -83,7 +85,7 @@ def verify_command(
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="kraken-verify")
+    run_app(app, "kraken-verify")
 
 
 if __name__ == "__main__":

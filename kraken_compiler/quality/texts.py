@@ -20,6 +20,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
 from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
 from kraken_compiler.runtime.derived_inputs import find_derived
+from kraken_compiler.text_files import ENCODING, not_utf8
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -148,9 +149,9 @@ def read_text(path: Path, option: str) -> str:
         InputFileError: It cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
-        raise InputFileError(f"{option}: {path} is not UTF-8 text") from error
+        raise not_utf8(path, option) from error
     except OSError as error:
         raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
 
@@ -197,7 +198,7 @@ def _batches_of(
 def _ids_of(text: TokenText, path: Path | None, tokenize: Tokenize, limit: int | None) -> Iterator[int]:
     count = read = 0
     with _opened(path) as (file, size):
-        for piece in _pieces(file, text.name):
+        for piece in _pieces(file, path, text.name):
             ids = tokenize(piece, count == 0)
             count += len(ids)
             read += len(piece.encode())
@@ -206,13 +207,13 @@ def _ids_of(text: TokenText, path: Path | None, tokenize: Tokenize, limit: int |
             yield from ids
 
 
-def _pieces(file: TextIO, name: str) -> Iterator[str]:
+def _pieces(file: TextIO, path: Path | None, name: str) -> Iterator[str]:
     """Parts of a text, cut where a line ends: tokens hardly ever reach from one line into the next."""
     try:
         while piece := file.read(_PIECE_CHARACTERS):
             yield piece + file.readline(_PIECE_CHARACTERS)
     except UnicodeDecodeError as error:
-        raise InputFileError(f"--text: {name} is not UTF-8 text") from error
+        raise not_utf8(path or Path(name), "--text") from error
     except OSError as error:
         raise InputFileError(f"--text: cannot read {name}: {error.strerror or error}") from error
 
@@ -222,7 +223,7 @@ def _opened(path: Path | None) -> Iterator[tuple[TextIO, int]]:
     """The text and its size in bytes."""
     where: Any = path if path is not None else files("kraken_compiler.quality").joinpath("sample.txt")
     try:
-        file = where.open(encoding="utf-8")
+        file = where.open(encoding=ENCODING)
         size = path.stat().st_size if path is not None else len(where.read_bytes())
     except OSError as error:
         raise InputFileError(f"--text: cannot read {path}: {error.strerror or error}") from error

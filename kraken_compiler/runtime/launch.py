@@ -21,8 +21,9 @@ from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError,
 from kraken_compiler.runtime import start_rank
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
 from kraken_compiler.runtime.start_rank import LAUNCHER
-from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures
+from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures, read_notes
 from kraken_compiler.runtime.watchdog import Verdict, Watchdog
+from kraken_compiler.standard_streams import tell
 
 WORKER = "kraken_compiler.runtime.worker"
 
@@ -93,6 +94,8 @@ def launch(
                 if error.sigval == signal.SIGINT:
                     raise KeyboardInterrupt from None
                 raise SystemExit(128 + int(error.sigval)) from None
+        for note in read_notes(directory):
+            tell(f"note: {note}")
 
 
 def threads_per_rank(degree: int) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import select
 
+from kraken_compiler.errors import UsageError
+from kraken_compiler.text_files import bad_byte, decoded
+
 _CHUNK = 1 << 16
 
 
@@ -15,6 +18,7 @@ class Lines:
         self._descriptor = descriptor
         self._bytes = b""
         self._closed = False
+        self._count = 0
 
     @property
     def ended(self) -> bool:
@@ -22,7 +26,11 @@ class Lines:
         return self._closed and not self._bytes
 
     def poll(self, seconds: float) -> str | None:
-        """The next line without its end; None if there is none within some seconds, or no more at all."""
+        """The next line without its end; None if there is none within some seconds, or no more at all.
+
+        Raises:
+            UsageError: The line is not UTF-8; the next call gives the one after it.
+        """
         while b"\n" not in self._bytes and not self._closed:
             if not select.select([self._descriptor], [], [], seconds)[0]:
                 return None
@@ -32,4 +40,9 @@ class Lines:
         if not self._bytes:
             return None
         line, _, self._bytes = self._bytes.partition(b"\n")
-        return line.decode(errors="replace").rstrip("\r")
+        self._count += 1
+        try:
+            text = decoded(line) if self._count == 1 else line.decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"standard input: line {self._count} is not UTF-8 text ({bad_byte(line)})") from None
+        return text.rstrip("\r")

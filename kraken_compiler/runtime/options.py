@@ -15,10 +15,12 @@ from typing import Annotated, Any, Self, get_type_hints
 import typer
 
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
 
 NEW_TOKENS = 32
 CHAT_TOKENS = 512
 CONTEXT = 2048
+_MOST_PROMPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class RunOptions:
     prompt: Annotated[list[str], typer.Option(help="Text to continue; several make a batch.")] = field(
         default_factory=list
     )
-    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 text file with a prompt in every line.")] = None
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file with a prompt in every line; line feeds end lines.")
+    ] = None
     input_ids: Annotated[
         list[str],
         typer.Option(help="Token ids to continue, e.g. 1,2,3, for a model without a tokenizer; several make a batch."),
@@ -57,6 +61,12 @@ class RunOptions:
             "--chat/--no-chat",
             help="Put prompts into the tokenizer's chat template. "
             "(default: if it has one, when lines are read from standard input; off for --prompt)",
+        ),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Which of the tokenizer's chat templates, if it has several. (default: default)"
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None
@@ -133,6 +143,8 @@ class RunOptions:
             raise UsageError("--chat and --system are for text; --input-ids are taken as they are")
         if self.system and self.chat is not True and not (self.interactive and self.chat is None):
             raise UsageError("--system needs --chat")
+        if self.chat_template and (self.input_ids or self.chat is False or not (self.chat or self.interactive)):
+            raise UsageError("--chat-template needs --chat")
         if self.json and self.interactive:
             raise UsageError("--json needs --prompt TEXT, --prompt-file FILE or --input-ids 1,2,3")
         if self.backend not in (None, "torch", "onnx"):
@@ -147,6 +159,9 @@ class RunOptions:
             raise UsageError("--top-k and --top-p need a --temperature above 0; 0 takes the most likely token")
         Sampling(self.temperature, self.top_k, self.top_p, self.seed or 0)
         self.ids()
+        for number, prompt in enumerate(self.prompt, start=1):
+            require_text(prompt, f"--prompt (number {number})" if len(self.prompt) > 1 else "--prompt")
+        require_text(self.system or "", "--system")
 
     def prompts(self) -> list[str]:
         """The prompts that are text.
@@ -157,12 +172,8 @@ class RunOptions:
         """
         if self.prompt_file is None:
             return self.prompt
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InputFileError(f"--prompt-file: cannot read {self.prompt_file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise InputFileError(f"--prompt-file: {self.prompt_file} is not UTF-8 text") from error
+        # Only line feeds end a line: what else Unicode calls the end of one may stand within a prompt.
+        lines = (line.removesuffix("\r") for line in _read_prompts(self.prompt_file).split("\n"))
         prompts = [*self.prompt, *(line for line in lines if line.strip())]
         if not prompts:
             raise UsageError(f"--prompt-file: {self.prompt_file} has no prompts")
@@ -215,6 +226,22 @@ def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
     if item.default_factory is not MISSING:
         default = item.default_factory()
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _read_prompts(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise InputFileError(f"--prompt-file: cannot read {path}: {error.strerror or error}") from error
+    if len(content) > _MOST_PROMPT_BYTES:
+        raise InputFileError(
+            f"--prompt-file: {path} has more than {_MOST_PROMPT_BYTES >> 20} MB; no prompts are so long"
+        )
+    try:
+        return decoded(content)
+    except UnicodeDecodeError as error:
+        raise bytes_not_utf8(content, path, "--prompt-file") from error
 
 
 def _ids(text: str) -> list[int]:

@@ -14,12 +14,14 @@ from kraken_compiler.runtime.engine import IDLE_SECONDS, Engine, Order
 from kraken_compiler.runtime.lines import Lines
 from kraken_compiler.runtime.options import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.text import TextCodec, TextStream
+from kraken_compiler.runtime.text import TextCodec
 from kraken_compiler.size_checks import longest_allowed, token_rules
+from kraken_compiler.standard_streams import write_out
 
 _SIGN = "> "
 _TITLE_CHARACTERS = 70
 _SEED_BITS = 32
+_NO_LIMIT = 1 << 30
 
 
 def speak(engine: Engine, options: RunOptions) -> None:
@@ -61,12 +63,15 @@ class _Timings:
 
 
 def _answer(engine: Engine, options: RunOptions) -> None:
-    codec = None if options.input_ids else TextCodec.of(engine.artifact)
+    codec = None if options.input_ids else TextCodec.of(engine.artifact, options.chat_template)
     texts = options.prompts()
     prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
     order = _order(prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
+    notes = _notes(engine, order)
+    for note in notes:
+        engine.session.status.note(note)
     streaming = len(prompts) == 1 and not options.json
-    stream = _Ids() if codec is None else TextStream(codec.decode, () if options.chat else prompts[0])
+    stream = _Ids() if codec is None else codec.stream(() if options.chat else prompts[0])
     ids: list[list[int]] = [[] for _ in prompts]
     timings = _Timings()
     for tokens in engine.run(order):
@@ -92,7 +97,8 @@ def _answer(engine: Engine, options: RunOptions) -> None:
             for index, row in enumerate(ids)
         ]
         seed = order.sampling.seed if order.sampling.temperature else None
-        _emit(json.dumps({"results": results, "seed": seed, "timings": timings.to_dict()}, indent=1) + "\n")
+        document = {"results": results, "seed": seed, "timings": timings.to_dict(), "notes": notes}
+        _emit(json.dumps(document, indent=1) + "\n")
     elif codec is None:
         _emit("".join(",".join(map(str, row)) + "\n" for row in ids))
     else:
@@ -107,7 +113,7 @@ def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
 
 
 def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int], options: RunOptions) -> str:
-    stream = TextStream(codec.decode, () if options.chat else before)
+    stream = codec.stream(() if options.chat else before)
     return "".join(stream.push(token) for token in ids) + stream.finish()
 
 
@@ -137,26 +143,26 @@ class _Ids:
 def _converse(engine: Engine, options: RunOptions) -> None:
     """Continue, or answer, every line of standard input."""
     engine.session.status.progress("loading the tokenizer")
-    codec = TextCodec.of(engine.artifact)
-    chat = codec.can_chat if options.chat is None else options.chat
+    codec = TextCodec.of(engine.artifact, options.chat_template)
     terminal = options.terminal or (os.isatty(0) and os.isatty(1))
+    chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
     manifest = engine.artifact.manifest
     rules = token_rules(manifest.call, manifest.inputs)
-    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions))
+    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions, _made_for(engine)))
     history = _system(options)
     lines = Lines()
     heard = False
-    while (line := _next_line(engine, lines, terminal)) is not None:
-        words = line.strip()
-        if words == "/exit":
-            return
-        if words == "/reset":
-            history = _system(options)
-        if not words or words == "/reset":
-            continue
-        heard = True
-        asked = [*history, {"role": "user", "content": line}]
+    while True:
         try:
+            line = _next_line(engine, lines, terminal)
+            if line is None or line.strip() == "/exit":
+                break
+            if line.strip() == "/reset":
+                history = _system(options)
+            if line.strip() in ("", "/reset"):
+                continue
+            heard = True
+            asked = [*history, {"role": "user", "content": line}]
             prompt = codec.encode_chat(asked) if chat else codec.encode(line)
             answer = _stream(engine, codec, prompt, options, chat, capacity)
         except UsageError as error:
@@ -166,10 +172,28 @@ def _converse(engine: Engine, options: RunOptions) -> None:
             continue
         if chat:
             history = [*asked, {"role": "assistant", "content": answer}]
+    if line is not None:
+        return
     if terminal:
         _emit("\n")
     elif not heard:
         raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input")
+
+
+def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
+    """Whether lines are answered where nobody said: if there is a chat template, and it works."""
+    if not codec.can_chat:
+        return False
+    try:
+        codec.encode_chat([{"role": "user", "content": "?"}])
+    except UsageError as error:
+        note = f"lines are continued and not answered: {error}"
+        if terminal:
+            _emit(f"note: {note}\n")
+        else:
+            engine.session.status.note(note)
+        return False
+    return True
 
 
 def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
@@ -192,7 +216,7 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
             "/reset begins a new conversation, --max-context gives more room"
         )
     wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
-    stream = TextStream(codec.decode, () if chat else prompt)
+    stream = codec.stream(() if chat else prompt)
     pieces = []
     for (token,) in engine.run(_order([prompt], options, codec, min(wanted, room), capacity)):
         assert token is not None
@@ -231,9 +255,23 @@ def _system(options: RunOptions) -> list[dict[str, str]]:
     return [{"role": "system", "content": options.system}] if options.system else []
 
 
+def _made_for(engine: Engine) -> int:
+    """The longest sequence that the source's config says the model was made for."""
+    return engine.artifact.manifest.source.max_positions or _NO_LIMIT
+
+
+def _notes(engine: Engine, order: Order) -> list[str]:
+    """What a user should know of an order that can be carried out."""
+    made_for, longest = _made_for(engine), max(map(len, order.prompts))
+    reached = longest + order.max_new_tokens
+    if reached <= made_for:
+        return []
+    what = f"the prompt takes {longest:,}" if longest > made_for else f"prompt and new tokens take {reached:,}"
+    return [
+        f"{what} positions, the model was made for {made_for:,} (max_position_embeddings): "
+        "what it writes beyond them may be nonsense"
+    ]
+
+
 def _emit(text: str) -> None:
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # Whoever read this, such as `head`, has enough; what is left goes nowhere, which is no failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    write_out(text)

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kraken_compiler.errors import RankFailedError
+from kraken_compiler.standard_streams import tell
 
 RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
 """Environment variable: where a local launcher wants the reports; unset under plain torchrun."""
 RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 """Environment variable: seconds without progress after which a run is given up."""
 
+_NOTES = "notes.txt"
 _BEAT_SECONDS = 0.5
 _LEAST_SHARE_OF_A_CORE = 0.05
 """Of the processor time between two beats: more than waiting takes, less than computing on a crowded machine."""
@@ -126,6 +128,14 @@ class StatusWriter:
         if self._directory is not None:
             self._beat()
 
+    def note(self, text: str) -> None:
+        """Say what a user should know; the launcher shows it on standard error when the ranks have ended."""
+        if self._directory is None:
+            tell(f"note: {text}")
+            return
+        with (self._directory / _NOTES).open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
     def finish(self) -> None:
         """Say that nothing is left to do."""
         self._done = True
@@ -191,6 +201,12 @@ def read_beats(directory: Path) -> dict[int, Beat]:
     """Every rank's latest sign of life, by rank."""
     paths = directory.glob("beat-*.json")
     return {int(path.stem.removeprefix("beat-")): Beat(**json.loads(path.read_text())) for path in paths}
+
+
+def read_notes(directory: Path) -> list[str]:
+    """What ranks want a user to know."""
+    path = directory / _NOTES
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def stacks_file(directory: Path, rank: int) -> Path:

@@ -1,61 +1,68 @@
-"""Between text and token ids: the tokenizer, chat templates, and text that grows token by token."""
+"""Between text and token ids: the tokenizer, and the tokens that end a text."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.chat_template import ChatTemplate, Message
+from kraken_compiler.runtime.text_stream import CleanedStream, TextStream
+from kraken_compiler.tokenizer_files import GENERATION_CONFIG, read_tokenizer, stop_tokens
 
-_CONTEXT_TOKENS = 6
 _MARK = "mark"
-
-Message = Mapping[str, str]
-"""One message of a chat: `{"role": "user", "content": "..."}`."""
+_BAD_BYTE = "<0xFF>"
+"""How tokenizers with byte fallback spell the token of a byte that is in no character."""
 
 
 class TextCodec:
-    """An artifact's tokenizer."""
+    """An artifact's tokenizer.
 
-    def __init__(self, tokenizer: Any, eos: Sequence[int] = ()) -> None:
+    Attributes:
+        chat: Its chat template, which may be broken or missing: that concerns chats only.
+        eos: Tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Any, eos: Sequence[int] = (), template: str | None = None) -> None:
         """Wrap a tokenizer.
 
         Args:
             tokenizer: A `transformers.PreTrainedTokenizerBase`.
             eos: Tokens that end a text beside the tokenizer's own.
+            template: Name of the chat template, for a tokenizer that has several; None takes the default.
+
+        Raises:
+            UsageError: It has no template of that name.
         """
         self._tokenizer = tokenizer
+        self._cleans = _cleans_up(tokenizer)
+        self._bad_byte = _bad_byte(tokenizer)
+        self.chat = ChatTemplate(tokenizer, template)
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.eos = frozenset((*own, *eos, *self._turn_end()))
 
     @classmethod
-    def of(cls, artifact: Artifact) -> TextCodec:
+    def of(cls, artifact: Artifact, template: str | None = None) -> TextCodec:
         """Load an artifact's tokenizer.
 
+        Args:
+            artifact: Where it is.
+            template: See the constructor.
+
         Raises:
-            UsageError: It has none, or a package that reads it is not installed.
+            UsageError: It has none, no template of that name, or a package that reads it is not installed.
             InputFileError: A file of it is missing, truncated or tampered with.
         """
         require_tokenizer(artifact)
         artifact.verify(*artifact.tokenizer_files)
-        try:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(artifact.tokenizer, local_files_only=True)
-        except ImportError as error:
-            raise missing_packages(f"reading the tokenizer in {artifact.tokenizer}", error) from error
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputFileError(f"{artifact.tokenizer}: the tokenizer cannot be loaded: {reason}") from error
-        return cls(tokenizer, _generation_eos(artifact))
+        assert artifact.tokenizer is not None
+        return cls(read_tokenizer(artifact.tokenizer), _generation_eos(artifact), template)
 
     @property
     def can_chat(self) -> bool:
-        """True if the tokenizer has a chat template."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        """True if the tokenizer has a chat template to use."""
+        return self.chat.is_there
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text to continue."""
@@ -66,32 +73,29 @@ class TextCodec:
         """Token ids of a chat up to the point where the model answers.
 
         Raises:
-            UsageError: The tokenizer has no chat template, it does not take these messages, or a package that reads it
-                is not installed.
+            UsageError: The tokenizer has no chat template, it cannot be rendered with these messages, or a package that
+                reads it is not installed.
         """
-        if not self.can_chat:
-            raise UsageError("the tokenizer has no chat template; leave --chat out")
-        text = self._render(messages, answering=True)
+        text = self.chat.render(messages, answering=True)
         # The template has written the special tokens already.
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self._decode(ids, self._cleans)
 
-    def _render(self, messages: Sequence[Message], answering: bool) -> str:
-        try:
-            from jinja2 import TemplateError
+    def stream(self, before: Sequence[int] = ()) -> TextStream | CleanedStream:
+        """The text of tokens to come, as it grows.
 
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
-            )
-        except ImportError as error:
-            raise missing_packages("reading the chat template", error) from error
-        except TemplateError as error:
-            raise UsageError(f"the chat template does not take these messages: {error}") from error
+        Args:
+            before: Tokens that it continues.
+        """
+        stream = TextStream(lambda ids: self._decode(ids, False), before, self._bad_byte)
+        return CleanedStream(stream, self._tokenizer.clean_up_tokenization) if self._cleans else stream
+
+    def _decode(self, ids: Sequence[int], clean: bool) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=clean)
         return text
 
     def _turn_end(self) -> tuple[int, ...]:
@@ -100,8 +104,9 @@ class TextCodec:
             return ()
         messages = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
         try:
-            _, _, tail = self._render(messages, answering=False).rpartition(_MARK)
+            _, _, tail = self.chat.render(messages, answering=False).rpartition(_MARK)
         except UsageError:
+            # Whoever chats is told; others need no template.
             return ()
         ids: list[int] = self._tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
         return tuple(ids[:1]) if ids and ids[0] in self._special else ()
@@ -110,40 +115,6 @@ class TextCodec:
     def _special(self) -> set[int]:
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         return {*self._tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
-
-
-class TextStream:
-    """Text that grows token by token; characters of several tokens are held back until they are whole."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        """Begin a text.
-
-        Args:
-            decode: Token ids -> text.
-            before: Tokens that the text continues. Some tokenizers write a space only between two tokens.
-        """
-        self._decode = decode
-        self._ids = list(before[-_CONTEXT_TOKENS:])
-        self._shown = len(self._ids)
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that is certain now and was not before."""
-        self._ids.append(token)
-        return self._take(final=False)
-
-    def finish(self) -> str:
-        """The rest of the text."""
-        return self._take(final=True)
-
-    def _take(self, final: bool) -> str:
-        before = self._decode(self._ids[: self._shown])
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") and not final:
-            return ""
-        # Only the last tokens matter for what follows, so that a long text does not get slower.
-        self._ids = self._ids[-_CONTEXT_TOKENS:]
-        self._shown = len(self._ids)
-        return text[len(before) :]
 
 
 def require_tokenizer(artifact: Artifact) -> None:
@@ -158,15 +129,20 @@ def require_tokenizer(artifact: Artifact) -> None:
 
 def _generation_eos(artifact: Artifact) -> tuple[int, ...]:
     """The EOS ids of a generation config beside the tokenizer, which may be a list."""
-    name = next((name for name in artifact.tokenizer_files if name.endswith("/generation_config.json")), None)
-    if name is None:
-        return ()
-    path = artifact.path(name)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputFileError(f"{path}: damaged, no generation config") from error
-    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(type(one) is int for one in ids):
-        raise InputFileError(f"{path}: its eos_token_id is no token id")
-    return ids
+    name = next((name for name in artifact.tokenizer_files if name.endswith(f"/{GENERATION_CONFIG}")), None)
+    return stop_tokens(artifact.path(name)) if name is not None else ()
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """True if a tokenizer takes spaces before punctuation out of what it has decoded: transformers' own rule."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ != "BPE":
+        return True
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False))
+
+
+def _bad_byte(tokenizer: Any) -> int | None:
+    token = tokenizer.convert_tokens_to_ids(_BAD_BYTE)
+    return token if isinstance(token, int) and tokenizer.decode([token]) == "\ufffd" else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kraken_compiler.errors import KrakenError
 from kraken_compiler.runtime.options import RunOptions, options_app
+from kraken_compiler.standard_streams import prepare_streams, tell
 
 OPTIONS_FILE = "--options-file"
 """What kraken-run gives instead of options: a file with `RunOptions` as JSON, as an argument has a greatest length."""
@@ -24,6 +25,7 @@ def run_worker(
         description: First words of `--help`.
         arguments: What follows the command's name; None takes this process's.
     """
+    prepare_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == [OPTIONS_FILE]:
@@ -32,5 +34,5 @@ def run_worker(
             options_app(run_rank, description)(given, prog_name=module)
     except KrakenError as error:
         # These are for users, who do not want to see where in our code they come from.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         raise SystemExit(error.exit_code) from None
