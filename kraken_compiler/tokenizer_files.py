@@ -74,17 +74,14 @@ def save_tokenizer(tokenizer: Any, directory: Path, source: str) -> tuple[str, .
         OSError: The directory cannot be written.
     """
     try:
-        with _damage_named(source, "saved"):
-            tokenizer.save_pretrained(directory)
+        _save(tokenizer, directory, source)
     except InputFileError as error:
         if not getattr(tokenizer, "chat_template", None):
             raise
         tokenizer.chat_template = None
-        for name in _TEMPLATES:
-            shutil.rmtree(directory / name, ignore_errors=True)
-            (directory / name).unlink(missing_ok=True)
-        with _damage_named(source, "saved"):
-            tokenizer.save_pretrained(directory)
+        shutil.rmtree(directory)
+        directory.mkdir()
+        _save(tokenizer, directory, source)
         return (f"without a chat template, which is damaged: {error}",)
     return ()
 
@@ -117,6 +114,17 @@ def generation_config(directory: Path, *, of_config: bool = True) -> dict[str, A
     parts = (config, *(config[name] for name in _NESTED if isinstance(config.get(name), dict)))
     eos = next((part[_EOS] for part in parts if part.get(_EOS) is not None), None)
     return {**(found or {}), _EOS: eos} if _ids(eos, model) else found
+
+
+def _save(tokenizer: Any, directory: Path, source: str) -> None:
+    with _damage_named(source, "saved"):
+        try:
+            tokenizer.save_pretrained(directory)
+        except OSError as error:
+            failure = error
+        else:
+            return
+    raise failure
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.tokenizer_files import (
@@ -54,19 +55,22 @@ class TokenizerSource:
         """
         return self._read()[0]
 
-    def check(self) -> tuple[tuple[str, ...], int]:
+    def check(self) -> tuple[tuple[str, ...], Any]:
         """Find what is wrong before anything that takes long.
 
         Returns:
-            What a user should know, and the number of tokens.
+            What a user should know, and the tokenizer.
 
         Raises:
             InputFileError: A file is damaged, see `load` and `save`.
             UsageError: The packages that read them are not installed.
         """
         tokenizer, notes = self._read()
-        with TemporaryDirectory(prefix="kraken-tokenizer-") as name:
-            return (*notes, *self._write(tokenizer, Path(name))), len(tokenizer)
+        try:
+            with TemporaryDirectory(prefix="kraken-tokenizer-") as name:
+                return (*notes, *self._write(tokenizer, Path(name))), tokenizer
+        except OSError as error:
+            raise InputFileError(f"{self.directory}: the tokenizer cannot be saved: {error}") from error
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files, and a generation config, which says what else ends a text.
@@ -91,7 +95,9 @@ class TokenizerSource:
         notes = save_tokenizer(tokenizer, directory, self.directory)
         settings = generation_config(Path(self.directory), of_config=self.gguf_file is None)
         if settings is not None:
-            (directory / GENERATION_CONFIG).write_text(json_text(settings), encoding="utf-8")
+            path = directory / GENERATION_CONFIG
+            with naming(path):
+                path.write_text(json_text(settings), encoding="utf-8")
         return notes
 
 

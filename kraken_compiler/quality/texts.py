@@ -112,8 +112,7 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
     tokenizer = load_tokenizer(captured, "--text")
 
     def tokenize(text: str, first: bool) -> list[int]:
-        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=first)["input_ids"]
-        return ids
+        return token_ids(tokenizer, text, vocabulary(program), "--text", special=first)
 
     with _opened(path) as (_, size):
         expected = limit or size
@@ -136,6 +135,33 @@ def load_tokenizer(captured: Capture, option: str, instead: str = "give token id
         where = captured.origin.path or "the model"
         raise UsageError(f"{option}: {where} has no tokenizer, so it cannot read text; {instead}")
     return captured.origin.tokenizer.load()
+
+
+def token_ids(tokenizer: Any, text: str, known: int, option: str, *, special: bool = True) -> list[int]:
+    """A text's tokens, all of which the model knows.
+
+    Args:
+        tokenizer: A `transformers.PreTrainedTokenizerBase`.
+        text: The text.
+        known: How many tokens the model knows.
+        option: The option that named the text, for messages.
+        special: Add the special tokens that begin or end a text.
+
+    Raises:
+        InputFileError: The tokenizer makes others of it.
+    """
+    ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    if ids and max(ids) >= known:
+        raise InputFileError(
+            f"{option}: the tokenizer makes token {max(ids)} of the text, the model knows 0 to {known - 1}: "
+            "they do not belong together"
+        )
+    return ids
+
+
+def sample_text() -> str:
+    """The built-in sample."""
+    return files("kraken_compiler.quality").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
 def read_text(path: Path, option: str) -> str:

@@ -16,7 +16,7 @@ from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.lane_logits import lane_logits
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
 from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     tokenizer = cache(lambda: load_tokenizer(captured, "--calibrate"))
 
     def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer()(text, verbose=False, add_special_tokens=False)["input_ids"]
-        return ids
+        return token_ids(tokenizer(), text, vocabulary(captured.program), "--calibrate", special=False)
 
     rows = [found for text in texts if (found := _rows(text, quota, row, tokenize))]
     return divide(rows, wanted, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_MEASURED_AT_ONCE]))

@@ -15,7 +15,7 @@ from kraken_compiler.capture import Capture
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.sample_inputs import vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text
+from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
 from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
 
 
@@ -54,7 +54,8 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     # A row of a token file is a document, which may be short.
     length = min([longest_row(captured, settings.sequence), *(ids.shape[1] for ids in streams if ids.ndim == 2)])
     tokenizer = load_tokenizer(captured, "--text", "give token ids with --tokens FILE") if texts else None
-    parts = [_split_text(tokenizer, path, settings.hold_out) for path in texts]
+    known = vocabulary(captured.program)
+    parts = [_split_text(tokenizer, path, settings.hold_out, known) for path in texts]
     parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
     train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
     if not len(train) or not len(held_out):
@@ -66,11 +67,11 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     return HealingText(train, spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
 
 
-def _split_text(tokenizer: Any, path: Path, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+def _split_text(tokenizer: Any, path: Path, hold_out: float, known: int) -> tuple[list[list[int]], list[list[int]]]:
     """The tokens of a text's beginning and of its end, cut where a line ends."""
     text = read_text(path, "--text")
     cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
-    train, held_out = (tokenizer(part, verbose=False)["input_ids"] for part in (text[:cut], text[cut:]))
+    train, held_out = (token_ids(tokenizer, part, known, "--text") for part in (text[:cut], text[cut:]))
     return [train], [held_out]
 
 
