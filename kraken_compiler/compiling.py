@@ -33,6 +33,8 @@ from kraken_compiler.quality.forms_within import forms_within
 from kraken_compiler.quality.measure import with_quality
 from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
 from kraken_compiler.report import Report, is_exact, make_report
+from kraken_compiler.runtime.derived_inputs import reads_source
+from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
 from kraken_compiler.weights.store import reader_of
@@ -265,10 +267,24 @@ def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | 
         name=path.name if path else origin.model_class,
         path=str(path) if path else "",
         model_class=origin.model_class,
+        answer_begins=_answer_begins(captured),
         max_positions=_max_positions(captured.config),
         input_specs=tuple(input_specs),
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
     )
+
+
+def _answer_begins(captured: Capture) -> tuple[int, ...]:
+    """The tokens that an encoder-decoder's answer begins with, as transformers takes them when it generates."""
+    config = captured.config
+    if config is None or not reads_source(captured.program.inputs):
+        return ()
+    directory = Path(captured.origin.path or "")
+    own = (generation_config(directory, of_config=False) if captured.origin.kind == "huggingface" else None) or {}
+    settings = {**config, **{name: value for name, value in own.items() if value is not None}}
+    start, forced = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
+    start = settings.get("bos_token_id") if start is None else start
+    return tuple(token for token in (start, forced) if type(token) is int) if type(start) is int else ()
 
 
 def _max_positions(config: dict[str, Any] | None) -> int | None:

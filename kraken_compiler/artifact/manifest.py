@@ -52,6 +52,8 @@ class Source(_Record):
         input_specs: The example inputs that were given as text.
         dtype: The element type that was asked for, "" for the source's own.
         model_class: The source model's class.
+        answer_begins: The tokens that an encoder-decoder's answer begins with; none for other models, or if its config
+            does not say.
         max_positions: The longest sequence that its config says it was made for; None if it does not say.
     """
 
@@ -62,6 +64,7 @@ class Source(_Record):
     input_specs: tuple[str, ...] = ()
     dtype: str = ""
     model_class: str = ""
+    answer_begins: tuple[int, ...] = ()
     max_positions: Annotated[int, Field(ge=1)] | None = None
 
 

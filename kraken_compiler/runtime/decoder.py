@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -120,6 +120,53 @@ class RecomputingDecoder:
         # The model gives the logits of the last position only, so no row may be padded.
         rows = [self._logits_of(row[None, :length])[:, -1].copy() for row, length in zip(self._ids, self._lengths)]
         return np.concatenate(rows)
+
+
+class SeparateRows:
+    """A decoder whose rows are decoders of one row each: of an encoder-decoder, every row has read a text of its own.
+
+    Attributes:
+        batch: Number of rows.
+        capacity: Most tokens of a row.
+        identical_on_all_ranks: See `Decoder`.
+    """
+
+    identical_on_all_ranks = False
+
+    def __init__(self, rows: Sequence[Decoder[Array]]) -> None:
+        """Put rows together; there must be one."""
+        self.batch, self.capacity = len(rows), min(row.capacity for row in rows)
+        self._rows = rows
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """See `Decoder.prefill`."""
+        parts = [row.prefill(ids[at : at + 1], lengths[at : at + 1]).copy() for at, row in enumerate(self._rows)]
+        return np.concatenate(parts)
+
+    def step(self, tokens: Array) -> Array:
+        """See `Decoder.step`."""
+        return np.concatenate([row.step(tokens[at : at + 1]).copy() for at, row in enumerate(self._rows)])
+
+    def reset(self) -> None:
+        """See `Decoder.reset`."""
+        for row in self._rows:
+            row.reset()
+
+
+def decoder_of_sources(
+    logits_of: Callable[[Array, Array], Array], sources: Sequence[Sequence[int]], capacity: int
+) -> Decoder[Array]:
+    """A decoder of an encoder-decoder, which reads source and answer again for every token.
+
+    Args:
+        logits_of: The answer's ids [1, sequence] and the source's [1, length] -> logits [1, sequence or 1, vocabulary].
+        sources: Token ids of the text that the encoder reads, for every row.
+        capacity: Most tokens of an answer.
+    """
+    texts = [np.array([source], np.int64) for source in sources]
+    return SeparateRows(
+        [RecomputingDecoder(lambda ids, text=text: logits_of(ids, text), 1, capacity) for text in texts]
+    )
 
 
 def check_capacity(needed: int, capacity: int) -> None:

@@ -74,6 +74,7 @@ class LanguageModel(Protocol):
     Attributes:
         vocabulary: Number of tokens the model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
     """
 
     @property
@@ -82,13 +83,19 @@ class LanguageModel(Protocol):
     @property
     def positions(self) -> int: ...
 
-    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> Decoder[Array]:
+    @property
+    def reads_source(self) -> bool: ...
+
+    def decoder(
+        self, batch: int, capacity: int, *, compiled: bool = False, sources: Sequence[Sequence[int]] = ()
+    ) -> Decoder[Array]:
         """Room for a batch of rows.
 
         Args:
             batch: Number of rows.
             capacity: Most tokens of a row, prompt and new ones together.
             compiled: Compile the program first.
+            sources: Token ids of the text that an encoder-decoder reads, for every row.
 
         Raises:
             UsageError: The model cannot be compiled here, or does not reach that far.
@@ -100,12 +107,13 @@ class Order:
     """What to generate.
 
     Attributes:
-        prompts: Token ids of every row.
+        prompts: Token ids of every row; what an encoder-decoder's answer begins with.
         max_new_tokens: How many to generate at most.
         capacity: Most tokens of a row, prompt and new ones together.
         sampling: How tokens are chosen.
         eos: Tokens that end a row.
         compiled: Compile the program first.
+        sources: Token ids of the text that an encoder-decoder reads, for every row.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -114,6 +122,7 @@ class Order:
     sampling: Sampling
     eos: Sequence[int] = ()
     compiled: bool = False
+    sources: Sequence[Sequence[int]] = ()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -135,7 +144,7 @@ class Engine:
         self.artifact = artifact
         self.model = model
         self.session = session
-        self._decoder: tuple[tuple[int, int, bool], Decoder[Array]] | None = None
+        self._decoder: tuple[tuple[int, int, bool, Sequence[Sequence[int]]], Decoder[Array]] | None = None
 
     def run(self, order: Order) -> Iterator[list[int | None]]:
         """Carry out an order, as rank 0: the others are told first.
@@ -174,10 +183,13 @@ class Engine:
 
     def _check(self, order: Order) -> None:
         vocabulary, positions = self.model.vocabulary, self.model.positions
-        for token in (token for prompt in order.prompts for token in prompt):
+        for token in (token for prompt in (*order.prompts, *order.sources) for token in prompt):
             if token < 0 or (vocabulary is not None and token >= vocabulary):
                 has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
                 raise UsageError(f"there is no token {token}{has}")
+        longest = max(map(len, order.sources), default=0)
+        if longest > positions:
+            raise UsageError(f"the prompt needs {longest} positions, the model has {positions}; shorten it")
         needed = max(map(len, order.prompts)) + order.max_new_tokens
         if needed > positions:
             raise UsageError(
@@ -186,7 +198,8 @@ class Engine:
             )
         manifest = self.artifact.manifest
         lengths = list(map(len, order.prompts))
-        require_generation(manifest.call, manifest.inputs, len(lengths), lengths, order.max_new_tokens)
+        if not order.sources:  # the sizes of those are compared at every step
+            require_generation(manifest.call, manifest.inputs, len(lengths), lengths, order.max_new_tokens)
         check_capacity(needed, order.capacity)
         if order.capacity > positions:
             raise UsageError(
@@ -198,7 +211,7 @@ class Engine:
         status = self.session.status
         compiling = _COMPILE_SECONDS if order.compiled else 0.0
         rows, longest = len(order.prompts), max(map(len, order.prompts), default=0)
-        reading = self._seconds_to_read(rows * longest)
+        reading = self._seconds_to_read(rows * max(longest, *map(len, order.sources), 0))
         # Without a cache all is read again for every token.
         again = self._seconds_to_read(rows * order.capacity) if self.artifact.manifest.cache is None else 0.0
         status.progress("generating token 1", compiling + reading)
@@ -230,12 +243,12 @@ class Engine:
         return None if session.degree == 1 or identical else first_rank_decides(session)
 
     def _decoder_for(self, order: Order) -> Decoder[Array]:
-        key = (len(order.prompts), order.capacity, order.compiled)
+        key = (len(order.prompts), order.capacity, order.compiled, order.sources)
         if self._decoder is None or self._decoder[0] != key:
             # The old one's cache is let go before the new one's is made.
             self._decoder = None
-            batch, capacity, compiled = key
-            self._decoder = (key, self.model.decoder(batch, capacity, compiled=compiled))
+            batch, capacity, compiled, sources = key
+            self._decoder = (key, self.model.decoder(batch, capacity, compiled=compiled, sources=sources))
         return self._decoder[1]
 
 

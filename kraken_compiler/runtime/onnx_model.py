@@ -18,9 +18,10 @@ from kraken_compiler.backends.onnx_ort.format import LOGITS
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.calls import CallSpec, InputSpec
-from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder
-from kraken_compiler.runtime.derived_inputs import Derived, derived_input, no_language_model
+from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder, decoder_of_sources
+from kraken_compiler.runtime.derived_inputs import Derived, derived_input, no_language_model, reads_source
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
+from kraken_compiler.size_checks import require_sizes
 
 _PROGRAM = "the program in the device files"
 
@@ -105,6 +106,7 @@ class OnnxModel:
     Attributes:
         vocabulary: Number of tokens the model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
     """
 
     def __init__(self, program: DeviceProgram, inputs: Sequence[InputSpec], call: CallSpec) -> None:
@@ -115,6 +117,7 @@ class OnnxModel:
             inputs, call: How the program is called if it has no KV cache.
         """
         self._program, self._inputs, self._call = program, inputs, call
+        self.reads_source = reads_source(inputs)
         cached = program.model.caches is not None
         self._logits = LOGITS if cached else call.output_names[call.logits]
         shape = program.outputs[self._logits].type.tensor_type.shape.dim
@@ -122,13 +125,16 @@ class OnnxModel:
         positions = program.model.positions
         self.positions = sys.maxsize if positions is None else positions
 
-    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> Decoder[Array]:
+    def decoder(
+        self, batch: int, capacity: int, *, compiled: bool = False, sources: Sequence[Sequence[int]] = ()
+    ) -> Decoder[Array]:
         """Room for a batch of rows.
 
         Args:
             batch: Number of rows.
             capacity: Most tokens of a row, prompt and new ones together.
             compiled: Must be False: ONNX Runtime has nothing to compile.
+            sources: Token ids of the text that an encoder-decoder reads, for every row.
 
         Raises:
             UsageError: The positions end before the capacity, or the program is no language model.
@@ -136,14 +142,22 @@ class OnnxModel:
         assert not compiled, "refused with the options"
         if self._program.model.caches is not None:
             return ArrayDecoder(self._program, batch, capacity)
+        if self.reads_source:
+            return decoder_of_sources(self._logits_function(), sources, capacity)
         return RecomputingDecoder(self._logits_function(), batch, capacity)
 
-    def _logits_function(self) -> Callable[[Array], Array]:
-        """Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary], until the next call."""
+    def _logits_function(self) -> Callable[..., Array]:
+        """Token ids [batch, sequence] -> logits [batch, sequence or 1, vocabulary], until the next call.
+
+        That of an encoder-decoder takes the ids of the text that the encoder reads as well.
+        """
         kinds = [(spec, derived_input(spec, self._inputs)) for spec in self._inputs]
 
-        def logits_of(ids: Array) -> Array:
-            feeds = {spec.name: _derive(spec, kind, ids) for spec, kind in kinds if spec.name in self._program.inputs}
+        def logits_of(ids: Array, source: Array | None = None) -> Array:
+            texts = {Derived.SOURCE: source}
+            given = {spec.name: _derive(spec, kind, texts.get(kind, ids)) for spec, kind in kinds}
+            require_sizes(self._call, self._inputs, [array.shape for array in given.values()])
+            feeds = {name: array for name, array in given.items() if name in self._program.inputs}
             logits = self._program.run(feeds)[self._logits]
             if logits.ndim != 3:
                 raise no_language_model(self._logits, logits.ndim)
@@ -154,7 +168,7 @@ class OnnxModel:
 
 def _derive(spec: InputSpec, kind: Derived, ids: Array) -> Array:
     dtype = np.dtype(spec.dtype)
-    if kind is Derived.IDS:
+    if kind in (Derived.IDS, Derived.SOURCE):
         return np.ascontiguousarray(ids, dtype)
     if kind is Derived.ONES:
         return np.ones(ids.shape, dtype)

@@ -66,12 +66,12 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     codec = None if options.input_ids else TextCodec.of(engine.artifact, options.chat_template)
     texts = options.prompts()
     prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
-    order = _order(prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
+    order = _order(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
     notes = _notes(engine, order)
     for note in notes:
         engine.session.status.note(note)
     streaming = len(prompts) == 1 and not options.json
-    stream = _Ids() if codec is None else codec.stream(() if options.chat else prompts[0])
+    stream = _Ids() if codec is None else codec.stream(_continued(engine, prompts[0], options.chat))
     ids: list[list[int]] = [[] for _ in prompts]
     timings = _Timings()
     for tokens in engine.run(order):
@@ -84,7 +84,10 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     if streaming:
         _emit(stream.finish() + "\n")
         return
-    decoded = [None if codec is None else _decode(codec, row, before, options) for row, before in zip(ids, prompts)]
+    decoded = [
+        None if codec is None else _decode(codec, row, _continued(engine, before, options.chat))
+        for row, before in zip(ids, prompts)
+    ]
     if options.json:
         results = [
             {
@@ -112,8 +115,13 @@ def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
     return codec.encode_chat([*_system(options), {"role": "user", "content": text}])
 
 
-def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int], options: RunOptions) -> str:
-    stream = codec.stream(() if options.chat else before)
+def _continued(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
+    """What the text that is written continues; an answer stands by itself."""
+    return () if chat or engine.model.reads_source else prompt
+
+
+def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int]) -> str:
+    stream = codec.stream(before)
     return "".join(stream.push(token) for token in ids) + stream.finish()
 
 
@@ -209,16 +217,17 @@ def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
 
 def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
     """Print an answer as it grows; returns it."""
-    room = capacity - len(prompt)
+    begins = _answer_begins(engine) if engine.model.reads_source else prompt
+    room = capacity - len(begins)
     if room < 1:
         raise UsageError(
             f"this needs {len(prompt)} tokens and there is room for {capacity}; "
             "/reset begins a new conversation, --max-context gives more room"
         )
     wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
-    stream = codec.stream(() if chat else prompt)
+    stream = codec.stream(_continued(engine, prompt, chat))
     pieces = []
-    for (token,) in engine.run(_order([prompt], options, codec, min(wanted, room), capacity)):
+    for (token,) in engine.run(_order(engine, [prompt], options, codec, min(wanted, room), capacity)):
         assert token is not None
         pieces.append(stream.push(token))
         _emit(pieces[-1])
@@ -231,6 +240,7 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
 
 
 def _order(
+    engine: Engine,
     prompts: Sequence[Sequence[int]],
     options: RunOptions,
     codec: TextCodec | None,
@@ -241,6 +251,9 @@ def _order(
         raise UsageError("the prompt has no tokens")
     seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
     new_tokens = options.max_new_tokens or new_tokens if capacity is None else new_tokens
+    sources: Sequence[Sequence[int]] = ()
+    if engine.model.reads_source:
+        sources, prompts = prompts, [_answer_begins(engine)] * len(prompts)
     return Order(
         prompts=prompts,
         max_new_tokens=new_tokens,
@@ -248,7 +261,16 @@ def _order(
         sampling=Sampling(options.temperature, options.top_k, options.top_p, seed),
         eos=sorted(codec.eos) if codec is not None and not options.ignore_eos else (),
         compiled=options.compile,
+        sources=sources,
     )
+
+
+def _answer_begins(engine: Engine) -> Sequence[int]:
+    """The tokens that an encoder-decoder's answer begins with."""
+    begins = engine.artifact.manifest.source.answer_begins
+    if not begins:
+        raise UsageError("cannot generate: the source's config names no decoder_start_token_id")
+    return begins
 
 
 def _system(options: RunOptions) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, token_input, vocabulary
-from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder
+from kraken_compiler.ir.sample_inputs import position_limit, text_input, vocabulary
+from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder, decoder_of_sources
+from kraken_compiler.runtime.derived_inputs import reads_source
 from kraken_compiler.runtime.logits import logits_function
 
 
@@ -23,6 +24,7 @@ class TorchModel:
     Attributes:
         vocabulary: Number of tokens the model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
     """
 
     def __init__(self, manifest: Manifest, program: RankProgram, device: torch.device) -> None:
@@ -35,17 +37,21 @@ class TorchModel:
         """
         self._manifest, self._program, self._device = manifest, program, device
         graph = Program(program.graph, manifest.weight_table, manifest.inputs, manifest.call, degree=manifest.degree)
-        self.vocabulary = vocabulary(graph) if token_input(graph) is not None else None
+        self.reads_source = reads_source(manifest.inputs)
+        self.vocabulary = vocabulary(graph) if text_input(graph) is not None else None
         proven = manifest.cache.plan.limit if manifest.cache is not None else None
         self.positions = min(position_limit(graph), proven or sys.maxsize)
 
-    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> Decoder[Array]:
+    def decoder(
+        self, batch: int, capacity: int, *, compiled: bool = False, sources: Sequence[Sequence[int]] = ()
+    ) -> Decoder[Array]:
         """Room for a batch of rows.
 
         Args:
             batch: Number of rows.
             capacity: Most tokens of a row, prompt and new ones together.
             compiled: Run the steps through torch.compile.
+            sources: Token ids of the text that an encoder-decoder reads, for every row.
 
         Raises:
             UsageError: A program without a KV cache cannot be compiled here, or the positions end before the capacity.
@@ -56,8 +62,10 @@ class TorchModel:
         if compiled:
             why = f": {manifest.no_cache}" if manifest.no_cache else ""
             raise UsageError(f"--compile needs a program with a KV cache; this one has none{why}")
-        logits_of = logits_function(manifest.inputs, manifest.call, program.run_flat)
-        return RecomputingDecoder(on_host(logits_of, self._device), batch, capacity)
+        logits_of = on_host(logits_function(manifest.inputs, manifest.call, program.run_flat), self._device)
+        if self.reads_source:
+            return decoder_of_sources(logits_of, sources, capacity)
+        return RecomputingDecoder(logits_of, batch, capacity)
 
 
 class HostDecoder:

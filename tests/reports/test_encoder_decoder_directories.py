@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kraken_compiler.cli.verify import app as verify_app
 from kraken_compiler.verify.compare import errors
 from tests.cli_command import Command
 from tests.reports.small_models import TOLERANCE, tokens
+from tests.test_cli_run import printed, refused
 
 _IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 97}
 _T5: dict[str, Any] = {**_IDS, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_heads": 6}
@@ -53,6 +55,8 @@ def saved(name: str, directory: Path) -> transformers.PreTrainedModel:
         model = MODELS[name]()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
+    if name == "bart":
+        model.generation_config.forced_bos_token_id = 0
     model.save_pretrained(directory)
     loaded: transformers.PreTrainedModel = type(model).from_pretrained(directory).eval()
     return loaded
@@ -93,10 +97,10 @@ def test_what_a_text_cannot_give_is_said(tmp_path: Path) -> None:
     assert answer["verification"]["skipped"] == [
         "no quality measurement: a text is all there is, and the model also reads 'input_features'"
     ]
-    refused = Command(compile_app).refused(
+    said = Command(compile_app).refused(
         2, tmp_path / "whisper", "--degree", "2", "--calibrate", __file__, "-o", tmp_path / "calibrated.kraken"
     )
-    assert "the model also reads 'input_features'" in refused
+    assert "the model also reads 'input_features'" in said
 
 
 def test_a_config_that_names_no_class(tmp_path: Path) -> None:
@@ -107,3 +111,23 @@ def test_a_config_that_names_no_class(tmp_path: Path) -> None:
     given = inputs("bart", 2, 6, 3)
     with torch.no_grad():
         assert errors(lanes(**given).logits, model(**given, use_cache=False).logits)[1] <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_answers_are_those_of_transformers(backend: str, tmp_path: Path) -> None:
+    model = saved("bart", tmp_path / "bart")
+    made = tmp_path / "bart.kraken"
+    arguments = (tmp_path / "bart", "--degree", "2", "--form", "standard", "--backend", backend)
+    Command(compile_app).answer(*arguments, "--no-verify", "-o", made)
+    prompts = [[5, 9, 40, 7], [60, 3]]
+    given = (part for ids in prompts for part in ("--input-ids", ",".join(map(str, ids))))
+    answer = json.loads(printed(made, *given, "--max-new-tokens", "6", "--json"))
+    begin = [1, 0]
+    for prompt, result in zip(prompts, answer["results"], strict=True):
+        written = list(begin)
+        for _ in range(6):
+            with torch.no_grad():
+                output = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([written]), use_cache=False)
+            written.append(int(output.logits[0, -1].argmax()))
+        assert result["ids"] == written[len(begin) :]
+    assert "positions" in refused(2, made, "--input-ids", "5," * 40 + "5", "--max-new-tokens", "2")
