@@ -11,10 +11,12 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_MODELS ?= 5000
+FUZZ_SEED ?= 1000
 BENCH_OUT ?= build/bench
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
+.PHONY: help setup demo test fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +28,10 @@ demo: $(VENV)/.models ## compile a real language model for three devices and let
 
 test: $(VENV)/.models ## run the tests
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.models ## compare thousands of random decoders with their models (FUZZ_MODELS=5000, FUZZ_SEED=1000; hours)
+	@$(TEST_ENV) KRAKEN_FUZZ_MODELS=$(FUZZ_MODELS) KRAKEN_FUZZ_SEED=$(FUZZ_SEED) \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/fuzz
 
 lint: $(VENV)/.package ## ruff, rules and format
 	$(BIN)/ruff check

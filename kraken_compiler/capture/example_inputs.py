@@ -154,7 +154,7 @@ def _infer(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
     if not is_huggingface(model):
         raise UsageError(f"{name} needs example inputs to be captured: {HOW_TO}")
-    main_input = getattr(model, "main_input_name", None)
+    main_input: str = getattr(model, "main_input_name", "")
     main = _main_input(model, main_input)
     if main is None:
         raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
@@ -163,7 +163,7 @@ def _infer(model: nn.Module) -> dict[str, Any]:
     return {main_input: main, DECODER_IDS: torch.zeros(BATCH, DECODER_SEQUENCE, dtype=torch.int64)}
 
 
-def _main_input(model: nn.Module, name: str | None) -> Tensor | None:
+def _main_input(model: nn.Module, name: str) -> Tensor | None:
     """An example of a Hugging Face model's main input; None if its config does not say what that looks like."""
     config: Any = model.config
     if name == INPUT_IDS:

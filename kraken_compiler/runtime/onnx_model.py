@@ -154,7 +154,7 @@ class OnnxModel:
         kinds = [(spec, derived_input(spec, self._inputs)) for spec in self._inputs]
 
         def logits_of(ids: Array, source: Array | None = None) -> Array:
-            texts = {Derived.SOURCE: source}
+            texts = {Derived.SOURCE: ids if source is None else source}
             given = {spec.name: _derive(spec, kind, texts.get(kind, ids)) for spec, kind in kinds}
             require_sizes(self._call, self._inputs, [array.shape for array in given.values()])
             feeds = {name: array for name, array in given.items() if name in self._program.inputs}
