@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -41,6 +42,11 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 def is_fake(tensor: Tensor) -> bool:
     """True if the tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """True if the tensor was made while a module was traced, and is none outside of that."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -217,6 +223,14 @@ def shape_symbol(size: Any) -> str | None:
     if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
         return None
     return str(size.node.expr)
+
+
+def size_hint(size: Any) -> int | None:
+    """The size that a symbolic one had in the example that was traced; None if nobody knows."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None) if isinstance(size, torch.SymInt) else None
+    return hint if isinstance(hint, int) else None
 
 
 def is_mutating(node: fx.Node) -> bool:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.capture import Model, capture
+from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.compiling import CompileResult, compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import FormChoice, lower
-from kraken_compiler.report import make_report
-from kraken_compiler.verify.verification import lanes_in
+from kraken_compiler.report import is_exact, make_report
+from kraken_compiler.verify.against_model import compare_with_model, with_rules
+from kraken_compiler.verify.verification import Verification, lanes_in
 from kraken_compiler.verifying import verify_artifact
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
 
@@ -29,6 +32,7 @@ def transform(
     form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     example_inputs: ExampleInputs | None = None,
+    check: bool = True,
 ) -> LaneModule:
     """Rewrite a model into N parallel lanes that run in one process.
 
@@ -41,6 +45,8 @@ def transform(
         layers: The layers that take the form, e.g. "15-29" or [0, -1]; the others stay standard. None means all.
         example_inputs: Arguments to trace with, a tuple or a dict of tensors whose sizes are at least 2; inferred for
             Hugging Face models.
+        check: Compare the lanes with the model itself on random inputs, at sizes other than the example's. What is
+            compared is the standard form of the same degree; of another form, one weight at a time.
 
     Returns:
         A module with the model's call signature and output structure. It trains, moves between devices and saves.
@@ -50,11 +56,29 @@ def transform(
         UsageError: Unknown form, wrong degree or layers, missing example inputs.
         UnsupportedModelError: A part of the model cannot be rewritten; names module, node and reason.
         InputFileError: A model file is missing or damaged.
+        VerificationError: The lanes compute something else than the model.
     """
     captured = capture(model, example_inputs=example_inputs)
     program, history = lower(captured.program, degree, form, layers)
     module = LaneModule.from_program(program, captured.store.read)
     module.report = make_report(program, history, captured.notes)
+    return _checked(module, captured) if check else module
+
+
+def _checked(module: LaneModule, captured: Capture) -> LaneModule:
+    """The module, held against the model; it refuses the sizes at which the model turned out to compute otherwise."""
+    began = time.perf_counter()
+    program, run = module.program, None
+    assert module.report is not None
+    if is_exact(program):
+        run = module.run_flat
+    else:
+        program, _ = lower(captured.program, program.degree, "standard", cached=False)
+    with torch.no_grad():
+        found = compare_with_model(captured, program, run=run)
+    Verification(found.comparisons).require_passed()
+    module.program = with_rules(module.program, found.rules)
+    module.report = module.report.with_check(found.comparisons, found.notes, found.skipped, time.perf_counter() - began)
     return module
 
 

@@ -12,6 +12,7 @@ from kraken_compiler.ir.program import Program, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.passes.manager import PassRecord
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
+from kraken_compiler.verify.compare import Comparison
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,19 @@ class Report:
                 _layer_rows(data["layers"]),
             ),
             *(f"note      {note}" for note in data["notes"]),
+            *_check_lines(data.get("check")),
         ]
+
+    def with_check(
+        self, comparisons: Sequence[Comparison], notes: Sequence[str], skipped: Sequence[str], seconds: float
+    ) -> Report:
+        """The report with what a comparison with the model showed, and how long it took."""
+        check = {
+            "seconds": seconds,
+            "comparisons": [comparison.to_dict() for comparison in comparisons],
+            "skipped": list(skipped),
+        }
+        return Report({**self.data, "notes": [*self.data["notes"], *notes], "check": check})
 
 
 def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Sequence[str] = ()) -> Report:
@@ -109,6 +122,17 @@ def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Seq
             "notes": list(notes),
         }
     )
+
+
+def _check_lines(check: dict[str, Any] | None) -> list[str]:
+    if check is None:
+        return []
+    sizes = ", ".join("{} x {}".format(*entry["sizes"]) for entry in check["comparisons"])
+    worst = max(entry["max_rel_error"] for entry in check["comparisons"])
+    said = (
+        f"checked against the model at batch x sequence {sizes}: relative error {worst:.1e}, {check['seconds']:.1f} s"
+    )
+    return ["", said, *check["skipped"]]
 
 
 def _kv_heads_of_a_lane(branch: Branch, degree: int) -> int:

@@ -15,11 +15,12 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
+from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
 
 def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool = True) -> ExportedProgram:
-    """Trace a module; its training flags and config are as before afterwards, its state is shared, not copied.
+    """Trace a module; all that it holds is as before afterwards, its tensors are shared, not copied.
 
     Args:
         model: The module; its parameters may be fake tensors.
@@ -31,7 +32,7 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
             cannot share.
     """
     model = with_plain_weights(model)
-    with _capture_state(model), _no_garbage_collection():
+    with untouched(model), _capture_state(model), _no_garbage_collection():
         exported = _trace(model, example, allow_strict=allow_strict)
         compat.note_guards(exported, compat.traced_guards(exported))
         return functionalize(exported)

@@ -14,6 +14,7 @@ from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.export_module import functionalize
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.capture.record import Capture, Origin, digest_files
+from kraken_compiler.capture.reference import exported_reference
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.store import MemoryStore
 
@@ -33,11 +34,13 @@ def capture_archive(path: Path, *, trust_pickle: bool = False) -> Capture:
         for module in inspect_archive(file, path, trust_pickle=trust_pickle):
             _import(module, path)
         file.seek(0)
-        exported = functionalize(_load(file, path))
+        saved = _load(file, path)
+    reference = exported_reference(saved)
+    exported = functionalize(saved)
     model_class = _model_class(exported)
     program, notes = build_program(exported, model_class=model_class)
     origin = Origin("export", str(path), model_class, digest=lambda: digest_files((path,)))
-    return Capture(program, MemoryStore(exported.state_dict), origin, None, notes)
+    return Capture(program, MemoryStore(exported.state_dict), origin, None, notes, reference)
 
 
 def _import(module: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from kraken_compiler.capture.model_directory import (
 )
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
+from kraken_compiler.capture.reference import directory_reference
 from kraken_compiler.capture.weightless import fake_parameters
 from kraken_compiler.optional_packages import missing_packages
 from kraken_compiler.weights.checkpoint_files import find_weight_files
@@ -135,8 +137,7 @@ def capture_directory(
     example = resolve(model, example_inputs, input_specs)
     with fake_parameters(model) as mode:
         # The inputs must belong to the parameters' fake mode, or torch.export makes a second one.
-        example = example.map_tensors(mode.from_tensor)
-        exported = export_module(model, example, allow_strict=False)
+        exported = export_module(model, example.map_tensors(mode.from_tensor), allow_strict=False)
     program, own_notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
 
     expected = expected_tensors(model, exported.state_dict)
@@ -152,7 +153,15 @@ def capture_directory(
         digest=digest,
         tokenizer=tokenizer,
     )
-    return Capture(program, store, origin, config_dict(model), (*own_notes, *notes))
+    opened = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
+    return Capture(
+        program,
+        store,
+        origin,
+        config_dict(model),
+        (*own_notes, *notes),
+        opened if checkpoint is not None and not parts.adapter else None,
+    )
 
 
 def _tokenizer(directory: Path) -> TokenizerSource | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
+from kraken_compiler.capture.reference import module_reference
 from kraken_compiler.weights.store import MemoryStore
 
 
@@ -44,7 +46,8 @@ def capture_module(
     if dtype is not None:
         refuse_conversion(model, dtype)
         model.to(dtype)
-    exported = export_module(model, resolve(model, example_inputs, input_specs))
+    example = resolve(model, example_inputs, input_specs)
+    exported = export_module(model, example)
     program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
     store = MemoryStore(exported.state_dict)
     origin = Origin(
@@ -54,7 +57,13 @@ def capture_module(
         digest=digest or (lambda: digest_tensors(store)),
         tokenizer=tokenizer,
     )
-    return Capture(program, store, origin, config_dict(model), notes)
+    opened = None if _is_empty(model) else partial(module_reference, model, example, program.inputs)
+    return Capture(program, store, origin, config_dict(model), notes, opened)
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """True if there is a parameter without values, so that the module cannot run."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:

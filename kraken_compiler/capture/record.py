@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kraken_compiler.capture.quiet import quiet_transformers
+from kraken_compiler.capture.reference import OpenModel
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
@@ -135,6 +136,7 @@ class Capture:
         origin: Where it came from.
         config: The source's `config.json`, for cross-checks and reports; None if it has none.
         notes: What a user should know, one sentence each (e.g. a dimension that turned out to be fixed).
+        model: Opens the model itself, to compare with; None if there is none to run.
     """
 
     program: Program
@@ -142,6 +144,7 @@ class Capture:
     origin: Origin
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    model: OpenModel | None = field(default=None, repr=False, compare=False)
 
 
 def digest_files(files: tuple[Path, ...]) -> str:

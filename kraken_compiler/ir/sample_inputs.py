@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from kraken_compiler.ir.calls import DECODER_IDS
 from kraken_compiler.ir.position_lookups import longest_sequence, lookups
 from kraken_compiler.ir.program import InputSpec, Program
+from kraken_compiler.ir.size_rules import broken_rule
 
 NO_LIMIT = 1 << 30
 """More positions than anybody asks for."""
@@ -21,7 +22,9 @@ _RESHAPES = frozenset(
 """What a model may do to token ids before it looks them up (GPT-2 flattens them)."""
 
 
-def sample_inputs(program: Program, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+def sample_inputs(
+    program: Program, batch: int, sequence: int, seed: int = 0, *, padded: bool = False
+) -> dict[str, Tensor]:
     """Random inputs of a given batch and sequence size.
 
     Whole numbers that index an embedding are drawn from its rows; other whole numbers and flags are ones, as in a mask.
@@ -30,14 +33,49 @@ def sample_inputs(program: Program, batch: int, sequence: int, seed: int = 0) ->
         program: The program, before or after lowering.
         batch, sequence: Sizes for the program's symbolic dims; fixed dims keep theirs.
         seed: Seed of the random numbers.
+        padded: Have what may be a mask end in zeros, more of them in every row.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"batch": batch, "sequence": sequence}
+    sizes = all_sizes(program, batch, sequence) or {"batch": batch, "sequence": sequence}
     inputs = {}
     for spec in program.inputs:
         shape = [sizes.get(size, sequence) if isinstance(size, str) else size for size in spec.shape]
         inputs[spec.name] = _random(spec, shape, _rows(program, spec.name), generator)
+        if padded and _may_be_mask(program, spec):
+            _pad(inputs[spec.name])
     return inputs
+
+
+def all_sizes(program: Program, batch: int, sequence: int) -> dict[str, int] | None:
+    """What every named size is at a batch and a sequence size, or None if the program's rules allow none.
+
+    A size that follows from these two by a rule is what the rule says, any other one is the sequence's.
+    """
+    names = dict.fromkeys(size for spec in program.inputs for size in spec.shape if isinstance(size, str))
+    sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if name in names}
+    rules = program.call.sizes
+    if broken_rule(rules, sizes) is not None:
+        return None
+    for name in names:
+        if name in sizes:
+            continue
+        tried = ({**sizes, name: size} for size in (sequence, batch, *range(1, 4 * max(sequence, batch) + 4)))
+        found = next((one for one in tried if broken_rule(rules, one) is None), None)
+        if found is None:
+            return None
+        sizes = found
+    return sizes
+
+
+def _may_be_mask(program: Program, spec: InputSpec) -> bool:
+    whole = not getattr(torch, spec.dtype).is_floating_point
+    return whole and len(spec.shape) > 1 and _rows(program, spec.name) is None and spec.shape[-1] == "sequence"
+
+
+def _pad(mask: Tensor) -> None:
+    """Row r ends in r zeros, as a batch of texts of different lengths; something stays."""
+    for row in range(1, len(mask)):
+        mask[row, ..., max(1, mask.shape[-1] - row) :] = 0
 
 
 def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torch.Generator) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
@@ -15,35 +16,54 @@ from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors, source_tolerance
 
+Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
+
+
+class ModelFailedError(Exception):
+    """The model itself raised an error, which says nothing about the lanes."""
+
 
 def compare_with_source(
     captured: Program,
     standard: Program,
     read: Callable[[str], Tensor],
-    sizes: tuple[tuple[int, int], ...],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None,
+    lanes: Run | None = None,
+    padded: bool = False,
 ) -> list[Comparison]:
-    """Run the source graph and a lane program that must equal it, both streaming.
+    """Run the source and a lane program that must equal it.
 
     Args:
         captured: The source model's program as it was captured; no pass has touched it.
         standard: A lane program of it in an exact form.
         read: The source's weight store.
         sizes: Batch and sequence sizes to try.
+        model: Runs the model itself on the program's inputs; None runs the captured program in its place, streaming.
+        lanes: Runs the lane program; None streams it.
+        padded: Let masks hide tokens.
+
+    Raises:
+        ModelFailedError: The model raised an error.
     """
-    recognized = captured.copy()
-    run_passes(recognized, RECOGNIZE)
-    assert recognized.layers is not None
-    assert standard.layers is not None
+    run = lanes or _streaming(standard, read).run_flat
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        inputs = list(sample_inputs(captured, batch, sequence, seed).values())
-        want = _streaming(captured, read).run_flat(inputs)
-        tolerance = source_tolerance(want[0].dtype)
-        _, source_stream = _streaming(recognized, read).run_with_taps(inputs, _joins(recognized.layers).values())
-        have, stream = _streaming(standard, read).run_with_taps(inputs, _joins(standard.layers).values())
-        diverging = _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)
-        absolute, relative = largest_errors(have, want)
-        wrong = "" if math.isfinite(relative) else count_not_finite("the standard form", have, "the source", want)
+        inputs = list(sample_inputs(captured, batch, sequence, seed, padded=padded).values())
+        want = _run_model(model, inputs) if model is not None else _streaming(captured, read).run_flat(inputs)
+        have = tuple(output.detach().to(one.device) for output, one in zip(run(inputs), want))
+        tolerance = source_tolerance(next((one.dtype for one in want if one.is_floating_point()), torch.float32))
+        shapes = [[tuple(one.shape) for one in outputs] for outputs in (have, want)]
+        if shapes[0] == shapes[1]:
+            absolute, relative = largest_errors(have, want)
+            wrong = "" if math.isfinite(relative) else count_not_finite("the standard form", have, "the source", want)
+        else:
+            absolute = relative = math.inf
+            wrong = f"outputs of shapes {_shown(shapes[0])} instead of {_shown(shapes[1])}"
+        diverging = "" if relative <= tolerance else _diverging(captured, standard, read, inputs, tolerance)
+        if not relative <= tolerance and not diverging and model is not None:
+            diverging = "what torch.export captured, which is not what the model computes at this size"
         comparisons.append(
             Comparison(
                 "standard form against the source",
@@ -56,6 +76,36 @@ def compare_with_source(
             )
         )
     return comparisons
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
+
+
+def _shown(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
+
+
+def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    try:
+        return model(inputs)
+    except Exception as error:
+        # The model's own code may raise anything at sizes or values that it does not take.
+        raise ModelFailedError(f"the model itself fails there ({first_line(error)})") from error
+
+
+def _diverging(
+    captured: Program, standard: Program, read: Callable[[str], Tensor], inputs: list[Tensor], tolerance: float
+) -> str:
+    """The first place at which the lanes' stream is not that of what was captured; "" if there is none."""
+    recognized = captured.copy()
+    run_passes(recognized, RECOGNIZE)
+    assert recognized.layers is not None
+    assert standard.layers is not None
+    _, source_stream = _streaming(recognized, read).run_with_taps(inputs, _joins(recognized.layers).values())
+    _, stream = _streaming(standard, read).run_with_taps(inputs, _joins(standard.layers).values())
+    return _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)
 
 
 def _streaming(program: Program, read: Callable[[str], Tensor]) -> StreamingProgram:

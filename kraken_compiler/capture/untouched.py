@@ -1,0 +1,247 @@
+"""Leaves a module as it was, whatever its code writes down while it runs.
+
+Modules build tables at their first call, count calls and fill caches: in attributes, buffers, lists and dicts, in their
+classes, in variables of their files, in what their functions close over. While a model is traced these are tensors
+without values, which must not stay behind; what a run for comparison writes need not, either.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.errors import Rejection, UnsupportedModelError
+
+_LIBRARIES = frozenset({"torch", "numpy", "transformers", "builtins", "kraken_compiler", "pytest", "_pytest"})
+"""Whose files' variables are not looked at: they hold no model's state, and no end of other things."""
+
+_MISSING = object()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore afterwards what a module and its code hold; its tensors' values are not copied.
+
+    Raises:
+        UnsupportedModelError: Something without values stayed in a place that cannot be restored.
+    """
+    state = _State(model)
+    try:
+        yield
+    finally:
+        state.restore()
+    left = _State(model).traced_since(state)
+    if left:
+        reason = f"its code keeps what it computed while it was traced in {left}, which cannot be restored"
+        raise UnsupportedModelError([Rejection(reason, path=type(model).__name__, hint="Compute it in __init__.")])
+
+
+class _State:
+    """Everything that a module and its code hold, as it is now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._restorers: list[Callable[[], None]] = []
+        self._cached: list[Any] = []
+        self._tensors: list[tuple[Tensor, str]] = []
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []  # so that no id is given to another object meanwhile
+        waiting: deque[tuple[Any, str]] = deque([(model, type(model).__name__)])
+        while waiting:
+            value, place = waiting.popleft()
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._kept.append(value)
+                waiting.extend(self._look(value, place))
+
+    def restore(self) -> None:
+        for function in self._cached:
+            if any(_is_traced(part) for part in _inside(function)):
+                function.cache_clear()
+        for restorer in self._restorers:
+            restorer()
+
+    def traced_since(self, before: _State) -> str:
+        """Where something stayed that a trace made since then; "" if nothing did."""
+        known = {id(tensor) for tensor, _ in before._tensors}
+        places = [place for tensor, place in self._tensors if compat.is_traced(tensor) and id(tensor) not in known]
+        places += [function.__qualname__ for function in self._cached if any(map(_is_traced, _inside(function)))]
+        return ", ".join(places[:3])
+
+    def _look(self, value: Any, place: str) -> list[tuple[Any, str]]:
+        """Note a value's state; returns what it holds."""
+        if isinstance(value, Tensor):
+            self._tensors.append((value, place))
+            return self._keep_dict(value.__dict__, place) if getattr(value, "__dict__", None) else []
+        if isinstance(value, dict):
+            return self._keep_dict(value, place)
+        if isinstance(value, list | set | deque):
+            return self._keep_items(value, place)
+        if isinstance(value, tuple | frozenset):
+            return [(item, place) for item in value]
+        if isinstance(value, functools.partial):
+            return [(value.func, place), (value.args, place), (value.keywords, place)]
+        if isinstance(value, types.MethodType):
+            return [(value.__self__, place), (value.__func__, place)]
+        if isinstance(value, types.FunctionType):
+            return self._look_at_function(value, place)
+        if callable(value) and hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
+            self._cached.append(value)
+            return [(value.__wrapped__, place)]
+        if isinstance(value, type):
+            return self._keep_attributes(value, dict(vars(value)), place) if _is_foreign(value) else []
+        if isinstance(value, property | staticmethod | classmethod):
+            inner = value.fget if isinstance(value, property) else value.__func__
+            return [(inner, place)]
+        if isinstance(value, types.ModuleType) or _is_plain(value):
+            return []
+        held = getattr(value, "__dict__", None)
+        found: list[tuple[Any, str]] = [(one, place) for one in type(value).__mro__]
+        for name in _slots(type(value)):
+            found.append((getattr(value, name, None), f"{place}.{name}"))
+        return found + (self._keep_dict(held, place) if isinstance(held, dict) else [])
+
+    def _keep_dict(self, held: dict[Any, Any], place: str) -> list[tuple[Any, str]]:
+        saved = dict(held)
+
+        def restore() -> None:
+            if not _same(held.items(), saved.items()):
+                held.clear()
+                held.update(saved)
+
+        self._restorers.append(restore)
+        inner = ("_parameters", "_buffers", "_modules")
+        return [(item, place if key in inner else f"{place}.{key}") for key, item in saved.items()]
+
+    def _keep_items(self, held: Any, place: str) -> list[tuple[Any, str]]:
+        saved = list(held)
+
+        def restore() -> None:
+            if len(held) != len(saved) or any(now is not then for now, then in zip(held, saved)):
+                held.clear()
+                (held.update if isinstance(held, set) else held.extend)(saved)
+
+        self._restorers.append(restore)
+        return [(item, place) for item in saved]
+
+    def _keep_attributes(
+        self, owner: Any, saved: dict[str, Any], place: str, *, only_traced: bool = False
+    ) -> list[tuple[Any, str]]:
+        """Of a class or a file: name by name, because they cannot be emptied."""
+
+        def restore() -> None:
+            now = dict(vars(owner))
+            for name in now.keys() | saved.keys():
+                before = saved.get(name, _MISSING)
+                if now.get(name, _MISSING) is before or name.startswith("__"):
+                    continue
+                if only_traced and not _holds_traced(now.get(name)):
+                    continue
+                if before is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+        self._restorers.append(restore)
+        return [(item, f"{place}.{name}") for name, item in saved.items() if not name.startswith("__")]
+
+    def _look_at_function(self, function: types.FunctionType, place: str) -> list[tuple[Any, str]]:
+        found: list[tuple[Any, str]] = [(function.__dict__, place), (function.__defaults__, place)]
+        found.append((function.__kwdefaults__, place))
+        for cell in function.__closure__ or ():
+            found += self._keep_cell(cell, f"what {function.__qualname__} closes over")
+        file = sys.modules.get(function.__module__ or "")
+        if file is not None and id(file) not in self._seen and not _is_library(function.__module__):
+            self._seen.add(id(file))
+            # Classes and functions in the file: only those that the model uses, which are found by themselves.
+            held = {name: value for name, value in vars(file).items() if not name.startswith("__")}
+            # Other threads may be at work in a file; what has nothing to do with a trace is theirs.
+            self._keep_attributes(file, held, file.__name__, only_traced=True)
+            used = (dict, list, set, deque, Tensor, tuple)
+            named = {
+                name: value for name, value in held.items() if isinstance(value, used) or hasattr(value, "cache_clear")
+            }
+            found += [(value, f"{file.__name__}.{name}") for name, value in named.items()]
+        names = function.__code__.co_names
+        called = (function.__globals__.get(name) for name in names)
+        return found + [
+            (one, place) for one in called if isinstance(one, types.FunctionType | type) and _is_foreign(one)
+        ]
+
+    def _keep_cell(self, cell: types.CellType, place: str) -> list[tuple[Any, str]]:
+        saved = _content(cell)
+
+        def restore() -> None:
+            if _content(cell) is saved:
+                return
+            if saved is _MISSING:
+                del cell.cell_contents
+            else:
+                cell.cell_contents = saved
+
+        self._restorers.append(restore)
+        return [] if saved is _MISSING else [(saved, place)]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _MISSING
+
+
+def _same(now: Any, then: Any) -> bool:
+    pairs = list(zip(now, then))
+    return len(now) == len(then) == len(pairs) and all(a is c and b is d for (a, b), (c, d) in pairs)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, Tensor) and compat.is_traced(value)
+
+
+def _holds_traced(value: Any) -> bool:
+    return _is_traced(value) or (isinstance(value, dict | list | tuple | set) and any(map(_is_traced, _inside(value))))
+
+
+def _inside(function: Any) -> Iterator[Any]:
+    """What a function remembers of its calls, or a container holds, and what lies in that."""
+    waiting, seen = deque([function]), {id(function)}
+    while waiting:
+        for part in gc.get_referents(waiting.popleft()):
+            if id(part) in seen or isinstance(part, type | types.ModuleType | types.FunctionType):
+                continue
+            seen.add(id(part))
+            yield part
+            if isinstance(part, dict | list | tuple | set):
+                waiting.append(part)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for one in kind.__mro__:
+        names = vars(one).get("__slots__", ())
+        yield from (name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__"))
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether somebody wrote it who is neither Python nor a library whose state is its own."""
+    return not _is_library(getattr(value, "__module__", None) or "builtins")
+
+
+def _is_library(module: str) -> bool:
+    top = module.partition(".")[0]
+    return (top in _LIBRARIES or top in sys.stdlib_module_names) and top != "__main__"
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, texts and what else holds nothing."""
+    plain = (str, bytes, int, float, complex, torch.dtype, torch.device, types.BuiltinFunctionType)
+    return value is None or isinstance(value, plain)

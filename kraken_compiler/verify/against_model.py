@@ -1,0 +1,153 @@
+"""Contract 1, first half, with nothing in between: in standard form the lanes compute what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.capture import Capture
+from kraken_compiler.capture.reference import RunModel
+from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.sample_inputs import all_sizes
+from kraken_compiler.ir.size_rules import in_words
+from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source, first_line
+from kraken_compiler.verify.choose_sizes import check_sizes
+from kraken_compiler.verify.compare import Comparison
+
+Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What a comparison with the model showed.
+
+    Attributes:
+        comparisons: One for every size.
+        rules: For which sizes the program is not the model's although nothing said so while it was captured: torch
+            takes every size for at least 2 and keeps no record of a model that asks for 1.
+        skipped: Sizes at which the model itself fails, each with its reason; and why there was no model to run.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    rules: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The rules in words."""
+        return tuple(f"{in_words(rule)}: the model computes something else at 1" for rule in self.rules)
+
+
+def compare_with_model(
+    captured: Capture, standard: Program, *, run: Run | None = None, find_rules: bool = True
+) -> ModelCheck:
+    """Run the model itself and a lane program that must equal it.
+
+    Args:
+        captured: The model.
+        standard: A lane program of it in an exact form.
+        run: Runs the lane program; None streams it, one weight at a time.
+        find_rules: Take a difference at a size of 1 for a rule; else it is a failure like any other.
+
+    Raises:
+        VerificationError: The model fails at every size, so that nothing can be compared.
+    """
+    lanes = run or _streaming(standard, captured)
+    skipped: list[str] = []
+    with _opened(captured, skipped) as model:
+        check = _Check(captured, standard, model, lanes)
+        rules: tuple[str, ...] = ()
+        comparisons: dict[tuple[int, int], Comparison | None] = {}
+        # A rule that is found takes sizes away, and others come in their place.
+        while remaining := [size for size in _sizes(with_rules(standard, rules)) if size not in comparisons]:
+            size = remaining[0]
+            found = comparisons[size] = check.at(size)
+            if find_rules and found is not None and not found.passed and (rule := check.rule_of(size)):
+                comparisons[size] = None
+                rules = (*rules, rule)
+    skipped += check.failures
+    made = tuple(comparison for comparison in comparisons.values() if comparison is not None)
+    if not made:
+        raise VerificationError(f"nothing could be compared with the model: {'; '.join(skipped)}")
+    return ModelCheck(made, rules, tuple(skipped))
+
+
+def with_rules(program: Program, rules: Sequence[str]) -> Program:
+    """The program with more rules for its sizes."""
+    if not rules:
+        return program
+    return replace(program, call=replace(program.call, sizes=(*program.call.sizes, *rules)))
+
+
+def _sizes(program: Program) -> list[tuple[int, int]]:
+    """Two other than the example's, and one token."""
+    sizes = list(check_sizes(program))
+    single = next(((batch, 1) for batch in (2, 3, 1, 4) if all_sizes(program, batch, 1) is not None), None)
+    varies = any("sequence" in spec.shape for spec in program.inputs)
+    return [*dict.fromkeys([*sizes, single])] if single is not None and varies else sizes
+
+
+class _Check:
+    """The model and the lanes side by side."""
+
+    def __init__(self, captured: Capture, standard: Program, model: RunModel | None, lanes: Run) -> None:
+        self._captured, self._standard, self._model, self._lanes = captured, standard, model, lanes
+        self.failures: list[str] = []
+
+    def at(self, size: tuple[int, int]) -> Comparison | None:
+        """The comparison at a size; None if the model itself fails there."""
+        try:
+            return compare_with_source(
+                self._captured.program,
+                self._standard,
+                self._captured.store.read,
+                (size,),
+                model=self._model,
+                lanes=self._lanes,
+                padded=size[0] > 1,
+            )[0]
+        except ModelFailedError as error:
+            self.failures.append(f"no comparison at batch {size[0]} x {size[1]}: {error}")
+            return None
+
+    def rule_of(self, size: tuple[int, int]) -> str | None:
+        """The rule that a difference at a size of 1 comes to; None if larger sizes differ as well."""
+        names = ("batch", "sequence")
+        for place, name in enumerate(names):
+            others = ((value, size[1]) if place == 0 else (size[0], value) for value in (2, 3, 4, 5))
+            other = next((one for one in others if all_sizes(self._standard, *one) is not None), None)
+            if size[place] != 1 or other is None:
+                continue
+            found = self.at(other)
+            if found is not None and found.passed:
+                return f"{name} >= 2"
+        return None
+
+
+def _streaming(program: Program, captured: Capture) -> Run:
+    streamed = StreamingProgram(program, read_from_source(program, captured.store.read))
+    return lambda inputs: streamed.run_flat(inputs)
+
+
+@contextmanager
+def _opened(captured: Capture, skipped: list[str]) -> Iterator[RunModel | None]:
+    """The model, ready to run; without one, what was captured of it stands for it, and that is said."""
+    if captured.model is None:
+        skipped.append("no comparison with the model itself: there is none to run, only what was captured of it")
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            run: RunModel | None = stack.enter_context(captured.model())
+        except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            # Libraries load a model in code of their own, which raises what it likes.
+            skipped.append(
+                f"no comparison with the model itself, which its own library cannot load: {first_line(error)}"
+            )
+            run = None
+        yield run
