@@ -164,7 +164,9 @@ def _asks_for_layout(guard: Any) -> bool:
     place = getattr(guard.sloc, "framework_loc", None)
     name = getattr(place, "name", "")
     file = getattr(place, "filename", "")
-    return file.endswith("torch/_prims_common/__init__.py") and "contiguous" in name
+    return file.endswith("torch/_prims_common/__init__.py") and any(
+        word in name for word in ("contiguous", "dense", "strides")
+    )
 
 
 def note_guards(exported: ExportedProgram, guards: Iterable[str]) -> None:

@@ -35,8 +35,9 @@ from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.derived_inputs import reads_source
 from kraken_compiler.tokenizer_files import generation_config
-from kraken_compiler.verify.against_source import compare_with_source
-from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.verify.against_model import compare_with_model, with_rules
+from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.verification import CHECKED_BACKENDS, Reference, Verification, lanes_in, verify_programs
 from kraken_compiler.weights.store import reader_of
 
 _POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
@@ -125,6 +126,16 @@ def compile_model(
     emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
     if onnx_weights is not None and "onnx" not in backends:
         raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
+    unchecked = [backend.name for backend in emitters if backend.name not in CHECKED_BACKENDS]
+    if verify and unchecked:
+        raise UsageError(
+            f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it unchecked"
+        )
+    if directory is None and (max_kl is not None or max_perplexity_increase is not None):
+        asked = "--max-kl" if max_kl is not None else "--max-ppl-increase"
+        raise UsageError(
+            f"{asked} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
+        )
     paths = [Path(one) for one in calibrate]
     budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
     # From the beginning: a rival must hear of it before it has worked for hours.
@@ -160,14 +171,17 @@ def compile_model(
         if directory is None:
             return CompileResult(report, notes=notes)
 
-        comparisons = []
+        comparisons: tuple[Comparison, ...] = ()
+        skipped: tuple[str, ...] = ()
         standard = program
         if (verify or calibrate) and not is_exact(program):
             standard, _ = lower(captured.program, program.degree, "standard", cached=False)
         if verify:
             with show.stage("compare with the source"):
-                comparisons = compare_with_source(captured.program, standard, captured.store.read, SIZES)
-            Verification(tuple(comparisons)).require_passed()
+                checked = compare_with_model(captured, standard)
+            comparisons, skipped = checked.comparisons, checked.skipped
+            Verification(comparisons).require_passed()
+            program, notes = with_rules(program, checked.rules), (*notes, *checked.notes)
         measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
         read = reader_of(captured.store)
         calibration: Calibration | None = None
@@ -187,8 +201,8 @@ def compile_model(
             nonlocal verification
             captured.store.release()  # what comes now are other processes
             with show.stage("run on ranks"):
-                found = verify_programs(partial, SIZES, timeout, in_memory)
-            verification = replace(found, comparisons=(*comparisons, *found.comparisons))
+                found = verify_programs(partial, None, timeout, in_memory)
+            verification = replace(found, comparisons=(*comparisons, *found.comparisons), skipped=skipped)
             verification.require_passed()
             lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
             verification = with_quality(verification, lanes, captured, measured_on, show)

@@ -13,11 +13,16 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS, STANDARD, Form
 from kraken_compiler.ir.layers import Branch, LayerTable
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.size_rules import all_in_words, broken_rule, names_in
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
+from kraken_compiler.size_checks import SEQUENCE, token_rules
+
+_LENGTHS, _RUN = 1 << 12, 4
+"""Lengths that are looked at, and how many in a row a text must be able to take."""
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -59,13 +64,15 @@ def lower(
     assert program.layers is not None
     forms = _forms_of_layers(row, layers, len(program.layers.layers))
     lanes = find_degree(degree, program.layers)
-    pipeline = rewrite(lanes, forms, cached)
+    stuck = cannot_grow(program) if cached else ""
+    pipeline = rewrite(lanes, forms, cached and not stuck)
     try:
         history += run_passes(
             program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
         )
     except UnsupportedModelError as error:
         raise _with_tried_hints(error, captured, lanes, forms) from None
+    program.no_cache = program.no_cache or stuck
     return program, history
 
 
@@ -100,6 +107,16 @@ _NO_DEGREE_HINT = (
     "Other degrees were tried and do not help: between their projections, attention must keep its heads apart and an "
     "FFN its columns."
 )
+
+
+def cannot_grow(program: Program) -> str:
+    """Why a program's texts cannot grow token by token, which a KV cache is for; "" if they can."""
+    rules = [rule for rule in token_rules(program.call, program.inputs) if names_in(rule) == {SEQUENCE}]
+    if not rules:
+        return ""
+    allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
+    runs = (all(allowed[start : start + _RUN]) for start in range(len(allowed) - _RUN))
+    return "" if any(runs) else f"a text cannot grow token by token ({'; '.join(all_in_words(rules))})"
 
 
 def _forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:

@@ -18,6 +18,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
+from kraken_compiler.verify.against_model import with_rules
 
 
 def source_of(
@@ -71,7 +72,12 @@ def lowered_as(captured: Capture, manifest: Manifest) -> Program:
     held = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
     if found != held:
         raise InputFileError("the artifact was compiled by another version of kraken-compiler; compile the model again")
-    return program
+    return as_compiled(program, manifest)
+
+
+def as_compiled(program: Program, manifest: Manifest) -> Program:
+    """A program with what the compile found out about sizes by comparing with the model."""
+    return with_rules(program, [rule for rule in manifest.call.sizes if rule not in program.call.sizes])
 
 
 def backends_of(artifact: Artifact) -> list[Backend]:

@@ -15,10 +15,11 @@ from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
-from kraken_compiler.recompile import lowered_as, source_of
+from kraken_compiler.recompile import as_compiled, lowered_as, source_of
 from kraken_compiler.verify.against_devices import compare_with_devices
-from kraken_compiler.verify.against_source import compare_with_source
-from kraken_compiler.verify.verification import SIZES, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.verify.against_model import compare_with_model
+from kraken_compiler.verify.choose_sizes import check_sizes
+from kraken_compiler.verify.verification import Reference, Verification, lanes_in, verify_programs
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 
 
@@ -53,7 +54,7 @@ def verify_artifact(
     with show.stage("check hashes"):
         artifact = open_artifact(path)
     with show.stage("run on ranks"):
-        result = verify_programs(path, SIZES, timeout)
+        result = verify_programs(path, None, timeout)
     result.require_passed()
     comparisons = list(result.comparisons)
     lanes = lanes_in(artifact)
@@ -75,10 +76,12 @@ def verify_artifact(
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard", cached=False)
-        comparisons += compare_with_source(captured.program, standard, captured.store.read, SIZES)
+        checked = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
+        comparisons += checked.comparisons
+        result = replace(result, skipped=(*result.skipped, *checked.skipped))
     if lanes is None and has_lane_tensors(artifact.manifest.weights):
         lost = "no comparison of the ONNX devices with the lanes: only the devices hold their calibrated weights"
-        result = replace(result, comparisons=tuple(comparisons), skipped=(lost,))
+        result = replace(result, comparisons=tuple(comparisons), skipped=(*result.skipped, lost))
         result.require_passed()
         return result
     if lanes is None:
@@ -86,7 +89,9 @@ def verify_artifact(
         lanes = Reference(program, read_from_source(program, captured.store.read))
         if result.devices is not None and result.devices.runnable:
             with show.stage("run on devices"):
-                found, devices = compare_with_devices(result.devices, lanes.program, lanes.read_lane, SIZES, timeout)
+                found, devices = compare_with_devices(
+                    result.devices, program, lanes.read_lane, check_sizes(program, growing=True), timeout
+                )
             comparisons += found
             result = replace(result, devices=devices)
     result = replace(result, comparisons=tuple(comparisons))

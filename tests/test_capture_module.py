@@ -184,7 +184,7 @@ def test_bounded_sizes_are_said_plainly() -> None:
             torch._check(mask.shape[0] == size)
             return mask @ self.embed(ids)
 
-    assert capture(Bounded(), example_inputs=(IDS,)).notes == ("the sequence size must be at most 32",)
+    assert capture(Bounded(), example_inputs=(IDS,)).notes == ("the sequence size must be at most 31",)
 
 
 def test_attention_masks_follow_the_sequence() -> None:

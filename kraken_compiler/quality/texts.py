@@ -20,6 +20,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
 from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
 from kraken_compiler.runtime.derived_inputs import find_derived
+from kraken_compiler.size_checks import longest_allowed, token_rules
 from kraken_compiler.text_files import ENCODING, not_utf8
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def read_text(path: Path, option: str) -> str:
 def longest_row(captured: Capture, wanted: int = _ROW) -> int:
     """The longest row of tokens, at most `wanted`, that the model takes."""
     program = captured.program
-    return min(wanted, position_limit(program), _proven_limit(program), _config_limit(captured.config))
+    most = min(wanted, position_limit(program), _proven_limit(program), _config_limit(captured.config))
+    return longest_allowed(token_rules(program.call, program.inputs), most)
 
 
 def token_batches(ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT_ONCE) -> Iterator[Tensor]:

@@ -18,14 +18,16 @@ from kraken_compiler.ir.schedule import Window
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.verify.against_devices import Devices, compare_with_devices, read_devices
 from kraken_compiler.verify.against_ranks import compare_with_ranks
+from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.sensitivity import Sensitivity
 
-SIZES = ((1, 7), (3, 12))
-"""Batch and sequence sizes that programs are compared at; none is the one they were captured with."""
+
+CHECKED_BACKENDS = ("torch", "onnx")
+"""The backends whose programs `verify_programs` can run; one of another backend would pass without a check."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def lanes_in(artifact: Artifact) -> Reference | None:
 
 def verify_programs(
     directory: Path,
-    sizes: Sequence[tuple[int, int]] = SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
     timeout: float = 120.0,
     reference: Reference | None = None,
 ) -> Verification:
@@ -126,7 +128,7 @@ def verify_programs(
 
     Args:
         directory: The artifact.
-        sizes: Batch and sequence sizes to try.
+        sizes: Batch and sequence sizes to try; None chooses them inside the program's rules.
         timeout: Seconds without progress after which a rank counts as hanging.
         reference: Where the lanes come from if the artifact does not hold them; without, ONNX devices are only
             checked for their schedule.
@@ -136,10 +138,17 @@ def verify_programs(
         RankFailedError: A rank died or hung.
     """
     artifact = open_artifact(directory, verify=False)
+    unknown = [name for name in artifact.manifest.backends if name not in CHECKED_BACKENDS]
+    if unknown:
+        raise VerificationError(f"nothing here can check the programs of the backend '{unknown[0]}'")
     held = lanes_in(artifact)
     comparisons: list[Comparison] = []
     windows: tuple[Window, ...] = ()
     devices: Devices | None = None
+    lanes = held or reference
+    # Rows of the last size also grow in the cache, which keeps to the rules at every length.
+    if sizes is None:
+        sizes = check_sizes(lanes.program, growing=True) if lanes is not None else ()
     if held is not None:
         windows = check_schedule(held.program.module, held.program.plan)
         require_overlap(windows)
@@ -148,7 +157,6 @@ def verify_programs(
         devices = read_devices(artifact)
         windows = devices.windows or windows
         require_overlap(windows)
-        lanes = held or reference
         if lanes is not None:
             found, devices = compare_with_devices(devices, lanes.program, lanes.read_lane, sizes, timeout)
             comparisons += found

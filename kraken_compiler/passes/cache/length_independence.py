@@ -339,4 +339,3 @@ def _groups(shape: Sequence[Any]) -> list[Any]:
         else:
             found[-1] *= int(size)
     return found
-

@@ -1,0 +1,165 @@
+"""What is checked before anything is written or returned, and what is not done without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kraken_compiler
+from kraken_compiler.api import compile_model
+from kraken_compiler.backends import registry
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.capture import capture
+from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lowering import lower
+from kraken_compiler.progress import Advance
+from kraken_compiler.verify.against_model import compare_with_model
+from kraken_compiler.verify.choose_sizes import check_sizes
+from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, relative_error, tokens
+
+
+class AtOne(LM):
+    """Another model for single tokens, as decoders that tell prefill from decode by the length have it."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x_BSD = super().embed(ids)
+        return 3 * x_BSD if ids.shape[1] == 1 else x_BSD
+
+
+class ForOneText(FFN):
+    """Another FFN for a batch of one."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(x_BSD if x_BSD.shape[0] > 1 else x_BSD.abs())
+
+
+ONES = {"sequence": AtOne, "batch": lambda: LM(ffn=ForOneText)}
+
+
+@pytest.mark.parametrize(("name", "form"), [("sequence", "standard"), ("batch", "kraken")])
+def test_a_branch_for_one_is_found_by_comparing(name: str, form: str) -> None:
+    model = ONES[name]()
+    lanes = kraken_compiler.transform(model, 2, form, example_inputs=EXAMPLE)
+    assert lanes.report is not None
+    assert lanes.report.data["notes"] == [f"the {name} size must be at least 2: the model computes something else at 1"]
+    with pytest.raises(UsageError, match=f"the {name} size must be at least 2"):
+        lanes(tokens(1, 1))
+    if form == "standard":
+        assert relative_error(lanes, model, 3, 5) < TOLERANCE
+
+
+def test_the_report_says_what_was_checked_and_what_it_took() -> None:
+    lanes = kraken_compiler.transform(LM(), 2, example_inputs=EXAMPLE)
+    assert lanes.report is not None
+    check = lanes.report.to_dict()["check"]
+    assert {tuple(entry["sizes"]) for entry in check["comparisons"]} == {(1, 7), (3, 19), (2, 1)}
+    assert all(entry["passed"] for entry in check["comparisons"])
+    assert check["seconds"] > 0
+    assert "checked against the model" in lanes.report.text
+
+
+def _swapped(spec: WeightSpec) -> WeightSpec:
+    """The lanes hold each other's parts."""
+    return replace(spec, shards=tuple(replace(shard, lanes=shard.lanes[::-1]) for shard in spec.shards))
+
+
+@pytest.mark.parametrize("form", ["standard", "kraken"])
+def test_a_wrong_program_is_not_returned(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    def wrong(*arguments: object, **options: object) -> object:
+        program, history = lower(*arguments, **options)
+        name = next(name for name, spec in program.weights.items() if spec.source.endswith("up.weight"))
+        program.weights[name] = _swapped(program.weights[name])
+        return program, history
+
+    monkeypatch.setattr("kraken_compiler.api.lower", wrong)
+    with pytest.raises(VerificationError, match="the program computes something else.*layer 0, ffn"):
+        kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE)
+    assert kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE, check=False).report is not None
+
+
+def test_a_mask_that_hides_tokens_is_tried() -> None:
+    class OnlyFull(LM):
+        """Right for a mask of ones alone, which is what examples hold."""
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(ids) * mask[:, :, None]
+
+    captured = capture(OnlyFull(), example_inputs=(*EXAMPLE, torch.ones(2, 16, dtype=torch.int64)))
+    without = captured.program.copy()
+    product = next(node for node in without.graph.nodes if node.target is torch.ops.aten.mul.Tensor)
+    product.replace_all_uses_with(product.args[0])
+    standard, _ = lower(without, 2, "standard", cached=False)
+    found = compare_with_model(captured, standard)
+    assert not all(comparison.passed for comparison in found.comparisons)
+
+
+def test_sizes_lie_inside_the_rules() -> None:
+    program = capture(LM(), example_inputs=EXAMPLE).program
+
+    def sizes(*rules: str) -> tuple[tuple[int, int], ...]:
+        return check_sizes(replace(program, call=replace(program.call, sizes=rules)))
+
+    assert sizes() == ((1, 7), (3, 19))
+    assert sizes("sequence % 2 == 0") == ((1, 6), (3, 18))
+    assert sizes("sequence <= 16", "batch >= 2") == ((3, 7), (3, 15))
+    assert sizes("batch * sequence <= 16") == ((1, 7), (1, 15))
+
+
+def test_a_model_that_fails_everywhere_is_said() -> None:
+    class Fails(LM):
+        def forward(self, ids: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting():
+                raise ValueError("this model runs nowhere")
+            return super().forward(ids)
+
+    with pytest.raises(VerificationError, match="nothing could be compared.*ValueError: this model runs nowhere"):
+        kraken_compiler.transform(Fails(), 2, "standard", example_inputs=EXAMPLE)
+
+
+def test_code_that_differs_while_it_is_traced_is_found() -> None:
+    class Differs(LM):
+        def embed(self, ids: Tensor) -> Tensor:
+            x_BSD = super().embed(ids)
+            return x_BSD if torch.compiler.is_exporting() else 2 * x_BSD
+
+    with pytest.raises(VerificationError, match="what torch.export captured, which is not what the model computes"):
+        kraken_compiler.transform(Differs(), 2, "kraken", example_inputs=EXAMPLE)
+
+
+class SilentBackend(Backend):
+    name: ClassVar[str] = "silent"
+
+    def write(
+        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    ) -> tuple[Window, ...]:
+        (directory / "nothing.txt").write_text("nothing")
+        return program.windows
+
+
+def test_programs_that_nothing_checks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, SilentBackend()))
+    model: nn.Module = LM()
+    with pytest.raises(UsageError, match="nothing here can check what the backend 'silent' writes; pass --no-verify"):
+        compile_model(model, tmp_path / "out", degree=2, backends=("silent",), example_inputs=EXAMPLE)
+    assert not (tmp_path / "out").exists()
+    made = compile_model(model, tmp_path / "out", degree=2, backends=("silent",), example_inputs=EXAMPLE, verify=False)
+    assert made.directory is not None
+    with pytest.raises(VerificationError, match="nothing here can check the programs of the backend 'silent'"):
+        kraken_compiler.api.verify_artifact(made.directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"max_kl": 0.1}, "--max-kl"), ({"max_perplexity_increase": 0.02}, "--max-ppl-increase")]
+)
+def test_a_plan_has_no_budget(options: dict[str, float], named: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{named} .*--plan"):
+        compile_model(LM(), None, degree=2, example_inputs=EXAMPLE, calibrate=[tmp_path / "text"], **options)
