@@ -66,7 +66,7 @@ def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int) -> int
         except (RuntimeError, IndexError, ValueError):
             return False  # stored positions end here
         whole = all(index.shape[dim] == length for dim in growing[-1])
-        return (whole and not index.numel()) or (whole and int(index.min()) >= 0 and int(index.max()) < rows)
+        return whole and not index.numel() or (whole and 0 <= int(index.min()) and int(index.max()) < rows)
 
     low, high = 0, (_MOST_OF_PAIRS if any(len(dims) > 1 for dims in growing) else _MOST) + 1
     if fits(high - 1):

@@ -339,3 +339,4 @@ def _groups(shape: Sequence[Any]) -> list[Any]:
         else:
             found[-1] *= int(size)
     return found
+

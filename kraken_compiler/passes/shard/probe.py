@@ -83,9 +83,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     found = {node: _kept_sets(lanes) for node, lanes in marks.items()}
     broken = {node: sets for node, sets in found.items() if isinstance(sets, str)}
     kept: dict[str, Kept] = {
-        node.name: sets
-        for node, sets in found.items()
-        if not isinstance(sets, str) and any(d is not None for d in sets)
+        node.name: sets for node, sets in found.items() if not isinstance(sets, str) and any(d is not None for d in sets)
     }
     mixer = mixer_of_columns(projections.region, kept) if attention is None or broken else None
     if mixer is not None:
