@@ -81,7 +81,8 @@ class _State:
         """Note a value's state; returns what it holds."""
         if isinstance(value, Tensor):
             self._tensors.append((value, place))
-            return self._keep_dict(value.__dict__, place) if getattr(value, "__dict__", None) else []
+            own = getattr(value, "__dict__", None)
+            return self._keep_dict(own, place) if own and not compat.is_traced(value) else []
         if isinstance(value, dict):
             return self._keep_dict(value, place)
         if isinstance(value, list | set | deque):
@@ -102,7 +103,7 @@ class _State:
         if isinstance(value, property | staticmethod | classmethod):
             inner = value.fget if isinstance(value, property) else value.__func__
             return [(inner, place)]
-        if isinstance(value, types.ModuleType) or _is_plain(value):
+        if isinstance(value, types.ModuleType) or _is_plain(value) or _is_internal(value):
             return []
         held = getattr(value, "__dict__", None)
         found: list[tuple[Any, str]] = [(one, place) for one in type(value).__mro__]
@@ -120,7 +121,8 @@ class _State:
 
         self._restorers.append(restore)
         inner = ("_parameters", "_buffers", "_modules")
-        return [(item, place if key in inner else f"{place}.{key}") for key, item in saved.items()]
+        named = ((str(key) if isinstance(key, str | int) else "...", item) for key, item in saved.items())
+        return [(item, place if key in inner else f"{place}.{key}") for key, item in named]
 
     def _keep_items(self, held: Any, place: str) -> list[tuple[Any, str]]:
         saved = list(held)
@@ -239,6 +241,12 @@ def _is_foreign(value: Any) -> bool:
 def _is_library(module: str) -> bool:
     top = module.partition(".")[0]
     return (top in _LIBRARIES or top in sys.stdlib_module_names) and top != "__main__"
+
+
+def _is_internal(value: Any) -> bool:
+    """Whether an object is a part of torch or Python that has no business with a model's own state."""
+    top = type(value).__module__.partition(".")[0]
+    return not isinstance(value, nn.Module) and top != "transformers" and _is_library(type(value).__module__)
 
 
 def _is_plain(value: Any) -> bool:
