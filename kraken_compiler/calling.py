@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kraken_compiler import _torch_compat as compat
@@ -48,6 +49,7 @@ def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwarg
         tensor = by_argument[spec.parameter][taken[spec.parameter]]
         taken[spec.parameter] += 1
         _check_shape(call, spec, tensor)
+        _check_kind(call, spec, tensor)
         bound.append(tensor)
     require_sizes(call, inputs, [tensor.shape for tensor in bound])
     return bound
@@ -118,6 +120,22 @@ def _check_shape(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
             f"argument '{spec.parameter}' of {_model(call)} must have shape [{', '.join(map(str, spec.shape))}], "
             f"got {list(tensor.shape)}"
         )
+
+
+def _check_kind(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
+    """Flags, whole numbers and fractions are told apart by models; how many bits they have is not."""
+    captured: torch.dtype = getattr(torch, spec.dtype)
+    if _kind(tensor.dtype) != _kind(captured):
+        raise UsageError(
+            f"argument '{spec.parameter}' of {_model(call)} was compiled for {spec.dtype}, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}: its code may do something else with that; convert it"
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "fraction"
+    return "flag" if dtype == torch.bool else "complex" if dtype.is_complex else "whole"
 
 
 def _model(call: CallSpec) -> str:

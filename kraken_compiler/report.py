@@ -127,6 +127,8 @@ def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Seq
 def _check_lines(check: dict[str, Any] | None) -> list[str]:
     if check is None:
         return []
+    if not check["comparisons"]:
+        return ["", *check["skipped"]]
     sizes = ", ".join("{} x {}".format(*entry["sizes"]) for entry in check["comparisons"])
     worst = max(entry["max_rel_error"] for entry in check["comparisons"])
     said = (

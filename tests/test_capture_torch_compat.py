@@ -41,3 +41,23 @@ def test_fakes() -> None:
     assert not compat.is_packed(torch.empty(3))
     assert not compat.is_packed(nn.Parameter(torch.empty(3, device="meta")))
     assert not compat.is_fake(torch.empty(3))
+
+
+def test_guards_and_hints() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x if x.shape[0] > 40 else x
+
+    exported = torch.export.export(Asks(), (torch.ones(5, 3),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    assert compat.traced_guards(exported) == ["L['x'].size()[0] <= 40"]
+    size = next(node for node in exported.graph.nodes if node.op == "placeholder").meta["val"].shape[0]
+    assert compat.size_hint(size) == 5
+    compat.note_guards(exported, ["a", "a", "b"])
+    assert compat.noted_guards(exported) == ("a", "b")
+    assert compat.tree_leaf_paths(compat.tree_flatten({"k": [1, 2]})[1]) == ["['k'][0]", "['k'][1]"]
+
+
+def test_what_a_trace_makes() -> None:
+    with compat.new_fake_mode():
+        assert compat.is_traced(torch.empty(3))
+    assert not compat.is_traced(torch.empty(3, device="meta"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
@@ -18,6 +19,7 @@ from kraken_compiler.ir.size_rules import in_words
 from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source, first_line
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.weights.store import MemoryStore
 
 Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
@@ -98,6 +100,7 @@ class _Check:
     def __init__(self, captured: Capture, standard: Program, model: RunModel | None, lanes: Run) -> None:
         self._captured, self._standard, self._model, self._lanes = captured, standard, model, lanes
         self.failures: list[str] = []
+        self._device = _device(captured)
 
     def at(self, size: tuple[int, int]) -> Comparison | None:
         """The comparison at a size; None if the model itself fails there."""
@@ -110,6 +113,7 @@ class _Check:
                 model=self._model,
                 lanes=self._lanes,
                 padded=size[0] > 1,
+                device=self._device,
             )[0]
         except ModelFailedError as error:
             self.failures.append(f"no comparison at batch {size[0]} x {size[1]}: {error}")
@@ -127,6 +131,13 @@ class _Check:
             if found is not None and found.passed:
                 return f"{name} >= 2"
         return None
+
+
+def _device(captured: Capture) -> torch.device:
+    """Where the weights of a module are; those of files are read into the host's memory."""
+    held = [spec.source for spec in captured.program.weights.values() if spec.source not in captured.program.constants]
+    in_memory = isinstance(captured.store, MemoryStore) and held
+    return captured.store.read(held[0]).device if in_memory else torch.device("cpu")
 
 
 def _streaming(program: Program, captured: Capture) -> Run:

@@ -32,6 +32,7 @@ def compare_with_source(
     model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None,
     lanes: Run | None = None,
     padded: bool = False,
+    device: torch.device | str = "cpu",
 ) -> list[Comparison]:
     """Run the source and a lane program that must equal it.
 
@@ -43,6 +44,7 @@ def compare_with_source(
         model: Runs the model itself on the program's inputs; None runs the captured program in its place, streaming.
         lanes: Runs the lane program; None streams it.
         padded: Let masks hide tokens.
+        device: Where the weights are.
 
     Raises:
         ModelFailedError: The model raised an error.
@@ -50,7 +52,8 @@ def compare_with_source(
     run = lanes or _streaming(standard, read).run_flat
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        inputs = list(sample_inputs(captured, batch, sequence, seed, padded=padded).values())
+        sampled = sample_inputs(captured, batch, sequence, seed, padded=padded)
+        inputs = [tensor.to(device) for tensor in sampled.values()]
         want = _run_model(model, inputs) if model is not None else _streaming(captured, read).run_flat(inputs)
         have = tuple(output.detach().to(one.device) for output, one in zip(run(inputs), want))
         tolerance = source_tolerance(next((one.dtype for one in want if one.is_floating_point()), torch.float32))

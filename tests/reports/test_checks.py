@@ -81,7 +81,7 @@ def test_a_wrong_program_is_not_returned(monkeypatch: pytest.MonkeyPatch, form: 
         return program, history
 
     monkeypatch.setattr("kraken_compiler.api.lower", wrong)
-    with pytest.raises(VerificationError, match="the program computes something else.*layer 0, ffn"):
+    with pytest.raises(VerificationError, match=r"the program computes something else.*layer 0, ffn"):
         kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE)
     assert kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE, check=False).report is not None
 
@@ -121,7 +121,7 @@ def test_a_model_that_fails_everywhere_is_said() -> None:
                 raise ValueError("this model runs nowhere")
             return super().forward(ids)
 
-    with pytest.raises(VerificationError, match="nothing could be compared.*ValueError: this model runs nowhere"):
+    with pytest.raises(VerificationError, match=r"nothing could be compared.*ValueError: this model runs nowhere"):
         kraken_compiler.transform(Fails(), 2, "standard", example_inputs=EXAMPLE)
 
 
@@ -131,7 +131,7 @@ def test_code_that_differs_while_it_is_traced_is_found() -> None:
             x_BSD = super().embed(ids)
             return x_BSD if torch.compiler.is_exporting() else 2 * x_BSD
 
-    with pytest.raises(VerificationError, match="what torch.export captured, which is not what the model computes"):
+    with pytest.raises(VerificationError, match=r"what torch\.export captured, which is not what the model computes"):
         kraken_compiler.transform(Differs(), 2, "kraken", example_inputs=EXAMPLE)
 
 

@@ -1,4 +1,4 @@
-"""An `if` on a size, wherever a model asks it: right for the sizes whose branch was captured, refused for the others."""
+"""An `if` on a size, wherever a model asks it: right where the captured branch is, refused everywhere else."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 import kraken_compiler
+from kraken_compiler.api import compile_model
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import capture
+from kraken_compiler.cli.run import app
+from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.size_rules import all_in_words, holds, parse_rule
 from kraken_compiler.lowering import lower
 from kraken_compiler.size_checks import lengths_read, require_generation
+from tests.cli_command import Command
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, Attention, D, relative_error, tokens
 
 
@@ -156,7 +168,7 @@ def test_inputs_that_share_a_size_must_agree() -> None:
 
     example = {"ids": EXAMPLE[0], "gain": torch.ones(2, 16, 1)}
     lanes = kraken_compiler.transform(Two(), 2, "standard", example_inputs=example)
-    with pytest.raises(UsageError, match="the sequence size .* is 5 in argument 'ids' and 7 in 'gain'"):
+    with pytest.raises(UsageError, match=r"the sequence size .* is 5 in argument 'ids' and 7 in 'gain'"):
         lanes(tokens(2, 5), torch.ones(2, 7, 1))
 
 
@@ -206,6 +218,91 @@ def test_rules_are_kept_for_every_form_and_the_cache() -> None:
     captured = capture(MODELS["longer than 32"][0](), example_inputs=EXAMPLE)
     program, _ = lower(captured.program, 2, "kraken")
     assert program.call.sizes == captured.program.call.sizes == ("sequence <= 32",)
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact for both backends of a model that is another one beyond 32 tokens and for more than 4 texts."""
+
+    def change(x_BSD: Tensor, ids: Tensor) -> Tensor:
+        return 3 * x_BSD if ids.shape[1] > 32 or ids.shape[0] > 4 else x_BSD
+
+    place = tmp_path_factory.mktemp("bounded") / "model.kraken"
+    compile_model(
+        embedding(change),
+        place,
+        degree=1,
+        form="standard",
+        backends=("torch", "onnx"),
+        example_inputs=EXAMPLE,
+        verify=False,
+    )
+    return place
+
+
+TOO_LONG = "the sequence size must be at most 32"
+
+
+def test_the_manifest_keeps_the_rules(bounded: Path) -> None:
+    assert set(open_artifact(bounded).manifest.call.sizes) == {"sequence <= 32", "batch <= 4"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_the_command_refuses_before_ranks_start(bounded: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*arguments: object, **options: object) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr("kraken_compiler.runtime.launch.launch", started)
+    run = Command(app)
+    ids = ",".join(["3"] * 30)
+    asked = ("--input-ids", ids, "--max-new-tokens", "4", "--backend", backend)
+    assert TOO_LONG in run.refused(2, bounded, *asked)
+    batch = [part for _ in range(5) for part in ("--input-ids", "1,2")]
+    assert "the batch size must be at most 4" in run.refused(2, bounded, *batch, "--backend", backend)
+
+
+def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
+    program = RankProgram.load(open_artifact(bounded), communicator=NoCommunication(0, 1))
+    assert program(tokens(4, 32)).shape[1] == 32
+    with pytest.raises(UsageError, match=TOO_LONG):
+        program(tokens(2, 33))
+    decoder = program.decoder(2, 40)
+    decoder.prefill(tokens(2, 31), torch.tensor([31, 5]))
+    decoder.step(torch.tensor([1, 2]))
+    with pytest.raises(UsageError, match=TOO_LONG):
+        decoder.step(torch.tensor([1, 2]))
+    with pytest.raises(UsageError, match="the batch size must be at most 4"):
+        program.decoder(5, 8).prefill(tokens(5, 3), torch.full((5,), 3))
+
+
+def test_a_device_refuses_at_every_call(bounded: Path) -> None:
+    program = DeviceProgram(DeviceModel.load(bounded / "onnx" / device_file(0)))
+    decoder = ArrayDecoder(program, 2, 40)
+    decoder.prefill(tokens(2, 31).numpy(), np.array([5, 31]))
+    decoder.step(np.array([1, 2]))
+    with pytest.raises(UsageError, match=TOO_LONG):
+        decoder.step(np.array([1, 2]))
+    whole = whole_feeds(program.model, {"ids": tokens(2, 33).numpy()})
+    with pytest.raises(UsageError, match=TOO_LONG):
+        program.run(whole)
+
+
+def test_texts_that_cannot_grow_have_no_cache() -> None:
+    captured = capture(MODELS["odd"][0](), example_inputs=EXAMPLE)
+    program, _ = lower(captured.program, 2, "kraken")
+    assert program.cached is None
+    assert program.no_cache == "a text cannot grow token by token (the sequence size must be even)"
+
+
+def test_another_kind_of_numbers_is_refused() -> None:
+    class ByKind(LM):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(ids) * (mask if mask.dtype == torch.bool else 2 * mask)[:, :, None]
+
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    lanes = kraken_compiler.transform(ByKind(), 2, "standard", example_inputs=(*EXAMPLE, mask))
+    with pytest.raises(UsageError, match=r"'mask' .* was compiled for bool, got int64"):
+        lanes(tokens(2, 5), torch.ones(2, 5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
