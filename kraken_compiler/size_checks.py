@@ -67,22 +67,16 @@ def refusal(model: str, sizes: Mapping[str, int], rule: str) -> str:
 def token_rules(call: CallSpec, inputs: Sequence[InputSpec]) -> tuple[str, ...]:
     """A program's rules for a batch of token ids, over the names `batch` and `sequence` alone.
 
-    Inputs that follow from the ids (masks, positions) are of their sizes, whatever their dims are called.
+    Sizes of further inputs that are not those of the ids are not known before a call, and compared there.
     """
-    own: dict[str, str] = {}
-    for spec in inputs:
-        if len(spec.shape) <= 2:
-            names = (BATCH, SEQUENCE)[-len(spec.shape) :] if spec.shape else ()
-            own.update({name: new for name, new in zip(spec.shape, names) if isinstance(name, str)})
-    fixed = [
-        f"{new} == {size}"
-        for spec in inputs
-        if 0 < len(spec.shape) <= 2
-        for size, new in zip(spec.shape, (BATCH, SEQUENCE)[-len(spec.shape) :])
-        if isinstance(size, int)
-    ]
-    renamed = [_renamed(rule, own) for rule in call.sizes]
-    return tuple(dict.fromkeys(rule for rule in (*fixed, *renamed) if names_in(rule) <= {BATCH, SEQUENCE}))
+    ids = next((spec for spec in inputs if len(spec.shape) == 2), None)
+    if ids is None:
+        return ()
+    own = {name: new for name, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(name, str)}
+    fixed = [f"{new} == {size}" for size, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(size, int)]
+    known = {rule for rule in call.sizes if names_in(rule) <= own.keys()}
+    renamed = [_renamed(rule, own) for rule in call.sizes if rule in known]
+    return tuple(dict.fromkeys((*fixed, *renamed)))
 
 
 def require_lengths(call: CallSpec, rules: Sequence[str], batch: int, lengths: Iterable[int]) -> None:

@@ -32,6 +32,7 @@ def run(options: RunOptions) -> None:
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
         from kraken_compiler.runtime.choose_backend import WORKERS, choose_backend
+        from kraken_compiler.runtime.derived_inputs import reads_source
         from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
         from kraken_compiler.runtime.launch import launch
         from kraken_compiler.runtime.text import require_tokenizer
@@ -48,9 +49,11 @@ def run(options: RunOptions) -> None:
             batch = len(options.prompt) or 1
         else:
             batch = len(prompts)
-        new_tokens = options.max_new_tokens or NEW_TOKENS
+        manifest = artifact.manifest
+        # An encoder reads its text once; a decoder's grows.
+        new_tokens = 1 if reads_source(manifest.inputs) else options.max_new_tokens or NEW_TOKENS
         # Here and not only where ranks know the lengths of texts, because starting them takes seconds.
-        require_generation(artifact.manifest.call, artifact.manifest.inputs, batch, map(len, prompts), new_tokens)
+        require_generation(manifest.call, manifest.inputs, batch, map(len, prompts), new_tokens)
         with tempfile.TemporaryDirectory(prefix="kraken-options-") as name, _input_for_ranks(options) as terminal:
             file = Path(name) / "options.json"
             # The launcher's timeout reaches the ranks by itself.
