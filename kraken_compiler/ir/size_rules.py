@@ -115,7 +115,7 @@ def all_in_words(rules: Sequence[str]) -> tuple[str, ...]:
     clauses: list[str] = []
     for name in sorted({name for rule in kept for name in names_in(rule)}):
         own = [rule for rule in kept if names_in(rule) == {name}]
-        together = _steps_in_words(name, own) if any("satisfy" in in_words(rule) for rule in own) else ""
+        together = _steps_in_words(name, own)
         clauses += [together] if together else map(in_words, own)
     return (*clauses, *(in_words(rule) for rule in kept if len(names_in(rule)) > 1))
 

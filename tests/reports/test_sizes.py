@@ -187,7 +187,7 @@ def test_a_size_that_follows_from_another() -> None:
     torch.testing.assert_close(
         lanes(tokens(3, 9), torch.ones(3, 10)), model(tokens(3, 9), torch.ones(3, 10)), rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(UsageError, match="gains_1"):
+    with pytest.raises(UsageError, match="sequence_gains == sequence"):
         lanes(tokens(3, 9), torch.ones(3, 12))
 
 
@@ -225,7 +225,8 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact for both backends of a model that is another one beyond 32 tokens and for more than 4 texts."""
 
     def change(x_BSD: Tensor, ids: Tensor) -> Tensor:
-        return 3 * x_BSD if ids.shape[1] > 32 or ids.shape[0] > 4 else x_BSD
+        other = ids.shape[1] > 32 or ids.shape[1] == 21 or ids.shape[0] > 4
+        return 3 * x_BSD if other else x_BSD
 
     place = tmp_path_factory.mktemp("bounded") / "model.kraken"
     compile_model(
@@ -240,11 +241,11 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-TOO_LONG = "the sequence size must be at most 32"
+TOO_LONG, GAP = "the sequence size must be at most 32", "the sequence size must not be 21"
 
 
 def test_the_manifest_keeps_the_rules(bounded: Path) -> None:
-    assert set(open_artifact(bounded).manifest.call.sizes) == {"sequence <= 32", "batch <= 4"}
+    assert set(open_artifact(bounded).manifest.call.sizes) == {"sequence <= 32", "sequence != 21", "batch <= 4"}
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx"])
@@ -253,12 +254,17 @@ def test_the_command_refuses_before_ranks_start(bounded: Path, backend: str, mon
         raise AssertionError("ranks were started")
 
     monkeypatch.setattr("kraken_compiler.runtime.launch.launch", started)
-    run = Command(app)
     ids = ",".join(["3"] * 30)
-    asked = ("--input-ids", ids, "--max-new-tokens", "4", "--backend", backend)
-    assert TOO_LONG in run.refused(2, bounded, *asked)
     batch = [part for _ in range(5) for part in ("--input-ids", "1,2")]
-    assert "the batch size must be at most 4" in run.refused(2, bounded, *batch, "--backend", backend)
+    for asked, rule in (
+        (("--input-ids", ids, "--max-new-tokens", "4"), TOO_LONG),
+        (("--input-ids", "3,3", "--max-new-tokens", "24"), GAP),
+        (batch, "the batch size must be at most 4"),
+    ):
+        result = Command(app).invoke(bounded, *asked, "--backend", backend)
+        assert result.exit_code == 2, result.output
+        assert rule in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
@@ -266,10 +272,10 @@ def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
     assert program(tokens(4, 32)).shape[1] == 32
     with pytest.raises(UsageError, match=TOO_LONG):
         program(tokens(2, 33))
-    decoder = program.decoder(2, 40)
-    decoder.prefill(tokens(2, 31), torch.tensor([31, 5]))
+    decoder = program.decoder(2, 32)
+    decoder.prefill(tokens(2, 22), torch.tensor([22, 19]))
     decoder.step(torch.tensor([1, 2]))
-    with pytest.raises(UsageError, match=TOO_LONG):
+    with pytest.raises(UsageError, match=GAP):
         decoder.step(torch.tensor([1, 2]))
     with pytest.raises(UsageError, match="the batch size must be at most 4"):
         program.decoder(5, 8).prefill(tokens(5, 3), torch.full((5,), 3))
@@ -277,10 +283,10 @@ def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
 
 def test_a_device_refuses_at_every_call(bounded: Path) -> None:
     program = DeviceProgram(DeviceModel.load(bounded / "onnx" / device_file(0)))
-    decoder = ArrayDecoder(program, 2, 40)
-    decoder.prefill(tokens(2, 31).numpy(), np.array([5, 31]))
+    decoder = ArrayDecoder(program, 2, 32)
+    decoder.prefill(tokens(2, 22).numpy(), np.array([19, 22]))
     decoder.step(np.array([1, 2]))
-    with pytest.raises(UsageError, match=TOO_LONG):
+    with pytest.raises(UsageError, match=GAP):
         decoder.step(np.array([1, 2]))
     whole = whole_feeds(program.model, {"ids": tokens(2, 33).numpy()})
     with pytest.raises(UsageError, match=TOO_LONG):
