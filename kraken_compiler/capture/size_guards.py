@@ -46,7 +46,15 @@ def size_rules(
     for rule in rules:
         if not names_in(rule) and not holds(rule, {}):
             raise _unsupported(f"its code asks for sizes that its own example does not have ({rule})")
-    return tuple(dict.fromkeys(rule for rule in rules if names_in(rule)))
+    return tuple(dict.fromkeys(rule for rule in rules if names_in(rule) and not _says_nothing(rule)))
+
+
+def _says_nothing(rule: str) -> bool:
+    """True of `sequence == sequence`, which is left of two dims of one size: a name says that already."""
+    parsed = parse_rule(rule)
+    if not isinstance(parsed, ast.Compare) or not isinstance(parsed.ops[0], ast.Eq):
+        return False
+    return ast.unparse(parsed.left) == ast.unparse(parsed.comparators[0]) and len(parsed.ops) == 1
 
 
 def _places(arguments: Arguments) -> dict[str, str]:

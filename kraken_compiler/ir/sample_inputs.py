@@ -49,7 +49,7 @@ def sample_inputs(
 def all_sizes(program: Program, batch: int, sequence: int) -> dict[str, int] | None:
     """What every named size is at a batch and a sequence size, or None if the program's rules allow none.
 
-    A size that follows from these two by a rule is what the rule says, any other one is the sequence's.
+    A size that follows from these two by a rule is what the rule says, any other one is that of its like.
     """
     names = dict.fromkeys(size for spec in program.inputs for size in spec.shape if isinstance(size, str))
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if name in names}
@@ -59,7 +59,8 @@ def all_sizes(program: Program, batch: int, sequence: int) -> dict[str, int] | N
     for name in names:
         if name in sizes:
             continue
-        tried = ({**sizes, name: size} for size in (sequence, batch, *range(1, 4 * max(sequence, batch) + 4)))
+        likely = (batch, sequence) if name.startswith("batch") else (sequence, batch)
+        tried = ({**sizes, name: size} for size in (*likely, *range(1, 4 * max(sequence, batch) + 4)))
         found = next((one for one in tried if broken_rule(rules, one) is None), None)
         if found is None:
             return None
