@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.errors import KrakenError, RankFailedError
 
@@ -197,7 +198,8 @@ def main(check: str, text: str) -> None:
     options: dict[str, Any] = json.loads(text)
     communicator = None
     try:
-        communicator = ArrayCommunicator.from_environment(timeout=options["timeout"], card=options.get("card", {}))
+        claims = Claims(options.get("card", {}))
+        communicator = ArrayCommunicator.from_environment(timeout=options["timeout"], claims=claims)
         found = CHECKS[check](communicator, options)
     except KrakenError as error:
         found = {"error": str(error), "kind": type(error).__name__}

@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from kraken_compiler.communicators import meeting
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.communicators.meeting import MeetingPoint, meet
 from kraken_compiler.errors import RankFailedError, UsageError
@@ -97,7 +98,7 @@ def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str, port: int) -> 
 def test_what_the_ranks_disagree_on_is_told_on_all_of_them(port: int) -> None:
     where = {"KRAKEN_MEET": f"localhost:{port}"}
     programs = {rank: {"card": {"the program's hash": value}} for rank, value in enumerate(["abc", "abd"])}
-    told = "the ranks do not fit together: the program's hash is abd on rank 1 and abc on rank 0"
+    told = "the ranks do not fit together: the program's hash is abc on rank 0 and abd on rank 1"
     assert [(result["error"], result["kind"]) for result in run("nothing", 2, where, each=programs)] == [
         (told, "UsageError")
     ] * 2
@@ -110,7 +111,8 @@ def meet_in_threads(point: MeetingPoint, ranks: list[tuple[int, int]], **same: s
     """Let ranks (number, degree) meet; returns the cards that each was told, or what it raised."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         found: list[Future[Any]] = [
-            pool.submit(meet, rank, degree, point, {"of": rank}, same=same, timeout=1.0) for rank, degree in ranks
+            pool.submit(meet, rank, degree, point, {"of": rank}, claims=Claims(same), timeout=1.0)
+            for rank, degree in ranks
         ]
         return [one.exception() or one.result() for one in found]
 
@@ -186,7 +188,7 @@ def test_an_answer_from_somebody_else_is_told(point: MeetingPoint) -> None:
         somebody.bind(f"tcp://{point}")
         found = pool.submit(meet_in_threads, point, [(1, 2)])
         caller, _ = somebody.recv_multipart()
-        somebody.send_multipart([caller, b'{"version": 1, "cards": [1]}'])
+        somebody.send_multipart([caller, b'{"version": 2, "cards": [1]}'])
         assert_told(found.result(), RankFailedError, "who answered is not rank 0 of this run")
 
 

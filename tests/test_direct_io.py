@@ -107,7 +107,12 @@ def test_a_file_that_is_not_there_is_no_file_without_direct_writes(tmp_path: Pat
     ],
 )
 def test_kernels_that_lose_what_is_read_directly_get_none(
-    large: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, system: str, release: str, direct: bool
+    large: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    system: str,
+    release: str,
+    direct: bool,
 ) -> None:
     request.addfinalizer(direct_io._keeps_what_is_read.cache_clear)
     direct_io._keeps_what_is_read.cache_clear()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import UsageError

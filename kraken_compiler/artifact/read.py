@@ -23,6 +23,9 @@ from kraken_compiler.errors import InputFileError
 MAX_MANIFEST_BYTES = 256 << 20
 """Far more than any model's; reading stops before memory does."""
 
+_COMPUTED = {"format_version", "degree", "forms", "inputs", "call", "weights", "plan", "cache"}
+"""The fields of a manifest that say what is computed, beside the files."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -71,6 +74,17 @@ class Artifact:
         if not isinstance(content, dict):
             raise InputFileError(f"{path}: damaged, no report")
         return content
+
+    def fingerprint(self, backend: str) -> str:
+        """A hash of what a backend's program computes, wherever the artifact lies and whatever it was compiled from.
+
+        Artifacts that differ in it must not be run together. It rests on the hashes in the manifest: the files
+        themselves are checked by whoever reads them.
+        """
+        content = self.manifest.model_dump(mode="json", include=_COMPUTED)
+        files = self.manifest.files.items()
+        content["files"] = {name: record.sha256 for name, record in files if name.startswith(f"{backend}/")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify_sizes(self) -> None:
         """Make sure that every file is there in its full size; reads no contents.

@@ -34,6 +34,7 @@ from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
+from kraken_compiler.versions import own_version
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.shard_journal import JOURNAL, Mark, finished_files
 
@@ -169,7 +170,7 @@ def _source_with_hash(
 def _resume_key(program: Program, source: Source, backends: Sequence[Emitter]) -> str:
     """Says which values the files will hold: what a killed compile of the same key finished need not be made again."""
     total = hashlib.sha256()
-    parts = (FORMAT_VERSION, _own_version(), torch.__version__, source, program.degree)
+    parts = (FORMAT_VERSION, own_version(), torch.__version__, source, program.degree)
     weights = tuple(program.weights.values())
     total.update(repr((*parts, weights, [backend.name for backend in backends])).encode())
     for name, tensor in sorted(program.constants.items()):
@@ -208,7 +209,7 @@ def _fill(
     cached = program.cached
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        kraken_compiler=_own_version(),
+        kraken_compiler=own_version(),
         torch=torch.__version__,
         source=source(),
         degree=program.degree,
@@ -264,12 +265,3 @@ def _main_dtype(program: Program) -> str:
     for spec in program.weights.values():
         counted[spec.dtype] += spec.nbytes
     return counted.most_common(1)[0][0] if counted else ""
-
-
-def _own_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("kraken-compiler")
-    except PackageNotFoundError:
-        return "unknown"

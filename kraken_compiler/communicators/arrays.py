@@ -7,13 +7,14 @@ rank computes. mpi4py would need an MPI installation and its launcher, and MPI m
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kraken_compiler.communicators.addresses import bind_host
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.exchange import Exchange, Sending
 from kraken_compiler.communicators.meeting import MeetingPoint, meet
 from kraken_compiler.communicators.peers import Card
@@ -65,7 +66,7 @@ class ArrayCommunicator:
         cls,
         *,
         timeout: float,
-        card: Mapping[str, str] | None = None,
+        claims: Claims | None = None,
         reduce_dtype: npt.DTypeLike | None = None,
     ) -> Self:
         """Meet the ranks that were started with this one; all must do so together.
@@ -76,21 +77,26 @@ class ArrayCommunicator:
 
         Args:
             timeout: Seconds without an answer after which a peer counts as dead.
-            card: What must be the same on all ranks, such as a hash of the program, by a name for the error message.
+            claims: What must be the same on all ranks, such as a hash of the program, or why this one cannot take part,
+                which is told to the others and raised.
             reduce_dtype: To which parts are rounded before they are sent; None leaves them.
 
         Raises:
             UsageError: The environment does not say which rank this is or where to meet, the ranks were not started as
-                ranks of one run, they differ in `card`, or an address cannot be used.
+                ranks of one run, they differ in `claims`, or an address cannot be used.
+            InputFileError: The ranks have different artifacts.
             RankFailedError: A rank did not come in time, or someone came who is none.
         """
+        claims = claims or Claims()
         rank, degree = _place()
         if degree == 1:
+            if claims.trouble is not None:
+                raise claims.trouble
             return cls(rank, degree, None, reduce_dtype)
         point = MeetingPoint.from_environment()
 
         def swap(own: Card) -> list[Card]:
-            return meet(rank, degree, point, own, same=card or {}, timeout=timeout)
+            return meet(rank, degree, point, own, claims=claims, timeout=timeout)
 
         return cls(rank, degree, Exchange(rank, degree, bind_host(point.host), swap, timeout), reduce_dtype)
 

@@ -2,7 +2,7 @@
 
 A call is one message: who is calling, of how many, what must be the same on all ranks, and the rank's card. When all
 have called, or it is clear that they will not, rank 0 answers all callers alike: with everybody's card, or with what is
-wrong.
+wrong. A rank that cannot take part calls all the same, so that the others need not wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -18,6 +17,7 @@ from typing import Any
 
 import zmq
 
+from kraken_compiler.communicators.agreement import Claims, disagreement, error_as_dict, error_from_dict
 from kraken_compiler.communicators.peers import Card, reason_of
 from kraken_compiler.errors import KrakenError, RankFailedError, UsageError
 
@@ -27,8 +27,9 @@ MEET = "KRAKEN_MEET"
 GRACE_SECONDS = 3.0
 """When something is wrong, how long rank 0 listens on, to tell those who call a little later."""
 
-_VERSION = 1
+_VERSION = 2
 _MOST_BYTES = 1 << 20
+_OTHER_VERSION = "another version of kraken-compiler than"
 _HINT = f"set {MEET} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"
 
 
@@ -83,9 +84,7 @@ class MeetingPoint:
         return False
 
 
-def meet(
-    rank: int, degree: int, point: MeetingPoint, card: Card, *, same: Mapping[str, str], timeout: float
-) -> list[Card]:
+def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, claims: Claims, timeout: float) -> list[Card]:
     """Meet the other ranks; all must call it together.
 
     Args:
@@ -93,7 +92,7 @@ def meet(
         degree: How many there are.
         point: Where rank 0 listens.
         card: What the others are to know of this rank.
-        same: What must be the same on all ranks, by a name for the error message.
+        claims: What must be the same on all ranks; with a trouble, it is told to those who come soon, and raised.
         timeout: Seconds that rank 0 waits for the others.
 
     Returns:
@@ -101,13 +100,22 @@ def meet(
 
     Raises:
         RankFailedError: A rank did not come in time, or someone came who is none.
-        UsageError: The ranks were not started as ranks of one run, or rank 0 cannot listen there.
+        UsageError: The ranks were not started as ranks of one run, they differ in their claims, or rank 0 cannot listen
+            there.
+        InputFileError: They have different artifacts, or one of them a damaged one.
     """
-    own = {"version": _VERSION, "rank": rank, "degree": degree, "same": dict(same), "card": card}
+    own = {"version": _VERSION, "rank": rank, "degree": degree, "claims": claims.to_dict(), "card": card}
     with zmq.Context() as context:
-        if rank == 0:
-            return _Host(context, degree, point, own).run(timeout)
-        return _call(context, point, own, timeout + GRACE_SECONDS)
+        if claims.trouble is None:
+            if rank == 0:
+                return _Host(context, degree, point, own).run(timeout)
+            return _call(context, point, own, timeout + GRACE_SECONDS)
+        with suppress(KrakenError):
+            if rank == 0:
+                _Host(context, degree, point, own).run(min(timeout, GRACE_SECONDS))
+            else:
+                _call(context, point, own, min(timeout, GRACE_SECONDS))
+    raise claims.trouble
 
 
 @dataclass
@@ -131,8 +139,7 @@ class _Host:
             cards = [self.calls[rank]["card"] for rank in sorted(self.calls)]
             answer: dict[str, Any] = {"version": _VERSION, "cards": cards}
             if self.trouble is not None:
-                usage = isinstance(self.trouble, UsageError)
-                answer = {"version": _VERSION, "trouble": str(self.trouble), "usage": usage}
+                answer = {"version": _VERSION, "trouble": error_as_dict(self.trouble)}
             for caller in self.callers:
                 router.send_multipart([caller, json.dumps(answer).encode()])
         if self.trouble is not None:
@@ -175,8 +182,11 @@ class _Host:
 
     def _take(self, caller: bytes, content: list[bytes]) -> KrakenError | None:
         """Take a call; returns what is wrong with it."""
-        call = _read(content)
-        if call is None:
+        call = _parsed(content)
+        if call.get("version") != _VERSION and isinstance(call.get("rank"), int):
+            self.callers.append(caller)
+            return UsageError(f"rank {call.get('rank')} has {_OTHER_VERSION} rank 0 has")
+        if call.get("version") != _VERSION or not _is_call(call):
             return RankFailedError(f"rank 0 was called by a stranger at {self.point}; {_HINT}")
         self.callers.append(caller)
         rank, degree = call["rank"], call["degree"]
@@ -191,18 +201,11 @@ class _Host:
                 f"if they belong to different runs, these need different ports"
             )
         self.calls[rank] = call
-        return None
+        trouble = Claims.from_dict(call["claims"]).trouble
+        return None if trouble is None else disagreement({rank: Claims(trouble=trouble)})
 
     def _compare(self) -> None:
-        for rank in sorted(self.calls):
-            own, other = self.own["same"], self.calls[rank]["same"]
-            for name in own | other:
-                if own.get(name) != other.get(name):
-                    self.trouble = UsageError(
-                        f"the ranks do not fit together: {name} is {other.get(name, 'unknown')} on rank {rank} and "
-                        f"{own.get(name, 'unknown')} on rank 0"
-                    )
-                    return
+        self.trouble = disagreement({rank: Claims.from_dict(call["claims"]) for rank, call in self.calls.items()})
 
 
 def _call(
@@ -222,8 +225,10 @@ def _call(
         if not dealer.poll(round(timeout * 1000)):
             raise RankFailedError(f"rank {rank} called {point} and rank 0 did not answer within {timeout:g} s")
         answer = _parsed(dealer.recv_multipart())
+    if answer and answer["version"] != _VERSION:
+        raise UsageError(f"rank {rank} has {_OTHER_VERSION} rank 0 has")
     if "trouble" in answer:
-        raise (UsageError if answer.get("usage") else RankFailedError)(str(answer["trouble"]))
+        raise error_from_dict(answer["trouble"])
     cards = answer.get("cards")
     if not isinstance(cards, list) or len(cards) != own["degree"]:
         raise RankFailedError(f"rank {rank} called {point}, and who answered is not rank 0 of this run; {_HINT}")
@@ -236,17 +241,15 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
 
 
-def _read(content: list[bytes]) -> dict[str, Any] | None:
-    """A call; None if it is none."""
-    call = _parsed(content)
-    kinds = {"rank": int, "degree": int, "same": dict, "card": dict}
-    return call if all(isinstance(call.get(name), kind) for name, kind in kinds.items()) else None
+def _is_call(message: dict[str, Any]) -> bool:
+    kinds = {"rank": int, "degree": int, "claims": dict, "card": dict}
+    return all(isinstance(message.get(name), kind) for name, kind in kinds.items())
 
 
 def _parsed(content: list[bytes]) -> dict[str, Any]:
     """A message of a meeting; empty if it is none."""
     with suppress(ValueError, RecursionError):
         message = json.loads(b"".join(content))
-        if isinstance(message, dict) and message.get("version") == _VERSION:
+        if isinstance(message, dict) and isinstance(message.get("version"), int):
             return message
     return {}

@@ -6,7 +6,6 @@ as long for small sums and hides hardly anything behind compute.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import weakref
@@ -19,14 +18,12 @@ from torch import Tensor
 from kraken_compiler._torch_compat import group_timeout, rendezvous_host
 from kraken_compiler.communicators.addresses import bind_host
 from kraken_compiler.communicators.base import Communicator, in_lane_order
+from kraken_compiler.communicators.cards import swap_cards
 from kraken_compiler.communicators.exchange import Exchange, Sending
 from kraken_compiler.communicators.group import GroupCommunicator
-from kraken_compiler.communicators.peers import Card
 
 RING_BYTES = 4 << 20
 """From here on more than two ranks sum with the process group."""
-
-_CARD_BYTES_PER_RANK = 128
 
 Handle = tuple[Sending | None, Tensor, torch.dtype, Any]
 """The part on its way (None: it has no elements, or the process group does the sum), the part as it is sent, the sum's
@@ -130,20 +127,7 @@ class MessageCommunicator(Communicator):
         group = self._group()
         assert group is not None, "the process group of this communicator is gone"
         master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
-        return Exchange(self.rank, self.degree, bind_host(master), lambda card: _swap_cards(card, group), self._timeout)
-
-
-def _swap_cards(card: Card, group: dist.ProcessGroup) -> list[Card]:
-    """Every rank's card, as JSON through the group."""
-    degree = dist.get_world_size(group)
-    size = _CARD_BYTES_PER_RANK * (degree + 2)
-    text = json.dumps(card).encode().ljust(size)
-    assert len(text) == size, "a rank's card is longer than planned"
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    all_cards = [torch.empty_like(mine) for _ in range(degree)]
-    dist.all_gather(all_cards, mine, group=group)
-    return [json.loads(bytes(other.tolist())) for other in all_cards]
+        return Exchange(self.rank, self.degree, bind_host(master), lambda card: swap_cards(card, group), self._timeout)
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16}

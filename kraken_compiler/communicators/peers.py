@@ -144,7 +144,8 @@ class Peer:
         if self._events.poll(0) and not self._socket.poll(0):
             self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own} needed its part")
         if deadline and time.monotonic() > deadline:
-            self._fail(f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s, "
+            self._fail(
+                f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
                 "--timeout SECONDS allows more"
             )
         return deadline or time.monotonic() + self._timeout

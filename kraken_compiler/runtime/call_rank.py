@@ -1,4 +1,4 @@
-"""What every rank of `run_ranks` runs: `python -m kraken_compiler.runtime.call_rank MODULE:FUNCTION DIRECTORY FOLDER`."""
+"""What every rank of `run_ranks` runs, with the arguments MODULE:FUNCTION DIRECTORY FOLDER."""
 
 from __future__ import annotations
 

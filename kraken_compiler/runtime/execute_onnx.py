@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import Array, ArrayDecoder
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.events import write_events
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.rank_claims import rank_claims
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.runtime.environment import collective_timeout
 from kraken_compiler.runtime.replay import replay
@@ -44,10 +47,13 @@ class TensorDecoder:
 def execute(payload: Mapping[str, Any], session: Session) -> int:
     """Run this rank's device on every input set; returns the number of outputs."""
     directory = Path(payload["exchange"])
-    model = DeviceModel.load(Path(payload["artifact"]) / "onnx" / device_file(session.rank), verify=False)
+    artifact = open_artifact(payload["artifact"], verify=False)
+    model = DeviceModel.load(artifact.path(f"onnx/{device_file(session.rank)}"), verify=False)
     # Products that round what they multiply could only be compared loosely; what that costs is in the quality.
     model = model.with_exact_products()
-    communicator = ArrayCommunicator.from_environment(timeout=collective_timeout(None))
+    communicator = ArrayCommunicator.from_environment(
+        timeout=collective_timeout(None), claims=Claims(rank_claims(artifact, "onnx"))
+    )
     program = DeviceProgram(model, communicator, profiled=True)
     tensors = load_file(directory / "in.safetensors")
     results: dict[str, Tensor] = {}

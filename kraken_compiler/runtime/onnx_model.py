@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import CPU_PROVIDER, DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import LOGITS
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.calls import CallSpec, InputSpec
@@ -64,7 +65,11 @@ def open_device(
 
 @contextmanager
 def joined(
-    model: DeviceModel, *, timeout: float, reduce_dtype: npt.DTypeLike | None = None
+    model: DeviceModel,
+    *,
+    timeout: float,
+    reduce_dtype: npt.DTypeLike | None = None,
+    same: Mapping[str, str] | None = None,
 ) -> Iterator[ArrayCommunicator | None]:
     """Connect a device with the others; all come and leave together.
 
@@ -72,12 +77,14 @@ def joined(
         model: This device's.
         timeout: Seconds without an answer after which a peer counts as dead.
         reduce_dtype: To which each device's part of a sum is rounded before it is sent; None leaves it.
+        same: What else must be the same on all devices, by a name for the error message.
 
     Yields:
         The connections; None for a model of one device.
 
     Raises:
         UsageError: The environment names another device, or the devices do not fit together.
+        InputFileError: They belong to different artifacts.
         RankFailedError: A peer did not come in time, or went away.
     """
     started = os.environ.get("WORLD_SIZE", "1")
@@ -90,7 +97,7 @@ def joined(
         yield None
         return
     communicator = ArrayCommunicator.from_environment(
-        timeout=timeout, card={_PROGRAM: model.program}, reduce_dtype=reduce_dtype
+        timeout=timeout, claims=Claims({**(same or {}), _PROGRAM: model.program}), reduce_dtype=reduce_dtype
     )
     try:
         yield communicator

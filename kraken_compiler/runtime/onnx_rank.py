@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,11 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import CPU_PROVIDER, DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import SHARED_DATA_FILE, data_file, device_file
+from kraken_compiler.backends.rank_claims import rank_claims
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
-from kraken_compiler.errors import UsageError
+from kraken_compiler.communicators.meeting import GRACE_SECONDS
+from kraken_compiler.errors import KrakenError, UsageError
 from kraken_compiler.runtime.choose_backend import require_backend
 from kraken_compiler.runtime.engine import Engine
 from kraken_compiler.runtime.environment import SLOWEST_DISK, Place, collective_timeout
@@ -69,19 +72,22 @@ def run_rank(options: RunOptions) -> None:
 
     Raises:
         UsageError: The environment does not say which rank this is, or the options ask for what cannot be done.
-        InputFileError: A file of the artifact is missing, truncated or tampered with.
+        InputFileError: A file of the artifact is missing, truncated or tampered with, or the ranks have different ones.
         RankFailedError: A peer did not come in time, or went away.
     """
     options.check()
     place = Place.from_environment()
     with _reported(place) as status:
-        artifact = open_artifact(options.artifact, verify=False)
-        require_backend("onnx", options, artifact)
-        model = _load(artifact, place, status)
+        with _told(place, status):
+            artifact = open_artifact(options.artifact, verify=False)
+            require_backend("onnx", options, artifact)
+            model = _load(artifact, place, status)
         # All read their weights at the same time, so the slowest one's time is the most that the others wait.
         status.progress("waiting for the other ranks", extra=_START_SECONDS + _seconds_to_read(artifact, place))
         timeout = collective_timeout(options.timeout)
-        with joined(model, timeout=timeout, reduce_dtype=_numpy_dtype(options.reduce_dtype)) as communicator:
+        same = rank_claims(artifact, "onnx", options.reduce_dtype)
+        reduce_dtype = _numpy_dtype(options.reduce_dtype)
+        with joined(model, timeout=timeout, reduce_dtype=reduce_dtype, same=same) as communicator:
             status.progress("loading the program")
             provider = options.provider or CPU_PROVIDER
             status.computes_here = provider == CPU_PROVIDER
@@ -110,6 +116,19 @@ def _reported(place: Place) -> Iterator[StatusWriter]:
         status.fail(error)
         raise
     status.finish()
+
+
+@contextmanager
+def _told(place: Place, status: StatusWriter) -> Iterator[None]:
+    """Tell the other ranks why this one cannot come; a launcher of ours ends them without being told."""
+    try:
+        yield
+    except KrakenError as error:
+        if place.degree > 1 and not status.has_launcher:
+            # Whether or not they could be told, the error is what it is.
+            with suppress(KrakenError):
+                ArrayCommunicator.from_environment(timeout=GRACE_SECONDS, claims=Claims(trouble=error))
+        raise
 
 
 def _load(artifact: Artifact, place: Place, status: StatusWriter) -> DeviceModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +12,13 @@ import torch
 import torch.distributed as dist
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.backends.torch_dist.lane_files import rank_files
+from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.communicators.agreement import Claims
+from kraken_compiler.communicators.cards import require_agreement
+from kraken_compiler.errors import KrakenError, RankFailedError
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT as DEFAULT_TIMEOUT
 from kraken_compiler.runtime.environment import SLOWEST_DISK, Place, collective_timeout
 from kraken_compiler.runtime.status import StatusWriter
@@ -92,7 +97,11 @@ def rank_session(timeout: float | None = None, device_type: str | None = None) -
 
 
 def load_rank_program(
-    directory: Path | str, session: Session, *, reduce_dtype: torch.dtype | None = None
+    directory: Path | str,
+    session: Session,
+    *,
+    reduce_dtype: torch.dtype | None = None,
+    check: Callable[[Artifact], None] | None = None,
 ) -> tuple[Artifact, RankProgram]:
     """Load this rank's program, and go on when all ranks have theirs.
 
@@ -100,20 +109,47 @@ def load_rank_program(
         directory: The artifact.
         session: This rank.
         reduce_dtype: To which each lane's part is rounded before it is sent; None leaves it.
+        check: Raises if the artifact is not the one to run.
 
     Raises:
-        InputFileError: A file of the artifact is missing, truncated or tampered with.
-        UsageError: There are more or fewer ranks than lanes.
+        InputFileError: A file of the artifact is missing, truncated or tampered with, on any rank, or the ranks have
+            different artifacts.
+        UsageError: There are more or fewer ranks than lanes, or the ranks do not fit together.
     """
-    artifact = open_artifact(directory, verify=False)
+    artifact = _agreed_artifact(directory, session, reduce_dtype, check)
     files = artifact.manifest.files
     needed = sum(files[name].bytes for name in rank_files(session.rank) if name in files)
     session.status.progress("loading the program", extra=needed / SLOWEST_DISK)
-    program = RankProgram.load(artifact, device=session.device, reduce_dtype=reduce_dtype)
+    program = RankProgram.load(artifact, device=session.device, reduce_dtype=reduce_dtype, agreed=True)
     # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
     dist.barrier()
     session.status.progress("running")
     return artifact, program
+
+
+def _agreed_artifact(
+    directory: Path | str,
+    session: Session,
+    reduce_dtype: torch.dtype | None,
+    check: Callable[[Artifact], None] | None,
+) -> Artifact:
+    """Open this rank's artifact; what is wrong on one rank is raised on all, before any reads weights."""
+    artifact: Artifact | None = None
+    claims = Claims()
+    try:
+        artifact = open_artifact(directory, verify=False)
+        if check is not None:
+            check(artifact)
+        check_lane(session.rank, artifact.manifest.degree, rank=session.rank, ranks=session.degree)
+        claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
+    except KrakenError as error:
+        if session.status.has_launcher:
+            raise  # it ends the others
+        claims = Claims(trouble=error)
+    assert dist.group.WORLD is not None
+    require_agreement(claims, dist.group.WORLD)
+    assert artifact is not None, "what is wrong with it was raised"
+    return artifact
 
 
 def _device(device_type: str | None, place: Place) -> torch.device:
@@ -128,4 +164,11 @@ def _device(device_type: str | None, place: Place) -> torch.device:
 
 def _join(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    except dist.DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RankFailedError(
+            f"the ranks did not come together within {timeout.total_seconds():g} s ({reason}); start all of them for "
+            "the same backend, and --timeout SECONDS allows more"
+        ) from error

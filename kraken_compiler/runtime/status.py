@@ -103,6 +103,11 @@ class StatusWriter:
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
+    @property
+    def has_launcher(self) -> bool:
+        """True if a launcher of ours started this rank: it hears of a failure, and ends the others."""
+        return self._directory is not None
+
     @classmethod
     def from_environment(cls, rank: int) -> StatusWriter:
         """Report to the launcher that started this process, if one did."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.runtime.choose_backend import require_backend
 from kraken_compiler.runtime.engine import Engine
 from kraken_compiler.runtime.options import RunOptions
@@ -26,9 +27,12 @@ def run_rank(options: RunOptions) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with rank_session(options.timeout, options.device) as session:
-        require_backend("torch", options, open_artifact(options.artifact, verify=False))
-        reduce_dtype = REDUCE_DTYPES[options.reduce_dtype]
-        artifact, program = load_rank_program(options.artifact, session, reduce_dtype=reduce_dtype)
+        artifact, program = load_rank_program(
+            options.artifact,
+            session,
+            reduce_dtype=REDUCE_DTYPES[options.reduce_dtype],
+            check=partial(require_backend, "torch", options),
+        )
         engine = Engine(artifact, TorchModel(artifact.manifest, program, session.device), session)
         if session.rank == 0:
             speak(engine, options)

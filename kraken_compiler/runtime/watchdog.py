@@ -1,7 +1,7 @@
 """Notices that ranks hang, finds out which one, and ends the run.
 
-A rank hangs that neither gets something done nor computes, while none of its peers computes either: it may wait for that
-one. How long a computation takes is nobody's business here; a prompt may be long.
+A rank hangs that neither gets something done nor computes, while none of its peers computes: it may wait for them. How
+long a computation takes is nobody's business here; a prompt may be long.
 
 A rank that waits for a hanging peer looks exactly as idle as the peer. What tells them apart: a stopped process sends
 no heartbeat, and a process that hangs elsewhere is not inside the graph or a collective when asked for its stack.

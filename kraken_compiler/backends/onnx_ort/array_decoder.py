@@ -35,7 +35,7 @@ class ArrayDecoder:
     Attributes:
         batch: Number of sequences.
         capacity: Most tokens of a sequence, prompt and new ones together.
-        identical_on_all_ranks: False: what ONNX Runtime makes of equal sums is not promised to be equal to the last bit.
+        identical_on_all_ranks: False: nothing promises that ONNX Runtime makes the same of equal sums, to the last bit.
     """
 
     identical_on_all_ranks = False

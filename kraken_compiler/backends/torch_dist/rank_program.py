@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, RunStep
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph
@@ -17,8 +18,11 @@ from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.calling import bind, unflatten_output
+from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.base import Communicator
+from kraken_compiler.communicators.cards import require_agreement
 from kraken_compiler.communicators.choose import default_communicator
+from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, SLOTS
 from kraken_compiler.ir.devices import retarget
@@ -100,6 +104,7 @@ class RankProgram(nn.Module):
         self._cached_graphs: Callable[[], CachedGraphs] | None = None
         self._graphs: CachedGraphs | None = None
         self._steps: dict[Any, RunStep] = {}
+        self._agree: Callable[[], None] | None = None
         self._lane_graph = copy_graph(graph.graph)
         self._options: dict[str, Any] = {}
         self.compiled: CompiledGraph | None = None
@@ -166,8 +171,12 @@ class RankProgram(nn.Module):
         verify: bool = True,
         communicator: Communicator | str | None = None,
         reduce_dtype: torch.dtype | None = None,
+        agreed: bool = False,
     ) -> Self:
         """Build one rank's program from an artifact. Reads only the graph and this lane's weights.
+
+        At their first run together the ranks make sure that all of them have the same artifact, and raise an
+        InputFileError if not.
 
         Args:
             artifact: An open artifact.
@@ -176,6 +185,7 @@ class RankProgram(nn.Module):
             device: Where the weights go.
             verify: Check the hashes of the files that are read.
             communicator, reduce_dtype: As for the class.
+            agreed: The ranks made sure of it before.
 
         Raises:
             UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
@@ -202,6 +212,10 @@ class RankProgram(nn.Module):
         )
         if manifest.cache is not None:
             program._cached_graphs = partial(CachedGraphs.load, artifact, verify=verify)
+        if not agreed and not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
+            claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
+            resolved = checked_group(lane, manifest.degree, group)
+            program._agree = lambda: require_agreement(claims, resolved)
         return program.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,10 +224,17 @@ class RankProgram(nn.Module):
 
     def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs."""
+        self._agree_once()
         if self.compiled is not None:
             return self.compiled(*inputs)
         outputs: tuple[Tensor, ...] = self.graph(*self._operands(), *inputs)
         return outputs
+
+    def _agree_once(self) -> None:
+        """Make sure, where nobody has, that the ranks run the same program."""
+        if self._agree is not None:
+            self._agree()
+            self._agree = None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Run through torch.compile from now on.
@@ -267,8 +288,14 @@ class RankProgram(nn.Module):
             raise UsageError("the program has no KV cache")
         if self._graphs is None:
             self._graphs = self._cached_graphs()
+        step = self._step(self._graphs, compiled)
+
+        def run(*operands: Tensor) -> tuple[Tensor, ...]:
+            self._agree_once()
+            return step(*operands)
+
         return CachedDecoder(
-            self._step(self._graphs, compiled),
+            run,
             self._graphs,
             self._operands(),
             batch=batch,

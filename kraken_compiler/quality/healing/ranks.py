@@ -17,6 +17,8 @@ from torch import Tensor
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
+from kraken_compiler.communicators.cards import require_agreement
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.ir.program import Program
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
@@ -84,6 +86,8 @@ def heal_rank(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
     teacher = open_artifact(folder / _TEACHER, verify=False)
     group = dist.group.WORLD
     assert group is not None
+    same = {THE_ARTIFACT: f"{artifact.fingerprint('torch')}, healed beside {teacher.fingerprint('torch')}"}
+    require_agreement(Claims(same), group)
     communicator = default_communicator(session.device, group)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, session.device)
     rows = load_file(folder / _ROWS)

@@ -1,0 +1,76 @@
+"""What must be the same on all ranks: otherwise each adds up parts of another program, and nobody notices.
+
+Every rank says what it has, as text by name, and also if it cannot take part at all; then all come to the same verdict.
+Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
+
+THE_ARTIFACT = "the compiled model (a hash of its program and weights)"
+"""Ranks that differ in this have other files, which is no wrong usage."""
+
+_KINDS: dict[str, type[KrakenError]] = {kind.__name__: kind for kind in (UsageError, InputFileError, RankFailedError)}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a rank says of itself.
+
+    Attributes:
+        same: What must be the same on all ranks, by a name for the error message.
+        trouble: Why it cannot take part; None if it can.
+    """
+
+    same: Mapping[str, str] = field(default_factory=dict)
+    trouble: KrakenError | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"same": dict(self.same), "trouble": None if self.trouble is None else error_as_dict(self.trouble)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` made."""
+        trouble = values["trouble"]
+        return cls(values["same"], None if trouble is None else error_from_dict(trouble))
+
+
+def error_as_dict(error: KrakenError) -> dict[str, str]:
+    """An error as plain values."""
+    return {"kind": type(error).__name__, "message": str(error)}
+
+
+def error_from_dict(values: Mapping[str, Any]) -> KrakenError:
+    """What `error_as_dict` made, as the same kind if peers may meet with it."""
+    return _KINDS.get(values["kind"], RankFailedError)(values["message"])
+
+
+def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:
+    """Why ranks cannot work together, the same on all of them; None if they can.
+
+    Args:
+        claims: By rank.
+    """
+    for rank, claim in sorted(claims.items()):
+        if claim.trouble is not None:
+            return _KINDS.get(type(claim.trouble).__name__, RankFailedError)(f"rank {rank}: {claim.trouble}")
+    for name in dict.fromkeys(name for claim in claims.values() for name in claim.same):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, claim in sorted(claims.items()):
+            ranks_by_value.setdefault(claim.same.get(name, "unknown"), []).append(rank)
+        if len(ranks_by_value) > 1:
+            found = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+            if name == THE_ARTIFACT:
+                return InputFileError(f"the ranks do not fit together: {name} is {found}; copy one to all hosts")
+            return UsageError(f"the ranks do not fit together: {name} is {found}")
+    return None
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
