@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kraken_compiler.backends.torch_dist.load import load
+from kraken_compiler.errors import KrakenError
 from kraken_compiler.runtime.session import Session
 
 
@@ -54,3 +56,20 @@ def say_pid_and_wait(payload: Mapping[str, Any], session: Session) -> None:
     """Leave the process id in a directory, and go on for long."""
     Path(payload["directory"], f"pid-{session.rank}").write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def load_and_run(payload: Mapping[str, Any], session: Session) -> list[str]:
+    """What this rank hears that loads an artifact of its own and then the first one's, in turn with its peers."""
+    heard = []
+    for directory in (payload["artifacts"][session.rank], payload["artifacts"][0]):
+        for turn in range(session.degree):
+            if turn == session.rank:
+                program = load(directory)
+            dist.barrier()
+        ids = torch.tensor([[1, 2, 3]])
+        try:
+            program(ids)
+            heard.append("ran")
+        except KrakenError as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    return heard
