@@ -21,7 +21,7 @@ from kraken_compiler.communicators import meeting
 from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.communicators.meeting import MeetingPoint, meet
-from kraken_compiler.errors import RankFailedError, UsageError
+from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -142,6 +142,19 @@ def test_a_rank_that_does_not_come_is_named_on_all_that_did(point: MeetingPoint)
         meet_in_threads(point, [(0, 4), (2, 4)]), RankFailedError, f"ranks 1, 3 did not come to {point} within 1 s"
     )
     assert_told(meet_in_threads(point, [(1, 2)]), RankFailedError, "rank 0 did not answer within 1.5 s")
+
+
+@pytest.mark.parametrize("guilty", [0, 2])
+def test_a_rank_that_cannot_take_part_tells_those_who_come(point: MeetingPoint, guilty: int) -> None:
+    """The other ranks need not wait for it, nor for those that do not come."""
+    with ThreadPoolExecutor(2) as pool:
+        found: list[Future[Any]] = []
+        for rank in (0, 2):
+            claims = Claims(trouble=InputFileError("a file: missing") if rank == guilty else None)
+            found.append(pool.submit(meet, rank, 4, point, {}, claims=claims, timeout=30.0))
+        told = {rank: one.exception() for rank, one in zip((0, 2), found)}
+    assert str(told.pop(guilty)) == "a file: missing"
+    assert_told(list(told.values()), InputFileError, f"rank {guilty}: a file: missing")
 
 
 def test_ranks_of_different_runs_are_told_apart(point: MeetingPoint) -> None:

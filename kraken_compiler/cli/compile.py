@@ -106,7 +106,7 @@ def compile_command(
     dump_graphs: Annotated[Path | None, typer.Option(help="Directory for the graph as text after every pass.")] = None,
     trust_pickle: TrustPickleOption = None,
     force: Annotated[
-        bool | None, typer.Option("--force", help="Replace an output directory that is not empty.")
+        bool | None, typer.Option("--force", help="Replace an artifact that is there; no other files are.")
     ] = None,
     timeout: TimeoutOption = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with the same keys; the command line wins.")] = None,

@@ -132,6 +132,9 @@ class _Host:
 
     def run(self, timeout: float) -> list[Card]:
         self.calls[0] = self.own
+        claims = Claims.from_dict(self.own["claims"])
+        if claims.trouble is not None:
+            self.trouble = disagreement({0: claims})
         with self._listen() as router:
             self._take_calls(router, timeout)
             if self.trouble is None:
