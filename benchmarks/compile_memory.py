@@ -177,7 +177,9 @@ def measure(name: str, arguments: list[str], modules: Path, size: int, limit: fl
     """Run one compile under observation, then its imports alone."""
     print(f"{name}: kraken-compile {' '.join(arguments)}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", COMPILE, str(modules), *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", COMPILE, str(modules), *arguments], stdout=subprocess.DEVNULL
+    )
     samples = list(observe(process))
     seconds = time.perf_counter() - began
     if process.returncode:
@@ -236,7 +238,7 @@ def importers(modules: list[str], helpers: int) -> Iterator[list[psutil.Process]
     wanted = [modules, *[HELPER_MODULES] * helpers]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", IMPORTS_ONLY, json.dumps(names)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-c", IMPORTS_ONLY, json.dumps(names)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         for names in wanted
     ]

@@ -57,7 +57,7 @@ def main() -> int:
             sys.exit(f"{work}: {free / GB:.0f} GB are free, {needed / GB:.0f} GB are needed; try fewer --layers")
         size = write_checkpoint(work / "model", options.layers, options.vocabulary)
         # The programs' own files are in the cache, as those of cp are.
-        subprocess.run([sys.executable, "-c", IMPORTS], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-P", "-c", IMPORTS], check=True, stderr=subprocess.DEVNULL)
         runs: list[dict[str, float]] = []
         for number in range(1, options.repeats + 1):
             copied, synced = copy_seconds(work / "model", work / "copy")
@@ -176,7 +176,18 @@ def copy_seconds(source: Path, target: Path) -> tuple[float, float]:
 def compile_seconds(source: Path, target: Path, degree: int) -> tuple[float, float, float]:
     """Wall and processor time of a compile, and its peak of resident memory in bytes."""
     drop_from_cache(source)
-    command = [sys.executable, "-c", COMPILE, str(source), "--degree", str(degree), "--no-verify", "-o", str(target)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        COMPILE,
+        str(source),
+        "--degree",
+        str(degree),
+        "--no-verify",
+        "-o",
+        str(target),
+    ]
     began = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak, cpu = 0.0, 0.0
