@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
-from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.checkpoint_files import ADAPTER, PICKLED_ADAPTER, shown
 from kraken_compiler.weights.store import WeightStore
 
 
@@ -55,21 +57,41 @@ def _fill(model: nn.Module, store: WeightStore) -> None:
 
 
 def _load(model: Any, adapter: Path) -> None:
+    from peft import PeftConfig
     from safetensors import SafetensorError
 
+    pickled = adapter / PICKLED_ADAPTER
     try:
         with quiet_transformers():
-            found = model.load_adapter(str(adapter), adapter_kwargs={"local_files_only": True})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+            if (adapter / ADAPTER).is_file():
+                found = model.load_adapter(str(adapter), adapter_kwargs={"local_files_only": True})
+            else:
+                state = torch.load(pickled, map_location="cpu", weights_only=True)
+                config = PeftConfig.from_pretrained(str(adapter))
+                found = model.load_adapter(peft_config=config, adapter_state_dict=state)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise InputFileError(f"{adapter}: its adapter cannot be applied to the model: {_first_line(error)}") from error
     # Older releases of transformers raise for keys that they do not expect, and return nothing.
     for what, keys in (
-        ("lacks", getattr(found, "missing_keys", ())),
-        ("holds, for no part of the model,", getattr(found, "unexpected_keys", ())),
-        ("holds in another shape", [key for key, *_ in getattr(found, "mismatched_keys", ())]),
+        ("does not find {} tensors of the adapter in its file", getattr(found, "missing_keys", ())),
+        ("finds no place for {} tensors of the adapter's file", getattr(found, "unexpected_keys", ())),
+        ("finds {} tensors of the adapter in another shape", [k for k, *_ in getattr(found, "mismatched_keys", ())]),
     ):
         if keys:
-            raise InputFileError(f"{adapter}: its adapter {what} {len(keys)} tensors ({shown(sorted(keys))})")
+            raise InputFileError(
+                f"{adapter}: transformers {what.format(len(keys))} ({shown(sorted(keys))}): merge it with peft "
+                "(merge_and_unload) and save the model"
+            )
 
 
 def _merge(model: nn.Module, adapter: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -52,7 +53,6 @@ CONFIGS: dict[str, Any] = {
     "ffn, rank-stabilised": peft.LoraConfig(
         r=2, target_modules=["up_proj", "down_proj", "o_proj"], use_rslora=True, lora_alpha=3, task_type="CAUSAL_LM"
     ),
-    "dora": peft.LoraConfig(r=2, target_modules=["k_proj", "gate_proj"], use_dora=True, task_type="CAUSAL_LM"),
     "a head of its own": peft.LoraConfig(
         r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
     ),
@@ -125,12 +125,13 @@ def test_what_a_plan_says(tmp_path: Path) -> None:
 def test_pickled_adapters_need_trust(tmp_path: Path) -> None:
     base = save(tmp_path / "base")
     put_beside(save_adapter(base, tmp_path / "adapter"), base)
+    shutil.copytree(base, tmp_path / "safe")
     torch.save(tensors_of(base, "adapter_model.safetensors"), base / "adapter_model.bin")
     (base / "adapter_model.safetensors").unlink()
     with pytest.raises(InputFileError, match=r"adapter_model\.bin is a pickle, .*--trust-pickle"):
         capture(base)
     captured = capture(base, trust_pickle=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "safe")
     layer = model.model.layers[0].self_attn.q_proj
     layer.merge()
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -146,17 +147,32 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
     more = tensors | {first.replace("layers.0", "layers.9"): tensors[first]}
     other = tensors | {first: torch.ones(5, 5)}
     for changed, message in (
-        (less, "lacks 1 tensors"),
-        (more, "holds, for no part of the model, 1 tensors"),
-        (other, ""),
+        (less, "does not find 1 tensors"),
+        (more, "finds no place for 1 tensors"),
+        (other, "its adapter cannot be applied to the model|in another shape"),
     ):
         write_tensors(base, changed, "adapter_model.safetensors")
-        with pytest.raises(InputFileError, match=f"its adapter .*{message}") as caught:
+        with pytest.raises(InputFileError, match=message) as caught:
             capture(base)
         assert "\n" not in str(caught.value)
     (base / "adapter_model.safetensors").unlink()
     with pytest.raises(InputFileError, match=r"holds an adapter_config\.json and no adapter_model\.safetensors"):
         capture(base)
+
+
+def test_an_adapter_of_which_transformers_reads_a_part(tmp_path: Path) -> None:
+    """Magnitudes (DoRA) are read by peft, and by transformers only where both name them alike."""
+    base = save(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj", "gate_proj"], use_dora=True, task_type="CAUSAL_LM")
+    adapter = save_adapter(base, tmp_path / "adapter", config=config)
+    merged = peft.PeftModel.from_pretrained(make(), adapter).merge_and_unload()
+    put_beside(adapter, base)
+    try:
+        lanes = kraken_compiler.transform(base, degree=2, form="standard")
+    except InputFileError as refusal:
+        assert re.search(r"does not find 2 tensors .*lora_magnitude_vector.*merge it with peft", str(refusal))
+    else:
+        assert error(lanes, merged) < TOLERANCE[torch.float32]
 
 
 def test_an_adapter_that_is_no_update_of_weights(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_shards_of_two_saves(tmp_path: Path) -> None:
     tensors = tensors_of(save(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     (name, first), (_, second) = halves(tensors).items()
-    mixed = {name: first, "model-00002-of-00003.safetensors": tensors}
+    mixed = {"model-00002-of-00003.safetensors": tensors, name: first}
     write_index(tmp_path, mixed)
     assert any("shards of 2 saves (of 00002 and 00003 files)" in note for note in assert_reads(tmp_path))
     write_index(tmp_path, mixed | {name: other(first)})
