@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -161,18 +160,13 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_which_transformers_reads_a_part(tmp_path: Path) -> None:
-    """Magnitudes (DoRA) are read by peft, and by transformers only where both name them alike."""
+    """Magnitudes (DoRA): peft reads them, transformers gives them the values that they begin with."""
     base = save(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["k_proj", "gate_proj"], use_dora=True, task_type="CAUSAL_LM")
     adapter = save_adapter(base, tmp_path / "adapter", config=config)
-    merged = peft.PeftModel.from_pretrained(make(), adapter).merge_and_unload()
     put_beside(adapter, base)
-    try:
-        lanes = kraken_compiler.transform(base, degree=2, form="standard")
-    except InputFileError as refusal:
-        assert re.search(r"does not find 2 tensors .*lora_magnitude_vector.*merge it with peft", str(refusal))
-    else:
-        assert error(lanes, merged) < TOLERANCE[torch.float32]
+    with pytest.raises(InputFileError, match=r"does not find 2 tensors .*lora_magnitude_vector.*merge it with peft"):
+        capture(base)
 
 
 def test_an_adapter_that_is_no_update_of_weights(tmp_path: Path) -> None:
