@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.weights.checkpoint_files import shown
 
 
 def capture_quantized_directory(
@@ -41,8 +43,9 @@ def capture_quantized_directory(
         UsageError: torchao is not installed, or `dtype` is not the type that the weights were quantised for.
         UnsupportedModelError: The weights are of a kind that cannot be divided.
     """
-    return capture_module(
-        _load(path, architecture),
+    model, notes = _load(path, architecture)
+    captured = capture_module(
+        model,
         example_inputs=example_inputs,
         input_specs=input_specs,
         dtype=dtype,
@@ -51,9 +54,11 @@ def capture_quantized_directory(
         digest=digest,
         tokenizer=tokenizer,
     )
+    return replace(captured, notes=(*captured.notes, *notes))
 
 
-def _load(path: Path, architecture: Any) -> nn.Module:
+def _load(path: Path, architecture: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and notes about what of the files is not read."""
     from safetensors import SafetensorError
 
     try:
@@ -75,4 +80,5 @@ def _load(path: Path, architecture: Any) -> nn.Module:
     if missing:
         raise InputFileError(f"{path}: {len(missing)} tensors are in none of its files ({missing[0]})")
     assert isinstance(model, nn.Module)
-    return model
+    unread = sorted(found["unexpected_keys"])
+    return model, (f"{len(unread)} tensors of the files are not read: {shown(unread)}",) if unread else ()

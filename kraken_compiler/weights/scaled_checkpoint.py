@@ -22,7 +22,8 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("{}_scale_inv", "{}_scale")
 _RELEASED_SCALES = ("{}.scale", "{}.qscale_weight")
 """What some releases of DeepSeek and Mistral call them; too plain a name unless the config says float8."""
-_OF_ACTIVATIONS = ("{}.input_scale", "{}.activation_scale")
+_OF_ACTIVATIONS = ("{}.input_scale", "{}.activation_scale", "{}.output_scale", "{}.k_scale", "{}.v_scale")
+"""Scales of what a layer reads and gives; they are for kernels and caches that compute in float8."""
 _PRODUCTS = 16 << 20
 """Elements of a weight that are multiplied at a time."""
 

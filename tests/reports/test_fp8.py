@@ -151,11 +151,15 @@ def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
         weight = name.removesuffix("_scale_inv")
         spread = exponents.exp2().repeat_interleave(16, 0).repeat_interleave(16, 1)
         plain[weight] = held[weight].float() * spread
-        held[name] = (exponents + 127).to(torch.uint8)
+        held[name] = exponents.exp2().to(torch.float8_e8m0fnu)
     write_tensors(tmp_path / "fp8", held)
+    model = loaded("llama", plain, tmp_path / "plain")
+    assert_holds(capture(tmp_path / "fp8"), model)
+    exponents_only = {name: v.view(torch.uint8) if name.endswith("_inv") else v for name, v in held.items()}
+    write_tensors(tmp_path / "fp8", exponents_only)
     config = FP8 | {"weight_block_size": [16, 16], "scale_fmt": "ue8m0"}
     configure(tmp_path / "fp8", quantization_config=config)
-    assert_holds(capture(tmp_path / "fp8"), loaded("llama", plain, tmp_path / "plain"))
+    assert_holds(capture(tmp_path / "fp8"), model)
     configure(tmp_path / "fp8", quantization_config=config | {"scale_fmt": None})
     with pytest.raises(InputFileError, match=r"the scale '.*weight_scale_inv' is of a type that is not supported"):
         capture(tmp_path / "fp8")
@@ -172,6 +176,7 @@ def test_experts(tmp_path: Path) -> None:
 def test_scales_of_activations_are_not_needed(tmp_path: Path) -> None:
     held, plain = save_quantized(tmp_path / "fp8", None, suffix="_scale")
     scales = {name.replace("weight_scale", "input_scale"): torch.tensor(1.0) for name in held if "_scale" in name}
+    scales |= {f"model.layers.0.self_attn.{part}_proj.{part}_scale": torch.tensor(1.0) for part in "kv"}
     write_tensors(tmp_path / "fp8", held | scales)
     captured = capture(tmp_path / "fp8")
     assert_holds(captured, loaded("llama", plain, tmp_path / "plain"))
