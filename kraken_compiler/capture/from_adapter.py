@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kraken_compiler.capture.filled_model import fill
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.optional_packages import missing_packages
@@ -34,26 +35,10 @@ def with_adapter(model: nn.Module, store: WeightStore, adapter: Path) -> nn.Modu
         import peft  # noqa: F401
     except ImportError as error:
         raise missing_packages(f"reading the adapter in {adapter}", error, "heal") from error
-    _fill(model, store)
+    fill(model, store)
     _load(model, adapter)
     _merge(model, adapter)
     return model
-
-
-def _fill(model: nn.Module, store: WeightStore) -> None:
-    """Put the store's values into the model; tied parameters stay tied."""
-    held: dict[int, Tensor] = {}
-    originals: list[Tensor] = []  # so that no other tensor takes over the id of one
-    for path, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            own = f"{path}.{name}" if path else name
-            if isinstance(tensor, nn.Parameter) or own in model.state_dict():
-                originals.append(tensor)
-                if id(tensor) not in held:
-                    values = store.read(own)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    held[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
-                setattr(module, name, held[id(tensor)])
 
 
 def _load(model: Any, adapter: Path) -> None:
