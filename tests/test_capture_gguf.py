@@ -57,8 +57,8 @@ def test_values(tmp_path: Path) -> None:
     captured = capture(write(tmp_path / "model.bin"))
     assert captured.origin.kind == "gguf"
     assert captured.origin.model_class.endswith("LlamaForCausalLM")
-    assert captured.origin.tokenizer is not None
-    assert captured.origin.tokenizer.gguf_file == "model.bin"
+    assert captured.origin.tokenizer is None
+    assert captured.notes == ("model.bin holds no tokenizer: give token ids, not text (--input-ids)",)
     assert captured.program.inputs[0].shape == ("batch", "sequence")
     assert captured.store.read("model.layers.0.mlp.up_proj.weight").shape == (FFN, WIDTH)
     assert len(captured.origin.sha256) == 64
