@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kraken_compiler.capture.huggingface_model import named_state
 from kraken_compiler.weights.store import WeightStore
 
 
 def fill(model: nn.Module, store: WeightStore) -> None:
-    """Put a store's values into a model that has none; tied parameters stay tied.
+    """Put a store's values into a model that has none; what it ties stays tied, what the store lacks as it is.
 
     Args:
         model: A module whose parameters are on the meta device; it is changed.
         store: The values of its parameters and persistent buffers.
     """
-    held: dict[int, Tensor] = {}
-    originals: list[Tensor] = []  # so that no other tensor takes over the id of one
-    for path, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            own = f"{path}.{name}" if path else name
-            if isinstance(tensor, nn.Parameter) or own in model.state_dict():
-                originals.append(tensor)
-                if id(tensor) not in held:
-                    values = store.read(own)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    held[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
-                setattr(module, name, held[id(tensor)])
+    state, held = named_state(model), set(store.names())
+    sources = {id(tensor): name for name, tensor in state.items() if name in held}
+    values: dict[int, Tensor] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None or id(tensor) not in sources:
+                    continue
+                key = id(tensor)
+                if key not in values:
+                    read = store.read(sources[key])
+                    values[key] = nn.Parameter(read, requires_grad=False) if isinstance(tensor, nn.Parameter) else read
+                setattr(module, name, values[key])
