@@ -23,7 +23,7 @@ from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
-from kraken_compiler.ir.sample_inputs import token_input, vocabulary
+from kraken_compiler.ir.sample_inputs import text_input, token_input, vocabulary
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
@@ -313,7 +313,7 @@ def _tokenizer_notes(captured: Capture) -> tuple[str, ...]:
     if captured.origin.tokenizer is None:
         return ()
     notes, tokenizer = captured.origin.tokenizer.check()
-    known = vocabulary(captured.program) if token_input(captured.program) is not None else len(tokenizer)
+    known = vocabulary(captured.program) if text_input(captured.program) is not None else len(tokenizer)
     if len(tokenizer) <= known:
         return notes
     # Tokens that a few texts have are no reason to refuse a model; some models ship with them.

@@ -1,0 +1,91 @@
+"""An artifact with a tokenizer, and an engine that says what it is told: text without ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.runtime.engine import Order
+from kraken_compiler.runtime.options import RunOptions
+from kraken_compiler.runtime.speak import speak
+from tests.test_runtime_text import tokenizer
+from tests.toy_lane_program import edit_manifest, write_toy
+
+END = 256
+"""The end of a text in `tokenizer`, whose other tokens below it are bytes."""
+
+
+@dataclass
+class Status:
+    """Collects what a user is told."""
+
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, stage: str, extra: float = 0.0) -> None:
+        pass
+
+
+@dataclass
+class Session:
+    status: Status = field(default_factory=Status)
+
+
+@dataclass
+class Model:
+    vocabulary: int | None = None
+    positions: int = 1 << 20
+
+
+@dataclass
+class SayingEngine:
+    """Answers every order with the same tokens, as far as they go and are no stop tokens.
+
+    Attributes:
+        orders: What was asked for.
+    """
+
+    artifact: Artifact
+    tokens: Sequence[int]
+    session: Session = field(default_factory=Session)
+    model: Model = field(default_factory=Model)
+    orders: list[Order] = field(default_factory=list)
+
+    def run(self, order: Order) -> Iterator[list[int | None]]:
+        self.orders.append(order)
+        for token in self.tokens[: order.max_new_tokens]:
+            if token in order.eos:
+                return
+            yield [token] * len(order.prompts)
+
+    def idle(self) -> None:
+        pass
+
+
+def with_tokenizer(directory: Path, saver: Callable[[Path], object] | None = None, **source: Any) -> Artifact:
+    """An artifact of a toy model with a tokenizer.
+
+    Args:
+        directory: Where to write it.
+        saver: Writes the tokenizer's files; None takes `tokenizer`.
+        source: What the manifest's source says beyond what it must.
+    """
+    path = write_toy(directory, 2, tokenizer_saver=saver or tokenizer().save_pretrained)
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit_manifest(path, source=manifest["source"] | source)
+    return open_artifact(path)
+
+
+def said(artifact: Artifact, tokens: Sequence[int], **options: Any) -> SayingEngine:
+    """Have what a run's options ask for printed."""
+    chosen = RunOptions(artifact=artifact.directory, **options)
+    chosen.check()
+    engine = SayingEngine(artifact, tokens)
+    speak(engine, chosen)  # type: ignore[arg-type]
+    return engine
