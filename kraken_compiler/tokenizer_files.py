@@ -165,7 +165,8 @@ def _damage_named(directory: str | Path, done: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
         speaks_for_itself = isinstance(error, OSError | ValueError) or type(error) is Exception
         kind = "" if speaks_for_itself else f"{type(error).__name__}: "
         # How the Rust code says that it does not know a kind.
