@@ -20,6 +20,9 @@ def prepare_streams() -> None:
         except OSError:
             # The lowest free number, so the missing one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Python has none for a descriptor that was closed, and prints what was meant for the one to the other.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

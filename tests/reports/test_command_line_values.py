@@ -1,0 +1,225 @@
+"""Values that a command line or a config file gives: each that is wrong is named in one line; quiet means silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
+from kraken_compiler.cli.config import CompileConfig, merge_config
+from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
+from kraken_compiler.cli.heal_config import HealConfig
+from kraken_compiler.errors import InputFileError, RankFailedError, UnsupportedModelError, UsageError
+from tests.test_cli_compile import invoke, refused, save_model
+
+# --input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "input_ids=int64[2,99999999999]",
+            "input_ids would have more than 268,435,456 numbers; an example",
+        ),
+        ("pixels=float32[2,3,99999,99999]", "pixels would have more than"),
+        (f"mask=bool[{'9' * 5000}]", "mask would have more than"),
+        ("a=int64[0]", "a would be empty; give sizes of at least 1"),
+        ("b=float32[2,0,3]", "b would be empty"),
+        ("c=int64[-1,2]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=int64[two]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=int64[2.5]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=int65[2]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=nn[2]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=int64", "is no input: write NAME=DTYPE[SIZES]"),
+        ("", "is no input: write NAME=DTYPE[SIZES]"),
+        ("c=\nint65[2]", "is no input: write NAME=DTYPE[SIZES]"),
+        ("d=quint8[2,2]", "d cannot be made as quint8: "),
+    ],
+)
+def test_sizes_of_inputs(spec: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_input_spec(spec)
+    assert str(caught.value).startswith("--input ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_of_one_name() -> None:
+    with pytest.raises(UsageError, match="there are two inputs called a"):
+        parse_input_specs(["a=int64[2,3]", "b=int64[2,3]", "a=int64[2,4]"])
+    assert list(parse_input_specs(["a=int64[2,3]", "b=float16[4]"])) == ["a", "b"]
+
+
+def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    given = (tmp_path / "m.pt", "--trust-pickle", "--degree", "2", "--input", "input=float32[2,99999999999]")
+    assert "input would have more than" in refused(2, *given, "-o", tmp_path / "out")
+
+
+# config files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('degree = "2"', 'degree: must be a whole number, not the text "2"'),
+        ("degree = true", "degree: must be a whole number, not the truth value true"),
+        ("degree = 2.0", "degree: must be a whole number, not the number 2.0"),
+        ("degree = [2]", "degree: must be a whole number, not a list"),
+        ("degree = 0", "degree: Input should be greater than or equal to 1"),
+        ("[model]\npath = 1", "model: must be text in quotes, not a table"),
+        ("[[calibrate]]\npath = 1", "calibrate (entry 1): must be text in quotes, not a table"),
+        ('calibrate = "a.txt"', 'calibrate: must be a list of texts, not the text "a.txt"'),
+        ('input = ["a=int64[2,3]", 3]', "input (entry 2): must be text in quotes, not the number 3"),
+        ("backend = 3", "backend: must be a list of texts, not the number 3"),
+        ('timeout = "soon"', 'timeout: must be a number, not the text "soon"'),
+        ("timeout = [1]", "timeout: must be a number, not a list"),
+        ("max-kl = false", "max-kl: must be a number, not the truth value false"),
+        ('verify = "yes"', 'verify: must be true or false, not the text "yes"'),
+        ("force = 1", "force: must be true or false, not the number 1"),
+        ("model = 1979-05-27", "model: must be text in quotes, not a date 1979-05-27"),
+        ("layers = 3", "layers: must be text in quotes, not the number 3"),
+        ("text-tokens = 1", "text-tokens: Input should be greater than or equal to 2"),
+        (f'degree = "{"9" * 500}"', "degree: must be a whole number, not the text"),
+        ("degre = 2", "there is no key 'degre'; did you mean 'degree'?"),
+        ("compile.degree = 2", "there is no key 'compile'; did you mean 'collectives'?"),
+        ('"a\\nb" = 1', r"there is no key 'a\nb'; did you mean 'calibrate'?"),
+    ],
+)
+def test_values_of_a_compile(tmp_path: Path, text: str, message: str) -> None:
+    assert wrong(CompileConfig, tmp_path / "c.toml", text) == f"{tmp_path / 'c.toml'}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('steps = "many"', 'steps: must be a whole number, not the text "many"'),
+        ("steps = 1.5", "steps: must be a whole number, not the number 1.5"),
+        ("learning-rate = true", "learning-rate: must be a number, not the truth value true"),
+        ("hold-out = [0.1]", "hold-out: must be a number, not a list"),
+        ("lora = false", "lora: must be a whole number, not the truth value false"),
+        ('ranks = "x"', 'ranks: must be true or false, not the text "x"'),
+        ('text = "a.txt"', 'text: must be a list of texts, not the text "a.txt"'),
+        ("tokens = [1]", "tokens (entry 1): must be text in quotes, not the number 1"),
+        ("learning_rate = 0.1", "there is no key 'learning_rate'; did you mean 'learning-rate'?"),
+    ],
+)
+def test_values_of_a_healing(tmp_path: Path, text: str, message: str) -> None:
+    assert wrong(HealConfig, tmp_path / "h.toml", text) == f"{tmp_path / 'h.toml'}: {message}"
+
+
+def wrong(kind: Any, path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        merge_config(kind, path, {})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_values_that_are_right(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('timeout = 30\nmax-kl = 1\nbackend = "torch, onnx"\ninput = ["a=int64[2,3]"]')
+    config = merge_config(CompileConfig, path, {"degree": 3})
+    assert (config.timeout, config.max_kl, config.backend, config.degree) == (30, 1, ["torch", "onnx"], 3)
+    with pytest.raises(UsageError, match=r"^--degree: Input should be greater than or equal to 1$"):
+        merge_config(CompileConfig, path, {"degree": 0})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"degree = ", "is no TOML: Invalid value"),
+        (b"# a\nmodel = '\xe9'", r"is not UTF-8 text \(line 2, byte 0xe9\)"),
+        (b"x = " + b"[" * 3000, "is no TOML: it is nested too deeply"),
+        (b"degree = 2\ndegree = 3", "is no TOML: Cannot overwrite a value"),
+    ],
+)
+def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(InputFileError, match=message) as caught:
+        merge_config(CompileConfig, tmp_path / "c.toml", {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_command_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('degree = "2"')
+    line = refused(2, tmp_path, "--config", tmp_path / "c.toml")
+    assert line == f'error: {tmp_path / "c.toml"}: degree: must be a whole number, not the text "2"\n'
+
+
+# quiet ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quiet_compile_says_nothing(tmp_path: Path) -> None:
+    """Nor do the libraries that it imports: a process of its own, as a library speaks when it is first imported."""
+    model = save_model("llama", tmp_path / "llama")
+    command = [sys.executable, "-m", "kraken_compiler.cli.compile", str(model), "--degree", "2", "--form", "standard"]
+    done = run(*command, "--no-verify", "--quiet", "-o", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run(*command, "--quiet", "--plan", "--degree", "7000")
+    assert done.returncode in (2, 3)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFORMERS", "TORCH"))}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_libraries_that_warn(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever they use for it, and as before when the command has ended."""
+    import logging
+
+    logger = logging.getLogger("torch.some.part")
+    logger.addHandler(handler := logging.StreamHandler(sys.stderr))
+    try:
+        with quiet_libraries(verbose), warnings.catch_warnings(record=True) as given:
+            logger.warning("beware")
+            logger.error("broken")
+            warnings.warn("deprecated", stacklevel=1)
+        logger.warning("later")
+    finally:
+        logger.removeHandler(handler)
+    assert bool(given) == verbose
+    assert capsys.readouterr().err.splitlines() == [*(["beware"] if verbose else []), "broken", "later"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RankFailedError("rank 1 failed: it broke\nTraceback\n  File x"),
+            "rank 1 failed: it broke (2 more lines without",
+        ),
+        (UnsupportedModelError([]), ""),
+        (UsageError("wrong"), "wrong\n"),
+    ],
+)
+def test_a_quiet_failure_is_one_line(
+    error: RankFailedError | UnsupportedModelError | UsageError, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, errors_as_exit_codes(quiet=True):
+        raise error
+    assert ended.value.code == error.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
+    with pytest.raises(SystemExit), errors_as_exit_codes():
+        raise error
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_help_still_helps() -> None:
+    assert "--quiet" in invoke("--help").stdout
