@@ -157,6 +157,9 @@ def _converse(engine: Engine, options: RunOptions) -> None:
     manifest = engine.artifact.manifest
     rules = token_rules(manifest.call, manifest.inputs)
     capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions, _made_for(engine)))
+    if capacity > _made_for(engine):
+        note = f"there is room for {capacity:,} tokens, the model was made for {_made_for(engine):,} positions"
+        _tell(engine, f"{note} (max_position_embeddings): what it writes beyond them may be nonsense", terminal)
     history = _system(options)
     lines = Lines()
     heard = False
@@ -195,11 +198,7 @@ def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
     try:
         codec.encode_chat([{"role": "user", "content": "?"}])
     except UsageError as error:
-        note = f"lines are continued and not answered: {error}"
-        if terminal:
-            _emit(f"note: {note}\n")
-        else:
-            engine.session.status.note(note)
+        _tell(engine, f"lines are continued and not answered: {error}", terminal)
         return False
     return True
 
@@ -284,15 +283,23 @@ def _made_for(engine: Engine) -> int:
 
 def _notes(engine: Engine, order: Order) -> list[str]:
     """What a user should know of an order that can be carried out."""
-    made_for, longest = _made_for(engine), max(map(len, order.prompts))
-    reached = longest + order.max_new_tokens
-    if reached <= made_for:
+    made_for, longest = _made_for(engine), max(map(len, (*order.prompts, *order.sources)))
+    reached = max(map(len, order.prompts)) + order.max_new_tokens
+    if max(longest, reached) <= made_for:
         return []
     what = f"the prompt takes {longest:,}" if longest > made_for else f"prompt and new tokens take {reached:,}"
     return [
         f"{what} positions, the model was made for {made_for:,} (max_position_embeddings): "
         "what it writes beyond them may be nonsense"
     ]
+
+
+def _tell(engine: Engine, note: str, terminal: bool) -> None:
+    """Say what a user should know: to a person at once, else beside what is written."""
+    if terminal:
+        _emit(f"note: {note}\n")
+    else:
+        engine.session.status.note(note)
 
 
 def _emit(text: str) -> None:

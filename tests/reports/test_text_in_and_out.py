@@ -170,6 +170,23 @@ def test_a_prompt_that_is_too_long_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "--- 1: ok\nB\n\n--- 2: hiho\nB\n"
 
 
+@pytest.mark.parametrize("room", [None, 10, 11])
+def test_a_conversation_beyond_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: int | None
+) -> None:
+    """It has no more room than the model was made for, unless somebody asks for it."""
+    reading, writing = os.pipe()
+    os.write(writing, b"hiho\n")
+    os.close(writing)
+    monkeypatch.setattr("kraken_compiler.runtime.speak.Lines", lambda: Lines(reading))
+    monkeypatch.setattr("os.isatty", lambda descriptor: False)
+    engine = said(with_tokenizer(tmp_path / "a", max_positions=10), [33] * 40, max_context=room)
+    assert capsys.readouterr().out == "B" * (7 if room == 11 else 6) + "\n"
+    assert [note.split(":")[0] for note in engine.session.status.notes] == (
+        ["there is room for 11 tokens, the model was made for 10 positions (max_position_embeddings)"] * (room == 11)
+    )
+
+
 def test_a_model_that_does_not_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = said(with_tokenizer(tmp_path / "a"), [33], prompt=["x" * 5000])
     assert engine.session.status.notes == []

@@ -41,6 +41,7 @@ class Session:
 class Model:
     vocabulary: int | None = None
     positions: int = 1 << 20
+    reads_source: bool = False
 
 
 @dataclass
