@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,30 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
     with mode, enable_python_dispatcher():
         yield
+
+
+@contextmanager
+def no_partial_graphs() -> Iterator[None]:
+    """Inside, `torch.export` does not print the graph it has so far when it fails."""
+    from unittest.mock import patch
+
+    import torch.export._trace as trace
+
+    with patch.object(trace, "print", lambda *args, **options: None, create=True):
+        yield
+
+
+def branch_on_numbers(error: BaseException) -> str | None:
+    """The line of the model's code that asks for the numbers in a tensor, if that is why it cannot be traced."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return None
+    _, _, call = str(error).partition("The following call raised this error:")
+    place, _, line = call.strip().partition("\n")
+    found = re.match(r'File "(?:.*/)?([^/"]+)", line (\d+)', place)
+    code = line.strip().partition("\n")[0].partition("  #")[0].strip()
+    return f"`{code}` ({found[1]}, line {found[2]})" if found and code else "a condition on a tensor"
 
 
 def is_fake(tensor: Tensor) -> bool:

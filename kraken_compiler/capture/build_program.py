@@ -44,7 +44,9 @@ def build_program(
         UnsupportedModelError: The model has inputs or outputs that are no tensors, or writes to its buffers.
     """
     signature = exported.graph_signature
-    outputs, none_outputs = _check_outputs(signature.output_specs, exported)
+    overwritten = _overwritten(exported)
+    specs = [spec for spec in signature.output_specs if spec not in overwritten]
+    outputs, none_outputs = _check_outputs(specs, exported)
     names = compat.tree_leaf_names(compat.out_spec(exported))
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
 
@@ -69,6 +71,7 @@ def build_program(
     call_inputs = _call_inputs(exported)
     inputs = _tensor_inputs(exported, placeholders, user_specs, call_inputs)
     symbols = _name_symbols([placeholders[name] for name, _ in inputs])
+    _drop_outputs(exported.graph, [spec in overwritten for spec in signature.output_specs])
     _flatten_output(exported.graph, none_outputs)
     exported.graph_module.recompile()
 
@@ -97,6 +100,31 @@ def build_program(
     input_specs = tuple(_input_spec(placeholders[name], parameter, symbols) for name, parameter in inputs)
     program = Program(exported.graph_module, weights, input_specs, call, constants)
     return program, _notes(input_specs, rules)
+
+
+def _overwritten(exported: ExportedProgram) -> list[ExportOutput]:
+    """What is written to buffers that no call reads before it writes them: nobody can see what they hold.
+
+    Rotary frequencies of the kind `longrope` lie in such a buffer.
+    """
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    unread = {
+        spec.target
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is InputKind.BUFFER and not placeholders[spec.arg.name].users
+    }
+    return [
+        spec
+        for spec in exported.graph_signature.output_specs
+        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in unread
+    ]
+
+
+def _drop_outputs(graph: fx.Graph, dropped: Sequence[bool]) -> None:
+    output = graph.output_node()
+    (results,) = output.args
+    assert isinstance(results, (tuple, list))
+    output.args = (tuple(result for result, drop in zip(results, dropped, strict=True) if not drop),)
 
 
 def _check_outputs(specs: Sequence[ExportOutput], exported: ExportedProgram) -> tuple[list[str], tuple[int, ...]]:

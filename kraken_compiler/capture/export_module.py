@@ -16,6 +16,7 @@ from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.capture.untouched import untouched
+from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
 
@@ -63,12 +64,15 @@ def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> Exp
     failures: list[str] = []
     for strict in (False, True) if allow_strict else (False,):
         try:
-            with quiet_torch():
+            with quiet_torch(), compat.no_partial_graphs():
                 return torch.export.export(
                     model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=strict
                 )
         except Exception as error:
             # torch.export passes on whatever the model's own code raises, so there is no narrower class to name.
+            known = why_untraceable(model, error)
+            if known is not None:
+                raise UnsupportedModelError([known]) from error
             failures.append(_summary(error))
     reason = f"torch.export cannot trace it: {failures[0]}"
     if len(failures) > 1 and failures[1] != failures[0]:

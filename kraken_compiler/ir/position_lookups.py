@@ -65,8 +65,9 @@ def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int) -> int
             index = _values(program, nodes, length, token)[nodes[-1]]
         except (RuntimeError, IndexError, ValueError):
             return False  # stored positions end here
-        whole = all(index.shape[dim] == length for dim in growing[-1])
-        return whole and not index.numel() or (whole and 0 <= int(index.min()) and int(index.max()) < rows)
+        if not all(index.shape[dim] == length for dim in growing[-1]):
+            return False  # a stored index is cut where it ends
+        return bool(((index >= 0) & (index < rows)).all())
 
     low, high = 0, (_MOST_OF_PAIRS if any(len(dims) > 1 for dims in growing) else _MOST) + 1
     if fits(high - 1):

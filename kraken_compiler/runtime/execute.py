@@ -18,7 +18,7 @@ from kraken_compiler.backends.onnx_ort.events import Event, read_events
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.import_path import folder_of
 from kraken_compiler.runtime.launch import launch
-from kraken_compiler.runtime.replay import replay
+from kraken_compiler.runtime.replay import capacities, replay
 from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session, load_rank_program
 
 
@@ -63,13 +63,13 @@ class Executed:
 
     Attributes:
         outputs: `outputs[rank][set]` is the tuple of the graph's outputs.
-        replayed: `replayed[rank][set]` are the logits of `replay`; empty for a program without a KV cache.
+        replayed: `replayed[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
         sums: `sums[rank][set]` are the finished sums by the name of their wait; of ONNX devices only.
         events: `events[rank]` is what the rank did on the last set, in order; of ONNX devices only.
     """
 
     outputs: list[list[tuple[Tensor, ...]]]
-    replayed: list[list[Tensor]]
+    replayed: list[list[dict[int, Tensor]]]
     sums: list[list[dict[str, Tensor]]] = field(default_factory=list)
     events: list[tuple[Event, ...]] = field(default_factory=list)
 
@@ -123,8 +123,12 @@ def execute_on_ranks(
             executed.outputs.append(
                 [tuple(tensors[f"{index}.{output}"] for output in range(count)) for index in range(len(inputs))]
             )
-            names_of_rank = [f"{index}.replayed" for index in range(len(inputs))]
-            executed.replayed.append([tensors[name] for name in names_of_rank if name in tensors])
+            executed.replayed.append(
+                [
+                    {int(name): value for name, value in _with_prefix(tensors, f"{index}.replayed.").items()}
+                    for index in range(len(inputs))
+                ]
+            )
             executed.sums.append([_with_prefix(tensors, f"{index}.sum.") for index in range(len(inputs))])
             events = directory / f"events-{rank}.json"
             if events.exists():
@@ -139,7 +143,8 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 def _execute(payload: Mapping[str, Any], session: Session) -> int:
     """One rank's part of `execute_on_ranks`; returns the number of outputs."""
     directory = Path(payload["exchange"])
-    _, program = load_rank_program(payload["artifact"], session)
+    artifact, program = load_rank_program(payload["artifact"], session)
+    cache = artifact.manifest.cache
     tensors = load_file(directory / "in.safetensors", device=str(session.device))
     results: dict[str, Tensor] = {}
     count = 0
@@ -150,9 +155,11 @@ def _execute(payload: Mapping[str, Any], session: Session) -> int:
             for position, output in enumerate(outputs):
                 results[f"{index}.{position}"] = output.contiguous().clone().cpu()
             session.status.progress("executing")
-            if program.has_cache:
-                ids = tensors[f"{index}.{payload['names'][0]}"]
-                results[f"{index}.replayed"] = replay(program.decoder(*ids.shape), ids).cpu()
+            if cache is None:
+                continue
+            ids = tensors[f"{index}.{payload['names'][0]}"]
+            for capacity in capacities(ids.shape[1], cache.plan.limit):
+                results[f"{index}.replayed.{capacity}"] = replay(program.decoder(len(ids), capacity), ids).cpu()
                 session.status.progress("decoding")
     save_file(results, directory / f"out-{session.rank}.safetensors")
     return count

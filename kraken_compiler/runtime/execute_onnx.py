@@ -22,7 +22,7 @@ from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.runtime.environment import collective_timeout
-from kraken_compiler.runtime.replay import replay
+from kraken_compiler.runtime.replay import capacities, replay
 from kraken_compiler.runtime.session import Session
 
 
@@ -76,9 +76,10 @@ def execute(payload: Mapping[str, Any], session: Session) -> int:
         session.status.progress("executing")
     for index in range(payload["sets"] if model.caches is not None else 0):
         ids = tensors[f"{index}.{payload['names'][0]}"]
-        decoder = ArrayDecoder(program, *ids.shape)
-        results[f"{index}.replayed"] = replay(TensorDecoder(decoder), ids)
-        session.status.progress("decoding")
+        for capacity in capacities(ids.shape[1], model.positions):
+            decoder = ArrayDecoder(program, len(ids), capacity)
+            results[f"{index}.replayed.{capacity}"] = replay(TensorDecoder(decoder), ids)
+            session.status.progress("decoding")
     save_file(results, directory / f"out-{session.rank}.safetensors")
     communicator.close()
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
     longest = max(tokens - 3, 1)
     lengths = [max(longest - 2 * row, 1) for row in range(batch)]
     return lengths, tokens - longest
+
+
+def capacities(tokens: int, limit: int | None) -> tuple[int, ...]:
+    """Capacities to replay sequences of a length at: never the length itself, where the model has room for more.
+
+    What a cache computes once, for its capacity, is then computed for other lengths than recomputation computes it for.
+
+    Args:
+        tokens: Length of the sequences.
+        limit: The longest that the model takes; None if there is none.
+    """
+    found = [capacity for capacity in (tokens + 1, 3 * tokens + 64) if limit is None or capacity <= limit]
+    return tuple(found) or (tokens,)
 
 
 def replay(decoder: Decoder[Tensor], ids: Tensor) -> Tensor:
@@ -45,3 +58,20 @@ def expected(logits: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
     """The rows of a full run's logits [batch, tokens, vocabulary] that `replay` returns."""
     rows = torch.arange(len(logits))[:, None]
     return logits[rows, torch.tensor(lengths)[:, None] - 1 + torch.arange(steps + 1)]
+
+
+def prefix_lengths(lengths: Sequence[int], steps: int) -> list[int]:
+    """How long the sequences are at the prompts' ends and after every step; ascending."""
+    return sorted({length + step for length in lengths for step in range(steps + 1)})
+
+
+def recomputed(logits: Mapping[int, Tensor], lengths: Sequence[int], steps: int) -> Tensor:
+    """What `replay` returns, from runs on every prefix.
+
+    Args:
+        logits: Of the sequences' first `n` tokens [batch, n, vocabulary], for every `n` that `prefix_lengths` gives.
+        lengths: Of the prompts.
+        steps: How many tokens follow.
+    """
+    rows = [[logits[length + step][row, -1] for step in range(steps + 1)] for row, length in enumerate(lengths)]
+    return torch.stack([torch.stack(row) for row in rows])

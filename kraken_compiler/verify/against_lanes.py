@@ -11,7 +11,7 @@ from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.runtime.execute import Executed
-from kraken_compiler.runtime.replay import expected, split_lengths
+from kraken_compiler.runtime.replay import prefix_lengths, recomputed, split_lengths
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, worst_comparison
 
 
@@ -26,6 +26,8 @@ def compare_with_lanes(
     waits: Sequence[str] | None = None,
 ) -> list[Comparison]:
     """Compare outputs and, where ranks give them, the finished sums; with a KV cache the replayed logits too.
+
+    Those are compared with runs without a cache on every prefix, and come from caches with room for more tokens.
 
     Args:
         executed: What the ranks computed.
@@ -57,12 +59,31 @@ def compare_with_lanes(
         where = _first_diverging(pairs, [sets[number] for sets in executed.sums], tolerance)
         what = f"{program.degree} {who} against the lanes in one process"
         comparisons.append(worst_comparison(what, size, have, whole, tolerance, noise, where))
-        replayed = [(results[number],) for results in executed.replayed if results]
-        if replayed:
-            rows = expected(logits, *split_lengths(*size))
+        replayed = [results[number] for results in executed.replayed]
+        if any(replayed):
+            rows = _recomputed(lanes, flat[0], logits, program.call.logits)
             what = f"{program.degree} {who} with a KV cache against the lanes without"
-            comparisons.append(worst_comparison(what, size, replayed, (rows,), tolerance, noise))
+            decoded = [tuple(by_capacity.values()) for by_capacity in replayed]
+            comparisons.append(worst_comparison(what, size, decoded, (rows,) * len(decoded[0]), tolerance, noise))
     return comparisons
+
+
+def _recomputed(lanes: StreamingProgram, ids: Tensor, logits: Tensor, output: int) -> Tensor:
+    """What a replay must give: the logits of every prefix, run on its own.
+
+    A run on all tokens would not show what depends on how many there are.
+
+    Args:
+        lanes: The program without a cache.
+        ids: Tokens [batch, tokens].
+        logits: Its logits of all of them.
+        output: Which of its outputs that is.
+    """
+    lengths, steps = split_lengths(*ids.shape)
+    prefixes = [length for length in prefix_lengths(lengths, steps) if length < ids.shape[1]]
+    results = lanes.run_each([[ids[:, :length]] for length in prefixes])
+    found = {length: outputs[output] for length, outputs in zip(prefixes, results, strict=True)}
+    return recomputed({**found, ids.shape[1]: logits}, lengths, steps)
 
 
 def _first_diverging(

@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
-from tests.reports.small_models import FFN, HEADS, LM, Attention, D
+from tests.reports.small_models import FFN, HEADS, Attention, D
+
+
+class LM(small_models.LM):
+    """One layer is enough to see what a cache makes of it."""
+
+    def __init__(self, attention: Callable[[], nn.Module] = Attention, ffn: Callable[[], nn.Module] = FFN) -> None:
+        super().__init__(attention, ffn, layers=1)
+
 
 ON_LENGTH = "depends on the total length"
 
@@ -89,11 +98,17 @@ class Averaged(FFN):
 
 
 class ScaledInside(Attention):
-    """The softmax's own scale follows from the length."""
+    """Scores that are scaled by what follows from the length, before the softmax."""
+
+    def __init__(
+        self, scaled: Callable[[Tensor, int], Tensor] = lambda scores, n: scores / (torch.full((), 1.0) * n).sqrt()
+    ) -> None:
+        super().__init__()
+        self.scaled = scaled
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         q, k, v = self.split(x_BSD)
-        scores = q @ k.transpose(2, 3) / math.sqrt(x_BSD.shape[1])
+        scores = self.scaled(q @ k.transpose(2, 3), x_BSD.shape[1])
         seen = torch.ones(x_BSD.shape[1], x_BSD.shape[1], dtype=torch.bool).tril()
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return self.project((weights @ v).transpose(1, 2).flatten(2))
@@ -139,8 +154,7 @@ DEPENDING: dict[str, Callable[[], nn.Module]] = {
     ),
     "other frequencies beyond 300": lambda: LM(
         partial(
-            Rotary,
-            lambda n: torch.arange(n)[:, None] * torch.where(torch.arange(n).max() >= 300, FREQUENCIES / 2, FREQUENCIES),
+            Rotary, lambda n: torch.arange(n)[:, None] * torch.where(torch.arange(n).max() >= 300, 0.5, FREQUENCIES)
         )
     ),
     "angles from the end": lambda: LM(partial(Rotary, lambda n: (n - 1 - torch.arange(n))[:, None] * FREQUENCIES)),
@@ -151,16 +165,18 @@ DEPENDING: dict[str, Callable[[], nn.Module]] = {
     "right-aligned positions": lambda: Embedded(lambda n: torch.arange(200 - n, 200)),
     "positions after the middle": lambda: Embedded(lambda n: (torch.arange(n) >= n // 2).long()),
     "relative positions": lambda: Numbered(lambda ids: torch.arange(ids.shape[1]) / ids.shape[1]),
-    "linspace": lambda: Numbered(lambda ids: torch.linspace(0, 1, ids.shape[1])),
     "a share of all": lambda: Numbered(lambda ids: torch.ones_like(ids, dtype=torch.float32).softmax(-1)),
     "a reverse sum": lambda: Numbered(lambda ids: torch.ones(ids.shape[1]).flip(0).cumsum(0).flip(0)),
     "a normalised table": lambda: Embedded(torch.arange, lambda n: 1 / torch.arange(n).float().norm()),
     "a factor of the length": lambda: Embedded(torch.arange, lambda n: n**-0.5),
     "a table cut from its end": CutFromTheEnd,
     "hidden values over the length": lambda: LM(ffn=partial(Averaged, lambda x: x.shape[1] / 16)),
-    "hidden values over the root of the length": lambda: LM(ffn=partial(Averaged, lambda x: math.sqrt(x.shape[1]))),
+    "hidden values over the root of the length": lambda: LM(
+        ffn=partial(Averaged, lambda x: torch.full((), x.shape[1]).sqrt())
+    ),
     "hidden values over a sum of ones": lambda: LM(ffn=partial(Averaged, lambda x: torch.ones(x.shape[1]).sum())),
     "a scale inside the softmax": lambda: LM(ScaledInside),
+    "scores over the length, before the softmax": lambda: LM(partial(ScaledInside, lambda scores, n: scores / n * 16)),
     "slopes that shrink": lambda: LM(
         partial(Masked, lambda n: -SLOPES * (torch.arange(n)[:, None] - torch.arange(n)).abs() / (torch.ones(()) * n))
     ),
@@ -197,6 +213,20 @@ STEADY: dict[str, Callable[[], nn.Module]] = {
     "ALiBi up to zero": lambda: LM(partial(Masked, lambda n: SLOPES * torch.arange(1 - n, 1))),
     "a window": lambda: LM(partial(Masked, lambda n: torch.zeros(1), lambda n: 5)),
 }
+
+
+TAKEN_AS_A_NUMBER: dict[str, Callable[[], nn.Module]] = {
+    "linspace": lambda: Numbered(lambda ids: torch.linspace(0, 1, ids.shape[1])),
+    "a root by math": lambda: LM(ffn=partial(Averaged, lambda x: math.sqrt(x.shape[1]))),
+}
+"""torch.export keeps the example's length of these."""
+
+
+@pytest.mark.parametrize("kind", TAKEN_AS_A_NUMBER)
+def test_no_cache_where_the_length_is_fixed(kind: str) -> None:
+    program, _ = lowered(TAKEN_AS_A_NUMBER[kind]())
+    assert program.cached is None
+    assert "takes the length as a number, so it is captured for 16 tokens only" in program.no_cache
 
 
 @pytest.mark.parametrize("kind", STEADY)

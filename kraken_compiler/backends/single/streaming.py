@@ -50,6 +50,10 @@ class Lanes(list[Any]):
     """One value per lane."""
 
 
+class Runs(list[Any]):
+    """One value per input set."""
+
+
 class StreamingProgram(fx.Interpreter):
     """Runs all lanes of a program, one after the other at every node.
 
@@ -74,6 +78,13 @@ class StreamingProgram(fx.Interpreter):
             outputs: tuple[Tensor, ...] = self.run(*self._program.weights.values(), *inputs, enable_io_processing=False)
         return outputs
 
+    def run_each(self, inputs: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+        """Like `run_flat` on several input sets, node by node together, so that each weight is read once for all."""
+        if not inputs:
+            return []
+        outputs = self.run_flat([Runs(values) for values in zip(*inputs, strict=True)])  # type: ignore[misc]
+        return [_of_run(outputs, number) for number in range(len(inputs))]
+
     def run_with_taps(
         self, inputs: Sequence[Tensor], names: Collection[str]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -94,17 +105,19 @@ class StreamingProgram(fx.Interpreter):
         if target is torch.ops.kraken.wait.default:
             return args[0]
         if target is torch.ops.kraken.all_reduce_start.default:
-            return self._reduced(args[0])
+            return _for_each_run(self._reduced, args[0])
         if target is torch.ops.kraken.all_gather.default:
-            return torch.cat(args[0], dim=args[1])
+            return _for_each_run(lambda parts: torch.cat(parts, dim=args[1]), args[0])
         if not self._differs((args, kwargs)):
-            args, kwargs = self._on_lane((args, kwargs), 0)
-            return super().call_function(target, args, kwargs)
+            return self._call(target, *self._on_lane((args, kwargs), 0))
         values = Lanes()
         for lane in range(self._program.degree):
-            lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
-            values.append(super().call_function(target, lane_args, lane_kwargs))
+            values.append(self._call(target, *self._on_lane((args, kwargs), lane)))
         return values
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = super().call_function
+        return _for_each_run(lambda operands: call(target, *operands), (args, kwargs))
 
     def _reduced(self, value: Any) -> Tensor:
         if not isinstance(value, Lanes):
@@ -136,3 +149,27 @@ class StreamingProgram(fx.Interpreter):
         if isinstance(value, dict):
             return {key: self._on_lane(element, lane) for key, element in value.items()}
         return value
+
+
+def _for_each_run(compute: Callable[[Any], Any], operands: Any) -> Any:
+    """Compute once, or once for every run if anything among the operands differs between them."""
+    runs = _runs(operands)
+    return Runs(compute(_of_run(operands, number)) for number in range(runs)) if runs else compute(operands)
+
+
+def _runs(value: Any) -> int:
+    if isinstance(value, Runs):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return max(map(_runs, value), default=0) if isinstance(value, (list, tuple)) else 0
+
+
+def _of_run(value: Any, number: int) -> Any:
+    if isinstance(value, Runs):
+        return value[number]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_of_run(element, number) for element in value)
+    if isinstance(value, dict):
+        return {key: _of_run(element, number) for key, element in value.items()}
+    return value

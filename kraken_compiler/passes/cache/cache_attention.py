@@ -74,10 +74,9 @@ def _derive(program: Program) -> CachedProgram | Rejection:
         return Rejection("it has no logits")
     tokens = next(node for node in program.graph.nodes if node.name == token.name)
     length = shape_of(tokens)[1]
-    if isinstance(length, int):
-        return Rejection(f"its forward takes the length as a number, so it is captured for {length} tokens only")
-    if (shortest := smallest_size(length)) > 2:
-        return Rejection(f"it is captured for {shortest} tokens and more, and a cache begins with fewer")
+    shortest = smallest_size(length)
+    if shortest == largest_size(length):
+        return Rejection(f"its forward takes the length as a number, so it is captured for {shortest} tokens only")
     return _Builder(program, tokens, logits).build()
 
 
@@ -310,10 +309,9 @@ class _Builder:
         # Positions have a single row where all rows of the batch are at the same place.
         if found not in self.expanded:
             batch = compute_shape(self.graph.call_function(aten.sym_size.int, (self.new[self.tokens], 0)), self.mode)
-            size = [batch, *(-1 for _ in shape[1:])]
-            self.expanded[found] = compute_shape(
-                self.graph.call_function(aten.expand.default, (found, size)), self.mode
-            )
+            size: list[Any] = [batch, *(-1 for _ in shape[1:])]
+            call = self.graph.call_function(aten.expand.default, (found, size))
+            self.expanded[found] = compute_shape(call, self.mode)
         return self.expanded[found]
 
     def _picked_positions(self) -> fx.Node:

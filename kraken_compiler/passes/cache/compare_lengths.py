@@ -100,7 +100,8 @@ def size_bound(program: Program) -> int | None:
 def _tokens(program: Program) -> fx.Node:
     token = token_input(program)
     assert token is not None
-    return next(node for node in program.graph.nodes if node.name == token.name)
+    tokens: fx.Node = next(node for node in program.graph.nodes if node.name == token.name)
+    return tokens
 
 
 def _numbers(argument: Any) -> Iterator[int]:
@@ -116,10 +117,11 @@ def _elements(program: Program, nodes: Sequence[fx.Node], length: int) -> int:
     (sequence,) = symbols_of(shape_of(_tokens(program))[1]) or (None,)
     sizes = [shape_of(node) for node in nodes if is_tensor(node)]
     numbers = {symbol: 1 for shape in sizes for size in shape for symbol in symbols_of(size)} | {sequence: length}
-    return max(
-        math.prod(int(size.node.expr.xreplace(numbers)) if symbols_of(size) else int(size) for size in shape)
-        for shape in sizes
-    )
+
+    def number(size: Any) -> int:
+        return int(size.node.expr.xreplace(numbers)) if symbols_of(size) else int(size)
+
+    return max(math.prod(map(number, shape)) for shape in sizes)
 
 
 def _compare(program: Program, nodes: Sequence[fx.Node], lane: int, seed: int) -> Common | str:

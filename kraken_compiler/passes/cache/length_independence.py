@@ -224,9 +224,7 @@ class LengthIndependence:
             left, right = args_of(node)[:2]
             ranks = len(shape_of(left)) >= 2 and len(shape_of(right)) >= 2
             return ranks and not self._varies(left, -1) and not self._varies(right, -2)
-        if target in (aten.tril.default, aten.triu.default):
-            return True
-        return False
+        return target in (aten.tril.default, aten.triu.default)
 
     def _follows_shifted(self, node: fx.Node) -> bool:
         if not is_tensor(node) or node.op == "placeholder":
@@ -339,4 +337,3 @@ def _groups(shape: Sequence[Any]) -> list[Any]:
         else:
             found[-1] *= int(size)
     return found
-

@@ -167,6 +167,8 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
         if scores.bias is not None:
             scores.bias = graph.call_function(node.target, (scores.bias, args_of(node)[1]))
         return scores
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return _parse_computed_scale(node, graph)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         for scored, bias in (args_of(node)[:2], args_of(node)[1::-1]):
             scores = _parse(scored, graph)
@@ -176,6 +178,20 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
                 return scores if isinstance(bias, fx.Node) else None
         return None
     return _parse_mask(node, graph)
+
+
+def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+    """A number that the graph computes scales the queries instead of the scores."""
+    pairs = [args_of(node)[:2]] if node.target is aten.div.Tensor else [args_of(node)[:2], args_of(node)[1::-1]]
+    for scored, factor in pairs:
+        is_number = isinstance(factor, fx.Node) and not (is_tensor(factor) and shape_of(factor))
+        scores = _parse(scored, graph) if is_number else None
+        if scores is not None and scores.bias is None and not scores.softcap:
+            dtype = value_of(scores.query).dtype
+            scores.query = graph.call_function(node.target, (scores.query, factor))
+            refresh_shapes(graph)
+            return scores if value_of(scores.query).dtype == dtype else None
+    return None
 
 
 def _parse_softcap(node: fx.Node, graph: fx.Graph) -> _Scores | None:
