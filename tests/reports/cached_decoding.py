@@ -25,16 +25,21 @@ def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[
     return program, captured.store.read
 
 
-def check_decode(model: nn.Module, program: Program, read: Read, *, batch: int = 3, prompt: int = 4) -> None:
-    """Prompt, then token after token, at capacities beyond the sequence: the model's forward on every prefix."""
+def check_decode(
+    model: nn.Module, program: Program, read: Read, *, batch: int = 3, prompt: int = 4, positional: bool = False
+) -> None:
+    """Prompt, then token after token, at capacities beyond the sequence: the model's forward on every prefix.
+
+    With `positional`, every row has its own positions, as in a batch of prompts of different lengths.
+    """
     total = prompt + 5
     ids = tokens(batch, total)
     limit = program.cached.plan.limit if program.cached is not None else None
     for capacity in (total + 3, min(90, limit or 90)):
         decoder = LaneDecoder(program, read, batch, capacity)
         places = torch.arange(total).expand(ids.shape)
-        parts = [decoder.run(ids[:, :prompt], places[:, :prompt])]
-        parts += [decoder.run(ids[:, at : at + 1], places[:, at : at + 1]) for at in range(prompt, total)]
+        bounds = [(0, prompt), *((at, at + 1) for at in range(prompt, total))]
+        parts = [decoder.run(ids[:, a:b], places[:, a:b], positional=positional) for a, b in bounds]
         want = torch.stack([expected(model, ids[:, : length + 1]) for length in range(prompt - 1, total)], 1)
         have = torch.cat([parts[0][:, -1:], *parts[1:]], 1)
         assert errors(have, want)[1] <= TOLERANCE, f"capacity {capacity}"
