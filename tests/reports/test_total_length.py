@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.passes.cache import cache_attention
+from kraken_compiler.runtime.replay import capacities, prefix_lengths, recomputed, replay, split_lengths
+from kraken_compiler.verify.compare import errors
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
-from tests.reports.small_models import FFN, HEADS, Attention, D
+from tests.reports.small_models import FFN, HEADS, Attention, D, tokens
 
 
 class LM(small_models.LM):
@@ -213,6 +219,52 @@ STEADY: dict[str, Callable[[], nn.Module]] = {
     "ALiBi up to zero": lambda: LM(partial(Masked, lambda n: SLOPES * torch.arange(1 - n, 1))),
     "a window": lambda: LM(partial(Masked, lambda n: torch.zeros(1), lambda n: 5)),
 }
+
+
+class OtherBranch(LM):
+    """Python's own `if` on the length: torch.export keeps the branch of the example, and which lengths take it."""
+
+    def __init__(self, condition: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.condition = condition
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return super().embed(ids) * (2.0 if self.condition(ids.shape[1]) else 1.0)
+
+
+@pytest.mark.parametrize("condition", [lambda n: n % 2 == 1, lambda n: n < 9], ids=["odd lengths", "short ones"])
+def test_no_cache_where_a_growing_sequence_takes_other_branches(condition: Callable[[int], bool]) -> None:
+    program, _ = lowered(OtherBranch(condition))
+    assert program.cached is None
+    assert "the sequence size must" in program.no_cache
+
+
+def test_a_branch_of_long_sequences_limits_the_cache() -> None:
+    program, _ = lowered(OtherBranch(lambda n: n > 40))
+    assert program.cached is not None
+    assert program.cached.plan.limit == 40
+
+
+def test_verification_sees_what_depends_on_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were such a table computed for the capacity, a replay would differ from runs of the prefixes."""
+    monkeypatch.setattr(cache_attention._Builder, "_changes", lambda *operands: None)
+    for kind, right in (("a tensor of the length", False), ("log of the position", True)):
+        program, read = lowered((DEPENDING | STEADY)[kind](), degree=1)
+        rank = RankProgram.from_program(program, read, communicator=NoCommunication(0, 1))
+        lanes, ids = StreamingProgram(program, read_from_source(program, read)), tokens(3, 9)
+        lengths, steps = split_lengths(*ids.shape)
+        prefixes = prefix_lengths(lengths, steps)
+        runs = lanes.run_each([[ids[:, :length]] for length in prefixes])
+        want = recomputed({n: outputs[0] for n, outputs in zip(prefixes, runs, strict=True)}, lengths, steps)
+        assert 9 not in capacities(9, None)
+        for capacity in capacities(9, None):
+            error = errors(replay(rank.decoder(3, capacity), ids), want)[1]
+            assert (error < 1e-5) == right, f"{kind}, capacity {capacity}: {error}"
+
+
+def test_replays_keep_to_the_limit() -> None:
+    assert capacities(9, 9) == (9,)
+    assert capacities(9, 20) == (10,)
 
 
 TAKEN_AS_A_NUMBER: dict[str, Callable[[], nn.Module]] = {

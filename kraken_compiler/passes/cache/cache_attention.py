@@ -24,6 +24,7 @@ from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
 from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit, token_input
+from kraken_compiler.ir.size_rules import broken_rule, in_words, names_in
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
@@ -45,6 +46,9 @@ from kraken_compiler.passes.graph_tools import (
     value_descendants,
 )
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_size, shape_of, value_of
+
+_TRIED = 64
+"""The lengths below it must all be allowed; a longer sequence is checked when it comes."""
 
 _CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
 
@@ -77,7 +81,17 @@ def _derive(program: Program) -> CachedProgram | Rejection:
     shortest = smallest_size(length)
     if shortest == largest_size(length):
         return Rejection(f"its forward takes the length as a number, so it is captured for {shortest} tokens only")
+    rule = _rule_in_the_way(program, largest_size(length) or _TRIED)
+    if rule is not None:
+        return Rejection(f"{in_words(rule)}, and with a cache a sequence grows token by token")
     return _Builder(program, tokens, logits).build()
+
+
+def _rule_in_the_way(program: Program, longest: int) -> str | None:
+    """What allows the model only some of the lengths that a sequence has while it grows."""
+    rules = [rule for rule in program.call.sizes if "sequence" in names_in(rule)]
+    sizes = ({"batch": batch, "sequence": n} for n in range(2, min(longest, _TRIED) + 1) for batch in (1, 2))
+    return next((rule for one in sizes if (rule := broken_rule(rules, one)) is not None), None)
 
 
 def _logits(program: Program) -> fx.Node | None:

@@ -8,12 +8,13 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.passes.graph_tools import NORMS, PROJECTIONS, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import NORMS, PROJECTIONS, SHAPE_ONLY, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
 
 _TOKEN_BY_TOKEN = frozenset(
     {
         *PROJECTIONS,
+        *SHAPE_ONLY,
         aten.embedding.default,
         aten.reshape.default,
         aten.permute.default,
@@ -22,14 +23,10 @@ _TOKEN_BY_TOKEN = frozenset(
         aten.squeeze.dim,
         aten.clone.default,
         aten.contiguous.default,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
         aten.alias.default,
         aten.to.dtype,
         aten._to_copy.default,
         aten.dropout.default,
-        aten.sym_size.int,
         torch.ops.kraken.all_reduce_start.default,
         torch.ops.kraken.wait.default,
         torch.ops.kraken.all_gather.default,
@@ -55,6 +52,8 @@ _ALONG_DIM = {
     aten.gather.default: 1,
     aten.scatter.src: 1,
     aten.scatter.value: 1,
+    aten.scatter_add.default: 1,
+    aten.scatter_reduce.two: 1,
     aten.max.dim: 1,
     aten.mean.dim: 1,
     aten.sum.dim_IntList: 1,
