@@ -25,9 +25,11 @@ from kraken_compiler.backends.onnx_ort.format import (
 )
 from kraken_compiler.backends.onnx_ort.format import PAST as PAST_DIM
 from kraken_compiler.backends.onnx_ort.format import PICKS as PICKS_DIM
+from kraken_compiler.backends.onnx_ort.number_operands import type_number_operands
 from kraken_compiler.ir import cached_attention
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
 from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.passes.shapes import fake_mode_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def prepare_step(cached: CachedProgram) -> Prepared:
         _drop_collectives(graph)
     presents = _replace_attentions(graph, mask_input, ids, fake)
     _return(graph, [presents[name] for cache in plan.caches for name in (cache.key, cache.value)])
+    type_number_operands(graph, fake)
     graph.eliminate_dead_code()
     inputs = {
         ids.name: INPUT_IDS,
@@ -115,6 +118,7 @@ def prepare_lane(program: Program) -> Prepared:
     graph = program.copy().graph
     if program.degree == 1:
         _drop_collectives(graph)
+    type_number_operands(graph, fake_mode_of(graph))
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for name in program.weights:
         if not nodes[name].users:

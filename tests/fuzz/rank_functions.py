@@ -1,0 +1,27 @@
+"""What ranks run for random decoders. Apart from the tests, so that a rank does not import pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.runtime.session import Session
+from tests.fuzz.decoding import CAPACITY, ROWS, decoded
+
+
+def decode_all(payload: Mapping[str, Any], session: Session) -> None:
+    """Decode with every artifact of a directory; the logits are saved in `out-RANK.safetensors`, by artifact."""
+    directory = Path(payload["directory"])
+    outputs = {}
+    for name in payload["programs"]:
+        session.status.progress(f"running {name}")
+        program = RankProgram.load(open_artifact(directory / name, verify=False), verify=False)
+        with torch.inference_mode():
+            outputs[name] = decoded(program.decoder(ROWS, CAPACITY))
+    save_file(outputs, directory / f"out-{session.rank}.safetensors")
