@@ -112,6 +112,8 @@ def capture_directory(
     if checkpoint is not None:
         known = quantization if isinstance(quantization, Float8Config) else None
         checkpoint, notes = ScaledCheckpoint.over(checkpoint, known)
+    # transformers runs float8 on GPUs, or takes the numbers for the weights where no config says what they are.
+    runs = checkpoint is not None and not notes and not parts.adapter
     if quantization is not None:
         del config.quantization_config  # what is read are plain numbers
     model = build(config, base, dtype)
@@ -160,7 +162,7 @@ def capture_directory(
         origin,
         config_dict(model),
         (*own_notes, *notes),
-        opened if checkpoint is not None and not parts.adapter else None,
+        opened if runs else None,
     )
 
 
