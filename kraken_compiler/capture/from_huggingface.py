@@ -35,7 +35,7 @@ from kraken_compiler.capture.model_directory import (
 )
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
-from kraken_compiler.capture.reference import directory_reference
+from kraken_compiler.capture.reference import OpenModel, directory_reference, filled_reference
 from kraken_compiler.capture.weightless import fake_parameters
 from kraken_compiler.optional_packages import missing_packages
 from kraken_compiler.weights.checkpoint_files import find_weight_files
@@ -155,7 +155,10 @@ def capture_directory(
         digest=digest,
         tokenizer=tokenizer,
     )
-    opened = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
+    opened: OpenModel = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
+    if isinstance(checkpoint, ScaledCheckpoint):
+        # transformers drops scales that the config does not name, and may round activations too.
+        opened = partial(filled_reference, model, store, example, program.inputs)
     return Capture(
         program,
         store,

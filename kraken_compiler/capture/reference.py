@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,11 @@ from torch.export.graph_signature import InputKind
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
+from kraken_compiler.capture.filled_model import fill
 from kraken_compiler.capture.quiet import quiet_torch, quiet_transformers
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.ir.calls import InputSpec
+from kraken_compiler.weights.store import WeightStore
 
 RunModel = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 """The program's flat inputs -> the model's outputs in the order of the program's."""
@@ -82,6 +85,17 @@ def directory_reference(
             )
         with module_reference(model, example, inputs) as run:
             yield run
+
+
+@contextmanager
+def filled_reference(
+    model: nn.Module, store: WeightStore, example: CallExample, inputs: Sequence[InputSpec]
+) -> Iterator[RunModel]:
+    """A model that was built without values, given those that its store reads: all of it in memory."""
+    filled = copy.deepcopy(model)
+    fill(filled, store)
+    with module_reference(filled, example, inputs) as run:
+        yield run
 
 
 def exported_reference(exported: ExportedProgram) -> OpenModel:

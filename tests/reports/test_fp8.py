@@ -247,3 +247,10 @@ def test_other_methods_are_named(tmp_path: Path, config: dict[str, Any], method:
     configure(tmp_path, quantization_config=config)
     with pytest.raises(UnsupportedModelError, match=f"its weights are quantized by .*{method}"):
         capture(tmp_path)
+
+
+def test_the_check_compares_with_the_products(tmp_path: Path) -> None:
+    """transformers drops scales that the config does not name; what checks the lanes must not."""
+    save_quantized(tmp_path, (-1, -1))
+    lanes = kraken_compiler.transform(tmp_path, degree=2, form="standard")
+    assert any(line.startswith("checked against the model at") for line in lanes.report.lines())
