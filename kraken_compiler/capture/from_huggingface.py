@@ -51,6 +51,9 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 
+_FILLED_BYTES = 1 << 30
+"""Float8 files of up to this many bytes are held as a model of their products while lanes are checked."""
+
 
 def capture_directory(
     path: Path,
@@ -112,8 +115,6 @@ def capture_directory(
     if checkpoint is not None:
         known = quantization if isinstance(quantization, Float8Config) else None
         checkpoint, notes = ScaledCheckpoint.over(checkpoint, known)
-    # transformers runs float8 on GPUs, or takes the numbers for the weights where no config says what they are.
-    runs = checkpoint is not None and not notes and not parts.adapter
     if quantization is not None:
         del config.quantization_config  # what is read are plain numbers
     model = build(config, base, dtype)
@@ -155,17 +156,21 @@ def capture_directory(
         digest=digest,
         tokenizer=tokenizer,
     )
-    opened: OpenModel = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
+    opened: OpenModel | None = None
     if isinstance(checkpoint, ScaledCheckpoint):
-        # transformers drops scales that the config does not name, and may round activations too.
-        opened = partial(filled_reference, model, store, example, program.inputs)
+        # transformers runs float8 on GPUs, or takes the numbers for the weights where no config says what they are. A
+        # model of the products is all in memory; without one, what was captured stands for it.
+        if sum(file.stat().st_size for file in checkpoint.files) <= _FILLED_BYTES:
+            opened = partial(filled_reference, model, store, example, program.inputs)
+    elif checkpoint is not None and not parts.adapter:
+        opened = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
     return Capture(
         program,
         store,
         origin,
         config_dict(model),
         (*own_notes, *notes),
-        opened if runs else None,
+        opened,
     )
 
 
