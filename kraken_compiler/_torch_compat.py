@@ -64,6 +64,15 @@ def branch_on_numbers(error: BaseException) -> str | None:
     return f"`{code}` ({found[1]}, line {found[2]})" if found and code else "a condition on a tensor"
 
 
+@contextmanager
+def without_dispatch_modes() -> Iterator[None]:
+    """Inside, no mode that a caller has entered sees the ops that are called: fake tensors, tracers, counters."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
 def is_fake(tensor: Tensor) -> bool:
     """True if the tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
@@ -18,6 +18,7 @@ from kraken_compiler.compiling import CompileResult, compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.report import is_exact, make_report
+from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.verification import Verification, lanes_in
 from kraken_compiler.verifying import verify_artifact
@@ -50,7 +51,8 @@ def transform(
 
     Returns:
         A module with the model's call signature and output structure. It trains, moves between devices and saves.
-        `.program` is the lane program, `.report` what was recognised and scheduled.
+        `.program` is the lane program, `.report` what was recognised and scheduled. Parameters that the model does not
+        train stay frozen; it computes as in evaluation mode, without dropout, also after `train()`.
 
     Raises:
         UsageError: Unknown form, wrong degree or layers, missing example inputs.
@@ -58,11 +60,14 @@ def transform(
         InputFileError: A model file is missing or damaged.
         VerificationError: The lanes compute something else than the model.
     """
-    captured = capture(model, example_inputs=example_inputs)
-    program, history = lower(captured.program, degree, form, layers)
-    module = LaneModule.from_program(program, captured.store.read)
-    module.report = make_report(program, history, captured.notes)
-    return _checked(module, captured) if check else module
+    with undisturbed() as surroundings:
+        captured = capture(model, example_inputs=example_inputs)
+        program, history = lower(captured.program, degree, form, layers)
+        module = LaneModule.from_program(program, captured.store.read, captured.frozen)
+        module.report = make_report(program, history, (*surroundings, *captured.notes))
+        if check:
+            module = _checked(module, captured)
+    return module.train(isinstance(model, nn.Module) and model.training)
 
 
 def _checked(module: LaneModule, captured: Capture) -> LaneModule:

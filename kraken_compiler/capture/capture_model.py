@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.record import Capture
 from kraken_compiler.capture.source_kind import SourceKind, detect
+from kraken_compiler.capture.unwrap import what_to_pass
 from kraken_compiler.errors import UsageError
 
-Model = nn.Module | str | os.PathLike[str]
+Model = nn.Module | ExportedProgram | str | os.PathLike[str]
 """A module, or the path of anything that can be captured."""
 
 
@@ -49,8 +51,12 @@ def capture(
     """
     if isinstance(source, nn.Module):
         return capture_module(source, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype)
+    if isinstance(source, ExportedProgram):
+        given = example_inputs is not None or bool(input_specs)
+        example = CallExample(*source.example_inputs) if source.example_inputs and not given else example_inputs
+        return capture_module(source.module(), example_inputs=example, input_specs=input_specs, dtype=dtype)
     if not isinstance(source, str | os.PathLike):
-        raise UsageError(f"a model must be an nn.Module or a path, got a {type(source).__name__}")
+        raise UsageError(what_to_pass(source))
     path = Path(source)
     kind = detect(path)
     # Imported here, so that a live module needs nothing of what the others do.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.calls import DECODER_IDS, INPUT_IDS
+from kraken_compiler.ir.program import Program
 
 HOW_TO = (
     "give one with --input input_ids=int64[2,16] "
@@ -33,7 +35,6 @@ FRAMES_PER_POSITION = 2
 _SPEC = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*([a-z]+\d*\w*)\s*\[([\d\s,]*)\]\s*")
 _MOST_DIGITS = 12
 _MOST_NUMBERS = 1 << 28
-ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,40 @@ class CallExample:
 
         return CallExample(compat.tree_map(leaf, self.args), compat.tree_map(leaf, self.kwargs))
 
-    def dynamic_shapes(self) -> Any:
-        """Which dims may vary, in the structure `torch.export` wants."""
-        if self.args:
-            return compat.tree_map(_dynamic_dims, self.args)
-        return {name: compat.tree_map(_dynamic_dims, value) for name, value in self.kwargs.items()}
+    @contextmanager
+    def spelled_out(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Inside, the module's signature has one parameter for every argument of this call.
+
+        `torch.export` finds arguments by the names in the signature, and what `*args` and `**kwargs` take has none.
+
+        Yields:
+            Which dims may vary, by argument.
+        """
+        names = _positional_names(model, len(self.args))
+        dims = {name: compat.tree_map(_dynamic_dims, value) for name, value in zip(names, self.args)}
+        dims |= {name: compat.tree_map(_dynamic_dims, value) for name, value in self.kwargs.items()}
+        if not self.args and set(self.kwargs) <= set(_named(model)):
+            yield dims
+            return
+        forward, own = model.forward, "forward" in vars(model)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        kinds = inspect.Parameter
+        parameters = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in names]
+        parameters += [kinds(name, kinds.KEYWORD_ONLY) for name in self.kwargs]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        model.forward = call
+        try:
+            yield dims
+        finally:
+            del model.forward
+            if own:
+                model.forward = forward
+
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | CallExample
 
 
 def parse_input_spec(text: str) -> tuple[str, Tensor]:
@@ -124,7 +154,23 @@ def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs:
         example = CallExample(kwargs=_infer(model))
     example = _by_name(model, example)
     _check_sizes(example)
-    return _without_cache(model, example)
+    return _without_cache(model, _each_its_own(example))
+
+
+def refuse_unread(program: Program, model: nn.Module, example: CallExample) -> None:
+    """Refuse an argument that only `**kwargs` takes and nothing reads: a misspelled name would look the same.
+
+    Raises:
+        UsageError: There is one.
+    """
+    named = _named(model)
+    open_names = [name for name in example.kwargs if name not in named]
+    users = {node.name: len(node.users) for node in program.graph.find_nodes(op="placeholder")}
+    read = {spec.parameter for spec in program.inputs if users[spec.name]}
+    for name in open_names:
+        if any(spec.parameter == name for spec in program.inputs) and name not in read:
+            takes = f" beside {', '.join(named)}" if named else ""
+            raise UsageError(f"'{name}' is no argument of the model: {type(model).__name__} reads none of it{takes}")
 
 
 def is_huggingface(model: nn.Module) -> bool:
@@ -141,6 +187,8 @@ def _filled(dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
 
 
 def _normalize(given: ExampleInputs) -> CallExample:
+    if isinstance(given, CallExample):
+        return given
     if isinstance(given, Tensor):
         return CallExample(args=(given,))
     if isinstance(given, Mapping):
@@ -152,13 +200,14 @@ def _normalize(given: ExampleInputs) -> CallExample:
 
 def _infer(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
-    if not is_huggingface(model):
+    found = _huggingface_inside(model)
+    if found is None:
         raise UsageError(f"{name} needs example inputs to be captured: {HOW_TO}")
-    main_input: str = getattr(model, "main_input_name", "")
-    main = _main_input(model, main_input)
+    main_input: str = getattr(found, "main_input_name", "")
+    main = _main_input(found, main_input)
     if main is None:
         raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
-    if not _has_decoder_of_its_own(model):
+    if not _has_decoder_of_its_own(found):
         return {main_input: main}
     return {main_input: main, DECODER_IDS: torch.zeros(BATCH, DECODER_SEQUENCE, dtype=torch.int64)}
 
@@ -185,21 +234,70 @@ def _has_decoder_of_its_own(model: nn.Module) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False)) and takes
 
 
+def _huggingface_inside(model: nn.Module) -> nn.Module | None:
+    """The Hugging Face model that a module is, or is put around and whose main input it takes; None without."""
+    if is_huggingface(model):
+        return model
+    outermost = [module for module in model.modules() if is_huggingface(module)][:1]
+    takes = _named(model)
+    return next((found for found in outermost if getattr(found, "main_input_name", None) in takes), None)
+
+
 def _by_name(model: nn.Module, example: CallExample) -> CallExample:
-    """Name positional arguments, so that only one spelling is left; check the names."""
+    """Name positional arguments where they have names, so that only one spelling is left; check the names."""
     kinds = inspect.Parameter
     parameters = inspect.signature(model.forward).parameters
-    named = [name for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+    taken = {p.kind for p in parameters.values()}
+    named = _named(model)
     takes = f"{type(model).__name__} takes {', '.join(named) or 'no named arguments'}"
-    for name in example.kwargs:
-        if name not in named:
-            raise UsageError(f"'{name}' is no argument of the model: {takes}")
-    positional = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
-    if not example.args or any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters.values()):
+    unknown = [name for name in example.kwargs if name not in named]
+    if unknown and kinds.VAR_KEYWORD not in taken:
+        if named or kinds.VAR_POSITIONAL not in taken:
+            raise UsageError(f"'{unknown[0]}' is no argument of the model: {takes}")
+        # It takes nothing by name: the names are the user's own, the order counts.
+        example = CallExample(args=(*example.args, *example.kwargs.values()))
+    if not example.args or taken & {kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL} or _called_by_position(model):
         return example
+    positional = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
+    if not named:
+        raise UsageError(f"{type(model).__name__} takes arguments by name only: give example_inputs as a dict")
     if len(example.args) > len(positional):
         raise UsageError(f"{len(example.args)} example inputs were given, but {takes}")
     return CallExample(kwargs=dict(zip(positional, example.args)) | example.kwargs)
+
+
+def _named(model: nn.Module) -> list[str]:
+    """Names by which the module takes arguments."""
+    kinds = inspect.Parameter
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+
+
+def _called_by_position(model: nn.Module) -> bool:
+    """True if naming an argument changes the call: hooks see named ones apart, exported graphs take what they took."""
+    return bool(model._forward_pre_hooks or model._forward_hooks) or isinstance(model, fx.GraphModule)
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    """A name for each of the first positional arguments."""
+    kinds = inspect.Parameter
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), "args")
+    return [*names, *(f"{rest}_{place}" for place in range(count - len(names)))][:count]
+
+
+def _each_its_own(example: CallExample) -> CallExample:
+    """The call with a tensor of its own for every argument: tracing takes arguments that are one tensor for one."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            return tensor.clone()
+        seen.add(id(tensor))
+        return tensor
+
+    return example.map_tensors(own)
 
 
 def _check_sizes(example: CallExample) -> None:

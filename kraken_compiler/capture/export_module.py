@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,20 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from kraken_compiler import _torch_compat as compat
-from kraken_compiler.capture.example_inputs import CallExample, is_huggingface
+from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
+from kraken_compiler.capture.training_mode import EVALUATION, left_out
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.untraceable import why_untraceable
+from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.errors import Rejection, UnsupportedModelError
+
+_CACHE_RETURNED = re.compile(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type")
+_RETURN_TENSORS = (
+    "Return tensors only; where it calls a Hugging Face model, with use_cache=False or without use_cache, the cache is "
+    "left out."
+)
 
 
 def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool = True) -> ExportedProgram:
@@ -37,6 +46,21 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
         exported = _trace(model, example, allow_strict=allow_strict)
         compat.note_guards(exported, compat.traced_guards(exported))
         return functionalize(exported)
+
+
+def left_out_of_training(model: nn.Module, example: CallExample) -> tuple[str, ...]:
+    """Notes about what a module in training mode does that evaluation mode leaves out; none for any other module."""
+    if not any(module.training for module in model.modules()):
+        return ()
+    model = with_plain_weights(model)
+    with untouched(model), _capture_state(model, evaluation=False), quiet_torch(), example.spelled_out(model):
+        try:
+            with compat.no_partial_graphs():
+                exported = torch.export.export(model, example.args, example.kwargs)
+        except Exception as error:
+            # In training a model may do what nothing can trace, e.g. skip layers at random.
+            return (f"{EVALUATION}: its dropout is left out ({_summary(error)})",)
+    return left_out(_graphs(exported.graph_module))
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
@@ -64,16 +88,18 @@ def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> Exp
     failures: list[str] = []
     for strict in (False, True) if allow_strict else (False,):
         try:
-            with quiet_torch(), compat.no_partial_graphs():
-                return torch.export.export(
-                    model, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=strict
-                )
+            with quiet_torch(), compat.no_partial_graphs(), example.spelled_out(model) as dims:
+                return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dims, strict=strict)
         except Exception as error:
             # torch.export passes on whatever the model's own code raises, so there is no narrower class to name.
             known = why_untraceable(model, error)
             if known is not None:
                 raise UnsupportedModelError([known]) from error
             failures.append(_summary(error))
+    kept = _CACHE_RETURNED.search(failures[0])
+    if kept is not None:
+        reason = f"its forward returns a {kept[1]}, and only tensors and None can be returned"
+        raise UnsupportedModelError([Rejection(reason, path=type(model).__name__, hint=_RETURN_TENSORS)])
     reason = f"torch.export cannot trace it: {failures[0]}"
     if len(failures) > 1 and failures[1] != failures[0]:
         reason += f" (strict mode: {failures[1]})"
@@ -94,26 +120,21 @@ def _summary(error: BaseException) -> str:
 
 
 @contextmanager
-def _capture_state(model: nn.Module) -> Iterator[None]:
+def _capture_state(model: nn.Module, *, evaluation: bool = True) -> Iterator[None]:
     """Evaluation mode and no cache inside, everything as it was afterwards."""
     training = {module: module.training for module in model.modules()}
-    config: Any = model.config if is_huggingface(model) else None
     experts = _experts_implementations(model)
-    use_cache = getattr(config, "use_cache", None)
     try:
         # Flags one by one: `eval()` may be overridden to do more.
-        for module in training:
+        for module in training if evaluation else ():
             module.training = False
-        if use_cache is not None:
-            config.use_cache = False
         for own, _ in experts:
             own._experts_implementation = "batched_mm"
-        yield
+        with without_caches(model):
+            yield
     finally:
         for module, flag in training.items():
             module.training = flag
-        if use_cache is not None:
-            config.use_cache = use_cache
         for own, implementation in experts:
             own._experts_implementation = implementation
 

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from kraken_compiler.capture.build_program import build_program
-from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, resolve
-from kraken_compiler.capture.export_module import export_module
+from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, refuse_unread, resolve
+from kraken_compiler.capture.export_module import export_module, left_out_of_training
+from kraken_compiler.capture.live_weights import offloaded_weights, require_weights
 from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.capture.reference import module_reference
+from kraken_compiler.capture.unwrap import unwrap
 from kraken_compiler.weights.store import MemoryStore
 
 
@@ -43,12 +45,18 @@ def capture_module(
         UsageError: The inputs do not fit, or quantised weights are of another type than `dtype`.
         UnsupportedModelError: The module cannot be captured.
     """
-    if dtype is not None:
-        refuse_conversion(model, dtype)
-        model.to(dtype)
-    example = resolve(model, example_inputs, input_specs)
-    exported = export_module(model, example)
-    program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
+    model = unwrap(model)
+    with offloaded_weights(model):
+        require_weights(model)
+        if dtype is not None:
+            refuse_conversion(model, dtype)
+            model.to(dtype)
+        example = resolve(model, example_inputs, input_specs)
+        exported = export_module(model, example)
+        training = left_out_of_training(model, example)
+    parameters = forward_parameters(model)
+    program, notes = build_program(exported, parameters=parameters, model_class=class_name(model))
+    refuse_unread(program, model, example)
     store = MemoryStore(exported.state_dict)
     origin = Origin(
         kind=kind,
@@ -57,13 +65,9 @@ def capture_module(
         digest=digest or (lambda: digest_tensors(store)),
         tokenizer=tokenizer,
     )
-    opened = None if _is_empty(model) else partial(module_reference, model, example, program.inputs)
-    return Capture(program, store, origin, config_dict(model), notes, opened)
-
-
-def _is_empty(model: nn.Module) -> bool:
-    """True if there is a parameter without values, so that the module cannot run."""
-    return any(parameter.device.type == "meta" for parameter in model.parameters())
+    frozen = frozenset(name for name, tensor in exported.state_dict.items() if not tensor.requires_grad)
+    opened = partial(module_reference, model, example, program.inputs)
+    return Capture(program, store, origin, config_dict(model), (*notes, *training), opened, frozen)
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:

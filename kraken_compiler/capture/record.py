@@ -137,6 +137,7 @@ class Capture:
         config: The source's `config.json`, for cross-checks and reports; None if it has none.
         notes: What a user should know, one sentence each (e.g. a dimension that turned out to be fixed).
         model: Opens the model itself, to compare with; None if there is none to run.
+        frozen: Names of the weights that the source does not train.
     """
 
     program: Program
@@ -145,6 +146,7 @@ class Capture:
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     model: OpenModel | None = field(default=None, repr=False, compare=False)
+    frozen: frozenset[str] = frozenset()
 
 
 def digest_files(files: tuple[Path, ...]) -> str:

@@ -19,8 +19,10 @@ from torch.export.graph_signature import InputKind
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.filled_model import fill
+from kraken_compiler.capture.live_weights import offloaded_weights
 from kraken_compiler.capture.quiet import quiet_torch, quiet_transformers
 from kraken_compiler.capture.untouched import untouched
+from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.ir.calls import InputSpec
 from kraken_compiler.weights.store import WeightStore
 
@@ -38,7 +40,8 @@ _HELD_BYTES = 256 << 20
 def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[InputSpec]) -> Iterator[RunModel]:
     """A module, called as it was captured: in evaluation mode, without gradients, and as before afterwards."""
     training = {module: module.training for module in model.modules()}
-    with untouched(model):
+    compiled_parts_run_eagerly = torch.compiler.set_stance("force_eager")
+    with untouched(model), offloaded_weights(model), without_caches(model), compiled_parts_run_eagerly:
         try:
             for module in training:
                 module.training = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from kraken_compiler.backends.single.streaming import StreamingProgram
 from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.ir.capped_attention import capped_attention
 from kraken_compiler.ir.dequantize import dequantize
@@ -16,6 +17,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE
 from kraken_compiler.report import Report
+from kraken_compiler.surroundings import autocast_is_on
 
 
 class LaneModule(nn.Module):
@@ -40,22 +42,27 @@ class LaneModule(nn.Module):
         self._in_dims = tuple(0 if spec.shards else None for spec in program.weights.values())
 
     @classmethod
-    def from_program(cls, program: Program, read: Callable[[str], Tensor]) -> Self:
+    def from_program(
+        cls, program: Program, read: Callable[[str], Tensor], frozen: Collection[str] = frozenset()
+    ) -> Self:
         """Fill a module with the program's weights.
 
         Args:
             program: The lane program.
             read: Gives a source tensor by name; called for one tensor at a time, and nothing read is kept.
+            frozen: Source tensors whose parts are not trained.
         """
         module = cls(program)
         read = program.reader(read)
         for spec in program.weights.values():
-            module._set_weight(spec, _stacked(spec, read(spec.source), program.degree))
+            value = _stacked(spec, read(spec.source), program.degree)
+            module._set_weight(spec, value, spec.source not in frozen)
         return module
 
-    def _set_weight(self, spec: WeightSpec, value: Tensor) -> None:
-        if spec.kind == "parameter" and value.is_floating_point():
-            self.weights.register_parameter(spec.name, nn.Parameter(value))
+    def _set_weight(self, spec: WeightSpec, value: Tensor, trained: bool) -> None:
+        if spec.kind == "parameter":
+            differentiable = value.is_floating_point() or value.is_complex()
+            self.weights.register_parameter(spec.name, nn.Parameter(value, requires_grad=trained and differentiable))
         else:
             self.weights.register_buffer(spec.name, value)
 
@@ -68,9 +75,20 @@ class LaneModule(nn.Module):
         weights = [getattr(self.weights, name) for name in self.program.weights]
         run: Callable[..., tuple[Tensor, ...]] = self._lanes
         if any(dim is not None for dim in self._in_dims):
+            if any(autocast_is_on(tensor.device) for tensor in weights):
+                return self._one_lane_after_the_other(weights, inputs)
             in_dims = (*self._in_dims, *(None for _ in inputs))
             run = torch.vmap(run, in_dims=in_dims, out_dims=None)
         return run(*weights, *inputs)
+
+    def _one_lane_after_the_other(self, weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """What vmap computes, op by op as the source has them: autocast sees only what vmap has taken them apart to."""
+        stacked = dict(zip(self.program.weights, weights, strict=True))
+
+        def read_lane(spec: WeightSpec, lane: int) -> Tensor:
+            return stacked[spec.name][lane] if spec.shards else stacked[spec.name]
+
+        return StreamingProgram(self.program, read_lane, module=self._lanes).run_with_gradients(inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

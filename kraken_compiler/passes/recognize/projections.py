@@ -113,7 +113,7 @@ def find_projections(
     for first in leaves:
         if any(attention in ancestors(first, within=inside) for attention in attentions):
             reason = "a second projection follows the attention before the output projection"
-            return Rejection(reason, (first.name,), module_path(first), _HINT)
+            return Rejection(reason, (first.name,), module_path(first), f"{_HINT} {_ADAPTER}")
     for factor in factors:
         if inputs & ancestors(factor, within=inside):
             reason = "the branch's output is multiplied by what depends on the columns that would be divided"
@@ -210,6 +210,9 @@ def _output_projection(
 
 
 _HINT = "A branch must leave through one linear projection, so that its output is the sum of what the lanes compute."
+
+
+_ADAPTER = "If it is a low-rank adapter, merge it into the weight first (peft: merge_and_unload())."
 
 
 def _why_not_linear(node: fx.Node) -> str:

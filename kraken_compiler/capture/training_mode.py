@@ -1,0 +1,64 @@
+"""What a module in training mode computes that its lanes do not: they are captured in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+EVALUATION = "the model is in training mode, the lanes compute what it computes in evaluation mode"
+
+
+def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+    """One note for each thing that a module does in training only, with its number of places and the first of them.
+
+    Args:
+        graphs: The module as traced in training mode: its graph and those of its regions.
+    """
+    places: dict[str, list[str]] = {}
+    for node in (node for graph in graphs for node in graph.nodes):
+        what = _only_in_training(node)
+        if what is not None:
+            places.setdefault(what, []).append(_module_path(node))
+    return tuple(
+        f"{EVALUATION}: without {what} at {len(paths)} place{'s' if len(paths) > 1 else ''}, first in '{paths[0]}'"
+        for what, paths in places.items()
+    )
+
+
+def _only_in_training(node: fx.Node) -> str | None:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    given = _arguments(node)
+    if not given.get("train", given.get("training", True)):
+        return None
+    probability = given.get("p", given.get("dropout_p"))
+    if probability is not None and _name(node.target).endswith(("dropout", "dropout_", "attention")):
+        return f"dropout (p = {probability:g})" if probability > 0 else None
+    if node.target is aten.batch_norm.default:
+        return "the statistics of the batch, of its batch norms"
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return f"the random numbers of {_name(node.target)}"
+    return None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node's call by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    return defaults | {argument.name: value for argument, value in zip(arguments, node.args)} | node.kwargs
+
+
+def _name(target: torch._ops.OpOverload) -> str:
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    return name
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values()) if path), "")
