@@ -34,6 +34,7 @@ from kraken_compiler.quality.measure import with_quality
 from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.derived_inputs import reads_source
+from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
@@ -64,6 +65,7 @@ class CompileResult:
     choice: Choice | None = None
 
 
+@undisturbed()
 def compile_model(
     model: Model,
     directory: str | os.PathLike[str] | None,

@@ -59,7 +59,7 @@ class LaneModule(nn.Module):
             module._set_weight(spec, value, spec.source not in frozen)
         return module
 
-    def _set_weight(self, spec: WeightSpec, value: Tensor, trained: bool) -> None:
+    def _set_weight(self, spec: WeightSpec, value: Tensor, trained: bool = True) -> None:
         if spec.kind == "parameter":
             differentiable = value.is_floating_point() or value.is_complex()
             self.weights.register_parameter(spec.name, nn.Parameter(value, requires_grad=trained and differentiable))
