@@ -42,6 +42,19 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tenso
     return out.reshape(*experts.shape, weight.shape[1])
 
 
+def autocast_expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    """`kraken::expert_linear` in the element type of products under autocast, which does not know ops of ours."""
+    made: Tensor
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        made = torch.ops.kraken.expert_linear(x, weight, bias, experts)
+        return made
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        own_bias = bias.to(dtype) if bias is not None else None
+        made = torch.ops.kraken.expert_linear(x.to(dtype), weight.to(dtype), own_bias, experts)
+    return made
+
+
 def _rows_of_experts(picked: Tensor, count: int) -> list[tuple[int, Tensor]]:
     """The experts that are picked, each with the numbers of its rows."""
     order, stops = picked.argsort(stable=True), torch.bincount(picked, minlength=count).cumsum(0).tolist()

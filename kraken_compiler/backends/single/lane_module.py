@@ -13,9 +13,10 @@ from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.ir.capped_attention import capped_attention
 from kraken_compiler.ir.dequantize import dequantize
 from kraken_compiler.ir.devices import retarget
+from kraken_compiler.ir.expert_linear import autocast_expert_linear
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE
+from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
 from kraken_compiler.report import Report
 from kraken_compiler.surroundings import autocast_is_on
 
@@ -109,8 +110,12 @@ def _stacked(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
     return stacked
 
 
-_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {CAPPED_ATTENTION: capped_attention, DEQUANTIZE: dequantize}
-"""Ops whose functions batch over lanes as their operators do."""
+_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
+    CAPPED_ATTENTION: capped_attention,
+    DEQUANTIZE: dequantize,
+    EXPERT_LINEAR: autocast_expert_linear,
+}
+"""Ops whose functions batch over lanes, and follow autocast, as their operators do."""
 
 
 def _batched_graph(program: Program) -> fx.GraphModule:
