@@ -19,7 +19,6 @@ from torch.export.graph_signature import InputKind
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.filled_model import fill
-from kraken_compiler.capture.live_weights import offloaded_weights
 from kraken_compiler.capture.quiet import quiet_torch, quiet_transformers
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.unwrap import without_caches
@@ -41,7 +40,7 @@ def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[In
     """A module, called as it was captured: in evaluation mode, without gradients, and as before afterwards."""
     training = {module: module.training for module in model.modules()}
     compiled_parts_run_eagerly = torch.compiler.set_stance("force_eager")
-    with untouched(model), offloaded_weights(model), without_caches(model), compiled_parts_run_eagerly:
+    with untouched(model), without_caches(model), compiled_parts_run_eagerly:
         try:
             for module in training:
                 module.training = False
