@@ -125,8 +125,9 @@ def _capture_state(model: nn.Module, *, evaluation: bool = True) -> Iterator[Non
     training = {module: module.training for module in model.modules()}
     experts = _experts_implementations(model)
     try:
-        # Flags one by one: `eval()` may be overridden to do more.
-        for module in training if evaluation else ():
+        # Flags one by one: `eval()` may be overridden to do more. A model in evaluation mode runs as it is, and what
+        # still trains in it, as some dropouts are made to, shows in the graph.
+        for module in training if evaluation and model.training else ():
             module.training = False
         for own, _ in experts:
             own._experts_implementation = "batched_mm"

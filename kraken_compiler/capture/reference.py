@@ -42,7 +42,7 @@ def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[In
     compiled_parts_run_eagerly = torch.compiler.set_stance("force_eager")
     with untouched(model), without_caches(model), compiled_parts_run_eagerly:
         try:
-            for module in training:
+            for module in training if model.training else ():
                 module.training = False
             yield partial(_run, model, example, inputs)
         finally:

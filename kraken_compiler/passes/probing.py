@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
-from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, compare
+from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, LOOKUPS, compare, lookup
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.shapes import Concretizer
 
@@ -34,6 +34,7 @@ _SMOOTH: dict[Any, Any] = {
     # A mean over all lanes' columns is told to all lanes; that it depends on all columns mixes nothing.
     torch.ops.kraken.mean_power.default: lambda x, power, *rest: x.new_full((*x.shape[:-1], 1), power - 1.0),
 }
+_INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -61,9 +62,11 @@ class Region:
         sizes = Concretizer()
         # Autograd takes no tensors of inference mode, not even as indices, but copies of them.
         known = {name: value.clone() if value.is_inference() else value for name, value in known.items()}
+        known = {**known, **_whole_numbers(self.externals, known, sizes)}
         self.inputs: dict[fx.Node, Any] = {
             node: sizes.value(node, generator, known) for node in (*self.leaves, *self.externals)
         }
+        self._known = set(known)
 
     def run(self, changed: Mapping[fx.Node, Tensor] | None = None, gradients: bool = False) -> dict[fx.Node, Any]:
         """Values of all nodes.
@@ -80,14 +83,58 @@ class Region:
                     values[node] = value.detach().clone().requires_grad_()
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((args_of(node), node.kwargs), values.__getitem__)
-            values[node] = _call(node, args, kwargs)
+            values[node] = lookup(node, *_widened(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
         return values
+
+    def _picks(self, node: fx.Node) -> bool:
+        """True for an operator that picks by numbers which are computed from the leaves, or not known."""
+        if node.target not in LOOKUPS:
+            return False
+        numbers = args_of(node)[LOOKUPS[node.target][1]]
+        several = numbers if isinstance(numbers, (list, tuple)) else [numbers]
+        return any(one.name not in self._known for one in several if one is not None)
+
+
+def _whole_numbers(externals: list[fx.Node], known: Mapping[str, Tensor], sizes: Concretizer) -> dict[str, Tensor]:
+    """Values of whole numbers that are computed from constants and sizes alone: positions, powers, bucket numbers."""
+    found: dict[str, Tensor] = {}
+    for node in externals:
+        value = node.meta["val"]
+        if node.name in known or not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+            continue
+        computed = _computed(node, known, sizes, {})
+        if computed is not None:
+            found[node.name] = computed
+    return found
+
+
+def _computed(node: fx.Node, known: Mapping[str, Tensor], sizes: Concretizer, values: dict[fx.Node, Any]) -> Any:
+    """What a node is without the program's inputs and weights; None if it needs them."""
+    if node not in values:
+        if node.name in known:
+            values[node] = known[node.name]
+        elif not isinstance(node.meta["val"], (Tensor, list, tuple)):
+            values[node] = sizes.size(node.meta["val"])
+        elif node.op == "placeholder":
+            values[node] = None
+        else:
+            operands = [_computed(operand, known, sizes, values) for operand in node.all_input_nodes]
+            values[node] = None
+            if all(operand is not None for operand in operands):
+                assert callable(node.target)
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+    return values[node]
+
+
+def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _widen(args), _widen(dict(kwargs))
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
-    args, kwargs = (_widen(part) for part in (args, dict(kwargs)))
+    args, kwargs = _widened(args, kwargs)
     if node.target in _SMOOTH:
         return _SMOOTH[node.target](*args, **kwargs)
     if node.target in COMPARISONS:

@@ -122,7 +122,7 @@ OTHERS: dict[str, Formula] = {
     ),
     "gated probabilities": lambda q, k, v, keep: (torch.softmax(scores(q, k), -1) * keep) @ v,
     "scores that are no product": lambda q, k, v, keep: torch.softmax(q.cos(), -1) @ k.mT,
-    "scale from the data": lambda q, k, v, keep: torch.softmax(scores(q, k) * q.mean(), -1) @ v,
+    "scale of every key": lambda q, k, v, keep: torch.softmax(scores(q, k) * k.mean(-1).unsqueeze(-2), -1) @ v,
 }
 
 

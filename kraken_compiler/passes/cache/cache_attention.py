@@ -71,8 +71,10 @@ class CacheAttention(Pass):
 
 def _derive(program: Program) -> CachedProgram | Rejection:
     token = token_input(program)
-    if token is None or len(program.inputs) != 1:
+    if len(program.inputs) != 1:
         return Rejection("it takes more than token ids")
+    if token is None:
+        return Rejection("its input is not token ids [batch, sequence] that an embedding looks up as they are")
     logits = _logits(program)
     if logits is None or program.layers is None:
         return Rejection("it has no logits")

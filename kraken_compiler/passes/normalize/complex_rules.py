@@ -63,7 +63,9 @@ class Arithmetic:
     def sub(self, left: Part, right: Part) -> Part:
         if _is(left, 0.0):
             return self.neg(right)
-        return self.call(aten.sub.Tensor, left, right) if _both_tensors(left, right) else self.add(left, self.neg(right))
+        return (
+            self.call(aten.sub.Tensor, left, right) if _both_tensors(left, right) else self.add(left, self.neg(right))
+        )
 
     def neg(self, part: Part) -> Part:
         return self.call(aten.neg.default, part) if isinstance(part, fx.Node) else -part or 0.0

@@ -181,16 +181,22 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
 
 
 def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | None:
-    """A number that the graph computes scales the queries instead of the scores."""
+    """A number that the graph computes, or one for all keys (a learned temperature per head), scales the queries."""
     pairs = [args_of(node)[:2]] if node.target is aten.div.Tensor else [args_of(node)[:2], args_of(node)[1::-1]]
     for scored, factor in pairs:
-        is_number = isinstance(factor, fx.Node) and not (is_tensor(factor) and shape_of(factor))
-        scores = _parse(scored, graph) if is_number else None
-        if scores is not None and scores.bias is None and not scores.softcap:
-            dtype = value_of(scores.query).dtype
-            scores.query = graph.call_function(node.target, (scores.query, factor))
-            refresh_shapes(graph)
-            return scores if value_of(scores.query).dtype == dtype else None
+        shape = shape_of(factor) if isinstance(factor, fx.Node) and is_tensor(factor) else ()
+        is_for_all_keys = isinstance(factor, fx.Node) and not (shape and not same_size(shape[-1], 1))
+        scores = _parse(scored, graph) if is_for_all_keys else None
+        if scores is None:
+            continue
+        if scores.softcap or (shape and scores.sizes is not None):
+            return None
+        dtype = value_of(scores.query).dtype
+        scores.query = graph.call_function(node.target, (scores.query, factor))
+        if scores.bias is not None:
+            scores.bias = graph.call_function(node.target, (scores.bias, factor))
+        refresh_shapes(graph)
+        return scores if value_of(scores.query).dtype == dtype else None
     return None
 
 

@@ -60,7 +60,9 @@ _HINT = "Supported are rotary embeddings and the like: products, sums, and what 
 
 def _lower(node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:
     if node.op == "output":
-        return _reject("it returns a complex tensor", next(one for one in node.all_input_nodes if one in arithmetic.pairs))
+        return _reject(
+            "it returns a complex tensor", next(one for one in node.all_input_nodes if one in arithmetic.pairs)
+        )
     arithmetic.node = node
     if node.target is operator.getitem:
         several, place = arithmetic.pairs[args_of(node)[0]], args_of(node)[1]
@@ -109,9 +111,7 @@ def _part(program: Program, node: fx.Node, spec: WeightSpec, name: str, value: t
     with fake_mode_of(program.graph):
         made.meta["val"] = torch.empty(spec.shape, dtype=dtype)
     program.constants[source] = value
-    own = replace(
-        spec, name=made.name, source=source, dtype=str(dtype).removeprefix("torch."), kind="constant"
-    )
+    own = replace(spec, name=made.name, source=source, dtype=str(dtype).removeprefix("torch."), kind="constant")
     _insert_before(program.weights, node.name, own)
     return made
 

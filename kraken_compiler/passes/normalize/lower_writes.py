@@ -105,8 +105,10 @@ class _Write:
         return source if same_shape(source, into) else self._call(aten.expand.default, source, self._sizes(into))
 
     def _sizes(self, node: fx.Node) -> list[Any]:
-        return [size if isinstance(size, int) else self._call(aten.sym_size.int, node, dim)
-                for dim, size in enumerate(shape_of(node))]
+        return [
+            size if isinstance(size, int) else self._call(aten.sym_size.int, node, dim)
+            for dim, size in enumerate(shape_of(node))
+        ]
 
     def _chosen(self, into: fx.Node, indices: list[Any], value: fx.Node, accumulate: bool) -> fx.Node | None:
         """One value, or one for every place of the dims behind the mask's, wherever the mask is true."""
@@ -129,16 +131,16 @@ class _Write:
         index = index % int(size) if index < 0 else index
         return self._scattered(into, self._call(aten.unsqueeze.default, source, dim), dim, index, index + 1, 1)
 
-    def _scattered(
-        self, into: fx.Node, source: fx.Node, dim: int, start: Any, end: Any, step: Any
-    ) -> fx.Node | None:
+    def _scattered(self, into: fx.Node, source: fx.Node, dim: int, start: Any, end: Any, step: Any) -> fx.Node | None:
         size = shape_of(into)[dim]
         source = self._cast(source, value_of(into).dtype)
         if same_shape(source, into):
             return source
         if isinstance(size, int) and step != 1:
             return self._strided(into, source, dim, int(start or 0), end, step)
-        if step != 1 or any(isinstance(bound, int) and bound < 0 and not isinstance(size, int) for bound in (start, end)):
+        if step != 1 or any(
+            isinstance(bound, int) and bound < 0 and not isinstance(size, int) for bound in (start, end)
+        ):
             return None
         if isinstance(size, int) and all(bound is None or isinstance(bound, int) for bound in (start, end)):
             start, end, _ = slice(start, end).indices(size)
@@ -162,7 +164,9 @@ class _Write:
         written = args_of(into)[0] if into.target is aten.reshape.default else None
         if isinstance(written, fx.Node) and same_shape(written, table):
             table = written
-        filled = self._scattered(table, self._call(aten.unsqueeze.default, source, dim + 1), dim + 1, column, column + 1, 1)
+        filled = self._scattered(
+            table, self._call(aten.unsqueeze.default, source, dim + 1), dim + 1, column, column + 1, 1
+        )
         return None if filled is None else self._call(aten.reshape.default, filled, shape)
 
     def _slice(self, node: fx.Node, dim: int, start: Any, end: Any) -> fx.Node:

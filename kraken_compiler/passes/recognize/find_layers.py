@@ -95,7 +95,9 @@ def _no_attention(program: Program, stream: Stream) -> Rejection:
     for targets in ((aten.softmax.int, aten._softmax.default), (aten.matmul.default, aten.bmm.default)):
         for node in calls(program.graph, *targets):
             if node in inside and not weights & set(node.all_input_nodes):
-                reason = "no branch of the residual stream holds an attention of a known kind, and this is part of another"
+                reason = (
+                    "no branch of the residual stream holds an attention of a known kind, and this is part of another"
+                )
                 return _reject(reason, node, _ATTENTION_HINT)
     first = stream.joins[0].after
     return _reject("no branch of the residual stream holds an attention", first, _ATTENTION_HINT)

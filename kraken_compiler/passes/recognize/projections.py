@@ -12,6 +12,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.graph_tools import (
     ATTENTIONS,
+    LINEAR,
     PROJECTIONS,
     ancestors,
     args_of,
@@ -19,7 +20,7 @@ from kraken_compiler.passes.graph_tools import (
     module_path,
 )
 from kraken_compiler.passes.probing import Region
-from kraken_compiler.passes.shapes import is_tensor, same_shape
+from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
 
 _LINEAR_OPS = frozenset(
     {
@@ -96,7 +97,9 @@ def find_projections(
     output, factors = found
     source = args_of(output)[0]
     assert isinstance(source, fx.Node)
-    linears = {node for node in nodes if node.target in PROJECTIONS and node is not output}
+    linears = _leaving_stream(
+        {node for node in nodes if node.target in PROJECTIONS and node is not output}, term, inside
+    )
     attentions = [node for node in nodes if node.target in ATTENTIONS]
     leaves: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
@@ -135,6 +138,18 @@ def _read_elsewhere(nodes: Sequence[fx.Node], readers: Set[fx.Node]) -> set[fx.N
         if any(user not in readers or user in shared for user in node.users):
             shared.add(node)
     return shared
+
+
+def _leaving_stream(linears: set[fx.Node], term: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """Without those before the attention that work on every head alone, with the same weights: nothing to cut."""
+    rank = len(shape_of(term))
+    deep = {node for node in linears if node.target is LINEAR and len(shape_of(node)) > rank}
+    above = {node: ancestors(node, within=inside) for node in deep}
+    return linears - {
+        node
+        for node in deep
+        if above[node] & linears - deep and not any(one.target in ATTENTIONS for one in above[node])
+    }
 
 
 def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set[fx.Node]) -> fx.Node:

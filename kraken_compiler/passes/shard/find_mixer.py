@@ -32,13 +32,18 @@ def mixing(node: fx.Node, what: str) -> Rejection:
     return Rejection(reason, (node.name,), module_path(node), _HINT)
 
 
-def breaking(nodes: Sequence[fx.Node], broken: Mapping[fx.Node, str]) -> Rejection:
+def breaking(nodes: Sequence[fx.Node], kept: Mapping[str, Kept], broken: Mapping[fx.Node, str]) -> Rejection:
     """The rejection for the last node that makes parts for lanes of what has none.
 
     Args:
         nodes: The nodes between a branch's projections, in graph order.
+        kept: Kept sets by node name.
         broken: The nodes of which lanes need no parts that can be theirs, and why.
     """
+    for node in reversed(nodes):
+        if is_tensor(node) and any(_is_elsewhere(operand, node, kept) for operand in node.all_input_nodes):
+            reason = f"'{operator_name(node)}' moves heads or columns from one lane to another"
+            return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
     for node in reversed(nodes):
         reason = next((broken[operand] for operand in node.all_input_nodes if operand in broken), None)
         whole = node not in broken and not any(user in broken for user in node.users if user.target is operator.getitem)
@@ -46,6 +51,12 @@ def breaking(nodes: Sequence[fx.Node], broken: Mapping[fx.Node, str]) -> Rejecti
             return Rejection(f"{reason} ('{operator_name(node)}')", (node.name,), module_path(node), DEGREE_HINT)
     node, reason = next(iter(broken.items()))
     return Rejection(reason.replace("its operand", "it"), (node.name,), module_path(node), DEGREE_HINT)
+
+
+def _is_elsewhere(operand: fx.Node, node: fx.Node, kept: Mapping[str, Kept]) -> bool:
+    """True if lanes need another part of an operand than of a result of the same shape."""
+    both = operand.name in kept and node.name in kept and same_shape(operand, node)
+    return both and node.target not in _MOVES and kept[operand.name] != kept[node.name]
 
 
 def operator_name(node: fx.Node) -> str:
@@ -82,8 +93,8 @@ def mixer_of_columns(nodes: Sequence[fx.Node], kept: Mapping[str, Kept]) -> fx.N
         nodes: The nodes between the FFN's projections, in graph order.
         kept: Kept sets by node name.
     """
-    parts = [node for node in nodes if node.name in kept or any(_is_kept_result(user, kept) for user in node.users)]
-    cuts = [node for node in parts if _needs_all(node, kept)]
+    parts = [node for node in nodes if node.name in kept]
+    cuts = [node for node in nodes if _needs_all(node, kept)]
     if not cuts:
         return None
     for node in cuts:
@@ -100,14 +111,12 @@ def mixer_of_columns(nodes: Sequence[fx.Node], kept: Mapping[str, Kept]) -> fx.N
     return cuts[0]
 
 
-def _is_kept_result(user: fx.Node, kept: Mapping[str, Kept]) -> bool:
-    return user.target is operator.getitem and user.name in kept
-
-
 def _needs_all(node: fx.Node, kept: Mapping[str, Kept]) -> bool:
     if node.target in _MOVES:
         return False
-    results = [node] if is_tensor(node) else [user for user in node.users if _is_kept_result(user, kept)]
+    # A sort gives two tensors.
+    results = [node] if is_tensor(node) else [user for user in node.users if user.target is operator.getitem]
+    results = [result for result in results if result.name in kept]
     whole = [operand for operand in node.all_input_nodes if operand.name not in kept and is_tensor(operand)]
     return any(same_shape(operand, result) for operand in whole for result in results)
 

@@ -16,6 +16,13 @@ from kraken_compiler.passes.shard.degrees import DEGREE_HINT
 
 _SIZED = frozenset({aten.reshape.default, aten.expand.default})
 _REPEATS = frozenset({aten.repeat_interleave.self_int, aten.repeat.default})
+_GROUPED = {
+    aten.group_norm.default: (1, "num_groups"),
+    **dict.fromkeys(
+        (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding), (6, "groups")
+    ),
+}
+"""Operators on groups of channels, which are dim 1, and which argument says how many."""
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
 
@@ -66,6 +73,25 @@ def localize(
         return _split(node, operand, before, into)
     if node.target is aten.index.Tensor:
         return _index(node, before, into, known)
+    if node.target in _GROUPED:
+        return _regroup(node, into, int(before[1]))
+    return {}
+
+
+def _regroup(node: fx.Node, into: Kept, channels: int) -> Rejection | dict[fx.Node, Tensor]:
+    """A lane that holds whole groups of channels has fewer groups of the same size."""
+    place, name = _GROUPED[node.target]
+    groups, lanes = int(argument(node, place, name, 1)), into[1]
+    if lanes is None or groups == 1:
+        return {}
+    width = channels // groups
+    if any(start % width or stop % width for lane in lanes for start, stop in lane):
+        return _moved(node)
+    mine = size(lanes[0]) // width
+    if name in node.kwargs:
+        node.kwargs = {**node.kwargs, name: mine}
+    else:
+        node.args = (*args_of(node)[:place], mine, *args_of(node)[place + 1 :])
     return {}
 
 

@@ -27,6 +27,8 @@ from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, KV_HEAD_OF, count, kv_shares, spread
 from kraken_compiler.passes.shard.find_mixer import breaking, mixer_of_columns, mixer_of_heads, mixing
 
+_FILLED = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+
 
 # A caller in inference or no-grad mode gets no gradients from autograd, and so no kept sets.
 @torch.inference_mode(False)
@@ -83,13 +85,19 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     found = {node: _kept_sets(lanes) for node, lanes in marks.items()}
     broken = {node: sets for node, sets in found.items() if isinstance(sets, str)}
     kept: dict[str, Kept] = {
-        node.name: sets for node, sets in found.items() if not isinstance(sets, str) and any(d is not None for d in sets)
+        node.name: sets
+        for node, sets in found.items()
+        if not isinstance(sets, str) and any(d is not None for d in sets)
     }
+    for node in projections.region:
+        # Of one number everywhere, a lane has as much as of what lends it the shape.
+        if node.target in _FILLED and node.name not in kept and args_of(node)[0].name in kept:
+            kept[node.name] = kept[args_of(node)[0].name]
     mixer = mixer_of_columns(projections.region, kept) if attention is None or broken else None
     if mixer is not None:
         return mixing(mixer, "heads" if attention is not None else "columns")
     if broken:
-        return breaking(projections.region, broken)
+        return breaking(projections.region, kept, broken)
     return BranchShards(
         branch=branch.index,
         inputs=tuple(node.name for node in projections.inputs),
@@ -186,9 +194,10 @@ def _kept_sets(lanes: Sequence[Tensor]) -> Kept | str:
             return "a lane needs a part of its operand that is no block of it"
         per_lane.append(sets)
     kept: list[KeptDim] = []
-    for dim, whole in enumerate(lanes[0].shape):
+    for dim in range(lanes[0].dim()):
         mine = tuple(sets[dim] for sets in per_lane)
         if len(set(map(size, mine))) > 1:
             return "lanes need unequal parts of its operand"
-        kept.append(None if all(one == ((0, whole),) for one in mine) else mine)
+        # What all lanes need alike is not divided, be it all or some of it.
+        kept.append(None if all(one == mine[0] for one in mine) else mine)
     return tuple(kept)

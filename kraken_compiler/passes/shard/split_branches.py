@@ -22,12 +22,12 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, module_path
+from kraken_compiler.passes.graph_tools import ATTENTIONS, ancestors, args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT
-from kraken_compiler.passes.shard.find_mixer import operator_name
+from kraken_compiler.passes.shard.find_mixer import mixer_of_columns, mixing, operator_name
 from kraken_compiler.passes.shard.localize import localize
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes, weight_kept
 
@@ -48,7 +48,7 @@ class SplitBranches(Pass):
         splitter = WeightSplitter(program, shapes)
         nodes = {node.name: node for node in program.graph.nodes}
         firsts: dict[int, BranchShards] = {}
-        checks = []
+        checks: dict[int, _Check] = {}
         branches = {}
         assert program.layers is not None
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
@@ -60,14 +60,17 @@ class SplitBranches(Pass):
             if isinstance(parts, Rejection):
                 return PassResult(rejections=(parts,))
             if check is not None:
-                checks.append(check)
+                checks[plan.structure] = check
             branches[branch] = tuple(one for name in branch.nodes for one in (name, *parts.get(name, ())))
         program.degree = self.degree
         program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
-        rejection = _refresh(program, nodes, shapes, firsts) or next(
-            filter(None, (check.run() for check in checks)), None
-        )
+        culprit = _refresh(program, nodes, shapes, firsts)
+        if culprit is not None:
+            rejection = next((check.rejection(culprit) for check in checks.values() if culprit in check.region), None)
+            rejection = rejection or _not_by_parts(culprit)
+        else:
+            rejection = next(filter(None, (check.run() for check in checks.values())), None)
         return PassResult(len(program.shards), (rejection,) if rejection else ())
 
 
@@ -145,8 +148,8 @@ def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> Non
 
 def _refresh(
     program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]], firsts: dict[int, BranchShards]
-) -> Rejection | None:
-    """Recompute shapes, once a structure; the lane's shapes must be the ones the plan says."""
+) -> fx.Node | None:
+    """Recompute shapes, once a structure; gives the first node whose shape on a lane is not the one the plan says."""
     twins: dict[fx.Node, fx.Node] = {}
     for plan in program.shards:
         first = firsts[plan.structure]
@@ -163,23 +166,29 @@ def _refresh(
                     sum(stop - start for start, stop in lanes[0]) if lanes else length
                     for length, lanes in zip(whole, sets or (None,) * len(whole))
                 ]
+    failed = None
     try:
         refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError):
         missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
-        culprit = next(node for node in missing if node not in twins)
-        return _rejected(culprit)
+        failed = next(node for node in missing if node not in twins)
     for name, sizes in expected.items():
+        if nodes[name] is failed or "val" not in nodes[name].meta:
+            continue
         have = shape_of(nodes[name])
         if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
-            return _rejected(nodes[name])
+            return nodes[name]
+    if failed is not None:
+        return failed
     for twin, model in twins.items():
         twin.meta["val"] = model.meta["val"]
     return None
 
 
-def _rejected(node: fx.Node) -> Rejection:
-    reason = f"'{operator_name(node)}' does not work on a part of the heads or columns as it works on all of them"
+def _not_by_parts(node: fx.Node) -> Rejection:
+    reason = (
+        f"'{operator_name(node)}' does not give a lane its heads or columns when it is given only those of the lane"
+    )
     return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
 
 
@@ -199,6 +208,8 @@ class _Check:
         whole = Region(region, leaves, known_constants(program), seed=1)
         self._inputs = whole.inputs
         self._whole = whole.run()
+        self._mixer = mixer_of_columns(region, plan.kept)
+        self._what = "heads" if any(leaf.target in ATTENTIONS for leaf in region) else "columns"
 
     def run(self) -> Rejection | None:
         for lane in range(self._program.degree):
@@ -213,8 +224,15 @@ class _Check:
             parts = local.run(values)
             want = self._whole[source][..., to_indices(self.plan.columns[lane])]
             if not _agree(parts[source], want):
-                return _rejected(self._first_that_differs(parts, lane))
+                return self.rejection(self._first_that_differs(parts, lane), lane)
         return None
+
+    def rejection(self, node: fx.Node, lane: int = 0) -> Rejection:
+        """Why the branch cannot be split, which shows at `node`."""
+        if node is self.output:
+            reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
+            return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
+        return mixing(self._mixer, self._what) if self._mixer is not None else _not_by_parts(node)
 
     def _first_that_differs(self, parts: dict[fx.Node, Any], lane: int) -> fx.Node:
         """The first node whose value on a lane is not the lane's part of its value on all."""

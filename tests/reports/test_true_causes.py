@@ -1,0 +1,257 @@
+"""Strange but plausible models: exact, or refused with the operator that is in the way and its module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kraken_compiler
+from kraken_compiler.errors import UnsupportedModelError
+from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, HEADS, LM, TOLERANCE, Attention, D, relative_error
+
+
+def masked(scores_BHQK: Tensor) -> Tensor:
+    keep = torch.ones(scores_BHQK.shape[-2:], dtype=torch.bool).tril()
+    return scores_BHQK.masked_fill(~keep, torch.finfo(scores_BHQK.dtype).min)
+
+
+class Temperatures(Attention):
+    """A learned factor of every head's scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.linspace(0.2, 0.5, HEADS).view(HEADS, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked(q @ k.transpose(-1, -2) * self.temperature).softmax(-1) @ v
+
+
+class BestKeys(Attention):
+    """Only a query's four best keys count."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = masked(q @ k.transpose(-1, -2) / 4)
+        least = scores.topk(4, -1).values[..., -1:]
+        return scores.masked_fill(scores < least, -1e9).softmax(-1) @ v
+
+
+class SharedProjection(Attention):
+    """One small projection for the keys of all heads, each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature = nn.Linear(D // HEADS, 8)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(self.feature(q), self.feature(k), v)
+
+
+class WrittenRotary(Attention):
+    """A rotary embedding written into memory, between every two elements."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angle = torch.arange(q.shape[2])[:, None] / 7 ** torch.arange(D // HEADS // 2)
+
+        def turn(t: Tensor) -> Tensor:
+            out, even, odd = torch.empty_like(t), t[..., ::2], t[..., 1::2]
+            out[..., ::2] = even * angle.cos() - odd * angle.sin()
+            out[..., 1::2] = even * angle.sin() + odd * angle.cos()
+            return out
+
+        return super().attend(turn(q), turn(k), v)
+
+
+class TurnedInPlace(Attention):
+    """A rotary embedding in place, half by half, and what it makes copied once more."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angle, half = torch.arange(q.shape[2])[:, None] / 7 ** torch.arange(8), D // HEADS // 2
+
+        def turn(t: Tensor) -> Tensor:
+            t, left, right = t.clone(), t[..., :half].clone(), t[..., half:].clone()
+            t[..., :half].mul_(angle.cos()).sub_(right * angle.sin())
+            t[..., half:].copy_(left * angle.sin() + right * angle.cos())
+            return torch.zeros(t.shape).copy_(t)
+
+        return super().attend(turn(q), turn(k), v)
+
+
+class ShiftedTokens(FFN):
+    """Every token reads the one before it; the first is left out."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = F.pad(self.up(x_BSD), (0, 0, 1, 0))[:, :-1]
+        hidden[:, 0] = 1.0
+        hidden[hidden < 0] = 0.0
+        return self.down(hidden)
+
+
+class DepthwiseConvolution(FFN):
+    """A causal convolution of every column by itself, normalised in groups of 8 columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Conv1d(COLUMNS, COLUMNS, 3, groups=COLUMNS)
+        self.norm = nn.GroupNorm(COLUMNS // 8, COLUMNS)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.along(F.pad(self.up(x_BSD).transpose(1, 2), (2, 0)))
+        return self.down(hidden.transpose(1, 2) + self.norm(self.up(x_BSD).flatten(0, 1)).view(*x_BSD.shape[:2], -1))
+
+
+class LookedUp(FFN):
+    """What the stream looks like picks a row of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.act = nn.Embedding(10, COLUMNS), nn.PReLU(COLUMNS)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.up(x_BSD) + self.table((x_BSD[..., 0] > 0).long() * 7)
+        hidden = self.act(hidden.flatten(0, 1)).view_as(hidden) + (hidden[..., None] * torch.arange(3)).sin().sum(-1)
+        return self.down(torch.maximum(hidden, torch.zeros_like(hidden) - 0.5))
+
+
+class TokenShift(LM):
+    """The embedding adds the previous token's, with no weights in between."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x_BSD = super().embed(ids)
+        shifted = torch.zeros_like(x_BSD)
+        shifted[:, 1:] = x_BSD[:, :-1]
+        return x_BSD + shifted
+
+
+EXACT = {
+    "temperatures": lambda: LM(Temperatures),
+    "best keys": lambda: LM(BestKeys),
+    "shared projection": lambda: LM(SharedProjection),
+    "written rotary": lambda: LM(WrittenRotary),
+    "turned in place": lambda: LM(TurnedInPlace),
+    "shifted tokens": lambda: LM(ffn=ShiftedTokens),
+    "depthwise convolution": lambda: LM(ffn=DepthwiseConvolution),
+    "looked up": lambda: LM(ffn=LookedUp),
+    "token shift": TokenShift,
+}
+
+
+@pytest.mark.parametrize(("name", "degree"), [(name, (2, 4)[number % 2]) for number, name in enumerate(EXACT)])
+def test_is_exact(name: str, degree: int) -> None:
+    model = EXACT[name]()
+    lanes = kraken_compiler.transform(model, degree, "standard", example_inputs=EXAMPLE)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+    assert relative_error(lanes, model, 2, 29) <= TOLERANCE
+
+
+class SortedHeads(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v.sort(1).values)
+
+
+class RolledHeads(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v.roll(1, 1))
+
+
+class TalkingHeads(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.rand(HEADS, HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        probabilities = masked(torch.einsum("bhqk,hg->bgqk", q @ k.transpose(-1, -2), self.mix)).softmax(-1)
+        return probabilities @ v
+
+
+class SigmoidAttention(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(masked(q @ k.transpose(-1, -2))) @ v
+
+
+class SummedColumns(FFN):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(self.up(x_BSD).cumsum(-1))
+
+
+class RolledColumns(FFN):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(self.up(x_BSD).roll(1, -1))
+
+
+class OverwrittenColumns(FFN):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.up(x_BSD)
+        hidden[..., [0, 3]] = 0.0
+        return self.down(hidden)
+
+
+class ScatteredColumns(FFN):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.up(x_BSD)
+        return self.down(hidden.masked_scatter(hidden < 0, hidden.abs()))
+
+
+class RecurrentColumns(FFN):
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.GRU(COLUMNS, COLUMNS, batch_first=True)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(self.along(self.up(x_BSD))[0])
+
+
+class BranchOfABranch(FFN):
+    """The second FFN reads what the first gave, which lanes have only parts of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.norm = FFN(), nn.LayerNorm(D)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BSD = super().forward(x_BSD)
+        return y_BSD + self.second(self.norm(y_BSD))
+
+
+REFUSED = {
+    "sorted heads": (lambda: LM(SortedHeads), "attention.0", "sort", "mixes the heads"),
+    "rolled heads": (lambda: LM(RolledHeads), "attention.0", "roll", "'roll' moves heads"),
+    "talking heads": (lambda: LM(TalkingHeads), "attention.0", "softmax", "no branch of the residual stream holds"),
+    "sigmoid": (lambda: LM(SigmoidAttention), "attention.0", "matmul", "no branch of the residual stream holds"),
+    "summed columns": (lambda: LM(ffn=SummedColumns), "ffn.0", "cumsum", "mixes the columns"),
+    "rolled columns": (lambda: LM(ffn=RolledColumns), "ffn.0", "roll", "'roll' does not give a lane"),
+    "overwritten columns": (lambda: LM(ffn=OverwrittenColumns), "ffn.0", "index_put", "mixes the columns"),
+    "scattered columns": (lambda: LM(ffn=ScatteredColumns), "ffn.0", "masked_scatter", "mixes the columns"),
+    "recurrent columns": (lambda: LM(ffn=RecurrentColumns), "ffn.0.along", "gru", "mixes the columns"),
+    "a branch of a branch": (lambda: LM(ffn=BranchOfABranch), "ffn.0.norm", "layer_norm", "output of another branch"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_operator_in_the_way_is_named(name: str) -> None:
+    build, path, operator, reason = REFUSED[name]
+    with pytest.raises(UnsupportedModelError) as caught:
+        kraken_compiler.transform(build(), 2, "standard", example_inputs=EXAMPLE)
+    (rejection,) = caught.value.rejections
+    assert rejection.path == path
+    assert rejection.nodes[0].startswith(operator)
+    assert reason in rejection.reason
+    assert "another degree" not in str(rejection)
+
+
+class UnevenGroups(FFN):
+    """Groups of 32 columns: three lanes can have whole ones, two cannot."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        groups = self.up(x_BSD).unflatten(-1, (3, 32))
+        return self.down((groups / groups.norm(dim=-1, keepdim=True)).flatten(-2))
+
+
+def test_another_degree_is_named_where_one_works() -> None:
+    model = LM(ffn=UnevenGroups)
+    with pytest.raises(UnsupportedModelError) as caught:
+        kraken_compiler.transform(model, 2, "standard", example_inputs=EXAMPLE)
+    print(caught.value)
+    lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
