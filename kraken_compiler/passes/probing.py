@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, LOOKUPS, compare, lookup
-from kraken_compiler.passes.graph_tools import args_of, aten
+from kraken_compiler.passes.graph_tools import args_of, aten, module_path
 from kraken_compiler.passes.shapes import Concretizer
 
 _SMOOTH: dict[Any, Any] = {
@@ -34,6 +35,7 @@ _SMOOTH: dict[Any, Any] = {
     # A mean over all lanes' columns is told to all lanes; that it depends on all columns mixes nothing.
     torch.ops.kraken.mean_power.default: lambda x, power, *rest: x.new_full((*x.shape[:-1], 1), power - 1.0),
 }
+_HINT = "Its branch is run on 2 sequences of 3 random tokens in float64: write it with operators that can be."
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -83,7 +85,12 @@ class Region:
                     values[node] = value.detach().clone().requires_grad_()
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((args_of(node), node.kwargs), values.__getitem__)
-            values[node] = lookup(node, *_widened(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
+            try:
+                values[node] = lookup(node, *_widened(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
+            except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
+                # Deep inside a pass, and for the user: the operator does not run on a few random numbers.
+                reason = f"what lanes need of it cannot be found out: {str(error).splitlines()[0]}"
+                raise UnsupportedModelError([Rejection(reason, (node.name,), module_path(node), _HINT)]) from error
         return values
 
     def _picks(self, node: fx.Node) -> bool:

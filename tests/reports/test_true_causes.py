@@ -29,11 +29,11 @@ class Temperatures(Attention):
 
 
 class BestKeys(Attention):
-    """Only a query's four best keys count."""
+    """Only a query's two best keys count."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = masked(q @ k.transpose(-1, -2) / 4)
-        least = scores.topk(4, -1).values[..., -1:]
+        least = scores.topk(2, -1).values[..., -1:]
         return scores.masked_fill(scores < least, -1e9).softmax(-1) @ v
 
 
@@ -193,6 +193,15 @@ class ScatteredColumns(FFN):
         return self.down(hidden.masked_scatter(hidden < 0, hidden.abs()))
 
 
+class ManyBestKeys(Attention):
+    """More keys than the tokens that a branch is probed with."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = masked(q @ k.transpose(-1, -2) / 4)
+        least = scores.topk(4, -1).values[..., -1:]
+        return scores.masked_fill(scores < least, -1e9).softmax(-1) @ v
+
+
 class RecurrentColumns(FFN):
     def __init__(self) -> None:
         super().__init__()
@@ -219,6 +228,7 @@ REFUSED = {
     "rolled heads": (lambda: LM(RolledHeads), "attention.0", "roll", "'roll' moves heads"),
     "talking heads": (lambda: LM(TalkingHeads), "attention.0", "softmax", "no branch of the residual stream holds"),
     "sigmoid": (lambda: LM(SigmoidAttention), "attention.0", "matmul", "no branch of the residual stream holds"),
+    "many best keys": (lambda: LM(ManyBestKeys), "attention.0", "topk", "selected index k out of range"),
     "summed columns": (lambda: LM(ffn=SummedColumns), "ffn.0", "cumsum", "mixes the columns"),
     "rolled columns": (lambda: LM(ffn=RolledColumns), "ffn.0", "roll", "'roll' does not give a lane"),
     "overwritten columns": (lambda: LM(ffn=OverwrittenColumns), "ffn.0", "index_put", "mixes the columns"),
@@ -252,6 +262,6 @@ def test_another_degree_is_named_where_one_works() -> None:
     model = LM(ffn=UnevenGroups)
     with pytest.raises(UnsupportedModelError) as caught:
         kraken_compiler.transform(model, 2, "standard", example_inputs=EXAMPLE)
-    print(caught.value)
+    assert "Degree 3 works." in str(caught.value)
     lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE)
     assert relative_error(lanes, model, 3, 11) <= TOLERANCE

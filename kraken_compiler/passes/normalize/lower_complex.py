@@ -41,10 +41,7 @@ class LowerComplex(Pass):
             lowered = is_complex(node.meta.get("val")) or any(one in arithmetic.pairs for one in node.all_input_nodes)
             if not lowered:
                 continue
-            if node.op == "placeholder":
-                fault = _weight(program, node, arithmetic)
-            else:
-                fault = _lower(node, arithmetic)
+            fault = _weight(program, node, arithmetic) if node.op == "placeholder" else _lower(node, arithmetic)
             if fault is not None:
                 return PassResult(matches, (fault,))
             matches += 1
@@ -55,7 +52,10 @@ class LowerComplex(Pass):
         return PassResult(matches)
 
 
-_HINT = "Supported are rotary embeddings and the like: products, sums, and what moves elements; write the rest in real numbers."
+_HINT = (
+    "Supported are rotary embeddings and the like: products, sums, and what moves elements; "
+    "write the rest in real numbers."
+)
 
 
 def _lower(node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:

@@ -35,16 +35,26 @@ class LowerWrites(Pass):
 
     def run(self, program: Program) -> PassResult:
         mode = fake_mode_of(program.graph)
-        matches = sum(_Write(node, mode).lower() for node in calls(program.graph, *_WRITES))
-        return PassResult(matches + sum(_Write(node, mode).read() for node in calls(program.graph, aten.slice.Tensor)))
+        written: dict[fx.Node, tuple[Any, fx.Node]] = {}
+        matches = sum(_Write(node, mode, written).lower() for node in calls(program.graph, *_WRITES))
+        return PassResult(
+            matches + sum(_Write(node, mode, written).read() for node in calls(program.graph, aten.slice.Tensor))
+        )
 
 
 @dataclass
 class _Write:
-    """One write; what replaces it stands before it."""
+    """One write, or a read of what was written; what replaces it stands before it.
+
+    Attributes:
+        node: The operator.
+        mode: The mode of the graph's fake tensors.
+        written: Which part of a concatenation that replaced a write was written, and what stands there.
+    """
 
     node: fx.Node
     mode: FakeTensorMode
+    written: dict[fx.Node, tuple[Any, fx.Node]]
 
     def lower(self) -> bool:
         node, target = self.node, self.node.target
@@ -71,6 +81,10 @@ class _Write:
         """A slice of a concatenation becomes what stands there: what was overwritten has no readers then."""
         node = self.node
         into, dim = args_of(node)[0], int(argument(node, 1, "dim", 0)) % len(shape_of(node))
+        part = _part(dim, *(argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))))
+        if into in self.written and self.written[into][0] == part:
+            self._read_as(self.written[into][1])
+            return True
         whole = into.target is aten.cat.default and int(argument(into, 1, "dim", 0)) % len(shape_of(into)) == dim
         size = shape_of(into)[dim]
         bounds = (argument(node, 2, "start"), argument(node, 3, "end"))
@@ -138,19 +152,20 @@ class _Write:
             return source
         if isinstance(size, int) and step != 1:
             return self._strided(into, source, dim, int(start or 0), end, step)
-        if step != 1 or any(
-            isinstance(bound, int) and bound < 0 and not isinstance(size, int) for bound in (start, end)
-        ):
+        if step != 1:
             return None
+        part = _part(dim, start, end, step)
         if isinstance(size, int) and all(bound is None or isinstance(bound, int) for bound in (start, end)):
             start, end, _ = slice(start, end).indices(size)
             stop = end >= size
         else:
-            stop = end is None or (isinstance(end, int) and end >= 2**62)
+            stop = end is None or (isinstance(end, int) and end >= _NO_END)
         pieces = [] if start in (None, 0) else [self._slice(into, dim, 0, start)]
         pieces += [source]
         pieces += [] if stop else [self._slice(into, dim, end, None)]
-        return self._call(aten.cat.default, pieces, dim)
+        new = self._call(aten.cat.default, pieces, dim)
+        self.written[new] = (part, source)
+        return new
 
     def _strided(self, into: fx.Node, source: fx.Node, dim: int, start: int, end: Any, step: int) -> fx.Node | None:
         """Every `step`-th element of all: a column of a table with `step` columns."""
@@ -176,6 +191,14 @@ class _Write:
             if pieces:
                 return pieces[0] if len(pieces) == 1 else self._call(aten.cat.default, pieces, dim)
         return self._call(aten.slice.Tensor, node, dim, start, 2**63 - 1 if end is None else end)
+
+
+def _part(dim: int, start: Any, end: Any, step: Any) -> tuple[Any, ...]:
+    """One spelling of a slice."""
+    return dim, start or 0, None if isinstance(end, int) and end >= _NO_END else end, step or 1
+
+
+_NO_END = 2**62
 
 
 def _pieces(cat: fx.Node, dim: int, start: Any, end: Any) -> list[fx.Node]:

@@ -23,7 +23,7 @@ from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
-from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, KV_HEAD_OF, count, kv_shares, spread
 from kraken_compiler.passes.shard.find_mixer import breaking, mixer_of_columns, mixer_of_heads, mixing
 
@@ -89,10 +89,7 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         for node, sets in found.items()
         if not isinstance(sets, str) and any(d is not None for d in sets)
     }
-    for node in projections.region:
-        # Of one number everywhere, a lane has as much as of what lends it the shape.
-        if node.target in _FILLED and node.name not in kept and args_of(node)[0].name in kept:
-            kept[node.name] = kept[args_of(node)[0].name]
+    _keep_filled(projections.region, kept)
     mixer = mixer_of_columns(projections.region, kept) if attention is None or broken else None
     if mixer is not None:
         return mixing(mixer, "heads" if attention is not None else "columns")
@@ -107,6 +104,17 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
         columns=tuple(from_indices(lane) for lane in columns),
         owned=tuple(from_indices(lane) for lane in owned),
     )
+
+
+def _keep_filled(region: Sequence[fx.Node], kept: dict[str, Kept]) -> None:
+    """Of what is one number everywhere, a lane has as much as of the tensor that lends it the shape."""
+    filled: set[fx.Node] = set()
+    for node in region:
+        operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
+        alike = node.target in _FILLED or (operands and filled.issuperset(operands) and same_shape(operands[0], node))
+        if alike and node.name not in kept and operands[0].name in kept:
+            kept[node.name] = kept[operands[0].name]
+            filled.add(node)
 
 
 def _no_derivative(region: Sequence[fx.Node], source: fx.Node, error: RuntimeError) -> Rejection:

@@ -237,9 +237,11 @@ class _Check:
     def _first_that_differs(self, parts: dict[fx.Node, Any], lane: int) -> fx.Node:
         """The first node whose value on a lane is not the lane's part of its value on all."""
         for node in self.region:
-            if isinstance(parts.get(node), Tensor) and node.name in self.plan.kept:
-                if not _agree(parts[node], self._cut(self._whole[node], node.name, lane)):
-                    return node
+            part = parts.get(node)
+            if not isinstance(part, Tensor) or node.name not in self.plan.kept:
+                continue
+            if not _agree(part, self._cut(self._whole[node], node.name, lane)):
+                return node
         return self.output
 
     def _cut(self, value: Any, name: str, lane: int) -> Any:
