@@ -6,7 +6,6 @@ Shape legend: B batch, S sequence, D stream width, L layers, R rank of an adapte
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,16 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 import kraken_compiler
-from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, LM, TOLERANCE, Attention, D, logits, relative_error, tokens
+from tests.reports.small_models import (
+    COLUMNS,
+    EXAMPLE,
+    FFN,
+    LM,
+    TOLERANCE,
+    Attention,
+    D,
+    relative_error,
+)
 
 
 class CastAttention(Attention):

@@ -16,7 +16,7 @@ from kraken_compiler.passes.shard.degrees import DEGREE_HINT
 
 _SIZED = frozenset({aten.reshape.default, aten.expand.default})
 _REPEATS = frozenset({aten.repeat_interleave.self_int, aten.repeat.default})
-_GROUPED = {
+_GROUPED: dict[Any, tuple[int, str]] = {
     aten.group_norm.default: (1, "num_groups"),
     **dict.fromkeys(
         (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding), (6, "groups")
