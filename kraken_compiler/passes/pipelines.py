@@ -21,6 +21,7 @@ from kraken_compiler.passes.normalize.lower_writes import LowerWrites
 from kraken_compiler.passes.normalize.merge_split_norms import MergeSplitNorms
 from kraken_compiler.passes.normalize.refuse_random_draws import RefuseRandomDraws
 from kraken_compiler.passes.normalize.separate_heads import SeparateHeads
+from kraken_compiler.passes.normalize.separate_parallel import SeparateParallel
 from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
@@ -53,6 +54,7 @@ RECOGNIZE: tuple[Pass, ...] = (
     FuseAttention(),
     DropNoops(),
     CanonicalizeLayout(),
+    SeparateParallel(),
     FindLayers(),
 )
 """From a captured model to its layer table. Keeps the numbers."""

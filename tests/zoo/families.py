@@ -32,6 +32,17 @@ BERT_SIZES = {**SIZES, "max_position_embeddings": 64}
 MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LATENT_SIZES = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+"""Of multi-head latent attention."""
+GROUPED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "n_group": 2,
+    "topk_group": 1,
+}
+"""Of which those of the best groups are picked; the config says from which layer on there are any."""
 GPT_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "n_inner": 96}
 
 
@@ -162,6 +173,8 @@ _BUILDERS = (
         num_experts_per_tok=2,
         swiglu_limit=1.5,
     ),
+    # Keys and values from a latent that every lane computes, next to one rotary key for all heads.
+    modern("deepseek_v3", "deepseek_v3", **LATENT_SIZES, **GROUPED_EXPERTS, q_lora_rank=24, first_k_dense_replace=1),
     modern("glm4", "glm4", kv_heads=2, head_dim=8, partial_rotary_factor=0.5),
     modern("gemma2", "gemma2", kv_heads=4, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, **_GEMMA2_CAPS),
     modern("gemma3", "gemma3_text", kv_heads=4, head_dim=16, layer_types=MIXED_WINDOWS, sliding_window=6),

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from tests.zoo.builder import Builder
-from tests.zoo.families import BERT_SIZES, GPT_SIZES, MIXED_WINDOWS, SIZES, encoder, family, modern
+from tests.zoo.families import (
+    BERT_SIZES,
+    GPT_SIZES,
+    GROUPED_EXPERTS,
+    LATENT_SIZES,
+    MIXED_WINDOWS,
+    SIZES,
+    encoder,
+    family,
+    modern,
+)
 
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _DECODERS = (
     modern("apertus", "apertus", kv_heads=4),
     modern("arcee", "arcee", kv_heads=4),
+    modern(
+        "deepseek_v2",
+        "deepseek_v2",
+        **LATENT_SIZES,
+        **GROUPED_EXPERTS,
+        q_lora_rank=None,
+        first_k_dense_replace=1,
+        topk_method="group_limited_greedy",
+    ),
     modern("ernie4_5", "ernie4_5", kv_heads=4),
     modern("exaone4", "exaone4", kv_heads=4),
     modern("gemma", "gemma", kv_heads=4, head_dim=8),
@@ -25,6 +44,8 @@ _DECODERS = (
         n_group=1,
         topk_group=1,
     ),
+    modern("glm4_moe_lite", "glm4_moe_lite", **LATENT_SIZES, **GROUPED_EXPERTS, q_lora_rank=24),
+    modern("minicpm3", "minicpm3", **LATENT_SIZES, q_lora_rank=24),
     modern("minimax_m2", "minimax_m2", kv_heads=4, head_dim=8, **_EXPERTS),
     modern("phimoe", "phimoe", kv_heads=4, num_local_experts=4),
     modern("granitemoe", "granitemoe", kv_heads=4, **_EXPERTS),

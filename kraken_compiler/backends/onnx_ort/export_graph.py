@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import onnx
 import onnx_ir
 
 from kraken_compiler._torch_compat import onnx_model
@@ -122,8 +123,22 @@ def _handle(wait: onnx_ir.Node) -> onnx_ir.Value:
 def _drop_unused_outputs(graph: onnx_ir.Graph) -> None:
     """An optional output that is named is computed: of attention, that is all scores."""
     for node in graph:
-        while len(node.outputs) > 1 and not node.outputs[-1].uses() and not node.outputs[-1].is_graph_output():
+        while (
+            len(node.outputs) > _required_outputs(node)
+            and not node.outputs[-1].uses()
+            and not node.outputs[-1].is_graph_output()
+        ):
             node.resize_outputs(len(node.outputs) - 1)
+
+
+def _required_outputs(node: onnx_ir.Node) -> int:
+    """How many outputs a node must name, read or not: the values beside a top-k's indices, all pieces of a split."""
+    if not onnx.defs.has(node.op_type, node.domain):
+        return 1
+    schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+    options = {output.option for output in schema.outputs}
+    is_variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic in options
+    return len(node.outputs) if is_variadic else max(1, int(schema.min_output))
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"

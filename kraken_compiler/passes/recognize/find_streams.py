@@ -36,6 +36,7 @@ from kraken_compiler.passes.graph_tools import (
     module_path,
     value_descendants,
 )
+from kraken_compiler.passes.recognize.find_bypass import find_bypass
 from kraken_compiler.passes.shapes import same_shape, value_of
 
 
@@ -92,15 +93,18 @@ def _one_stream(program: Program) -> Stream | Rejection:
     if not joins:
         strayed = next((node for node in graph.nodes if node.target in ATTENTIONS), None)
         reason = "no residual stream was found: no sum of a stream and a branch lies on every path to the output"
-        return _reject(reason, strayed, _HINT)
-    fault = _check_stream(chain, joins, hidden) or _stray_attention([joins], [hidden], graph)
+        return find_bypass(graph, hidden, _HINT) or _reject(reason, strayed, _HINT)
+    fault = _check_stream(chain, joins, hidden)
+    if fault is None and (stray := _stray_attention([joins], [hidden], graph)) is not None:
+        fault = find_bypass(graph, hidden, _HINT) or stray
     return fault or Stream(tuple(joins), frozenset(hidden) - set(roots))
 
 
 _BETWEEN = "besides its first output the model returns values from between its layers"
 _HINT = (
     "Supported are decoders and encoders whose layers add attention and FFN outputs to one stream, and "
-    "encoder-decoders whose two streams begin with inputs of their own; skip connections across layers are not."
+    "encoder-decoders whose two streams begin with inputs of their own; skip connections across layers and "
+    "keys or values that layers share are not."
 )
 
 

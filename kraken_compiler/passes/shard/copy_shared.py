@@ -20,6 +20,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.graph_tools import ancestors
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections
 
@@ -37,19 +38,23 @@ class CopyShared(Pass):
         weights = weight_derived(program)
         plans: list[BranchShards] = []
         branches: dict[Branch, tuple[str, ...]] = {}
+        matches = 0
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
             found = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
             assert isinstance(found, Projections)
             is_cut = any(node.name in plan.kept for node in (*found.whole, *found.shared))
             copies = _copy(found) if is_cut else {}
+            matches += len(copies)
             names = {old.name: new.name for old, new in copies.items()}
             plans.append(_renamed(plan, names))
+            # What only others read by now may be cut otherwise for them.
+            needed = {node.name for node in ancestors(nodes[branch.output])} if copies else set(branch.nodes)
             branches[branch] = tuple(
-                one for name in branch.nodes for one in ([name, names[name]] if name in names else [name])
+                one for name in branch.nodes for one in dict.fromkeys((name, names.get(name, name))) if one in needed
             )
         program.shards = tuple(plans)
         program.layers = program.layers.with_nodes(branches)
-        return PassResult(sum(len(nodes) - len(branch.nodes) for branch, nodes in branches.items()))
+        return PassResult(matches)
 
 
 def _copy(found: Projections) -> dict[fx.Node, fx.Node]:

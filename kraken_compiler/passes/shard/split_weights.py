@@ -82,7 +82,7 @@ class WeightSplitter:
     def _selected(self, node: fx.Node, dim: int, lanes: tuple[IndexSet, ...], shape: tuple[Any, ...]) -> fx.Node:
         """The positions that each lane keeps of one dim of a tensor that is whole on every lane.
 
-        Like `WeightSpec.take`, a lane that keeps fewer than others is padded with zeros at the end. They are picked like
+        Like `WeightSpec.take`, a lane that keeps fewer than others is padded with zeros at the end. They are picked as
         any other position: a product with 0 is not 0 where a value is infinite.
         """
         whole = int(shape[dim])
