@@ -112,10 +112,11 @@ class _State:
         return found + (self._keep_dict(held, place) if isinstance(held, dict) else [])
 
     def _keep_dict(self, held: dict[Any, Any], place: str) -> list[tuple[Any, str]]:
-        saved = dict(held)
+        # The items themselves: a dict of its own class may make something else of them when it is asked.
+        saved = dict(dict.items(held))
 
         def restore() -> None:
-            if not _same(held.items(), saved.items()):
+            if not _same(dict.items(held), saved.items()):
                 held.clear()
                 held.update(saved)
 

@@ -124,7 +124,7 @@ def find_projections(
     returned = next((node for node in shared & between if node.target in ATTENTIONS), None)
     if returned is not None:
         reason = "what its attention gives is also read from outside the branch"
-        return Rejection(reason, (returned.name,), module_path(returned), _HINT)
+        return Rejection(reason, (returned.name,), module_path(returned), f"{_HINT} {_ADAPTER}")
     inputs_in_order, between_in_order, whole_in_order, shared_in_order = (
         tuple(node for node in nodes if node in some) for some in (inputs, between, whole, shared & between)
     )
