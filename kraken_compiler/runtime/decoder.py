@@ -163,10 +163,12 @@ def decoder_of_sources(
         sources: Token ids of the text that the encoder reads, for every row.
         capacity: Most tokens of an answer.
     """
-    texts = [np.array([source], np.int64) for source in sources]
-    return SeparateRows(
-        [RecomputingDecoder(lambda ids, text=text: logits_of(ids, text), 1, capacity) for text in texts]
-    )
+
+    def row(source: Sequence[int]) -> RecomputingDecoder:
+        text = np.array([source], np.int64)
+        return RecomputingDecoder(lambda ids: logits_of(ids, text), 1, capacity)
+
+    return SeparateRows(list(map(row, sources)))
 
 
 def check_capacity(needed: int, capacity: int) -> None:

@@ -116,7 +116,7 @@ class Arithmetic:
 
     def _widened(self, part: fx.Node, other: fx.Node) -> fx.Node:
         """`part` broadcast to the shape that both have together."""
-        both = torch.broadcast_shapes(shape_of(part), shape_of(other))
+        both = torch.broadcast_shapes(shape_of(part), shape_of(other))  # type: ignore[no-untyped-call]
         if len(both) == len(shape_of(part)) and all(a is b or a == b for a, b in zip(both, shape_of(part))):
             return part
         return self.call(aten.add.Tensor, part, self.call(aten.zeros_like.default, other))
@@ -312,7 +312,8 @@ def _created(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
 
 def _real_kwargs(node: fx.Node) -> dict[str, Any]:
     """Keyword arguments with a real element type in a complex one's place."""
-    return {name: REAL_OF.get(value, value) if name == "dtype" else value for name, value in node.kwargs.items()}
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    return {name: REAL_OF.get(value, value) if name == "dtype" else value for name, value in kwargs.items()}
 
 
 def is_complex(value: object) -> bool:

@@ -191,10 +191,11 @@ def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | None:
             continue
         if scores.softcap or (shape and scores.sizes is not None):
             return None
-        dtype = value_of(scores.query).dtype
-        scores.query = graph.call_function(node.target, (scores.query, factor))
+        dtype, scale = value_of(scores.query).dtype, node.target
+        assert callable(scale)
+        scores.query = graph.call_function(scale, (scores.query, factor))
         if scores.bias is not None:
-            scores.bias = graph.call_function(node.target, (scores.bias, factor))
+            scores.bias = graph.call_function(scale, (scores.bias, factor))
         refresh_shapes(graph)
         return scores if value_of(scores.query).dtype == dtype else None
     return None

@@ -58,12 +58,14 @@ class _Write:
 
     def lower(self) -> bool:
         node, target = self.node, self.node.target
+        new: fx.Node | None
         if target in (aten.copy.default, aten.fill.Scalar, aten.fill.Tensor):
             new = self._filled(*args_of(node)[:2])
         elif target is aten.zero.default:
             new = self._filled(args_of(node)[0], 0)
         elif target is aten.index_put.default:
-            new = self._chosen(*args_of(node)[:3], bool(argument(node, 3, "accumulate", False)))
+            into, indices, value = args_of(node)[:3]
+            new = self._chosen(into, indices, value, bool(argument(node, 3, "accumulate", False)))
         elif target is aten.select_scatter.default:
             into, source, dim, index = args_of(node)[:4]
             new = self._selected(into, source, int(dim) % len(shape_of(node)), index)

@@ -92,8 +92,8 @@ def _separate_output(linear: fx.Node) -> bool:
     sources = [_sources(part) for part in parts]
     if len({_has_attention(found) for found in sources}) < 2 or not all(sources):
         return False
-    bias, terms = argument(linear, 2, "bias"), []
-    for part, (start, stop) in zip(parts, _bounds(widths)):
+    bias, terms = argument(linear, 2, "bias"), list[fx.Node]()
+    for part, (start, stop) in zip(parts, _bounds(map(int, widths))):
         with linear.graph.inserting_before(linear):
             columns = linear.graph.call_function(aten.slice.Tensor, (weight, 1, start, stop))
             terms.append(linear.graph.call_function(LINEAR, (part, columns, None if terms else bias)))

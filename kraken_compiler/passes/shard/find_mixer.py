@@ -45,10 +45,10 @@ def breaking(nodes: Sequence[fx.Node], kept: Mapping[str, Kept], broken: Mapping
             reason = f"'{operator_name(node)}' moves heads or columns from one lane to another"
             return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
     for node in reversed(nodes):
-        reason = next((broken[operand] for operand in node.all_input_nodes if operand in broken), None)
+        cause = next((broken[operand] for operand in node.all_input_nodes if operand in broken), None)
         whole = node not in broken and not any(user in broken for user in node.users if user.target is operator.getitem)
-        if reason is not None and whole:
-            return Rejection(f"{reason} ('{operator_name(node)}')", (node.name,), module_path(node), DEGREE_HINT)
+        if cause is not None and whole:
+            return Rejection(f"{cause} ('{operator_name(node)}')", (node.name,), module_path(node), DEGREE_HINT)
     node, reason = next(iter(broken.items()))
     return Rejection(reason.replace("its operand", "it"), (node.name,), module_path(node), DEGREE_HINT)
 

@@ -166,7 +166,7 @@ def _refresh(
                     sum(stop - start for start, stop in lanes[0]) if lanes else length
                     for length, lanes in zip(whole, sets or (None,) * len(whole))
                 ]
-    failed = None
+    failed: fx.Node | None = None
     try:
         refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError):
