@@ -297,9 +297,10 @@ class _Builder:
 
     def _changes(self, operand: fx.Node) -> Rejection | None:
         """Why a value cannot be computed once for the capacity; None if its rows are those of any length."""
-        if self.tokens not in ancestors(operand) or self.proofs.is_steady(operand):
+        steady = self.tokens not in ancestors(operand) or self.proofs.is_steady(operand)
+        if steady and not self.proofs.may_differ_by_row(operand):
             return None
-        culprit = self.proofs.culprit(operand)
+        culprit = operand if steady else self.proofs.culprit(operand)
         found = compare_lengths(self.program, origins(self.program, operand))
         if isinstance(found, str):
             return Rejection(found, (culprit.name,), module_path(culprit))
@@ -312,7 +313,8 @@ class _Builder:
                 f"with {found.beyond} tokens it is other than with {found.limit}"
             )
             return Rejection(reason, (culprit.name,), module_path(culprit))
-        self.limits.append(found.limit)
+        if not steady:
+            self.limits.append(found.limit)
         return None
 
     def _looked_up(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> fx.Node:

@@ -15,14 +15,14 @@ from torch import Tensor, fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.cache.compare_lengths import lengths_to_try, numbers_in, size_bound
+from kraken_compiler.passes.cache.compare_lengths import lengths_to_try, numbers_in, same_beginning, size_bound
 from kraken_compiler.passes.cache.length_independence import LengthIndependence
 from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate, origins, stored
 from kraken_compiler.passes.graph_tools import argument, module_path
 from kraken_compiler.passes.shapes import value_of
 
 _SHORTEST, _LONGEST = 64, 8192
-_MOST_ELEMENTS = 1 << 24
+_MOST_ELEMENTS = 1 << 21
 """Of a mask that is computed for many lengths."""
 _NOT_CAUSAL = "its attention is not causal: tokens see what follows them, as in an encoder"
 _OTHER_RULE = "its mask is not causal with at most a sliding window and ALiBi slopes"
@@ -91,13 +91,14 @@ def classify_mask(program: Program, attention: fx.Node, proofs: LengthIndependen
         found.append(seen)
     if any(seen.window != found[0].window or bool(seen.slopes.any()) != _slopes(found) for seen in found):
         return _no_rule(attention, _OTHER_RULE)
+    if proofs.may_differ_by_row(mask) and _differs_by_row(program, nodes):
+        return _no_rule(attention, "its mask differs between the rows of a batch")
     if not proofs.is_shifted(mask):
         tried = lengths_to_try(program, nodes, most_elements=_MOST_ELEMENTS)
         differing = _differing_length(program, attention, nodes, found, tried)
         if differing is not None:
             reason = "its mask depends on the total length"
             return _no_rule(proofs.culprit(mask), f"{reason}: it is another with {differing} tokens than with {length}")
-        limit = min(limit or max(*tried, length), max(*tried, length))
     return MaskRule(found[0].window, _slopes(found), limit)
 
 
@@ -117,6 +118,11 @@ def _differing_length(
             if isinstance(seen, Rejection) or not seen.agrees(reference):
                 return length
     return None
+
+
+def _differs_by_row(program: Program, nodes: Sequence[fx.Node]) -> bool:
+    one, several = (evaluate(program, nodes, 5, 0, batch=batch) for batch in (1, 3))
+    return not same_beginning(one.expand_as(several), several)
 
 
 def _rule_at(

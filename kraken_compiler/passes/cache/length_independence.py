@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, SHAPE_ONLY, args_of, argument, aten
+from kraken_compiler.passes.choosing import WHERE
+from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, SHAPE_ONLY, ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of, value_of
 
 _ELEMENTS_KEPT = frozenset(
@@ -52,15 +53,19 @@ _ELEMENTS_KEPT = frozenset(
 )
 """Every element of the result comes from the elements at the same places, wherever a dim ends."""
 
+_UNTAGGED = frozenset(WHERE) | {
+    getattr(packet, kind) for packet in (aten.__and__, aten.__or__, aten.__xor__) for kind in ("Tensor", "Scalar")
+}
+"""Pointwise, but not all are tagged so."""
+
 _RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints})
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _FILLED = SHAPE_ONLY | {
     aten.zeros.default,
     aten.ones.default,
     aten.full.default,
     aten.empty.memory_format,
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
+    *_RANGES,
 }
 _SHAPE_ARGUMENTS = frozenset({"size", "shape", "sizes"})
 """Names of the arguments in which a number of tokens only says how large something is."""
@@ -125,6 +130,13 @@ class LengthIndependence:
             self._shifted[node] = self.is_steady(node) or self._follows_shifted(node)
         return self._shifted[node]
 
+    def may_differ_by_row(self, node: fx.Node) -> bool:
+        """True if the numbers of a batch's rows are among what `node` is computed from."""
+        batch = symbols_of(shape_of(self._tokens)[0])
+        ranges = (one for one in ancestors(node) if one.target in _RANGES)
+        ends = (end for one in ranges if isinstance(end := _range(one)[1], fx.Node))
+        return any(bool(symbols_of(end.meta["val"]) & batch) for end in ends)
+
     def numbers_of_tokens(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The sizes among the operands of `node` that it takes as numbers, not as the shape of something."""
         found: list[fx.Node] = []
@@ -167,9 +179,13 @@ class LengthIndependence:
             return False
         if target is aten.slice.Tensor:
             return self._is_beginning(node)
+        if target is aten.repeat.default:
+            return self._is_repeated(node)
         if self.numbers_of_tokens(node):
             return False
-        if torch.Tag.pointwise in target.tags or target in _ELEMENTS_KEPT:
+        if target is aten.diff.default:
+            return len(args_of(node)) < 5 and "append" not in node.kwargs
+        if torch.Tag.pointwise in target.tags or target in _ELEMENTS_KEPT or target in _UNTAGGED:
             return True
         if not any(self._varies(one, dim) for one in tensors if is_tensor(one) for dim in range(len(shape_of(one)))):
             return all(not self._varies(node, dim) for dim in range(len(shape_of(node)))) if is_tensor(node) else True
@@ -178,17 +194,20 @@ class LengthIndependence:
     def _is_filled(self, node: fx.Node) -> bool:
         """A constant of any shape, or the numbers of the tokens from the first one on."""
         target = node.target
-        if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
-            start, end, step = (0, args_of(node)[0], 1) if target is aten.arange.default else (*args_of(node), 1)[:3]
-            # Numbers of rows differ from row to row.
-            of_batch = isinstance(end, fx.Node) and not same_size(end.meta["val"], self._sequence)
-            of_batch = of_batch and bool(symbols_of(end.meta["val"]) & symbols_of(shape_of(self._tokens)[0]))
-            return not isinstance(start, fx.Node) and not isinstance(step, fx.Node) and not of_batch
+        if target in _RANGES:
+            start, _, step = _range(node)
+            return not isinstance(start, fx.Node) and not isinstance(step, fx.Node)
         shapes = {one for name in _SHAPE_ARGUMENTS for one in _nodes(_named(node, name))}
         read = set(node.all_input_nodes) - shapes
         # What only lends its shape may be anything, the token ids too.
         values = [one for one in read if self._counts(one)]
         return not values and all(not is_tensor_or_tuple(one) or target in SHAPE_ONLY for one in read)
+
+    def _is_repeated(self, node: fx.Node) -> bool:
+        """What is repeated ends at the same place at every length; how often does not matter."""
+        operand, repeats = args_of(node)[:2]
+        own = repeats[len(repeats) - len(shape_of(operand)) :]
+        return all(count == 1 or not self._varies(operand, dim) for dim, count in enumerate(own))
 
     def _is_beginning(self, node: fx.Node) -> bool:
         dim, start, end, step = (argument(node, place, name) for place, name in enumerate(_SLICE, 1))
@@ -217,7 +236,9 @@ class LengthIndependence:
             return not self._varies(args_of(node)[0], 0)
         if target is aten.index.Tensor:
             table, indices = args_of(node)[:2]
-            return not any(self._varies(table, dim) for dim, index in enumerate(indices) if index is not None)
+            taken = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+            # A negative index counts from an end that moves.
+            return all(_counts_up(index) or not self._varies(table, dim) for dim, index in taken)
         if target is LINEAR:
             return not self._varies(operand, -1)
         if target in _MATRIX_PRODUCTS:
@@ -299,6 +320,24 @@ def is_tensor_or_tuple(node: fx.Node) -> bool:
     return isinstance(value, (torch.Tensor, list, tuple))
 
 
+def _range(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Start, end and step of a range."""
+    if node.target is aten.arange.default:
+        return 0, args_of(node)[0], 1
+    start, end, step = (*args_of(node), 1)[:3]
+    return start, end, step
+
+
+def _counts_up(node: fx.Node) -> bool:
+    """True for the numbers from a first one that is not negative, in whatever shape."""
+    while node.target in (*_ELEMENTS_KEPT, *_RESHAPES, aten.slice.Tensor, aten.add.Tensor):
+        if node.target is aten.add.Tensor and not (isinstance(args_of(node)[1], int) and args_of(node)[1] >= 0):
+            return False
+        node = node.all_input_nodes[0]
+    start, _, step = _range(node) if node.target in _RANGES else (-1, 0, 0)
+    return isinstance(start, int) and isinstance(step, int) and start >= 0 and step > 0
+
+
 def _hides(value: Any) -> bool:
     """True for a number that stands for minus infinity in a mask."""
     return isinstance(value, (int, float)) and value <= -5e3
@@ -326,7 +365,14 @@ def _named(node: fx.Node, name: str) -> Any:
 
 def _same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
     """True if both shapes have the same symbolic sizes in the same order and equal products of plain ones between."""
-    return _groups(before) == _groups(after)
+    if _groups(before) == _groups(after):
+        return True
+    first, second = list(before), list(after)
+    while first and second and same_size(first[-1], second[-1]):
+        first.pop()
+        second.pop()
+    # Where only the first dim varies, an element's place in memory does not depend on how long that is.
+    return not any(symbols_of(size) for size in (*first[1:], *second[1:]))
 
 
 def _groups(shape: Sequence[Any]) -> list[Any]:
