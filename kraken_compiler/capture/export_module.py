@@ -50,7 +50,7 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
 
 def left_out_of_training(model: nn.Module, example: CallExample) -> tuple[str, ...]:
     """Notes about what a module in training mode does that evaluation mode leaves out; none for any other module."""
-    if not any(module.training for module in model.modules()):
+    if not model.training:
         return ()
     model = with_plain_weights(model)
     with untouched(model), _capture_state(model, evaluation=False), quiet_torch(), example.spelled_out(model):
