@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kraken_compiler.capture.build_program import build_program
-from kraken_compiler.capture.example_inputs import ExampleInputs, resolve
+from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_adapter import with_adapter
 from kraken_compiler.capture.from_module import capture_module, class_name, config_dict, forward_parameters
@@ -37,8 +39,10 @@ from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.reference import OpenModel, directory_reference, filled_reference
 from kraken_compiler.capture.weightless import fake_parameters
+from kraken_compiler.ir.calls import InputSpec
 from kraken_compiler.optional_packages import missing_packages
-from kraken_compiler.weights.checkpoint_files import find_weight_files
+from kraken_compiler.weights.checkpoint import Checkpoint
+from kraken_compiler.weights.checkpoint_files import WeightFiles, find_weight_files
 from kraken_compiler.weights.checkpoint_store import CheckpointStore
 from kraken_compiler.weights.scaled_checkpoint import Float8Config, ScaledCheckpoint
 
@@ -80,6 +84,72 @@ def capture_directory(
         UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
     """
+    opened = _open(path, trust_pickle=trust_pickle, require_weights=require_weights, hash_early=hash_early)
+    if opened.quantization == "torchao":
+        return capture_quantized_directory(
+            path,
+            architecture_of(opened.config),
+            example_inputs=example_inputs,
+            input_specs=input_specs,
+            dtype=dtype,
+            digest=opened.digest,
+            tokenizer=opened.tokenizer,
+        )
+    built = _build(opened, dtype or own_dtype(opened.config, opened.checkpoint))
+    adapter = opened.parts.adapter
+    if adapter and built.checkpoint is not None and require_weights:
+        return _with_adapter(opened, built, example_inputs, input_specs)
+    captured = _traced(opened, built, example_inputs, input_specs)
+    notes = (f"the adapter in {path} will be merged into the weights",) if adapter else ()
+    return replace(captured, notes=(*captured.notes, *notes))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model directory of which everything is read but the weights.
+
+    Attributes:
+        path: The directory, which may hold an adapter only.
+        parts: Where the model and the adapter are.
+        files: The weight files; None if there are none.
+        checkpoint: Those files, opened; None if there are none, or they are pickles that are not trusted.
+        config: The model's, as transformers reads it.
+        quantization: How its weights are quantised.
+        digest: Computes the hash of all of it.
+        tokenizer: Its tokenizer, if it has one.
+    """
+
+    path: Path
+    parts: ModelDirectory
+    files: WeightFiles | None
+    checkpoint: Checkpoint | None
+    config: Any
+    quantization: Float8Config | str | None
+    digest: Callable[[], str]
+    tokenizer: TokenizerSource | None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The model of a directory, its parameters on the meta device, and where their values are.
+
+    Attributes:
+        model: A `transformers.PreTrainedModel`.
+        dtype: Its element type.
+        checkpoint: The weight files as the model's numbers.
+        reading: What every tensor is read from.
+        notes: What a user should know, one sentence each.
+    """
+
+    model: nn.Module
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None
+    reading: Reading
+    notes: tuple[str, ...]
+
+
+def _open(path: Path, *, trust_pickle: bool, require_weights: bool, hash_early: bool) -> _Opened:
+    """Read what a directory says of its model."""
     parts = ModelDirectory.at(path, trust_pickle=trust_pickle)
     base = parts.base
     fields = read_fields(base)
@@ -97,81 +167,92 @@ def capture_directory(
         config = read_config(base, fields)
     if checkpoint is None and (require_weights or quantization == "torchao"):
         raise without_weights(base, files)
+    if quantization == "torchao" and parts.adapter:
+        raise unsupported("it holds an adapter beside quantized weights", "Merge it before they are quantized.")
     tokenizer = _tokenizer(path) or _tokenizer(base)
-    if quantization == "torchao":
-        if parts.adapter:
-            raise unsupported("it holds an adapter beside quantized weights", "Merge it before they are quantized.")
-        return capture_quantized_directory(
-            path,
-            architecture_of(config),
-            example_inputs=example_inputs,
-            input_specs=input_specs,
-            dtype=dtype,
-            digest=digest,
-            tokenizer=tokenizer,
-        )
-    dtype = dtype or own_dtype(config, checkpoint)
+    return _Opened(path, parts, files, checkpoint, config, quantization, digest, tokenizer)
+
+
+def _build(opened: _Opened, dtype: torch.dtype) -> _Built:
+    """Make the model, and find its tensors in the files."""
+    config, checkpoint = opened.config, opened.checkpoint
     notes: tuple[str, ...] = ()
     if checkpoint is not None:
-        known = quantization if isinstance(quantization, Float8Config) else None
+        known = opened.quantization if isinstance(opened.quantization, Float8Config) else None
         checkpoint, notes = ScaledCheckpoint.over(checkpoint, known)
-    if quantization is not None:
+    if opened.quantization is not None:
         del config.quantization_config  # what is read are plain numbers
-    model = build(config, base, dtype)
+    model = build(config, opened.parts.base, dtype)
     reading = Reading({})
-    if checkpoint is not None and files is not None:
-        reading = read_as(model, checkpoint, files, base)
-    notes = (*notes, *reading.notes)
-    if parts.adapter and checkpoint is not None and require_weights:
-        require_complete(model, model.state_dict(), reading, checkpoint)
-        store = CheckpointStore(checkpoint, reading.sources, expected_tensors(model, model.state_dict()), base)
-        captured = capture_module(
-            with_adapter(model, store, path),
-            example_inputs=example_inputs,
-            input_specs=input_specs,
-            kind="huggingface",
-            path=str(path),
-            digest=digest,
-            tokenizer=tokenizer,
-        )
-        return replace(captured, notes=(*captured.notes, *notes, f"the adapter in {path} is merged into the weights"))
-    if parts.adapter:
-        notes = (*notes, f"the adapter in {path} will be merged into the weights")
+    if checkpoint is not None and opened.files is not None:
+        reading = read_as(model, checkpoint, opened.files, opened.parts.base)
+    return _Built(model, dtype, checkpoint, reading, (*notes, *reading.notes))
+
+
+def _with_adapter(
+    opened: _Opened, built: _Built, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
+) -> Capture:
+    """Capture the model with its values in memory, the adapter merged into them."""
+    path, model, checkpoint = opened.path, built.model, built.checkpoint
+    assert checkpoint is not None
+    names = model.state_dict()
+    require_complete(model, names, built.reading, checkpoint)
+    expected = expected_tensors(model, names)
+    store = CheckpointStore(checkpoint, built.reading.sources, expected, opened.parts.base)
+    captured = capture_module(
+        with_adapter(model, store, path),
+        example_inputs=example_inputs,
+        input_specs=input_specs,
+        kind="huggingface",
+        path=str(path),
+        digest=opened.digest,
+        tokenizer=opened.tokenizer,
+    )
+    merged = f"the adapter in {path} is merged into the weights"
+    return replace(captured, notes=(*captured.notes, *built.notes, merged))
+
+
+def _traced(
+    opened: _Opened, built: _Built, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
+) -> Capture:
+    """Capture the model without its values."""
+    model, checkpoint = built.model, built.checkpoint
     example = resolve(model, example_inputs, input_specs)
     with fake_parameters(model) as mode:
         # The inputs must belong to the parameters' fake mode, or torch.export makes a second one.
         exported = export_module(model, example.map_tensors(mode.from_tensor), allow_strict=False)
-    program, own_notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
-
+    program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
     expected = expected_tensors(model, exported.state_dict)
+    store = CheckpointStore(checkpoint, built.reading.sources, expected, opened.parts.base)
     if checkpoint is not None:
-        require_complete(model, expected, reading, checkpoint)
-    store = CheckpointStore(checkpoint, reading.sources, expected, base)
-    if checkpoint is not None:
+        require_complete(model, expected, built.reading, checkpoint)
         store.validate()
     origin = Origin(
         kind="huggingface",
-        path=str(path),
+        path=str(opened.path),
         model_class=class_name(model),
-        digest=digest,
-        tokenizer=tokenizer,
+        digest=opened.digest,
+        tokenizer=opened.tokenizer,
     )
-    opened: OpenModel | None = None
+    reference = _reference(opened, built, store, example, program.inputs)
+    return Capture(program, store, origin, config_dict(model), (*notes, *built.notes), reference)
+
+
+def _reference(
+    opened: _Opened, built: _Built, store: CheckpointStore, example: CallExample, inputs: Sequence[InputSpec]
+) -> OpenModel | None:
+    """How the model itself is run; None if it cannot be, and then what was captured stands for it."""
+    checkpoint = built.checkpoint
+    if checkpoint is None:
+        return None
     if isinstance(checkpoint, ScaledCheckpoint):
         # transformers runs float8 on GPUs, or takes the numbers for the weights where no config says what they are. A
-        # model of the products is all in memory; without one, what was captured stands for it.
-        if sum(file.stat().st_size for file in checkpoint.files) <= _FILLED_BYTES:
-            opened = partial(filled_reference, model, store, example, program.inputs)
-    elif checkpoint is not None and not parts.adapter:
-        opened = partial(directory_reference, base, architecture_of(config), dtype, example, program.inputs)
-    return Capture(
-        program,
-        store,
-        origin,
-        config_dict(model),
-        (*own_notes, *notes),
-        opened,
-    )
+        # model of the products is all in memory.
+        small = sum(file.stat().st_size for file in checkpoint.files) <= _FILLED_BYTES
+        return partial(filled_reference, built.model, store, example, inputs) if small else None
+    if opened.parts.adapter:
+        return None
+    return partial(directory_reference, opened.parts.base, architecture_of(opened.config), built.dtype, example, inputs)
 
 
 def _tokenizer(directory: Path) -> TokenizerSource | None:
