@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.communicators.none import NoCommunication
-from kraken_compiler.passes.cache import cache_attention
+from kraken_compiler.passes.cache.step_builder import StepBuilder
 from kraken_compiler.runtime.replay import capacities, prefix_lengths, recomputed, replay, split_lengths
 from kraken_compiler.verify.compare import errors
 from tests.reports import small_models
@@ -247,7 +247,7 @@ def test_a_branch_of_long_sequences_limits_the_cache() -> None:
 
 def test_verification_sees_what_depends_on_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were such a table computed for the capacity, a replay would differ from runs of the prefixes."""
-    monkeypatch.setattr(cache_attention._Builder, "_changes", lambda *operands: None)
+    monkeypatch.setattr(StepBuilder, "_changes", lambda *operands: None)
     for kind, right in (("a tensor of the length", False), ("log of the position", True)):
         program, read = lowered((DEPENDING | STEADY)[kind](), degree=1)
         rank = RankProgram.from_program(program, read, communicator=NoCommunication(0, 1))

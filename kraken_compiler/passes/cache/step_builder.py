@@ -1,0 +1,367 @@
+"""Builds the step graph: every node of a lane graph that depends on tokens, on new tokens only and with caches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from kraken_compiler._torch_compat import largest_size, new_dynamic_size
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op)
+from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
+from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
+from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
+from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
+from kraken_compiler.passes.cache.compare_lengths import compare_lengths
+from kraken_compiler.passes.cache.hoist_tables import Tables, gather, used_rank
+from kraken_compiler.passes.cache.length_independence import LengthIndependence
+from kraken_compiler.passes.cache.mixing import mixes_tokens
+from kraken_compiler.passes.cache.positional_values import origins
+from kraken_compiler.passes.cache.unrepeat import unrepeated
+from kraken_compiler.passes.graph_tools import (
+    ATTENTIONS,
+    CAPPED_ATTENTION,
+    DEQUANTIZE,
+    ancestors,
+    args_of,
+    argument,
+    aten,
+    in_order,
+    module_path,
+    value_descendants,
+)
+from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_size, shape_of, value_of
+
+_CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
+
+
+class StepBuilder:
+    """Builds the step graph node by node, and the tables graph as tables turn out to be needed."""
+
+    def __init__(self, program: Program, tokens: fx.Node, logits: fx.Node) -> None:
+        assert program.layers is not None
+        self.program, self.tokens, self.logits = program, tokens, logits
+        self.final = next(node for node in program.graph.nodes if node.name == program.layers.final)
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.table_inputs: list[fx.Node] = []
+        self.looked_up: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+        self.rows: dict[tuple[Any, ...], fx.Node] = {}
+        self.expanded: dict[fx.Node, fx.Node] = {}
+        self.caches: list[CacheSpec] = []
+        self.rules: dict[fx.Node | None, MaskRule] = {}
+        self.inputs: list[InputSpec] = []
+        self.limits: list[int] = []
+        self.proofs = LengthIndependence(tokens)
+        self.on_tokens: set[fx.Node] = set()
+        self.mode = fake_mode_of(program.graph)
+        self.tables = Tables(program.graph, tokens, self.mode)
+
+    def build(self) -> CachedProgram | Rejection:
+        """The step program, or why there is none."""
+        needed = ancestors(self.logits)
+        on_tokens = self.on_tokens = value_descendants([self.tokens]) & needed
+        if self.final not in on_tokens or len(shape_of(self.final)) != 3:
+            return Rejection("its residual stream does not reach the logits", (self.logits.name,))
+        for node in self.program.graph.nodes:
+            # First, because "not causal" says more about an encoder than whatever else is in the way.
+            rule = self._rule(node) if node in on_tokens and node.target in ATTENTIONS else None
+            if isinstance(rule, Rejection):
+                return rule
+        self._placeholders()
+        tail = value_descendants([self.final])
+        for node in self.program.graph.nodes:
+            if node not in on_tokens or node is self.tokens:
+                continue
+            rejection = self._attention(node) if node.target in ATTENTIONS else self._plain(node, tail)
+            if rejection is not None:
+                return rejection
+            if node is self.final:
+                self.new[node] = self._picked(self.new[node])
+        self.graph.output((self.new[self.logits],))
+        # The runtime writes into inputs; a placeholder that nothing reads is still part of the calling convention.
+        self.graph.lint()
+        return self._program()
+
+    def _program(self) -> CachedProgram:
+        program = self.program
+        bounds = [*self.limits, position_limit(program), largest_size(shape_of(self.tokens)[1]) or NO_LIMIT]
+        limit = min(*bounds, *(rule.limit or NO_LIMIT for rule in self.rules.values()), NO_LIMIT)
+        plan = CachePlan(
+            tuple(self.caches),
+            tuple(node.name for node in self.table_inputs),
+            limit if limit < NO_LIMIT else None,
+        )
+        tables = self.tables.finish()
+        call = replace(program.call, out_names=("logits",), none_outputs=())
+        step = replace(
+            program,
+            module=fx.GraphModule({}, self.graph),
+            inputs=(*program.inputs, *self.inputs),
+            call=call,
+            weights=dict(program.weights),
+            cached=None,
+        )
+        table_program = replace(
+            program, module=fx.GraphModule({}, tables), call=call, weights=dict(program.weights), cached=None
+        )
+        return CachedProgram(step, table_program, plan)
+
+    def _placeholders(self) -> None:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.new[node] = self.graph.node_copy(node)
+                self.new[node].meta = dict(node.meta)
+        self.tables.begin()
+        batch, sequence = shape_of(self.tokens)
+        sizes = {name: new_dynamic_size(self.mode, name) for name in ("slots", "past", "picks", "capacity")}
+        self.capacity = sizes["capacity"]
+        self.positions = self._input(POSITIONS, (batch, sequence), torch.int64, ("batch", "sequence"))
+        self.slots = self._input(SLOTS, (sizes["slots"],), torch.int64, ("slots",))
+        self.past = self._input(PAST, (sizes["past"],), torch.int64, ("past",))
+        self.picks = self._input(PICKS, (batch, sizes["picks"]), torch.int64, ("batch", "picks"))
+
+    def _input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype, symbols: tuple[int | str, ...]) -> fx.Node:
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        assert node.name == name, f"the name {name} is taken"
+        with self.mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        self.inputs.append(InputSpec(name, name, str(dtype).removeprefix("torch."), symbols))
+        return node
+
+    def _plain(self, node: fx.Node, tail: set[fx.Node]) -> Rejection | None:
+        """Copy a node; its position tables are looked up, and after the last layer there are only picked tokens."""
+        in_tail = node in tail and node is not self.final
+        reason = mixes_tokens(node, shape_of(self.tokens)[1])
+        if reason:
+            return Rejection(reason, (node.name,), module_path(node))
+        if is_tensor(node) and self.proofs.numbers_of_tokens(node):
+            return self._counts(node)
+        for operand in node.all_input_nodes:
+            if operand in self.new:
+                continue
+            rejection = self._operand(operand, node, in_tail)
+            if rejection is not None:
+                return rejection
+        values: dict[fx.Node, fx.Node] = {}
+        for operand in node.all_input_nodes:
+            if operand not in self.new:
+                values[operand] = self._looked_up(operand, node, in_tail)
+            elif in_tail and not is_tensor(operand) and self._is_sequence(operand):
+                values[operand] = self._picks_size()
+            else:
+                values[operand] = self.new[operand]
+        self.new[node] = self.graph.node_copy(node, values.__getitem__)
+        new = self.new[node]
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        looked_up = any(operand not in self.new for operand in node.all_input_nodes)
+        if in_tail or looked_up:
+            return self._refresh(new, node, in_tail)
+        # Same operands, same shape: to compute it again would be most of this pass's time.
+        new.meta["val"] = node.meta["val"]
+        return None
+
+    def _counts(self, node: fx.Node) -> Rejection:
+        """In the step graph the size would be the number of new tokens."""
+        return Rejection("it depends on the total length, which it takes as a number", (node.name,), module_path(node))
+
+    def _operand(self, operand: fx.Node, node: fx.Node, in_tail: bool) -> Rejection | None:
+        """Provide for an operand that depends on no token."""
+        if not is_tensor(operand):
+            return self._size(operand)
+        if self._is_dequantized(operand):
+            # As a table it would be there in full, for as long as the model is.
+            self._whole(operand)
+            return None
+        return self._table(operand, node, in_tail)
+
+    def _refresh(self, new: fx.Node, like: fx.Node, in_tail: bool) -> Rejection | None:
+        compute_shape(new, self.mode)
+        if in_tail or not is_tensor(like):
+            return None
+        have, want = value_of(new), value_of(like)
+        same = len(have.shape) == len(want.shape) and all(map(same_size, have.shape, want.shape))
+        if same and have.dtype == want.dtype:
+            return None
+        reason = f"with a cache it would be {have.dtype} {list(have.shape)} instead of {want.dtype} {list(want.shape)}"
+        return Rejection(reason, (like.name,), module_path(like))
+
+    def _size(self, node: fx.Node) -> Rejection | None:
+        """Copy a computed size with what it is computed from."""
+        place = {other: number for number, other in enumerate(self.program.graph.nodes)}
+        for other in in_order(place, ancestors(node, stop=set(self.new))):
+            if is_tensor(other):
+                reason = f"a size is computed from the numbers in a tensor ({other.name})"
+                return Rejection(reason, (node.name,), module_path(other))
+            self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
+            self.new[other].meta = dict(other.meta)
+        return None
+
+    def _is_sequence(self, node: fx.Node) -> bool:
+        return bool(same_size(node.meta["val"], shape_of(self.tokens)[1]))
+
+    def _picks_size(self) -> fx.Node:
+        return compute_shape(self.graph.call_function(aten.sym_size.int, (self.picks, 1)), self.mode)
+
+    def _table(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> Rejection | None:
+        rank = used_rank(operand, user)
+        if (operand, rank, in_tail) in self.looked_up:
+            return None
+        changing = self._changes(operand)
+        if changing is not None:
+            return changing
+        found = self.tables.add(operand, rank)
+        if isinstance(found, Rejection):
+            return found
+        number, along = found
+        table = self._table_input(number)
+        if along >= 0:
+            known = (number, along, rank, in_tail)
+            if known not in self.rows:
+                positions = self._picked_positions() if in_tail else self.positions
+                self.rows[known] = gather(self.graph, table, positions, along, rank, self.mode)
+            table = self.rows[known]
+        self.looked_up[operand, rank, in_tail] = table
+        return None
+
+    def _changes(self, operand: fx.Node) -> Rejection | None:
+        """Why a value cannot be computed once for the capacity; None if its rows are those of any length."""
+        steady = self.tokens not in ancestors(operand) or self.proofs.is_steady(operand)
+        if steady and not self.proofs.may_differ_by_row(operand):
+            return None
+        culprit = operand if steady else self.proofs.culprit(operand)
+        found = compare_lengths(self.program, origins(self.program, operand))
+        if isinstance(found, str):
+            return Rejection(found, (culprit.name,), module_path(culprit))
+        if found.by_row:
+            reason = "what it computes from no token differs between the rows of a batch"
+            return Rejection(reason, (culprit.name,), module_path(culprit))
+        if found.beyond is not None:
+            reason = (
+                "what it computes from no token depends on the total length: "
+                f"with {found.beyond} tokens it is other than with {found.limit}"
+            )
+            return Rejection(reason, (culprit.name,), module_path(culprit))
+        if not steady:
+            self.limits.append(found.limit)
+        return None
+
+    def _looked_up(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> fx.Node:
+        """A table's rows, for every row of the batch where the user does not broadcast."""
+        found = self.looked_up[operand, used_rank(operand, user), in_tail]
+        shape = shape_of(operand)
+        broadcasts = is_tensor(user) and torch.Tag.pointwise in user.target.tags  # type: ignore[union-attr]
+        if broadcasts or not shape or not same_size(shape[0], shape_of(self.tokens)[0]):
+            return found
+        # Positions have a single row where all rows of the batch are at the same place.
+        if found not in self.expanded:
+            batch = compute_shape(self.graph.call_function(aten.sym_size.int, (self.new[self.tokens], 0)), self.mode)
+            size: list[Any] = [batch, *(-1 for _ in shape[1:])]
+            call = self.graph.call_function(aten.expand.default, (found, size))
+            self.expanded[found] = compute_shape(call, self.mode)
+        return self.expanded[found]
+
+    def _picked_positions(self) -> fx.Node:
+        def call(target: Any, *args: Any) -> fx.Node:
+            return compute_shape(self.graph.call_function(target, args), self.mode)
+
+        rows = call(aten.sym_size.int, self.picks, 0)
+        return call(aten.gather.default, call(aten.expand.default, self.positions, [rows, -1]), 1, self.picks)
+
+    def _attention(self, node: fx.Node) -> Rejection | None:
+        query, key, value = args_of(node)[:3]
+        if argument(node, 4, "dropout_p", 0.0):
+            return Rejection("its attention drops scores at random", (node.name,), module_path(node))
+        mask, rule = argument(node, 3, "attn_mask"), self._rule(node)
+        assert isinstance(rule, MaskRule), "build has asked before"
+        if self.proofs.numbers_of_tokens(node):
+            return self._counts(node)
+        batch, sequence = shape_of(self.tokens)
+        for part in (query, key, value):
+            shape = shape_of(part)
+            if len(shape) != 4 or not same_size(shape[0], batch) or not same_size(shape[2], sequence):
+                reason = "its attention is not over [batch, heads, sequence, head size] of the tokens"
+                return Rejection(reason, (node.name,), module_path(node))
+        keys, values = unrepeated(key), unrepeated(value)
+        if shape_of(keys)[1] != shape_of(values)[1]:
+            keys, values = key, value
+        number = len(self.caches)
+        spec = CacheSpec(
+            f"key_{number}",
+            f"value_{number}",
+            int(shape_of(keys)[1]),
+            int(shape_of(keys)[3]),
+            int(shape_of(values)[3]),
+            str(value_of(keys).dtype).removeprefix("torch."),
+        )
+        self.caches.append(spec)
+        stores = [
+            self._input(
+                name,
+                (batch, spec.heads, self.capacity, dim),
+                getattr(torch, spec.dtype),
+                ("batch", spec.heads, "capacity", dim),
+            )
+            for name, dim in ((spec.key, spec.key_dim), (spec.value, spec.value_dim))
+        ]
+        operands = (self.new[query], self.new[keys], self.new[values], *stores, self.positions, self.slots, self.past)
+        extra: tuple[Any, ...] = (self._slopes(rule, mask), rule.window, node.kwargs.get("scale"))
+        if node.target is CAPPED_ATTENTION:
+            sinks = node.kwargs.get("sinks")
+            assert sinks is None or isinstance(sinks, fx.Node)
+            extra += (node.kwargs.get("softcap", 0.0), None if sinks is None else self._whole(sinks))
+        self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
+        return self._refresh(self.new[node], node, in_tail=False)
+
+    def _rule(self, attention: fx.Node) -> MaskRule | Rejection:
+        """What the mask of an attention lets a query see."""
+        mask = argument(attention, 3, "attn_mask")
+        if mask is not None and mask in self.on_tokens:
+            return Rejection("its mask depends on the inputs", (attention.name,), module_path(attention))
+        if mask in self.rules:
+            return self.rules[mask]
+        rule = classify_mask(self.program, attention, self.proofs)
+        # Without a mask it is the attention itself that says whether it is causal.
+        if isinstance(rule, MaskRule) and mask is not None:
+            self.rules[mask] = rule
+        return rule
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """A weight, or what has been computed of weights alone, in the step graph."""
+        for other in sorted(ancestors(node, stop=set(self.new)), key=list(self.program.graph.nodes).index):
+            self.new[other] = self.graph.node_copy(other, self.new.__getitem__)
+            self.new[other].meta = dict(other.meta)
+        return self.new[node]
+
+    def _is_dequantized(self, node: fx.Node) -> bool:
+        above = ancestors(node, stop=set(self.new))
+        return self.tokens not in ancestors(node) and any(other.target is DEQUANTIZE for other in above)
+
+    def _slopes(self, rule: MaskRule, mask: fx.Node | None) -> fx.Node | None:
+        return self._table_input(self.tables.add_slopes(mask)) if rule.slopes and mask is not None else None
+
+    def _table_input(self, number: int) -> fx.Node:
+        """The input that brings a table."""
+        while len(self.table_inputs) <= number:
+            value = value_of(self.tables.outputs[len(self.table_inputs)])
+            constant = all(isinstance(size, int) for size in value.shape)
+            shape = tuple(value.shape) if constant else (self.capacity, *value.shape[1:])
+            symbols = tuple(size if isinstance(size, int) else "capacity" for size in shape)
+            name = f"table_{len(self.table_inputs)}"
+            self.table_inputs.append(self._input(name, shape, value.dtype, symbols))
+        return self.table_inputs[number]
+
+    def _picked(self, stream: fx.Node) -> fx.Node:
+        """The tokens whose logits are wanted; nothing after the last layer is computed for the others."""
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            return compute_shape(self.graph.call_function(target, args), self.mode)
+
+        index = call(aten.unsqueeze.default, self.picks, -1)
+        index = call(aten.expand.default, index, [-1, -1, int(shape_of(self.final)[2])])
+        return call(aten.gather.default, stream, 1, index)
