@@ -62,7 +62,8 @@ tables: $(VENV)/.models ## write docs/models.md and README's list of models, fro
 	@$(TEST_ENV) KRAKEN_TABLES=$(CURDIR)/build/tables $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q \
 		tests/test_families.py tests/test_families_on_ranks.py tests/test_cache_families.py tests/test_onnx_families.py \
 		tests/test_more_families.py tests/test_other_inputs.py tests/test_uneven_degrees.py tests/test_invented_models.py \
-		tests/test_real_models.py tests/test_real_encoders.py tests/test_quantized_weights.py
+		tests/test_real_models.py tests/test_real_encoders.py tests/test_quantized_weights.py \
+		tests/reports/test_encoder_decoder_directories.py
 	@$(BIN)/python -m tests.write_tables build/tables
 
 clean: ## remove everything that the other targets made

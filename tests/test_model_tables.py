@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.write_tables import PAGE, README, readme_list
 from tests.zoo import MORE_FAMILIES, OTHER_INPUTS, REJECTED, SUPPORTED
 
 
 def test_the_page_has_every_model() -> None:
     lines = PAGE.read_text().splitlines()
-    models = [line.split("|")[1].strip(" `") for line in lines if line.startswith("| `")]
+    models = [line.split("|")[1].strip(" `") for line in lines if re.match(r"\| `\w+` \|", line)]
     assert sorted(models) == sorted([*SUPPORTED, *OTHER_INPUTS, *MORE_FAMILIES])
     rejected = [line.split("`")[1] for line in lines if line.startswith("- `")]
     assert rejected == sorted(REJECTED)

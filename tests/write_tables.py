@@ -43,6 +43,16 @@ KV cache (prompts of different lengths, then token by token) against recomputati
 |---|---|---|
 """
 
+_DIRECTORIES = """
+## Encoder-decoders from directories
+
+Saved with `save_pretrained`, compiled from the directory and compared with what `from_pretrained` loads from it, source
+and target of different lengths. `kraken-compile`, `kraken-verify` and, where both texts are text, `kraken-run` take them.
+
+| directory | degree | standard |
+|---|---|---|
+"""
+
 _QUANTIZED = """
 ## Quantised weights
 
@@ -103,6 +113,9 @@ def _page(notes: Notes) -> str:
     parts.append(_MORE)
     for model, found in sorted(notes["more"].items()):
         parts.append(f"| `{model}` | {_error(found['error'])} | {_error(found['cache']) or 'none'} |\n")
+    parts.append(_DIRECTORIES)
+    for model, found in sorted(notes["directories"].items()):
+        parts.append(f"| `{model}` directory | {found['degree']} | {_error(found['error'])} |\n")
     parts.append(_QUANTIZED)
     for weights, found in sorted(notes["quantized"].items()):
         others = (notes[check].get(weights) for check in ("quantized_ranks", "quantized_onnx"))
