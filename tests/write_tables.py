@@ -47,7 +47,7 @@ _DIRECTORIES = """
 ## Encoder-decoders from directories
 
 Saved with `save_pretrained`, compiled from the directory and compared with what `from_pretrained` loads from it, source
-and target of different lengths. `kraken-compile`, `kraken-verify` and, where both texts are text, `kraken-run` take them.
+and target of different lengths. `kraken-compile` and `kraken-verify` take them, and `kraken-run` those of two texts.
 
 | directory | degree | standard |
 |---|---|---|
