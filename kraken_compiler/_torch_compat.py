@@ -403,14 +403,6 @@ def largest_size(size: int | torch.SymInt) -> int | None:
     return int(upper) if upper.is_Integer and int(upper) < sys.maxsize - 1 else None
 
 
-def smallest_size(size: int | torch.SymInt) -> int:
-    """The smallest number that a symbolic size can be, as far as the export proved it."""
-    if not isinstance(size, torch.SymInt):
-        return size
-    lower = size.node.shape_env.bound_sympy(size.node.expr).lower
-    return int(lower) if lower.is_Integer else 0
-
-
 def functional_collectives() -> Any:
     """The namespace of the functional collectives: all_reduce, all_gather_into_tensor, wait_tensor."""
     import torch.distributed._functional_collectives

@@ -123,6 +123,7 @@ def _compiled_in_place(model: nn.Module) -> nn.Module:
 def test_wrappers_that_pass_calls_on(name: str) -> None:
     """Nothing is compiled by Inductor for it."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     assert same(captured_call(PASSED_ON[name]())(tokens(3, 11)), small()(tokens(3, 11)).detach())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 

@@ -17,17 +17,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from kraken_compiler._torch_compat import largest_size, smallest_size
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import CachedProgram, Program
 from kraken_compiler.ir.sample_inputs import token_input
-from kraken_compiler.ir.size_rules import broken_rule, in_words, names_in
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.step_builder import StepBuilder
 from kraken_compiler.passes.shapes import shape_of
-
-_TRIED = 64
-"""The lengths below it must all be allowed; a longer sequence is checked when it comes."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +51,7 @@ def _derive(program: Program) -> CachedProgram | Rejection:
     if logits is None or program.layers is None:
         return Rejection("it has no logits")
     tokens = next(node for node in program.graph.nodes if node.name == token.name)
-    length = shape_of(tokens)[1]
-    shortest = smallest_size(length)
-    if shortest == largest_size(length):
-        return Rejection(f"its forward takes the length as a number, so it is captured for {shortest} tokens only")
-    rule = _rule_in_the_way(program, largest_size(length) or _TRIED)
-    if rule is not None:
-        return Rejection(f"{in_words(rule)}, and with a cache a sequence grows token by token")
     return StepBuilder(program, tokens, logits).build()
-
-
-def _rule_in_the_way(program: Program, longest: int) -> str | None:
-    """What allows the model only some of the lengths that a sequence has while it grows."""
-    rules = [rule for rule in program.call.sizes if "sequence" in names_in(rule)]
-    sizes = ({"batch": batch, "sequence": n} for n in range(2, min(longest, _TRIED) + 1) for batch in (1, 2))
-    return next((rule for one in sizes if (rule := broken_rule(rules, one)) is not None), None)
 
 
 def _logits(program: Program) -> fx.Node | None:
