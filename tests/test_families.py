@@ -55,7 +55,7 @@ REASONS = {
     "soft_moe": ("mixture of experts", "blocks.0"),
     # Its decoder reads the encoder's tokens, shifted, so no input tells the two streams apart.
     "bart_one_input": ("inputs of their own", "model.encoder.layers.0"),
-    "recurrent_gemma": ("cannot be found out", "model.layers.0.temporal_block"),
+    "recurrent_gemma": ("it mixes the columns that would be divided", "model.layers.0.temporal_block.rg_lru"),
     "jetmoe": ("no residual stream was found", "model.layers.0.self_attention"),
     "diffllama": ("a branch holds more than one attention", "model.layers.0.self_attn"),
     "mamba": ("no branch of the residual stream holds an attention", "backbone.layers.0"),

@@ -116,7 +116,7 @@ _MODELS = (
     Rejected(Builder("bart_one_input", partial(_seq2seq, "bart", **_BART)), ""),
     Rejected(Builder("no_attention", partial(_decoder, FfnBlock)), "attention"),
     Rejected(Builder("unet_skip", SkipDecoder), ""),
-    Rejected(modern("recurrent_gemma", "recurrent_gemma", kv_heads=4), "cannot be found out"),
+    Rejected(modern("recurrent_gemma", "recurrent_gemma", kv_heads=4), "mixes the columns"),
     Rejected(modern("jetmoe", "jetmoe", kv_heads=4), "no residual stream"),
     Rejected(modern("diffllama", "diffllama", kv_heads=4), "more than one attention"),
     Rejected(
