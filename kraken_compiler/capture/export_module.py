@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.capture.training_mode import EVALUATION, left_out
+from kraken_compiler.capture.training_mode import EVALUATION, in_evaluation, left_out
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.capture.unwrap import without_caches
@@ -122,20 +122,13 @@ def _summary(error: BaseException) -> str:
 @contextmanager
 def _capture_state(model: nn.Module, *, evaluation: bool = True) -> Iterator[None]:
     """Evaluation mode and no cache inside, everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
     experts = _experts_implementations(model)
     try:
-        # Flags one by one: `eval()` may be overridden to do more. A model in evaluation mode runs as it is, and what
-        # still trains in it, as some dropouts are made to, shows in the graph.
-        for module in training if evaluation and model.training else ():
-            module.training = False
         for own, _ in experts:
             own._experts_implementation = "batched_mm"
-        with without_caches(model):
+        with without_caches(model), in_evaluation(model) if evaluation else nullcontext():
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for own, implementation in experts:
             own._experts_implementation = implementation
 

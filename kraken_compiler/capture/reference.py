@@ -20,6 +20,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.filled_model import fill
 from kraken_compiler.capture.quiet import quiet_torch, quiet_transformers
+from kraken_compiler.capture.training_mode import in_evaluation
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.ir.calls import InputSpec
@@ -38,16 +39,9 @@ _HELD_BYTES = 256 << 20
 @contextmanager
 def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[InputSpec]) -> Iterator[RunModel]:
     """A module, called as it was captured: in evaluation mode, without gradients, and as before afterwards."""
-    training = {module: module.training for module in model.modules()}
     compiled_parts_run_eagerly = torch.compiler.set_stance("force_eager")
-    with untouched(model), without_caches(model), compiled_parts_run_eagerly:
-        try:
-            for module in training if model.training else ():
-                module.training = False
-            yield partial(_run, model, example, inputs)
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+    with untouched(model), without_caches(model), compiled_parts_run_eagerly, in_evaluation(model):
+        yield partial(_run, model, example, inputs)
 
 
 def _run(

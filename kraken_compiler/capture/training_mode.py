@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 aten = torch.ops.aten
 
 EVALUATION = "the model is in training mode, the lanes compute what it computes in evaluation mode"
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's flag as it was afterwards.
+
+    A model in evaluation mode stays as it is, and what still trains in it, as some dropouts are made to, shows.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        # Flags one by one: `eval()` may be overridden to do more.
+        for module in training if model.training else ():
+            module.training = False
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
