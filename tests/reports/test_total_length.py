@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.errors import UsageError
 from kraken_compiler.passes.cache.step_builder import StepBuilder
 from kraken_compiler.runtime.replay import capacities, prefix_lengths, recomputed, replay, split_lengths
+from kraken_compiler.size_checks import require_generation
 from kraken_compiler.verify.compare import errors
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
@@ -232,11 +234,19 @@ class OtherBranch(LM):
         return super().embed(ids) * (2.0 if self.condition(ids.shape[1]) else 1.0)
 
 
-@pytest.mark.parametrize("condition", [lambda n: n % 2 == 1, lambda n: n < 9], ids=["odd lengths", "short ones"])
-def test_no_cache_where_a_growing_sequence_takes_other_branches(condition: Callable[[int], bool]) -> None:
-    program, _ = lowered(OtherBranch(condition))
+def test_no_cache_where_a_growing_sequence_takes_other_branches() -> None:
+    program, _ = lowered(OtherBranch(lambda n: n % 2 == 1))
     assert program.cached is None
     assert "the sequence size must" in program.no_cache
+
+
+def test_a_branch_of_short_sequences_is_held_against_every_prompt() -> None:
+    """A sequence that begins beyond the branch never comes back to it."""
+    model = OtherBranch(lambda n: n < 9)
+    program, read = lowered(model)
+    check_decode(model, program, read, prompt=9)
+    with pytest.raises(UsageError, match="would read 8 tokens, and the sequence size must be at least 9"):
+        require_generation(program.call, program.inputs, 2, [9, 8], 4)
 
 
 def test_a_branch_of_long_sequences_limits_the_cache() -> None:
