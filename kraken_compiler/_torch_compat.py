@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import sys
@@ -341,9 +342,10 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
         opset: Version of the default domain.
     """
     from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
-    from torch.onnx._internal.exporter import _core, _registration
+    from torch.onnx._internal.exporter import _core
 
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    registry = copy.copy(_onnx_registry(opset))
+    registry.functions = {target: list(known) for target, known in registry.functions.items()}
     for target, translation in translations.items():
         registry.register_op(target, translation, is_complex=False)
     calls = [node for node in graph.nodes if node.op == "call_function"]
@@ -361,6 +363,14 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
     )
     assert exported is not None
     return exported.model
+
+
+@functools.cache
+def _onnx_registry(opset: int) -> Any:
+    """What torch's exporter has translations for; gathering them takes half a second."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset_version=opset)
 
 
 def _lay_out(graph: fx.Graph) -> None:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.verify.against_ranks import compare_with_ranks
 from kraken_compiler.verify.against_source import compare_with_source
-from kraken_compiler.verify.compare import (
-    Comparison,
-    errors,
-    largest_errors,
-    rank_tolerance,
-    source_tolerance,
-    worst_comparison,
-)
+from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
+from kraken_compiler.verify.tolerances import rank_tolerance, source_tolerance
 from kraken_compiler.verify.verification import Verification, verify_programs
 from tests.test_families import lane_program, recognized
 from tests.zoo import SUPPORTED
@@ -296,13 +291,14 @@ def test_a_rank_that_computes_nan_is_never_hidden_by_others() -> None:
 
 def test_tolerances_follow_the_element_type() -> None:
     ordered = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-    for tolerances in ([source_tolerance(dtype) for dtype in ordered], [rank_tolerance(dtype, 0) for dtype in ordered]):
+    for tolerance in (source_tolerance, partial(rank_tolerance, noise=0.0)):
+        tolerances = [tolerance([dtype]) for dtype in ordered]
         assert tolerances == sorted(tolerances)
-    assert source_tolerance(torch.float32) == 1e-4
-    assert rank_tolerance(torch.float32, 0) == 1e-5
+    assert source_tolerance([torch.float64, torch.float32]) == 1e-4
+    assert rank_tolerance([torch.float32], 0) == 1e-5
     # An ill-conditioned program may be as far off as rounding alone makes it, up to a limit.
-    assert rank_tolerance(torch.float32, 1e-4) == pytest.approx(1e-3)
-    assert rank_tolerance(torch.float32, 1.0) == 1e-2
+    assert rank_tolerance([torch.float32], 1e-4) == pytest.approx(1e-3)
+    assert rank_tolerance([torch.float32], 1.0) == 1e-2
 
 
 def test_a_verification_as_text_and_as_values() -> None:

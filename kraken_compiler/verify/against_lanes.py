@@ -12,7 +12,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.runtime.execute import Executed
 from kraken_compiler.runtime.replay import prefix_lengths, recomputed, split_lengths
-from kraken_compiler.verify.compare import Comparison, errors, largest_errors, rank_tolerance, worst_comparison
+from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
+from kraken_compiler.verify.tolerances import computed_dtypes, rank_tolerance
 
 
 def compare_with_lanes(
@@ -45,13 +46,14 @@ def compare_with_lanes(
     taps = [window.wait for window in measure_windows(program.graph)] if waits is not None else []
     if len(taps) != len(waits or ()):
         raise VerificationError(f"the {who} have {len(waits or ())} reduces, the lane program {len(taps)}")
+    inside = computed_dtypes(program)
     comparisons = []
     for number, size in enumerate(sizes):
         flat = list(inputs[number].values())
         want, sums = lanes.run_with_taps(flat, taps)
         _, noise = largest_errors(reordered.run_flat(flat), want)
         logits = want[program.call.logits]
-        tolerance = rank_tolerance(logits.dtype, noise)
+        tolerance = rank_tolerance({logits.dtype} | inside, noise)
         have = [results[number] for results in executed.outputs]
         # With a KV cache some programs give the logits only.
         whole = want if len(have[0]) == len(want) else (logits,)

@@ -14,7 +14,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
-from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors, source_tolerance
+from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors
+from kraken_compiler.verify.tolerances import computed_dtypes, source_tolerance
 
 Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
@@ -50,13 +51,14 @@ def compare_with_source(
         ModelFailedError: The model raised an error.
     """
     run = lanes or _streaming(standard, read).run_flat
+    inside = computed_dtypes(captured)
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
         sampled = sample_inputs(captured, batch, sequence, seed, padded=padded)
         inputs = [tensor.to(device) for tensor in sampled.values()]
         want = _run_model(model, inputs) if model is not None else _streaming(captured, read).run_flat(inputs)
         have = tuple(output.detach().to(one.device) for output, one in zip(run(inputs), want))
-        tolerance = source_tolerance(next((one.dtype for one in want if one.is_floating_point()), torch.float32))
+        tolerance = source_tolerance({one.dtype for one in want if one.is_floating_point()} | inside)
         shapes = [[tuple(one.shape) for one in outputs] for outputs in (have, want)]
         if shapes[0] == shapes[1]:
             absolute, relative = largest_errors(have, want)

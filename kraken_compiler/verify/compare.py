@@ -10,34 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NOISE_FACTOR = 10
-"""Two right programs may differ by this many times the difference that the order of a sum alone makes."""
-
-LARGEST_NOISE = 1e-2
-"""A program that is noisier than this cannot be told from a wrong one, and fails."""
-
-_SOURCE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-# Ten times the rounding of float16: ONNX Runtime rounds at other operators than torch does, and over twelve families,
-# two forms and up to 40 tokens the largest error was 6e-3.
-_RANK_TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
-
-
-def source_tolerance(dtype: torch.dtype) -> float:
-    """Largest relative error of a rewritten program against its source: sums over lanes round differently."""
-    return _SOURCE_TOLERANCE[str(dtype).removeprefix("torch.")]
-
-
-def rank_tolerance(dtype: torch.dtype, noise: float) -> float:
-    """Largest relative error of N ranks against the lanes in one process.
-
-    Args:
-        dtype: Element type of the outputs.
-        noise: Relative difference of two runs in one process that add the lanes in another order. A form that changes
-            the function can leave a pretrained model ill-conditioned, and then rounding alone makes more than the
-            usual tolerance.
-    """
-    return max(_RANK_TOLERANCE[str(dtype).removeprefix("torch.")], min(NOISE_FACTOR * noise, LARGEST_NOISE))
-
 
 @dataclass(frozen=True)
 class Comparison:

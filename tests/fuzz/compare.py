@@ -122,7 +122,7 @@ def require_close(recipe: Recipe, what: str, have: Tensor, want: Tensor) -> None
         raise Wrong(f"{recipe}: {what}: shape {list(have.shape)}, not {list(want.shape)}")
     difference = (have.double() - want.double()).abs().max().item()
     scale = want.abs().max().item()
-    if not difference <= TOLERANCES[recipe.dtype] * scale:
+    if not difference <= TOLERANCES[recipe.precision] * scale:
         raise Wrong(f"{recipe}: {what}: relative error {difference / scale:.1e}")
 
 

@@ -91,6 +91,11 @@ class Recipe:
         return self.heads * self.head_size
 
     @property
+    def precision(self) -> str:
+        """The least exact element type that it computes in."""
+        return "float32" if self.positions == "rotary_complex" else self.dtype
+
+    @property
     def refusal(self) -> str:
         """Words of the reason for which the model is refused; "" if it must be taken."""
         of_the_sum = self.branch_scale != 1.0 or self.place == "sandwich"

@@ -26,7 +26,7 @@ _library.define(
 )
 _library.define(
     "capped_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor past_key, Tensor past_value, "
-    "float scale, float softcap, int kv_heads, int group, int key_dim, int dim, Tensor? sinks=None) "
+    "float scale, float softcap, int kv_heads, int group, int key_dim, int dim, bool by_head, Tensor? sinks=None) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -90,9 +90,13 @@ def _capped_attention(
     group: int,
     key_dim: int,
     dim: int,
+    by_head: bool,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kraken::capped_attention`; K, H / K and both D are numbers, for ONNX reshapes by them."""
+    """See `kraken::capped_attention`; K, H / K and both D are numbers, for ONNX reshapes by them.
+
+    `by_head` says that every head has a mask of its own.
+    """
     keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     return capped_attention(query, keys, values, mask, scale=scale, softcap=softcap, sinks=sinks), keys, values
 

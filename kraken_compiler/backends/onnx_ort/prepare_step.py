@@ -153,8 +153,10 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
             if softcap or sinks is not None:
                 (heads, head_dim), kv_heads = query.meta["val"].shape[1::2], key.meta["val"].shape[1]
                 sizes = (kv_heads, heads // kv_heads, head_dim, value.meta["val"].shape[3])
+                by_head = slopes is not None
                 target = torch.ops.kraken_onnx.capped_attention.default
-                operands = (*operands[:-1], head_dim**-0.5 if scale is None else scale, softcap, *sizes, sinks)
+                factor = head_dim**-0.5 if scale is None else scale
+                operands = (*operands[:-1], factor, softcap, *sizes, by_head, sinks)
             results = _call(graph, mode, target, *operands)
             out, presents[key_cache.name], presents[value_cache.name] = (
                 _element(graph, results, number) for number in range(3)

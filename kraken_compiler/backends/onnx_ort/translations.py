@@ -84,6 +84,7 @@ def _capped_attention(
     group: int = 1,
     key_dim: int = 1,
     dim: int = 1,
+    by_head: bool = False,
     sinks: Any = None,
 ) -> Any:
     """In plain operators over [B, K, H / K, T, S]: ONNX's Attention caps scores after the mask, and has no sinks."""
@@ -95,7 +96,11 @@ def _capped_attention(
     if softcap:
         cap = op.CastLike(op.Constant(value_float=softcap), scores)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
-    scores = op.Add(scores, op.Unsqueeze(mask, apart))
+    if by_head:
+        grouped = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
+        scores = op.Add(scores, op.Reshape(mask, grouped))
+    else:
+        scores = op.Add(scores, op.Unsqueeze(mask, apart))
     if sinks is None:
         shares = op.Softmax(scores, axis=-1)
     else:
