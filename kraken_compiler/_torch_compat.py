@@ -396,8 +396,13 @@ def _mixes_types(node: fx.Node) -> bool:
     """True if torch would promote an operand of the op, or compute whole numbers as fractions."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
         return False
-    operands = {operand.meta["val"].dtype for operand in node.all_input_nodes if _is_tensor(operand)} - {torch.bool}
+    operands = {operand.meta["val"].dtype for operand in node.all_input_nodes if _is_tensor(operand)}
     result = node.meta["val"].dtype
+    if torch.bool in operands:
+        chooses = node.target.overloadpacket in (torch.ops.aten.where, torch.ops.aten.masked_fill)
+        if not chooses and result != torch.bool:
+            return True
+        operands.discard(torch.bool)
     return len(operands) > 1 or (result != torch.bool and bool(operands) and result not in operands)
 
 

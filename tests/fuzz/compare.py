@@ -30,7 +30,8 @@ EXAMPLE = (2, 12)
 SIZES = ((2, 12), (1, 1), (1, 2), (3, 7), (1, 24), (4, 21), (2, 1))
 """Batch and sequence sizes that are compared: the example's, ones, and both sides of every size rule's threshold."""
 
-TOLERANCES = {"float32": 2e-5, "float64": 1e-9}
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
+"""What the project itself allows a rewritten program."""
 
 
 class Wrong(AssertionError):
