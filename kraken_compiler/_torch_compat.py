@@ -33,11 +33,13 @@ def new_fake_mode() -> FakeTensorMode:
 def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, ops called on a mode's fake tensors give fakes, symbolic sizes included.
 
-    Before 2.12 an op that is made of others asks for sizes as plain numbers unless torch's Python dispatcher is on.
+    Before 2.12 an op that is made of others asks for sizes as plain numbers unless torch's Python dispatcher is on. The
+    mode's memory of earlier calls is off: to note a call with symbolic sizes takes longer than to compute it.
     """
     from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
-    with mode, enable_python_dispatcher():
+    with mode, enable_python_dispatcher(), disable_fake_tensor_cache(mode):
         yield
 
 

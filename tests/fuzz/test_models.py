@@ -23,9 +23,9 @@ from tests.fuzz.compare import Comparison, compare, require_close
 from tests.fuzz.recipe import Recipe, recipes
 
 DEGREES = range(1, 7)
-MODELS = int(os.environ.get("KRAKEN_FUZZ_MODELS", "100"))
+MODELS = int(os.environ.get("KRAKEN_FUZZ_MODELS", "300"))
 SEED = int(os.environ.get("KRAKEN_FUZZ_SEED", "0"))
-GROUP = 25
+GROUP = 50
 """Models to a test: enough for one launch of ranks to be cheap, few enough for workers to share the tests."""
 
 GROUPS = [(DEGREES[number % len(DEGREES)], SEED + number) for number in range(max(1, MODELS // GROUP))]
