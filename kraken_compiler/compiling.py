@@ -13,6 +13,7 @@ import torch
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.reservation import reserved
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.base import Backend
@@ -34,7 +35,9 @@ from kraken_compiler.quality.measure import with_quality
 from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
 from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.derived_inputs import reads_source
+from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.surroundings import undisturbed
+from kraken_compiler.text_files import require_text
 from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
@@ -125,7 +128,10 @@ def compile_model(
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
     show = progress or Silent()
+    require_timeout(timeout)
     emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
+    if not emitters:
+        raise UsageError("no backend is named that writes programs; give at least one of torch and onnx")
     if onnx_weights is not None and "onnx" not in backends:
         raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
     unchecked = [backend.name for backend in emitters if backend.name not in CHECKED_BACKENDS]
@@ -140,6 +146,11 @@ def compile_model(
         )
     paths = [Path(one) for one in calibrate]
     budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
+    if directory is not None and dump_directory is not None:
+        _require_apart(Path(directory), Path(dump_directory))
+    if directory is not None and isinstance(model, str | os.PathLike):
+        # Before the work: what an artifact notes of its source is text.
+        require_text(os.path.abspath(model), "the path of MODEL, which the artifact notes")
     # From the beginning: a rival must hear of it before it has worked for hours.
     inputs = [Path(one) for one in (model, text, *paths) if isinstance(one, str | os.PathLike)]
     with reserved(Path(directory), force, inputs) if directory is not None else nullcontext() as reservation:
@@ -226,6 +237,13 @@ def compile_model(
                 progress=advance,
             )
         return CompileResult(report, verification, written, notes, calibration, chosen)
+
+
+def _require_apart(directory: Path, dumps: Path) -> None:
+    """Refuse graphs in the artifact's own directory: files there that are none of its own would keep it from its place."""
+    place = resolved(dumps)
+    if resolved(directory) in (place, *place.parents):
+        raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")
 
 
 def _budget(

@@ -37,6 +37,7 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
 from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched, Watch
 from kraken_compiler.recompile import backends_of, lowered_as, source_of
+from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
 from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
@@ -121,6 +122,7 @@ def heal_artifact(
     """
     show = progress or Silent()
     settings.check()
+    require_timeout(timeout)
     path = Path(directory)
     target = Path(output) if output is not None else _beside(path)
     with show.stage("check hashes"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.calls import CallSpec, InputSpec
@@ -91,7 +92,9 @@ def require_lengths(call: CallSpec, rules: Sequence[str], batch: int, lengths: I
     Raises:
         UsageError: It does not; names the rule and the first length that breaks it.
     """
-    tried = [{BATCH: batch}, *({BATCH: batch, SEQUENCE: length} for length in lengths)] if rules else []
+    if not rules:
+        return
+    tried = chain([{BATCH: batch}], ({BATCH: batch, SEQUENCE: length} for length in lengths))
     sizes = next((sizes for sizes in tried if broken_rule(rules, sizes) is not None), None)
     if sizes is None:
         return
@@ -123,14 +126,21 @@ def require_generation(
     require_lengths(call, token_rules(call, inputs), batch, lengths_read(prompts, new_tokens))
 
 
-def lengths_read(prompts: Iterable[int], new_tokens: int) -> list[int]:
+def lengths_read(prompts: Iterable[int], new_tokens: int) -> Iterator[int]:
     """How many tokens a model reads at once, over all steps of generating: the last new one is not read.
 
     Args:
         prompts: Length of every prompt.
-        new_tokens: How many are generated at most.
+        new_tokens: How many are generated at most; it may be far more than anybody waits for.
+
+    Yields:
+        Each length once, in order.
     """
-    return sorted({prompt + step for prompt in prompts for step in range(max(new_tokens, 1))})
+    done = 0
+    for prompt in sorted(set(prompts)):
+        end = prompt + max(new_tokens, 1)
+        yield from range(max(prompt, done), end)
+        done = end
 
 
 def longest_allowed(rules: Sequence[str], most: int) -> int:

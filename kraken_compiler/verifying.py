@@ -16,6 +16,7 @@ from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.recompile import as_compiled, lowered_as, source_of
+from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.verify.against_devices import compare_with_devices
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.choose_sizes import check_sizes
@@ -50,6 +51,7 @@ def verify_artifact(
         VerificationError, RankFailedError: See `compile_model`.
     """
     show = progress or Silent()
+    require_timeout(timeout)
     path = Path(directory)
     with show.stage("check hashes"):
         artifact = open_artifact(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE
 from kraken_compiler.artifact.read import MAX_MANIFEST_BYTES
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import InputFileError, UsageError
 
 _MOST_NAMES = 3
 
@@ -20,10 +20,17 @@ def resolved(directory: Path | str) -> Path:
     """The directory itself, behind all links, which stay what they are.
 
     Raises:
-        UsageError: A link leads back to itself.
+        UsageError: A link leads back to itself, or no path can have such a name.
+        InputFileError: It cannot be looked for.
     """
-    target = Path(os.path.realpath(directory))
-    if target.is_symlink():
+    try:
+        target = Path(os.path.realpath(directory))
+        looped = target.is_symlink()
+    except ValueError as error:  # a NUL character
+        raise UsageError(f"{str(directory)!r} is no path: {error}") from error
+    except OSError as error:
+        raise InputFileError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    if looped:
         raise UsageError(f"{directory}: a link that leads back to itself; choose another directory")
     return target
 
@@ -106,8 +113,8 @@ def _holds(directory: os.stat_result, path: Path) -> bool:
     """True if a path is a directory, or lies in it, by whatever name both are called."""
     try:
         place = Path(os.path.realpath(path))
-    except FileNotFoundError:
-        return False  # the working directory was removed
+    except (FileNotFoundError, ValueError):
+        return False  # the working directory was removed, or no path is called like that
     for above in (place, *place.parents):
         try:
             if os.path.samestat(directory, above.stat()):

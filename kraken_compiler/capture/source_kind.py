@@ -31,11 +31,11 @@ def detect(path: Path) -> SourceKind:
     Raises:
         InputFileError: Nothing that can be captured; the message says what to give instead.
     """
-    if not path.exists():
-        raise InputFileError(f"{path} does not exist")
-    if path.is_dir():
-        return _detect_directory(path)
     try:
+        if not path.exists():
+            raise InputFileError(f"{path} does not exist")
+        if path.is_dir():
+            return _detect_directory(path)
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.runtime.environment import LONGEST_TIMEOUT
 from kraken_compiler.text_files import ENCODING, not_utf8
 
 _SHOWN_CHARACTERS = 60
@@ -59,7 +60,7 @@ class CompileConfig(BaseModel):
     max_kl: float | None = Field(default=None, alias="max-kl")
     max_ppl_increase: str | None = Field(default=None, alias="max-ppl-increase")
     dump_graphs: str | None = Field(default=None, alias="dump-graphs")
-    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
+    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0, le=LONGEST_TIMEOUT)
     verify: bool = True
     trust_pickle: bool = Field(default=False, alias="trust-pickle")
     force: bool = False
@@ -112,6 +113,10 @@ def merge_config(kind: type[Config], path: Path | None, given: dict[str, Any]) -
         config = kind.model_validate(table)
     except ValidationError as error:
         raise UsageError(f"{path}: {_first_problem(error)}") from error
+    for name, field in kind.model_fields.items():
+        values = getattr(config, name)
+        if any("\0" in value for value in (values if isinstance(values, list) else [values]) if isinstance(value, str)):
+            raise UsageError(f"{path}: {field.alias or name}: holds a NUL character, which no name has")
     try:
         return kind.model_validate({**config.model_dump(), **given})
     except ValidationError as error:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.environment import LONGEST_TIMEOUT
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.healing.settings import HealSettings
@@ -45,7 +46,7 @@ class HealConfig(BaseModel):
     restart: bool = False
     force: bool = False
     trust_pickle: bool = False
-    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0)
+    timeout: float = Field(default=DEFAULT_TIMEOUT, gt=0, le=LONGEST_TIMEOUT)
 
     def settings(self) -> HealSettings:
         """How to train.

@@ -64,10 +64,15 @@ class Region:
         sizes = Concretizer()
         # Autograd takes no tensors of inference mode, not even as indices, but copies of them.
         known = {name: value.clone() if value.is_inference() else value for name, value in known.items()}
-        known = {**known, **_whole_numbers(self.externals, known, sizes)}
-        self.inputs: dict[fx.Node, Any] = {
-            node: sizes.value(node, generator, known) for node in (*self.leaves, *self.externals)
-        }
+        self.inputs: dict[fx.Node, Any] = {}
+        try:
+            known = {**known, **_whole_numbers(self.externals, known, sizes)}
+            self.inputs.update((node, sizes.value(node, generator, known)) for node in (*self.leaves, *self.externals))
+        except ZeroDivisionError as error:
+            # Blocks of tokens, of which a few tokens fill none.
+            reason = "what lanes need of it cannot be found out on a few tokens: a size is divided by one that is 0 there"
+            at = next(iter(region))
+            raise UnsupportedModelError([Rejection(reason, (at.name,), module_path(at), _HINT)]) from error
         self._known = set(known)
 
     def run(self, changed: Mapping[fx.Node, Tensor] | None = None, gradients: bool = False) -> dict[fx.Node, Any]:

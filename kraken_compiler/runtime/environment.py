@@ -15,6 +15,9 @@ DEFAULT_TIMEOUT = 60.0
 SLOWEST_DISK = 50e6
 """Bytes per second at which a file is read and hashed at the least."""
 
+LONGEST_TIMEOUT = 31_536_000.0
+"""A year, in seconds. Far longer ones overflow in the clocks that ranks wait by."""
+
 _BACKSTOP_SECONDS = 86_400.0
 
 
@@ -52,6 +55,18 @@ class Place:
         except (KeyError, ValueError) as error:
             raise UsageError(f"start this through kraken-run or torchrun: {error} is not set as they set it") from error
         return cls(rank, degree, local_rank, local_degree)
+
+
+def require_timeout(seconds: float) -> None:
+    """Make sure that ranks can be given that long.
+
+    Raises:
+        UsageError: It is no number of seconds, or more than a year.
+    """
+    if not 0 < seconds <= LONGEST_TIMEOUT:
+        raise UsageError(
+            f"--timeout {seconds:g}: give a number of seconds above 0 and at most {LONGEST_TIMEOUT:,.0f}, a year"
+        )
 
 
 def collective_timeout(timeout: float | None) -> float:

@@ -19,7 +19,7 @@ from kraken_compiler import errors
 from kraken_compiler.communicators.meeting import MEET
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
 from kraken_compiler.runtime import start_rank
-from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
+from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT, require_timeout
 from kraken_compiler.runtime.start_rank import LAUNCHER
 from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures, read_notes
 from kraken_compiler.runtime.watchdog import Verdict, Watchdog
@@ -57,8 +57,9 @@ def launch(
         RankFailedError: A rank died or hung; its own traceback comes first.
         InputFileError, UsageError: A rank raised one; the first is raised again here.
     """
-    if degree < 1 or timeout <= 0:
-        raise UsageError(f"cannot start {degree} ranks with a timeout of {timeout:g} s")
+    if degree < 1:
+        raise UsageError(f"cannot start {degree} ranks")
+    require_timeout(timeout)
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch

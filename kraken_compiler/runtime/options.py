@@ -15,12 +15,18 @@ from typing import Annotated, Any, Self, get_type_hints
 import typer
 
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
 
 NEW_TOKENS = 32
 CHAT_TOKENS = 512
 CONTEXT = 2048
 _MOST_PROMPT_BYTES = 256 << 20
+_MOST_TOKENS = 1 << 24
+"""Of a row: more than any model reads."""
+_MOST_THREADS = 1 << 12
+_MOST_TOKEN_ID = (1 << 63) - 1
+_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,7 @@ class RunOptions:
         int | None,
         typer.Option(
             min=1,
+            max=_MOST_TOKENS,
             help=f"How many tokens to generate at most. (default: {NEW_TOKENS}, {CHAT_TOKENS} with a chat template)",
         ),
     ] = None
@@ -86,6 +93,7 @@ class RunOptions:
             "--max-context",
             "--capacity",
             min=1,
+            max=_MOST_TOKENS,
             help=f"Most tokens a row can have, prompt and new ones together. (default: what is asked for; {CONTEXT} "
             "when lines are read from standard input)",
         ),
@@ -107,7 +115,7 @@ class RunOptions:
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that every rank computes with. (default: its share of the cores)"),
+        typer.Option(min=1, max=_MOST_THREADS, help="Threads that every rank computes with. (default: its share of the cores)"),
     ] = None
     device: Annotated[
         str | None,
@@ -153,8 +161,8 @@ class RunOptions:
             raise UsageError(f"--device {self.device}: choose cpu or cuda")
         if self.reduce_dtype not in (None, "bfloat16", "float16"):
             raise UsageError(f"--reduce-dtype {self.reduce_dtype}: choose bfloat16 or float16")
-        if self.timeout is not None and self.timeout <= 0:
-            raise UsageError(f"--timeout {self.timeout:g}: give a number of seconds above 0")
+        if self.timeout is not None:
+            require_timeout(self.timeout)
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise UsageError("--top-k and --top-p need a --temperature above 0; 0 takes the most likely token")
         Sampling(self.temperature, self.top_k, self.top_p, self.seed or 0)
@@ -245,7 +253,11 @@ def _read_prompts(path: Path) -> str:
 
 
 def _ids(text: str) -> list[int]:
+    shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
     try:
-        return [int(part) for part in text.split(",")]
+        ids = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--input-ids '{text}' is no list of token ids like 1,2,3") from None
+        raise UsageError(f"--input-ids '{shown}' is no list of token ids like 1,2,3") from None
+    if not all(0 <= token <= _MOST_TOKEN_ID for token in ids):
+        raise UsageError(f"--input-ids '{shown}': token ids are numbers from 0")
+    return ids

@@ -144,5 +144,8 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def _bad_byte(tokenizer: Any) -> int | None:
-    token = tokenizer.convert_tokens_to_ids(_BAD_BYTE)
+    try:
+        token = tokenizer.convert_tokens_to_ids(_BAD_BYTE)
+    except ValueError:
+        return None  # a tokenizer of characters: no token has a longer name
     return token if isinstance(token, int) and tokenizer.decode([token]) == "\ufffd" else None

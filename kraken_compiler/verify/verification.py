@@ -141,6 +141,8 @@ def verify_programs(
     unknown = [name for name in artifact.manifest.backends if name not in CHECKED_BACKENDS]
     if unknown:
         raise VerificationError(f"nothing here can check the programs of the backend '{unknown[0]}'")
+    if not artifact.manifest.backends:
+        raise VerificationError(f"{directory} holds no programs, so there is nothing to check")
     held = lanes_in(artifact)
     comparisons: list[Comparison] = []
     windows: tuple[Window, ...] = ()

@@ -24,7 +24,9 @@ from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.choose_sizes import check_sizes
+from kraken_compiler.verify.verification import verify_programs
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, relative_error, tokens
+from tests.toy_lane_program import edit_manifest, write_toy
 
 
 class AtOne(LM):
@@ -163,3 +165,12 @@ def test_programs_that_nothing_checks_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_plan_has_no_budget(options: dict[str, float], named: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{named} .*--plan"):
         compile_model(LM(), None, degree=2, example_inputs=EXAMPLE, calibrate=[tmp_path / "text"], **options)
+
+
+def test_no_backend_is_no_check(tmp_path: Path) -> None:
+    """A program that nobody wrote would pass with nothing compared."""
+    with pytest.raises(UsageError, match="no backend is named that writes programs"):
+        compile_model(LM(), tmp_path / "out", degree=2, example_inputs=EXAMPLE, backends=())
+    edit_manifest(write_toy(tmp_path / "toy", 2), backends=[])
+    with pytest.raises(VerificationError, match="toy holds no programs"):
+        verify_programs(tmp_path / "toy")

@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch import nn
 
+from kraken_compiler.backends.cache_room import require_room
 from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
 from kraken_compiler.cli.config import CompileConfig, merge_config
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
 from kraken_compiler.cli.heal_config import HealConfig
+from kraken_compiler.cli.verify import app as verify_app
 from kraken_compiler.errors import InputFileError, RankFailedError, UnsupportedModelError, UsageError
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.runtime.launch import launch
+from kraken_compiler.runtime.options import RunOptions
+from tests.cli_command import Command
 from tests.test_cli_compile import invoke, refused, save_model
 
 # --input -------------------------------------------------------------------------------------------------------------
@@ -90,6 +96,11 @@ def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
         ("layers = 3", "layers: must be text in quotes, not the number 3"),
         ("text-tokens = 1", "text-tokens: Input should be greater than or equal to 2"),
         (f'degree = "{"9" * 500}"', "degree: must be a whole number, not the text"),
+        ("timeout = inf", "timeout: Input should be less than or equal to 31536000"),
+        ("timeout = 1e300", "timeout: Input should be less than or equal to 31536000"),
+        ('output = "a\\u0000b"', "output: holds a NUL character, which no name has"),
+        ('calibrate = ["a", "b\\u0000"]', "calibrate: holds a NUL character, which no name has"),
+        ('dump-graphs = "\\u0000"', "dump-graphs: holds a NUL character, which no name has"),
         ("degre = 2", "there is no key 'degre'; did you mean 'degree'?"),
         ("compile.degree = 2", "there is no key 'compile'; did you mean 'collectives'?"),
         ('"a\\nb" = 1', r"there is no key 'a\nb'; did you mean 'calibrate'?"),
@@ -154,6 +165,65 @@ def test_a_command_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('degree = "2"')
     line = refused(2, tmp_path, "--config", tmp_path / "c.toml")
     assert line == f'error: {tmp_path / "c.toml"}: degree: must be a whole number, not the text "2"\n'
+
+
+# numbers beyond reason ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, 0.0, -1.0])
+def test_timeouts_that_no_clock_has(seconds: float, tmp_path: Path) -> None:
+    for act in (
+        RunOptions(artifact=tmp_path, prompt=["a"], timeout=seconds).check,
+        lambda: launch(2, [], timeout=seconds),
+    ):
+        with pytest.raises(UsageError, match=r"^--timeout .*: give a number of seconds above 0 and at most 31,536,000"):
+            act()
+    assert "--timeout" in Command(verify_app).refused(2, tmp_path, "--timeout", str(seconds))
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--max-context", "--threads"])
+def test_more_than_there_can_be(option: str, tmp_path: Path) -> None:
+    """At once: not after all lengths up to there were looked at."""
+    from kraken_compiler.cli.run import app as run_app
+
+    result = Command(run_app).invoke(tmp_path, "--input-ids", "1", option, "9" * 30)
+    assert result.exit_code == 2
+    assert option in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("9" * 30, f"--input-ids '{'9' * 30}': token ids are numbers from 0"),
+        ("3,-1", "--input-ids '3,-1': token ids are numbers from 0"),
+        ("9" * 5000, f"--input-ids '{'9' * 60}...' is no list of token ids like 1,2,3"),
+    ],
+)
+def test_numbers_that_are_no_tokens(ids: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        RunOptions(artifact=Path("a"), input_ids=[ids]).check()
+    assert str(caught.value) == message
+
+
+def test_caches_that_no_memory_holds() -> None:
+    require_room(1 << 20, 8)
+    require_room(1000, 8, memory=1000)
+    with pytest.raises(UsageError, match=r"room for 4,096 tokens takes 10,000,000,000\.0 GB on every rank, the device has"):
+        require_room(10**19, 4096)
+
+
+@pytest.mark.parametrize("seed", [1 << 63, -(1 << 63) - 1, 10**30])
+def test_seeds_of_too_many_bits(seed: int) -> None:
+    HealSettings(steps=1, seed=-1).check()
+    with pytest.raises(UsageError, match=f"^--seed {seed}: must have at most 64 bits$"):
+        HealSettings(steps=1, seed=seed).check()
+
+
+# names that no file has ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_whose_name_is_too_long() -> None:
+    assert "File name too long" in refused(5, "m" * 300, "--degree", "2", "-o", "out")
 
 
 # quiet ---------------------------------------------------------------------------------------------------------------

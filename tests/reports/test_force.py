@@ -16,7 +16,8 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.reservation import check_target, reserved
 from kraken_compiler.cli.compile import app as compile_app
 from kraken_compiler.cli.heal import app as heal_app
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import InputFileError, KrakenError, UsageError
+from kraken_compiler.quality.healing.data import _hashes
 from kraken_compiler.quality.healing.state import STATE_FILE, open_state, remove_run
 from tests.cli_command import Command
 from tests.toy_lane_program import write_toy
@@ -155,6 +156,35 @@ def test_a_link_loop_is_one_line(work: Path) -> None:
     (work / "a").symlink_to("b")
     (work / "b").symlink_to("a")
     assert "a link that leads back to itself" in refused(work, "-o", work / "a")
+
+
+@pytest.mark.parametrize(("name", "error"), [("o" * 300, InputFileError), ("a\0b", UsageError)])
+def test_a_name_that_no_directory_has(tmp_path: Path, name: str, error: type[KrakenError]) -> None:
+    for path in (tmp_path / name, name):
+        with pytest.raises(error, match="File name too long|is no path: embedded null"):
+            check_target(path)
+    check_target(tmp_path, inputs=[Path("a\0b")])
+
+
+def test_graphs_in_the_artifacts_own_directory(work: Path) -> None:
+    for dumps in ("new.kraken", "new.kraken/graphs", "new.kraken/../new.kraken"):
+        line = refused(work, "-o", work / "new.kraken", "--dump-graphs", work / dumps)
+        assert "is or lies in the artifact's directory" in line
+
+
+def test_a_source_whose_path_is_no_text(work: Path) -> None:
+    """Said before the work and not when the manifest is written."""
+    (work / os.fsdecode(b"caf\xe9")).symlink_to("model")
+    before = tree(work)
+    line = Command(compile_app).refused(2, work / os.fsdecode(b"caf\xe9"), *LOSSLESS, "-o", work / "new.kraken")
+    assert "the path of MODEL, which the artifact notes: not UTF-8 text (byte 0xe9 at character" in line
+    assert tree(work) == before
+    assert list(_hashes(work / os.fsdecode(b"caf\xe9") / "config.json", work / "model" / "config.json")) == [
+        "config.json",
+        "model/config.json",
+    ]
+    (work / os.fsdecode(b"t\xe9xt")).write_text("a text")
+    assert list(_hashes(work / os.fsdecode(b"t\xe9xt"))) == ["t\\xe9xt"]
 
 
 def test_a_bind_mount_of_the_source_is_the_source(work: Path) -> None:

@@ -211,7 +211,9 @@ def test_generation_is_refused_before_it_begins() -> None:
     require_generation(call.call, call.inputs, 1, [30], 3)
     with pytest.raises(UsageError, match="would read 33 tokens, and the sequence size must be at most 32"):
         require_generation(call.call, call.inputs, 1, [30, 4], 4)
-    assert lengths_read([3, 5], 2) == [3, 4, 5, 6]
+    with pytest.raises(UsageError, match="would read 33 tokens"):
+        require_generation(call.call, call.inputs, 1, [30], 10**30)
+    assert list(lengths_read([5, 3, 20, 5], 4)) == [3, 4, 5, 6, 7, 8, 20, 21, 22, 23]
 
 
 def test_rules_are_kept_for_every_form_and_the_cache() -> None:

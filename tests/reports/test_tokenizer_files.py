@@ -167,3 +167,15 @@ def test_an_artifact_s_tokenizer(sound: Path, tmp_path: Path) -> None:
     assert any(name.startswith("tokenizer/") for name in files_in(artifact.directory))
     with pytest.raises(InputFileError, match="a newer tokenizers package may know its kind"):
         TextCodec.of(artifact)
+
+
+def test_a_tokenizer_of_characters() -> None:
+    """Asked for a longer name, it raises; other kinds say that there is no such token."""
+    from transformers import CanineTokenizer
+
+    from kraken_compiler.runtime.text import TextCodec
+
+    codec = TextCodec(CanineTokenizer())
+    ids = list(map(ord, "naïve 🎉"))
+    stream = codec.stream()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == codec.decode(ids) == "naïve 🎉"

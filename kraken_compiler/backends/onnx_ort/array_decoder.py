@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kraken_compiler.backends.cache_room import require_room
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import (
     ATTENTION_MASK,
@@ -24,6 +25,7 @@ from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.size_checks import refusal
 
 Array = npt.NDArray[Any]
+_SIDES = 2
 
 
 class ArrayDecoder:
@@ -44,7 +46,7 @@ class ArrayDecoder:
         """Allocate the caches.
 
         Raises:
-            UsageError: The model keeps no cache, or takes fewer tokens than the capacity.
+            UsageError: The model keeps no cache, or takes fewer tokens than the capacity, or the memory does.
         """
         model = program.model
         if model.caches is None:
@@ -53,6 +55,9 @@ class ArrayDecoder:
             raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
         if model.positions is not None and capacity > model.positions:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {model.positions}")
+        widths = ((cache.heads * (cache.key_dim + cache.value_dim), cache.dtype) for cache in model.caches)
+        a_token = sum(width * np.dtype(dtype).itemsize for width, dtype in widths)
+        require_room(_SIDES * batch * capacity * a_token, capacity)
         self.batch, self.capacity = batch, capacity
         self._program = program
         self._sides = [
@@ -61,7 +66,7 @@ class ArrayDecoder:
                 for cache in model.caches
                 for dim in (cache.key_dim, cache.value_dim)
             ]
-            for _ in range(2)
+            for _ in range(_SIDES)
         ]
         parts = [(layer, part) for layer in range(len(model.caches)) for part in ("key", "value")]
         self._past = [past_name(*part) for part in parts]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.backends.cache_room import require_room
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
@@ -49,13 +50,23 @@ class CachedDecoder:
             require_lengths: Raises a `UsageError` if the model takes no sequences of these lengths.
 
         Raises:
-            UsageError: The capacity is beyond what the model's positions allow, or a size is not positive.
+            UsageError: The capacity is beyond what the model's positions or the memory allow, or a size is not positive.
         """
         plan, inputs = graphs.plan, graphs.inputs
         if batch < 1 or capacity < 1:
             raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
         if plan.limit is not None and capacity > plan.limit:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
+        a_token = sum(
+            cache.heads * (cache.key_dim + cache.value_dim) * getattr(torch, cache.dtype).itemsize
+            for cache in plan.caches
+        )
+        on_card = device.type == "cuda"
+        require_room(
+            batch * capacity * a_token,
+            capacity,
+            torch.cuda.get_device_properties(device).total_memory if on_card else None,
+        )
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
         self._require_lengths = require_lengths

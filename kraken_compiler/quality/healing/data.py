@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,10 @@ def _rows(streams: list[list[int]], length: int) -> Tensor:
 def _hashes(*paths: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in dict.fromkeys(paths):
-        name = path.name
+        # What a manifest holds is text, and a name may be any bytes.
+        name, folder = (os.fsencode(part).decode("utf-8", "backslashreplace") for part in (path.name, path.parent.name))
         while name in found:
-            name = f"{path.parent.name}/{name}"
+            name = f"{folder}/{name}"
         with path.open("rb") as file:
             found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from kraken_compiler.errors import UsageError
 
 PRECISIONS = ("float32", "bfloat16")
+_SEEDS = 1 << 63
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 """Defaults for whole weights and for LoRA; how they were found is told in docs/healing.md."""
 
@@ -71,6 +72,7 @@ class HealSettings:
         _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "must not be negative")
         _require(self.lora is None or self.lora >= 1, "lora", self.lora, "must be at least 1")
         _require(0 < self.hold_out < 1, "hold_out", self.hold_out, "must lie between 0 and 1")
+        _require(-_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "must have at most 64 bits")
         known = self.precision is None or self.precision in PRECISIONS
         _require(known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
 
