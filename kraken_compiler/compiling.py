@@ -240,7 +240,7 @@ def compile_model(
 
 
 def _require_apart(directory: Path, dumps: Path) -> None:
-    """Refuse graphs in the artifact's own directory: files there that are none of its own would keep it from its place."""
+    """Refuse graphs in the artifact's own directory: files that are none of its own would keep it from its place."""
     place = resolved(dumps)
     if resolved(directory) in (place, *place.parents):
         raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")

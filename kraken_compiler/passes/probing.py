@@ -70,7 +70,9 @@ class Region:
             self.inputs.update((node, sizes.value(node, generator, known)) for node in (*self.leaves, *self.externals))
         except ZeroDivisionError as error:
             # Blocks of tokens, of which a few tokens fill none.
-            reason = "what lanes need of it cannot be found out on a few tokens: a size is divided by one that is 0 there"
+            reason = (
+                "what lanes need of it cannot be found out on a few tokens: a size is divided by one that is 0 there"
+            )
             at = next(iter(region))
             raise UnsupportedModelError([Rejection(reason, (at.name,), module_path(at), _HINT)]) from error
         self._known = set(known)

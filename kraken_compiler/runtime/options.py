@@ -115,7 +115,9 @@ class RunOptions:
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_THREADS, help="Threads that every rank computes with. (default: its share of the cores)"),
+        typer.Option(
+            min=1, max=_MOST_THREADS, help="Threads that every rank computes with. (default: its share of the cores)"
+        ),
     ] = None
     device: Annotated[
         str | None,

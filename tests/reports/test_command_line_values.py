@@ -208,7 +208,9 @@ def test_numbers_that_are_no_tokens(ids: str, message: str) -> None:
 def test_caches_that_no_memory_holds() -> None:
     require_room(1 << 20, 8)
     require_room(1000, 8, memory=1000)
-    with pytest.raises(UsageError, match=r"room for 4,096 tokens takes 10,000,000,000\.0 GB on every rank, the device has"):
+    with pytest.raises(
+        UsageError, match=r"room for 4,096 tokens takes 10,000,000,000\.0 GB on every rank, the device has"
+    ):
         require_room(10**19, 4096)
 
 

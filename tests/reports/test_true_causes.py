@@ -265,3 +265,19 @@ def test_another_degree_is_named_where_one_works() -> None:
     assert "Degree 3 works." in str(caught.value)
     lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE)
     assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+
+
+class BlocksOfTokens(FFN):
+    """Blocks of 8 tokens, of which the few tokens that a branch is tried on fill none."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        blocks, tokens = x_BSD.shape[1] // 8, x_BSD.shape[1]
+        return self.down(F.gelu(self.up(x_BSD)).unflatten(1, (blocks, tokens // blocks)).flatten(1, 2))
+
+
+def test_a_size_that_is_no_number_for_a_few_tokens() -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        kraken_compiler.transform(LM(ffn=BlocksOfTokens), 2, "standard", example_inputs=EXAMPLE)
+    (rejection,) = caught.value.rejections
+    assert rejection.path == "ffn.0"
+    assert "cannot be found out on a few tokens: a size is divided by one that is 0 there" in rejection.reason

@@ -50,7 +50,8 @@ class CachedDecoder:
             require_lengths: Raises a `UsageError` if the model takes no sequences of these lengths.
 
         Raises:
-            UsageError: The capacity is beyond what the model's positions or the memory allow, or a size is not positive.
+            UsageError: The capacity is beyond what the model's positions or the memory allow, or a size is not
+                positive.
         """
         plan, inputs = graphs.plan, graphs.inputs
         if batch < 1 or capacity < 1:
