@@ -22,6 +22,7 @@ from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
+_WRITTEN = re.compile(r"Constant (\S+) is mutated in the forward")
 _CACHE_RETURNED = re.compile(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type")
 _RETURN_TENSORS = (
     "Return tensors only; where it calls a Hugging Face model, with use_cache=False or without use_cache, the cache is "
@@ -76,12 +77,24 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
         known, before = compat.noted_guards(exported), set(exported._guards_code)
         with quiet_torch():
-            functional: ExportedProgram = exported.run_decompositions({})
+            try:
+                functional: ExportedProgram = exported.run_decompositions({})
+            except RuntimeError as error:
+                raise UnsupportedModelError([_unwritable(error)]) from error
         found = [guard for guard in compat.traced_guards(functional) if guard not in before]
         compat.note_guards(functional, (*known, *found))
         return functional
     exported.graph_module.recompile()
     return exported
+
+
+def _unwritable(error: RuntimeError) -> Rejection:
+    """Why in-place writes cannot be taken out of a graph."""
+    written = _WRITTEN.search(str(error))
+    if written is None:
+        return Rejection(f"torch.export cannot take its in-place writes out: {_summary(error)}")
+    reason = f"its forward writes to '{written[1]}', a tensor that it keeps between calls"
+    return Rejection(reason, (written[1],), hint="Return what is to be kept, or write to a copy.")
 
 
 def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> ExportedProgram:

@@ -11,11 +11,11 @@ from typing import Any
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """No warnings, and no log lines of torch below errors."""
+    """No warnings, and no log lines of torch: an error is also raised, and told by whoever catches it."""
     logger = logging.getLogger("torch")
     level = logger.level
     try:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

@@ -20,8 +20,8 @@ _MOST_NODES = 200
 _INDEX = torch.ops.aten.index.Tensor
 
 
-def lookups(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Table and index of everything that takes rows of a table."""
+def lookups(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
+    """Table and index of everything that takes rows of a table, and whether negative numbers take none."""
     for node in graph.nodes:
         if node.target is torch.ops.aten.embedding.default:
             table, index = node.args[:2]
@@ -32,16 +32,17 @@ def lookups(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
         else:
             continue
         if isinstance(table, fx.Node) and isinstance(index, fx.Node):
-            yield table, index
+            yield table, index, node.target is not _INDEX
 
 
-def longest_sequence(program: Program, index: fx.Node, rows: int) -> int | None:
+def longest_sequence(program: Program, index: fx.Node, rows: int, *, embedded: bool = True) -> int | None:
     """The longest sequence for which an index stays within its table.
 
     Args:
         program: The program.
         index: The node that computes which rows are taken.
         rows: How many the table has.
+        embedded: By `embedding`, which takes no negative numbers.
 
     Returns:
         None if every sequence that was tried does, or if the index follows from the model's floating-point weights.
@@ -49,11 +50,11 @@ def longest_sequence(program: Program, index: fx.Node, rows: int) -> int | None:
     nodes = _origins(index)
     if len(nodes) > _MOST_NODES or any(_is_unknown(program, node) for node in nodes):
         return None
-    found = [_reach(program, nodes, rows, token) for token in (0, 1)]
+    found = [_reach(program, nodes, rows, token, embedded) for token in (0, 1)]
     return min((one for one in found if one is not None), default=None)
 
 
-def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int) -> int | None:
+def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int, embedded: bool) -> int | None:
     three, four = (_shapes(_values(program, nodes, length, token)) for length in (3, 4))
     growing = [
         [dim for dim, (short, long) in enumerate(zip(one, other)) if (short, long) == (3, 4)]
@@ -67,7 +68,9 @@ def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int) -> int
             return False  # stored positions end here
         if not all(index.shape[dim] == length for dim in growing[-1]):
             return False  # a stored index is cut where it ends
-        return bool(((index >= 0) & (index < rows)).all())
+        # Only an embedding has no rows that are counted from its end.
+        first = 0 if embedded else -rows
+        return bool(((index >= first) & (index < rows)).all())
 
     low, high = 0, (_MOST_OF_PAIRS if any(len(dims) > 1 for dims in growing) else _MOST) + 1
     if fits(high - 1):

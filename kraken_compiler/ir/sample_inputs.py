@@ -111,6 +111,16 @@ def _weight_of(table: fx.Node) -> str:
     return table.name
 
 
+def _rows_of(program: Program, table: fx.Node) -> int | None:
+    """Rows of a table, a weight or what is computed of weights; None if they grow with the sequence."""
+    name = _weight_of(table)
+    if name in program.weights:
+        return program.weights[name].source_shape[0]
+    value = table.meta.get("val")
+    rows = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+    return rows if isinstance(rows, int) else None
+
+
 def _index(lookup: fx.Node) -> str:
     """Name of the node whose numbers a lookup takes, whatever their shape."""
     node = lookup.args[1]
@@ -146,8 +156,8 @@ def _token_inputs(program: Program) -> list[InputSpec]:
 def position_limit(program: Program) -> int:
     """The longest sequence that the program's lookups by position allow."""
     limits = (
-        longest_sequence(program, index, program.weights[name].source_shape[0])
-        for table, index in lookups(program.graph)
-        if (name := _weight_of(table)) in program.weights
+        longest_sequence(program, index, rows, embedded=embedded)
+        for table, index, embedded in lookups(program.graph)
+        if (rows := _rows_of(program, table)) is not None
     )
     return min((limit for limit in limits if limit is not None), default=NO_LIMIT)

@@ -48,6 +48,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "round": round,
     "float": float,
+    "torch.sym_float": float,
     "math.floor": math.floor,
     "math.ceil": math.ceil,
     "math.trunc": math.trunc,
@@ -75,7 +76,7 @@ def parse_rule(text: str) -> ast.expr:
 
 def names_in(rule: str) -> frozenset[str]:
     """The sizes that a rule speaks of."""
-    functions = {"math", *_FUNCTIONS}
+    functions = {"math", "torch", *_FUNCTIONS}
     found = {node.id for node in ast.walk(parse_rule(rule)) if isinstance(node, ast.Name)}
     return frozenset(found - functions)
 
@@ -178,7 +179,7 @@ def _check(node: ast.expr, depth: int) -> None:
 def _operands(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         if isinstance(node.op, ast.Pow) and not _is_power(node.right):
-            raise ValueError(f"{ast.unparse(node)}: a power in a rule for sizes is a small whole number")
+            raise ValueError(f"{ast.unparse(node)}: a power in a rule for sizes is a small whole number or a root")
         return [node.left, node.right]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
         return [node.operand]
@@ -194,7 +195,9 @@ def _operands(node: ast.expr) -> list[ast.expr]:
 
 
 def _is_power(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= _HIGHEST_POWER
+    if not isinstance(node, ast.Constant):
+        return False
+    return node.value == 0.5 or (type(node.value) is int and 0 <= node.value <= _HIGHEST_POWER)
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:

@@ -21,6 +21,9 @@ from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.weights.store import MemoryStore
 
+_FEW = range(2, 7)
+"""Sizes beside a size of 1."""
+
 Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
@@ -42,7 +45,10 @@ class ModelCheck:
     @property
     def notes(self) -> tuple[str, ...]:
         """The rules in words."""
-        return tuple(f"{in_words(rule)}: the model computes something else at 1" for rule in self.rules)
+        return tuple(
+            f"{in_words(rule)}: the model computes something else {'at 1' if rule.endswith(' 2') else 'for fewer'}"
+            for rule in self.rules
+        )
 
 
 def compare_with_model(
@@ -80,11 +86,12 @@ def with_rules(program: Program, rules: Sequence[str]) -> Program:
 
 
 def _sizes(program: Program) -> list[tuple[int, int]]:
-    """Two other than the example's, and one token."""
+    """Two other than the example's, one token in a batch by itself, and one token in several rows."""
     sizes = list(check_sizes(program))
-    single = next(((batch, 1) for batch in (2, 3, 1, 4) if all_sizes(program, batch, 1) is not None), None)
+    several = next(((batch, 1) for batch in (2, 3, 4) if all_sizes(program, batch, 1) is not None), None)
+    single = (1, 1) if all_sizes(program, 1, 1) is not None else None
     varies = any("sequence" in spec.shape for spec in program.inputs)
-    return [*dict.fromkeys([*sizes, single])] if single is not None and varies else sizes
+    return [*dict.fromkeys([*sizes, *(size for size in (single, several) if size is not None and varies)])]
 
 
 class _Check:
@@ -104,9 +111,9 @@ class _Check:
         while remaining := [size for size in _sizes(with_rules(self._standard, rules)) if size not in comparisons]:
             size = remaining[0]
             found = comparisons[size] = self.at(size)
-            if find_rules and found is not None and not found.passed and (rule := self.rule_of(size)):
+            if find_rules and found is not None and not found.passed and (more := self.rules_of(size)):
                 comparisons[size] = None
-                rules = (*rules, rule)
+                rules = (*rules, *more)
         return tuple(comparison for comparison in comparisons.values() if comparison is not None), rules
 
     def at(self, size: tuple[int, int]) -> Comparison | None:
@@ -126,18 +133,40 @@ class _Check:
             self._failures.append(f"no comparison at batch {size[0]} x {size[1]}: {error}")
             return None
 
-    def rule_of(self, size: tuple[int, int]) -> str | None:
-        """The rule that a difference at a size of 1 comes to; None if larger sizes differ as well."""
-        names = ("batch", "sequence")
-        for place, name in enumerate(names):
-            others = ((value, size[1]) if place == 0 else (size[0], value) for value in (2, 3, 4, 5))
-            other = next((one for one in others if all_sizes(self._standard, *one) is not None), None)
-            if size[place] != 1 or other is None:
-                continue
-            found = self.at(other)
+    def rules_of(self, size: tuple[int, int]) -> tuple[str, ...]:
+        """The rules that a difference at a size of 1 comes to; none if larger sizes differ as well."""
+        if size == (1, 1):
+            return self.rules_of_one_token()
+        for place, name in enumerate(("batch", "sequence")):
+            others = [(value, size[1]) if place == 0 else (size[0], value) for value in _FEW]
+            nearest = [other for other in others if self.allows(other)][:1]
+            if size[place] == 1 and self.first_equal(nearest) is not None:
+                return (f"{name} >= 2",)
+        return ()
+
+    def rules_of_one_token(self) -> tuple[str, ...]:
+        """The rules of a model that is another one for a single token: for one row, one position or few tokens."""
+        long, wide = ([(1, size) for size in _FEW], [(size, 1) for size in _FEW])
+        row, column = self.first_equal(long), self.first_equal(wide)
+        least = max((one[0] * one[1] for one in (row, column) if one is not None), default=0)
+        few = (f"batch * sequence >= {least}",) if least > 2 or (row and column) else ()
+        return (
+            *(("batch >= 2",) if row is None and column is not None else ()),
+            *(("sequence >= 2",) if column is None and row is not None else ()),
+            *few,
+        )
+
+    def first_equal(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """The first of some sizes at which the lanes compute what the model computes."""
+        for size in sizes:
+            found = self.at(size) if self.allows(size) else None
             if found is not None and found.passed:
-                return f"{name} >= 2"
+                return size
         return None
+
+    def allows(self, size: tuple[int, int]) -> bool:
+        """True if no rule that is known already forbids a size."""
+        return all_sizes(self._standard, *size) is not None
 
 
 def _device(captured: Capture) -> torch.device:

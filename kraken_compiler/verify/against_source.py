@@ -57,8 +57,17 @@ def compare_with_source(
         sampled = sample_inputs(captured, batch, sequence, seed, padded=padded)
         inputs = [tensor.to(device) for tensor in sampled.values()]
         want = _run_model(model, inputs) if model is not None else _streaming(captured, read).run_flat(inputs)
-        have = tuple(output.detach().to(one.device) for output, one in zip(run(inputs), want))
         tolerance = source_tolerance({one.dtype for one in want if one.is_floating_point()} | inside)
+        try:
+            outputs = run(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            # An operator that takes no such sizes: where the model computes, this is a difference like any other.
+            failed = f"the standard form fails ({first_line(error)})"
+            comparisons.append(_comparison((batch, sequence), math.inf, math.inf, tolerance, "", failed))
+            continue
+        have = tuple(output.detach().to(one.device) for output, one in zip(outputs, want))
         shapes = [[tuple(one.shape) for one in outputs] for outputs in (have, want)]
         if shapes[0] == shapes[1]:
             absolute, relative = largest_errors(have, want)
@@ -69,18 +78,15 @@ def compare_with_source(
         diverging = "" if relative <= tolerance else _diverging(captured, standard, read, inputs, tolerance)
         if not relative <= tolerance and not diverging and model is not None:
             diverging = "what torch.export captured, which is not what the model computes at this size"
-        comparisons.append(
-            Comparison(
-                "standard form against the source",
-                (batch, sequence),
-                absolute,
-                relative,
-                tolerance,
-                diverging,
-                not_finite=wrong,
-            )
-        )
+        comparisons.append(_comparison((batch, sequence), absolute, relative, tolerance, diverging, wrong))
     return comparisons
+
+
+def _comparison(
+    sizes: tuple[int, int], absolute: float, relative: float, tolerance: float, diverging: str, wrong: str
+) -> Comparison:
+    what = "standard form against the source"
+    return Comparison(what, sizes, absolute, relative, tolerance, diverging, not_finite=wrong)
 
 
 def first_line(error: BaseException) -> str:

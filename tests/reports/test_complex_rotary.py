@@ -115,6 +115,20 @@ class Halves(Attention):
         return super().attend(turn(q), turn(k), v)
 
 
+class Chosen(Table):
+    """The first positions do not turn; turns are spread over heads by hand."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turns = torch.where(torch.arange(q.shape[2])[:, None] > 3, self.turns[: q.shape[2]], 1.0)
+        turns = turns.broadcast_to(1, 1, *turns.shape)
+
+        def turn(t: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * turns.expand_as(pairs)).flatten(-2)
+
+        return super(Table, self).attend(turn(q), turn(k), v)
+
+
 class ComplexFFN(FFN):
     """Not a rotary embedding: quotients, squares, lengths, what is between real and complex numbers."""
 
@@ -131,7 +145,7 @@ class ComplexFFN(FFN):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     one.__name__: lambda one=one: LM(one)
-    for one in (Reported, Table, UnsavedTable, BackwardsTable, Exponential, Halves)
+    for one in (Reported, Table, UnsavedTable, BackwardsTable, Exponential, Halves, Chosen)
 } | {"ComplexFFN": lambda: LM(ffn=ComplexFFN)}
 
 
@@ -145,6 +159,23 @@ def test_lanes_are_exact(name: str, degree: int) -> None:
     assert not any(
         node.meta["val"].is_complex() for node in lanes.program.graph.nodes if _is_tensor(node.meta.get("val"))
     )
+
+
+class Einsum(Table):
+    """The product is an einsum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def turn(t: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2))
+            return torch.view_as_real(torch.einsum("bhse,se->bhse", pairs, self.turns[: t.shape[2]])).flatten(-2)
+
+        return super(Table, self).attend(turn(q), turn(k), v)
+
+
+def test_products_that_sum_are_exact() -> None:
+    model = LM(Einsum)
+    lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
 
 
 def _is_tensor(value: object) -> bool:

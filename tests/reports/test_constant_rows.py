@@ -48,6 +48,9 @@ KINDS: dict[str, tuple[Callable[[Typed, Tensor], Tensor], int]] = {
         40,
     ),
     "positions in a buffer": (lambda lm, ids: lm.positions(lm.places[:, : ids.shape[1]]) * 0.5, 40),
+    "the last rows first": (lambda lm, ids: lm.positions.weight[torch.arange(ids.shape[1]) - 5], POSITIONS),
+    "rows of a cut table": (lambda lm, ids: lm.positions.weight[:40][torch.arange(ids.shape[1])], 40),
+    "the last rows of a cut table": (lambda lm, ids: lm.positions.weight[:40][torch.arange(ids.shape[1]) - 30], 70),
     "every second position": (lambda lm, ids: lm.positions(torch.arange(ids.shape[1]) * 2) * 0.5, POSITIONS // 2),
 }
 

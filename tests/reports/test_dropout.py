@@ -98,6 +98,20 @@ class OffDropout(Attention):
         return F.dropout(self.drop(super().project(y_BSD)), 0.3, self.training)
 
 
+class RandomSlopes(FFN):
+    """A leaky ReLU whose slope is drawn in training, and the mean one else."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(F.rrelu(self.up(x_BSD), 0.1, 0.5, self.training))
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_slopes_that_are_drawn_in_training_only_are_exact(degree: int) -> None:
+    model = LM(ffn=RandomSlopes)
+    lanes = kraken_compiler.transform(model, degree, "standard", example_inputs=EXAMPLE)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_what_draws_in_training_only_is_exact(training: bool) -> None:
     model = LM(OffDropout).train(training)

@@ -120,6 +120,36 @@ MODELS: dict[str, tuple[Callable[[], LM], tuple[int, int], tuple[int, int], str]
         (2, 21),
         "the sequence size must not be 21",
     ),
+    "a single token of a single text": (
+        lambda: embedding(lambda x, ids: 3 * x if ids.numel() == 1 else x),
+        (1, 2),
+        (1, 1),
+        "batch \\* sequence >= 2",
+    ),
+    "three tokens or fewer, in the FFN": (
+        lambda: ffn(lambda x: 3 * x if x.shape[0] * x.shape[1] <= 3 else x),
+        (2, 2),
+        (1, 3),
+        "batch \\* sequence >= 4",
+    ),
+    "both sizes small, in the attention": (
+        lambda: attention(lambda y: 3 * y if y.shape[0] + y.shape[1] <= 3 else y),
+        (3, 1),
+        (1, 2),
+        "batch \\* sequence >= 3",
+    ),
+    "a dim that is squeezed at 1": (
+        lambda: ffn(lambda x: x * (1 + x.mean(-1).squeeze()[..., None])),
+        (2, 5),
+        (1, 5),
+        "the batch size must be at least 2",
+    ),
+    "a root": (
+        lambda: embedding(lambda x, ids: 3 * x if int(ids.shape[1] ** 0.5) == 5 else x),
+        (2, 24),
+        (2, 25),
+        "the sequence size must satisfy .* \\*\\* 0.5",
+    ),
     "one size against the other": (
         lambda: attention(lambda y: 3 * y if y.shape[0] > y.shape[1] else y),
         (3, 3),

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kraken_compiler.verify.compare import errors
+from tests.lane_decoder import LaneDecoder
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
-from tests.reports.small_models import Attention, D
+from tests.reports.small_models import TOLERANCE, Attention, D, tokens
 
 
 class LM(small_models.LM):
@@ -94,6 +96,15 @@ class Extended(LM):
         return logits if self.before else torch.cat([logits, torch.zeros(*ids.shape, 3)], -1)
 
 
+class FoldedLogits(LM):
+    """Sizes that are computed of the number of tokens, behind the head."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)[..., :96]
+        folded = logits.reshape(ids.shape[0] * ids.shape[1], 2, 48) * torch.tensor([[1.0], [2.0]])
+        return folded.reshape(ids.shape[0], ids.shape[1], 96)
+
+
 class RowNumbers(LM):
     """What follows from the number of a row in its batch is no table."""
 
@@ -124,6 +135,10 @@ KEEPING: dict[str, Callable[[], nn.Module]] = {
     "stack": lambda: LM(
         ffn=partial(Widened, lambda x: torch.stack([x, torch.full(x.shape, 0.5)], -1).flatten(2), 2 * D)
     ),
+    "concatenate": lambda: LM(
+        ffn=partial(Widened, lambda x: torch.concatenate([x, torch.ones(*x.shape[:2], 8)], -1), D + 8)
+    ),
+    "expand_as": lambda: LM(ffn=partial(Widened, lambda x: x + x.mean(-1, keepdim=True).expand_as(x), D)),
     "where": lambda: LM(ffn=partial(Widened, lambda x: torch.where(x > 0, x, torch.full(x.shape, -0.1)), D)),
     "full_like": lambda: LM(
         ffn=partial(Widened, lambda x: torch.cat([x, torch.full_like(x[..., :4], 2.0)], -1), D + 4)
@@ -141,6 +156,17 @@ def test_batches_of_any_size(kind: str) -> None:
     assert program.cached is not None, program.no_cache
     for batch in (1, 3):
         check_decode(model, program, read, batch=batch)
+
+
+def test_sizes_behind_the_head() -> None:
+    """There the tokens are those that were picked, not those that were read."""
+    model, ids = FoldedLogits(), tokens(3, 9)
+    program, read = lowered(model)
+    check_decode(model, program, read)
+    decoder, picks = LaneDecoder(program, read, 3, 12), torch.tensor([[8], [4], [6]])
+    logits = decoder.run(ids, torch.arange(9).expand(ids.shape), picks=picks)
+    want = model(ids)[torch.arange(3)[:, None], picks]
+    assert errors(logits, want.detach())[1] <= TOLERANCE
 
 
 def test_ragged_rows() -> None:

@@ -176,6 +176,10 @@ DEPENDING: dict[str, Callable[[], nn.Module]] = {
     "a share of all": lambda: Numbered(lambda ids: torch.ones_like(ids, dtype=torch.float32).softmax(-1)),
     "a reverse sum": lambda: Numbered(lambda ids: torch.ones(ids.shape[1]).flip(0).cumsum(0).flip(0)),
     "a normalised table": lambda: Embedded(torch.arange, lambda n: 1 / torch.arange(n).float().norm()),
+    "the sum of all positions": lambda: Embedded(
+        torch.arange, lambda n: 1 + torch.arange(n).sum(dim=None, keepdim=True) / 99
+    ),
+    "the largest position": lambda: Embedded(torch.arange, lambda n: 1 + torch.arange(n).float().amax() / 99),
     "a factor of the length": lambda: Embedded(torch.arange, lambda n: n**-0.5),
     "a table cut from its end": CutFromTheEnd,
     "hidden values over the length": lambda: LM(ffn=partial(Averaged, lambda x: x.shape[1] / 16)),
@@ -204,6 +208,44 @@ def test_no_cache_where_the_length_matters(kind: str) -> None:
     assert program.cached is None
     assert ON_LENGTH in program.no_cache, program.no_cache
     assert "(node " in program.no_cache
+
+
+class Met(FFN):
+    """An FFN whose input is changed by what `meet` makes of all of it."""
+
+    def __init__(self, meet: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.meet = meet
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(self.meet(x_BSD))
+
+
+def of_flat(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A change of all tokens of all rows, one behind the other."""
+    return lambda x_BSD: change(x_BSD.reshape(-1, D)).reshape(x_BSD.shape)
+
+
+MEETING: dict[str, Callable[[Tensor], Tensor]] = {
+    "the largest of all": lambda x: x / x.abs().amax(),
+    "the norm of all": lambda x: x / torch.linalg.vector_norm(x),
+    "the norm of all, the old way": lambda x: x / x.norm(),
+    "the variance of all": lambda x: x / x.var(),
+    "the sum over no dim": lambda x: x + x.sum(dim=None, keepdim=True) / 99,
+    "the mean over no dim": lambda x: x - x.mean(dim=None, keepdim=True),
+    "the mean of flat tokens": of_flat(lambda flat: flat - flat.mean(0)),
+    "a running sum of flat tokens": of_flat(lambda flat: flat.cumsum(0)),
+    "flat tokens backwards": of_flat(lambda flat: flat.flip(0)),
+    "tokens taken for rows": lambda x: x + x.reshape(x.shape[1], x.shape[0], D).transpose(0, 1).contiguous(),
+}
+
+
+@pytest.mark.parametrize("kind", MEETING)
+def test_no_cache_where_tokens_meet_outside_attention(kind: str) -> None:
+    program, _ = lowered(LM(ffn=partial(Met, MEETING[kind])))
+    assert program.cached is None
+    assert "the sequence" in program.no_cache
+    assert "'ffn.0'" in program.no_cache
 
 
 STEADY: dict[str, Callable[[], nn.Module]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +127,18 @@ class TokenShift(LM):
         return x_BSD + shifted
 
 
+class EmptyWrites(FFN):
+    """Slices that end before they begin: nothing is written."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.up(x_BSD).clone()
+        hidden[..., 5:3] = 1.0
+        x_BSD = x_BSD.clone()
+        x_BSD[..., 60:60] += 2.0
+        x_BSD[..., -3:-5].fill_(3.0)
+        return self.down(hidden) + self.down(self.up(x_BSD))
+
+
 EXACT = {
     "temperatures": lambda: LM(Temperatures),
     "best keys": lambda: LM(BestKeys),
@@ -134,6 +149,7 @@ EXACT = {
     "depthwise convolution": lambda: LM(ffn=DepthwiseConvolution),
     "looked up": lambda: LM(ffn=LookedUp),
     "token shift": TokenShift,
+    "empty writes": lambda: LM(ffn=EmptyWrites),
 }
 
 
@@ -223,7 +239,30 @@ class BranchOfABranch(FFN):
         return y_BSD + self.second(self.norm(y_BSD))
 
 
+class Conditional(FFN):
+    """`torch.cond` on a size or on numbers."""
+
+    def __init__(self, condition: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(torch.cond(self.condition(x_BSD), lambda x: 3 * x, lambda x: x.clone(), (x_BSD,)))
+
+
 REFUSED = {
+    "a branch on a size": (
+        lambda: LM(ffn=partial(Conditional, lambda x: x.shape[1] > 20)),
+        "ffn.0",
+        "cond",
+        "branches or loops inside the graph",
+    ),
+    "a branch on numbers": (
+        lambda: LM(ffn=partial(Conditional, lambda x: x.sum() > 0)),
+        "ffn.0",
+        "cond",
+        "branches or loops inside the graph",
+    ),
     "sorted heads": (lambda: LM(SortedHeads), "attention.0", "sort", "mixes the heads"),
     "rolled heads": (lambda: LM(RolledHeads), "attention.0", "roll", "'roll' moves heads"),
     "talking heads": (lambda: LM(TalkingHeads), "attention.0", "softmax", "no branch of the residual stream holds"),
@@ -248,6 +287,35 @@ def test_the_operator_in_the_way_is_named(name: str) -> None:
     assert rejection.nodes[0].startswith(operator)
     assert reason in rejection.reason
     assert "another degree" not in str(rejection)
+
+
+class KeptKeys(Attention):
+    """Keys are kept in a tensor that is no buffer, as in Meta's llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = torch.zeros(4, 64, HEADS, D // HEADS)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys[: k.shape[0], : k.shape[2]] = k.transpose(1, 2)
+        return super().attend(q, self.keys[: k.shape[0], : k.shape[2]].transpose(1, 2), v)
+
+
+def test_a_write_to_what_is_kept_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"its forward writes to 'attention.0.keys'") as caught:
+        kraken_compiler.transform(LM(KeptKeys), 2, "standard", example_inputs=EXAMPLE)
+    assert "\n" not in str(caught.value)
+
+
+class Unstackable(LM):
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.vstack((torch.zeros(0), super().embed(ids)))
+
+
+def test_the_tracers_log_stays_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot trace it"):
+        kraken_compiler.transform(Unstackable(), 2, "standard", example_inputs=EXAMPLE)
+    assert not capfd.readouterr().err
 
 
 class UnevenGroups(FFN):

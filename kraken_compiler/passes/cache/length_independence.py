@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.passes.cache.mixing import dims_along
 from kraken_compiler.passes.choosing import WHERE
 from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, SHAPE_ONLY, ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of, value_of
@@ -33,6 +34,8 @@ _ELEMENTS_KEPT = frozenset(
         aten.numpy_T.default,
         aten.movedim.int,
         aten.expand.default,
+        aten.expand_as.default,
+        aten.broadcast_to.default,
         aten.clone.default,
         aten.contiguous.default,
         aten.alias.default,
@@ -222,8 +225,8 @@ class LengthIndependence:
         if target in _RESHAPES:
             return _same_groups(shape_of(operand), shape_of(node))
         if target in _ALONG_DIM:
-            dims = argument(node, _ALONG_DIM[target], "dim", 0)
-            dims = dims if isinstance(dims, (list, tuple)) else [dims]
+            rank = len(shape_of(operand)) + (target is aten.stack.default)
+            dims = dims_along(node, _ALONG_DIM[target], rank)
             if target is aten.cumsum.default and same_size(shape_of(operand)[dims[0]], self._sequence):
                 return True
             if target is aten.stack.default:

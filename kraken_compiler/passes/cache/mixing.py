@@ -9,7 +9,7 @@ from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.passes.graph_tools import NORMS, PROJECTIONS, SHAPE_ONLY, args_of, argument, aten
-from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of
+from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of
 
 _TOKEN_BY_TOKEN = frozenset(
     {
@@ -17,8 +17,12 @@ _TOKEN_BY_TOKEN = frozenset(
         *SHAPE_ONLY,
         aten.embedding.default,
         aten.reshape.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
         aten.permute.default,
         aten.expand.default,
+        aten.expand_as.default,
+        aten.broadcast_to.default,
         aten.unsqueeze.default,
         aten.squeeze.dim,
         aten.clone.default,
@@ -65,7 +69,7 @@ _ALONG_DIM = {
 }
 """Operators that work along a dim, and which argument says along which."""
 
-_LAST_BY_DEFAULT = (aten.topk.default, aten.sort.default)
+_RESHAPES = (aten.reshape.default, aten.view_as.default, aten.reshape_as.default)
 _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
 
@@ -80,6 +84,8 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
     name = getattr(getattr(target, "_schema", None), "name", str(target))
     if getattr(target, "__name__", "") == "getitem" or not isinstance(target, torch._ops.OpOverload):
         return ""
+    if target in _RESHAPES and _swaps(shape_of(node), shape_of(args_of(node)[0])):
+        return f"{name} takes the sequence for another dim"
     if target in _TOKEN_BY_TOKEN or torch.Tag.pointwise in target.tags:
         return ""
     operand = next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
@@ -89,19 +95,44 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         shape = argument(node, 1, "normalized_shape")
         return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"
     if target in _ALONG_DIM:
-        dims = argument(node, _ALONG_DIM[target], "dim", -1 if target in _LAST_BY_DEFAULT else 0)
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
         shape = shape_of(operand)
         rank = len(shape) + (target is aten.stack.default)
-        along = [shape[dim % rank] for dim in dims if dim % rank < len(shape)]
-        return f"{name} works along the sequence" if any(same_size(size, sequence) for size in along) else ""
+        along = [shape[dim] for dim in dims_along(node, _ALONG_DIM[target], rank) if dim < len(shape)]
+        return f"{name} works along the sequence" if any(_holds(size, sequence) for size in along) else ""
     if target is aten.flatten.using_ints:
         shape = shape_of(operand)
         first, last = (int(argument(node, place, name_, value)) % len(shape) for place, name_, value in _FLATTENED)
         merged = shape[first : last + 1]
-        together = len(merged) > 1 and any(same_size(size, sequence) for size in merged)
+        together = len(merged) > 1 and any(_holds(size, sequence) for size in merged)
         return f"{name} merges the sequence with another dim" if together else ""
     if target is aten.index.Tensor:
         picked = [size for size, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
-        return f"{name} picks tokens" if any(same_size(size, sequence) for size in picked) else ""
+        return f"{name} picks tokens" if any(_holds(size, sequence) for size in picked) else ""
     return f"{name} may mix tokens, which a KV cache does not allow"
+
+
+def dims_along(node: fx.Node, place: int, rank: int) -> list[int]:
+    """The dims that an operator works along, from 0 on; all of them where it names none.
+
+    Args:
+        node: The operator.
+        place: Which argument says along which.
+        rank: Dims of what it works on.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments[place]
+    dims = argument(node, place, schema.name, schema.default_value)
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(rank))
+    return [int(dim) % max(rank, 1) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def _holds(size: Any, sequence: Any) -> bool:
+    """True if a dim of that size has the sequence in it, perhaps merged with other dims."""
+    return bool(same_size(size, sequence)) or bool(symbols_of(size) & symbols_of(sequence))
+
+
+def _swaps(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """True for a reshape to sizes of unknown number in another order: what was one dim is taken for another."""
+    orders = [[str(size.node.expr) for size in shape if symbols_of(size)] for shape in (before, after)]
+    return orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])

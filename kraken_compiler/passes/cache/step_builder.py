@@ -33,7 +33,15 @@ from kraken_compiler.passes.graph_tools import (
     module_path,
     value_descendants,
 )
-from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_size, shape_of, value_of
+from kraken_compiler.passes.shapes import (
+    compute_shape,
+    fake_mode_of,
+    is_tensor,
+    same_size,
+    shape_of,
+    symbols_of,
+    value_of,
+)
 
 _CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
 
@@ -152,8 +160,8 @@ class StepBuilder:
         for operand in node.all_input_nodes:
             if operand not in self.new:
                 values[operand] = self._looked_up(operand, node, in_tail)
-            elif in_tail and not is_tensor(operand) and self._is_sequence(operand):
-                values[operand] = self._picks_size()
+            elif in_tail and not is_tensor(operand):
+                values[operand] = self._size_in_tail(operand)
             else:
                 values[operand] = self.new[operand]
         self.new[node] = self.graph.node_copy(node, values.__getitem__)
@@ -204,6 +212,15 @@ class StepBuilder:
 
     def _is_sequence(self, node: fx.Node) -> bool:
         return bool(same_size(node.meta["val"], shape_of(self.tokens)[1]))
+
+    def _size_in_tail(self, node: fx.Node) -> fx.Node:
+        """A size as it is behind the last layer, where there are as many tokens as were picked."""
+        if self._is_sequence(node):
+            return self._picks_size()
+        if is_tensor(node) or not symbols_of(node.meta.get("val")) & symbols_of(shape_of(self.tokens)[1]):
+            return self.new[node]
+        values = {operand: self._size_in_tail(operand) for operand in node.all_input_nodes}
+        return compute_shape(self.graph.node_copy(node, values.__getitem__), self.mode)
 
     def _picks_size(self) -> fx.Node:
         return compute_shape(self.graph.call_function(aten.sym_size.int, (self.picks, 1)), self.mode)

@@ -92,6 +92,14 @@ class Arithmetic:
         real, imag = self._filled(pair.real, pair.imag), self._filled(pair.imag, pair.real)
         return self._widened(real, imag), self._widened(imag, real)
 
+    def both(self, pair: Pair, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Both parts as tensors; of a number, as tensors of no dims in the element type of `like`."""
+        if isinstance(pair.real, fx.Node) or isinstance(pair.imag, fx.Node):
+            return self.tensors(pair)
+        dtype = REAL_OF[value_of(like).dtype]
+        real, imag = (self.call(aten.full.default, [], part, dtype=dtype) for part in (pair.real, pair.imag))
+        return real, imag
+
     def finished(self, pair: Pair, like: fx.Node) -> Pair | None:
         """Parts of the shape and the element type of the complex tensor; None if they cannot be brought to it."""
         dtype = REAL_OF[value_of(like).dtype]
@@ -289,9 +297,40 @@ def _joined(arithmetic: Arithmetic, node: fx.Node) -> Pair:
     return Pair(real, imag)
 
 
+def _bilinear(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
+    """A product of two tensors that sums over dims: every part of one with every part of the other."""
+    *before, operands = args_of(node) if node.target is aten.einsum.default else ([*args_of(node)],)
+    if len(operands) != 2 or node.kwargs:
+        return None
+
+    def product(left: Part, right: Part) -> Part:
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+            return 0.0
+        both = [left, right]
+        return arithmetic.call(node.target, *before, both) if before else arithmetic.call(node.target, *both)
+
+    a, b = map(arithmetic.pair, operands)
+    return Pair(
+        arithmetic.sub(product(a.real, b.real), product(a.imag, b.imag)),
+        arithmetic.add(product(a.real, b.imag), product(a.imag, b.real)),
+    )
+
+
+def _expanded(arithmetic: Arithmetic, node: fx.Node) -> Pair:
+    """`expand_as`: to the shape of a tensor whose numbers do not count."""
+    like = arithmetic.pair(args_of(node)[1])
+    shape = like.real if isinstance(like.real, fx.Node) else like.imag
+    pair = arithmetic.pair(args_of(node)[0])
+    parts = (
+        arithmetic.call(node.target, part, shape) if isinstance(part, fx.Node) else part
+        for part in (pair.real, pair.imag)
+    )
+    return Pair(*parts)
+
+
 def _where(arithmetic: Arithmetic, node: fx.Node) -> Pair:
     condition, *choices = args_of(node)
-    parts = [arithmetic.tensors(arithmetic.pair(choice)) for choice in choices]
+    parts = [arithmetic.both(arithmetic.pair(choice), node) for choice in choices]
     real, imag = (arithmetic.call(aten.where.self, condition, *mine) for mine in zip(*parts))
     return Pair(real, imag)
 
@@ -348,7 +387,9 @@ def _rules() -> dict[Any, Rule]:
         ),
         _size: (aten.sym_size.int,),
         _joined: (aten.cat.default, aten.stack.default),
-        _where: (aten.where.self,),
+        _where: (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+        _bilinear: (aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.outer.default),
+        _expanded: (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default),
         _created: (
             *(aten.ones.default, aten.zeros.default, aten.full.default),
             *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
@@ -361,7 +402,14 @@ def _rules() -> dict[Any, Rule]:
 _LINEAR = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints),
     *(aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default),
+    *(
+        aten.expand.default,
+        aten.broadcast_to.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.mT.default,
+    ),
     *(aten.swapaxes.default, aten.movedim.int, aten.movedim.intlist, aten.slice.Tensor, aten.select.int),
     *(aten.narrow.default, aten.index.Tensor, aten.index_select.default, aten.gather.default),
     *(aten.repeat.default, aten.repeat_interleave.self_int, aten.tile.default, aten.roll.default, aten.flip.default),

@@ -3,6 +3,7 @@
 %c = clone(%x)                                   ->     (users of %c read %x)
 %s = slice(%c, 0, 0, 9223372036854775807)
 _assert_tensor_metadata(%s, ...)
+%t = concatenate([%x, %y], -1)                   ->     %t = cat([%x, %y], -1)
 %w = type_as(%v, %x)                             ->     %w = to(%v, float32)        (what it reads is %v alone)
 """
 
@@ -68,7 +69,11 @@ class DropNoops(Pass):
             if node.target in _ASSERTS:
                 program.graph.erase_node(node)
                 matches += 1
-            elif node.target is aten.cat.default and _drop_empty_operands(node):
+                continue
+            if node.target in (aten.concat.default, aten.concatenate.default):
+                node.target = aten.cat.default
+                matches += 1
+            if node.target is aten.cat.default and _drop_empty_operands(node):
                 matches += 1
             elif _computes_its_first_operand(node):
                 node.replace_all_uses_with(args_of(node)[0])

@@ -36,7 +36,14 @@ class InlineRegions(Pass):
                     return PassResult(matches, (Rejection(reason, (region.name,), module_path(region), hint),))
                 _inline(program.module, region)
                 matches += 1
-        return PassResult(matches)
+        branching = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
+        return PassResult(matches, tuple(map(_reject, branching[:1])))
+
+
+def _reject(node: fx.Node) -> Rejection:
+    reason = f"its forward branches or loops inside the graph ('{node.target}'), and lanes run one straight graph"
+    hint = "Choose values with torch.where, or ask for sizes with a plain `if`, whose branch is kept and held to."
+    return Rejection(reason, (node.name,), module_path(node), hint)
 
 
 def _inline(module: fx.GraphModule, region: fx.Node) -> None:

@@ -159,6 +159,8 @@ class _Write:
         part = _part(dim, start, end, step)
         if isinstance(size, int) and all(bound is None or isinstance(bound, int) for bound in (start, end)):
             start, end, _ = slice(start, end).indices(size)
+            if start >= end:
+                return into  # nothing is written
             stop = end >= size
         else:
             stop = end is None or (isinstance(end, int) and end >= _NO_END)

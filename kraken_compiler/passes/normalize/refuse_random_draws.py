@@ -2,7 +2,8 @@
 
 %y = dropout(%x, 0.5, True)                      ->     unsupported: ... draws random numbers ...
 
-No two runs of such a model agree, so no program can be compared with it. A draw that reaches no output is removed.
+No two runs of such a model agree, so no program can be compared with it. A draw that reaches no output is removed, and
+a leaky ReLU of random slope has the mean one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class RefuseRandomDraws(Pass):
             if node not in needed and _is_tagged(node):
                 program.graph.erase_node(node)
                 matches += 1
+        for node in [node for node in program.graph.nodes if node.target is aten.rrelu.default and _is_off(node)]:
+            given = _arguments(node)
+            node.target = aten.leaky_relu.default
+            node.args, node.kwargs = (given["self"], (given["lower"] + given["upper"]) / 2), {}
+            matches += 1
         drawing = [node for node in program.graph.nodes if _is_tagged(node) and not _is_off(node)]
         return PassResult(matches, tuple(map(_reject, drawing[:1])))
 
