@@ -73,6 +73,7 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         for node in graph.nodes:
             if node.target is torch.ops.aten.detach_.default:
                 node.target = torch.ops.aten.detach.default
+    _refuse_written_constants(exported)
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
         known, before = compat.noted_guards(exported), set(exported._guards_code)
         with quiet_torch():
@@ -82,6 +83,23 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         return functional
     exported.graph_module.recompile()
     return exported
+
+
+def _refuse_written_constants(exported: ExportedProgram) -> None:
+    """Refuse writes to tensors that are neither parameters nor buffers; taking them out ends in a crash of torch."""
+    constants = exported.graph_signature.inputs_to_lifted_tensor_constants
+    for node in exported.graph.nodes:
+        for operand in compat.written_operands(node):
+            name = constants.get(compat.viewed(operand).name)
+            if name is not None:
+                path = next((str(path) for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+                reason = f"its forward writes to {_what_is_kept(name)}, and a program keeps nothing between calls"
+                raise UnsupportedModelError([Rejection(reason, (node.name,), path)])
+
+
+def _what_is_kept(name: str) -> str:
+    # torch makes up a name for what it does not find again in the module.
+    return "a tensor of its own" if "lifted_tensor" in name else f"the tensor '{name}'"
 
 
 def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> ExportedProgram:
