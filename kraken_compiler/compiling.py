@@ -125,6 +125,9 @@ def compile_model(
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
     show = progress or Silent()
+    backends = (backends,) if isinstance(backends, str) else tuple(backends)
+    if not backends:
+        raise UsageError("no backend is named, so that nothing would be written and nothing checked")
     emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
     if onnx_weights is not None and "onnx" not in backends:
         raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")

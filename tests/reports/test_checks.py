@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -163,3 +163,28 @@ def test_programs_that_nothing_checks_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_plan_has_no_budget(options: dict[str, float], named: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{named} .*--plan"):
         compile_model(LM(), None, degree=2, example_inputs=EXAMPLE, calibrate=[tmp_path / "text"], **options)
+
+
+def test_no_backend_is_no_program(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no backend is named"):
+        compile_model(LM(), tmp_path / "out", degree=2, backends=(), example_inputs=EXAMPLE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degree": "2"}, "the degree must be a whole number, got '2'"),
+        ({"degree": 2.0}, r"the degree must be a whole number, got 2\.0"),
+        ({"degree": True}, "the degree must be a whole number, got True"),
+        ({"degree": 2, "form": None}, "a form must be one of standard, .* got None"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        kraken_compiler.transform(LM(layers=1), example_inputs=EXAMPLE, **options)
+
+
+def test_whole_numbers_are_no_element_type(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model cannot be compiled as int8"):
+        compile_model(LM(), None, degree=2, example_inputs=EXAMPLE, dtype=torch.int8)
