@@ -309,17 +309,18 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def viewed(node: fx.Node) -> fx.Node:
     """What a node is a view of, of a view of ...; the node itself if it has memory of its own."""
-    while operands := [node.args[0]] if node.target is operator.getitem else _aliased(node, written=False):
-        operand = operands[0]
-        value, source = node.meta.get("val"), operand.meta.get("val")
+    while operands := _aliased(node, written=False):
+        value, source = node.meta.get("val"), operands[0].meta.get("val")
         if isinstance(value, Tensor) and isinstance(source, Tensor) and value.dtype != source.dtype:
             return node  # a cast, which may share memory where it changes nothing
-        node = operand
+        node = operands[0]
     return node
 
 
 def _aliased(node: fx.Node, *, written: bool) -> list[fx.Node]:
     """Operands whose memory a call writes to, or returns."""
+    if node.target is operator.getitem and not written:
+        return node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     schema = node.target._schema.arguments

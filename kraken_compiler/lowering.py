@@ -58,8 +58,10 @@ def lower(
         UsageError: Unknown form, layer or degree; the message lists what is valid.
         UnsupportedModelError: A part of the model cannot be rewritten.
     """
-    several = isinstance(form, Sequence) and not isinstance(form, str)
-    row = tuple(map(find_form, form)) if several else find_form(form)
+    if isinstance(form, str | Form) or not isinstance(form, Sequence):
+        row: Form | tuple[Form, ...] = find_form(form)
+    else:
+        row = tuple(map(find_form, form))
     program = captured.copy()
     history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
     assert program.layers is not None

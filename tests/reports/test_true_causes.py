@@ -366,3 +366,18 @@ def test_a_refusal_is_all_that_is_said(capfd: pytest.CaptureFixture[str]) -> Non
     captured = capfd.readouterr()
     assert not captured.out
     assert not captured.err
+
+
+def test_operators_that_cannot_be_batched_run_lane_by_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> Callable[..., object]:
+        def fail(*_: object) -> object:
+            raise RuntimeError("Batching rule not implemented for aten::moveaxis.int")
+
+        return fail
+
+    model = LM(layers=1)
+    lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE, check=False)
+    monkeypatch.setattr(torch, "vmap", unknown)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+    lanes(torch.ones(2, 5, dtype=torch.int64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in lanes.parameters())

@@ -84,7 +84,7 @@ class LaneModule(nn.Module):
                 return self._one_lane_after_the_other(weights, inputs)
             in_dims = (*self._in_dims, *(None for _ in inputs))
             try:
-                return torch.vmap(run, in_dims=in_dims, out_dims=None)(*weights, *inputs)  # type: ignore[no-any-return]
+                return torch.vmap(run, in_dims=in_dims, out_dims=None)(*weights, *inputs)
             except RuntimeError as error:
                 if not str(error).startswith(_NO_BATCHING):
                     raise

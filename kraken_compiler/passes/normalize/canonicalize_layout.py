@@ -16,7 +16,7 @@ import itertools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -135,7 +135,7 @@ def _undone(node: fx.Node) -> bool:
     return True
 
 
-_UNSAFE = {
+_UNSAFE: dict[Any, Any] = {
     aten.unsafe_chunk.default: aten.chunk.default,
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
@@ -152,8 +152,9 @@ def _resize(node: fx.Node) -> None:
             if isinstance(size, int):
                 sizes.append(size)
                 continue
-            sizes.append(node.graph.call_function(aten.sym_size.int, (like, dim)))
-            sizes[-1].meta["val"] = size
+            read = node.graph.call_function(aten.sym_size.int, (like, dim))
+            read.meta["val"] = size
+            sizes.append(read)
         replace(node, node.graph.call_function(_RESHAPE, (operand, sizes)))
 
 
