@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import operator
 import re
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -41,6 +44,18 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
     with mode, enable_python_dispatcher(), disable_fake_tensor_cache(mode):
         yield
+
+
+@contextmanager
+def silent_failures() -> Iterator[None]:
+    """Inside, an op that fails on fake tensors raises, and writes nothing to the log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -117,7 +132,17 @@ def tree_dumps(spec: TreeSpec) -> str:
     Raises:
         NotImplementedError: A container class has no serialized name.
     """
+    # Since 2.1. torch takes every namedtuple apart, but wants to be told what it is called.
+    for kind in {one.context for one in _within(spec) if one.type is namedtuple}:
+        if kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
+            pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
     return pytree.treespec_dumps(spec)
+
+
+def _within(spec: TreeSpec) -> Iterator[TreeSpec]:
+    yield spec
+    for child in tree_children(spec):
+        yield from _within(child)
 
 
 def tree_loads(text: str) -> TreeSpec:
@@ -275,6 +300,37 @@ def size_hint(size: Any) -> int | None:
 def is_mutating(node: fx.Node) -> bool:
     """True if the node calls an op that writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that a call writes to."""
+    return _aliased(node, written=True)
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of, of a view of ...; the node itself if it has memory of its own."""
+    while operands := _aliased(node, written=False):
+        value, source = node.meta.get("val"), operands[0].meta.get("val")
+        if isinstance(value, Tensor) and isinstance(source, Tensor) and value.dtype != source.dtype:
+            return node  # a cast, which may share memory where it changes nothing
+        node = operands[0]
+    return node
+
+
+def _aliased(node: fx.Node, *, written: bool) -> list[fx.Node]:
+    """Operands whose memory a call writes to, or returns."""
+    if node.target is operator.getitem and not written:
+        return node.all_input_nodes[:1]
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args)) | node.kwargs
+    found = []
+    for argument in schema:
+        operand, alias = given.get(argument.name), argument.alias_info
+        if isinstance(operand, fx.Node) and alias is not None and (alias.is_write or not written):
+            found.append(operand)
+    return found
 
 
 def flat_archive(graph: fx.Graph) -> bytes:

@@ -129,6 +129,7 @@ def compile_model(
     """
     show = progress or Silent()
     require_timeout(timeout)
+    backends = (backends,) if isinstance(backends, str) else tuple(backends)
     emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
     if not emitters:
         raise UsageError("no backend is named that writes programs; give at least one of torch and onnx")

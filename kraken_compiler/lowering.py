@@ -58,7 +58,10 @@ def lower(
         UsageError: Unknown form, layer or degree; the message lists what is valid.
         UnsupportedModelError: A part of the model cannot be rewritten.
     """
-    row = find_form(form) if isinstance(form, str | Form) else tuple(map(find_form, form))
+    if isinstance(form, str | Form) or not isinstance(form, Sequence):
+        row: Form | tuple[Form, ...] = find_form(form)
+    else:
+        row = tuple(map(find_form, form))
     program = captured.copy()
     history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
     assert program.layers is not None
@@ -134,6 +137,8 @@ def find_form(form: str | Form) -> Form:
     """A row of the forms table; an unknown name is a `UsageError` that suggests the nearest."""
     if isinstance(form, Form):
         return form
+    if not isinstance(form, str):
+        raise UsageError(f"a form must be one of {', '.join(FORMS)}, or a Form, got {form!r}")
     if form in FORMS:
         return FORMS[form]
     nearest = difflib.get_close_matches(form, FORMS, n=1, cutoff=0.0)
@@ -157,6 +162,8 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     if len(valid) == 1 and degree is None:
         raise UnsupportedModelError([Rejection("it has one attention head, so there is nothing to divide among lanes")])
     wanted = degree
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool)):
+        raise UsageError(f"the degree must be a whole number, got {wanted!r}")
     if wanted is None:
         visible = torch.accelerator.device_count()
         wanted = visible if visible > 1 else smallest_degree(layers)

@@ -29,6 +29,8 @@ def undisturbed() -> Iterator[tuple[str, ...]]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(compat.without_dispatch_modes())
+        # What we draw, to compare and to find out what depends on what, is not missing from the caller's numbers.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         if torch.get_default_device().type == "meta":
             # It is for building modules; whatever is computed there has no values.
             stack.enter_context(torch.device("cpu"))

@@ -49,6 +49,9 @@ def capture(
         InputFileError: The source is missing, damaged, or must not be opened.
         UnsupportedModelError: The model cannot be captured.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(f"a model cannot be compiled as {name}: give an element type of fractions, e.g. bfloat16")
     if isinstance(source, nn.Module):
         return capture_module(source, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype)
     if isinstance(source, ExportedProgram):

@@ -22,7 +22,6 @@ from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
-_WRITTEN = re.compile(r"Constant (\S+) is mutated in the forward")
 _CACHE_RETURNED = re.compile(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type")
 _RETURN_TENSORS = (
     "Return tensors only; where it calls a Hugging Face model, with use_cache=False or without use_cache, the cache is "
@@ -74,13 +73,15 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         for node in graph.nodes:
             if node.target is torch.ops.aten.detach_.default:
                 node.target = torch.ops.aten.detach.default
+    _refuse_written_constants(exported)
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
         known, before = compat.noted_guards(exported), set(exported._guards_code)
         with quiet_torch():
             try:
                 functional: ExportedProgram = exported.run_decompositions({})
             except RuntimeError as error:
-                raise UnsupportedModelError([_unwritable(error)]) from error
+                reason = f"torch.export cannot take its in-place writes out: {_summary(error)}"
+                raise UnsupportedModelError([Rejection(reason)]) from error
         found = [guard for guard in compat.traced_guards(functional) if guard not in before]
         compat.note_guards(functional, (*known, *found))
         return functional
@@ -88,13 +89,22 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
-def _unwritable(error: RuntimeError) -> Rejection:
-    """Why in-place writes cannot be taken out of a graph."""
-    written = _WRITTEN.search(str(error))
-    if written is None:
-        return Rejection(f"torch.export cannot take its in-place writes out: {_summary(error)}")
-    reason = f"its forward writes to '{written[1]}', a tensor that it keeps between calls"
-    return Rejection(reason, (written[1],), hint="Return what is to be kept, or write to a copy.")
+def _refuse_written_constants(exported: ExportedProgram) -> None:
+    """Refuse writes to tensors that are neither parameters nor buffers; taking them out ends in a crash of torch."""
+    constants = exported.graph_signature.inputs_to_lifted_tensor_constants
+    for node in exported.graph.nodes:
+        for operand in compat.written_operands(node):
+            name = constants.get(compat.viewed(operand).name)
+            if name is not None:
+                path = next((str(path) for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+                reason = f"its forward writes to {_what_is_kept(name)}, and a program keeps nothing between calls"
+                hint = "Return what is to be kept, or write to a copy."
+                raise UnsupportedModelError([Rejection(reason, (node.name,), path, hint)])
+
+
+def _what_is_kept(name: str) -> str:
+    # torch makes up a name for what it does not find again in the module.
+    return "a tensor of its own" if "lifted_tensor" in name else f"the tensor '{name}'"
 
 
 def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> ExportedProgram:

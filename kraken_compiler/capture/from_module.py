@@ -18,6 +18,7 @@ from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.capture.reference import module_reference
 from kraken_compiler.capture.unwrap import unwrap
+from kraken_compiler.errors import UsageError
 from kraken_compiler.weights.store import MemoryStore
 
 
@@ -42,10 +43,13 @@ def capture_module(
         kind, path, digest, tokenizer: For `Origin`, if the module was loaded from a file.
 
     Raises:
-        UsageError: The inputs do not fit, or quantised weights are of another type than `dtype`.
+        UsageError: The module has no forward, the inputs do not fit, or quantised weights are of another type than
+            `dtype`.
         UnsupportedModelError: The module cannot be captured.
     """
     model = unwrap(model)
+    if getattr(model.forward, "__func__", None) is nn.Module.forward:
+        raise UsageError(f"{type(model).__name__} has no forward: pass the module whose forward calls what is in it")
     with offloaded_weights(model):
         require_weights(model)
         if dtype is not None:

@@ -126,6 +126,9 @@ def _rejection(path: str, module: nn.Module) -> Rejection | None:
             continue
         if is_a(tensor, "torch.distributed.tensor", "DTensor"):
             return Rejection(f"its {name} is a DTensor, one rank's piece of a weight", (name,), path, _WHOLE)
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            reason = f"its {name} has no shape yet: a {kind} makes its weights when it is first called"
+            return Rejection(reason, (name,), path, "Call the model once, or load its weights, and pass it then.")
         if tensor.is_quantized:
             return Rejection(
                 f"its {name} is a quantised {_form(tensor)} tensor of torch.ao", (name,), path, _UNQUANTIZED

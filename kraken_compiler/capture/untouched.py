@@ -7,10 +7,16 @@ without values, which must not stay behind; what a run for comparison writes nee
 
 from __future__ import annotations
 
+import argparse
+import collections
+import contextvars
 import functools
 import gc
+import queue
 import sys
+import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +31,29 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError
 _LIBRARIES = frozenset({"torch", "numpy", "transformers", "builtins", "kraken_compiler", "pytest", "_pytest"})
 """Whose files' variables are not looked at: they hold no model's state, and no end of other things."""
 
+_HOLDERS = (
+    types.SimpleNamespace,
+    argparse.Namespace,
+    collections.UserDict,
+    collections.UserList,
+    collections.ChainMap,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+    weakref.WeakSet,
+    queue.Queue,
+    threading.local,
+)
+"""Python's own classes in whose objects a model keeps what it likes."""
+
+_MOST_BYTES = 1 << 16
+"""Of a tensor whose values are remembered."""
+
 _MISSING = object()
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore afterwards what a module and its code hold; its tensors' values are not copied.
+    """Restore afterwards what a module and its code hold; the values of parameters and large tensors are not copied.
 
     Raises:
         UnsupportedModelError: Something without values stayed in a place that cannot be restored.
@@ -81,6 +104,7 @@ class _State:
         """Note a value's state; returns what it holds."""
         if isinstance(value, Tensor):
             self._tensors.append((value, place))
+            self._keep_values(value)
             own = getattr(value, "__dict__", None)
             return self._keep_dict(own, place) if own and not compat.is_traced(value) else []
         if isinstance(value, dict):
@@ -103,13 +127,54 @@ class _State:
         if isinstance(value, property | staticmethod | classmethod):
             inner = value.fget if isinstance(value, property) else value.__func__
             return [(inner, place)]
+        if isinstance(value, contextvars.ContextVar):
+            return self._keep_variable(value)
         if isinstance(value, types.ModuleType) or _is_plain(value) or _is_internal(value):
             return []
         held = getattr(value, "__dict__", None)
         found: list[tuple[Any, str]] = [(one, place) for one in type(value).__mro__]
-        for name in _slots(type(value)):
-            found.append((getattr(value, name, None), f"{place}.{name}"))
+        found += self._keep_slots(value, place)
         return found + (self._keep_dict(held, place) if isinstance(held, dict) else [])
+
+    def _keep_values(self, tensor: Tensor) -> None:
+        """Of small tensors that are no parameters: counters and running sums, which code writes in place."""
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided and not compat.is_fake(tensor)
+        if not plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
+            return
+        with torch.no_grad():
+            saved = tensor.detach().clone()
+
+        def restore() -> None:
+            with torch.no_grad():
+                if not torch.equal(tensor, saved):
+                    tensor.detach().copy_(saved)
+
+        self._restorers.append(restore)
+
+    def _keep_slots(self, owner: Any, place: str) -> list[tuple[Any, str]]:
+        saved = {name: getattr(owner, name, _MISSING) for name in _slots(type(owner))}
+
+        def restore() -> None:
+            for name, before in saved.items():
+                if getattr(owner, name, _MISSING) is before:
+                    continue
+                # Past what a class makes of assignments to its objects.
+                if before is _MISSING:
+                    object.__delattr__(owner, name)
+                else:
+                    object.__setattr__(owner, name, before)
+
+        self._restorers.append(restore)
+        return [(item, f"{place}.{name}") for name, item in saved.items() if item is not _MISSING]
+
+    def _keep_variable(self, variable: contextvars.ContextVar[Any]) -> list[tuple[Any, str]]:
+        try:
+            saved = variable.get()
+        except LookupError:
+            return []  # what is set cannot be unset but by who has set it
+        token = variable.set(saved)
+        self._restorers.append(lambda: variable.reset(token))
+        return [(saved, variable.name)]
 
     def _keep_dict(self, held: dict[Any, Any], place: str) -> list[tuple[Any, str]]:
         # The items themselves: a dict of its own class may make something else of them when it is asked.
@@ -174,11 +239,7 @@ class _State:
                 name: value for name, value in held.items() if isinstance(value, used) or hasattr(value, "cache_clear")
             }
             found += [(value, f"{file.__name__}.{name}") for name, value in named.items()]
-        names = function.__code__.co_names
-        called = (function.__globals__.get(name) for name in names)
-        return found + [
-            (one, place) for one in called if isinstance(one, types.FunctionType | type) and _is_foreign(one)
-        ]
+        return found + [(value, place) for value in _named_in(function)]
 
     def _keep_cell(self, cell: types.CellType, place: str) -> list[tuple[Any, str]]:
         saved = _content(cell)
@@ -193,6 +254,29 @@ class _State:
 
         self._restorers.append(restore)
         return [] if saved is _MISSING else [(saved, place)]
+
+
+def _named_in(function: types.FunctionType) -> Iterator[Any]:
+    """What a function's code names of its file, and of the files that it names: `tables.of(x)` names `tables.of`."""
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    files, seen = deque[dict[str, Any]]([function.__globals__]), set[int]()
+    while files:
+        held = files.popleft()
+        for value in [held[name] for name in names if name in held]:
+            if not isinstance(value, types.ModuleType):
+                if not isinstance(value, types.FunctionType | type) or _is_foreign(value):
+                    yield value
+            elif id(value) not in seen and not _is_library(value.__name__):
+                seen.add(id(value))
+                files.append(vars(value))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -247,7 +331,9 @@ def _is_library(module: str) -> bool:
 def _is_internal(value: Any) -> bool:
     """Whether an object is a part of torch or Python that has no business with a model's own state."""
     top = type(value).__module__.partition(".")[0]
-    return not isinstance(value, nn.Module) and top != "transformers" and _is_library(type(value).__module__)
+    return (
+        not isinstance(value, (nn.Module, *_HOLDERS)) and top != "transformers" and _is_library(type(value).__module__)
+    )
 
 
 def _is_plain(value: Any) -> bool:

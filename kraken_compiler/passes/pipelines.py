@@ -15,6 +15,7 @@ from kraken_compiler.passes.normalize.fuse_experts import FuseExperts
 from kraken_compiler.passes.normalize.fuse_rms_norm import FuseRmsNorm
 from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes
 from kraken_compiler.passes.normalize.inline_regions import InlineRegions
+from kraken_compiler.passes.normalize.lower_batch_norm import LowerBatchNorm
 from kraken_compiler.passes.normalize.lower_complex import LowerComplex
 from kraken_compiler.passes.normalize.lower_einsum import LowerEinsum
 from kraken_compiler.passes.normalize.lower_writes import LowerWrites
@@ -43,6 +44,7 @@ RECOGNIZE: tuple[Pass, ...] = (
     LowerComplex(),
     CanonicalizeLayout(),
     LowerEinsum(),
+    LowerBatchNorm(),
     HoistSizes(),
     CanonicalizeLinear(),
     FuseExperts(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -174,3 +174,22 @@ def test_no_backend_is_no_check(tmp_path: Path) -> None:
     edit_manifest(write_toy(tmp_path / "toy", 2), backends=[])
     with pytest.raises(VerificationError, match="toy holds no programs"):
         verify_programs(tmp_path / "toy")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degree": "2"}, "the degree must be a whole number, got '2'"),
+        ({"degree": 2.0}, r"the degree must be a whole number, got 2\.0"),
+        ({"degree": True}, "the degree must be a whole number, got True"),
+        ({"degree": 2, "form": None}, "a form must be one of standard, .* got None"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        kraken_compiler.transform(LM(layers=1), example_inputs=EXAMPLE, **options)
+
+
+def test_whole_numbers_are_no_element_type(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model cannot be compiled as int8"):
+        compile_model(LM(), None, degree=2, example_inputs=EXAMPLE, dtype=torch.int8)

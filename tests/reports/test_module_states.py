@@ -60,6 +60,16 @@ def test_weights_without_values_are_named() -> None:
     assert len(str(all_.value).splitlines()) == 1
 
 
+def test_weights_that_a_first_call_makes_are_named() -> None:
+    model = LM(layers=1)
+    model.head = nn.LazyLinear(VOCABULARY)
+    with pytest.raises(UnsupportedModelError, match=r"'head' .*its weight has no shape yet.*Call the model once"):
+        lanes_of(model)
+    assert type(model.head) is nn.LazyLinear
+    model(tokens(2, 3))
+    assert relative_error(lanes_of(model), model, 3, 11) < TOLERANCE
+
+
 def test_pieces_of_distributed_weights_are_named(tmp_path: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 

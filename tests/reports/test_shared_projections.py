@@ -10,12 +10,19 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import kraken_compiler
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
-from tests.reports.small_models import COLUMNS, EXAMPLE, HEADS, LM, TOLERANCE, Attention, D
+from kraken_compiler.ir.program import Program
+from kraken_compiler.lowering import lower
+from kraken_compiler.verify.compare import errors
+from tests.lane_decoder import LaneDecoder
+from tests.reports.small_models import COLUMNS, EXAMPLE, HEADS, LM, TOLERANCE, Attention, D, tokens
 from tests.reports.small_models import relative_error as error_of_size
+from tests.test_cache_families import one_by_one
 
 E = D // HEADS
 
@@ -91,6 +98,21 @@ class FusedSlices(nn.Module):
         )
 
 
+class FusedPieces(nn.Module):
+    """Grouped queries and gated columns out of `tensor_split`, cut up by `narrow`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(D, D + 4 * E + 2 * COLUMNS), nn.Linear(D + COLUMNS, D)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q, kv, columns = self.inward(x_BSD).tensor_split([D, D + 4 * E], dim=-1)
+        k, v = kv.narrow(-1, 0, 2 * E), kv.narrow(-1, -2 * E, 2 * E)
+        up, gate = columns.tensor_split(2, dim=-1)
+        heads = attend(by_head(q), by_head(k, 2), by_head(v, 2))
+        return self.outward(torch.cat([up * F.silu(gate), heads], dim=-1))
+
+
 class ParallelLM(LM):
     """Every layer is one block that adds once."""
 
@@ -164,13 +186,40 @@ class RouterOfColumns(nn.Module):
         return self.down(hidden) * self.score(hidden).sigmoid()
 
 
+class TimesTheStream(Attention):
+    """Heads and the stream that they come from meet again before the output projection."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.out(attend(*self.split(x_BSD)) * x_BSD + x_BSD.flip(-1))
+
+
+class ColumnsTimesTheStream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BSD)) * x_BSD)
+
+
+class NoNormsLM(LM):
+    """What the branches read is the stream itself."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x_BSD = self.embed(ids)
+        for attention, ffn in zip(self.attention, self.ffn):
+            x_BSD = x_BSD + attention(x_BSD) / 50
+            x_BSD = x_BSD + ffn(x_BSD) / 50
+        return self.head(x_BSD)
+
+
 def error(model: nn.Module, degree: int) -> float:
     lanes = kraken_compiler.transform(model, degree=degree, form="standard", example_inputs=EXAMPLE)
     return max(error_of_size(lanes, model, 2, 9), error_of_size(lanes, model, 1, 17))
 
 
 @pytest.mark.parametrize("degree", [2, 3])
-@pytest.mark.parametrize("block", [Fused, FusedQueriesAndColumns, FusedOut, FusedSlices])
+@pytest.mark.parametrize("block", [Fused, FusedQueriesAndColumns, FusedOut, FusedSlices, FusedPieces])
 def test_parallel_blocks_that_share_a_matrix(block: Callable[[], nn.Module], degree: int) -> None:
     model = ParallelLM(block)
     lanes = kraken_compiler.transform(model, degree=degree, form="standard", example_inputs=EXAMPLE)
@@ -192,6 +241,39 @@ def test_projections_that_an_attention_reads_twice(attention: Callable[[], nn.Mo
 
 def test_columns_that_are_read_as_a_whole() -> None:
     assert error(LM(ffn=RouterOfColumns), 3) < TOLERANCE
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("build", [LM, NoNormsLM])
+def test_branches_that_read_the_stream_beside_their_projections(build: Callable[..., LM], degree: int) -> None:
+    model = build(TimesTheStream, ColumnsTimesTheStream)
+    source = capture(model, example_inputs=EXAMPLE)
+    program, _ = lower(source.program, degree, "standard")
+    # A norm of the whole stream needs no sum over lanes.
+    assert len(calls_of(program, torch.ops.kraken.all_reduce_start.default)) == 4
+    lanes = LaneModule.from_program(program, source.store.read)
+    assert max(error_of_size(lanes, model, 2, 9), error_of_size(lanes, model, 1, 17)) < TOLERANCE
+    ids = tokens(2, 11)
+    with torch.no_grad():
+        have, want = one_by_one(LaneDecoder(program, source.store.read, 2, 16), ids, 5, positional=False), model(ids)
+    assert errors(have, want)[1] < TOLERANCE
+
+
+def calls_of(program: Program, target: object) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.target is target]
+
+
+def test_a_norm_of_two_branches_is_named() -> None:
+    class Normed(Fused):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(D)
+
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            return self.norm(super().forward(x_BSD))
+
+    with pytest.raises(UnsupportedModelError, match=r"'attention\.0\.norm' .*'rms_norm' stands between"):
+        kraken_compiler.transform(ParallelLM(Normed), 2, "standard", example_inputs=EXAMPLE)
 
 
 class SharedKeysLM(LM):

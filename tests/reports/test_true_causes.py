@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kraken_compiler
+from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
-from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, HEADS, LM, TOLERANCE, Attention, D, relative_error
+from kraken_compiler.lowering import lower
+from kraken_compiler.verify.compare import errors
+from tests.lane_decoder import LaneDecoder
+from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, HEADS, LM, TOLERANCE, Attention, D, relative_error, tokens
+from tests.test_cache_families import one_by_one
 
 
 def masked(scores_BHQK: Tensor) -> Tensor:
@@ -117,6 +123,47 @@ class LookedUp(FFN):
         return self.down(torch.maximum(hidden, torch.zeros_like(hidden) - 0.5))
 
 
+class BatchNorm(FFN):
+    """Of columns, with statistics that it has learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(COLUMNS)
+        self.norm.running_mean, self.norm.running_var = torch.linspace(-1, 1, COLUMNS), torch.linspace(0.5, 3, COLUMNS)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x_BSD).transpose(1, 2)).transpose(1, 2))
+
+
+class ColumnFactors(FFN):
+    """Factors that are computed from weights, with dims of size 1 around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.summand = nn.Parameter(torch.rand(COLUMNS) + 0.5), nn.Parameter(torch.rand(1, COLUMNS, 1))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = self.up(x_BSD).transpose(1, 2) * self.factor.exp().view(-1, 1) + self.summand.sin().view(COLUMNS, 1)
+        return self.down(hidden.transpose(1, 2) * self.summand.cos().view(-1))
+
+
+class MovedDims(Attention):
+    """Rarer spellings of the same layout, and queries and keys of length 1."""
+
+    def split(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.qkv(x_BSD).unsafe_chunk(3, -1)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1))
+            .swapdims(1, 2)
+            .view_as(part.unflatten(-1, (self.heads, -1)).movedim((2,), (1,)))
+            for part in parts
+        )
+        return F.normalize(q, dim=-1) * 4, F.normalize(k, dim=-1), v
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.project(self.attend(*self.split(x_BSD)).moveaxis(1, 2).flatten(2))
+
+
 class TokenShift(LM):
     """The embedding adds the previous token's, with no weights in between."""
 
@@ -148,6 +195,9 @@ EXACT = {
     "shifted tokens": lambda: LM(ffn=ShiftedTokens),
     "depthwise convolution": lambda: LM(ffn=DepthwiseConvolution),
     "looked up": lambda: LM(ffn=LookedUp),
+    "batch norm": lambda: LM(ffn=BatchNorm),
+    "column factors": lambda: LM(ffn=ColumnFactors),
+    "moved dims": lambda: LM(MovedDims),
     "token shift": TokenShift,
     "empty writes": lambda: LM(ffn=EmptyWrites),
 }
@@ -302,7 +352,7 @@ class KeptKeys(Attention):
 
 
 def test_a_write_to_what_is_kept_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"its forward writes to 'attention.0.keys'") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"its forward writes to the tensor 'attention.0.keys'") as caught:
         kraken_compiler.transform(LM(KeptKeys), 2, "standard", example_inputs=EXAMPLE)
     assert "\n" not in str(caught.value)
 
@@ -349,3 +399,67 @@ def test_a_size_that_is_no_number_for_a_few_tokens() -> None:
     (rejection,) = caught.value.rejections
     assert rejection.path == "ffn.0"
     assert "cannot be found out on a few tokens: a size is divided by one that is 0 there" in rejection.reason
+
+
+@pytest.mark.parametrize(("name", "degree"), [("batch norm", 3), ("column factors", 3), ("moved dims", 3)])
+def test_is_exact_with_padding_and_a_cache(name: str, degree: int) -> None:
+    model = EXACT[name]()
+    source = capture(model, example_inputs=EXAMPLE)
+    program, _ = lower(source.program, degree, "standard")
+    ids = tokens(2, 11)
+    with torch.no_grad():
+        have, want = one_by_one(LaneDecoder(program, source.store.read, 2, 16), ids, 5, positional=False), model(ids)
+    assert errors(have, want)[1] <= TOLERANCE
+
+
+class NormedEmbedding(LM):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.eval()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.norm(super().embed(ids).transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (lambda: nn.BatchNorm1d(D, track_running_stats=False), "takes the statistics of its batch"),
+        (lambda: nn.GroupNorm(4, D), "normalises over the sequence"),
+    ],
+)
+def test_norms_over_tokens_have_no_cache(norm: Callable[[], nn.Module], reason: str) -> None:
+    model = NormedEmbedding(norm())
+    source = capture(model, example_inputs=EXAMPLE)
+    program, _ = lower(source.program, 2, "standard")
+    assert reason in program.no_cache
+    lanes = LaneModule.from_program(program, source.store.read)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+
+
+def test_a_refusal_is_all_that_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    class Unfolded(Attention):
+        def split(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x_BSD).chunk(3, -1))
+            return q, k[:, :1].tile(1, HEADS, 1, 1), v
+
+    with pytest.raises(UnsupportedModelError):
+        kraken_compiler.transform(LM(Unfolded), 2, "standard", example_inputs=EXAMPLE)
+    captured = capfd.readouterr()
+    assert not captured.out
+    assert not captured.err
+
+
+def test_operators_that_cannot_be_batched_run_lane_by_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> Callable[..., object]:
+        def fail(*_: object) -> object:
+            raise RuntimeError("Batching rule not implemented for aten::moveaxis.int")
+
+        return fail
+
+    model = LM(layers=1)
+    lanes = kraken_compiler.transform(model, 3, "standard", example_inputs=EXAMPLE, check=False)
+    monkeypatch.setattr(torch, "vmap", unknown)
+    assert relative_error(lanes, model, 3, 11) <= TOLERANCE
+    lanes(torch.ones(2, 5, dtype=torch.int64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in lanes.parameters())

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import functools
+import sys
+import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -223,3 +228,177 @@ def test_what_cannot_be_restored_is_refused() -> None:
     refused = pytest.raises(UnsupportedModelError, match=r"Module\.kept, which cannot be restored")
     with refused, untouched(holder), FakeTensorMode():
         holder.kept.append(torch.ones(2))
+
+
+# where else code writes ----------------------------------------------------------------------------------------------
+
+
+class Tables:
+    """An object of a file, not of the model."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def of(self, x_BSD: Tensor) -> Tensor:
+        self.last = table(x_BSD.shape[1])
+        return self.last
+
+
+class SlottedTables:
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+
+TABLES = Tables()
+VARIABLE: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("VARIABLE", default=None)
+FILE = types.ModuleType("tables_of_a_model")
+exec(
+    """
+import torch
+
+LAST = None
+
+def of(x_BSD):
+    global LAST
+    LAST = (torch.arange(x_BSD.shape[1]).float()[:, None] / 50).cos()
+    return LAST
+""",
+    vars(FILE),
+)
+
+
+def held_by(holder: Any, keep: Callable[[Any, Tensor], None]) -> Callable[[], LM]:
+    """A model that keeps a table in an object of one of Python's own classes."""
+
+    class Holding(FFN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder = holder()
+
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            made = table(x_BSD.shape[1])
+            keep(self.holder, made)
+            return super().forward(x_BSD + made)
+
+    return lambda: LM(ffn=Holding, layers=1)
+
+
+def calling(of: Callable[[Tensor], Tensor]) -> Callable[[], LM]:
+    class Calling(FFN):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            return super().forward(x_BSD + of(x_BSD))
+
+    return lambda: LM(ffn=Calling, layers=1)
+
+
+def of_variable(x_BSD: Tensor) -> Tensor:
+    VARIABLE.set(table(x_BSD.shape[1]))
+    kept = VARIABLE.get()
+    assert kept is not None
+    return kept
+
+
+HELD: dict[str, tuple[Callable[[], LM], Callable[[LM], Any]]] = {
+    "namespace": (
+        held_by(types.SimpleNamespace, lambda holder, made: setattr(holder, "last", made)),
+        lambda model: getattr(model.ffn[0].holder, "last", None),
+    ),
+    "local of a thread": (
+        held_by(threading.local, lambda holder, made: setattr(holder, "last", made)),
+        lambda model: getattr(model.ffn[0].holder, "last", None),
+    ),
+    "dict of its own class": (
+        held_by(collections.UserDict, lambda holder, made: holder.update(last=made)),
+        lambda model: model.ffn[0].holder.get("last"),
+    ),
+    "slots": (
+        held_by(SlottedTables, lambda holder, made: setattr(holder, "last", made)),
+        lambda model: model.ffn[0].holder.last,
+    ),
+    "object of the file": (calling(lambda x_BSD: TABLES.of(x_BSD)), lambda _: TABLES.last),
+    "variable of another file": (calling(lambda x_BSD: FILE.of(x_BSD)), lambda _: vars(FILE)["LAST"]),
+    "inside a function": (calling(lambda x_BSD: (lambda: FILE.of(x_BSD))()), lambda _: vars(FILE)["LAST"]),
+    "context": (calling(of_variable), lambda _: VARIABLE.get()),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_nothing_of_the_trace_stays_elsewhere_either(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, FILE.__name__, FILE)
+    monkeypatch.setitem(vars(FILE), "LAST", None)
+    make, kept = HELD[name]
+    model = make()
+    lanes = kraken_compiler.transform(model, 2, "standard", example_inputs=EXAMPLE, check=False)
+    assert kept(model) is None
+    assert relative_error(lanes, model, 3, 11) < TOLERANCE
+
+
+def test_random_numbers_are_as_if_nothing_was_drawn() -> None:
+    model, before = LM(layers=1), torch.get_rng_state()
+    kraken_compiler.transform(model, 3, "kraken", example_inputs=EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Counter(FFN):
+    """Counts its calls in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = torch.zeros(())
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x_BSD)
+
+
+class Shown(FFN):
+    """Shows what it saw last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(96))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x_BSD))
+        self.last.copy_(hidden[0, 0])
+        return self.down(hidden)
+
+
+def test_what_nothing_reads_is_as_before() -> None:
+    model = LM(ffn=Shown, layers=1)
+    lanes = kraken_compiler.transform(model, 2, "standard", example_inputs=EXAMPLE)
+    assert not model.ffn[0].last.any()  # type: ignore[union-attr, operator]
+    assert relative_error(lanes, model, 3, 11) < TOLERANCE
+
+
+class HiddenCounter(Counter):
+    """Past autograd."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        self.calls.data[None].add_(1)
+        return FFN.forward(self, x_BSD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Counter, r"the tensor 'ffn\.0\.calls'"), (HiddenCounter, "a tensor of its own")]
+)
+def test_tensors_that_are_written_to_are_named(kind: type[Counter], what: str) -> None:
+    model = LM(ffn=kind, layers=1)
+    with pytest.raises(UnsupportedModelError, match=rf"module 'ffn\.0' .*its forward writes to {what}"):
+        kraken_compiler.transform(model, 2, example_inputs=EXAMPLE)
+    assert float(model.ffn[0].calls) == 0  # type: ignore[union-attr, arg-type]
+
+
+def test_what_is_made_and_then_written_to_is_nothing_kept() -> None:
+    class Written(FFN):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            scale = torch.tensor([1.0, 2.0])
+            scale[0] = 3.0
+            scale.mul_(0.5)
+            return super().forward(x_BSD) * scale.sum()
+
+    model = LM(ffn=Written, layers=1)
+    lanes = kraken_compiler.transform(model, 2, "standard", example_inputs=EXAMPLE)
+    assert relative_error(lanes, model, 3, 11) < TOLERANCE

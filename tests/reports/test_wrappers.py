@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -278,6 +278,31 @@ def test_arguments_that_are_one_tensor_in_the_example_stay_apart() -> None:
     same_tensor, x, y = torch.randn(2, 3, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
     for example in ((same_tensor, same_tensor), {"y": same_tensor, "x": same_tensor}):
         torch.testing.assert_close(captured_call(Sum(), example)(x, y), 2 * x + y)
+
+
+class Named2(NamedTuple):
+    logits: Tensor
+    mean: Tensor
+
+
+class NamedResult(LM):
+    def forward(self, ids: Any) -> Any:
+        made = super().forward(ids.logits)
+        return Named2(made, made.mean() + ids.mean)
+
+
+def test_named_tuples_in_and_out() -> None:
+    model, shift = NamedResult(layers=1), torch.ones(2)
+    call = captured_call(model, (Named2(EXAMPLE[0], shift),))
+    have, want = (one(Named2(tokens(3, 11), shift)) for one in (call, model))
+    assert type(have) is Named2
+    assert all(errors(a, b.detach())[1] < TOLERANCE for a, b in zip(have, want))
+
+
+@pytest.mark.parametrize("model", [nn.ModuleList([LM(layers=1)]), nn.Module()])
+def test_modules_without_a_forward(model: nn.Module) -> None:
+    with pytest.raises(UsageError, match="has no forward: pass the module whose forward calls what is in it"):
+        capture(model, example_inputs=EXAMPLE)
 
 
 def test_a_cache_that_a_wrapper_asks_for_is_named() -> None:

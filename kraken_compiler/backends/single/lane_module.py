@@ -20,6 +20,9 @@ from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQU
 from kraken_compiler.report import Report
 from kraken_compiler.surroundings import autocast_is_on
 
+_NO_BATCHING = ("Batching rule not implemented", "vmap: ")
+"""How torch begins to say that an operator cannot be batched."""
+
 
 class LaneModule(nn.Module):
     """Runs all lanes of a program on one device.
@@ -40,6 +43,7 @@ class LaneModule(nn.Module):
         self.program = program
         self.weights = nn.Module()
         self._lanes = _batched_graph(program)
+        self._batches = True
         self._in_dims = tuple(0 if spec.shards else None for spec in program.weights.values())
 
     @classmethod
@@ -76,10 +80,17 @@ class LaneModule(nn.Module):
         weights = [getattr(self.weights, name) for name in self.program.weights]
         run: Callable[..., tuple[Tensor, ...]] = self._lanes
         if any(dim is not None for dim in self._in_dims):
-            if any(autocast_is_on(tensor.device) for tensor in weights):
+            if not self._batches or any(autocast_is_on(tensor.device) for tensor in weights):
                 return self._one_lane_after_the_other(weights, inputs)
             in_dims = (*self._in_dims, *(None for _ in inputs))
-            run = torch.vmap(run, in_dims=in_dims, out_dims=None)
+            try:
+                return torch.vmap(run, in_dims=in_dims, out_dims=None)(*weights, *inputs)
+            except RuntimeError as error:
+                if not str(error).startswith(_NO_BATCHING):
+                    raise
+                # An operator that vmap does not know; it will not know it next time either.
+                self._batches = False
+                return self._one_lane_after_the_other(weights, inputs)
         return run(*weights, *inputs)
 
     def _one_lane_after_the_other(self, weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:

@@ -91,6 +91,11 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
     operand = next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
     if operand is None:
         return ""
+    if target is aten.batch_norm.default:
+        return f"{name} takes the statistics of its batch" if args_of(node)[5] else ""
+    if target is aten.group_norm.default:
+        merged = shape_of(operand)[1:]
+        return f"{name} normalises over the sequence" if any(same_size(size, sequence) for size in merged) else ""
     if target in NORMS:
         shape = argument(node, 1, "normalized_shape")
         return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"

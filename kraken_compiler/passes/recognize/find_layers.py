@@ -165,6 +165,9 @@ def _measure(
     above = in_order(place, ancestors(term, ends, hidden))
     part = find_part(term, above, join.before, weights)
     if part is not term and not same_shape(part, join.before):
+        whole = find_projections(term, above, weights, join.before)
+        if isinstance(whole, Rejection):
+            return whole
         reason = "what follows the branch's output projection does not leave it in the shape of the stream"
         return _reject(reason, part, _BRANCH_HINT)
     nodes = in_order(place, ancestors(part, ends, hidden))

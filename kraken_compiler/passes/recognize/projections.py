@@ -17,6 +17,7 @@ from kraken_compiler.passes.graph_tools import (
     ancestors,
     args_of,
     aten,
+    descendants,
     module_path,
 )
 from kraken_compiler.passes.probing import Region
@@ -107,7 +108,8 @@ def find_projections(
         reached = ancestors(core, linears | set(attentions), inside) & inside
         leaves |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
         leaves |= {core} & linears
-    between = ancestors(source, leaves, inside) & inside
+    # What follows from the stream without a projection in between is there in full, to be cut where it is read.
+    between = ancestors(source, leaves, inside) & descendants(leaves) & inside
     shared = _read_elsewhere([node for node in nodes if node in between or node in leaves], between | {output})
     inputs, whole = leaves - shared, leaves & shared
     if not leaves:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import to_indices
 from kraken_compiler.ir.program import Program
@@ -61,7 +62,9 @@ class SplitBranches(Pass):
                 return PassResult(rejections=(parts,))
             if check is not None:
                 checks[plan.structure] = check
-            branches[branch] = tuple(one for name in branch.nodes for one in (name, *parts.get(name, ())))
+            # What a lane cuts out of the stream itself is cut out of whatever the branch will read in its place.
+            names = (branch.stream, *branch.nodes)
+            branches[branch] = tuple(one for name in names for one in (name, *parts.get(name, ())))[1:]
         program.degree = self.degree
         program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
@@ -168,7 +171,8 @@ def _refresh(
                 ]
     failed: fx.Node | None = None
     try:
-        refresh_shapes(program.graph, skip=twins)
+        with compat.silent_failures():
+            refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError):
         missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
         failed = next(node for node in missing if node not in twins)

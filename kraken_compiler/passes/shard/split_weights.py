@@ -198,7 +198,7 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     """Split a reshape into the smallest groups of dims with equal products."""
     groups = []
     left = right = 0
-    while left < len(before) or right < len(after):
+    while left < len(before) and right < len(after):
         source: list[int] = []
         target: list[int] = []
         product_before = product_after = 1
@@ -212,7 +212,9 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
                 product_before *= before[left]
                 left += 1
         groups.append((source, target))
-    return groups
+    # What is left over on one side are dims of size 1.
+    rest = list(range(left, len(before))), list(range(right, len(after)))
+    return [*groups[:-1], *((source + rest[0], target + rest[1]) for source, target in groups[-1:])]
 
 
 def _unravel(
