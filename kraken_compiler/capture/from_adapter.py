@@ -85,16 +85,20 @@ def _merge(model: nn.Module, adapter: Path) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     model.eval()
-    for path, module in list(model.named_modules()):
+    put_in = {
+        path: one for path, one in model.named_modules() if isinstance(one, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    for path, module in put_in.items():
+        if any(path.startswith(f"{outer}.") for outer in put_in):
+            continue  # the outer one merges what is in it
         try:
             if isinstance(module, BaseTunerLayer):
                 _own_parameters(model, module.get_base_layer())
-                module.merge(safe_merge=True)
-                merged = module.get_base_layer()
-            elif isinstance(module, AuxiliaryTrainingWrapper):
+            if hasattr(module, "unload_and_optionally_merge_module"):
                 merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
             else:
-                continue
+                module.merge(safe_merge=True)
+                merged = module.get_base_layer()
         except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             raise UnsupportedModelError(
                 [Rejection(f"the adapter in {adapter} cannot be merged: {_first_line(error)}", path=path)]

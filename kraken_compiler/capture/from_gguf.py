@@ -54,6 +54,7 @@ def capture_gguf(
         file = GgufFile.open(path)
         file.require_whole()
         model, found = _load(path, dtype or torch.float32)
+        file.require_sizes(found["mismatched_keys"])
         file.require_complete(found["missing_keys"])
         notes = file.settle_unread(model, found["unexpected_keys"])
     except ImportError as error:
@@ -91,6 +92,7 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in what is returned
         )
     return model, found
 

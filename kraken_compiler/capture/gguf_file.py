@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint_files import shown
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_FACTORS = {
+    "attention.scale": ("attention_multiplier", "query_pre_attn_scalar", "head_dim"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "residual_scale": ("residual_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+}
+"""Fields of numbers that a model multiplies with or keeps below, and what configs call them."""
+
 _SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
@@ -78,6 +89,21 @@ class GgufFile:
             f"({shown(sorted(missing))}){hint}"
         )
 
+    def require_sizes(self, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+        """Check that the tensors have the sizes that transformers reads from the file's fields.
+
+        Raises:
+            InputFileError: One has others.
+        """
+        if not mismatched:
+            return
+        name, held, wanted = min(mismatched)
+        more = f" (and {len(mismatched) - 1} other tensors)" if len(mismatched) > 1 else ""
+        raise InputFileError(
+            f"{self.path}: '{name}'{more} has shape {list(held)}, and by the fields that transformers reads of it "
+            f"should have {list(wanted)}"
+        )
+
     def settle_unread(self, model: nn.Module, unexpected: Collection[str]) -> tuple[str, ...]:
         """Notes about tensors of the file that nothing of the model is made from.
 
@@ -86,9 +112,11 @@ class GgufFile:
             unexpected: The names, in the file or the model, that it reported.
 
         Raises:
-            InputFileError: One of them changes what the model computes, or the rotary embedding's scaling is not read.
+            InputFileError: One of them changes what the model computes, or a field that does is not read.
         """
         self._require_rope_scaling(model)
+        self._require_rotated_dims(model)
+        self._require_factors(model)
         unread = self._unread(model, unexpected)
         names = {tensor.name for tensor in self.reader.tensors}
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
@@ -136,6 +164,29 @@ class GgufFile:
                 f"{self.path}: its rotary embedding is scaled ({kind}, by {factor:g}), which transformers does not "
                 "read from GGUF: use the model's safetensors"
             )
+
+    def _require_rotated_dims(self, model: nn.Module) -> None:
+        count = self._value(f"{self.architecture}.rope.dimension_count")
+        rotated = {2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+        if count and rotated and count not in rotated:
+            raise InputFileError(
+                f"{self.path}: it rotates {count} dims of each head, and transformers, which does not read that from "
+                f"GGUF, {max(rotated)}: use the model's safetensors"
+            )
+
+    def _require_factors(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        for field, names in _FACTORS.items():
+            value = self._value(f"{self.architecture}.{field}")
+            if not isinstance(value, int | float) or value in (0, 1):
+                continue
+            # Configs have some of them as divisors, and that of the scores as the number of dims it stands for.
+            spellings = (value, 1 / value, value**-2)
+            known = [getattr(config, name, None) or 0.0 for name in names]
+            if not any(math.isclose(one, number, rel_tol=1e-4) for one in spellings for number in known):
+                raise InputFileError(
+                    f"{self.path}: its {field} ({value:g}) is not read by transformers: use the model's safetensors"
+                )
 
     def _is_ones(self, name: str) -> bool:
         data = next(tensor.data for tensor in self.reader.tensors if tensor.name == name)

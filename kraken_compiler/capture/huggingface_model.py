@@ -78,7 +78,7 @@ def quantization_of(fields: dict[str, Any]) -> Float8Config | str | None:
             raise unsupported(f"the weight_block_size of its float8 weights is {block!r}, not two sizes")
         return Float8Config("fp8", (block[0], block[1]) if is_block else None, settings.get("scale_fmt") == "ue8m0")
     if method == "compressed-tensors" and (obstacle := _not_float8(settings)) is None:
-        return Float8Config("compressed-tensors")
+        return Float8Config("compressed-tensors", _block_of_groups(settings["config_groups"]))
     named = f" by {method}" if method else ""
     because = f" ({obstacle})" if method == "compressed-tensors" else ""
     raise unsupported(
@@ -163,6 +163,23 @@ def _not_float8(settings: dict[str, Any]) -> str | None:
     if not all(isinstance(one, dict) and (one.get("type"), one.get("num_bits")) == ("float", 8) for one in weights):
         return "with weights that are no floats of 8 bits"
     return None
+
+
+def _block_of_groups(groups: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, by what compressed-tensors says of its groups; None if it does not say."""
+    blocks = set()
+    for weights in (group["weights"] for group in groups.values()):
+        block, columns = weights.get("block_structure"), weights.get("group_size")
+        if weights.get("strategy") == "block" and block is not None:
+            blocks.add(tuple(block) if isinstance(block, list) else block)
+        elif weights.get("strategy") == "group" and columns is not None:
+            blocks.add((1, columns))
+    block = next(iter(blocks), None)
+    if len(blocks) > 1 or block is None:
+        return None
+    if not (isinstance(block, tuple) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise unsupported(f"the block_structure or group_size of its float8 weights is {block!r}, no sizes")
+    return block[0], block[1]
 
 
 def _instantiate(config: Any, attention: str, dtype: torch.dtype) -> nn.Module:

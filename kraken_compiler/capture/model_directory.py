@@ -121,10 +121,10 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
     used = {key for source in sources.values() for key in source.keys}
     notes = (
         *files.notes(directory),
-        *_misplaced(files, checkpoint),
+        *_misplaced(directory, files, checkpoint),
         *ties.notes(),
         *settle_unused(model, checkpoint, found.unused, used),
-        *float8_note(checkpoint, used),
+        *float8_note(checkpoint, used, files.beside(directory)),
     )
     return Reading(sources, notes, found.unused)
 
@@ -199,13 +199,13 @@ def _base_of(config: Path) -> Path:
     return base
 
 
-def _misplaced(files: WeightFiles, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _misplaced(directory: Path, files: WeightFiles, checkpoint: Checkpoint) -> tuple[str, ...]:
     """A note about tensors that are in other files than the index says; they are read from where they are."""
     if files.index is None:
         return ()
     said = placements(files.index)
     names = set(checkpoint.names())
-    wrong = [key for key, name in said.items() if key in names and checkpoint.file_of(key).name != Path(name).name]
+    wrong = [key for key, name in said.items() if key in names and checkpoint.file_of(key) != directory / name]
     if not wrong:
         return ()
     return (f"{files.index.name} names other files than those that hold {len(wrong)} tensors ({shown(wrong)})",)
@@ -213,7 +213,7 @@ def _misplaced(files: WeightFiles, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _why_missing(model: Any, name: str, reading: Reading) -> str:
     module = name.rpartition(".")[0]
-    there = [key for key in reading.unused if key.startswith(f"{module}.") and module]
+    there = [key for key in reading.unused if (key.startswith(f"{module}.") and module) or key.endswith(f".{name}")]
     if there:
         return f"; instead they hold {shown(there)}"
     tied = model._tied_weights_keys

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint import Checkpoint
 from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.scaled_checkpoint import FLOAT8
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OF_PEFT = "base_model.model."
 """What peft puts before the names of a model's tensors."""
 
@@ -49,7 +48,7 @@ def settle_unused(
         )
     if not left:
         return ()
-    bare = sorted(key for key in used if checkpoint.describe(key)[0] in _FLOAT8)
+    bare = sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
     if bare:
         raise InputFileError(
             f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale that we know, and {len(left)} "
@@ -59,11 +58,20 @@ def settle_unused(
     return (f"{what} part of the model and not read: {shown(left)}",)
 
 
-def float8_note(checkpoint: Checkpoint, used: Iterable[str]) -> tuple[str, ...]:
-    """A note about weights that are float8 and nothing else."""
-    bare = [key for key in used if checkpoint.describe(key)[0] in _FLOAT8]
+def float8_note(checkpoint: Checkpoint, used: Iterable[str], beside: Sequence[str]) -> tuple[str, ...]:
+    """A note about weights that are float8 and nothing else.
+
+    Raises:
+        InputFileError: Files that are not read lie `beside` them, which may hold their scales.
+    """
+    bare = sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
     if not bare:
         return ()
+    if beside:
+        raise InputFileError(
+            f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale, and {shown(list(beside))} beside "
+            "it, which may hold scales, is not read: name it in the index, or move it away"
+        )
     return (f"{len(bare)} weights are float8 without scales: their numbers are taken as they are",)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,19 @@ class WeightFiles:
     index: Path | None = None
     pickled: bool = False
 
-    def notes(self, directory: Path) -> tuple[str, ...]:
-        """What lies beside the files and is not read, and what their names say, one sentence each."""
+    def beside(self, directory: Path) -> list[str]:
+        """Names of files that look like weights and are not read."""
         read = {*self.files, self.index}
-        beside = [
+        return [
             path.name
             for pattern in _WEIGHTS
             for path in sorted(directory.glob(pattern))
             if path not in read and path.name != ADAPTER
         ]
+
+    def notes(self, directory: Path) -> tuple[str, ...]:
+        """What lies beside the files and is not read, and what their names say, one sentence each."""
+        beside = self.beside(directory)
         chosen = self.index or self.files[0]
         notes = []
         if beside:
@@ -70,23 +75,25 @@ def find_weight_files(directory: Path, named: object = None) -> WeightFiles | No
         if (directory / single).is_file():
             return WeightFiles((directory / single,), pickled=pickled)
         if (directory / index).is_file():
-            return WeightFiles(weight_files(directory / index), directory / index, pickled)
+            return WeightFiles(weight_files(directory, directory / index), directory / index, pickled)
     return None
 
 
-def weight_files(index: Path) -> tuple[Path, ...]:
-    """The files that an index names, sorted.
+def weight_files(directory: Path, index: Path) -> tuple[Path, ...]:
+    """The files that an index names, sorted; their names count from the model directory.
 
     Raises:
-        InputFileError: The index is damaged or names a file that is not there.
+        InputFileError: The index is damaged or names a file that is not there or not in the directory.
     """
-    directory = index.parent
     try:
         names = sorted(set(placements(index).values()))
-        paths = tuple(directory / Path(name).name for name in names)
+        paths = tuple(directory / name for name in names)
     except TypeError as error:
         raise InputFileError(f"{index} is damaged: it does not map tensors to files") from error
-    missing = [path.name for path in paths if not path.is_file()]
+    outside = [name for name, path in zip(names, paths) if not _is_inside(path, directory)]
+    if outside:
+        raise InputFileError(f"{index} names '{outside[0]}', which is outside of the directory")
+    missing = [name for name, path in zip(names, paths) if not path.is_file()]
     if missing:
         raise InputFileError(
             f"{directory}: {len(missing)} of {len(paths)} weight files are missing ({shown(missing)}), "
@@ -123,8 +130,13 @@ def _named_by_config(directory: Path, named: object) -> WeightFiles:
     if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise InputFileError(f"{directory / 'config.json'}: transformers_weights {named!r} is no safetensors file")
     path = directory / named
-    if directory.resolve() not in path.resolve().parents:
+    if not _is_inside(path, directory):
         raise InputFileError(f"{directory / 'config.json'}: transformers_weights '{named}' is outside of the directory")
     if not path.is_file():
         raise InputFileError(f"{directory}: {named} is missing, config.json names it as transformers_weights")
-    return WeightFiles((path,)) if path.suffix == ".safetensors" else WeightFiles(weight_files(path), path)
+    return WeightFiles((path,)) if path.suffix == ".safetensors" else WeightFiles(weight_files(directory, path), path)
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    # By the names alone: a downloaded model's files are links to where they are kept.
+    return Path(os.path.abspath(directory)) in Path(os.path.abspath(path)).parents

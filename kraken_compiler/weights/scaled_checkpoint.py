@@ -18,7 +18,9 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint import Checkpoint
 from kraken_compiler.weights.checkpoint_files import shown
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""Element types of weights that a scale belongs to."""
+
 _SCALES = ("{}_scale_inv", "{}_scale")
 _RELEASED_SCALES = ("{}.scale", "{}.qscale_weight")
 """What some releases of DeepSeek and Mistral call them; too plain a name unless the config says float8."""
@@ -83,13 +85,15 @@ class ScaledCheckpoint:
             InputFileError: A weight has no scale, or one whose blocks cannot be told.
         """
         names = set(held.names())
-        weights = [key for key in held.names() if held.describe(key)[0] in _FLOAT8]
+        weights = [key for key in held.names() if held.describe(key)[0] in FLOAT8]
         found = {key: scale for key in weights if (scale := _scale_of(key, names, held, config)) is not None}
         bare = [key for key in weights if key not in found and key not in {scale.key for scale in found.values()}]
         if bare and (found or config is not None):
             raise InputFileError(f"{held.file_of(bare[0])}: {_count(bare)} float8 without a scale ({shown(bare)})")
         if not found:
             return held, ()
+        if config is None or config.block is None:
+            _require_one_size(found, held)
         modules = {key.rpartition(".")[0] for key in found}
         of_activations = {pattern.format(module) for module in modules for pattern in _OF_ACTIVATIONS} & names
         exponents = config is not None and config.bytes_are_exponents
@@ -206,6 +210,23 @@ def _block(size: int, count: int, given: int | None) -> int | None:
     if -(-size // power) == count:
         return power
     return size // count if size % count == 0 else None
+
+
+def _require_one_size(scales: Mapping[str, Scale], held: Checkpoint) -> None:
+    """Check that where the sizes of blocks were told from how many there are, all weights have the same.
+
+    Raises:
+        InputFileError: They do not.
+    """
+    firsts: dict[int, tuple[str, int]] = {}
+    for key, scale in scales.items():
+        for dim, (count, block) in enumerate(zip(reversed(scale.shape), reversed(scale.blocks))):
+            first, size = firsts.setdefault(dim, (key, block)) if count > 1 and block > 1 else (key, block)
+            if size != block:
+                raise InputFileError(
+                    f"{held.file_of(key)}: by their scales, '{first}' has blocks of {size} and '{key}' of {block}: the "
+                    "config must say how large they are (weight_block_size)"
+                )
 
 
 def _count(names: list[str]) -> str:

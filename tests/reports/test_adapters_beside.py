@@ -15,7 +15,7 @@ import transformers
 
 import kraken_compiler
 from kraken_compiler.capture import capture
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from tests.reports.model_directories import TOLERANCE, configure, error, make, save, tensors_of, write_tensors
 
 
@@ -66,6 +66,31 @@ def test_beside_the_weights(tmp_path: Path, kind: str) -> None:
     base = save(tmp_path / "base")
     put_beside(save_adapter(base, tmp_path / "adapter", config=CONFIGS[kind]), base)
     assert_applied(base, make())
+
+
+def test_rows_of_an_embedding(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=[4, 5, 9], task_type="CAUSAL_LM")
+    put_beside(save_adapter(base, tmp_path / "adapter", config=config), base)
+    assert_applied(base, make())
+
+
+def test_two_parameters_of_one_module(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    base = save(tmp_path / "base", "mixtral", **sizes)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters, task_type="CAUSAL_LM")
+    put_beside(save_adapter(base, tmp_path / "adapter", "mixtral", config, **sizes), base)
+    assert_applied(base, make("mixtral", **sizes))
+
+
+def test_an_adapter_that_depends_on_tokens(tmp_path: Path) -> None:
+    """It acts from certain tokens on, which no weight does."""
+    base = save(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    put_beside(save_adapter(base, tmp_path / "adapter", config=config), base)
+    with pytest.raises(UnsupportedModelError, match="cannot be merged: aLoRA"):
+        capture(base)
 
 
 def test_an_update_of_a_tied_head_is_none_of_the_embedding(tmp_path: Path) -> None:

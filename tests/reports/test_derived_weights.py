@@ -46,6 +46,25 @@ class CastLikeFFN(FFN):
         return F.linear(hidden, self.down.weight.double().type_as(hidden), self.down.bias.double().to(hidden))
 
 
+class RoundedBiasAttention(Attention):
+    """Lanes add a third of the bias each; a third of a whole number is none."""
+
+    def project(self, y_BSD: Tensor) -> Tensor:
+        return F.linear(y_BSD, self.out.weight, (8 * self.out.bias).to(torch.int32) / 8)
+
+
+class WholeBiasAttention(Attention):
+    """Integers with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.arange(D) % 7)
+
+    def project(self, y_BSD: Tensor) -> Tensor:
+        assert isinstance(self.steps, Tensor)
+        return F.linear(y_BSD, self.out.weight, self.steps * 0.125)
+
+
 class ScaledAttention(Attention):
     def project(self, y_BSD: Tensor) -> Tensor:
         return F.linear(y_BSD, 0.5 * self.out.weight, self.out.bias)
@@ -180,7 +199,16 @@ class StackedLM(LM):
         return self.head(x_BSD)
 
 
-ATTENTIONS = (CastAttention, ScaledAttention, NormAttention, HookedNormAttention, AdaptedAttention, ByHeadAttention)
+ATTENTIONS = (
+    CastAttention,
+    RoundedBiasAttention,
+    WholeBiasAttention,
+    ScaledAttention,
+    NormAttention,
+    HookedNormAttention,
+    AdaptedAttention,
+    ByHeadAttention,
+)
 FFNS = (CastLikeFFN, NormFFN, SpectralFFN, NormalizedFFN, MaskedFFN, TurnedFFN, FoldedFFN, ExpFFN)
 
 

@@ -14,7 +14,16 @@ from torch import Tensor
 import kraken_compiler
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UnsupportedModelError
-from tests.reports.model_directories import TOLERANCE, configure, error, make, save, tensors_of, write_tensors
+from tests.reports.model_directories import (
+    TOLERANCE,
+    configure,
+    error,
+    make,
+    save,
+    tensors_of,
+    write_index,
+    write_tensors,
+)
 
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -92,6 +101,12 @@ COMPRESSED = {
 }
 
 
+def compressed(**weights: Any) -> dict[str, Any]:
+    """A config of compressed-tensors whose weights are described so."""
+    group = COMPRESSED["config_groups"]["group_0"]
+    return COMPRESSED | {"config_groups": {"group_0": group | {"weights": group["weights"] | weights}}}
+
+
 @pytest.mark.parametrize(
     ("block", "suffix", "config"),
     [
@@ -107,6 +122,9 @@ COMPRESSED = {
         ((1, -1), "_scale", COMPRESSED),
         (None, "_scale", COMPRESSED),
         ((16, 16), "_scale", COMPRESSED),
+        # By the number of blocks they could be others.
+        ((24, 20), "_scale", compressed(strategy="block", block_structure=[24, 20])),
+        ((1, 24), "_scale", compressed(strategy="group", group_size=24)),
     ],
 )
 def test_products_by_hand(
@@ -208,6 +226,35 @@ def test_weights_without_scales(tmp_path: Path) -> None:
     configure(directory, quantization_config=FP8 | {"weight_block_size": [16, 16]})
     with pytest.raises(InputFileError, match="7 weights are float8 without a scale"):
         capture(directory)
+
+
+def test_blocks_of_sizes_that_nobody_names(tmp_path: Path) -> None:
+    """32 and 48 rows in two blocks each: no power of two makes both."""
+    save_quantized(tmp_path, (24, 48))
+    with pytest.raises(InputFileError, match=r"has blocks of \d+ and '.*' of \d+: the config must say how large"):
+        capture(tmp_path)
+
+
+def test_scales_in_a_file_that_is_not_read(tmp_path: Path) -> None:
+    """The index was written before the scales were."""
+    held, _ = save_quantized(tmp_path, (-1, -1))
+    (tmp_path / "model.safetensors").unlink()
+    scales = {name: value for name, value in held.items() if name.endswith("_scale_inv")}
+    rest = {name: value for name, value in held.items() if name not in scales}
+    write_index(tmp_path, {"model-00001-of-00002.safetensors": rest})
+    write_tensors(tmp_path, scales, "model-00002-of-00002.safetensors")
+    with pytest.raises(InputFileError, match=r"without a scale, and model-00002-of-00002.* is not read"):
+        capture(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz])
+def test_other_float8_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    held, plain = save_quantized(tmp_path / "fp8", (-1, -1))
+    name = "model.layers.0.mlp.up_proj.weight"
+    held[name] = (held[name].float() / 4).to(dtype)
+    plain[name] = held[name].float() * held[f"{name}_scale_inv"]
+    write_tensors(tmp_path / "fp8", held)
+    assert_holds(capture(tmp_path / "fp8"), loaded("llama", plain, tmp_path / "plain"))
 
 
 def test_scales_that_fit_nothing(tmp_path: Path) -> None:

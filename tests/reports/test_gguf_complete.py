@@ -167,6 +167,40 @@ def test_a_scaled_rotary_embedding(tmp_path: Path, fields: dict[str, Any], scale
         capture(path)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields", "told"),
+    [
+        ("llama", {"llama.attention.scale": 0.7}, r"attention\.scale \(0\.7\) is not read"),
+        ("llama", {"llama.attention.scale": 0.5}, r"attention\.scale \(0\.5\) is not read"),
+        ("llama", {"llama.logit_scale": 5.5}, r"logit_scale \(5\.5\) is not read"),
+        ("gemma2", {"gemma2.attn_logit_softcapping": 7.0}, r"attn_logit_softcapping \(7\) is not read"),
+        ("gemma2", {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}, None),
+        ("stablelm", {"stablelm.rope.dimension_count": 4}, r"rotates 4 dims of each head, and transformers, .* 2: use"),
+        ("stablelm", {"stablelm.rope.dimension_count": 2}, None),
+        ("llama", {"llama.attention.key_length": 16}, r"has shape \[.*\], and by the fields .* should have \["),
+    ],
+)
+def test_fields_that_change_what_is_computed(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], told: str | None
+) -> None:
+    tensors = shapes()
+    if architecture == "gemma2":
+        del tensors["output.weight"]
+        tensors |= {f"blk.0.{name}.weight": (WIDTH,) for name in ("post_attention_norm", "post_ffw_norm")}
+        fields = fields | {"gemma2.attention.key_length": 8}
+    if architecture == "stablelm":
+        tensors |= {f"{name}.bias": (WIDTH,) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
+    if "llama.attention.key_length" in fields:
+        tensors["blk.0.ffn_up.weight"] = (FFN + 2, WIDTH)
+    path = write(tmp_path / "model.gguf", tensors, architecture=architecture, fields=fields)
+    if told is None:
+        assert capture(path).program.weights
+        return
+    with pytest.raises(InputFileError, match=told) as caught:
+        capture(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_beside_it(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", shapes())
     (tmp_path / "adapter_config.json").write_text("{}")

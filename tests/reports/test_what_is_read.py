@@ -127,6 +127,32 @@ def test_an_index_that_places_tensors_wrongly(tmp_path: Path) -> None:
     assert any("names other files than those that hold" in note for note in assert_reads(tmp_path))
 
 
+def test_an_index_of_files_in_a_folder(tmp_path: Path) -> None:
+    """Beside a file of the same name that it does not mean; links out of the directory are how models are kept."""
+    directory, kept = tmp_path / "model", tmp_path / "kept"
+    tensors = tensors_of(save(directory))
+    (directory / "model.safetensors").rename(kept)
+    name = "model-00001-of-00001.safetensors"
+    write_tensors(directory, other(tensors), name)
+    (directory / "parts").mkdir()
+    (directory / "parts" / name).symlink_to(kept)
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, f"parts/{name}")}))
+    assert assert_reads(directory) == [f"not read: {name}; {path.name} comes first, as in transformers"]
+    for outside in ("../kept", str(kept)):
+        path.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, outside)}))
+        with pytest.raises(InputFileError, match="which is outside of the directory"):
+            capture(directory)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_that_a_wrapper_left_behind(tmp_path: Path, prefix: str) -> None:
+    tensors = tensors_of(save(tmp_path))
+    write_tensors(tmp_path, {prefix + name: value for name, value in tensors.items()})
+    with pytest.raises(InputFileError, match=rf"is missing from .*; instead they hold {prefix}model\.embed_tokens"):
+        capture(tmp_path)
+
+
 def test_a_file_that_the_config_names(tmp_path: Path) -> None:
     tensors = tensors_of(save(tmp_path))
     write_tensors(tmp_path, other(tensors), "chosen.safetensors")

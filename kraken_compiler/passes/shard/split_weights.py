@@ -18,7 +18,7 @@ from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of, aten, grain_of
 from kraken_compiler.passes.shapes import fake_mode_of, shape_of
-from kraken_compiler.passes.shard.weight_operands import operand_part
+from kraken_compiler.passes.shard.weight_operands import CASTS, operand_part
 
 
 @dataclass
@@ -53,6 +53,8 @@ class WeightSplitter:
         return self._made[key]
 
     def _make(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+        if scale != 1.0 and self._rounds(node):
+            return self._insert(aten.mul.Tensor, (self.part(node, kept), scale))
         if node.name in self.program.weights:
             return self._weight(node, kept, scale)
         if node.target is DEQUANTIZE and self._is_cut_between_groups(node, kept[1]):
@@ -78,6 +80,12 @@ class WeightSplitter:
         if scale != 1.0:
             part = self._insert(aten.mul.Tensor, (part, scale))
         return part
+
+    def _rounds(self, node: fx.Node) -> bool:
+        """Whether a factor must come after `node`, for it holds whole numbers or makes coarser ones of its operand."""
+        if node.name in self.program.weights:
+            return not self.program.weights[node.name].torch_dtype.is_floating_point
+        return node.target in CASTS
 
     def _selected(self, node: fx.Node, dim: int, lanes: tuple[IndexSet, ...], shape: tuple[Any, ...]) -> fx.Node:
         """The positions that each lane keeps of one dim of a tensor that is whole on every lane.

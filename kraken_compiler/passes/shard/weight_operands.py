@@ -22,7 +22,9 @@ from torch import fx
 from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 
-_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.neg.default})
+CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
+"""What may round."""
+
 _FACTORS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
@@ -55,7 +57,7 @@ def operand_part(node: fx.Node, kept: Kept, shapes: Mapping[str, tuple[Any, ...]
         shapes: Shapes of whole tensors, by node name.
     """
     args = args_of(node)
-    if node.target in _CASTS or (node.target in _FACTORS and _is_factor(args[1])):
+    if node.target in CASTS or node.target is aten.neg.default or (node.target in _FACTORS and _is_factor(args[1])):
         return OperandPart(args[0], kept, node.target, args[1:], node.kwargs)
     if node.target is aten.select.int:
         dim = int(args[1]) % (len(kept) + 1)
