@@ -16,6 +16,21 @@ FOUND = {
     "single precision inside a model of double precision": Recipe(
         layers=1, dtype="float64", positions="rotary_complex"
     ),
+    "a lane's own position that equals a constant of the graph, for ONNX Runtime": Recipe(
+        degree=5,
+        heads=5,
+        kv_heads=5,
+        head_size=12,
+        columns=5,
+        layers=1,
+        positions="rotary_partial",
+        projections="fused",
+        qk_norm="per_head",
+        weights="masked",
+        weight_place="all",
+        size_rule="divided_by_length",
+        size_place="attention",
+    ),
     "a weight times truth values, without a KV cache": Recipe(layers=1, weights="masked", size_rule="even"),
 }
 

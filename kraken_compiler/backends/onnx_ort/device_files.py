@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ PAGE = 4096
 """Large tensors begin on a page, so that they can be mapped."""
 _SMALL_ALIGNMENT = 64
 _INLINE_BYTES = 1024
+_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,10 @@ def write_device_files(
         if name not in exported.quantized:
             exported.weights[name].shape = onnx_ir.Shape(shape[::-1] if name in exported.transposed else shape)
     inline = _inline(exported, program, read)
-    outside = {name: value for name, value in exported.weights.items() if name not in inline}
+    outside = {name: value for name, value in exported.weights.items() if name not in inline[0]}
     places = _layout(outside, _shared_names(exported, program))
     proto = _shared_proto(exported, program, places, metadata)
-    for name, value in inline.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(_stored(exported, name, value).numpy(), name))
+    proto.graph.initializer.extend(value for name, value in inline[0].items() if not program.weights[name].shards)
     same = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
     ends = dict.fromkeys(map(data_file, range(program.degree)), 0)
     for place in places.values():
@@ -112,7 +112,7 @@ def write_device_files(
             for name, value in (tables.of(lane) if tables is not None else {}).items():
                 for part, content in _parts(exported, name, value).items():
                     _write(files[data_file(lane)], places[part], content)
-        specs = [program.weights[name] for name in exported.sources if name not in inline]
+        specs = [program.weights[name] for name in exported.sources if name not in inline[0]]
         for spec, lane, local in lane_parts(program, specs, read, progress):
             for name, value in _parts(exported, spec.name, local).items():
                 if lane == 0 or not places[name].shared:
@@ -122,7 +122,8 @@ def write_device_files(
         hashes = {META_DATA: digests[data_file(lane)], META_PROGRAM: same}
         if SHARED_DATA_FILE in digests:
             hashes[META_SHARED_DATA] = digests[SHARED_DATA_FILE]
-        _finish(proto, lane, places, hashes, directory / device_file(lane))
+        own = [value for name, value in inline[lane].items() if program.weights[name].shards]
+        _finish(proto, lane, places, own, hashes, directory / device_file(lane))
 
 
 def _shared_names(exported: ExportedGraph, program: Program) -> set[str]:
@@ -137,15 +138,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _inline(exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Small whole numbers that all devices share, by name: shapes follow from them, and are wanted without the data."""
-    reader = program.reader(read)
+def _inline(
+    exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]
+) -> tuple[dict[str, onnx.TensorProto], ...]:
+    """Small indices and sizes, by device and name, which ONNX Runtime wants to know when it opens a model.
+
+    Shapes follow from them. And it takes one for a constant of the graph that has the same value, wherever that is.
+    """
     specs = [program.weights[name] for name in exported.sources]
-    return {
-        spec.name: reader(spec.source).to(spec.torch_dtype)
-        for spec in specs
-        if not spec.shards and not spec.torch_dtype.is_floating_point and spec.nbytes <= _INLINE_BYTES
-    }
+    small = [spec for spec in specs if spec.torch_dtype in _INDEX_DTYPES and spec.nbytes <= _INLINE_BYTES]
+    devices: tuple[dict[str, onnx.TensorProto], ...] = tuple({} for _ in range(program.degree))
+    for spec, lane, local in lane_parts(program, small, read):
+        stored = _stored(exported, spec.name, local).contiguous()
+        devices[lane][spec.name] = onnx.numpy_helper.from_array(stored.numpy(), spec.name)
+    return devices
 
 
 def _layout(weights: Mapping[str, onnx_ir.Value], shared: Collection[str]) -> dict[str, _Place]:
@@ -211,13 +217,19 @@ def _shared_proto(
 
 
 def _finish(
-    same: onnx.ModelProto, lane: int, places: Mapping[str, _Place], hashes: Mapping[str, str], path: Path
+    same: onnx.ModelProto,
+    lane: int,
+    places: Mapping[str, _Place],
+    own: Sequence[onnx.TensorProto],
+    hashes: Mapping[str, str],
+    path: Path,
 ) -> None:
     proto = onnx.ModelProto()
     proto.CopyFrom(same)
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.external_data.add(key="location", value=places[tensor.name].file(lane))
+    proto.graph.initializer.extend(own)
     for key, value in ((META_LANE, str(lane)), *hashes.items()):
         proto.metadata_props.add(key=key, value=value)
     with naming(path):
