@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder
+from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.lane_files import TABLES_FILE
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import capture
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.replay import expected, replay, split_lengths
+from tests.fuzz.decoding import VOCABULARY
+from tests.fuzz.model import build
+from tests.fuzz.recipe import Recipe
 from tests.zoo import SUPPORTED, logits_of, random_tokens
 
 IDS = random_tokens(97, 3, 13)
@@ -38,6 +47,19 @@ def close(have: Tensor, want: Tensor) -> None:
 def test_ragged_rows(name: str) -> None:
     rank, logits = program(name)
     close(replay(rank.decoder(3, 16), IDS), expected(logits, *split_lengths(*IDS.shape)))
+
+
+def test_a_model_without_positions_is_stored_without_tables(tmp_path: Path) -> None:
+    """From nothing but positions follows nothing then; torch saves no graph without a result."""
+    model = build(Recipe(layers=1, positions="none"))
+    captured = capture(model, example_inputs=(IDS[:2] % VOCABULARY,))
+    lanes, _ = lower(captured.program, 1, "standard")
+    source = Source(kind="module", name="no positions")
+    made = write_artifact(lanes, captured.store.read, tmp_path / "made", source=source, backends=[TorchBackend()])
+    assert not (made / TABLES_FILE).exists()
+    rank = RankProgram.load(open_artifact(made), 0, communicator=NoCommunication(0, 1))
+    ids = IDS % VOCABULARY
+    close(replay(rank.decoder(3, 16), ids), expected(model(ids).detach(), *split_lengths(*ids.shape)))
 
 
 @pytest.mark.parametrize("name", ["mistral", "bloom"])

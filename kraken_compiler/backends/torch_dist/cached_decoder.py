@@ -169,8 +169,10 @@ class CachedDecoder:
 
 
 def _run_tables(
-    tables: fx.GraphModule, weights: Sequence[Tensor], capacity: int, device: torch.device
+    tables: fx.GraphModule | None, weights: Sequence[Tensor], capacity: int, device: torch.device
 ) -> tuple[Tensor, ...]:
+    if tables is None:
+        return ()
     retarget(tables, device)
     ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
     try:

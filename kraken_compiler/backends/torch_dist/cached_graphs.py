@@ -22,20 +22,21 @@ class CachedGraphs:
 
     Attributes:
         step: Prefill and decode, with `kraken::` collectives.
-        tables: What is computed once for a capacity.
+        tables: What is computed once for a capacity; None if nothing is.
         plan: How the step graph is fed.
         inputs: Inputs of the step graph.
     """
 
     step: fx.GraphModule
-    tables: fx.GraphModule
+    tables: fx.GraphModule | None
     plan: CachePlan
     inputs: tuple[InputSpec, ...]
 
     @classmethod
     def of(cls, cached: CachedProgram) -> CachedGraphs:
         """From a program in memory."""
-        return cls(cached.step.module, cached.tables.module, cached.plan, cached.step.inputs)
+        tables = cached.tables.module if cached.plan.tables else None
+        return cls(cached.step.module, tables, cached.plan, cached.step.inputs)
 
     @classmethod
     def load(cls, artifact: Artifact, *, verify: bool = True) -> CachedGraphs:
@@ -43,14 +44,15 @@ class CachedGraphs:
 
         Args:
             artifact: An open artifact.
-            verify: Check the hashes of the two files.
+            verify: Check the hashes of the files.
 
         Raises:
             InputFileError: A file is missing, truncated or tampered with.
         """
         record = artifact.manifest.cache
         assert record is not None, "the artifact has no program with a cache"
+        files = (STEP_FILE, TABLES_FILE) if record.plan.tables else (STEP_FILE,)
         if verify:
-            artifact.verify(STEP_FILE, TABLES_FILE)
-        step, tables = (load_graph(artifact.path(name)) for name in (STEP_FILE, TABLES_FILE))
-        return cls(step, tables, record.plan, record.inputs)
+            artifact.verify(*files)
+        step, *tables = (load_graph(artifact.path(name)) for name in files)
+        return cls(step, tables[0] if tables else None, record.plan, record.inputs)
