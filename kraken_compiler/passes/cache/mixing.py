@@ -69,6 +69,9 @@ _ALONG_DIM = {
 }
 """Operators that work along a dim, and which argument says along which."""
 
+_ROW_BY_ROW = (aten.repeat_interleave.self_int, aten.unflatten.int)
+"""Those that keep the order of rows, so that they do not mix the tokens of a batch in one dim."""
+
 _RESHAPES = (aten.reshape.default, aten.view_as.default, aten.reshape_as.default)
 _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
@@ -103,7 +106,8 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         shape = shape_of(operand)
         rank = len(shape) + (target is aten.stack.default)
         along = [shape[dim] for dim in dims_along(node, _ALONG_DIM[target], rank) if dim < len(shape)]
-        return f"{name} works along the sequence" if any(_holds(size, sequence) for size in along) else ""
+        mixed = same_size if target in _ROW_BY_ROW else _holds
+        return f"{name} works along the sequence" if any(mixed(size, sequence) for size in along) else ""
     if target is aten.flatten.using_ints:
         shape = shape_of(operand)
         first, last = (int(argument(node, place, name_, value)) % len(shape) for place, name_, value in _FLATTENED)
