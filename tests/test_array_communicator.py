@@ -85,13 +85,15 @@ def test_the_last_sum_is_not_lost_when_peers_leave(port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("die", "connection closed by peer: rank 1"), ("stay", "timed out waiting for rank 1")]
+    ("how", "told", "timeout"),
+    # On a busy machine a process may take seconds to die, and is not to be taken for one that stays.
+    [("die", "connection closed by peer: rank 1", 20.0), ("stay", "timed out waiting for rank 1", 2.0)],
 )
-def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str, port: int) -> None:
-    results = run("lose", 3, {"KRAKEN_MEET": f"127.0.0.1:{port}"}, how=how, timeout=2.0)
+def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str, timeout: float, port: int) -> None:
+    results = run("lose", 3, {"KRAKEN_MEET": f"127.0.0.1:{port}"}, how=how, timeout=timeout)
     for rank in (0, 2):
         assert told in results[rank]["error"]
-        assert results[rank]["seconds"] < 2.0 + 2.0
+        assert results[rank]["seconds"] < timeout + 2.0
         assert results[rank]["closing"] < 2.0
 
 

@@ -94,7 +94,7 @@ def test_for_people(place: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{index % 90 + 3}" for index in range(200)))
     result = invoke(place / "llama.kraken", "--text", tmp_path / "text", "--schedule")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count(": ok, relative error") == 7
+    assert result.stdout.count(": ok, relative error") == 8
     assert "hidden, each behind at least" in result.stdout
     header, first, *_ = result.stdout.partition("\n\n")[2].splitlines()
     assert header.split() == ["reduce", "start", "matrix", "products", "and", "attentions", "wait"]
