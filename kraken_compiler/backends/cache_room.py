@@ -3,8 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from kraken_compiler.errors import UsageError
+
+
+class CacheSizes(Protocol):
+    """One attention's cache, as graphs and device files describe it: KV heads, sizes of a head, element type."""
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def key_dim(self) -> int: ...
+
+    @property
+    def value_dim(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def token_bytes(caches: Iterable[CacheSizes], itemsize: Callable[[str], int]) -> int:
+    """Bytes that a token takes in the caches of one rank.
+
+    Args:
+        caches: One for every attention.
+        itemsize: Bytes of an element type, by its name.
+    """
+    return sum(cache.heads * (cache.key_dim + cache.value_dim) * itemsize(cache.dtype) for cache in caches)
 
 
 def require_room(needed: int, capacity: int, memory: int | None = None) -> None:

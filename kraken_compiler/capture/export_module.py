@@ -16,7 +16,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.capture.training_mode import EVALUATION, in_evaluation, left_out
+from kraken_compiler.capture.training_mode import EVALUATION, in_evaluation, left_out, module_path
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.capture.unwrap import without_caches
@@ -96,10 +96,9 @@ def _refuse_written_constants(exported: ExportedProgram) -> None:
         for operand in compat.written_operands(node):
             name = constants.get(compat.viewed(operand).name)
             if name is not None:
-                path = next((str(path) for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
                 reason = f"its forward writes to {_what_is_kept(name)}, and a program keeps nothing between calls"
                 hint = "Return what is to be kept, or write to a copy."
-                raise UnsupportedModelError([Rejection(reason, (node.name,), path, hint)])
+                raise UnsupportedModelError([Rejection(reason, (node.name,), module_path(node), hint)])
 
 
 def _what_is_kept(name: str) -> str:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kraken_compiler._torch_compat import silent_log
+
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """No warnings, and no log lines of torch: an error is also raised, and told by whoever catches it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    try:
-        logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    """No warnings, and no log lines of torch."""
+    with silent_log(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

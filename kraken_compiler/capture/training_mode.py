@@ -41,7 +41,7 @@ def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
     for node in (node for graph in graphs for node in graph.nodes):
         what = _only_in_training(node)
         if what is not None:
-            places.setdefault(what, []).append(_module_path(node))
+            places.setdefault(what, []).append(module_path(node))
     return tuple(
         f"{EVALUATION}: without {what} at {len(paths)} place{'s' if len(paths) > 1 else ''}, first in '{paths[0]}'"
         for what, paths in places.items()
@@ -77,6 +77,7 @@ def _name(target: torch._ops.OpOverload) -> str:
     return name
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that made a node; "" of what the model itself made."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(stack.values()) if path), "")

@@ -48,7 +48,7 @@ def settle_unused(
         )
     if not left:
         return ()
-    bare = sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
+    bare = _bare_float8(checkpoint, used)
     if bare:
         raise InputFileError(
             f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale that we know, and {len(left)} "
@@ -58,13 +58,18 @@ def settle_unused(
     return (f"{what} part of the model and not read: {shown(left)}",)
 
 
+def _bare_float8(checkpoint: Checkpoint, used: Iterable[str]) -> list[str]:
+    """The tensors that are read as float8, with no scale."""
+    return sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
+
+
 def float8_note(checkpoint: Checkpoint, used: Iterable[str], beside: Sequence[str]) -> tuple[str, ...]:
     """A note about weights that are float8 and nothing else.
 
     Raises:
         InputFileError: Files that are not read lie `beside` them, which may hold their scales.
     """
-    bare = sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
+    bare = _bare_float8(checkpoint, used)
     if not bare:
         return ()
     if beside:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kraken_compiler.backends.cache_room import require_room
+from kraken_compiler.backends.cache_room import require_room, token_bytes
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import (
     ATTENTION_MASK,
@@ -55,8 +55,7 @@ class ArrayDecoder:
             raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
         if model.positions is not None and capacity > model.positions:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {model.positions}")
-        widths = ((cache.heads * (cache.key_dim + cache.value_dim), cache.dtype) for cache in model.caches)
-        a_token = sum(width * np.dtype(dtype).itemsize for width, dtype in widths)
+        a_token = token_bytes(model.caches, lambda dtype: np.dtype(dtype).itemsize)
         require_room(_SIDES * batch * capacity * a_token, capacity)
         self.batch, self.capacity = batch, capacity
         self._program = program

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.backends.cache_room import require_room
+from kraken_compiler.backends.cache_room import require_room, token_bytes
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
@@ -58,16 +58,9 @@ class CachedDecoder:
             raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
         if plan.limit is not None and capacity > plan.limit:
             raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
-        a_token = sum(
-            cache.heads * (cache.key_dim + cache.value_dim) * getattr(torch, cache.dtype).itemsize
-            for cache in plan.caches
-        )
-        on_card = device.type == "cuda"
-        require_room(
-            batch * capacity * a_token,
-            capacity,
-            torch.cuda.get_device_properties(device).total_memory if on_card else None,
-        )
+        a_token = token_bytes(plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        require_room(batch * capacity * a_token, capacity, memory)
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
         self._require_lengths = require_lengths

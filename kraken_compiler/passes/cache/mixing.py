@@ -17,8 +17,6 @@ _TOKEN_BY_TOKEN = frozenset(
         *SHAPE_ONLY,
         aten.embedding.default,
         aten.reshape.default,
-        aten.view_as.default,
-        aten.reshape_as.default,
         aten.permute.default,
         aten.expand.default,
         aten.expand_as.default,
@@ -43,7 +41,6 @@ _ALONG_DIM = {
     aten.split_with_sizes.default: 2,
     aten.chunk.default: 2,
     aten.cat.default: 1,
-    aten.concat.default: 1,
     aten.stack.default: 1,
     aten.softmax.int: 1,
     aten.topk.default: 2,
@@ -72,7 +69,6 @@ _ALONG_DIM = {
 _ROW_BY_ROW = (aten.repeat_interleave.self_int, aten.unflatten.int)
 """Those that keep the order of rows, so that they do not mix the tokens of a batch in one dim."""
 
-_RESHAPES = (aten.reshape.default, aten.view_as.default, aten.reshape_as.default)
 _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
 
@@ -87,7 +83,7 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
     name = getattr(getattr(target, "_schema", None), "name", str(target))
     if getattr(target, "__name__", "") == "getitem" or not isinstance(target, torch._ops.OpOverload):
         return ""
-    if target in _RESHAPES and _swaps(shape_of(node), shape_of(args_of(node)[0])):
+    if target is aten.reshape.default and _swaps(shape_of(node), shape_of(args_of(node)[0])):
         return f"{name} takes the sequence for another dim"
     if target in _TOKEN_BY_TOKEN or torch.Tag.pointwise in target.tags:
         return ""

@@ -171,7 +171,7 @@ def _refresh(
                 ]
     failed: fx.Node | None = None
     try:
-        with compat.silent_failures():
+        with compat.silent_log("torch._subclasses.fake_tensor"):
             refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError):
         missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
