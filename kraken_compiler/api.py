@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.registry import require_lanes
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.compiling import CompileResult, compile_model
-from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.report import is_exact, make_report
 from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
-from kraken_compiler.verify.verification import Verification, lanes_in
+from kraken_compiler.verify.verification import Verification
 from kraken_compiler.verifying import verify_artifact
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
 
@@ -94,19 +94,17 @@ def load_lanes(directory: str | os.PathLike[str]) -> LaneModule:
     """All lanes of an artifact as one module in this process, with the weights the artifact holds.
 
     Args:
-        directory: An artifact of the torch backend.
+        directory: An artifact that holds the lane program itself, as the default backend keeps it.
 
     Returns:
         A module as `transform` makes it.
 
     Raises:
         InputFileError: A file is missing or damaged.
-        UsageError: The artifact holds no torch program.
+        UsageError: The artifact does not hold it.
     """
     artifact = open_artifact(Path(directory))
-    lanes = lanes_in(artifact)
-    if lanes is None:
-        raise UsageError(f"{directory}: holds no torch program; compile the model with --backend torch,onnx")
+    lanes = require_lanes(artifact)
     program = with_lane_tensors(lanes.program, lanes.program.weights)
     return LaneModule.from_program(
         program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, _no_source)

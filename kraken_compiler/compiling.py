@@ -16,10 +16,8 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.reservation import reserved
 from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, ORT_NCCL, OWN, WEIGHT_KINDS
-from kraken_compiler.backends.registry import backend_named
+from kraken_compiler.backends.base import Reference
+from kraken_compiler.backends.registry import DEFAULT_BACKEND, chosen_backends, lanes_in
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
@@ -41,7 +39,7 @@ from kraken_compiler.text_files import require_text
 from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
-from kraken_compiler.verify.verification import CHECKED_BACKENDS, Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.store import reader_of
 
 _POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
@@ -76,9 +74,7 @@ def compile_model(
     degree: int | None = None,
     form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
-    backends: Sequence[str] = ("torch",),
-    collectives: str = OWN,
-    onnx_weights: str | None = None,
+    backends: Sequence[str] = (DEFAULT_BACKEND,),
     dtype: torch.dtype | None = None,
     example_inputs: ExampleInputs | None = None,
     input_specs: Sequence[str] = (),
@@ -94,6 +90,7 @@ def compile_model(
     dump_directory: str | os.PathLike[str] | None = None,
     timeout: float = 120.0,
     progress: Progress | None = None,
+    **backend_options: Any,
 ) -> CompileResult:
     """Compile a model into an artifact directory, checked before it is put in place.
 
@@ -102,9 +99,6 @@ def compile_model(
         directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
         degree, form, layers, example_inputs: See `transform`.
         backends: Names of the backends that write programs.
-        collectives: Whose collectives ONNX devices hold, "kraken" or "ort-nccl"; the latter can only be written here.
-        onnx_weights: What the weights of ONNX devices' matrix products are quantized to, "int8" or "int4"; None leaves
-            them as they are.
         dtype: Element type of the compiled model; None keeps the source's.
         input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
         text: A text file to measure a changed form on; None means a small built-in sample.
@@ -120,6 +114,7 @@ def compile_model(
         dump_directory: Where to write the graph as text after every pass.
         timeout: Seconds without progress after which a rank counts as hanging.
         progress: Is told about long stages.
+        backend_options: Options of these backends, by field name (`Backend.Options`), e.g. `onnx_weights="int8"`.
 
     Raises:
         UsageError, UnsupportedModelError, InputFileError: See `transform`.
@@ -129,13 +124,8 @@ def compile_model(
     """
     show = progress or Silent()
     require_timeout(timeout)
-    backends = (backends,) if isinstance(backends, str) else tuple(backends)
-    emitters = [_configured(backend_named(name), collectives, onnx_weights) for name in dict.fromkeys(backends)]
-    if not emitters:
-        raise UsageError("no backend is named that writes programs; give at least one of torch and onnx")
-    if onnx_weights is not None and "onnx" not in backends:
-        raise UsageError(f"--onnx-weights {onnx_weights} is for ONNX devices; add --backend onnx")
-    unchecked = [backend.name for backend in emitters if backend.name not in CHECKED_BACKENDS]
+    emitters = chosen_backends(backends, {name: value for name, value in backend_options.items() if value is not None})
+    unchecked = [backend.name for backend in emitters if not backend.gives_reference]
     if verify and unchecked:
         raise UsageError(
             f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it unchecked"
@@ -176,11 +166,7 @@ def compile_model(
             program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
         if program.no_cache and token_input(program) is not None:
             notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
-        if collectives == ORT_NCCL and "onnx" in backends:
-            unrun = (
-                "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
-            )
-            notes = (*notes, unrun)
+        notes = (*notes, *(backend.cannot_run for backend in emitters if backend.cannot_run))
         report = make_report(program, history, notes)
         if directory is None:
             return CompileResult(report, notes=notes)
@@ -218,8 +204,9 @@ def compile_model(
                 found = verify_programs(partial, None, timeout, in_memory)
             verification = replace(found, comparisons=(*comparisons, *found.comparisons), skipped=skipped)
             verification.require_passed()
-            lanes = lanes_in(open_artifact(partial, verify=False)) or in_memory
-            verification = with_quality(verification, lanes, captured, measured_on, show)
+            artifact = open_artifact(partial, verify=False)
+            lanes = lanes_in(artifact) or in_memory
+            verification = with_quality(verification, artifact, lanes, captured, measured_on, show)
             return verification.to_dict()
 
         with show.steps("write and check" if verify else "write") as advance:
@@ -282,16 +269,6 @@ def _require_within(budget: Budget, calibration: Calibration) -> None:
             f"is {quality.kl:.3g}, its perplexity {perplexity_increase(quality):+.1%}; lower the budget, or calibrate "
             "on more text"
         )
-
-
-def _configured(backend: Backend, collectives: str, weights: str | None) -> Backend:
-    if collectives not in COLLECTIVE_KINDS:
-        raise UsageError(f"--collectives {collectives}: choose from {', '.join(COLLECTIVE_KINDS)}")
-    if weights is not None and weights not in WEIGHT_KINDS:
-        raise UsageError(f"--onnx-weights {weights}: choose from {', '.join(WEIGHT_KINDS)}")
-    if not isinstance(backend, OnnxBackend):
-        return backend
-    return replace(backend, collectives=collectives, weights=weights)
 
 
 def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | None) -> Source:

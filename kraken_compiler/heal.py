@@ -19,6 +19,7 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.reservation import Reservation, check_target, reserved
 from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.registry import backends_of, require_lanes
 from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
@@ -36,7 +37,7 @@ from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
 from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched, Watch
-from kraken_compiler.recompile import backends_of, lowered_as, source_of
+from kraken_compiler.recompile import lowered_as, source_of
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -100,7 +101,7 @@ def heal_artifact(
     from its last checkpoint.
 
     Args:
-        directory: The artifact; it is not changed. It must hold the torch backend's program.
+        directory: The artifact; it is not changed. It must hold the lane program itself.
         settings: How to train.
         texts: UTF-8 files; the last part of each is held out.
         tokens: Files of token ids, see `read_texts`; for models without a tokenizer.
@@ -127,8 +128,7 @@ def heal_artifact(
     target = Path(output) if output is not None else _beside(path)
     with show.stage("check hashes"):
         artifact = open_artifact(path)
-    if "torch" not in artifact.manifest.backends:
-        raise UsageError(f"{path}: holds no torch program to train; compile the model with --backend torch,onnx")
+    require_lanes(artifact)
     where = source if source is not None else artifact.manifest.source.path
     inputs = [Path(one) for one in (path, *texts, *tokens, where) if one and isinstance(one, str | os.PathLike)]
     _check_output(path, target, force, inputs)

@@ -1,18 +1,13 @@
-"""An artifact's source model, lane program and backends, made again to write it anew with other weights."""
+"""An artifact's source model and lane program, made again to write it anew with other weights."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.onnx_ort.format import device_file
-from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
@@ -78,18 +73,3 @@ def lowered_as(captured: Capture, manifest: Manifest) -> Program:
 def as_compiled(program: Program, manifest: Manifest) -> Program:
     """A program with what the compile found out about sizes by comparing with the model."""
     return with_rules(program, [rule for rule in manifest.call.sizes if rule not in program.call.sizes])
-
-
-def backends_of(artifact: Artifact) -> list[Backend]:
-    """The backends that wrote an artifact, set as they were."""
-    return [_as_it_was(backend_named(name), artifact) for name in artifact.manifest.backends]
-
-
-def _as_it_was(backend: Backend, artifact: Artifact) -> Backend:
-    if not isinstance(backend, OnnxBackend):
-        return backend
-    # Imported here: onnx takes a second, and most artifacts have no device files.
-    from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-
-    device = DeviceModel.load(artifact.path(f"onnx/{device_file(0)}"), verify=False)
-    return replace(backend, collectives=device.collectives, weights=device.weights)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.base import Reference
+from kraken_compiler.backends.registry import lanes_in
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Model
 from kraken_compiler.capture.example_inputs import ExampleInputs
@@ -17,10 +19,8 @@ from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.recompile import as_compiled, lowered_as, source_of
 from kraken_compiler.runtime.environment import require_timeout
-from kraken_compiler.verify.against_devices import compare_with_devices
 from kraken_compiler.verify.against_model import compare_with_model
-from kraken_compiler.verify.choose_sizes import check_sizes
-from kraken_compiler.verify.verification import Reference, Verification, lanes_in, verify_programs
+from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 
 
@@ -58,8 +58,8 @@ def verify_artifact(
     with show.stage("run on ranks"):
         result = verify_programs(path, None, timeout)
     result.require_passed()
-    comparisons = list(result.comparisons)
     lanes = lanes_in(artifact)
+    who = " and ".join(check.backend.ranks_are for check in result.checks)
     recorded = artifact.manifest.source
     where = source if source is not None else recorded.path
     # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
@@ -72,34 +72,28 @@ def verify_artifact(
         if text is not None or by_layer:
             raise UsageError(missing)
         if lanes is None:
-            missing = f"no comparison of the ONNX devices with the lanes, and {missing}"
+            missing = f"no comparison of the {who} with the lanes, and {missing}"
         return replace(result, skipped=(missing,))
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard", cached=False)
         checked = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
-        comparisons += checked.comparisons
-        result = replace(result, skipped=(*result.skipped, *checked.skipped))
+    skipped, compared = tuple(checked.skipped), tuple(checked.comparisons)
     if lanes is None and has_lane_tensors(artifact.manifest.weights):
-        lost = "no comparison of the ONNX devices with the lanes: only the devices hold their calibrated weights"
-        result = replace(result, comparisons=tuple(comparisons), skipped=(*result.skipped, lost))
+        lost = f"no comparison of the {who} with the lanes: only they hold their calibrated weights"
+        result = replace(result, comparisons=(*result.comparisons, *compared), skipped=(*skipped, lost))
         result.require_passed()
         return result
     if lanes is None:
         program = lowered_as(captured, artifact.manifest)
         lanes = Reference(program, read_from_source(program, captured.store.read))
-        if result.devices is not None and result.devices.runnable:
-            with show.stage("run on devices"):
-                found, devices = compare_with_devices(
-                    result.devices, program, lanes.read_lane, check_sizes(program, growing=True), timeout
-                )
-            comparisons += found
-            result = replace(result, devices=devices)
-    result = replace(result, comparisons=tuple(comparisons))
+        with show.stage("run on ranks"):
+            result = verify_programs(path, None, timeout, lanes)
+    result = replace(result, comparisons=(*result.comparisons, *compared), skipped=skipped)
     result.require_passed()
     measured_on = TextChoice.of(text, text_tokens)
-    result = with_quality(result, lanes, captured, measured_on, show)
+    result = with_quality(result, artifact, lanes, captured, measured_on, show)
     if by_layer:
         manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
         costs = sensitivity_of(captured, manifest.degree, manifest.forms, measured_on, cache, show)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.communicators import message
+from kraken_compiler.communicators import sums
 from kraken_compiler.communicators.base import Communicator, find
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.communicators.message import MessageCommunicator
 from kraken_compiler.errors import RankFailedError
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
+from tests.torch_ranks import device_of, group_of
 
 SHAPES = ((1,), (3, 5), (2, 64, 128), (1, 300, 257), (), (1, 0, 4))
 """Small ones, which are copied, one of 300 KB, which is not, a scalar and an empty one."""
@@ -38,11 +39,10 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def check_sums(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def check_sums(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Everything that does not end a rank; returns digests of the sums, and what was wrong."""
-    group = dist.group.WORLD
-    assert group is not None
-    message.RING_BYTES = 400_000  # one of the sums of 300 KB in float64 goes through the group
+    group = group_of(ranks)
+    sums.SHARED_BYTES = 400_000  # one of the sums of 300 KB, in float64, is added in shares
     digests: dict[str, list[str]] = {}
     wrong: list[str] = []
     for kind in ("message", "group"):
@@ -53,7 +53,7 @@ def check_sums(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
             name = f"{kind} {reduce_dtype}"
             digests[name] = list(_sums(communicator, wrong))
             wrong += [f"{name}: {fault}" for fault in _gathers(communicator)]
-            session.status.progress(name)
+            ranks.status.progress(name)
     wrong += _in_any_order(default_communicator("cpu", group))
     wrong += _reused_memory(default_communicator("cpu", group))
     return {"digests": digests, "wrong": wrong}
@@ -120,14 +120,13 @@ def _reused_memory(communicator: Communicator) -> list[str]:
     return []
 
 
-def lose_a_peer(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def lose_a_peer(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Rank 1 does not take part in a sum, in the way that the payload says; what the others are told, and when."""
-    group = dist.group.WORLD
-    assert group is not None
-    communicator = MessageCommunicator(group, timeout=payload["timeout"])
+    group = group_of(ranks)
+    communicator = MessageCommunicator.of_group(group, timeout=payload["timeout"])
     x = torch.ones(200_000)
-    assert communicator.wait(communicator.start(x))[0] == session.degree
-    if session.rank == 1:
+    assert communicator.wait(communicator.start(x))[0] == ranks.degree
+    if ranks.rank == 1:
         if payload["how"] == "leave":
             communicator.close()
         time.sleep(payload["timeout"] + 2)
@@ -143,38 +142,37 @@ def lose_a_peer(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
     return {"error": "none"}
 
 
-def die(payload: Mapping[str, Any], session: Session) -> None:
+def die(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Rank 1 dies between two sums."""
-    group = dist.group.WORLD
-    assert group is not None
+    group = group_of(ranks)
     communicator = default_communicator("cpu", group)
     for step in range(20):
         communicator.wait(communicator.start(torch.ones(50_000)))
-        if session.rank == 1 and step == 3:
+        if ranks.rank == 1 and step == 3:
             os._exit(3)
 
 
-def disagree(payload: Mapping[str, Any], session: Session) -> str:
+def disagree(payload: Mapping[str, Any], ranks: Ranks) -> str:
     """Ranks whose parts differ in shape."""
-    group = dist.group.WORLD
-    assert group is not None
+    group = group_of(ranks)
     communicator = default_communicator("cpu", group)
     try:
-        communicator.wait(communicator.start(torch.ones(4 + session.rank)))
+        communicator.wait(communicator.start(torch.ones(4 + ranks.rank)))
     except RankFailedError as error:
         return str(error)
     return ""
 
 
-def end_with_the_group(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def end_with_the_group(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Groups come and go; each has a communicator of its own that ends with it. The last sum is never lost."""
+    group_of(ranks)
     totals, open_after = [], []
     for step in range(3):
         group = dist.new_group()
         assert group is not None
         communicator = default_communicator("cpu", group)
-        handle = communicator.start(torch.full((300_000,), float(session.rank)))
-        if session.rank == step % session.degree:
+        handle = communicator.start(torch.full((300_000,), float(ranks.rank)))
+        if ranks.rank == step % ranks.degree:
             time.sleep(0.3)  # its peers are gone from the sum before it looks
         totals.append(float(communicator.wait(handle).mean()))
         name = communicator.name
@@ -184,13 +182,14 @@ def end_with_the_group(payload: Mapping[str, Any], session: Session) -> dict[str
     return {"totals": totals, "open": open_after}
 
 
-def run_compiled(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def run_compiled(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Run an artifact eagerly and compiled with every kind of communicator."""
-    artifact = open_artifact(payload["artifact"])
-    ids = torch.tensor(payload["ids"], device=session.device)
+    artifact, device = open_artifact(payload["artifact"]), device_of(ranks)
+    group_of(ranks)
+    ids = torch.tensor(payload["ids"], device=device)
     differences, windows = {}, {}
     for kind in payload["kinds"]:
-        program = RankProgram.load(artifact, communicator=kind, device=session.device)
+        program = RankProgram.load(artifact, communicator=kind, device=device)
         want = program.run_flat([ids])
         program.compile()
         assert program.compiled is not None
@@ -198,5 +197,5 @@ def run_compiled(payload: Mapping[str, Any], session: Session) -> dict[str, Any]
             have = program.run_flat([ids])
             differences[f"{kind} {step}"] = max(float((a - b).abs().max()) for a, b in zip(have, want))
         windows[kind] = [len(window.gemms) for window in program.compiled.windows]
-        session.status.progress(kind)
+        ranks.status.progress(kind)
     return {"differences": differences, "windows": windows}

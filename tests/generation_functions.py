@@ -12,8 +12,9 @@ from torch import Tensor
 from kraken_compiler.runtime.decoder import Array
 from kraken_compiler.runtime.engine import first_rank_decides
 from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.session import Session, load_rank_program
+from tests.torch_ranks import model_of
 
 VOCABULARY = 40
 
@@ -52,33 +53,31 @@ class NearTies:
         return logits
 
 
-def broadcast_sizes(session: Session) -> list[int]:
+def broadcast_sizes(ranks: Ranks) -> list[int]:
     """Sizes of contents that did not arrive as they were sent."""
     wrong = []
     for size in (0, 1, 503, 504, 505, 5000):
         content = bytes(number % 251 for number in range(size))
-        if session.broadcast(content if session.rank == 0 else None) != content:
+        if ranks.broadcast(content if ranks.rank == 0 else None) != content:
             wrong.append(size)
     return wrong
 
 
-def choose_near_ties(payload: Mapping[str, Any], session: Session) -> list[list[list[int | None]]]:
+def choose_near_ties(payload: Mapping[str, Any], ranks: Ranks) -> list[list[list[int | None]]]:
     """Tokens of this rank: greedy and sampled with agreement, and then greedy without."""
-    assert broadcast_sizes(session) == []
-    decoder = NearTies(2, session.rank)
-    agree = first_rank_decides(session)
+    assert broadcast_sizes(ranks) == []
+    decoder = NearTies(2, ranks.rank)
+    agree = first_rank_decides(ranks)
     ways = ((Sampling(), agree), (Sampling(1.0, seed=5), agree), (Sampling(), None))
     return [list(generate(decoder, [[1], [1, 2]], 20, sampling=sampling, agree=agree)) for sampling, agree in ways]
 
 
-def logits_of_ranks(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def logits_of_ranks(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank's cached decoders promise, and the bytes of their logits, by artifact."""
     found = {}
     for path in payload["artifacts"]:
-        _, program = load_rank_program(path, session)
-        decoder = program.decoder(2, 30)
-        with torch.inference_mode():
-            logits = [decoder.prefill(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([3, 1]))]
-            logits += [decoder.step(torch.tensor([token, token + 1])) for token in range(9, 14)]
-        found[path] = [decoder.identical_on_all_ranks, torch.stack(logits).numpy().tobytes().hex()]
+        decoder = model_of(path, ranks).decoder(2, 30)
+        logits = [decoder.prefill(np.array([[5, 6, 7], [8, 0, 0]]), np.array([3, 1]))]
+        logits += [decoder.step(np.array([token, token + 1])) for token in range(9, 14)]
+        found[path] = [decoder.identical_on_all_ranks, np.stack(logits).tobytes().hex()]
     return found

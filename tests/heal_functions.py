@@ -20,54 +20,54 @@ from kraken_compiler.quality.healing.parameters import LaneParameters
 from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
+from tests.torch_ranks import device_of, group_of
 
 
-def compare_with_one_process(payload: Mapping[str, Any], session: Session) -> list[dict[str, float]]:
+def compare_with_one_process(payload: Mapping[str, Any], ranks: Ranks) -> list[dict[str, float]]:
     """Train every artifact on ranks, and all its lanes in this process beside; returns the largest differences.
 
     Per artifact: relative errors of the loss, the gradients of the first step, the gradient's norm, and the weights
     after three steps; how far this rank's copies of what all lanes share are from rank 0's; and the KL on other rows.
     """
-    group = dist.group.WORLD
-    assert group is not None
+    group, device = group_of(ranks), device_of(ranks)
     found = []
     batches = torch.tensor(payload["batches"])
     for case in payload["cases"]:
-        session.status.progress(f"training {case['artifact']}")
+        ranks.status.progress(f"training {case['artifact']}")
         artifact, source = (open_artifact(case[name], verify=False) for name in ("artifact", "source"))
         settings = HealSettings(**case["settings"])
-        communicator = default_communicator(session.device, group, kind=case["communicator"])
-        ranks = trainer_of_one_lane(artifact, source, settings, communicator, session.device)
+        communicator = default_communicator(device, group, kind=case["communicator"])
+        on_ranks = trainer_of_one_lane(artifact, source, settings, communicator, device)
         alone = _all_lanes(artifact, source, settings)
         differences: dict[str, float] = {}
         losses = []
-        for trainer in (ranks, alone):
+        for trainer in (on_ranks, alone):
             loss = trainer.loss(batches[0])
             loss.backward()  # type: ignore[no-untyped-call]
             trainer.share_gradients()
             losses.append(trainer.peers.total(loss.detach()))
         differences["loss"] = _relative(losses[0], losses[1])
         differences["gradients"] = max(
-            _relative(*pair) for pair in _pairs(ranks, alone, session.rank, lambda parameter: parameter.grad)
+            _relative(*pair) for pair in _pairs(on_ranks, alone, ranks.rank, lambda parameter: parameter.grad)
         )
-        differences["norm"] = abs(ranks.clip_gradients() / alone.clip_gradients() - 1)
+        differences["norm"] = abs(on_ranks.clip_gradients() / alone.clip_gradients() - 1)
         for ids in batches:
-            kls = [trainer.step(ids, 1e-3).kl for trainer in (ranks, alone)]
+            kls = [trainer.step(ids, 1e-3).kl for trainer in (on_ranks, alone)]
         differences["kl"] = abs(kls[0] / kls[1] - 1)
         differences["weights"] = max(
-            _relative(*pair) for pair in _pairs(ranks, alone, session.rank, lambda parameter: parameter.detach())
+            _relative(*pair) for pair in _pairs(on_ranks, alone, ranks.rank, lambda parameter: parameter.detach())
         )
         differences["copies"] = max(
             (
                 _from_first(parameter.detach())
-                for name, parameter in ranks.parameters.trained().items()
-                if ranks.parameters.shared(name)
+                for name, parameter in on_ranks.parameters.trained().items()
+                if on_ranks.parameters.shared(name)
             ),
             default=0.0,
         )
         rows = batches.flatten(0, 1)
-        qualities = [trainer.evaluate(rows, "rows").kl for trainer in (ranks, alone)]
+        qualities = [trainer.evaluate(rows, "rows").kl for trainer in (on_ranks, alone)]
         differences["evaluated"] = abs(qualities[0] / qualities[1] - 1)
         found.append(differences)
     return found

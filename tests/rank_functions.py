@@ -13,55 +13,59 @@ from torch import Tensor
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.replay import replay
-from kraken_compiler.runtime.session import Session, load_rank_program
-from kraken_compiler.runtime.torch_model import HostDecoder
+from tests.torch_ranks import group_of, model_of
 
 
-def run_programs(payload: Mapping[str, Any], session: Session) -> None:
+def run_programs(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Run every artifact of a directory on the same token batches, one after the other.
 
     The first output of each is saved in `out-RANK.safetensors`, by program and number of the batch; under "cached" what
     the KV cache makes of the last batch, a ragged prompt first and then token by token.
     """
     directory = Path(payload["directory"])
+    group_of(ranks)
     batches = [tensor for _, tensor in sorted(load_file(directory / "batches.safetensors").items())]
     outputs: dict[str, Tensor] = {}
     for name in payload["programs"]:
         # Nothing is caught: a rank that goes on alone would leave its peers waiting for it.
-        session.status.progress(f"running {name}")
+        ranks.status.progress(f"running {name}")
         program = RankProgram.load(open_artifact(directory / name, verify=False), verify=False)
         with torch.inference_mode():
             for number, ids in enumerate(batches):
                 outputs[f"{name} {number}"] = program.run_flat([ids])[0].contiguous()
             if program.has_cache:
-                outputs[f"{name} cached"] = replay(program.decoder(*batches[-1].shape), batches[-1])
-    save_file(outputs, directory / f"out-{session.rank}.safetensors")
+                outputs[f"{name} cached"] = torch.from_numpy(
+                    replay(program.decoder(*batches[-1].shape), batches[-1].numpy())
+                )
+    save_file(outputs, directory / f"out-{ranks.rank}.safetensors")
 
 
-def run_on_inputs(payload: Mapping[str, Any], session: Session) -> None:
+def run_on_inputs(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Run every artifact of a directory, called MODEL.FORM, on its model's inputs in `MODEL.safetensors`.
 
     The logits are saved in `out-RANK.safetensors`, by artifact.
     """
+    group_of(ranks)
     directory = Path(payload["directory"])
     outputs: dict[str, Tensor] = {}
     for name in payload["programs"]:
-        session.status.progress(f"running {name}")
+        ranks.status.progress(f"running {name}")
         program = RankProgram.load(open_artifact(directory / name, verify=False), verify=False)
         given = load_file(directory / f"{name.split('.')[0]}.safetensors")
         with torch.inference_mode():
             outputs[name] = program(**given).logits.contiguous()
-    save_file(outputs, directory / f"out-{session.rank}.safetensors")
+    save_file(outputs, directory / f"out-{ranks.rank}.safetensors")
 
 
-def generate_greedily(payload: Mapping[str, Any], session: Session) -> list[list[int]]:
+def generate_greedily(payload: Mapping[str, Any], ranks: Ranks) -> list[list[int]]:
     """Continue a batch of prompts with the KV cache; EOS ends nothing."""
     prompts, tokens = payload["prompts"], payload["tokens"]
-    _, program = load_rank_program(payload["artifact"], session)
-    decoder = HostDecoder(program.decoder(len(prompts), max(map(len, prompts)) + tokens))
+    model = model_of(payload["artifact"], ranks)
+    decoder = model.decoder(len(prompts), max(map(len, prompts)) + tokens)
     steps = []
     for done, step in enumerate(generate(decoder, prompts, tokens)):
-        session.status.progress(f"token {done}")
+        ranks.status.progress(f"token {done}")
         steps.append(step)
     return [list(row) for row in zip(*steps, strict=True)]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import fx
@@ -19,26 +20,32 @@ from kraken_compiler.backends.torch_dist.collectives import with_real_collective
 from kraken_compiler.backends.torch_dist.load import load, load_program
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
+from tests.torch_ranks import group_of
 from tests.toy_lane_program import toy_sources
 
 START = torch.ops.kraken.all_reduce_start.default
 
 
-def keep_reducing() -> None:
+def add_up(ranks: Ranks) -> None:
+    """A sum over all ranks."""
+    ranks.wait(ranks.start(np.ones(4)))
+
+
+def keep_reducing(ranks: Ranks) -> None:
     """What the ranks that behave do while one does not."""
     for _ in range(2000):
-        dist.all_reduce(torch.ones(4))
+        add_up(ranks)
         time.sleep(0.05)
 
 
-def misbehave(payload: Mapping[str, Any], session: Session) -> None:
+def misbehave(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Rank 1 ends or hangs in the way that the payload says, in the middle of its work."""
     for _ in range(3):
-        dist.all_reduce(torch.ones(4))
-        session.status.progress("reducing")
-    if session.rank != 1:
-        keep_reducing()
+        add_up(ranks)
+        ranks.status.progress("reducing")
+    if ranks.rank != 1:
+        keep_reducing(ranks)
     if payload["how"] == "raise":
         fail_on_purpose()
     elif payload["how"] == "input":
@@ -64,30 +71,32 @@ def oversleep() -> None:
     time.sleep(600)
 
 
-def sleep_for_long(payload: Mapping[str, Any], session: Session) -> None:
+def sleep_for_long(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Say which process this is, then hang."""
-    with open(f"{payload['directory']}/pid-{session.rank}", "w") as file:
+    with open(f"{payload['directory']}/pid-{ranks.rank}", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)
 
 
-def check_dtypes(session: Session) -> None:
+def check_dtypes(ranks: Ranks) -> None:
     """Every dtype that weights have can be summed and gathered, also along a middle dim and not contiguous."""
+    group = group_of(ranks)
     graph = fx.Graph()
     x = graph.placeholder("x")
     total = graph.call_function(torch.ops.kraken.wait.default, (graph.call_function(START, (x,)),))
-    graph.output((total, graph.call_function(torch.ops.kraken.all_gather.default, (x, 1, session.degree))))
-    module = with_real_collectives(fx.GraphModule({}, graph), dist.group.WORLD.group_name, session.degree)
+    graph.output((total, graph.call_function(torch.ops.kraken.all_gather.default, (x, 1, ranks.degree))))
+    module = with_real_collectives(fx.GraphModule({}, graph), group.group_name, ranks.degree)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        mine = torch.arange(24, dtype=dtype).view(2, 4, 3).transpose(1, 2) + session.rank
+        mine = torch.arange(24, dtype=dtype).view(2, 4, 3).transpose(1, 2) + ranks.rank
         total, gathered = module(mine)
-        parts = [mine - session.rank + rank for rank in range(session.degree)]
+        parts = [mine - ranks.rank + rank for rank in range(ranks.degree)]
         assert torch.equal(total, sum(parts))
         assert torch.equal(gathered, torch.cat(parts, dim=1))
 
 
-def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def check_rank_program(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Compare a rank's program with the single-process module in every way that needs a real group."""
+    group_of(ranks)
     three = open_artifact(payload["three"])
     ids = torch.tensor(payload["ids"])
     reference = LaneModule.from_program(load_program(three), toy_sources().__getitem__)(ids)
@@ -103,16 +112,16 @@ def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str
     compare("by name", loaded(input_ids=ids))
     built = RankProgram.from_program(load_program(three), toy_sources().__getitem__)
     compare("built", built(ids))
-    check_dtypes(session)
+    check_dtypes(ranks)
 
     # Two of the three ranks run the program of degree 2; the third takes no part.
     pair = dist.new_group([0, 1])
     errors = []
-    if session.rank < 2:
+    if ranks.rank < 2:
         compare("pair", load(payload["two"], group=pair)(ids))
     for attempt in (
         lambda: load(payload["two"]),
-        lambda: RankProgram.load(three, lane=(session.rank + 1) % 3),
+        lambda: RankProgram.load(three, lane=(ranks.rank + 1) % 3),
     ):
         try:
             attempt()
@@ -122,9 +131,9 @@ def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str
     factories = [node for node in moved.graph.graph.nodes if "device" in node.kwargs]
     assert factories
     assert all(node.kwargs["device"] == torch.device("meta") for node in factories)
-    return {"rank": session.rank, "threads": torch.get_num_threads(), "differences": differences, "errors": errors}
+    return {"rank": ranks.rank, "threads": torch.get_num_threads(), "differences": differences, "errors": errors}
 
 
-def backend_name(payload: Mapping[str, Any], session: Session) -> str:
+def backend_name(payload: Mapping[str, Any], ranks: Ranks) -> str:
     """The communication library that this rank's group uses."""
-    return str(dist.get_backend())
+    return str(dist.get_backend(group_of(ranks)))

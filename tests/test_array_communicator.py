@@ -19,9 +19,12 @@ import zmq
 
 from kraken_compiler.communicators import meeting
 from kraken_compiler.communicators.agreement import Claims
-from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.communicators.meeting import MeetingPoint, meet
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
+from kraken_compiler.runtime.environment import Place
+from kraken_compiler.runtime.ranks import Ranks, joined
+from kraken_compiler.runtime.status import StatusWriter
+from kraken_compiler.runtime.thread_ranks import together
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -109,12 +112,11 @@ def test_what_the_ranks_disagree_on_is_told_on_all_of_them(port: int) -> None:
     assert second["error"].startswith("rank 0 sent 16 bytes where rank 1 has 20")
 
 
-def meet_in_threads(point: MeetingPoint, ranks: list[tuple[int, int]], **same: str) -> list[Any]:
+def meet_in_threads(point: MeetingPoint, ranks: list[tuple[int, int]]) -> list[Any]:
     """Let ranks (number, degree) meet; returns the cards that each was told, or what it raised."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         found: list[Future[Any]] = [
-            pool.submit(meet, rank, degree, point, {"of": rank}, claims=Claims(same), timeout=1.0)
-            for rank, degree in ranks
+            pool.submit(meet, rank, degree, point, {"of": rank}, timeout=1.0) for rank, degree in ranks
         ]
         return [one.exception() or one.result() for one in found]
 
@@ -147,14 +149,18 @@ def test_a_rank_that_does_not_come_is_named_on_all_that_did(point: MeetingPoint)
 
 
 @pytest.mark.parametrize("guilty", [0, 2])
-def test_a_rank_that_cannot_take_part_tells_those_who_come(point: MeetingPoint, guilty: int) -> None:
-    """The other ranks need not wait for it, nor for those that do not come."""
-    with ThreadPoolExecutor(2) as pool:
-        found: list[Future[Any]] = []
-        for rank in (0, 2):
-            claims = Claims(trouble=InputFileError("a file: missing") if rank == guilty else None)
-            found.append(pool.submit(meet, rank, 4, point, {}, claims=claims, timeout=30.0))
-        told = {rank: one.exception() for rank, one in zip((0, 2), found)}
+def test_a_rank_that_cannot_go_on_tells_the_others(guilty: int) -> None:
+    """The other ranks need not wait for it."""
+
+    def act(ranks: Ranks) -> Exception | None:
+        trouble = InputFileError("a file: missing") if ranks.rank == guilty else None
+        try:
+            ranks.agree(Claims(trouble=trouble))
+        except InputFileError as error:
+            return error
+        return None
+
+    told = dict(enumerate(together(4, act)))
     assert str(told.pop(guilty)) == "a file: missing"
     assert_told(list(told.values()), InputFileError, f"rank {guilty}: a file: missing")
 
@@ -170,7 +176,7 @@ def test_ranks_of_different_runs_are_told_apart(point: MeetingPoint) -> None:
     )
 
 
-@pytest.mark.parametrize("message", [b"hello", b"[1]", b'{"version": 1, "rank": "0"}', b'{"version": 2}', b"[" * 10**5])
+@pytest.mark.parametrize("message", [b"hello", b"[1]", b'{"version": 1, "rank": "0"}', b'{"version": 3}', b"[" * 10**5])
 def test_a_stranger_is_told_on_all_ranks(point: MeetingPoint, message: bytes) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
@@ -203,7 +209,7 @@ def test_an_answer_from_somebody_else_is_told(point: MeetingPoint) -> None:
         somebody.bind(f"tcp://{point}")
         found = pool.submit(meet_in_threads, point, [(1, 2)])
         caller, _ = somebody.recv_multipart()
-        somebody.send_multipart([caller, b'{"version": 2, "cards": [1]}'])
+        somebody.send_multipart([caller, b'{"version": 3, "cards": [1]}'])
         assert_told(found.result(), RankFailedError, "who answered is not rank 0 of this run")
 
 
@@ -220,7 +226,7 @@ def test_an_address_that_is_not_here_is_listened_for_everywhere(port: int) -> No
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({}, "RANK is not set; start this through kraken-run, or set RANK and WORLD_SIZE"),
+        ({}, "RANK is not set; start this through kraken-run or torchrun, or set RANK and WORLD_SIZE"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "RANK=0 and WORLD_SIZE=two are no whole numbers"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set; set KRAKEN_MEET to rank 0's host and a free port"),
@@ -235,8 +241,8 @@ def test_an_environment_that_does_not_say_enough(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError) as error:
-        ArrayCommunicator.from_environment(timeout=1.0)
+    with pytest.raises(UsageError) as error, joined(1.0):
+        pass
     assert told in str(error.value)
 
 
@@ -249,7 +255,7 @@ def test_a_point_is_read_with_ipv6_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_rank_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    communicator = ArrayCommunicator.from_environment(timeout=1.0, reduce_dtype=np.float16)
+    communicator = Ranks.meet(Place.from_environment(), StatusWriter(0, None), 1.0, "float16")
     assert (communicator.rank, communicator.degree, communicator.identical_on_all_ranks) == (0, 1, True)
     x = np.array([1.0, 2.0001], np.float32)
     total = communicator.wait(communicator.start(x))

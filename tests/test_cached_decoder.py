@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,15 +13,16 @@ from torch import Tensor
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.backends.torch_dist.lane_files import TABLES_FILE
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import capture
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.replay import expected, replay, split_lengths
+from kraken_compiler.runtime.replay import replay, split_lengths
+from kraken_compiler.verify.prefixes import expected
 from tests.fuzz.decoding import VOCABULARY
 from tests.fuzz.model import build
 from tests.fuzz.recipe import Recipe
@@ -46,7 +48,7 @@ def close(have: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom"])
 def test_ragged_rows(name: str) -> None:
     rank, logits = program(name)
-    close(replay(rank.decoder(3, 16), IDS), expected(logits, *split_lengths(*IDS.shape)))
+    close(replayed(rank.decoder(3, 16), IDS), expected(logits, *split_lengths(*IDS.shape)))
 
 
 def test_a_model_without_positions_is_stored_without_tables(tmp_path: Path) -> None:
@@ -59,22 +61,22 @@ def test_a_model_without_positions_is_stored_without_tables(tmp_path: Path) -> N
     assert not (made / TABLES_FILE).exists()
     rank = RankProgram.load(open_artifact(made), 0, communicator=NoCommunication(0, 1))
     ids = IDS % VOCABULARY
-    close(replay(rank.decoder(3, 16), ids), expected(model(ids).detach(), *split_lengths(*ids.shape)))
+    close(replayed(rank.decoder(3, 16), ids), expected(model(ids).detach(), *split_lengths(*ids.shape)))
 
 
 @pytest.mark.parametrize("name", ["mistral", "bloom"])
 def test_compiled_steps_are_the_same(name: str) -> None:
     rank, logits = program(name)
-    close(replay(rank.decoder(3, 16, compiled=True), IDS), expected(logits, *split_lengths(*IDS.shape)))
+    close(replayed(rank.decoder(3, 16, compiled=True), IDS), expected(logits, *split_lengths(*IDS.shape)))
 
 
 def test_a_second_prefill_goes_on_where_the_rows_end() -> None:
     rank, logits = program()
     decoder = rank.decoder(3, 16)
     first, second = torch.tensor([4, 2, 3]), torch.tensor([3, 5, 1])
-    decoder.prefill(IDS[:, :4], first)
+    decoder.prefill(IDS[:, :4].numpy(), first.numpy())
     more = torch.stack([row.roll(-int(start))[:5] for row, start in zip(IDS, first)])
-    found = decoder.prefill(more, second)
+    found = torch.from_numpy(decoder.prefill(more.numpy(), second.numpy()))
     assert decoder.lengths == (7, 7, 4)
     close(found, logits[torch.arange(3), first + second - 1])
 
@@ -83,7 +85,7 @@ def test_reset_forgets() -> None:
     rank, logits = program()
     decoder = rank.decoder(3, 16)
     for _ in range(2):
-        close(decoder.prefill(IDS, torch.full((3,), 13)), logits[:, -1])
+        close(torch.from_numpy(decoder.prefill(IDS.numpy(), np.full(3, 13))), logits[:, -1])
         decoder.reset()
     assert decoder.lengths == (0, 0, 0)
 
@@ -92,11 +94,11 @@ def test_what_does_not_fit_is_said() -> None:
     rank, _ = program()
     decoder = rank.decoder(3, 14)
     with pytest.raises(UsageError, match="holds 14 tokens and 15 are needed"):
-        decoder.prefill(random_tokens(97, 3, 15), torch.full((3,), 15))
-    decoder.prefill(IDS, torch.tensor([13, 2, 5]))
-    decoder.step(IDS[:, 0])
+        decoder.prefill(random_tokens(97, 3, 15).numpy(), np.full(3, 15))
+    decoder.prefill(IDS.numpy(), np.array([13, 2, 5]))
+    decoder.step(IDS[:, 0].numpy())
     with pytest.raises(UsageError, match="the KV cache is full: it holds 14 tokens and 15 are needed; ask for fewer"):
-        decoder.step(IDS[:, 0])
+        decoder.step(IDS[:, 0].numpy())
     assert decoder.lengths == (14, 3, 6), "a step that fails leaves the rows alone"
 
 
@@ -104,11 +106,11 @@ def test_wrong_calls_are_refused() -> None:
     rank, _ = program()
     decoder = rank.decoder(3, 14)
     with pytest.raises(UsageError, match="prompt to prefill first"):
-        decoder.step(IDS[:, 0])
+        decoder.step(IDS[:, 0].numpy())
     with pytest.raises(UsageError, match="and 3 lengths"):
-        decoder.prefill(IDS[:2], torch.tensor([1, 1]))
+        decoder.prefill(IDS[:2].numpy(), np.array([1, 1]))
     with pytest.raises(UsageError, match="bring 1 to 13 tokens"):
-        decoder.prefill(IDS, torch.tensor([0, 14, 2]))
+        decoder.prefill(IDS.numpy(), np.array([0, 14, 2]))
 
 
 @pytest.mark.parametrize(("name", "capacity"), [("gpt2", 65), ("gptj", 65)])
@@ -116,6 +118,10 @@ def test_a_capacity_beyond_the_positions_is_refused(name: str, capacity: int) ->
     """GPT-2 has a table of positions whose rows are counted; of GPT-J's one only sees that it ends."""
     with pytest.raises(UsageError, match=f"{capacity} tokens"):
         decoder_of(name, capacity)
+
+
+def replayed(decoder: CachedDecoder, ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(replay(decoder, ids.numpy()))
 
 
 def decoder_of(name: str, capacity: int) -> CachedDecoder:

@@ -369,7 +369,7 @@ def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monk
 
 def test_two_backends(llama: Path, tmp_path: Path) -> None:
     done(llama, *LOSSLESS, "--backend", "onnx", "--backend", "torch,onnx", "--no-verify", "-o", tmp_path / "out", "-q")
-    assert open_artifact(tmp_path / "out").manifest.backends == ("onnx", "torch")
+    assert open_artifact(tmp_path / "out").manifest.backends == {"onnx": {}, "torch": {}}
     assert {"onnx/device-1.onnx", "torch/lane-1.safetensors"} <= set(files_in(tmp_path / "out"))
 
 

@@ -217,8 +217,9 @@ def test_artifacts_that_cannot_be_healed(place: Path, tmp_path: Path) -> None:
     set_source(copy, path="", kind="module")
     assert "a module in memory" in refused(2, copy, *few)
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "backends": ["onnx"]}))
-    assert "holds no torch program to train" in refused(2, copy, *few)
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "backends": {"onnx": {}}}))
+    line = refused(2, copy, *few)
+    assert "holds no lane program but for a runtime of its own; compile the model with --backend torch,onnx" in line
     bare = save_model("llama", tmp_path / "bare", tokenizer=False)
     compile_model(bare, tmp_path / "bare.kraken", degree=2, verify=False)
     said = refused(2, tmp_path / "bare.kraken", "--text", place / "words.txt", "--steps", "1")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.check_schedule import require_overlap
 from kraken_compiler.backends.torch_dist.graph_file import node_order
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError, UsageError
@@ -27,6 +26,7 @@ from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.report import is_exact
 from kraken_compiler.verify.compare import errors
+from kraken_compiler.verify.overlap import require_overlap
 from tests.table_notes import note
 from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
 

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 import kraken_compiler
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
 from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.capture import capture
 from kraken_compiler.lowering import lower
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import together
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.tolerances import rank_tolerance
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import SUPPORTED, logits_of, token_batch
 
 # Eager attention in float32, fused and decomposed norms, ALiBi, and plain code: one of each kind keeps this fast.
@@ -45,13 +46,13 @@ def test_onnx_devices_in_float16(name: str, weights: str | None, tmp_path: Path)
     model = SUPPORTED[name]().to(torch.float16)
     captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
     program, _ = lower(captured.program, 2, "kraken")
-    OnnxBackend(weights=weights).write(program, captured.store.read, tmp_path)
+    OnnxBackend(OnnxOptions(onnx_weights=weights)).write(program, captured.store.read, tmp_path)
     models = [DeviceModel.load(tmp_path / device_file(lane)).with_exact_products() for lane in range(2)]
     given = token_batch(model, 3, 12, seed=1)
     read = read_as_quantized(models[0], read_from_source(program, captured.store.read))
     want = StreamingProgram(program, read).run_flat([given])[0]
 
-    def act(collectives: ThreadCollectives) -> torch.Tensor:
+    def act(collectives: Ranks) -> torch.Tensor:
         device = models[collectives.rank]
         feeds = whole_feeds(device, {"input_ids": given.numpy()})
         return torch.from_numpy(DeviceProgram(device, collectives, threads=1).run(feeds)[LOGITS].copy())

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram, Event
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import (
     DOMAIN,
@@ -34,8 +34,9 @@ from kraken_compiler.backends.onnx_ort.format import (
 from kraken_compiler.backends.onnx_ort.schedule import is_gemm
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lowering import lower
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import alone, together
 from tests.test_families import lane_program, recognized, relative_error
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import logits_of, token_batch
 
 NAME, DEGREE = "llama", 2
@@ -142,7 +143,7 @@ def test_the_run_itself_overlaps(kraken: Path) -> None:
     """Between every start and its wait the run goes through a stage with a matrix product, the last sum apart."""
     ids = token_batch(recognized(NAME).model, 2, 9)
 
-    def act(collectives: ThreadCollectives) -> list[Event]:
+    def act(collectives: Ranks) -> list[Event]:
         model = DeviceModel.load(kraken / device_file(collectives.rank))
         events: list[Event] = []
         DeviceProgram(model, collectives, threads=1).run(
@@ -270,7 +271,7 @@ def test_a_model_that_cannot_run_is_refused(
     model(lambda proto: change(proto.graph))(files)
     device = DeviceModel.load(files / device_file(0))
     with pytest.raises(InputFileError, match=message) as caught:
-        DeviceProgram(device, ThreadCollectives.alone(DEGREE))
+        DeviceProgram(device, alone(DEGREE))
     assert "\n" not in str(caught.value)
     assert str(files / device_file(0)) in str(caught.value)
 
@@ -284,10 +285,10 @@ def test_wrong_use_is_said(kraken: Path) -> None:
     with pytest.raises(UsageError, match="one of 2 devices and needs a communicator"):
         DeviceProgram(device)
     with pytest.raises(UsageError, match="is device 0 of 2, this is rank 0 of 3"):
-        DeviceProgram(device, ThreadCollectives.alone(3))
+        DeviceProgram(device, alone(3))
     with pytest.raises(UsageError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
-        DeviceProgram(device, ThreadCollectives.alone(DEGREE), provider="NoSuchProvider")
-    program = DeviceProgram(device, ThreadCollectives.alone(DEGREE))
+        DeviceProgram(device, alone(DEGREE), provider="NoSuchProvider")
+    program = DeviceProgram(device, alone(DEGREE))
     with pytest.raises(UsageError, match="missing: input_ids"):
         program.run({})
     feeds = whole_feeds(device, {"input_ids": np.zeros((1, 4), np.int64)})

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.runtime.execute_onnx import TensorDecoder
-from kraken_compiler.runtime.replay import expected, replay, split_lengths
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.replay import replay, split_lengths
+from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.verify.prefixes import expected
 from tests.table_notes import note
 from tests.test_families import EVERY_FAMILY, SIZES, lane_program, recognized, relative_error
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import token_batch
 
 DEGREE = 2
@@ -36,14 +37,14 @@ def computed_by_devices(directory: Path, batches: list[Tensor], degree: int = DE
     """Every device's logits of every batch, and last those of the last batch with the KV cache."""
     models = [DeviceModel.load(directory / device_file(device)) for device in range(degree)]
 
-    def act(collectives: ThreadCollectives) -> list[Tensor]:
+    def act(collectives: Ranks) -> list[Tensor]:
         model = models[collectives.rank]
         program = DeviceProgram(model, collectives, threads=1)
         feeds = [whole_feeds(model, {"input_ids": ids.numpy()}) for ids in batches]
         results = [torch.from_numpy(logits_in(program.run(given)).copy()) for given in feeds]
         if model.caches:
             decoder = ArrayDecoder(program, *batches[-1].shape)
-            results.append(replay(TensorDecoder(decoder), batches[-1]))
+            results.append(torch.from_numpy(replay(decoder, batches[-1].numpy())))
         return results
 
     results: list[Any] = together(degree, act)

@@ -12,8 +12,8 @@ from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, NCCL_DOMAIN, device_file
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.thread_ranks import alone
 from tests.test_families import recognized
-from tests.thread_collectives import ThreadCollectives
 from tests.zoo import token_batch
 
 
@@ -37,9 +37,9 @@ def test_compiled_for_nccl(tmp_path: Path) -> None:
     found = verify_artifact(tmp_path / "out", source=model, example_inputs=example)
     assert [comparison.what for comparison in found.comparisons] == ["standard form against the source"] * 4
     with pytest.raises(UsageError, match="--collectives ort-nccl"):
-        DeviceProgram(device, ThreadCollectives.alone(2))
+        DeviceProgram(device, alone(2))
 
 
 def test_an_unknown_kind_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--collectives mpi: choose from kraken, ort-nccl"):
-        compile_model(recognized("plain_gpt").model, tmp_path / "out", collectives="mpi")
+        compile_model(recognized("plain_gpt").model, tmp_path / "out", backends=("onnx",), collectives="mpi")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from kraken_compiler.api import compile_model, verify_artifact
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import (
     LOGITS,
@@ -34,9 +35,9 @@ from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lowering import lower
-from kraken_compiler.verify.against_devices import read_devices
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import together
 from tests.test_families import lane_program, recognized, relative_error
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import token_batch
 
 pytestmark = pytest.mark.timeout(150)
@@ -112,12 +113,12 @@ def write(
     found = recognized(name)
     program = lane_program(name, degree, form) if degree > 1 else lower(found.captured, degree, form)[0]
     directory.mkdir()
-    OnnxBackend(weights=kind).write(program, found.read, directory)
+    OnnxBackend(OnnxOptions(onnx_weights=kind)).write(program, found.read, directory)
     return [DeviceModel.load(directory / device_file(lane)) for lane in range(degree)]
 
 
 def logits_of_devices(models: list[DeviceModel], ids: Tensor) -> Tensor:
-    def act(collectives: ThreadCollectives) -> Tensor:
+    def act(collectives: Ranks) -> Tensor:
         model = models[collectives.rank]
         feeds = whole_feeds(model, {"input_ids": ids.numpy()})
         return torch.from_numpy(DeviceProgram(model, collectives, threads=1).run(feeds)[LOGITS].copy())
@@ -225,18 +226,17 @@ def test_compiled_verified_and_mixed_up(tmp_path: Path) -> None:
     assert sum("ONNX devices" in comparison.what for comparison in found.comparisons) == 4
     assert all(comparison.passed for comparison in found.comparisons)
     assert found.quality is not None
-    assert found.quantized is not None
-    assert found.quantized.kl != found.quality.kl
+    assert found.rounded["int4"].kl != found.quality.kl
     assert any(line.startswith("int4      on ") for line in found.lines())
     again = verify_artifact(out, source=model, example_inputs=example)
-    assert again.quantized == found.quantized
-    # A device of another compile, whose weights are quantized otherwise, is no device of this one.
+    assert again.rounded == found.rounded
     artifact = open_artifact(out)
+    # A device of another compile, whose weights are quantized otherwise, is no device of this one.
     write(name, "int8", tmp_path / "other")
     for file in (device_file(1), data_file(1), SHARED_DATA_FILE):
         shutil.copy(tmp_path / "other" / file, out / "onnx" / file)
     with pytest.raises(InputFileError, match="is not device 1 of 2 of this compile"):
-        read_devices(artifact)
+        OnnxBackend().schedule(replace(artifact, directory=out))
 
 
 def test_with_collectives_that_cannot_run_here(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_with_collectives_that_cannot_run_here(tmp_path: Path) -> None:
         example_inputs={"input_ids": token_batch(model, 2, 16)},
     )
     assert result.verification is not None
-    assert result.verification.quantized is None
+    assert result.verification.rounded == {}
     assert any("no quality measurement of the int8 weights" in reason for reason in result.verification.skipped)
     device = DeviceModel.load(tmp_path / "out" / "onnx" / device_file(0))
     assert {node.op_type for node in device.proto.graph.node if node.domain} == {
@@ -265,5 +265,5 @@ def test_wrong_options(tmp_path: Path) -> None:
     model = recognized("plain_gpt").model
     with pytest.raises(UsageError, match="--onnx-weights int2: choose from int8, int4"):
         compile_model(model, tmp_path / "out", backends=("onnx",), onnx_weights="int2")
-    with pytest.raises(UsageError, match="--onnx-weights int4 is for ONNX devices; add --backend onnx"):
+    with pytest.raises(UsageError, match="--onnx-weights int4 is an option of the onnx backend; add --backend onnx"):
         compile_model(model, tmp_path / "out", onnx_weights="int4")

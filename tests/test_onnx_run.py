@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -24,9 +25,10 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
+from kraken_compiler.backends.onnx_ort.model import open_device
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.cli.run import app
 from kraken_compiler.errors import RankFailedError, UsageError
@@ -34,12 +36,10 @@ from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.decoder import RecomputingDecoder
 from kraken_compiler.runtime.generate import GREEDY, generate
 from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.onnx_model import OnnxModel, open_device
-from kraken_compiler.runtime.onnx_worker import main
 from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.sampling import Sampling
 from kraken_compiler.runtime.status import is_of_peer
-from kraken_compiler.runtime.torch_model import on_host
+from kraken_compiler.runtime.worker import main
 from tests.test_cli_compile import kill_a_rank, save_tokenizer
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import edit_manifest, write_toy
@@ -51,7 +51,7 @@ SAMPLED = Sampling(2.0, top_k=50, top_p=0.98, seed=3)
 
 RANK = """
 import sys
-from kraken_compiler.runtime.onnx_worker import main
+from kraken_compiler.runtime.worker import main
 for file in sys.argv[1:]:
     main(["--options-file", file])
 loaded = {"torch", "transformers"} & {name.partition(".")[0] for name in sys.modules}
@@ -91,8 +91,8 @@ def tokens_of_torch(
     """What the torch backend's program says, all lanes in this process and without a cache."""
     module, manifest = load(artifact), open_artifact(artifact).manifest
     assert isinstance(module, LaneModule)
-    logits_of = on_host(logits_function(manifest.inputs, manifest.call, module.run_flat))
-    decoder = RecomputingDecoder(logits_of, len(prompts), 100)
+    logits_of = logits_function(manifest.inputs, manifest.call, module.run_flat)
+    decoder = RecomputingDecoder(lambda ids: logits_of(torch.from_numpy(ids)).detach().numpy(), len(prompts), 100)
     return [list(row) for row in zip(*generate(decoder, prompts, count, sampling=sampling))]
 
 
@@ -193,11 +193,7 @@ def test_one_device_needs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program, _ = lower(found.captured, 1, "standard")
     OnnxBackend().write(program, found.read, tmp_path)
     with open_device(tmp_path / "device-0.onnx", threads=1) as device:
-        model = OnnxModel(device, program.inputs, program.call)
-        assert model.vocabulary == 97
-        assert model.positions == device.model.positions
-        decoder = model.decoder(1, 10)
-        assert isinstance(decoder, ArrayDecoder)
+        decoder = ArrayDecoder(device, 1, 10)
         logits = decoder.prefill(np.array([[5, 6, 40]]), np.array([3]))
         assert logits.shape == (1, 97)
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -231,10 +227,10 @@ def test_an_execution_provider_that_is_not_there(artifacts: Artifacts) -> None:
 
 
 def test_options_that_do_not_go_together(artifacts: Artifacts) -> None:
-    assert "--backend tensorrt: choose torch or onnx" in refused(2, artifacts.standard, "--backend", "tensorrt")
+    assert "unknown backend 'tensorrt' (known: torch, onnx)" in refused(2, artifacts.standard, "--backend", "tensorrt")
     for options, message in {
         "--backend onnx --compile": "--compile does not go with the onnx backend",
-        "--backend onnx --device cuda": "--device does not go with the onnx backend: choose what computes with --prov",
+        "--backend onnx --device cuda": "--device does not go with the onnx backend: it is an option of torch",
         "--provider CPUExecutionProvider": "--provider does not go with the torch backend",
     }.items():
         assert message in refused(2, artifacts.standard, *options.split())
@@ -244,7 +240,7 @@ def test_a_backend_that_the_artifact_lacks(tmp_path: Path) -> None:
     write_toy(tmp_path / "toy", 2)
     line = refused(2, tmp_path / "toy", "--backend", "onnx")
     assert "was compiled without the onnx backend (it has: torch); compile it with --backend onnx" in line
-    edit_manifest(tmp_path / "toy", backends=["onnx"])
+    edit_manifest(tmp_path / "toy", backends={"onnx": {}})
     assert "was compiled without the torch backend (it has: onnx)" in refused(2, tmp_path / "toy", "--backend", "torch")
     # Without --backend the one that is there is taken, of which nothing but the name is there.
     assert "--compile does not go with the onnx backend" in refused(2, tmp_path / "toy", "--compile")
@@ -267,10 +263,9 @@ def test_the_worker_says_what_is_wrong(
         return said.err
 
     assert "start this through kraken-run or torchrun" in fails(artifacts.standard)
-    assert "the program has 2 lanes and 3 ranks were started" in fails(artifacts.standard, RANK="1", WORLD_SIZE="3")
-    place = {"RANK": "1", "WORLD_SIZE": "2", "KRAKEN_MEET": "127.0.0.1:1"}
-    assert "start kraken_compiler.runtime.worker" in fails(artifacts.standard, "--backend", "torch", **place)
-    line = fails(damaged_copy(artifacts.standard, tmp_path / "copy"), **place)
+    line = fails(artifacts.standard, RANK="0", WORLD_SIZE="1")
+    assert "the program has 2 lanes and 1 rank was started; start 2, or compile for degree 1" in line
+    line = refused(5, damaged_copy(artifacts.standard, tmp_path / "copy"), "--backend", "onnx")
     assert "device-1.onnx.data: changed since it was written (its hash differs)" in line
 
 
@@ -284,7 +279,7 @@ def damaged_copy(artifact: Path, target: Path) -> Path:
 
 
 def test_a_killed_rank(artifacts: Artifacts) -> None:
-    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.runtime.onnx_worker",))
+    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.runtime.worker",))
     killer.start()
     result = invoke(artifacts.standard, "--backend", "onnx", "--input-ids", "5", "--max-new-tokens", "50")
     killer.join()

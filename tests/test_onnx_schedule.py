@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,16 +16,11 @@ import pytest
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.onnx_ort.check_run import (
-    RanWindow,
-    is_matrix_product,
-    ran_windows,
-    require_run_overlap,
-)
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
+from kraken_compiler.backends.onnx_ort.check_run import is_matrix_product, ran_windows
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import Array, DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.onnx_ort.events import Event, read_events, write_events
+from kraken_compiler.backends.onnx_ort.events import Event, events_from
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, LOGITS, START, WAIT, device_file
 from kraken_compiler.backends.onnx_ort.ort_profile import last_run
@@ -33,12 +28,13 @@ from kraken_compiler.backends.onnx_ort.schedule import measure_windows
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, VerificationError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.schedule import RanWindow, Window
 from kraken_compiler.lowering import lower
-from kraken_compiler.verify.against_devices import read_devices
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.verify.overlap import require_run_overlap
 from kraken_compiler.verify.verification import Reference, Verification, verify_programs
 from tests.test_families import lane_program, recognized
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import token_batch
 
 pytestmark = pytest.mark.timeout(150)
@@ -60,7 +56,7 @@ def profiled(directory: Path) -> list[Run]:
     """Logits and events of every device; the second run is the one that is looked at."""
     ids = token_batch(recognized(NAME).model, 2, 9).numpy()
 
-    def act(collectives: ThreadCollectives) -> Run:
+    def act(collectives: Ranks) -> Run:
         model = DeviceModel.load(directory / device_file(collectives.rank), verify=False)
         program = DeviceProgram(model, collectives, threads=1, profiled=True)
         feeds = whole_feeds(model, {"input_ids": ids})
@@ -115,9 +111,9 @@ def test_the_nodes_are_those_that_onnx_runtime_executed(runs: list[Run]) -> None
         assert len({node.name for node in ran}) == len(ran), "nodes of an earlier run are among them"
 
 
-def test_events_travel_as_json(runs: list[Run], tmp_path: Path) -> None:
-    write_events(runs[0][1], tmp_path / "events.json")
-    assert read_events(tmp_path / "events.json") == runs[0][1]
+def test_events_travel_as_json(runs: list[Run]) -> None:
+    text = json.dumps([asdict(event) for event in runs[0][1]])
+    assert events_from(json.loads(text)) == runs[0][1]
 
 
 # what is wrong -------------------------------------------------------------------------------------------------------
@@ -154,9 +150,9 @@ def test_a_device_that_waits_early_is_found_though_its_numbers_are_right(
     with pytest.raises(VerificationError) as caught:
         require_run_overlap(devices)
     assert str(caught.value) == (
-        "2 of 3 reduces lost their overlap in the run: ONNX Runtime executed no matrix product between start and wait "
-        "of reduce 0 (AllReduceStart to AllReduceWait) on device 1, "
-        "reduce 1 (AllReduceStart_1 to AllReduceWait_1) on device 1"
+        "2 of 3 reduces lost their overlap in the run: no matrix product was executed between start and wait "
+        "of reduce 0 (AllReduceStart to AllReduceWait) on rank 1, "
+        "reduce 1 (AllReduceStart_1 to AllReduceWait_1) on rank 1"
     )
 
 
@@ -190,7 +186,7 @@ def test_fused_products_count() -> None:
 @pytest.fixture(scope="module")
 def verification(artifact: Path) -> Verification:
     """Of real ranks."""
-    return verify_programs(artifact, ((1, 5), (2, 9)), reference=reference(lane_program(NAME, DEGREE, "kraken")))
+    return verify_programs(artifact, ((1, 5), (2, 9)), lanes=reference(lane_program(NAME, DEGREE, "kraken")))
 
 
 def reference(program: Program) -> Reference:
@@ -222,7 +218,7 @@ def test_the_schedule_for_people(verification: Verification) -> None:
     assert "model.layers.1.self_attn  k_proj " in rows[0]
     assert "Attention" in rows[0]
     assert "nothing" in rows[-1]
-    _, *rows = replace(verification, devices=None).schedule_lines()
+    _, *rows = replace(verification, checks=()).schedule_lines()
     assert rows[0].split()[:2] == ["0", "AllReduceStart"]
     assert "model.layers.1.self_attn.q_proj/MatMul" in rows[0]
 
@@ -239,15 +235,15 @@ def test_files_of_different_compiles_are_refused(artifact: Path, tmp_path: Path)
     mixed = Path(shutil.copytree(artifact, tmp_path / "mixed"))
     shutil.copy(mixed / "onnx" / device_file(0), mixed / "onnx" / device_file(1))
     with pytest.raises(InputFileError, match=r"device-1\.onnx: is not device 1 of 2 of this compile"):
-        read_devices(open_artifact(mixed, verify=False))
+        OnnxBackend().schedule(open_artifact(mixed, verify=False))
 
 
 def test_one_device_has_no_reduces_to_check(tmp_path: Path) -> None:
     program, _ = lower(recognized(NAME).captured, 1, "standard")
     source = Source(kind="module", name=NAME)
     made = write_artifact(program, recognized(NAME).read, tmp_path / "one", source=source, backends=[OnnxBackend()])
-    found = verify_programs(made, ((2, 5),), reference=reference(program))
+    found = verify_programs(made, ((2, 5),), lanes=reference(program))
     found.require_passed()
     assert len(found.comparisons) == 2
-    assert found.devices is not None
-    assert (found.windows, found.devices.runs) == ((), ((),))
+    (check,) = found.checks
+    assert (found.windows, check.runs) == ((), ())

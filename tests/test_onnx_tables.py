@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kraken_compiler.backends.onnx_ort import tables
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.tables import MAX_POSITIONS, LaneTables
 from kraken_compiler.ir.program import CachedProgram, Program
 from tests.test_families import lane_program, recognized

@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.check_schedule import require_overlap
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.verify.overlap import require_overlap
 from tests.table_notes import note
 from tests.test_families import CHANGED, DEGREES, relative_error
-from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import OTHER_INPUTS
 
 DEGREE = 2
@@ -110,7 +111,7 @@ def _by_devices(directory: Path, given: dict[str, Tensor]) -> list[Tensor]:
     models = [DeviceModel.load(directory / device_file(device)) for device in range(DEGREE)]
     arrays = {name: value.numpy() for name, value in given.items()}
 
-    def act(collectives: ThreadCollectives) -> Tensor:
+    def act(collectives: Ranks) -> Tensor:
         model = models[collectives.rank]
         program = DeviceProgram(model, collectives, threads=1)
         return torch.from_numpy(program.run(whole_feeds(model, arrays))[LOGITS].copy())

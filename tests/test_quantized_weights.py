@@ -26,7 +26,7 @@ from torchao.quantization.quant_primitives import MappingType
 
 from kraken_compiler.api import CompileResult, compile_model, load_lanes, transform
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, lane_file
@@ -46,7 +46,8 @@ from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.report import make_report
 from kraken_compiler.runtime.logits import inputs_function
-from kraken_compiler.runtime.replay import expected, split_lengths
+from kraken_compiler.runtime.replay import split_lengths
+from kraken_compiler.verify.prefixes import expected
 from tests.lane_decoder import LaneDecoder
 from tests.table_notes import note
 from tests.test_cache_families import one_by_one

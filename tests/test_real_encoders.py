@@ -13,7 +13,7 @@ from torch import Tensor
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.execute import execute_on_ranks
@@ -34,7 +34,8 @@ def error_of_ranks(lanes: LaneModule, captured: Capture, given: dict[str, Tensor
     write_artifact(program, captured.store.read, directory, source=source, backends=[TorchBackend()])
     with torch.no_grad():
         want = lanes.run_flat([given[spec.name] for spec in program.inputs])[0]
-    return max(errors(outputs[0][0], want)[1] for outputs in execute_on_ranks(directory, [given]).outputs)
+    executed = execute_on_ranks(directory, [{name: value.numpy() for name, value in given.items()}], "torch")
+    return max(errors(torch.from_numpy(outputs[0][0]), want)[1] for outputs in executed.outputs)
 
 
 # MiniLM --------------------------------------------------------------------------------------------------------------

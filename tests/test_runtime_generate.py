@@ -17,6 +17,7 @@ from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.torch_dist.cached_decoder import on_host
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
@@ -25,7 +26,6 @@ from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.generate import generate, pack
 from kraken_compiler.runtime.logits import logits_function
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.torch_model import HostDecoder, on_host
 from kraken_compiler.runtime.worker import main
 from tests.generation_functions import continuation
 from tests.test_cli_compile import save_model
@@ -45,7 +45,7 @@ def count_up(ids: Array) -> Array:
     return np.eye(100, dtype=np.float32)[ids + 1]
 
 
-def counting(batch: int, capacity: int = 30) -> Decoder[Array]:
+def counting(batch: int, capacity: int = 30) -> Decoder:
     return RecomputingDecoder(count_up, batch, capacity)
 
 
@@ -73,46 +73,16 @@ def test_a_decoder_can_be_used_again() -> None:
     assert decoder.prefill(np.array([[1, 2], [5, 0]]), np.array([2, 1])).argmax(-1).tolist() == [3, 6]
 
 
-class TensorCounter:
-    """A decoder of tensors that says the next number; it wants no gradients."""
-
-    batch, capacity, identical_on_all_ranks = 2, 30, True
-
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        assert torch.is_inference_mode_enabled()
-        return self.step(ids[torch.arange(2), lengths - 1])
-
-    def step(self, tokens: Tensor) -> Tensor:
-        assert torch.is_inference_mode_enabled()
-        return torch.nn.functional.one_hot(tokens + 1, 100).bfloat16()
-
-    def reset(self) -> None:
-        pass
-
-
-def test_a_decoder_of_tensors_generates_too() -> None:
-    """And the gradient mode of the caller is left alone."""
-    decoder = HostDecoder(TensorCounter())
-    assert decoder.identical_on_all_ranks
-    rows = []
-    for row in generate(decoder, [[3, 7], [40]], 3):
-        assert torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-        rows.append(row)
-    assert rows == [[8, 41], [9, 42], [10, 43]]
-    assert decoder.prefill(np.array([[1], [2]]), np.array([1, 1])).dtype == np.float32
-
-
 def test_what_a_decoder_promises_is_declared_and_not_guessed() -> None:
-    class Silent:
-        batch, capacity = 2, 30
-        prefill, step, reset = TensorCounter.prefill, TensorCounter.step, TensorCounter.reset
-
-    with pytest.raises(AttributeError, match="identical_on_all_ranks"):
-        HostDecoder(Silent())
     assert "identical_on_all_ranks" in dir(Decoder)
     for kind in (RecomputingDecoder, ArrayDecoder):
         assert kind.identical_on_all_ranks is False
+
+
+def test_values_of_tensors_leave_the_device_as_they_are() -> None:
+    for dtype, kept in ((torch.bfloat16, np.float32), (torch.float64, np.float64), (torch.int64, np.int64)):
+        values = on_host(torch.tensor([1, 2], dtype=dtype))
+        assert (values.dtype, values.tolist()) == (kept, [1, 2])
 
 
 def test_what_does_not_fit() -> None:
@@ -137,7 +107,9 @@ def test_ragged_rows_are_the_rows_alone(name: str, sampling: Sampling) -> None:
     prompts = [[5, 6, 40, 8, 9], [7], [20, 21, 22]]
 
     def rows(prompts: list[list[int]]) -> list[list[int | None]]:
-        decoder = RecomputingDecoder(on_host(lambda ids: logits_of(model, ids)), len(prompts), 20)
+        decoder = RecomputingDecoder(
+            lambda ids: on_host(logits_of(model, torch.from_numpy(ids)).detach()), len(prompts), 20
+        )
         return [list(row) for row in zip(*generate(decoder, prompts, 6, sampling=sampling))]
 
     together = rows(prompts)
@@ -245,7 +217,7 @@ def test_the_worker_alone_says_how_to_start_it(
     with pytest.raises(SystemExit, match="2"):
         main([str(artifact), "--input-ids", "1", "--top-k", "2"])
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: start this through kraken-run or torchrun")
+    assert first.startswith("error: RANK is not set; start this through kraken-run or torchrun")
     assert second.startswith("error: --top-k and --top-p need a --temperature above 0")
 
 

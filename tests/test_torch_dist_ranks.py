@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,15 +47,16 @@ def test_a_rank_equals_the_single_process(artifacts: tuple[Path, Path]) -> None:
 def test_execute_on_ranks(artifacts: tuple[Path, Path]) -> None:
     two, _ = artifacts
     sets = [torch.randint(0, 50, shape) for shape in ((2, 7), (1, 1), (3, 12))]
-    results = execute_on_ranks(two, [{"input_ids": ids} for ids in sets]).outputs
+    results = execute_on_ranks(two, [{"input_ids": ids.numpy()} for ids in sets], "torch").outputs
     module = load(two)
     assert isinstance(module, LaneModule)
     assert len(results) == 2
     for rank in results:
         for ids, outputs in zip(sets, rank, strict=True):
-            torch.testing.assert_close(outputs, module.run_flat([ids]), rtol=1e-5, atol=1e-5)
+            have = tuple(map(torch.from_numpy, outputs))
+            torch.testing.assert_close(have, module.run_flat([ids]), rtol=1e-5, atol=1e-5)
     with pytest.raises(UsageError, match="missing: input_ids"):
-        execute_on_ranks(two, [{}])
+        execute_on_ranks(two, [{}], "torch")
 
 
 def test_a_tampered_lane_stops_the_rank_that_reads_it(tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_a_tampered_lane_stops_the_rank_that_reads_it(tmp_path: Path) -> None:
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputFileError, match=r"lane-1\.safetensors: changed since it was written"):
-        execute_on_ranks(directory, [{"input_ids": torch.zeros((1, 3), dtype=torch.int64)}])
+        execute_on_ranks(directory, [{"input_ids": np.zeros((1, 3), np.int64)}], "torch")
 
 
 def test_load_outside_a_group(artifacts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_load_outside_a_group(artifacts: tuple[Path, Path], tmp_path: Path) -> N
     with pytest.raises(UsageError, match=r"needs an initialised torch\.distributed process group"):
         RankProgram.load(open_artifact(three))
     other = write_toy(tmp_path / "other.kraken", 2)
-    edit_manifest(other, backends=["onnx"])
+    edit_manifest(other, backends={"onnx": {}})
     with pytest.raises(InputFileError, match=r"without the torch backend \(it has: onnx\)"):
         load(other)
 

@@ -136,7 +136,7 @@ def write_toy(directory: Path, degree: int, **options: Any) -> Path:
     """The toy as an artifact of the torch backend."""
     from kraken_compiler.artifact.manifest import Source
     from kraken_compiler.artifact.write import write_artifact
-    from kraken_compiler.backends.torch_dist.emit import TorchBackend
+    from kraken_compiler.backends.torch_dist.backend import TorchBackend
 
     sources = toy_sources()
     source = Source(kind="module", name="Toy", model_class="Toy")

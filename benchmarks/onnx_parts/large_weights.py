@@ -24,9 +24,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, data_file, device_file
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source

@@ -17,7 +17,9 @@ from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import device_file
-from kraken_compiler.communicators.arrays import ArrayCommunicator
+from kraken_compiler.runtime.environment import Place
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.status import StatusWriter
 
 Array = npt.NDArray[Any]
 
@@ -64,7 +66,7 @@ class Rank(RankLoop):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.artifacts = {name: Path(path) for name, path in settings["artifacts"].items()}
-        self.communicator = ArrayCommunicator.from_environment(timeout=COLLECTIVE_TIMEOUT)
+        self.communicator = Ranks.meet(Place.from_environment(), StatusWriter(self.rank, None), COLLECTIVE_TIMEOUT)
         self.programs: dict[str, DeviceProgram] = {}
 
     def make(self, contender: Contender, capacity: int) -> OneSequence:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,12 +105,10 @@ class OurDecoder:
         self.decoder.reset()
 
     def prefill(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.decoder.prefill(ids, torch.tensor([ids.shape[1]]))
-        return logits
+        return torch.from_numpy(self.decoder.prefill(ids.numpy(), np.array([ids.shape[1]])))
 
     def step(self, token: Tensor) -> Tensor:
-        logits: Tensor = self.decoder.step(token)
-        return logits
+        return torch.from_numpy(self.decoder.step(token.numpy()))
 
 
 class TransformersDecoder:

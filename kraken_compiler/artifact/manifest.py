@@ -15,7 +15,7 @@ from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.weight_table import WeightSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -115,7 +115,7 @@ class Manifest(_Record):
         layers, plan, windows: What the passes found; windows are those of the emitted program.
         cache: The program with a KV cache; None if there is none.
         no_cache: Why there is none.
-        backends: Names of the backends that wrote a program.
+        backends: The backends that wrote a program, by name, with the options that they were given.
         has_tokenizer: True if there is a tokenizer directory.
         healed: How the lanes were trained since the compile, first training first.
         files: Every file but the manifest, by path inside the artifact.
@@ -136,7 +136,7 @@ class Manifest(_Record):
     windows: tuple[Window, ...]
     cache: CacheRecord | None = None
     no_cache: str = ""
-    backends: tuple[str, ...]
+    backends: Mapping[str, Mapping[str, bool | int | float | str | None]]
     has_tokenizer: bool
     healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -28,6 +28,7 @@ from kraken_compiler.artifact.manifest import (
     Source,
 )
 from kraken_compiler.artifact.reservation import Reservation, reserved
+from kraken_compiler.backends.base import Backend
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
@@ -42,25 +43,6 @@ Check = Callable[[Path], Mapping[str, Any]]
 """Checks an artifact directory; raises if it must not be used."""
 
 
-class Emitter(Protocol):
-    """What an artifact asks of a backend (`backends.base.Backend`)."""
-
-    @property
-    def name(self) -> str:
-        """Name of its directory in the artifact."""
-        ...
-
-    def write(
-        self,
-        program: Program,
-        read: Callable[[str], Tensor],
-        directory: Path,
-        progress: Advance | None = None,
-    ) -> tuple[Window, ...]:
-        """Write one program per lane; see `Backend.write`."""
-        ...
-
-
 TokenizerSaver = Callable[[Path], None]
 """Saves a tokenizer's files into a directory, which exists and is empty."""
 
@@ -71,7 +53,7 @@ def write_artifact(
     directory: Path | str,
     *,
     source: Source,
-    backends: Sequence[Emitter],
+    backends: Sequence[Backend[Any]],
     digest: Callable[[], str] | None = None,
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
@@ -142,7 +124,7 @@ def _source_with_hash(
     program: Program,
     source: Source,
     digest: Callable[[], str] | None,
-    backends: Sequence[Emitter],
+    backends: Sequence[Backend[Any]],
     resumable: bool,
 ) -> Iterator[Callable[[], Source]]:
     """Prepare the directory, and hash the source while the block writes; gives what waits for the hash.
@@ -167,12 +149,12 @@ def _source_with_hash(
         pending.result()
 
 
-def _resume_key(program: Program, source: Source, backends: Sequence[Emitter]) -> str:
+def _resume_key(program: Program, source: Source, backends: Sequence[Backend[Any]]) -> str:
     """Says which values the files will hold: what a killed compile of the same key finished need not be made again."""
     total = hashlib.sha256()
     parts = (FORMAT_VERSION, own_version(), torch.__version__, source, program.degree)
     weights = tuple(program.weights.values())
-    total.update(repr((*parts, weights, [backend.name for backend in backends])).encode())
+    total.update(repr((*parts, weights, [(backend.name, backend.noted_options) for backend in backends])).encode())
     for name, tensor in sorted(program.constants.items()):
         total.update(name.encode())
         total.update(byte_view(tensor.cpu().contiguous()))
@@ -184,7 +166,7 @@ def _fill(
     program: Program,
     read: Callable[[str], Tensor],
     source: Callable[[], Source],
-    backends: Sequence[Emitter],
+    backends: Sequence[Backend[Any]],
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
     healed: Sequence[HealingRecord],
@@ -223,7 +205,7 @@ def _fill(
         windows=windows,
         cache=CacheRecord(plan=cached.plan, inputs=cached.step.inputs) if cached is not None else None,
         no_cache=program.no_cache,
-        backends=tuple(backend.name for backend in backends),
+        backends={backend.name: backend.noted_options for backend in backends},
         has_tokenizer=tokenizer_saver is not None,
         healed=tuple(healed),
         files=files,

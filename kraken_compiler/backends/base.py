@@ -1,35 +1,155 @@
-"""What a backend is: it writes the files that run a lane program, one program per device."""
+"""What a backend is: it writes the programs that run a lane program, one per rank, opens them, and shows what they do.
+
+Imports neither torch nor what a backend is made of: ranks import it, and some have nothing else.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_type_hints
 
-from torch import Tensor
+import numpy.typing as npt
 
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import Window
-from kraken_compiler.progress import Advance
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kraken_compiler.artifact.read import Artifact
+    from kraken_compiler.backends.single.streaming import ReadLane
+    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.schedule import RanWindow, Window
+    from kraken_compiler.progress import Advance
+    from kraken_compiler.runtime.decoder import Decoder
+    from kraken_compiler.runtime.ranks import Ranks
+
+Array = npt.NDArray[Any]
 
 
-class Backend(ABC):
-    """Turns a lane program into files.
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """What can be chosen of a backend. A field is an option of the command line; its annotation is its help.
+
+    A field with `AT_RUN` in its annotation is an option of a run, any other one of a compile, which the manifest notes.
+    """
+
+    def check(self) -> None:
+        """Find what is wrong with the values.
+
+        Raises:
+            UsageError: One is none that the option takes.
+        """
+
+
+AT_RUN = "at run"
+"""In the annotation of an option: it is chosen when a program is run."""
+
+
+def annotations_of(options: type[BackendOptions], *, at_run: bool) -> dict[str, Any]:
+    """The annotations of a backend's options, by field name: those of a run, or those of a compile."""
+    hints = get_type_hints(options, include_extras=True)
+    return {name: hint for name, hint in hints.items() if (AT_RUN in getattr(hint, "__metadata__", ())) == at_run}
+
+
+Chosen = TypeVar("Chosen", bound=BackendOptions)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a backend's programs must compute: a lane program and the lanes' weights."""
+
+    program: Program
+    read_lane: ReadLane
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a rank computed, and how.
+
+    Attributes:
+        outputs: The graph's outputs, in order; of a program with a KV cache perhaps the logits alone.
+        sums: Finished sums by the name of their wait, if the program tells.
+        record: What the program did, as plain values that its backend understands (`Backend.ran`).
+    """
+
+    outputs: Sequence[Array]
+    sums: Mapping[str, Array] = field(default_factory=dict)
+    record: Any = None
+
+
+class RankModel(ABC):
+    """A rank's program, opened; all ranks must call it together. Arrays are numpy's; bfloat16 comes as float32.
+
+    Attributes:
+        vocabulary: Number of tokens a language model knows, None if its graph does not say.
+        positions: The longest sequence that the model takes, as far as its graph says.
+        first_seconds: How long it may take, beyond computing, before its first results are there.
+    """
+
+    vocabulary: int | None
+    positions: int
+    first_seconds: float = 0.0
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        """Run on whole inputs.
+
+        Args:
+            inputs: By the names of the manifest's inputs.
+
+        Returns:
+            The graph's outputs, in order, until the next call; of a program with a KV cache perhaps the logits alone.
+
+        Raises:
+            UsageError: An input is missing, or of a shape that was not compiled for.
+        """
+
+    @abstractmethod
+    def decoder(self, batch: int, capacity: int) -> Decoder:
+        """Room for a batch of sequences, to be generated with the KV cache; not called if there is none.
+
+        Args:
+            batch: Number of sequences.
+            capacity: Most tokens of a sequence, prompt and new ones together.
+
+        Raises:
+            UsageError: The positions or the memory end before the capacity.
+        """
+
+    def observe(self, inputs: Mapping[str, Array], *, last: bool) -> Observation:
+        """Run, and tell more about it.
+
+        Args:
+            inputs: See `run`.
+            last: Nothing more is observed after this.
+        """
+        return Observation(self.run(inputs))
+
+
+class Backend(ABC, Generic[Chosen]):
+    """Turns a lane program into files, and files into what runs.
 
     Attributes:
         name: What `--backend` calls it; also the name of its directory in an artifact.
+        Options: What can be chosen.
+        ranks_are: What its ranks are called where they are compared, e.g. "ranks".
+        options: What was chosen.
     """
 
     name: ClassVar[str]
+    Options: ClassVar[type[BackendOptions]] = BackendOptions
+    ranks_are: ClassVar[str] = "ranks"
+
+    def __init__(self, options: Chosen | None = None) -> None:
+        chosen: Any = self.Options() if options is None else options
+        if not isinstance(chosen, self.Options):
+            raise TypeError(f"{type(chosen).__name__} are options of another backend")
+        self.options: Chosen = cast(Any, chosen)
 
     @abstractmethod
     def write(
-        self,
-        program: Program,
-        read: Callable[[str], Tensor],
-        directory: Path,
-        progress: Advance | None = None,
+        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         """Write one program per lane.
 
@@ -48,3 +168,80 @@ class Backend(ABC):
             VerificationError: The written program differs from the lane program.
             OSError: The directory cannot be written; names the file.
         """
+
+    @abstractmethod
+    def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
+        """Paths inside an artifact of what a rank reads; they are checked before it is opened."""
+
+    @abstractmethod
+    def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
+        """Open this rank's program, in the rank's process; all ranks do so together.
+
+        Args:
+            artifact: An open artifact.
+            ranks: This rank, and how it reaches the others. `ranks.status.computes_here` is set to False if an
+                accelerator computes.
+            checking: It is run to be compared with the lanes, so it must compute as exactly as it can.
+
+        Raises:
+            UsageError: The options ask for what cannot be done here.
+            InputFileError: A file is damaged.
+        """
+
+    def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference | None:
+        """The lane program and its weights as this backend stores them: what its ranks are compared with.
+
+        Args:
+            artifact: An open artifact.
+            lanes: Those that it was written from, if somebody has them.
+
+        Returns:
+            None if the artifact does not hold them and nobody has them.
+
+        Raises:
+            InputFileError: A file is damaged.
+        """
+        return None
+
+    @property
+    def gives_reference(self) -> bool:
+        """False if what its ranks compute can be compared with nothing."""
+        return type(self).reference is not Backend.reference
+
+    @abstractmethod
+    def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        """What lies between every reduce's start and its wait in the programs that will run, in launch order.
+
+        Raises:
+            InputFileError: A file is damaged, or the ranks' programs do not belong together.
+            VerificationError: A reduce is never awaited, or there are more or fewer than planned.
+        """
+
+    def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
+        """What a rank ran in its windows; nothing if it does not tell.
+
+        Args:
+            record: `Observation.record` of a rank.
+            windows: The schedule of its program.
+
+        Raises:
+            VerificationError: It ran other reduces than the schedule has.
+        """
+        return ()
+
+    @property
+    def noted_options(self) -> dict[str, Any]:
+        """What was chosen for a compile, by field name: what the manifest notes."""
+        default = self.Options()
+        chosen = {name: getattr(self.options, name) for name in annotations_of(self.Options, at_run=False)}
+        return {name: value for name, value in chosen.items() if value != getattr(default, name)}
+
+    @property
+    def cannot_run(self) -> str:
+        """Why nothing here runs the programs, which are then not compared; "" if something does."""
+        return ""
+
+    @property
+    def rounded_weights(self) -> str | None:
+        """What the stored weights are rounded to, which costs quality; None if they are the lanes'."""
+        return None

@@ -1,27 +1,155 @@
-"""The backends there are. Adding one is adding it to the tuple."""
+"""The backends there are. Imports none of them."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
 
-from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
-from kraken_compiler.errors import UsageError
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import Backend, BackendOptions, Reference, annotations_of
+from kraken_compiler.errors import InputFileError, UsageError
 
-BACKENDS: tuple[Backend, ...] = (TorchBackend(), OnnxBackend())
+_OWN = {
+    "torch": "kraken_compiler.backends.torch_dist.backend:TorchBackend",
+    "onnx": "kraken_compiler.backends.onnx_ort.backend:OnnxBackend",
+}
+"""A row for every backend of this package; a run takes the first one that an artifact has."""
+
+DEFAULT_BACKEND = next(iter(_OWN))
+"""What writes programs where nobody names a backend; it keeps the lanes themselves, too."""
+
+GROUP = "kraken_compiler.backends"
+"""The entry points of other packages' backends."""
 
 
-def backend_named(name: str) -> Backend:
-    """The backend called `name`.
+@cache
+def backend_rows() -> Mapping[str, str]:
+    """Where every backend's class is, as MODULE:CLASS, by name."""
+    others = {point.name: point.value for point in entry_points(group=GROUP)}
+    return {**_OWN, **{name: others[name] for name in sorted(others) if name not in _OWN}}
+
+
+def backend_class(name: str) -> type[Backend[Any]]:
+    """The class of the backend called `name`.
 
     Raises:
         UsageError: There is none; names the nearest.
     """
-    for backend in BACKENDS:
-        if backend.name == name:
-            return backend
-    known = [backend.name for backend in BACKENDS]
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    raise UsageError(f"unknown backend '{name}' (known: {', '.join(known)}){hint}")
+    rows = backend_rows()
+    if name not in rows:
+        nearest = difflib.get_close_matches(name, rows, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise UsageError(f"unknown backend '{name}' (known: {', '.join(rows)}){hint}")
+    module, _, attribute = rows[name].partition(":")
+    found: type[Backend[Any]] = getattr(import_module(module), attribute)
+    return found
+
+
+def backend_named(name: str, options: Mapping[str, Any] | None = None) -> Backend[Any]:
+    """The backend called `name`.
+
+    Args:
+        name: Its name.
+        options: Those of its options that were chosen, by field name.
+
+    Raises:
+        UsageError: There is none, or an option has no such value.
+    """
+    kind = backend_class(name)
+    chosen: BackendOptions = kind.Options(**(options or {}))
+    chosen.check()
+    return kind(chosen)
+
+
+def chosen_backends(names: Sequence[str], options: Mapping[str, Any]) -> list[Backend[Any]]:
+    """The backends that are to write programs, each once.
+
+    Args:
+        names: Their names.
+        options: What was chosen of all of them, by field name; every backend takes its own.
+
+    Raises:
+        UsageError: There is no such backend or none at all, an option is none of theirs or has no such value.
+    """
+    chosen = dict.fromkeys([names] if isinstance(names, str) else names)
+    if not chosen:
+        raise UsageError(f"no backend is named that writes programs; give at least one of {', '.join(backend_rows())}")
+    own = {name: options_of(name, at_run=False) for name in chosen}
+    for option, value in options.items():
+        if any(option in known for known in own.values()):
+            continue
+        owners = [name for name in backend_rows() if option in options_of(name, at_run=False)]
+        flag = f"--{option.replace('_', '-')}"
+        if not owners:
+            raise UsageError(f"there is no option {flag}")
+        raise UsageError(f"{flag} {value} is an option of the {owners[0]} backend; add --backend {owners[0]}")
+    return [backend_named(name, {key: options[key] for key in known if key in options}) for name, known in own.items()]
+
+
+def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None) -> list[Backend[Any]]:
+    """The backends that wrote an artifact, with the options that they were given.
+
+    Args:
+        artifact: The artifact.
+        run_options: Options of a run, by field name; every backend takes its own.
+
+    Raises:
+        InputFileError: The artifact was written by a backend that is not here, or with options that are not its own.
+        UsageError: An option has no such value.
+    """
+    found = []
+    for name, noted in artifact.manifest.backends.items():
+        try:
+            known = options_of(name, at_run=False)
+            chosen = {key: value for key, value in (run_options or {}).items() if key in options_of(name, at_run=True)}
+        except UsageError as error:
+            raise InputFileError(f"{artifact.directory}: {error}") from error
+        if not noted.keys() <= known.keys():
+            foreign = ", ".join(sorted(noted.keys() - known.keys()))
+            raise InputFileError(f"{artifact.directory}: the {name} backend has no options {foreign}")
+        found.append(backend_named(name, {**noted, **chosen}))
+    return found
+
+
+def keeper_of_lanes(artifact: Artifact) -> Backend[Any] | None:
+    """The backend of an artifact that keeps the lane program itself; None if none does.
+
+    Raises:
+        InputFileError: A file is damaged.
+    """
+    return next((backend for backend in backends_of(artifact) if backend.reference(artifact) is not None), None)
+
+
+def lanes_in(artifact: Artifact) -> Reference | None:
+    """The lane program that an artifact itself holds, with its weights; None if none of its backends keeps it.
+
+    Raises:
+        InputFileError: A file is damaged.
+    """
+    references = (backend.reference(artifact) for backend in backends_of(artifact))
+    return next((reference for reference in references if reference is not None), None)
+
+
+def require_lanes(artifact: Artifact) -> Reference:
+    """The same of an artifact that must have it.
+
+    Raises:
+        UsageError: It does not.
+        InputFileError: A file is damaged.
+    """
+    lanes = lanes_in(artifact)
+    if lanes is None:
+        raise UsageError(
+            f"{artifact.directory}: holds no lane program but for a runtime of its own; compile the model with "
+            f"--backend {','.join(dict.fromkeys((DEFAULT_BACKEND, *artifact.manifest.backends)))}"
+        )
+    return lanes
+
+
+def options_of(name: str, *, at_run: bool) -> dict[str, Any]:
+    """The annotations of a backend's options, by field name: those of a run, or those of a compile."""
+    return annotations_of(backend_class(name).Options, at_run=at_run)

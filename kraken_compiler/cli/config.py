@@ -49,7 +49,7 @@ class CompileConfig(BaseModel):
     form: str = "kraken"
     layers: str | None = None
     backend: list[str] = Field(default=["torch"], min_length=1)
-    collectives: str = "kraken"
+    collectives: str | None = None
     onnx_weights: str | None = Field(default=None, alias="onnx-weights")
     dtype: str | None = None
     input: list[str] = []

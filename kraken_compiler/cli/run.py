@@ -31,16 +31,15 @@ def run(options: RunOptions) -> None:
         options.check()
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
-        from kraken_compiler.runtime.choose_backend import WORKERS, choose_backend
         from kraken_compiler.runtime.derived_inputs import reads_source
         from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
         from kraken_compiler.runtime.launch import launch
+        from kraken_compiler.runtime.run_rank import OPTIONS_FILE
         from kraken_compiler.runtime.text import require_tokenizer
-        from kraken_compiler.runtime.worker_command import OPTIONS_FILE
         from kraken_compiler.size_checks import require_generation
 
         artifact = open_artifact(options.artifact, verify=False)
-        backend = choose_backend(options, artifact)
+        options.backend_of(artifact)
         prompts = options.ids()
         if not options.input_ids:
             require_tokenizer(artifact)
@@ -61,7 +60,6 @@ def run(options: RunOptions) -> None:
             launch(
                 artifact.manifest.degree,
                 [OPTIONS_FILE, str(file)],
-                module=WORKERS[backend],
                 timeout=options.timeout or DEFAULT_TIMEOUT,
             )
 

@@ -6,7 +6,7 @@ Knows no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -49,6 +49,24 @@ def error_as_dict(error: KrakenError) -> dict[str, str]:
 def error_from_dict(values: Mapping[str, Any]) -> KrakenError:
     """What `error_as_dict` made, as the same kind if peers may meet with it."""
     return _KINDS.get(values["kind"], RankFailedError)(values["message"])
+
+
+def require_agreement(claims: Claims, swap: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> None:
+    """Make sure that ranks fit together; all of them must call it together.
+
+    Args:
+        claims: This rank's.
+        swap: Gives a rank's plain values to all ranks; returns everybody's, rank 0's first.
+
+    Raises:
+        InputFileError, UsageError, RankFailedError: They do not; this rank's own trouble is raised as it is.
+    """
+    told = swap(claims.to_dict())
+    if claims.trouble is not None:
+        raise claims.trouble
+    found = disagreement({rank: Claims.from_dict(values) for rank, values in enumerate(told)})
+    if found is not None:
+        raise found
 
 
 def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:

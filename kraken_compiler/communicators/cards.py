@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kraken_compiler.communicators.agreement import Claims, disagreement
 from kraken_compiler.communicators.peers import Card
 
 
@@ -19,24 +18,6 @@ def swap_cards(card: Card, group: dist.ProcessGroup) -> list[Card]:
     sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=device), group)]
     padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8).to(device)
     return [json.loads(bytes(other.tolist())) for other in _gather(padded, group)]
-
-
-def require_agreement(claims: Claims, group: dist.ProcessGroup) -> None:
-    """Make sure that the ranks of a group fit together; all of them must call it together.
-
-    Args:
-        claims: This rank's.
-        group: The ranks.
-
-    Raises:
-        InputFileError, UsageError, RankFailedError: They do not; this rank's own trouble is raised as it is.
-    """
-    cards = swap_cards(claims.to_dict(), group)
-    if claims.trouble is not None:
-        raise claims.trouble
-    found = disagreement({rank: Claims.from_dict(card) for rank, card in enumerate(cards)})
-    if found is not None:
-        raise found
 
 
 def _gather(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

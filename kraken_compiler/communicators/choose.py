@@ -51,7 +51,7 @@ def default_communicator(
         # Imported here because only CPUs need it.
         from kraken_compiler.communicators.message import MessageCommunicator
 
-        communicator = MessageCommunicator(group, reduce_dtype, name)
+        communicator = MessageCommunicator.of_group(group, reduce_dtype, name)
     # Groups are named in the order of their making, so a later group may get this one's name.
     weakref.finalize(group, communicator.close)
     return communicator

@@ -1,13 +1,13 @@
-"""`Exchange`: bytes from every rank to every other, over ZeroMQ, whose own thread moves them. Knows no torch."""
+"""`MessageExchange`: bytes from every rank to every other, over ZeroMQ, whose own thread moves them. Knows no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import zmq
 
-from kraken_compiler.communicators.peers import Swap, connect_peers
+from kraken_compiler.communicators.peers import Peer, Swap, connect_peers
 from kraken_compiler.errors import RankFailedError
 
 COPY_BYTES = 128 << 10
@@ -15,20 +15,36 @@ COPY_BYTES = 128 << 10
 
 
 class Sending(NamedTuple):
-    """A part on its way to all peers, and what comes from them in return.
+    """Parts on their way to all peers, and what comes from them in return.
 
     Attributes:
         numbers: Of the peers' messages, in the order of the peers.
-        nbytes: Size of the part, and of the peers' parts.
-        trackers: Know whether the part's memory is still read, in the order of the peers; none if it was copied.
+        own: Of one's own messages to them.
+        sizes: Bytes that come from each of them.
+        trackers: Know whether the parts' memory is still read, in the order of the peers; none if it was copied.
     """
 
     numbers: list[int]
-    nbytes: int
+    own: list[int]
+    sizes: Sequence[int]
     trackers: list[zmq.MessageTracker]
 
 
-class Exchange:
+class Answering(NamedTuple):
+    """Answers on their way to all peers, and theirs in return; see `Sending`.
+
+    Attributes:
+        own: Numbers of one's own messages, which the peers answer.
+        sizes: Bytes of the peers' answers.
+        trackers: See `Sending`.
+    """
+
+    own: list[int]
+    sizes: Sequence[int]
+    trackers: list[zmq.MessageTracker]
+
+
+class MessageExchange:
     """Connections to all peers.
 
     All ranks must call the same methods in the same order, except that `receive` may come in any order and at any time
@@ -59,41 +75,64 @@ class Exchange:
             self._context.destroy(linger=0)
             raise
 
-    def send(self, content: Any, nbytes: int) -> Sending:
-        """Send a part to every peer.
+    def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> Sending:
+        """Send every peer a part of its own.
 
         Args:
-            content: A buffer. It must not change until `require_sent` returns.
-            nbytes: Its size.
+            contents: Buffers of bytes, in the order of the peers. They must not change until `require_sent` returns.
+            sizes: Bytes that will come from each peer in return.
 
         Raises:
             RankFailedError: A peer is gone.
         """
         numbers = [peer.expect() for peer in self._peers]
-        if nbytes < COPY_BYTES:
-            self.send_only(content)
-            return Sending(numbers, nbytes, [])
-        # A frame for each, because only then it is known who did not take it.
-        frames = [zmq.Frame(content, track=True, copy=False, copy_threshold=0) for _ in self._peers]
-        self._send_all(frames, copy=False)
-        return Sending(numbers, nbytes, [frame.tracker for frame in frames])
+        own: list[int] = []
+        trackers = self._send_all(contents, lambda peer, content, copy: own.append(peer.send(content, copy)))
+        return Sending(numbers, own, sizes, trackers)
 
-    def receive(self, sending: Sending) -> list[zmq.Frame]:
-        """The peers' parts, in the order of their ranks, in the memory of their messages.
+    def receive(self, sending: Sending) -> list[memoryview]:
+        """What came from the peers, in the order of their ranks, in the memory of their messages.
 
         Raises:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
         """
         frames = [peer.frame(number) for peer, number in zip(self._peers, sending.numbers)]
-        for peer, frame in zip(self._peers, frames):
-            if len(frame) != sending.nbytes:
+        return self._sized(frames, sending.sizes)
+
+    def _sized(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
+        """The memory of messages that must have sizes.
+
+        Raises:
+            RankFailedError: One has another.
+        """
+        for peer, frame, size in zip(self._peers, frames, sizes):
+            if len(frame) != size:
                 raise RankFailedError(
-                    f"rank {peer.rank} sent {len(frame)} bytes where rank {self._rank} has {sending.nbytes}; "
+                    f"rank {peer.rank} sent {len(frame)} bytes where rank {self._rank} has {size}; "
                     f"the ranks do not run the same program on inputs of the same shape"
                 )
-        return frames
+        return [frame.buffer for frame in frames]
 
-    def require_sent(self, sending: Sending) -> None:
+    def answer(self, sending: Sending, content: memoryview, sizes: Sequence[int]) -> Answering:
+        """Answer all peers' parts alike; see `send`. Answers may be given in another order than their parts were sent.
+
+        Args:
+            sending: One's own parts, which the peers will answer, too.
+            content: Bytes, which must not change until `require_sent` returns.
+            sizes: Bytes of each peer's answer.
+        """
+        numbers = dict(zip(self._peers, sending.numbers))
+        trackers = self._send_all(
+            [content] * len(self._peers), lambda peer, part, copy: peer.answer(numbers[peer], part, copy)
+        )
+        return Answering(sending.own, sizes, trackers)
+
+    def answers(self, answering: Answering) -> list[memoryview]:
+        """The peers' answers, in the order of their ranks; see `receive`."""
+        frames = [peer.answered(number) for peer, number in zip(self._peers, answering.own)]
+        return self._sized(frames, answering.sizes)
+
+    def require_sent(self, sending: Sending | Answering) -> None:
         """Wait until the part's memory is not read any more.
 
         Raises:
@@ -102,13 +141,13 @@ class Exchange:
         for peer, tracker in zip(self._peers, sending.trackers):
             peer.require_taken(tracker)
 
-    def send_only(self, content: Any) -> None:
-        """Send a copy of a buffer to every peer, which takes it with `receive_only`; nothing comes in return.
+    def send_only(self, content: bytes) -> None:
+        """Send bytes to every peer, which takes them with `receive_only`; nothing comes in return.
 
         Raises:
             RankFailedError: A peer is gone.
         """
-        self._send_all([content] * len(self._peers), copy=True)
+        self._to_all([content] * len(self._peers), lambda peer, part: peer.send(part))
 
     def receive_only(self, rank: int) -> bytes:
         """What a peer sent with `send_only`.
@@ -119,11 +158,23 @@ class Exchange:
         peer = next(peer for peer in self._peers if peer.rank == rank)
         return peer.frame(peer.expect()).bytes
 
-    def _send_all(self, contents: Sequence[Any], copy: bool) -> None:
+    def _send_all(
+        self, contents: Sequence[memoryview], send: Callable[[Peer, Any, bool], None]
+    ) -> list[zmq.MessageTracker]:
+        """Send every peer its part: small ones as copies, large ones from where they lie; these are tracked."""
+        if max((len(content) for content in contents), default=0) < COPY_BYTES:
+            self._to_all(contents, lambda peer, content: send(peer, content, True))
+            return []
+        # A frame for each, because only then it is known who did not take it.
+        frames = [zmq.Frame(content, track=True, copy=False, copy_threshold=0) for content in contents]
+        self._to_all(frames, lambda peer, frame: send(peer, frame, False))
+        return [frame.tracker for frame in frames]
+
+    def _to_all(self, contents: Sequence[Any], send: Callable[[Peer, Any], object]) -> None:
         failure: RankFailedError | None = None
         for peer, content in zip(self._peers, contents):
             try:
-                peer.send(content, copy)
+                send(peer, content)
             except RankFailedError as error:
                 # The others get their part all the same, so that they miss the rank that is gone, and not this one.
                 failure = failure or error

@@ -1,8 +1,8 @@
 """How ranks find each other without torch: rank 0 listens where all know to call, and tells everybody of the others.
 
-A call is one message: who is calling, of how many, what must be the same on all ranks, and the rank's card. When all
-have called, or it is clear that they will not, rank 0 answers all callers alike: with everybody's card, or with what is
-wrong. A rank that cannot take part calls all the same, so that the others need not wait for it.
+A call is one message: who is calling, of how many, and the rank's card. When all have called, or it is clear that they
+will not, rank 0 answers all callers alike: with everybody's card, or with what is wrong. torchrun has a store for that,
+and listens at the master's port itself, so there the cards go through it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
 
 import zmq
 
-from kraken_compiler.communicators.agreement import Claims, disagreement, error_as_dict, error_from_dict
+from kraken_compiler.communicators.agreement import error_as_dict, error_from_dict
 from kraken_compiler.communicators.peers import Card, reason_of
 from kraken_compiler.errors import KrakenError, RankFailedError, UsageError
 
@@ -27,7 +28,7 @@ MEET = "KRAKEN_MEET"
 GRACE_SECONDS = 3.0
 """When something is wrong, how long rank 0 listens on, to tell those who call a little later."""
 
-_VERSION = 2
+_VERSION = 3
 _MOST_BYTES = 1 << 20
 _OTHER_VERSION = "another version of kraken-compiler than"
 _HINT = f"set {MEET} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"
@@ -43,8 +44,6 @@ class MeetingPoint:
     @classmethod
     def from_environment(cls) -> MeetingPoint:
         """What `KRAKEN_MEET` says, or else `MASTER_ADDR` and `MASTER_PORT`.
-
-        torchrun's agent listens at that port itself, so under torchrun another one is needed.
 
         Raises:
             UsageError: Neither is set, or it is no host and port.
@@ -84,7 +83,7 @@ class MeetingPoint:
         return False
 
 
-def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, claims: Claims, timeout: float) -> list[Card]:
+def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, timeout: float) -> list[Card]:
     """Meet the other ranks; all must call it together.
 
     Args:
@@ -92,7 +91,6 @@ def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, claims: Cla
         degree: How many there are.
         point: Where rank 0 listens.
         card: What the others are to know of this rank.
-        claims: What must be the same on all ranks; with a trouble, it is told to those who come soon, and raised.
         timeout: Seconds that rank 0 waits for the others.
 
     Returns:
@@ -100,22 +98,41 @@ def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, claims: Cla
 
     Raises:
         RankFailedError: A rank did not come in time, or someone came who is none.
-        UsageError: The ranks were not started as ranks of one run, they differ in their claims, or rank 0 cannot listen
-            there.
-        InputFileError: They have different artifacts, or one of them a damaged one.
+        UsageError: The ranks were not started as ranks of one run, or rank 0 cannot listen there.
     """
-    own = {"version": _VERSION, "rank": rank, "degree": degree, "claims": claims.to_dict(), "card": card}
+    own = {"version": _VERSION, "rank": rank, "degree": degree, "card": card}
     with zmq.Context() as context:
-        if claims.trouble is None:
-            if rank == 0:
-                return _Host(context, degree, point, own).run(timeout)
-            return _call(context, point, own, timeout + GRACE_SECONDS)
-        with suppress(KrakenError):
-            if rank == 0:
-                _Host(context, degree, point, own).run(min(timeout, GRACE_SECONDS))
-            else:
-                _call(context, point, own, min(timeout, GRACE_SECONDS))
-    raise claims.trouble
+        if rank == 0:
+            return _Host(context, degree, point, own).run(timeout)
+        return _call(context, point, own, timeout + GRACE_SECONDS)
+
+
+def meet_in_store(rank: int, degree: int, card: Card, *, timeout: float) -> list[Card]:
+    """Meet the other ranks of a torchrun in the store that its agent keeps; see `meet`."""
+    # Imported here: whoever was started otherwise may have no torch.
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    prefix = f"kraken/{_VERSION}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    missing = rank
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        store.set(f"{prefix}/{rank}", json.dumps(card))
+        cards = []
+        for missing in range(degree):
+            cards.append(json.loads(store.get(f"{prefix}/{missing}")))
+    except DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RankFailedError(
+            f"rank {missing} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
+            "the same version, and --timeout SECONDS allows more"
+        ) from error
+    return cards
+
+
+def has_store() -> bool:
+    """True if torchrun started this process, and keeps a store for its ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 @dataclass
@@ -132,13 +149,8 @@ class _Host:
 
     def run(self, timeout: float) -> list[Card]:
         self.calls[0] = self.own
-        claims = Claims.from_dict(self.own["claims"])
-        if claims.trouble is not None:
-            self.trouble = disagreement({0: claims})
         with self._listen() as router:
             self._take_calls(router, timeout)
-            if self.trouble is None:
-                self._compare()
             cards = [self.calls[rank]["card"] for rank in sorted(self.calls)]
             answer: dict[str, Any] = {"version": _VERSION, "cards": cards}
             if self.trouble is not None:
@@ -204,11 +216,7 @@ class _Host:
                 f"if they belong to different runs, these need different ports"
             )
         self.calls[rank] = call
-        trouble = Claims.from_dict(call["claims"]).trouble
-        return None if trouble is None else disagreement({rank: Claims(trouble=trouble)})
-
-    def _compare(self) -> None:
-        self.trouble = disagreement({rank: Claims.from_dict(call["claims"]) for rank, call in self.calls.items()})
+        return None
 
 
 def _call(
@@ -245,7 +253,7 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
 
 
 def _is_call(message: dict[str, Any]) -> bool:
-    kinds = {"rank": int, "degree": int, "claims": dict, "card": dict}
+    kinds = {"rank": int, "degree": int, "card": dict}
     return all(isinstance(message.get(name), kind) for name, kind in kinds.items())
 
 

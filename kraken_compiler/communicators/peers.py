@@ -20,6 +20,7 @@ _LINGER_MILLISECONDS = 10_000
 """How long closing waits for a peer to take what is left."""
 _LINGER_MILLISECONDS_IN_FAILURE = 1_000
 _NEVER_MILLISECONDS = 10**9
+_NUMBER_BYTES = 8
 
 Card = dict[str, Any]
 """What a rank says of itself, as plain values."""
@@ -29,6 +30,8 @@ Swap = Callable[[Card], list[Card]]
 
 class Peer:
     """The connection to one peer. What comes on it is numbered from 0 in the order in which the peer sent it.
+
+    An answer to a message has that one's number, and does not count itself.
 
     Attributes:
         rank: The peer's.
@@ -40,9 +43,11 @@ class Peer:
         self.failed = False
         self._own = own
         self._timeout = timeout
+        self._sent = 0
         self._expected = 0
         self._next = 0
         self._early: dict[int, zmq.Frame] = {}
+        self._answers: dict[int, zmq.Frame] = {}
         socket = self._socket = context.socket(zmq.PAIR)
         socket.set_hwm(0)
         socket.setsockopt(zmq.IPV6, 1)
@@ -77,16 +82,25 @@ class Peer:
         """Connect to where the peer is."""
         self._socket.connect(endpoint)
 
-    def send(self, content: Any, copy: bool = True) -> None:
-        """Send a message; without `copy` it is sent from where it lies, later.
+    def send(self, content: Any, copy: bool = True) -> int:
+        """Send a message; without `copy` it is sent from where it lies, later. Returns its number.
 
         Raises:
             RankFailedError: The peer is gone, or did not connect for as long as collectives may take.
         """
+        self._send([content], copy)
+        number, self._sent = self._sent, self._sent + 1
+        return number
+
+    def answer(self, number: int, content: Any, copy: bool = True) -> None:
+        """Send the answer to one of the peer's messages; see `send`."""
+        self._send([number.to_bytes(_NUMBER_BYTES, "little"), content], copy)
+
+    def _send(self, parts: list[Any], copy: bool) -> None:
         deadline = 0.0
         while True:
             with suppress(zmq.Again):
-                self._socket.send(content, copy=copy)
+                self._socket.send_multipart(parts, copy=copy)
                 return
             # Only a socket without a connection does not take a message.
             deadline = self._require_alive(deadline)
@@ -102,22 +116,27 @@ class Peer:
         Raises:
             RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
         """
-        early = self._early.pop(number, None)
-        if early is not None:
-            return early
-        assert number >= self._next, f"message {number} of rank {self.rank} was taken before"
+        assert number >= self._next or number in self._early, f"message {number} of rank {self.rank} was taken before"
+        return self._take(self._early, number)
+
+    def answered(self, number: int) -> zmq.Frame:
+        """The peer's answer to the message of that number; see `frame`."""
+        return self._take(self._answers, number)
+
+    def _take(self, there: dict[int, zmq.Frame], number: int) -> zmq.Frame:
         deadline = 0.0
-        while True:
-            frame = None
+        while number not in there:
+            parts: list[zmq.Frame] = []
             with suppress(zmq.Again):
-                frame = self._socket.recv(copy=False)
-            if frame is None:
+                parts = self._socket.recv_multipart(copy=False)
+            if not parts:
                 deadline = self._require_alive(deadline)
-                continue
-            found, self._next = self._next, self._next + 1
-            if found == number:
-                return frame
-            self._early[found] = frame
+            elif len(parts) == 1:
+                self._early[self._next] = parts[0]
+                self._next += 1
+            else:
+                self._answers[int.from_bytes(parts[0].bytes, "little")] = parts[1]
+        return there.pop(number)
 
     def require_taken(self, tracker: zmq.MessageTracker) -> None:
         """Wait until a message that was sent without a copy is not read any more.

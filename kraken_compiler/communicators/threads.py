@@ -1,60 +1,53 @@
-"""Ranks that are threads of one process, for measuring and testing: nothing is sent."""
+"""Ranks that are threads of one process, for measuring and testing."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple, TypeVar
 
 from kraken_compiler.errors import RankFailedError
 
-Array = npt.NDArray[Any]
 Result = TypeVar("Result")
+
+_PART, _ANSWER = "part", "answer"
 
 
 @dataclass
-class Meeting:
-    """Where the threads leave their parts.
+class Mailboxes:
+    """Where the threads leave what they send each other.
 
     Attributes:
         degree: How many threads there are.
-        parts: Number of a collective -> rank -> its part.
-        taken: How many ranks have taken a collective's parts; the last one clears them away.
+        contents: By sender, receiver, kind and number.
         failed: True once a thread has ended with an error: nobody waits for it.
     """
 
     degree: int
-    parts: dict[int, dict[int, Array]] = field(default_factory=dict)
-    taken: dict[int, int] = field(default_factory=dict)
+    contents: dict[Hashable, bytes] = field(default_factory=dict)
     failed: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def leave(self, number: int, rank: int, part: Array) -> None:
-        """Leave a part, which must not change any more."""
+    def leave(self, key: Hashable, content: bytes) -> None:
+        """Leave something for another thread."""
         with self.changed:
-            self.parts.setdefault(number, {})[rank] = part
+            self.contents[key] = content
             self.changed.notify_all()
 
-    def take(self, number: int) -> list[Array]:
-        """All parts of a collective, rank 0's first.
+    def take(self, key: Hashable) -> bytes:
+        """What another thread leaves, or has left.
 
         Raises:
-            RankFailedError: Another thread has failed.
+            RankFailedError: A thread has failed.
         """
         with self.changed:
-            self.changed.wait_for(lambda: self.failed or len(self.parts.get(number, ())) == self.degree)
-            if len(self.parts.get(number, ())) < self.degree:
+            self.changed.wait_for(lambda: self.failed or key in self.contents)
+            if key not in self.contents:
                 raise RankFailedError("another rank of this process failed")
-            parts = [self.parts[number][rank] for rank in range(self.degree)]
-            self.taken[number] = self.taken.get(number, 0) + 1
-            if self.taken[number] == self.degree:
-                del self.parts[number], self.taken[number]
-            return parts
+            return self.contents.pop(key)
 
     def fail(self) -> None:
         """Let nobody wait any longer."""
@@ -63,56 +56,85 @@ class Meeting:
             self.changed.notify_all()
 
 
-class ThreadCollectives:
-    """One thread's end, as `backends.onnx_ort.device_program.ArrayCollectives` asks for it.
+class ThreadSending(NamedTuple):
+    """Parts that were left for the peers, and what they leave in return; see `exchange.Sending`."""
 
-    Attributes:
-        rank: Number of the thread.
-        degree: How many there are.
-    """
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.rank, self.degree = rank, meeting.degree
-        self._meeting, self._next = meeting, 0
-
-    @classmethod
-    def alone(cls, degree: int) -> ThreadCollectives:
-        """Rank 0 of several whose peers never come; good for everything but collectives."""
-        return cls(Meeting(degree), 0)
-
-    def start(self, x: Array) -> int:
-        """Begin the sum of `x` over the threads."""
-        number, self._next = self._next, self._next + 1
-        self._meeting.leave(number, self.rank, x.copy())
-        return number
-
-    def wait(self, handle: int, out: Array | None = None) -> Array:
-        """The finished sum, added in the order of the ranks."""
-        first, *rest = self._meeting.take(handle)
-        total = first.copy()
-        for part in rest:
-            total += part
-        if out is not None:
-            out[...] = total
-        return total if out is None else out
-
-    def all_gather(self, x: Array, axis: int) -> Array:
-        """The parts, one behind the other."""
-        return np.concatenate(self._meeting.take(self.start(x)), axis=axis)
+    numbers: list[int]
+    own: list[int]
+    sizes: Sequence[int]
 
 
-def together(degree: int, act: Callable[[ThreadCollectives], Result]) -> list[Result]:
+class ThreadExchange:
+    """One thread's end, as `exchange.MessageExchange` is a process's."""
+
+    def __init__(self, mailboxes: Mailboxes, rank: int) -> None:
+        self._mailboxes, self._rank = mailboxes, rank
+        self._peers = [peer for peer in range(mailboxes.degree) if peer != rank]
+        self._sent: Counter[int] = Counter()
+        self._expected: Counter[int] = Counter()
+
+    def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> ThreadSending:
+        """Leave every peer a part of its own."""
+        numbers = [self._next(peer) for peer in self._peers]
+        own = [self._leave(peer, bytes(content)) for peer, content in zip(self._peers, contents)]
+        return ThreadSending(numbers, own, sizes)
+
+    def receive(self, sending: ThreadSending) -> list[memoryview]:
+        """What came from the peers, in the order of their ranks.
+
+        Raises:
+            RankFailedError: A thread has failed, or left something of another size.
+        """
+        return self._take(_PART, sending.numbers, sending.sizes)
+
+    def answer(self, sending: ThreadSending, content: memoryview, sizes: Sequence[int]) -> ThreadSending:
+        """Leave all peers the same answer to their parts."""
+        for peer, number in zip(self._peers, sending.numbers):
+            self._mailboxes.leave((self._rank, peer, _ANSWER, number), bytes(content))
+        return sending._replace(sizes=sizes)
+
+    def answers(self, answering: ThreadSending) -> list[memoryview]:
+        """The peers' answers, in the order of their ranks; see `receive`."""
+        return self._take(_ANSWER, answering.own, answering.sizes)
+
+    def _take(self, kind: str, numbers: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        taken = [self._mailboxes.take((peer, self._rank, kind, number)) for peer, number in zip(self._peers, numbers)]
+        for peer, content, size in zip(self._peers, taken, sizes):
+            if len(content) != size:
+                raise RankFailedError(f"rank {peer} sent {len(content)} bytes where rank {self._rank} has {size}")
+        return [memoryview(content) for content in taken]
+
+    def require_sent(self, sending: ThreadSending) -> None:
+        """Nothing to wait for: what is left is a copy."""
+
+    def send_only(self, content: bytes) -> None:
+        """Leave bytes for every peer; nothing comes in return."""
+        for peer in self._peers:
+            self._leave(peer, content)
+
+    def receive_only(self, rank: int) -> bytes:
+        """What a peer left with `send_only`."""
+        return self._mailboxes.take((rank, self._rank, _PART, self._next(rank)))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _next(self, peer: int) -> int:
+        self._expected[peer] += 1
+        return self._expected[peer]
+
+    def _leave(self, peer: int, content: bytes) -> int:
+        self._sent[peer] += 1
+        self._mailboxes.leave((self._rank, peer, _PART, self._sent[peer]), content)
+        return self._sent[peer]
+
+
+def in_threads(mailboxes: Mailboxes, act: Callable[[int], Result]) -> list[Result]:
     """Call `act` in one thread per rank; returns what they return, rank 0 first.
 
     Raises:
         Exception: What the first rank that failed raised.
     """
-    meeting = Meeting(degree)
-    return in_threads(meeting, lambda rank: act(ThreadCollectives(meeting, rank)))
-
-
-def in_threads(meeting: Meeting, act: Callable[[int], Result]) -> list[Result]:
-    """The same for ranks that have met before."""
     failures: list[BaseException] = []
 
     def guarded(rank: int) -> Result:
@@ -120,11 +142,11 @@ def in_threads(meeting: Meeting, act: Callable[[int], Result]) -> list[Result]:
             return act(rank)
         except BaseException as error:
             failures.append(error)
-            meeting.fail()
+            mailboxes.fail()
             raise
 
-    with ThreadPoolExecutor(meeting.degree) as pool:
-        futures = [pool.submit(guarded, rank) for rank in range(meeting.degree)]
+    with ThreadPoolExecutor(mailboxes.degree) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(mailboxes.degree)]
     if failures:
         raise failures[0]
     return [future.result() for future in futures]

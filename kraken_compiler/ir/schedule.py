@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,51 @@ class Window:
     wait: str
     gemms: tuple[str, ...]
     promised: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RanNode:
+    """A node that a runtime executed, after its own optimizations: it may stand for several nodes of the program.
+
+    Attributes:
+        name: Its name; one that a runtime put together from several says so itself.
+        op: Its op type.
+        microseconds: How long it took.
+    """
+
+    name: str
+    op: str
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class RanWindow:
+    """What one rank ran in a reduce's window.
+
+    Attributes:
+        window: What the program promises.
+        start_us: When its start ended, microseconds after the run began.
+        products: The matrix products that ran between its start and its wait, in that order.
+        attentions: The attentions likewise.
+        wait_us: How long the rank waited, in microseconds.
+    """
+
+    window: Window
+    start_us: float
+    products: tuple[RanNode, ...]
+    attentions: tuple[RanNode, ...]
+    wait_us: float
+
+    @property
+    def hiding_us(self) -> float:
+        """Microseconds of products and attentions that the sum had to hide behind."""
+        return sum(node.microseconds for node in (*self.products, *self.attentions))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "start_us": self.start_us,
+            "products": [asdict(node) for node in self.products],
+            "attentions": [asdict(node) for node in self.attentions],
+            "wait_us": self.wait_us,
+        }

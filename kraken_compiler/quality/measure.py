@@ -1,4 +1,4 @@
-"""Measures what a lane program's form, and the quantized weights of its devices, cost against the source model."""
+"""Measures what a lane program's form, and weights that a backend rounds, cost against the source model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import Reference
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.ir.forms import STANDARD
@@ -15,7 +17,8 @@ from kraken_compiler.quality.evaluate import LogitsOf, Quality, evaluate
 from kraken_compiler.quality.lane_logits import lane_logits
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
-from kraken_compiler.verify.verification import Reference, Verification
+from kraken_compiler.runtime.thread_ranks import logits_in_threads
+from kraken_compiler.verify.verification import Verification
 
 _MOST_BY_LAYER = 2048
 
@@ -61,31 +64,32 @@ def measure_quality(
 
 def with_quality(
     verification: Verification,
+    artifact: Artifact,
     lanes: Reference,
     captured: Capture,
     text: TextChoice,
     show: Progress,
 ) -> Verification:
-    """Measure an artifact's form, with the weights in its files if it has them, and its quantized weights."""
+    """Measure an artifact's form, with the weights in its files if it has them, and weights that a backend rounds."""
     with show.steps("quality") as advance:
         quality = measure_quality(captured, lanes.program, text, read_lane=lanes.read_lane, advance=advance)
     if isinstance(quality, str):
         return replace(verification, skipped=(*verification.skipped, quality))
     verification = replace(verification, quality=quality)
-    devices = verification.devices
-    if devices is None or devices.weights is None:
-        return verification
-    if not devices.runnable:
-        unmeasured = f"no quality measurement of the {devices.weights} weights: this runtime does not run the devices"
-        return replace(verification, skipped=(*verification.skipped, unmeasured))
-    # Imported here: it takes onnx and ONNX Runtime, which most artifacts do without.
-    from kraken_compiler.runtime.onnx_threads import logits_of_devices
-
-    with show.steps(f"quality with {devices.weights} weights") as advance:
-        rewritten = logits_of_devices(devices.directory)
-        quantized = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
-    assert not isinstance(quantized, str), "the same tokens were measured before"
-    return replace(verification, quantized=quantized)
+    for check in verification.checks:
+        rounded, backend = check.backend.rounded_weights, check.backend
+        if rounded is None:
+            continue
+        if backend.cannot_run:
+            unmeasured = f"no quality measurement of the {rounded} weights: this runtime does not run the devices"
+            verification = replace(verification, skipped=(*verification.skipped, unmeasured))
+            continue
+        with show.steps(f"quality with {rounded} weights") as advance:
+            rewritten = logits_in_threads(artifact, backend)
+            found = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
+        assert not isinstance(found, str), "the same tokens were measured before"
+        verification = replace(verification, rounded={**verification.rounded, rounded: found})
+    return verification
 
 
 def sensitivity_of(

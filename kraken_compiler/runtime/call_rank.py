@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kraken_compiler.runtime.import_path import load_package
-from kraken_compiler.runtime.session import rank_session
+from kraken_compiler.runtime.ranks import joined
 
 
 def main() -> None:
@@ -20,12 +20,12 @@ def main() -> None:
     directory = Path(name)
     sys.path.append(folder)
     load_package(function_path.partition(".")[0], folder)
-    with rank_session() as session:
+    with joined() as ranks:
         module, _, function = function_path.partition(":")
         payload = json.loads((directory / "payload.json").read_text())
-        session.status.progress(f"running {function_path}")
-        result = getattr(importlib.import_module(module), function)(payload, session)
-        (directory / f"result-{session.rank}.json").write_text(json.dumps(result))
+        ranks.status.progress(f"running {function_path}")
+        result = getattr(importlib.import_module(module), function)(payload, ranks)
+        (directory / f"result-{ranks.rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.backends.base import RankModel
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.derived_inputs import logits_function, reads_source
 
 Array = npt.NDArray[Any]
-A = TypeVar("A")
 
 
-class Decoder(Protocol[A]):
+class Decoder(Protocol):
     """A language model that remembers what it has read. Under ranks, all of them call it together.
-
-    What goes in and out are arrays of one kind, `A`: text is generated with numpy's, a `CachedDecoder` has tensors.
 
     Attributes:
         batch: Number of rows.
@@ -34,7 +34,7 @@ class Decoder(Protocol[A]):
     @property
     def identical_on_all_ranks(self) -> bool: ...
 
-    def prefill(self, ids: A, lengths: A) -> A:
+    def prefill(self, ids: Array, lengths: Array) -> Array:
         """Read prompts into an empty decoder.
 
         Args:
@@ -48,7 +48,7 @@ class Decoder(Protocol[A]):
             UsageError: A row is longer than the capacity.
         """
 
-    def step(self, tokens: A) -> A:
+    def step(self, tokens: Array) -> Array:
         """Append a token to every row.
 
         Args:
@@ -133,7 +133,7 @@ class SeparateRows:
 
     identical_on_all_ranks = False
 
-    def __init__(self, rows: Sequence[Decoder[Array]]) -> None:
+    def __init__(self, rows: Sequence[Decoder]) -> None:
         """Put rows together; there must be one."""
         self.batch, self.capacity = len(rows), min(row.capacity for row in rows)
         self._rows = rows
@@ -153,21 +153,32 @@ class SeparateRows:
             row.reset()
 
 
-def decoder_of_sources(
-    logits_of: Callable[[Array, Array], Array], sources: Sequence[Sequence[int]], capacity: int
-) -> Decoder[Array]:
-    """A decoder of an encoder-decoder, which reads source and answer again for every token.
+def decoder_of(
+    model: RankModel, manifest: Manifest, batch: int, capacity: int, sources: Sequence[Sequence[int]] = ()
+) -> Decoder:
+    """Room for a batch of rows.
 
     Args:
-        logits_of: The answer's ids [1, sequence] and the source's [1, length] -> logits [1, sequence or 1, vocabulary].
-        sources: Token ids of the text that the encoder reads, for every row.
-        capacity: Most tokens of an answer.
+        model: This rank's program.
+        manifest: Its artifact's.
+        batch: Number of rows.
+        capacity: Most tokens of a row, prompt and new ones together.
+        sources: Token ids of the text that an encoder-decoder reads, for every row.
+
+    Raises:
+        UsageError: The model does not reach that far, or is no language model.
     """
+    if manifest.cache is not None:
+        return model.decoder(batch, capacity)
+    logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
+    if not reads_source(manifest.inputs):
+        return RecomputingDecoder(logits_of, batch, capacity)
 
     def row(source: Sequence[int]) -> RecomputingDecoder:
         text = np.array([source], np.int64)
         return RecomputingDecoder(lambda ids: logits_of(ids, text), 1, capacity)
 
+    # It reads source and answer again for every token.
     return SeparateRows(list(map(row, sources)))
 
 

@@ -11,16 +11,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import RankModel
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.decoder import Array, Decoder, check_capacity
+from kraken_compiler.runtime.decoder import Array, Decoder, check_capacity, decoder_of
+from kraken_compiler.runtime.derived_inputs import reads_source
 from kraken_compiler.runtime.generate import generate
+from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.status import StatusWriter
 from kraken_compiler.size_checks import require_generation
 
 IDLE_SECONDS = 0.2
@@ -31,75 +33,10 @@ _FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
 """The others sleep less than rank 0, or what it told them meanwhile would pile up before the next order."""
 
 _ORDER_SECONDS = 120.0
-_COMPILE_SECONDS = 1800.0
 _SLOWEST_ACCELERATOR = 1e12
 """Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
 _IDLE, _END = b"", b"end"
 """What rank 0 sends instead of an order, which is a JSON object."""
-
-
-class RankSession(Protocol):
-    """What the engine needs to know of its rank, and how it reaches the others.
-
-    Attributes:
-        rank: Number among all ranks.
-        degree: How many there are.
-        one_machine: True if all ranks are on one machine.
-        status: Where to report progress.
-    """
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def degree(self) -> int: ...
-
-    @property
-    def one_machine(self) -> bool: ...
-
-    @property
-    def status(self) -> StatusWriter: ...
-
-    def broadcast(self, content: bytes | None) -> bytes:
-        """Rank 0's content, on every rank; all must call it together.
-
-        Args:
-            content: On rank 0, what to send, which may be empty; None on the others.
-        """
-
-
-class LanguageModel(Protocol):
-    """A rank's program as the engine uses it.
-
-    Attributes:
-        vocabulary: Number of tokens the model knows, None if its graph does not say.
-        positions: The longest sequence that the model takes, as far as its graph says.
-        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
-    """
-
-    @property
-    def vocabulary(self) -> int | None: ...
-
-    @property
-    def positions(self) -> int: ...
-
-    @property
-    def reads_source(self) -> bool: ...
-
-    def decoder(
-        self, batch: int, capacity: int, *, compiled: bool = False, sources: Sequence[Sequence[int]] = ()
-    ) -> Decoder[Array]:
-        """Room for a batch of rows.
-
-        Args:
-            batch: Number of rows.
-            capacity: Most tokens of a row, prompt and new ones together.
-            compiled: Compile the program first.
-            sources: Token ids of the text that an encoder-decoder reads, for every row.
-
-        Raises:
-            UsageError: The model cannot be compiled here, or does not reach that far.
-        """
 
 
 @dataclass(frozen=True)
@@ -112,7 +49,6 @@ class Order:
         capacity: Most tokens of a row, prompt and new ones together.
         sampling: How tokens are chosen.
         eos: Tokens that end a row.
-        compiled: Compile the program first.
         sources: Token ids of the text that an encoder-decoder reads, for every row.
     """
 
@@ -121,7 +57,6 @@ class Order:
     capacity: int
     sampling: Sampling
     eos: Sequence[int] = ()
-    compiled: bool = False
     sources: Sequence[Sequence[int]] = ()
 
     @classmethod
@@ -137,14 +72,16 @@ class Engine:
     Attributes:
         artifact: What is run.
         model: This rank's program.
-        session: This rank.
+        ranks: This rank.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
     """
 
-    def __init__(self, artifact: Artifact, model: LanguageModel, session: RankSession) -> None:
+    def __init__(self, artifact: Artifact, model: RankModel, ranks: Ranks) -> None:
         self.artifact = artifact
         self.model = model
-        self.session = session
-        self._decoder: tuple[tuple[int, int, bool, Sequence[Sequence[int]]], Decoder[Array]] | None = None
+        self.ranks = ranks
+        self.reads_source = reads_source(artifact.manifest.inputs)
+        self._decoder: tuple[tuple[int, int, Sequence[Sequence[int]]], Decoder] | None = None
 
     def run(self, order: Order) -> Iterator[list[int | None]]:
         """Carry out an order, as rank 0: the others are told first.
@@ -158,24 +95,24 @@ class Engine:
         """
         # Here and not where ranks carry it out: an order that is refused must not reach the others.
         self._check(order)
-        self.session.broadcast(json.dumps(asdict(order)).encode())
+        self.ranks.broadcast(json.dumps(asdict(order)).encode())
         yield from self._carry_out(order)
 
     def idle(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing to do yet; to be called every `IDLE_SECONDS`."""
-        self.session.status.progress("waiting for a prompt")
-        self.session.broadcast(_IDLE)
+        self.ranks.status.progress("waiting for a prompt")
+        self.ranks.broadcast(_IDLE)
 
     def end(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing left to do."""
-        self.session.broadcast(_END)
+        self.ranks.broadcast(_END)
 
     def follow(self) -> None:
         """Carry out orders, as any other rank, until rank 0 has no more."""
-        self.session.status.progress("waiting for an order", extra=_ORDER_SECONDS)
-        while (content := self.session.broadcast(None)) != _END:
+        self.ranks.status.progress("waiting for an order", extra=_ORDER_SECONDS)
+        while (content := self.ranks.broadcast(None)) != _END:
             if content == _IDLE:
-                self.session.status.progress("waiting for a prompt")
+                self.ranks.status.progress("waiting for a prompt")
                 time.sleep(_FOLLOWER_SECONDS)
                 continue
             for _ in self._carry_out(Order.from_json(content.decode())):
@@ -208,8 +145,8 @@ class Engine:
             )
 
     def _carry_out(self, order: Order) -> Iterator[list[int | None]]:
-        status = self.session.status
-        compiling = _COMPILE_SECONDS if order.compiled else 0.0
+        status = self.ranks.status
+        compiling = self.model.first_seconds
         rows, longest = len(order.prompts), max(map(len, order.prompts), default=0)
         reading = self._seconds_to_read(rows * max(longest, *map(len, order.sources), 0))
         # Without a cache all is read again for every token.
@@ -235,28 +172,26 @@ class Engine:
         elements = sum(math.prod(spec.source_shape) for spec in manifest.weights) / manifest.degree
         return 2.0 * elements * tokens / _SLOWEST_ACCELERATOR
 
-    def _agreement(self, decoder: Decoder[Array]) -> Callable[[Array], Array] | None:
+    def _agreement(self, decoder: Decoder) -> Callable[[Array], Array] | None:
         """How the ranks come to the same choices; None if they make the same ones anyway."""
-        session = self.session
         # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
-        identical = session.one_machine and decoder.identical_on_all_ranks
-        return None if session.degree == 1 or identical else first_rank_decides(session)
+        identical = self.ranks.one_machine and decoder.identical_on_all_ranks
+        return None if self.ranks.degree == 1 or identical else first_rank_decides(self.ranks)
 
-    def _decoder_for(self, order: Order) -> Decoder[Array]:
-        key = (len(order.prompts), order.capacity, order.compiled, order.sources)
+    def _decoder_for(self, order: Order) -> Decoder:
+        key = (len(order.prompts), order.capacity, order.sources)
         if self._decoder is None or self._decoder[0] != key:
             # The old one's cache is let go before the new one's is made.
             self._decoder = None
-            batch, capacity, compiled, sources = key
-            self._decoder = (key, self.model.decoder(batch, capacity, compiled=compiled, sources=sources))
+            self._decoder = (key, decoder_of(self.model, self.artifact.manifest, *key))
         return self._decoder[1]
 
 
-def first_rank_decides(session: RankSession) -> Callable[[Array], Array]:
+def first_rank_decides(ranks: Ranks) -> Callable[[Array], Array]:
     """What `generate` calls `agree`: rank 0's choice, on every rank."""
 
     def agree(choice: Array) -> Array:
-        sent = session.broadcast(choice.astype(np.int64).tobytes() if session.rank == 0 else None)
+        sent = ranks.broadcast(choice.astype(np.int64).tobytes() if ranks.rank == 0 else None)
         return np.frombuffer(sent, np.int64)
 
     return agree

@@ -43,7 +43,7 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The place that torchrun or our launcher gave this process.
+        """The place that torchrun, our launcher or whatever else started the ranks gave this process.
 
         Raises:
             UsageError: The environment does not say which rank this is.
@@ -52,9 +52,22 @@ class Place:
             rank, degree = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             local_degree = int(os.environ.get("LOCAL_WORLD_SIZE", degree))
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"start this through kraken-run or torchrun: {error} is not set as they set it") from error
+        except KeyError as error:
+            raise UsageError(
+                f"{error.args[0]} is not set; start this through kraken-run or torchrun, or set RANK and WORLD_SIZE"
+            ) from None
+        except ValueError:
+            given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+            shown = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+            raise UsageError(f"{shown} are no whole numbers") from None
+        if not 0 <= rank < degree:
+            raise UsageError(f"RANK={rank} is none of WORLD_SIZE={degree} ranks, which are numbered from 0")
         return cls(rank, degree, local_rank, local_degree)
+
+    @classmethod
+    def alone(cls) -> Self:
+        """The place of a process that has no peers."""
+        return cls(0, 1, 0, 1)
 
 
 def require_timeout(seconds: float) -> None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 
-from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.onnx_ort.events import Event, read_events
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import UsageError
+from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
 from kraken_compiler.runtime.import_path import folder_of
 from kraken_compiler.runtime.launch import launch
+from kraken_compiler.runtime.ranks import Ranks, open_model
 from kraken_compiler.runtime.replay import capacities, replay
-from kraken_compiler.runtime.session import DEFAULT_TIMEOUT, Session, load_rank_program
+
+Array = npt.NDArray[Any]
 
 
 def run_ranks(
@@ -29,13 +33,13 @@ def run_ranks(
     *,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> list[Any]:
-    """Call a function on `degree` local ranks that form a process group.
+    """Call a function on `degree` local ranks that have met.
 
     Args:
-        function_path: "package.module:function"; called as `function(payload, session)` on every rank.
+        function_path: "package.module:function"; called as `function(payload, ranks)` on every rank.
         degree: Number of ranks.
         payload: JSON; large data goes through files that it names.
-        timeout: Seconds without progress (`session.status.progress`) after which a rank counts as hanging.
+        timeout: Seconds without progress (`ranks.status.progress`) after which a rank counts as hanging.
 
     Returns:
         What each rank returned (JSON), rank 0 first.
@@ -59,38 +63,36 @@ def run_ranks(
 
 @dataclass(frozen=True)
 class Executed:
-    """What the ranks of an artifact computed.
+    """What the ranks of an artifact computed. Arrays are numpy's; bfloat16 comes as float32.
 
     Attributes:
-        outputs: `outputs[rank][set]` is the tuple of the graph's outputs.
+        outputs: `outputs[rank][set]` are the graph's outputs; of a program with a KV cache perhaps the logits alone.
         replayed: `replayed[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
-        sums: `sums[rank][set]` are the finished sums by the name of their wait; of ONNX devices only.
-        events: `events[rank]` is what the rank did on the last set, in order; of ONNX devices only.
+        sums: `sums[rank][set]` are the finished sums by the name of their wait; empty if programs do not tell.
+        records: `records[rank]` is what the rank did on the last set, for `Backend.ran`; None if it does not tell.
     """
 
-    outputs: list[list[tuple[Tensor, ...]]]
-    replayed: list[list[dict[int, Tensor]]]
-    sums: list[list[dict[str, Tensor]]] = field(default_factory=list)
-    events: list[tuple[Event, ...]] = field(default_factory=list)
+    outputs: list[list[tuple[Array, ...]]]
+    replayed: list[list[dict[int, Array]]]
+    sums: list[list[dict[str, Array]]]
+    records: list[Any]
 
 
 def execute_on_ranks(
     artifact_directory: Path | str,
-    inputs: Sequence[Mapping[str, Tensor]],
+    inputs: Sequence[Mapping[str, Array]],
+    backend: str,
     *,
-    backend: str = "torch",
     timeout: float = DEFAULT_TIMEOUT,
 ) -> Executed:
     """Run an artifact's real programs, one process per lane: on whole inputs, and with the KV cache if there is one.
-
-    Of an ONNX program with a KV cache the only output is the logits.
 
     Starting ranks takes seconds, so give all input sets at once.
 
     Args:
         artifact_directory: The artifact.
-        inputs: Input sets; each maps the names of the manifest's inputs to tensors.
-        backend: Whose programs.
+        inputs: Input sets; each maps the names of the manifest's inputs to arrays.
+        backend: Name of the backend whose programs are run.
         timeout: Seconds without progress after which a rank counts as hanging.
 
     Raises:
@@ -104,62 +106,60 @@ def execute_on_ranks(
         missing = [name for name in names if name not in given]
         if missing:
             raise UsageError(f"the program needs the inputs {', '.join(names)}; missing: {', '.join(missing)}")
-    degree = artifact.manifest.degree
     with tempfile.TemporaryDirectory(prefix="kraken-execute-") as exchange:
         directory = Path(exchange)
         flat = {f"{index}.{name}": given[name] for index, given in enumerate(inputs) for name in names}
-        save_file({key: tensor.contiguous().clone() for key, tensor in flat.items()}, directory / "in.safetensors")
+        save_file({key: np.ascontiguousarray(array) for key, array in flat.items()}, directory / "in.safetensors")
         payload = {
             "artifact": str(Path(artifact_directory).absolute()),
             "exchange": exchange,
+            "backend": backend,
             "names": names,
             "sets": len(inputs),
         }
-        functions = {"torch": f"{__name__}:_execute", "onnx": "kraken_compiler.runtime.execute_onnx:execute"}
-        counts = run_ranks(functions[backend], degree, payload, timeout=timeout)
-        executed = Executed([], [])
-        for rank, count in enumerate(counts):
-            tensors = load_file(directory / f"out-{rank}.safetensors")
-            executed.outputs.append(
-                [tuple(tensors[f"{index}.{output}"] for output in range(count)) for index in range(len(inputs))]
-            )
-            executed.replayed.append(
-                [
-                    {int(name): value for name, value in _with_prefix(tensors, f"{index}.replayed.").items()}
-                    for index in range(len(inputs))
-                ]
-            )
-            executed.sums.append([_with_prefix(tensors, f"{index}.sum.") for index in range(len(inputs))])
-            events = directory / f"events-{rank}.json"
-            if events.exists():
-                executed.events.append(read_events(events))
+        told = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
+        executed = Executed([], [], [], [of_rank["record"] for of_rank in told])
+        sets = range(len(inputs))
+        for rank, of_rank in enumerate(told):
+            arrays = load_file(_results(directory, rank))
+            outputs = range(of_rank["outputs"])
+            executed.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
+            replayed = [_with_prefix(arrays, f"{index}.replayed.") for index in sets]
+            executed.replayed.append([{int(name): array for name, array in of_set.items()} for of_set in replayed])
+            executed.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
         return executed
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _execute(payload: Mapping[str, Any], session: Session) -> int:
-    """One rank's part of `execute_on_ranks`; returns the number of outputs."""
-    directory = Path(payload["exchange"])
-    artifact, program = load_rank_program(payload["artifact"], session)
-    cache = artifact.manifest.cache
-    tensors = load_file(directory / "in.safetensors", device=str(session.device))
-    results: dict[str, Tensor] = {}
-    count = 0
-    with torch.inference_mode():
-        for index in range(payload["sets"]):
-            outputs = program.run_flat([tensors[f"{index}.{name}"] for name in payload["names"]])
-            count = len(outputs)
-            for position, output in enumerate(outputs):
-                results[f"{index}.{position}"] = output.contiguous().clone().cpu()
-            session.status.progress("executing")
-            if cache is None:
-                continue
-            ids = tensors[f"{index}.{payload['names'][0]}"]
-            for capacity in capacities(ids.shape[1], cache.plan.limit):
-                results[f"{index}.replayed.{capacity}"] = replay(program.decoder(len(ids), capacity), ids).cpu()
-                session.status.progress("decoding")
-    save_file(results, directory / f"out-{session.rank}.safetensors")
-    return count
+def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One rank's part of `execute_on_ranks`."""
+    directory, sets = Path(payload["exchange"]), payload["sets"]
+
+    def choose(artifact: Artifact) -> Backend[Any]:
+        return next(backend for backend in backends_of(artifact) if backend.name == payload["backend"])
+
+    artifact, model = open_model(payload["artifact"], ranks, choose, checking=True)
+    given = load_file(directory / "in.safetensors")
+    results: dict[str, Array] = {}
+    count, record = 0, None
+    for index in range(sets):
+        inputs = {name: given[f"{index}.{name}"] for name in payload["names"]}
+        observed = model.observe(inputs, last=index + 1 == sets)
+        count, record = len(observed.outputs), observed.record
+        results |= {f"{index}.{position}": array.copy() for position, array in enumerate(observed.outputs)}
+        results |= {f"{index}.sum.{name}": array for name, array in observed.sums.items()}
+        ranks.status.progress("executing")
+    for index in range(sets if artifact.manifest.cache is not None else 0):
+        ids = given[f"{index}.{payload['names'][0]}"]
+        for capacity in capacities(ids.shape[1], model.positions):
+            results[f"{index}.replayed.{capacity}"] = replay(model.decoder(len(ids), capacity), ids)
+            ranks.status.progress("decoding")
+    save_file({name: np.ascontiguousarray(array) for name, array in results.items()}, _results(directory, ranks.rank))
+    return {"outputs": count, "record": record}
+
+
+def _results(directory: Path, rank: int) -> Path:
+    return directory / f"out-{rank}.safetensors"

@@ -21,7 +21,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    decoder: Decoder[Array],
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -53,7 +53,7 @@ def generate(
 
 
 def _generate(
-    decoder: Decoder[Array],
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,

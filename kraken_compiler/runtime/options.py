@@ -14,6 +14,9 @@ from typing import Annotated, Any, Self, get_type_hints
 
 import typer
 
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import AT_RUN, Backend
+from kraken_compiler.backends.registry import backend_class, backend_named, backend_rows, backends_of, options_of
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
@@ -77,9 +80,6 @@ class RunOptions:
         ),
     ] = None
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the program with torch.compile first, for --backend torch.")
-    ] = False
     reduce_dtype: Annotated[
         str | None,
         typer.Option(
@@ -104,24 +104,13 @@ class RunOptions:
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False
     backend: Annotated[
         str | None,
-        typer.Option(help="Whose programs to run: torch or onnx. (default: torch if the artifact has it, else onnx)"),
-    ] = None
-    provider: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="ONNX Runtime's execution provider, for --backend onnx. (default: CPUExecutionProvider)",
-        ),
+        typer.Option(help="Whose programs to run: torch or onnx. (default: the first of these that the artifact has)"),
     ] = None
     threads: Annotated[
         int | None,
         typer.Option(
             min=1, max=_MOST_THREADS, help="Threads that every rank computes with. (default: its share of the cores)"
         ),
-    ] = None
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu or cuda, for --backend torch. (default: cuda if every rank can have a device)"),
     ] = None
     timeout: Annotated[
         float | None,
@@ -133,6 +122,8 @@ class RunOptions:
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the launcher does.")] = False
     terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False
     """Set by kraken-run: a person types the lines, and gets a sign when it is their turn."""
+    backend_options: dict[str, Any] = field(default_factory=dict)
+    """Options of backends that were given, by field name."""
 
     @property
     def interactive(self) -> bool:
@@ -157,10 +148,9 @@ class RunOptions:
             raise UsageError("--chat-template needs --chat")
         if self.json and self.interactive:
             raise UsageError("--json needs --prompt TEXT, --prompt-file FILE or --input-ids 1,2,3")
-        if self.backend not in (None, "torch", "onnx"):
-            raise UsageError(f"--backend {self.backend}: choose torch or onnx")
-        if self.device not in (None, "cpu", "cuda"):
-            raise UsageError(f"--device {self.device}: choose cpu or cuda")
+        for name in backend_rows() if self.backend is None else [self.backend]:
+            own = options_of(name, at_run=True)
+            backend_named(name, {key: value for key, value in self.backend_options.items() if key in own})
         if self.reduce_dtype not in (None, "bfloat16", "float16"):
             raise UsageError(f"--reduce-dtype {self.reduce_dtype}: choose bfloat16 or float16")
         if self.timeout is not None:
@@ -172,6 +162,26 @@ class RunOptions:
         for number, prompt in enumerate(self.prompt, start=1):
             require_text(prompt, f"--prompt (number {number})" if len(self.prompt) > 1 else "--prompt")
         require_text(self.system or "", "--system")
+
+    def backend_of(self, artifact: Artifact) -> Backend[Any]:
+        """The backend that was asked for, or else the first one that the artifact has, with its options.
+
+        Raises:
+            UsageError: The artifact does not have it, or an option is another backend's.
+        """
+        there = artifact.manifest.backends
+        name = self.backend or next((name for name in backend_rows() if name in there), None)
+        if name is None or name not in there:
+            asked = f"without the {name} backend" if name is not None else "for no backend that is here"
+            hint = f"; compile it with --backend {name}" if name is not None else ""
+            raise UsageError(f"{artifact.directory} was compiled {asked} (it has: {', '.join(there)}){hint}")
+        for option in self.backend_options:
+            if option not in options_of(name, at_run=True):
+                owners = [other for other in backend_rows() if option in options_of(other, at_run=True)]
+                raise UsageError(
+                    f"--{option} does not go with the {name} backend: it is an option of {' and '.join(owners)}"
+                )
+        return next(backend for backend in backends_of(artifact, self.backend_options) if backend.name == name)
 
     def prompts(self) -> list[str]:
         """The prompts that are text.
@@ -211,21 +221,32 @@ class RunOptions:
 
 
 def options_app(act: Callable[[RunOptions], None], description: str, epilog: str | None = None) -> typer.Typer:
-    """A command line whose options are the fields of `RunOptions`.
+    """A command line whose options are the fields of `RunOptions`, and those of the backends that are for runs.
 
     Args:
         act: Called with what was given.
         description, epilog: First and last words of `--help`.
     """
+    hints = get_type_hints(RunOptions, include_extras=True)
+    parameters = {
+        item.name: _parameter(item, hints[item.name]) for item in fields(RunOptions) if item.name != "backend_options"
+    }
+    of_backends: dict[str, inspect.Parameter] = {}
+    for name in backend_rows():
+        own = options_of(name, at_run=True)
+        for item in fields(backend_class(name).Options):
+            if item.name in own and item.name not in parameters:
+                of_backends.setdefault(item.name, _parameter(item, own[item.name]))
 
     def command(**values: Any) -> None:
-        act(RunOptions(**values))
+        given = {name: values.pop(name) for name in of_backends}
+        chosen = {name: value for name, value in given.items() if value != of_backends[name].default}
+        act(RunOptions(**values, backend_options=chosen))
 
     # typer reads the signature; written out it would be a second list of all options.
-    hints = get_type_hints(RunOptions, include_extras=True)
-    command.__annotations__ = {item.name: hints[item.name] for item in fields(RunOptions)}
-    signature = inspect.Signature([_parameter(item, hints[item.name]) for item in fields(RunOptions)])
-    command.__signature__ = signature  # type: ignore[attr-defined]
+    everything = parameters | of_backends
+    command.__annotations__ = {name: parameter.annotation for name, parameter in everything.items()}
+    command.__signature__ = inspect.Signature(list(everything.values()))  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=description, epilog=epilog)(command)
     return app
@@ -235,6 +256,9 @@ def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
     default = inspect.Parameter.empty if item.default is MISSING else item.default
     if item.default_factory is not MISSING:
         default = item.default_factory()
+    if AT_RUN in getattr(annotation, "__metadata__", ()):
+        kept = tuple(part for part in annotation.__metadata__ if part != AT_RUN)
+        annotation = Annotated[(annotation.__origin__, *kept)]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numpy as np
 
-import torch
-from torch import Tensor
-
-from kraken_compiler.runtime.decoder import Decoder
+from kraken_compiler.runtime.decoder import Array, Decoder
 
 
 def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
@@ -35,7 +32,7 @@ def capacities(tokens: int, limit: int | None) -> tuple[int, ...]:
     return tuple(found) or (tokens,)
 
 
-def replay(decoder: Decoder[Tensor], ids: Tensor) -> Tensor:
+def replay(decoder: Decoder, ids: Array) -> Array:
     """Feed sequences: first a prompt of every row, then token after token.
 
     Args:
@@ -45,33 +42,11 @@ def replay(decoder: Decoder[Tensor], ids: Tensor) -> Tensor:
     Returns:
         Logits [batch, 1 + steps, vocabulary] after the prompt and after every step.
     """
-    lengths, steps = split_lengths(*ids.shape)
-    counts = torch.tensor(lengths)
+    ids = np.asarray(ids)
+    prompts, steps = split_lengths(*ids.shape)
+    lengths = np.array(prompts)
     decoder.reset()
-    logits = [decoder.prefill(ids[:, : max(lengths)], counts)]
+    logits = [decoder.prefill(ids[:, : max(prompts)], lengths).copy()]
     for step in range(steps):
-        logits.append(decoder.step(ids[torch.arange(len(ids)), counts + step]))
-    return torch.stack(logits, dim=1)
-
-
-def expected(logits: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
-    """The rows of a full run's logits [batch, tokens, vocabulary] that `replay` returns."""
-    rows = torch.arange(len(logits))[:, None]
-    return logits[rows, torch.tensor(lengths)[:, None] - 1 + torch.arange(steps + 1)]
-
-
-def prefix_lengths(lengths: Sequence[int], steps: int) -> list[int]:
-    """How long the sequences are at the prompts' ends and after every step; ascending."""
-    return sorted({length + step for length in lengths for step in range(steps + 1)})
-
-
-def recomputed(logits: Mapping[int, Tensor], lengths: Sequence[int], steps: int) -> Tensor:
-    """What `replay` returns, from runs on every prefix.
-
-    Args:
-        logits: Of the sequences' first `n` tokens [batch, n, vocabulary], for every `n` that `prefix_lengths` gives.
-        lengths: Of the prompts.
-        steps: How many tokens follow.
-    """
-    rows = [[logits[length + step][row, -1] for step in range(steps + 1)] for row, length in enumerate(lengths)]
-    return torch.stack([torch.stack(row) for row in rows])
+        logits.append(decoder.step(ids[np.arange(len(ids)), lengths + step]).copy())
+    return np.stack(logits, axis=1)

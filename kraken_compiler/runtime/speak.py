@@ -69,7 +69,7 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     order = _order(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
     notes = _notes(engine, order)
     for note in notes:
-        engine.session.status.note(note)
+        engine.ranks.status.note(note)
     streaming = len(prompts) == 1 and not options.json
     stream = _Ids() if codec is None else codec.stream(_continued(engine, prompts[0], options.chat))
     ids: list[list[int]] = [[] for _ in prompts]
@@ -117,7 +117,7 @@ def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
 
 def _continued(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
     """What the text that is written continues; an answer stands by itself."""
-    return () if chat or engine.model.reads_source else prompt
+    return () if chat or engine.reads_source else prompt
 
 
 def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int]) -> str:
@@ -150,7 +150,7 @@ class _Ids:
 
 def _converse(engine: Engine, options: RunOptions) -> None:
     """Continue, or answer, every line of standard input."""
-    engine.session.status.progress("loading the tokenizer")
+    engine.ranks.status.progress("loading the tokenizer")
     codec = TextCodec.of(engine.artifact, options.chat_template)
     terminal = options.terminal or (os.isatty(0) and os.isatty(1))
     chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
@@ -216,7 +216,7 @@ def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
 
 def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
     """Print an answer as it grows; returns it."""
-    begins = _answer_begins(engine) if engine.model.reads_source else prompt
+    begins = _answer_begins(engine) if engine.reads_source else prompt
     room = capacity - len(begins)
     if room < 1:
         raise UsageError(
@@ -251,7 +251,7 @@ def _order(
     seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
     new_tokens = options.max_new_tokens or new_tokens if capacity is None else new_tokens
     sources: Sequence[Sequence[int]] = ()
-    if engine.model.reads_source:
+    if engine.reads_source:
         sources, prompts = prompts, [_answer_begins(engine)] * len(prompts)
     return Order(
         prompts=prompts,
@@ -259,7 +259,6 @@ def _order(
         capacity=capacity or options.max_context or max(map(len, prompts)) + new_tokens,
         sampling=Sampling(options.temperature, options.top_k, options.top_p, seed),
         eos=sorted(codec.eos) if codec is not None and not options.ignore_eos else (),
-        compiled=options.compile,
         sources=sources,
     )
 
@@ -299,7 +298,7 @@ def _tell(engine: Engine, note: str, terminal: bool) -> None:
     if terminal:
         _emit(f"note: {note}\n")
     else:
-        engine.session.status.note(note)
+        engine.ranks.status.note(note)
 
 
 def _emit(text: str) -> None:

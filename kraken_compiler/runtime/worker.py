@@ -1,7 +1,11 @@
 """One rank that generates text: `python -m kraken_compiler.runtime.worker DIR --prompt TEXT`.
 
-`kraken-run` starts it on this machine; torchrun starts it on several, with the same options:
+`kraken-run` starts it on this machine. On several, torchrun does, with the same options on all of them:
 `PYTHONSAFEPATH=1 torchrun --nnodes 2 --nproc-per-node 2 ... -m kraken_compiler.runtime.worker DIR --prompt TEXT`.
+So can anything that starts a process per lane with `RANK` and `WORLD_SIZE`, and with `KRAKEN_MEET` as HOST:PORT where
+rank 0 is to listen (or, where nobody else listens there, `MASTER_ADDR` and `MASTER_PORT`).
+
+Imports what the artifact's backend needs and nothing else; for text, rank 0 also loads the tokenizer with transformers.
 """
 
 from kraken_compiler.runtime.import_path import leave_working_directory_out
@@ -10,10 +14,9 @@ from kraken_compiler.runtime.import_path import leave_working_directory_out
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     # Imported here, when the working directory can no longer get in the way.
-    from kraken_compiler.runtime.torch_rank import run_rank
-    from kraken_compiler.runtime.worker_command import run_worker
+    from kraken_compiler.runtime.run_rank import run_worker
 
-    run_worker(run_rank, "kraken_compiler.runtime.worker", __doc__ or "", arguments)
+    run_worker(__doc__ or "", arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The schedule of a program, and what devices really ran of it: as plain values, and as a table for people."""
+"""The schedule of a program, and what ranks really ran of it: as plain values, and as a table for people."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kraken_compiler.backends.onnx_ort.check_run import RanWindow
-from kraken_compiler.backends.onnx_ort.events import RanNode
-from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.schedule import RanNode, RanWindow, Window
 from kraken_compiler.report import table
-from kraken_compiler.verify.against_devices import Devices
+
+Runs = Sequence[Sequence[RanWindow]]
+"""The windows of every rank's run, rank 0 first; empty if none told."""
 
 
-def schedule_entries(windows: Sequence[Window], devices: Devices | None) -> list[dict[str, Any]]:
+def schedule_entries(windows: Sequence[Window], runs: Runs) -> list[dict[str, Any]]:
     """Every reduce as plain values.
 
     Args:
         windows: The schedule.
-        devices: Those that ran it, if any did.
+        runs: What ranks ran.
 
     Returns:
-        One entry per reduce. `devices` in it is a list with, for every device, when the start was, the products and
+        One entry per reduce. `devices` in it is a list with, for every rank, when the start was, the products and
         attentions that ran until the wait, and how long the wait took, all in microseconds.
     """
-    runs = devices.runs if devices is not None else ()
     return [
         {**asdict(window), "devices": [run[number].to_dict() for run in runs]} for number, window in enumerate(windows)
     ]
 
 
-def schedule_table(windows: Sequence[Window], devices: Devices | None) -> list[str]:
+def schedule_table(windows: Sequence[Window], runs: Runs, profiled: tuple[int, int]) -> list[str]:
     """A row for every reduce: its start, what runs while the sum is on its way, and its wait.
 
-    Where devices ran, the row is that of the device that waited longest, with times from ONNX Runtime's profile.
+    Where ranks told what they ran, the row is that of the one that waited longest, with times.
+
+    Args:
+        windows: The schedule.
+        runs: What ranks ran.
+        profiled: Batch and sequence size of that run.
     """
-    if devices is None or not devices.runs:
+    if not runs:
         rows = [(str(one.reduce), one.start, ", ".join(one.gemms) or "nothing", one.wait) for one in windows]
         return table(("reduce", "start", "matrix products and attentions", "wait"), rows)
-    batch, sequence = devices.profiled
-    slowest = [
-        max(enumerate(of_reduce), key=lambda found: found[1].wait_us) for of_reduce in zip(*devices.runs, strict=True)
-    ]
+    batch, sequence = profiled
+    slowest = [max(enumerate(of_reduce), key=lambda found: found[1].wait_us) for of_reduce in zip(*runs, strict=True)]
     header = ("reduce", "device", "start", "of module", "matrix products and attentions", "together", "wait")
     return [
         f"one run of batch {batch} x {sequence}, in us, of each reduce the device that waited longest:",

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.single.streaming import ReadLane
-from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, require_overlap
-from kraken_compiler.backends.torch_dist.lane_files import read_weights
-from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.base import Backend, Reference
+from kraken_compiler.backends.registry import backends_of, lanes_in
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.sample_inputs import sample_inputs
+from kraken_compiler.ir.schedule import RanWindow, Window
 from kraken_compiler.quality.evaluate import Quality
-from kraken_compiler.verify.against_devices import Devices, compare_with_devices, read_devices
-from kraken_compiler.verify.against_ranks import compare_with_ranks
+from kraken_compiler.runtime.execute import Array, execute_on_ranks
+from kraken_compiler.verify.against_lanes import compare_with_lanes
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.overlap import require_overlap, require_run_overlap
 from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.sensitivity import Sensitivity
 
 
-CHECKED_BACKENDS = ("torch", "onnx")
-"""The backends whose programs `verify_programs` can run; one of another backend would pass without a check."""
+@dataclass(frozen=True)
+class BackendCheck:
+    """What was found out about a backend's programs.
+
+    Attributes:
+        backend: The backend.
+        windows: The schedule in them, one record per reduce; none if nothing here runs them.
+        lanes: What they must compute; None if nobody has it.
+        runs: What every rank ran, rank 0 first; empty if none told.
+        profiled: Batch and sequence size of that run.
+    """
+
+    backend: Backend[Any]
+    windows: tuple[Window, ...] = ()
+    lanes: Reference | None = None
+    runs: tuple[tuple[RanWindow, ...], ...] = ()
+    profiled: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -39,8 +56,8 @@ class Verification:
         windows: The schedule of the program that runs.
         quality: What the form costs on text; None if it was not measured.
         skipped: Checks that were not made, each with the reason.
-        devices: The ONNX devices and what they ran; None without them.
-        quantized: What the form and the quantized weights of the ONNX devices cost together; None if they have none.
+        checks: What was found out about every backend's programs.
+        rounded: What the form and the rounded weights of a backend cost together, by what they are rounded to.
         sensitivity: What the artifact's forms cost in single layers and from each to the end; None if nobody asked.
     """
 
@@ -48,8 +65,8 @@ class Verification:
     windows: tuple[Window, ...] = ()
     quality: Quality | None = None
     skipped: tuple[str, ...] = field(default=())
-    devices: Devices | None = None
-    quantized: Quality | None = None
+    checks: tuple[BackendCheck, ...] = ()
+    rounded: Mapping[str, Quality] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
 
     def require_passed(self) -> None:
@@ -70,9 +87,9 @@ class Verification:
                 "max_rel_error": max((entry.max_rel_error for entry in self.comparisons), default=None),
                 "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             },
-            "schedule": schedule_entries(self.windows, self.devices),
+            "schedule": schedule_entries(self.windows, self._runs),
             "quality": self.quality.to_dict() if self.quality else None,
-            "quality_of_quantized": self.quantized.to_dict() if self.quantized else None,
+            "quality_of_rounded_weights": {name: quality.to_dict() for name, quality in self.rounded.items()},
             "sensitivity": self.sensitivity.to_dict() if self.sensitivity else None,
             "skipped": list(self.skipped),
         }
@@ -84,45 +101,36 @@ class Verification:
         fewest = min((len(window.gemms) for window in promised), default=0)
         hidden = f"{len(promised)} hidden, each behind at least {fewest} matrix products" if promised else "none hidden"
         lines.append(f"schedule  {len(self.windows)} reduces, {hidden}")
-        if promised and self.devices is not None and self.devices.runs:
-            executed = min(len(one.products) for run in self.devices.runs for one in run if one.window.promised)
-            lines.append(
-                f"profile   ONNX Runtime ran at least {executed} matrix products between start and wait of each hidden "
-                "reduce, on every device"
-            )
+        for check in self.checks if promised else ():
+            if check.runs:
+                executed = min(len(one.products) for run in check.runs for one in run if one.window.promised)
+                lines.append(
+                    f"profile   the {check.backend.ranks_are} ran at least {executed} matrix products between start "
+                    "and wait of each hidden reduce"
+                )
         if self.quality is not None:
             lines += [f"quality   {line}" for line in self.quality.lines()]
-        if self.quantized is not None and self.devices is not None:
-            lines += [f"{self.devices.weights:<10}{line}" for line in self.quantized.lines()]
+        for name, quality in self.rounded.items():
+            lines += [f"{name:<10}{line}" for line in quality.lines()]
         lines += [f"skipped   {reason}" for reason in self.skipped]
         return lines + (["", *self.sensitivity.lines()] if self.sensitivity is not None else [])
 
     def schedule_lines(self) -> list[str]:
         """The schedule reduce by reduce, as a table for people."""
-        return schedule_table(self.windows, self.devices)
+        profiled = next((check.profiled for check in self.checks if check.runs), (0, 0))
+        return schedule_table(self.windows, self._runs, profiled)
 
-
-@dataclass(frozen=True)
-class Reference:
-    """A lane program and its weights: what the programs of an artifact are compared with."""
-
-    program: Program
-    read_lane: ReadLane
-
-
-def lanes_in(artifact: Artifact) -> Reference | None:
-    """The lane program that the artifact itself holds; None without the torch backend."""
-    if "torch" not in artifact.manifest.backends:
-        return None
-    program = load_program(artifact)
-    return Reference(program, read_weights(artifact, program.degree))
+    @property
+    def _runs(self) -> Sequence[Sequence[RanWindow]]:
+        """What every rank ran, of the first backend whose ranks tell."""
+        return next((check.runs for check in self.checks if check.runs), ())
 
 
 def verify_programs(
     directory: Path,
     sizes: Sequence[tuple[int, int]] | None = None,
     timeout: float = 120.0,
-    reference: Reference | None = None,
+    lanes: Reference | None = None,
 ) -> Verification:
     """Check an artifact's programs: real ranks against the lanes in one process, and the schedule of what will run.
 
@@ -130,36 +138,56 @@ def verify_programs(
         directory: The artifact.
         sizes: Batch and sequence sizes to try; None chooses them inside the program's rules.
         timeout: Seconds without progress after which a rank counts as hanging.
-        reference: Where the lanes come from if the artifact does not hold them; without, ONNX devices are only
-            checked for their schedule.
+        lanes: Where the lanes come from if the artifact does not hold them; without, programs are only checked for
+            their schedule.
 
     Raises:
         VerificationError: A window that the form promises is empty, or a rank computes something else.
         RankFailedError: A rank died or hung.
     """
     artifact = open_artifact(directory, verify=False)
-    unknown = [name for name in artifact.manifest.backends if name not in CHECKED_BACKENDS]
-    if unknown:
-        raise VerificationError(f"nothing here can check the programs of the backend '{unknown[0]}'")
     if not artifact.manifest.backends:
         raise VerificationError(f"{directory} holds no programs, so there is nothing to check")
-    held = lanes_in(artifact)
+    lanes = lanes_in(artifact) or lanes
     comparisons: list[Comparison] = []
-    windows: tuple[Window, ...] = ()
-    devices: Devices | None = None
-    lanes = held or reference
-    # Rows of the last size also grow in the cache, which keeps to the rules at every length.
+    checks = []
+    for backend in backends_of(artifact):
+        check, found = _check(backend, artifact, lanes, sizes, timeout)
+        checks.append(check)
+        comparisons += found
+    windows = next((check.windows for check in reversed(checks) if check.windows), ())
+    return Verification(tuple(comparisons), windows, checks=tuple(checks))
+
+
+def _check(
+    backend: Backend[Any],
+    artifact: Artifact,
+    lanes: Reference | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    timeout: float,
+) -> tuple[BackendCheck, list[Comparison]]:
+    if not backend.gives_reference:
+        raise VerificationError(f"nothing here can check the programs of the backend '{backend.name}'")
+    windows = backend.schedule(artifact)
+    require_overlap(windows)
+    stored = backend.reference(artifact, lanes)
+    check = BackendCheck(backend, windows, stored)
+    if stored is None or backend.cannot_run:
+        return check, []
     if sizes is None:
-        sizes = check_sizes(lanes.program, growing=True) if lanes is not None else ()
-    if held is not None:
-        windows = check_schedule(held.program.module, held.program.plan)
-        require_overlap(windows)
-        comparisons += compare_with_ranks(directory, tuple(sizes), timeout)
-    if "onnx" in artifact.manifest.backends:
-        devices = read_devices(artifact)
-        windows = devices.windows or windows
-        require_overlap(windows)
-        if lanes is not None:
-            found, devices = compare_with_devices(devices, lanes.program, lanes.read_lane, sizes, timeout)
-            comparisons += found
-    return Verification(tuple(comparisons), windows, devices=devices)
+        # Rows of the last size also grow in the cache, which keeps to the rules at every length.
+        sizes = check_sizes(stored.program, growing=True)
+    inputs = [sample_inputs(stored.program, *size, seed) for seed, size in enumerate(sizes)]
+    executed = execute_on_ranks(artifact.directory, _arrays(inputs), backend.name, timeout=timeout)
+    runs = tuple(ran for record in executed.records if (ran := backend.ran(record, windows)))
+    require_run_overlap(runs)
+    comparisons = compare_with_lanes(executed, stored, inputs, sizes, windows, who=backend.ranks_are)
+    return replace(check, runs=runs, profiled=sizes[-1]), comparisons
+
+
+def _arrays(inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Array]]:
+    """Input sets as numpy has them, which knows no bfloat16: such a program takes float32 for it."""
+    return [
+        {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in given.items()}
+        for given in inputs
+    ]

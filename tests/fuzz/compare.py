@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 import kraken_compiler
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.runtime.execute_onnx import TensorDecoder
+from kraken_compiler.runtime.decoder import Array
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.thread_ranks import together
 from tests.fuzz.decoding import CAPACITY, PROMPTS, ROWS, STEPS, TOKENS, decoded, token_ids
 from tests.fuzz.model import build
 from tests.fuzz.recipe import IN_PYTHON, Recipe
 from tests.lane_decoder import LaneDecoder
-from tests.thread_collectives import ThreadCollectives, together
 
 EXAMPLE = (2, 12)
 SIZES = ((2, 12), (1, 1), (1, 2), (3, 7), (1, 24), (4, 21), (2, 1))
@@ -130,6 +131,8 @@ def require_close(recipe: Recipe, what: str, have: Tensor, want: Tensor) -> None
 class _LaneBatch:
     """A `LaneDecoder` fed like every other decoder."""
 
+    identical_on_all_ranks = True
+
     def __init__(self, decoder: LaneDecoder) -> None:
         self._decoder, self.batch, self.capacity = decoder, decoder.batch, decoder.capacity
         self._lengths = torch.zeros(self.batch, dtype=torch.int64)
@@ -137,15 +140,15 @@ class _LaneBatch:
     def reset(self) -> None:
         self._lengths.zero_()
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        self._lengths = lengths.clone()
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        self._lengths = torch.from_numpy(lengths)
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        return self._decoder.run(ids, positions, picks=lengths[:, None] - 1)[:, 0]
+        return self._decoder.run(torch.from_numpy(ids), positions, picks=self._lengths[:, None] - 1)[:, 0].numpy()
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Array) -> Array:
         at = self._lengths[:, None]
         self._lengths = self._lengths + 1
-        return self._decoder.run(tokens[:, None], at)[:, 0]
+        return self._decoder.run(torch.from_numpy(tokens)[:, None], at)[:, 0].numpy()
 
 
 def _compare_devices(recipe: Recipe, found: Comparison, directory: Path) -> None:
@@ -162,14 +165,14 @@ def _compare_devices(recipe: Recipe, found: Comparison, directory: Path) -> None
     sizes = [size for size in ((3, 7), (1, 24)) if size not in found.refused_sizes]
     batches = [token_ids(*size, seed=1) for size in sizes]
 
-    def act(collectives: ThreadCollectives) -> list[Tensor]:
+    def act(collectives: Ranks) -> list[Tensor]:
         model = models[collectives.rank]
         device = DeviceProgram(model, collectives, threads=1)
         name = program.inputs[0].name
         outputs = [device.run(whole_feeds(model, {name: ids.numpy()})) for ids in batches]
         results = [torch.from_numpy(next(iter(output.values())).copy()) for output in outputs]
         if model.caches and found.decoded.numel():
-            results.append(decoded(TensorDecoder(ArrayDecoder(device, ROWS, CAPACITY))))
+            results.append(decoded(ArrayDecoder(device, ROWS, CAPACITY)))
         return results
 
     model = build(recipe)

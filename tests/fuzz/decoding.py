@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,11 @@ def token_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def decoded(decoder: Decoder[Tensor]) -> Tensor:
+def decoded(decoder: Decoder) -> Tensor:
     """Logits [rows, steps + 1, vocabulary] after the prompts and after every token behind them."""
-    ids, lengths = token_ids(ROWS, TOKENS, seed=2), torch.tensor(PROMPTS)
+    ids, lengths = token_ids(ROWS, TOKENS, seed=2).numpy(), np.array(PROMPTS)
     decoder.reset()
-    results = [decoder.prefill(ids[:, : max(PROMPTS)], lengths).clone()]
+    results = [decoder.prefill(ids[:, : max(PROMPTS)], lengths).copy()]
     for step in range(STEPS):
-        results.append(decoder.step(ids[torch.arange(ROWS), lengths + step]).clone())
-    return torch.stack(results, 1)
+        results.append(decoder.step(ids[np.arange(ROWS), lengths + step]).copy())
+    return torch.from_numpy(np.stack(results, 1))

@@ -11,17 +11,19 @@ from safetensors.torch import save_file
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
 from tests.fuzz.decoding import CAPACITY, ROWS, decoded
+from tests.torch_ranks import group_of
 
 
-def decode_all(payload: Mapping[str, Any], session: Session) -> None:
+def decode_all(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Decode with every artifact of a directory; the logits are saved in `out-RANK.safetensors`, by artifact."""
+    group_of(ranks)
     directory = Path(payload["directory"])
     outputs = {}
     for name in payload["programs"]:
-        session.status.progress(f"running {name}")
+        ranks.status.progress(f"running {name}")
         program = RankProgram.load(open_artifact(directory / name, verify=False), verify=False)
         with torch.inference_mode():
             outputs[name] = decoded(program.decoder(ROWS, CAPACITY))
-    save_file(outputs, directory / f"out-{session.rank}.safetensors")
+    save_file(outputs, directory / f"out-{ranks.rank}.safetensors")

@@ -31,6 +31,9 @@ FOUND = {
         size_rule="divided_by_length",
         size_place="attention",
     ),
+    "a query head a lane for the one KV head, without a KV cache": Recipe(
+        degree=4, heads=4, kv_heads=1, layers=1, size_rule="from_the_end"
+    ),
     "a weight times truth values, without a KV cache": Recipe(layers=1, weights="masked", size_rule="even"),
 }
 

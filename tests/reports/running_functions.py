@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.errors import KrakenError
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
+from tests.torch_ranks import group_of
 
 
 def multiply(seconds: float) -> None:
@@ -37,35 +37,36 @@ def think(seconds: float) -> None:
 WAYS = {"multiply": multiply, "think": think, "sleep": time.sleep}
 
 
-def act(payload: Mapping[str, Any], session: Session) -> str:
+def act(payload: Mapping[str, Any], ranks: Ranks) -> str:
     """Do what the payload says of this rank, one after the other, and meet; nothing is reported meanwhile."""
-    session.status.progress("reading a long prompt")
-    for way, seconds in payload["ranks"][session.rank]:
+    ranks.status.progress("reading a long prompt")
+    for way, seconds in payload["ranks"][ranks.rank]:
         WAYS[way](seconds)
-    dist.barrier()
+    ranks.barrier()
     return "done"
 
 
-def modules_of(payload: Mapping[str, Any], session: Session) -> list[str]:
+def modules_of(payload: Mapping[str, Any], ranks: Ranks) -> list[str]:
     """Files of the modules that a user's scripts may be called like, and what is first looked at for more."""
     assert payload is not None
     return [str(module.__file__) for module in (queue, torch, np)] + sys.path
 
 
-def say_pid_and_wait(payload: Mapping[str, Any], session: Session) -> None:
+def say_pid_and_wait(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Leave the process id in a directory, and go on for long."""
-    Path(payload["directory"], f"pid-{session.rank}").write_text(str(os.getpid()))
+    Path(payload["directory"], f"pid-{ranks.rank}").write_text(str(os.getpid()))
     time.sleep(600)
 
 
-def load_and_run(payload: Mapping[str, Any], session: Session) -> list[str]:
+def load_and_run(payload: Mapping[str, Any], ranks: Ranks) -> list[str]:
     """What this rank hears that loads an artifact of its own and then the first one's, in turn with its peers."""
+    group_of(ranks)
     heard = []
-    for directory in (payload["artifacts"][session.rank], payload["artifacts"][0]):
-        for turn in range(session.degree):
-            if turn == session.rank:
+    for directory in (payload["artifacts"][ranks.rank], payload["artifacts"][0]):
+        for turn in range(ranks.degree):
+            if turn == ranks.rank:
                 program = load(directory)
-            dist.barrier()
+            ranks.barrier()
         ids = torch.tensor([[1, 2, 3]])
         try:
             program(ids)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import kraken_compiler
 from kraken_compiler.api import compile_model
+from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends import registry
-from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.base import Backend, BackendOptions, RankModel
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import Program
@@ -22,6 +23,7 @@ from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance
+from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.verification import verify_programs
@@ -137,7 +139,7 @@ def test_code_that_differs_while_it_is_traced_is_found() -> None:
         kraken_compiler.transform(Differs(), 2, "kraken", example_inputs=EXAMPLE)
 
 
-class SilentBackend(Backend):
+class SilentBackend(Backend[BackendOptions]):
     name: ClassVar[str] = "silent"
 
     def write(
@@ -146,9 +148,19 @@ class SilentBackend(Backend):
         (directory / "nothing.txt").write_text("nothing")
         return program.windows
 
+    def rank_files(self, artifact: Artifact, rank: int) -> tuple[str, ...]:
+        return ()
+
+    def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
+        raise UsageError("nothing runs it")
+
+    def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        return artifact.manifest.windows
+
 
 def test_programs_that_nothing_checks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, SilentBackend()))
+    rows = {**registry.backend_rows(), "silent": f"{__name__}:SilentBackend"}
+    monkeypatch.setattr(registry, "backend_rows", lambda: rows)
     model: nn.Module = LM()
     with pytest.raises(UsageError, match="nothing here can check what the backend 'silent' writes; pass --no-verify"):
         compile_model(model, tmp_path / "out", degree=2, backends=("silent",), example_inputs=EXAMPLE)
@@ -171,7 +183,7 @@ def test_no_backend_is_no_check(tmp_path: Path) -> None:
     """A program that nobody wrote would pass with nothing compared."""
     with pytest.raises(UsageError, match="no backend is named that writes programs"):
         compile_model(LM(), tmp_path / "out", degree=2, example_inputs=EXAMPLE, backends=())
-    edit_manifest(write_toy(tmp_path / "toy", 2), backends=[])
+    edit_manifest(write_toy(tmp_path / "toy", 2), backends={})
     with pytest.raises(VerificationError, match="toy holds no programs"):
         verify_programs(tmp_path / "toy")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from kraken_compiler.backends.cache_room import require_room
 from torch import nn
 
-from kraken_compiler.backends.cache_room import require_room
 from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
 from kraken_compiler.cli.config import CompileConfig, merge_config
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries

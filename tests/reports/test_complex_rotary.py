@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import kraken_compiler
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
@@ -22,8 +22,10 @@ from kraken_compiler.capture import capture
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.execute_onnx import TensorDecoder
-from kraken_compiler.runtime.replay import expected, replay, split_lengths
+from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.replay import replay, split_lengths
+from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.verify.prefixes import expected
 from tests.reports.small_models import (
     COLUMNS,
     EXAMPLE,
@@ -37,7 +39,6 @@ from tests.reports.small_models import (
     relative_error,
     tokens,
 )
-from tests.thread_collectives import ThreadCollectives, together
 
 E = D // HEADS
 
@@ -189,7 +190,9 @@ def test_a_rank_with_a_cache_is_exact(name: str) -> None:
     program, _ = lower(captured.program, 1, "standard")
     rank = RankProgram.from_program(program, captured.store.read, communicator=NoCommunication(0, 1))
     want = expected(model(ids).detach(), *split_lengths(*ids.shape))
-    assert (replay(rank.decoder(3, 16), ids) - want).abs().max() <= TOLERANCE * want.abs().max()
+    assert (
+        torch.from_numpy(replay(rank.decoder(3, 16), ids.numpy())) - want
+    ).abs().max() <= TOLERANCE * want.abs().max()
 
 
 @pytest.mark.parametrize("name", ["Reported", "Halves"])
@@ -200,10 +203,10 @@ def test_onnx_devices_are_exact(name: str, tmp_path: Path) -> None:
     OnnxBackend().write(program, captured.store.read, tmp_path)
     models = [DeviceModel.load(tmp_path / device_file(device)) for device in range(2)]
 
-    def act(collectives: ThreadCollectives) -> tuple[Tensor, Tensor]:
+    def act(collectives: Ranks) -> tuple[Tensor, Tensor]:
         device = DeviceProgram(models[collectives.rank], collectives, threads=1)
         whole = device.run(whole_feeds(device.model, {"ids": ids.numpy()}))[LOGITS]
-        return torch.from_numpy(whole.copy()), replay(TensorDecoder(ArrayDecoder(device, *ids.shape)), ids)
+        return torch.from_numpy(whole.copy()), torch.from_numpy(replay(ArrayDecoder(device, *ids.shape), ids.numpy()))
 
     want = model(ids).detach()
     for whole, cached in together(2, act):

@@ -305,12 +305,12 @@ def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
     with pytest.raises(UsageError, match=TOO_LONG):
         program(tokens(2, 33))
     decoder = program.decoder(2, 32)
-    decoder.prefill(tokens(2, 22), torch.tensor([22, 19]))
-    decoder.step(torch.tensor([1, 2]))
+    decoder.prefill(tokens(2, 22).numpy(), np.array([22, 19]))
+    decoder.step(np.array([1, 2]))
     with pytest.raises(UsageError, match=GAP):
-        decoder.step(torch.tensor([1, 2]))
+        decoder.step(np.array([1, 2]))
     with pytest.raises(UsageError, match="the batch size must be at most 4"):
-        program.decoder(5, 8).prefill(tokens(5, 3), torch.full((5,), 3))
+        program.decoder(5, 8).prefill(tokens(5, 3).numpy(), np.full(5, 3))
 
 
 def test_a_device_refuses_at_every_call(bounded: Path) -> None:

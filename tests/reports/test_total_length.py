@@ -16,9 +16,10 @@ from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.passes.cache.step_builder import StepBuilder
-from kraken_compiler.runtime.replay import capacities, prefix_lengths, recomputed, replay, split_lengths
+from kraken_compiler.runtime.replay import capacities, replay, split_lengths
 from kraken_compiler.size_checks import require_generation
 from kraken_compiler.verify.compare import errors
+from kraken_compiler.verify.prefixes import prefix_lengths, recomputed
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import FFN, HEADS, Attention, D, tokens
@@ -310,7 +311,7 @@ def test_verification_sees_what_depends_on_the_length(monkeypatch: pytest.Monkey
         want = recomputed({n: outputs[0] for n, outputs in zip(prefixes, runs, strict=True)}, lengths, steps)
         assert 9 not in capacities(9, None)
         for capacity in capacities(9, None):
-            error = errors(replay(rank.decoder(3, capacity), ids), want)[1]
+            error = errors(torch.from_numpy(replay(rank.decoder(3, capacity), ids.numpy())), want)[1]
             assert (error < 1e-5) == right, f"{kind}, capacity {capacity}: {error}"
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from kraken_compiler.backends.cache_room import require_room, token_bytes
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import (
     ATTENTION_MASK,
@@ -20,11 +16,18 @@ from kraken_compiler.backends.onnx_ort.format import (
     past_name,
     present_name,
 )
+from kraken_compiler.backends.sequences import (
+    Array,
+    require_batch,
+    require_memory,
+    require_prompts,
+    require_space,
+    token_bytes,
+)
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.size_checks import refusal
 
-Array = npt.NDArray[Any]
 _SIDES = 2
 
 
@@ -51,12 +54,9 @@ class ArrayDecoder:
         model = program.model
         if model.caches is None:
             raise UsageError("the program has no KV cache")
-        if batch < 1 or capacity < 1:
-            raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
-        if model.positions is not None and capacity > model.positions:
-            raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {model.positions}")
+        require_batch(batch, capacity, model.positions)
         a_token = token_bytes(model.caches, lambda dtype: np.dtype(dtype).itemsize)
-        require_room(_SIDES * batch * capacity * a_token, capacity)
+        require_memory(_SIDES * batch * capacity * a_token, capacity)
         self.batch, self.capacity = batch, capacity
         self._program = program
         self._sides = [
@@ -91,14 +91,9 @@ class ArrayDecoder:
             UsageError: They do not fit, or the shapes are wrong.
         """
         lengths = np.asarray(lengths, np.int64)
-        if ids.ndim != 2 or ids.shape[0] != self.batch or lengths.shape != (self.batch,):
-            raise UsageError(
-                f"expected token ids [{self.batch}, tokens] and {self.batch} lengths, got {list(ids.shape)}"
-            )
-        if lengths.min() < 1 or lengths.max() > ids.shape[1]:
-            raise UsageError(f"every sequence must bring 1 to {ids.shape[1]} tokens, got {lengths.tolist()}")
+        require_prompts(ids, lengths, self.batch)
         longest = int(lengths.max())
-        self._require_room(longest)
+        require_space(longest, self.capacity)
         self._held = 0
         columns = np.arange(longest)[None, :] - (longest - lengths)[:, None]
         present = columns >= 0
@@ -121,18 +116,11 @@ class ArrayDecoder:
         """
         if not self._held:
             raise UsageError("give the prompt to prefill first")
-        self._require_room(self._held + 1)
+        require_space(self._held + 1, self.capacity)
         positions = self._mask[:, : self._held].sum(axis=1, keepdims=True)
         self._require_lengths(positions[:, 0] + 1)
         self._mask[:, self._held] = 1
         return self._append(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
-
-    def _require_room(self, tokens: int) -> None:
-        if tokens > self.capacity:
-            raise UsageError(
-                f"the KV cache is full: it holds {self.capacity} tokens and {tokens} are needed; "
-                "ask for fewer new tokens or a larger capacity"
-            )
 
     def _require_lengths(self, lengths: Array) -> None:
         """Hold every row's length against the source model's rules; the program holds the longest one's."""

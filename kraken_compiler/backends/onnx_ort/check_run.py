@@ -6,49 +6,14 @@ ONNX Runtime fuses, reorders and drops nodes, so they are taken from its own pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
-from kraken_compiler.backends.onnx_ort.events import Event, RanNode
+from kraken_compiler.backends.onnx_ort.events import Event
 from kraken_compiler.backends.onnx_ort.format import START, WAIT
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.schedule import RanWindow, Window
 
 _ATTENTIONS = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
 _PRODUCTS = ("MatMul", "Gemm", "Einsum")
-
-
-@dataclass(frozen=True)
-class RanWindow:
-    """One reduce in a run of one device.
-
-    Attributes:
-        window: What the file promises.
-        start_us: When its start ended, microseconds after the run began.
-        products: The matrix products that ran between its start and its wait, in that order.
-        attentions: The attentions likewise.
-        wait_us: How long the device waited, in microseconds.
-    """
-
-    window: Window
-    start_us: float
-    products: tuple[RanNode, ...]
-    attentions: tuple[RanNode, ...]
-    wait_us: float
-
-    @property
-    def hiding_us(self) -> float:
-        """Microseconds of products and attentions that the sum had to hide behind."""
-        return sum(node.microseconds for node in (*self.products, *self.attentions))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "start_us": self.start_us,
-            "products": [asdict(node) for node in self.products],
-            "attentions": [asdict(node) for node in self.attentions],
-            "wait_us": self.wait_us,
-        }
 
 
 def is_matrix_product(op: str) -> bool:
@@ -86,33 +51,6 @@ def ran_windows(events: Sequence[Event], expected: Sequence[Window]) -> tuple[Ra
             )
         )
     return tuple(windows)
-
-
-def require_run_overlap(devices: Sequence[Sequence[RanWindow]]) -> None:
-    """Make sure that no device ran a promised window without a matrix product.
-
-    Args:
-        devices: The windows of every device's run, device 0 first.
-
-    Raises:
-        VerificationError: One did; names the devices and the reduces.
-    """
-    lost = [
-        (device, one.window)
-        for device, windows in enumerate(devices)
-        for one in windows
-        if one.window.promised and not one.products
-    ]
-    if lost:
-        places = ", ".join(
-            f"reduce {window.reduce} ({window.start} to {window.wait}) on device {device}"
-            for device, window in lost[:3]
-        )
-        reduces = len({window.reduce for _, window in lost})
-        raise VerificationError(
-            f"{reduces} of {len(devices[0])} reduces lost their overlap in the run: ONNX Runtime executed no matrix "
-            f"product between start and wait of {places}"
-        )
 
 
 def _microseconds(seconds: float) -> float:

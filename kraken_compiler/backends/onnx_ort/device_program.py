@@ -16,12 +16,13 @@ import onnx
 import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.events import Event, RanNode
+from kraken_compiler.backends.onnx_ort.events import Event
 from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
 from kraken_compiler.backends.onnx_ort.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.sizes import bind_sizes, shape_of
 from kraken_compiler.backends.onnx_ort.stages import Collective, Stage, cut
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.schedule import RanNode
 from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.size_checks import refusal
 

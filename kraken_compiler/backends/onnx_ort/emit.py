@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
 
 from torch import Tensor
 
-from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.onnx_ort.backend import OnnxOptions
+from kraken_compiler.backends.onnx_ort.device_files import write_device_files
+from kraken_compiler.backends.onnx_ort.export_graph import export_graph
 from kraken_compiler.backends.onnx_ort.format import (
     FORMAT_VERSION,
     META_CACHE,
@@ -22,9 +23,11 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_SIZES,
     META_WEIGHTS,
     ORT_NCCL,
-    OWN,
     CacheRecord,
 )
+from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
+from kraken_compiler.backends.onnx_ort.schedule import measure_windows
+from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
@@ -37,67 +40,48 @@ RUNNABLE = ("float32", "float16")
 """Element types that ONNX Runtime has kernels for on CPUs."""
 
 
-@dataclass(frozen=True)
-class OnnxBackend(Backend):
-    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it.
+def write_devices(
+    program: Program,
+    read: Callable[[str], Tensor],
+    directory: Path,
+    options: OnnxOptions,
+    progress: Advance | None = None,
+) -> tuple[Window, ...]:
+    """Write `device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it; see `Backend.write`."""
+    _require_runnable(program)
+    cached = program.cached
+    exported = export_graph(prepare_lane(program) if cached is None else prepare_step(cached))
+    # One device has nobody to add up with, so its model keeps none of the planned reduces.
+    windows = measure_windows(exported.model.graph, program.plan if program.degree > 1 else None)
+    if options.collectives == ORT_NCCL:
+        from kraken_compiler.backends.onnx_ort.nccl import use_nccl
 
-    Attributes:
-        collectives: One of `format.COLLECTIVE_KINDS`.
-        weights: What the products' weights are quantized to, one of `format.WEIGHT_KINDS`; None leaves them.
-    """
+        use_nccl(exported.model)
+    if options.onnx_weights is not None:
+        from kraken_compiler.backends.onnx_ort.quantize_products import quantize_products
 
-    name: ClassVar[str] = "onnx"
-    collectives: str = OWN
-    weights: str | None = None
-
-    def write(
-        self,
-        program: Program,
-        read: Callable[[str], Tensor],
-        directory: Path,
-        progress: Advance | None = None,
-    ) -> tuple[Window, ...]:
-        # Imported here: onnx and its exporter take seconds and are needed by this backend alone.
-        from kraken_compiler.backends.onnx_ort.device_files import write_device_files
-        from kraken_compiler.backends.onnx_ort.export_graph import export_graph
-        from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
-        from kraken_compiler.backends.onnx_ort.schedule import measure_windows
-        from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
-
-        _require_runnable(program)
-        cached = program.cached
-        exported = export_graph(prepare_lane(program) if cached is None else prepare_step(cached))
-        # One device has nobody to add up with, so its model keeps none of the planned reduces.
-        windows = measure_windows(exported.model.graph, program.plan if program.degree > 1 else None)
-        if self.collectives == ORT_NCCL:
-            from kraken_compiler.backends.onnx_ort.nccl import use_nccl
-
-            use_nccl(exported.model)
-        if self.weights is not None:
-            from kraken_compiler.backends.onnx_ort.quantize_products import quantize_products
-
-            exported = quantize_products(exported, self.weights, transposed_weights(cached) if cached else {})
-        tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
-        metadata = {
-            META_FORMAT: str(FORMAT_VERSION),
-            META_DEGREE: str(program.degree),
-            META_COLLECTIVES: self.collectives,
-            META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
-        }
-        if program.call.sizes:
-            rules = program.call.sizes if cached is None else token_rules(program.call, program.inputs)
-            shapes = {spec.name: spec.shape for spec in program.inputs} if cached is None else {}
-            metadata[META_SIZES] = json.dumps({"rules": rules, "shapes": shapes})
-        if self.weights is not None:
-            metadata[META_WEIGHTS] = self.weights
-        if cached is not None and tables is not None:
-            records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
-            metadata[META_CACHE] = json.dumps([asdict(record) for record in records])
-            metadata[META_POSITIONS] = json.dumps(tables.positions)
-        elif (longest := position_limit(program)) < NO_LIMIT:
-            metadata[META_POSITIONS] = json.dumps(longest)
-        write_device_files(exported, program, read, tables, directory, metadata, progress)
-        return windows
+        exported = quantize_products(exported, options.onnx_weights, transposed_weights(cached) if cached else {})
+    tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
+    metadata = {
+        META_FORMAT: str(FORMAT_VERSION),
+        META_DEGREE: str(program.degree),
+        META_COLLECTIVES: options.collectives,
+        META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
+    }
+    if program.call.sizes:
+        rules = program.call.sizes if cached is None else token_rules(program.call, program.inputs)
+        shapes = {spec.name: spec.shape for spec in program.inputs} if cached is None else {}
+        metadata[META_SIZES] = json.dumps({"rules": rules, "shapes": shapes})
+    if options.onnx_weights is not None:
+        metadata[META_WEIGHTS] = options.onnx_weights
+    if cached is not None and tables is not None:
+        records = [CacheRecord(one.heads, one.key_dim, one.value_dim, one.dtype) for one in cached.plan.caches]
+        metadata[META_CACHE] = json.dumps([asdict(record) for record in records])
+        metadata[META_POSITIONS] = json.dumps(tables.positions)
+    elif (longest := position_limit(program)) < NO_LIMIT:
+        metadata[META_POSITIONS] = json.dumps(longest)
+    write_device_files(exported, program, read, tables, directory, metadata, progress)
+    return windows
 
 
 def _require_runnable(program: Program) -> None:

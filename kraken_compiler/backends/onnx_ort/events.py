@@ -1,26 +1,12 @@
-"""What a run of a device's program did, and when. Imports nothing: whoever checks a run needs it, also without onnx."""
+"""What a run of a device's program did, and when. Whoever checks a run needs it, also without onnx."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-
-@dataclass(frozen=True)
-class RanNode:
-    """A node that ONNX Runtime executed, after its own optimizations: it may stand for several nodes of the file.
-
-    Attributes:
-        name: Its name; one that ONNX Runtime put together from several says so itself.
-        op: Its op type.
-        microseconds: How long it took.
-    """
-
-    name: str
-    op: str
-    microseconds: float
+from kraken_compiler.ir.schedule import RanNode
 
 
 @dataclass(frozen=True)
@@ -43,14 +29,9 @@ class Event:
     ran: tuple[RanNode, ...] = ()
 
 
-def write_events(events: Iterable[Event], path: Path) -> None:
-    """Write the events of a run to a JSON file."""
-    path.write_text(json.dumps([asdict(event) for event in events]), encoding="utf-8")
-
-
-def read_events(path: Path) -> tuple[Event, ...]:
-    """Read what `write_events` wrote."""
-    return tuple(_event(**record) for record in json.loads(path.read_text(encoding="utf-8")))
+def events_from(records: Iterable[dict[str, Any]]) -> tuple[Event, ...]:
+    """What `dataclasses.asdict` made of the events of a run."""
+    return tuple(_event(**record) for record in records)
 
 
 def _event(

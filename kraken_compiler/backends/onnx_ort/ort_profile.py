@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kraken_compiler.backends.onnx_ort.events import RanNode
 from kraken_compiler.errors import VerificationError
+from kraken_compiler.ir.schedule import RanNode
 
 _NODE = "_kernel_time"
 _RUN = "model_run"

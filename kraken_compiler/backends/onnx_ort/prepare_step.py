@@ -118,6 +118,7 @@ def prepare_lane(program: Program) -> Prepared:
     graph = program.copy().graph
     if program.degree == 1:
         _drop_collectives(graph)
+    _drop_idle_grouping(graph)
     type_number_operands(graph, fake_mode_of(graph))
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     for name in program.weights:
@@ -164,6 +165,15 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
         node.replace_all_uses_with(out)
         graph.erase_node(node)
     return presents
+
+
+def _drop_idle_grouping(graph: fx.Graph) -> None:
+    """A lane with one query head for every KV head groups none, and the exporter takes no grouping of one."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default and node.kwargs.get("enable_gqa"):
+            query, key = (operand.meta["val"] for operand in node.args[:2])
+            if query.shape[1] == key.shape[1]:
+                node.kwargs = {name: value for name, value in node.kwargs.items() if name != "enable_gqa"}
 
 
 def _drop_collectives(graph: fx.Graph) -> None:

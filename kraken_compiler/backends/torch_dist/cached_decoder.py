@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.backends.cache_room import require_room, token_bytes
+from kraken_compiler.backends.sequences import (
+    Array,
+    require_batch,
+    require_memory,
+    require_prompts,
+    require_space,
+    token_bytes,
+)
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
@@ -18,7 +25,7 @@ RunStep = Callable[..., tuple[Tensor, ...]]
 
 
 class CachedDecoder:
-    """A batch of sequences that grow; every rank of the group must call it together.
+    """A batch of sequences that grow; every rank must call it together. See `runtime.decoder.Decoder`.
 
     Attributes:
         batch: Number of sequences.
@@ -54,13 +61,10 @@ class CachedDecoder:
                 positive.
         """
         plan, inputs = graphs.plan, graphs.inputs
-        if batch < 1 or capacity < 1:
-            raise UsageError(f"a batch of {batch} with room for {capacity} tokens is none; both must be at least 1")
-        if plan.limit is not None and capacity > plan.limit:
-            raise UsageError(f"room for {capacity} tokens was asked for; the model takes at most {plan.limit}")
+        require_batch(batch, capacity, plan.limit)
         a_token = token_bytes(plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        require_room(batch * capacity * a_token, capacity, memory)
+        require_memory(batch * capacity * a_token, capacity, memory)
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
         self._run, self._weights, self._device = run_step, list(weights), device
         self._require_lengths = require_lengths
@@ -87,8 +91,8 @@ class CachedDecoder:
         """Forget all sequences; the buffers are kept."""
         self._lengths = [0] * self.batch
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Append several tokens to every sequence.
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """Append several tokens to every sequence; see `Decoder.prefill`.
 
         Args:
             ids: int64 [batch, tokens], right-padded.
@@ -100,19 +104,12 @@ class CachedDecoder:
         Raises:
             UsageError: They do not fit into the cache, or the shapes are wrong.
         """
-        counts = [int(count) for count in lengths.tolist()]
-        tokens = ids.shape[1] if ids.dim() == 2 else 0
-        if ids.dim() != 2 or ids.shape[0] != self.batch or len(counts) != self.batch:
-            raise UsageError(
-                f"expected token ids [{self.batch}, tokens] and {self.batch} lengths, got {list(ids.shape)}"
-            )
-        if any(not 1 <= count <= tokens for count in counts):
-            raise UsageError(f"every sequence must bring 1 to {tokens} tokens, got {counts}")
-        picks = lengths.to(self._device).view(-1, 1) - 1
-        return self._append(ids, picks, counts)
+        require_prompts(ids, lengths, self.batch)
+        picks = torch.tensor(lengths, device=self._device).view(-1, 1) - 1
+        return self._append(ids, picks, lengths.tolist())
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to every sequence.
+    def step(self, tokens: Array) -> Array:
+        """Append one token to every sequence; see `Decoder.step`.
 
         Args:
             tokens: int64 [batch].
@@ -126,17 +123,14 @@ class CachedDecoder:
         if not all(self._lengths):
             raise UsageError("give the prompt to prefill first")
         picks = torch.zeros(self.batch, 1, dtype=torch.int64, device=self._device)
-        return self._append(tokens.view(-1, 1), picks, [1] * self.batch)
+        return self._append(tokens.reshape(-1, 1), picks, [1] * self.batch)
 
-    def _append(self, ids: Tensor, picks: Tensor, counts: Sequence[int]) -> Tensor:
+    @torch.inference_mode()
+    def _append(self, ids: Array, picks: Tensor, counts: Sequence[int]) -> Array:
         tokens, longest = ids.shape[1], max(self._lengths)
         needed = max(length + count for length, count in zip(self._lengths, counts))
         needed = max(needed, longest + tokens)
-        if needed > self.capacity:
-            raise UsageError(
-                f"the KV cache is full: it holds {self.capacity} tokens and {needed} are needed; "
-                "ask for fewer new tokens or a larger capacity"
-            )
+        require_space(needed, self.capacity)
         self._require_lengths([length + count for length, count in zip(self._lengths, counts)])
         alike = longest == min(self._lengths)
         # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
@@ -154,11 +148,17 @@ class CachedDecoder:
             SLOTS: self._every_slot[:slots],
             PAST: self._every_slot[:past],
             PICKS: picks,
-            self._names[0]: ids.to(device=self._device, dtype=self._tokens_dtype),
+            self._names[0]: torch.tensor(ids, dtype=self._tokens_dtype, device=self._device),
         }
         (logits,) = self._run(*self._weights, *(fed[name] for name in self._names))
         self._lengths = [length + count for length, count in zip(self._lengths, counts)]
-        return logits[:, 0]
+        return on_host(logits[:, 0])
+
+
+def on_host(values: Tensor) -> Array:
+    """A tensor's values as numpy has them, which knows no bfloat16: these come as float32."""
+    array: Array = (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
+    return array
 
 
 def _run_tables(

@@ -39,20 +39,14 @@ class CachedGraphs:
         return cls(cached.step.module, tables, cached.plan, cached.step.inputs)
 
     @classmethod
-    def load(cls, artifact: Artifact, *, verify: bool = True) -> CachedGraphs:
-        """From an artifact that has a cache.
-
-        Args:
-            artifact: An open artifact.
-            verify: Check the hashes of the files.
+    def load(cls, artifact: Artifact) -> CachedGraphs:
+        """From an artifact that has a cache, whose files have been verified.
 
         Raises:
-            InputFileError: A file is missing, truncated or tampered with.
+            InputFileError: A file is missing or damaged.
         """
         record = artifact.manifest.cache
         assert record is not None, "the artifact has no program with a cache"
         files = (STEP_FILE, TABLES_FILE) if record.plan.tables else (STEP_FILE,)
-        if verify:
-            artifact.verify(*files)
         step, *tables = (load_graph(artifact.path(name)) for name in files)
         return cls(step, tables[0] if tables else None, record.plan, record.inputs)

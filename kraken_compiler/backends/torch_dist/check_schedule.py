@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
@@ -44,18 +42,3 @@ def _communicator_calls(graph: fx.Graph) -> tuple[list[object], list[object]]:
     targets = [node.target for node in graph.nodes if isinstance(getattr(node.target, "__self__", None), Communicator)]
     named = [(target, getattr(target, "__name__", "")) for target in targets]
     return [target for target, name in named if name == "start"], [target for target, name in named if name == "wait"]
-
-
-def require_overlap(windows: Sequence[Window]) -> None:
-    """Make sure that no reduce lost the compute that should hide it.
-
-    Raises:
-        VerificationError: A window that the form promises is empty; names the reduces.
-    """
-    lost = [window for window in windows if window.promised and not window.gemms]
-    if lost:
-        places = ", ".join(f"reduce {window.reduce} ({window.start} to {window.wait})" for window in lost[:3])
-        raise VerificationError(
-            f"{len(lost)} of {len(windows)} reduces lost their overlap: no matrix multiplication between start and "
-            f"wait of {places}"
-        )

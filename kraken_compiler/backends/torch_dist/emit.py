@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 
 from torch import Tensor
 
-from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
@@ -19,33 +17,25 @@ from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 
 
-class TorchBackend(Backend):
-    """`lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights: lanes' own, and shared ones.
+def write_lanes(
+    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+) -> tuple[Window, ...]:
+    """Write `lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights; see `Backend.write`.
 
     A model of whose computation nothing follows from positions alone has no `tables.pt2`.
     """
+    # Graphs are a matter of the processor, weights of the disk.
+    with ThreadPoolExecutor(1, "save-graphs") as pool:
+        windows = pool.submit(_save_graphs, program, directory)
 
-    name: ClassVar[str] = "torch"
+        def advance(done: int, total: int, unit: str) -> None:
+            if windows.done():
+                windows.result()  # a graph that is wrong need not wait for the weights
+            if progress is not None:
+                progress(done, total, unit)
 
-    def write(
-        self,
-        program: Program,
-        read: Callable[[str], Tensor],
-        directory: Path,
-        progress: Advance | None = None,
-    ) -> tuple[Window, ...]:
-        # Graphs are a matter of the processor, weights of the disk.
-        with ThreadPoolExecutor(1, "save-graphs") as pool:
-            windows = pool.submit(_save_graphs, program, directory)
-
-            def advance(done: int, total: int, unit: str) -> None:
-                if windows.done():
-                    windows.result()  # a graph that is wrong need not wait for the weights
-                if progress is not None:
-                    progress(done, total, unit)
-
-            write_lane_shards(program, read, directory, advance)
-            return windows.result()
+        write_lane_shards(program, read, directory, advance)
+        return windows.result()
 
 
 def _save_graphs(program: Program, directory: Path) -> tuple[Window, ...]:

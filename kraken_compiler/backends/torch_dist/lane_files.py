@@ -25,9 +25,10 @@ def lane_file(lane: int) -> str:
     return f"torch/{lane_file_name(lane)}"
 
 
-def rank_files(lane: int) -> tuple[str, ...]:
-    """Paths inside an artifact of what the rank that runs a lane cannot do without."""
-    return GRAPH_FILE, lane_file(lane), SHARED_WEIGHTS
+def rank_files(artifact: Artifact, lane: int) -> tuple[str, ...]:
+    """Paths inside an artifact of what the rank that runs a lane reads."""
+    cached = [name for name in (STEP_FILE, TABLES_FILE) if name in artifact.manifest.files]
+    return GRAPH_FILE, *cached, lane_file(lane), SHARED_WEIGHTS
 
 
 def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:

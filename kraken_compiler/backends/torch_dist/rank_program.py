@@ -18,9 +18,9 @@ from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.calling import bind, unflatten_output
-from kraken_compiler.communicators.agreement import Claims
+from kraken_compiler.communicators.agreement import Claims, require_agreement
 from kraken_compiler.communicators.base import Communicator
-from kraken_compiler.communicators.cards import require_agreement
+from kraken_compiler.communicators.cards import swap_cards
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
@@ -171,11 +171,10 @@ class RankProgram(nn.Module):
         verify: bool = True,
         communicator: Communicator | str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        agreed: bool = False,
     ) -> Self:
-        """Build one rank's program from an artifact. Reads only the graph and this lane's weights.
+        """Build one rank's program from an artifact. Reads only the graphs and this lane's weights.
 
-        At their first run together the ranks make sure that all of them have the same artifact, and raise an
+        At their first run together the ranks of a group make sure that all of them have the same artifact, and raise an
         InputFileError if not.
 
         Args:
@@ -185,7 +184,6 @@ class RankProgram(nn.Module):
             device: Where the weights go.
             verify: Check the hashes of the files that are read.
             communicator, reduce_dtype: As for the class.
-            agreed: The ranks made sure of it before.
 
         Raises:
             UsageError: There is no process group, its size is not the degree, or the lane is not this rank's.
@@ -194,7 +192,7 @@ class RankProgram(nn.Module):
         manifest = artifact.manifest
         lane = lane_of_rank(lane, manifest.degree, group, communicator)
         if verify:
-            artifact.verify(*rank_files(lane))
+            artifact.verify(*rank_files(artifact, lane))
         table = manifest.weight_table
         weights = load_lane_weights(artifact, lane, table)
         program = cls(
@@ -211,11 +209,11 @@ class RankProgram(nn.Module):
             plan=manifest.plan,
         )
         if manifest.cache is not None:
-            program._cached_graphs = partial(CachedGraphs.load, artifact, verify=verify)
-        if not agreed and not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
+            program._cached_graphs = partial(CachedGraphs.load, artifact)
+        if not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
             claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
             resolved = checked_group(lane, manifest.degree, group)
-            program._agree = lambda: require_agreement(claims, resolved)
+            program._agree = lambda: require_agreement(claims, lambda card: swap_cards(card, resolved))
         return program.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

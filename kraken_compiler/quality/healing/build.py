@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights, rank_files, read_weights
-from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.registry import keeper_of_lanes, require_lanes
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
@@ -37,8 +36,8 @@ def trainer_of_all_lanes(
     Raises:
         InputFileError: A file of the artifact is missing or damaged.
     """
-    program = load_program(artifact)
-    read_lane = read_weights(artifact, program.degree)
+    lanes = require_lanes(artifact)
+    program, read_lane = lanes.program, lanes.read_lane
 
     def stacked(spec: WeightSpec) -> Tensor:
         if spec.shared:
@@ -69,15 +68,16 @@ def trainer_of_one_lane(
     """
     lane = communicator.rank
     for each in (artifact, teacher):
-        each.verify(*rank_files(lane))
-    program, source = load_program(artifact), load_program(teacher)
-    read_lane = read_weights(artifact, program.degree)
-    made = LaneParameters(program.weights, lambda spec: read_lane(spec, lane), device)
+        keeper = keeper_of_lanes(each)
+        each.verify(*(keeper.rank_files(each, lane) if keeper is not None else ()))
+    lanes, source = require_lanes(artifact), require_lanes(teacher)
+    program = lanes.program
+    made = LaneParameters(program.weights, lambda spec: lanes.read_lane(spec, lane), device)
     # Every lane has weights of its own to update, so their first updates need not be alike.
     parameters = _parameters(made, settings, settings.seed + lane)
     student = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
-    weights = _moved(load_lane_weights(teacher, lane, source.weights), device)
-    said = teacher_of(LaneRunner(source, OnRanks(communicator), device=device), weights)
+    weights = {spec.name: source.read_lane(spec, lane).to(device) for spec in source.program.weights.values()}
+    said = teacher_of(LaneRunner(source.program, OnRanks(communicator), device=device), weights)
     return Trainer(student, parameters, said, settings, peers=RankPeers(communicator, device), device=device)
 
 

@@ -10,16 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.torch_dist.emit import TorchBackend
+from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named, keeper_of_lanes
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
-from kraken_compiler.communicators.cards import require_agreement
-from kraken_compiler.communicators.choose import default_communicator
+from kraken_compiler.communicators.join import communicator_of, rank_device
 from kraken_compiler.ir.program import Program
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.data import HealingText
@@ -29,7 +27,7 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import read_state
 from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
 from kraken_compiler.runtime.execute import run_ranks
-from kraken_compiler.runtime.session import Session
+from kraken_compiler.runtime.ranks import Ranks
 
 _TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2
@@ -65,7 +63,7 @@ def heal_on_ranks(
     teacher = folder / _TEACHER
     if not teacher.exists():
         recorded = artifact.manifest.source
-        write_artifact(source, source.reader(read), teacher, source=recorded, backends=[TorchBackend()])
+        write_artifact(source, source.reader(read), teacher, source=recorded, backends=[backend_named(DEFAULT_BACKEND)])
     save_file({"train": text.train, "held_out": text.held_out}, folder / _ROWS)
     payload = {
         "artifact": str(artifact.directory.absolute()),
@@ -79,25 +77,30 @@ def heal_on_ranks(
     return Outcome(**outcome, held_out=held_out)
 
 
-def heal_rank(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
+def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One rank's part of `heal_on_ranks`."""
     folder = Path(payload["folder"])
     artifact = open_artifact(payload["artifact"], verify=False)
     teacher = open_artifact(folder / _TEACHER, verify=False)
-    group = dist.group.WORLD
-    assert group is not None
-    same = {THE_ARTIFACT: f"{artifact.fingerprint('torch')}, healed beside {teacher.fingerprint('torch')}"}
-    require_agreement(Claims(same), group)
-    communicator = default_communicator(session.device, group)
-    trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, session.device)
+    ranks.agree(Claims({THE_ARTIFACT: f"{_lanes_hash(artifact)}, healed beside {_lanes_hash(teacher)}"}))
+    device = rank_device(None, ranks.place)
+    ranks.status.computes_here = device.type == "cpu"
+    communicator = communicator_of(ranks, device)
+    trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
     rows = load_file(folder / _ROWS)
-    watch = ToFile(folder / _EVENTS) if session.rank == 0 else Unwatched()
+    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else Unwatched()
     # All ranks must have read the state before one of them writes the next.
     state = read_state(folder)
-    dist.barrier()
-    outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, session.status.progress)
+    ranks.barrier()
+    outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
     write_results(trainer, folder, artifact.manifest.degree)
     return asdict(outcome)
+
+
+def _lanes_hash(artifact: Artifact) -> str:
+    keeper = keeper_of_lanes(artifact)
+    assert keeper is not None, "whoever starts the ranks made sure of it"
+    return artifact.fingerprint(keeper.name)
 
 
 @contextmanager

@@ -1,0 +1,137 @@
+"""The ONNX backend: a device's whole program in a file, which ONNX Runtime computes. Imports no torch, nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import AT_RUN, Backend, BackendOptions, RankModel, Reference
+from kraken_compiler.backends.onnx_ort.format import (
+    COLLECTIVE_KINDS,
+    OWN,
+    SHARED_DATA_FILE,
+    WEIGHT_KINDS,
+    data_file,
+    device_file,
+)
+from kraken_compiler.errors import InputFileError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.schedule import RanWindow, Window
+    from kraken_compiler.progress import Advance
+    from kraken_compiler.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions(BackendOptions):
+    """What can be chosen of the ONNX backend."""
+
+    collectives: Annotated[
+        str,
+        typer.Option(
+            help="What sums on ONNX devices: kraken (run by kraken-run) or ort-nccl (ops of ONNX Runtime builds with "
+            "NCCL; written, not run)."
+        ),
+    ] = OWN
+    onnx_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize the weights of the ONNX devices' matrix products: int8 or int4. (default: as they are)"
+        ),
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ONNX Runtime's execution provider, for --backend onnx. (default: CPUExecutionProvider)",
+        ),
+        AT_RUN,
+    ] = None
+
+    def check(self) -> None:
+        """See `BackendOptions.check`."""
+        if self.collectives not in COLLECTIVE_KINDS:
+            raise UsageError(f"--collectives {self.collectives}: choose from {', '.join(COLLECTIVE_KINDS)}")
+        if self.onnx_weights is not None and self.onnx_weights not in WEIGHT_KINDS:
+            raise UsageError(f"--onnx-weights {self.onnx_weights}: choose from {', '.join(WEIGHT_KINDS)}")
+
+
+class OnnxBackend(Backend[OnnxOptions]):
+    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it."""
+
+    name: ClassVar[str] = "onnx"
+    Options = OnnxOptions
+    ranks_are: ClassVar[str] = "ONNX devices"
+
+    def write(
+        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    ) -> tuple[Window, ...]:
+        from kraken_compiler.backends.onnx_ort.emit import write_devices
+
+        return write_devices(program, read, directory, self.options, progress)
+
+    def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
+        shared = self._path(SHARED_DATA_FILE)
+        own = self._path(device_file(rank)), self._path(data_file(rank))
+        return [*own, shared] if shared in artifact.manifest.files else own
+
+    def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
+        from kraken_compiler.backends.onnx_ort.model import OnnxModel
+
+        return OnnxModel(self._device(artifact, ranks.rank), artifact.manifest, ranks, self.options, checking=checking)
+
+    def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference | None:
+        if lanes is None or self.options.onnx_weights is None:
+            return lanes
+        from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
+
+        return Reference(lanes.program, read_as_quantized(self._device(artifact, 0), lanes.read_lane))
+
+    def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        import onnx_ir
+
+        from kraken_compiler.backends.onnx_ort.schedule import measure_windows
+
+        manifest = artifact.manifest
+        models = [self._device(artifact, lane) for lane in range(manifest.degree)]
+        for lane, model in enumerate(models):
+            if (model.lane, model.degree) != (lane, manifest.degree) or model.program != models[0].program:
+                raise InputFileError(f"{model.path}: is not device {lane} of {manifest.degree} of this compile")
+        if self.cannot_run:
+            return ()
+        # One device has nobody to add up with, so its model keeps none of the planned reduces.
+        plan = manifest.plan if manifest.degree > 1 else None
+        return measure_windows(onnx_ir.from_proto(models[0].proto).graph, plan)
+
+    def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
+        from kraken_compiler.backends.onnx_ort.check_run import ran_windows
+        from kraken_compiler.backends.onnx_ort.events import events_from
+
+        return ran_windows(events_from(record), windows) if record is not None else ()
+
+    @property
+    def cannot_run(self) -> str:
+        if self.options.collectives == OWN:
+            return ""
+        return "the ONNX devices hold collectives of ONNX Runtime builds with NCCL: checked against schemas, not run"
+
+    @property
+    def rounded_weights(self) -> str | None:
+        return self.options.onnx_weights
+
+    def _path(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def _device(self, artifact: Artifact, lane: int) -> DeviceModel:
+        from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+
+        return DeviceModel.load(artifact.path(self._path(device_file(lane))), verify=False)

@@ -1,0 +1,81 @@
+"""The torch backend: ranks of torch.distributed on GPUs, and of messages on CPUs. Imports no torch until it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import AT_RUN, Backend, BackendOptions, RankModel, Reference
+from kraken_compiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.schedule import Window
+    from kraken_compiler.progress import Advance
+    from kraken_compiler.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchOptions(BackendOptions):
+    """What can be chosen of the torch backend."""
+
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda, for --backend torch. (default: cuda if every rank can have a device)"),
+        AT_RUN,
+    ] = None
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the program with torch.compile first, for --backend torch."),
+        AT_RUN,
+    ] = False
+
+    def check(self) -> None:
+        """See `BackendOptions.check`."""
+        if self.device not in (None, "cpu", "cuda"):
+            raise UsageError(f"--device {self.device}: choose cpu or cuda")
+
+
+class TorchBackend(Backend[TorchOptions]):
+    """The lane graph once, and the weights: lanes' own, and shared ones."""
+
+    name: ClassVar[str] = "torch"
+    Options = TorchOptions
+
+    def write(
+        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    ) -> tuple[Window, ...]:
+        from kraken_compiler.backends.torch_dist.emit import write_lanes
+
+        return write_lanes(program, read, directory, progress)
+
+    def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
+        from kraken_compiler.backends.torch_dist.lane_files import rank_files
+
+        return rank_files(artifact, rank)
+
+    def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
+        from kraken_compiler.backends.torch_dist.model import TorchModel
+
+        return TorchModel(artifact, ranks, self.options)
+
+    def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference:
+        from kraken_compiler.backends.torch_dist.lane_files import read_weights
+        from kraken_compiler.backends.torch_dist.load import load_program
+
+        program = load_program(artifact)
+        return Reference(program, read_weights(artifact, program.degree))
+
+    def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
+        from kraken_compiler.backends.torch_dist.load import load_program
+
+        program = load_program(artifact)
+        return check_schedule(program.module, program.plan)
