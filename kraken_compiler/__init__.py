@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kraken_compiler.api import CompileResult, load_lanes, transform, verify_artifact
     from kraken_compiler.api import compile_model as compile
-    from kraken_compiler.backends.torch_dist.load import load
+    from kraken_compiler.backends.load import load
     from kraken_compiler.errors import KrakenError
     from kraken_compiler.heal import HealResult, heal_artifact
     from kraken_compiler.quality.healing.settings import HealSettings
@@ -40,7 +40,7 @@ _HOMES = {
     "KrakenError": ("kraken_compiler.errors", "KrakenError"),
     "compile": ("kraken_compiler.api", "compile_model"),
     "heal_artifact": ("kraken_compiler.heal", "heal_artifact"),
-    "load": ("kraken_compiler.backends.torch_dist.load", "load"),
+    "load": ("kraken_compiler.backends.load", "load"),
     "load_lanes": ("kraken_compiler.api", "load_lanes"),
     "transform": ("kraken_compiler.api", "transform"),
     "verify_artifact": ("kraken_compiler.api", "verify_artifact"),

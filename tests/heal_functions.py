@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.torch_dist.lane_files import read_weights
-from kraken_compiler.backends.torch_dist.load import load_program
+from kraken_compiler.backends.torch_dist.lanes import load_program
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec

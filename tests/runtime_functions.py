@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import fx
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.load import load
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.collectives import with_real_collectives
-from kraken_compiler.backends.torch_dist.load import load, load_program
+from kraken_compiler.backends.torch_dist.lanes import load_program
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.runtime.ranks import Ranks

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from kraken_compiler.api import compile_model, verify_artifact
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.load import load
+from kraken_compiler.backends.load import load
 from kraken_compiler.cli.heal import app
 from kraken_compiler.verify.verification import Verification
 from tests.cli_command import Command

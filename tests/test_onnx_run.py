@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.load import load
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.model import open_device
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.cli.run import app
 from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.lowering import lower

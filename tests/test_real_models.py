@@ -15,7 +15,7 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.load import load_lanes
+from kraken_compiler.backends.torch_dist.lanes import load_lanes
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.record import TokenizerSource
 from kraken_compiler.lowering import lower

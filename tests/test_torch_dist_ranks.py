@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.load import load
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, map_weights
-from kraken_compiler.backends.torch_dist.load import load
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.runtime.execute import execute_on_ranks, run_ranks

@@ -103,7 +103,7 @@ class Judge:
 
     def _lanes(self, form: str, dtype: str) -> Forward:
         from kraken_compiler.artifact.read import open_artifact
-        from kraken_compiler.backends.torch_dist.load import load_lanes
+        from kraken_compiler.backends.torch_dist.lanes import load_lanes
 
         lanes = load_lanes(open_artifact(self.artifacts[dtype][form], verify=False)).eval()
 

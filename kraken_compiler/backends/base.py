@@ -105,17 +105,20 @@ class RankModel(ABC):
             UsageError: An input is missing, or of a shape that was not compiled for.
         """
 
-    @abstractmethod
-    def decoder(self, batch: int, capacity: int) -> Decoder:
-        """Room for a batch of sequences, to be generated with the KV cache; not called if there is none.
+    def decoder(self, batch: int, capacity: int) -> Decoder | None:
+        """Room for a batch of sequences, to be generated with the KV cache; not called if the artifact has none.
 
         Args:
             batch: Number of sequences.
             capacity: Most tokens of a sequence, prompt and new ones together.
 
+        Returns:
+            None if the backend keeps no cache: then the prefix is computed again for every token.
+
         Raises:
             UsageError: The positions or the memory end before the capacity.
         """
+        return None
 
     def observe(self, inputs: Mapping[str, Array], *, last: bool) -> Observation:
         """Run, and tell more about it.
@@ -134,12 +137,14 @@ class Backend(ABC, Generic[Chosen]):
         name: What `--backend` calls it; also the name of its directory in an artifact.
         Options: What can be chosen.
         ranks_are: What its ranks are called where they are compared, e.g. "ranks".
+        computes_in: Parts of the paths of files in which a rank of it computes: one that hangs there waits for another.
         options: What was chosen.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     ranks_are: ClassVar[str] = "ranks"
+    computes_in: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Chosen | None = None) -> None:
         chosen: Any = self.Options() if options is None else options

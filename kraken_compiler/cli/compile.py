@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kraken_compiler.backends.command_line import backend_parameters, not_given_is_none
 from kraken_compiler.cli.config import CompileConfig, load_config, share_of
 from kraken_compiler.cli.console import (
     EXIT_CODES,
@@ -34,7 +37,6 @@ from kraken_compiler.errors import UsageError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(epilog=EXIT_CODES)
 def compile_command(
     model: Annotated[
         str | None,
@@ -61,19 +63,6 @@ def compile_command(
     ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="torch or onnx; several separated by commas, or repeated. (default: torch)")
-    ] = None,
-    collectives: Annotated[
-        str | None,
-        typer.Option(
-            help="What sums on ONNX devices: kraken (run by kraken-run) or ort-nccl (ops of ONNX Runtime builds with "
-            "NCCL; written, not run). (default: kraken)"
-        ),
-    ] = None,
-    onnx_weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Quantize the weights of the ONNX devices' matrix products: int8 or int4. (default: as they are)"
-        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")] = None,
     input: Annotated[
@@ -113,6 +102,7 @@ def compile_command(
     json_output: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
+    **backend_options: Any,
 ) -> None:
     """Rewrite a Transformer into N parallel lanes and write one program per device."""
     given: dict[str, Any] = {
@@ -122,8 +112,6 @@ def compile_command(
         "form": form,
         "layers": layers,
         "backend": backend,
-        "collectives": collectives,
-        "onnx_weights": onnx_weights,
         "dtype": dtype,
         "input": input,
         "text": _text(text),
@@ -138,11 +126,28 @@ def compile_command(
         "trust_pickle": trust_pickle,
         "force": force,
         "timeout": timeout,
+        **backend_options,
     }
     set_up_logging(verbose)
     with errors_as_exit_codes(json_output, quiet), quiet_libraries(verbose):
         merged = load_config(config, {key: value for key, value in given.items() if value not in (None, [])})
         _compile(merged, json_output, quiet)
+
+
+def _with_backend_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the options of all backends, too; None means that one was not given."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [
+        one.replace(default=None, annotation=not_given_is_none(one.annotation))
+        for one in backend_parameters(at_run=False).values()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
+    return command
+
+
+app.command(epilog=EXIT_CODES)(_with_backend_options(compile_command))
 
 
 def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
@@ -160,8 +165,6 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         form=config.form,
         layers=config.layers,
         backends=config.backend,
-        collectives=config.collectives,
-        onnx_weights=config.onnx_weights,
         dtype=dtype_named(config.dtype),
         input_specs=config.input,
         text=config.text,
@@ -176,6 +179,7 @@ def _compile(config: CompileConfig, json_output: bool, quiet: bool) -> None:
         dump_directory=config.dump_graphs,
         timeout=config.timeout,
         progress=ConsoleProgress(quiet or json_output),
+        **{name: getattr(config, name) for name in backend_parameters(at_run=False)},
     )
     if json_output:
         print_json(

@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from kraken_compiler.backends.command_line import backend_parameters, not_given_is_none
+from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.cli.options import DEFAULT_TIMEOUT
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.environment import LONGEST_TIMEOUT
@@ -48,9 +50,7 @@ class CompileConfig(BaseModel):
     degree: int | None = Field(default=None, ge=1)
     form: str = "kraken"
     layers: str | None = None
-    backend: list[str] = Field(default=["torch"], min_length=1)
-    collectives: str | None = None
-    onnx_weights: str | None = Field(default=None, alias="onnx-weights")
+    backend: list[str] = Field(default=[DEFAULT_BACKEND], min_length=1)
     dtype: str | None = None
     input: list[str] = []
     text: str | None = None
@@ -87,8 +87,12 @@ def share_of(text: str | None) -> float | None:
 
 
 def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
-    """The options of `kraken-compile`; see `merge_config`."""
-    return merge_config(CompileConfig, path, given)
+    """The options of `kraken-compile`, and those of all backends; see `merge_config`."""
+    of_backends: dict[str, Any] = {
+        name: (not_given_is_none(one.annotation), Field(default=None, alias=name.replace("_", "-")))
+        for name, one in backend_parameters(at_run=False).items()
+    }
+    return merge_config(create_model("CompileConfig", __base__=CompileConfig, **of_backends), path, given)
 
 
 def merge_config(kind: type[Config], path: Path | None, given: dict[str, Any]) -> Config:

@@ -168,8 +168,9 @@ def decoder_of(
     Raises:
         UsageError: The model does not reach that far, or is no language model.
     """
-    if manifest.cache is not None:
-        return model.decoder(batch, capacity)
+    cached = model.decoder(batch, capacity) if manifest.cache is not None else None
+    if cached is not None:
+        return cached
     logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
     if not reads_source(manifest.inputs):
         return RecomputingDecoder(logits_of, batch, capacity)

@@ -155,7 +155,9 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     for index in range(sets if artifact.manifest.cache is not None else 0):
         ids = given[f"{index}.{payload['names'][0]}"]
         for capacity in capacities(ids.shape[1], model.positions):
-            results[f"{index}.replayed.{capacity}"] = replay(model.decoder(len(ids), capacity), ids)
+            decoder = model.decoder(len(ids), capacity)
+            if decoder is not None:
+                results[f"{index}.replayed.{capacity}"] = replay(decoder, ids)
             ranks.status.progress("decoding")
     save_file({name: np.ascontiguousarray(array) for name, array in results.items()}, _results(directory, ranks.rank))
     return {"outputs": count, "record": record}

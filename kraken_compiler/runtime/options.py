@@ -8,15 +8,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
 
 import typer
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.base import AT_RUN, Backend
-from kraken_compiler.backends.registry import backend_class, backend_named, backend_rows, backends_of, options_of
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.command_line import backend_parameters, parameter_of
+from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
@@ -229,14 +230,9 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
     """
     hints = get_type_hints(RunOptions, include_extras=True)
     parameters = {
-        item.name: _parameter(item, hints[item.name]) for item in fields(RunOptions) if item.name != "backend_options"
+        item.name: parameter_of(item, hints[item.name]) for item in fields(RunOptions) if item.name != "backend_options"
     }
-    of_backends: dict[str, inspect.Parameter] = {}
-    for name in backend_rows():
-        own = options_of(name, at_run=True)
-        for item in fields(backend_class(name).Options):
-            if item.name in own and item.name not in parameters:
-                of_backends.setdefault(item.name, _parameter(item, own[item.name]))
+    of_backends = backend_parameters(at_run=True)
 
     def command(**values: Any) -> None:
         given = {name: values.pop(name) for name in of_backends}
@@ -250,16 +246,6 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=description, epilog=epilog)(command)
     return app
-
-
-def _parameter(item: Field[Any], annotation: Any) -> inspect.Parameter:
-    default = inspect.Parameter.empty if item.default is MISSING else item.default
-    if item.default_factory is not MISSING:
-        default = item.default_factory()
-    if AT_RUN in getattr(annotation, "__metadata__", ()):
-        kept = tuple(part for part in annotation.__metadata__ if part != AT_RUN)
-        annotation = Annotated[(annotation.__origin__, *kept)]
-    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _read_prompts(path: Path) -> str:

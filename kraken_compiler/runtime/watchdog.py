@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kraken_compiler.backends.registry import backend_class, backend_rows
 from kraken_compiler.runtime.status import Beat, read_beats, read_stack
 
 _POLL_SECONDS = 0.2
@@ -25,10 +26,7 @@ _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
 _LULL_SECONDS = 10.0
 """How long a rank that computes may get no processor on a crowded machine."""
-_WAITING_PLACES = (
-    *("<eval_with_key>", "torch/distributed/", "torch/_ops.py"),
-    *("onnxruntime/", "/zmq/", "kraken_compiler/communicators/"),
-)
+_WAITING_PLACES = ("/zmq/", "kraken_compiler/communicators/")
 
 
 @dataclass(frozen=True)
@@ -139,4 +137,6 @@ def _signal(beat: Beat | None, number: signal.Signals) -> None:
 def _is_waiting(stack: str) -> bool:
     """True if the innermost calls are those of a rank that waits for, or computes, a part of the program."""
     innermost = [line for line in stack.splitlines() if line.lstrip().startswith("File ")][:2]
-    return any(place in line for line in innermost for place in _WAITING_PLACES)
+    computing = (place for name in backend_rows() for place in backend_class(name).computes_in)
+    places = (*_WAITING_PLACES, *computing)
+    return any(place in line for line in innermost for place in places)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kraken_compiler.backends.torch_dist.load import load
+from kraken_compiler.backends.load import load
 from kraken_compiler.errors import KrakenError
 from kraken_compiler.runtime.ranks import Ranks
 from tests.torch_ranks import group_of

@@ -71,6 +71,7 @@ class OnnxBackend(Backend[OnnxOptions]):
     name: ClassVar[str] = "onnx"
     Options = OnnxOptions
     ranks_are: ClassVar[str] = "ONNX devices"
+    computes_in: ClassVar[tuple[str, ...]] = ("onnxruntime/",)
 
     def write(
         self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None

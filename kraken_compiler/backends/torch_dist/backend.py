@@ -47,6 +47,7 @@ class TorchBackend(Backend[TorchOptions]):
     """The lane graph once, and the weights: lanes' own, and shared ones."""
 
     name: ClassVar[str] = "torch"
+    computes_in: ClassVar[tuple[str, ...]] = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py")
     Options = TorchOptions
 
     def write(
@@ -68,14 +69,14 @@ class TorchBackend(Backend[TorchOptions]):
 
     def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference:
         from kraken_compiler.backends.torch_dist.lane_files import read_weights
-        from kraken_compiler.backends.torch_dist.load import load_program
+        from kraken_compiler.backends.torch_dist.lanes import load_program
 
         program = load_program(artifact)
         return Reference(program, read_weights(artifact, program.degree))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
-        from kraken_compiler.backends.torch_dist.load import load_program
+        from kraken_compiler.backends.torch_dist.lanes import load_program
 
         program = load_program(artifact)
         return check_schedule(program.module, program.plan)
