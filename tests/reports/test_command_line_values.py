@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kraken_compiler.backends.cache_room import require_room
 from torch import nn
 
+from kraken_compiler.backends.sequences import require_memory
 from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
 from kraken_compiler.cli.config import CompileConfig, merge_config
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
@@ -206,12 +206,12 @@ def test_numbers_that_are_no_tokens(ids: str, message: str) -> None:
 
 
 def test_caches_that_no_memory_holds() -> None:
-    require_room(1 << 20, 8)
-    require_room(1000, 8, memory=1000)
+    require_memory(1 << 20, 8)
+    require_memory(1000, 8, memory=1000)
     with pytest.raises(
         UsageError, match=r"room for 4,096 tokens takes 10,000,000,000\.0 GB on every rank, the device has"
     ):
-        require_room(10**19, 4096)
+        require_memory(10**19, 4096)
 
 
 @pytest.mark.parametrize("seed", [1 << 63, -(1 << 63) - 1, 10**30])

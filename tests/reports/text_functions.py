@@ -33,7 +33,7 @@ class Status:
 
 
 @dataclass
-class Session:
+class Rank:
     status: Status = field(default_factory=Status)
 
 
@@ -41,7 +41,6 @@ class Session:
 class Model:
     vocabulary: int | None = None
     positions: int = 1 << 20
-    reads_source: bool = False
 
 
 @dataclass
@@ -54,7 +53,8 @@ class SayingEngine:
 
     artifact: Artifact
     tokens: Sequence[int]
-    session: Session = field(default_factory=Session)
+    ranks: Rank = field(default_factory=Rank)
+    reads_source: bool = False
     model: Model = field(default_factory=Model)
     orders: list[Order] = field(default_factory=list)
 
