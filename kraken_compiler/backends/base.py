@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
 
@@ -26,7 +26,7 @@ class Backend(ABC):
     @abstractmethod
     def write(
         self,
-        program: Program,
+        program: LaneProgram,
         read: Callable[[str], Tensor],
         directory: Path,
         progress: Advance | None = None,

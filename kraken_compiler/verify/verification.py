@@ -13,7 +13,7 @@ from kraken_compiler.backends.torch_dist.check_schedule import check_schedule, r
 from kraken_compiler.backends.torch_dist.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.verify.against_devices import Devices, compare_with_devices, read_devices
@@ -106,7 +106,7 @@ class Verification:
 class Reference:
     """A lane program and its weights: what the programs of an artifact are compared with."""
 
-    program: Program
+    program: LaneProgram
     read_lane: ReadLane
 
 

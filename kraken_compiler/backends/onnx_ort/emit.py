@@ -26,7 +26,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     CacheRecord,
 )
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
@@ -52,7 +52,7 @@ class OnnxBackend(Backend):
 
     def write(
         self,
-        program: Program,
+        program: LaneProgram,
         read: Callable[[str], Tensor],
         directory: Path,
         progress: Advance | None = None,
@@ -82,7 +82,7 @@ class OnnxBackend(Backend):
             META_FORMAT: str(FORMAT_VERSION),
             META_DEGREE: str(program.degree),
             META_COLLECTIVES: self.collectives,
-            META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
+            META_FORMS: json.dumps(program.plan.forms),
         }
         if program.call.sizes:
             rules = program.call.sizes if cached is None else token_rules(program.call, program.inputs)
@@ -100,7 +100,7 @@ class OnnxBackend(Backend):
         return windows
 
 
-def _require_runnable(program: Program) -> None:
+def _require_runnable(program: LaneProgram) -> None:
     found = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
     foreign = [dtype for dtype in found if dtype not in RUNNABLE]
     if foreign:

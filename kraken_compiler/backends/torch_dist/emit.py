@@ -13,7 +13,7 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
@@ -29,7 +29,7 @@ class TorchBackend(Backend):
 
     def write(
         self,
-        program: Program,
+        program: LaneProgram,
         read: Callable[[str], Tensor],
         directory: Path,
         progress: Advance | None = None,
@@ -48,7 +48,7 @@ class TorchBackend(Backend):
             return windows.result()
 
 
-def _save_graphs(program: Program, directory: Path) -> tuple[Window, ...]:
+def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)

@@ -24,8 +24,8 @@ from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch, Encoder, LayerTable, Replay
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.ir.program import Planned, Program
+from kraken_compiler.ir.schedule import Reduce
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import sums_of
 from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants
@@ -36,16 +36,14 @@ _WAIT = torch.ops.kraken.wait.default
 
 
 @dataclass(frozen=True)
-class RewireStream(Pass):
+class RewireStream(Pass[Planned]):
     name: ClassVar[str] = "rewire-stream"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "plan")
+    requires: ClassVar[type[Program]] = Planned
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
-        assert program.plan is not None
+    def run(self, program: Planned) -> PassResult:
         if any(node.target is _START for node in program.graph.nodes):
             return PassResult()
-        builder = _Builder(program, program.layers, program.plan)
+        builder = _Builder(program)
         program.module = fx.GraphModule(program.module, builder.build())
         program.layers = builder.renamed()
         return PassResult(len(program.plan.reduces))
@@ -54,8 +52,8 @@ class RewireStream(Pass):
 class _Builder:
     """Builds the new graph: what comes before the stream, the branches in order, what comes after."""
 
-    def __init__(self, program: Program, layers: LayerTable, plan: FormPlan) -> None:
-        self.program, self.layers, self.plan = program, layers, plan
+    def __init__(self, program: Planned) -> None:
+        self.program, self.layers, self.plan = program, program.layers, program.plan
         self.old = {node.name: node for node in program.graph.nodes}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}

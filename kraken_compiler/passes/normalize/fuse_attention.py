@@ -26,7 +26,7 @@ _SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 
 
 @dataclass(frozen=True)
-class FuseAttention(Pass):
+class FuseAttention(Pass[Program]):
     name: ClassVar[str] = "fuse-attention"
 
     def run(self, program: Program) -> PassResult:

@@ -22,7 +22,7 @@ from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 
 @dataclass(frozen=True)
-class FuseExperts(Pass):
+class FuseExperts(Pass[Program]):
     name: ClassVar[str] = "fuse-experts"
 
     def run(self, program: Program) -> PassResult:

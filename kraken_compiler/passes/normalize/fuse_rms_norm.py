@@ -21,7 +21,7 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 
 
 @dataclass(frozen=True)
-class FuseRmsNorm(Pass):
+class FuseRmsNorm(Pass[Program]):
     name: ClassVar[str] = "fuse-rms-norm"
 
     def run(self, program: Program) -> PassResult:

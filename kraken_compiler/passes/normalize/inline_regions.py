@@ -23,7 +23,7 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @dataclass(frozen=True)
-class InlineRegions(Pass):
+class InlineRegions(Pass[Program]):
     name: ClassVar[str] = "inline-regions"
 
     def run(self, program: Program) -> PassResult:

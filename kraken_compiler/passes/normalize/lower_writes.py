@@ -30,7 +30,7 @@ _WRITES = (
 
 
 @dataclass(frozen=True)
-class LowerWrites(Pass):
+class LowerWrites(Pass[Program]):
     name: ClassVar[str] = "lower-writes"
 
     def run(self, program: Program) -> PassResult:

@@ -22,7 +22,7 @@ from kraken_compiler.passes.shapes import shape_of
 
 
 @dataclass(frozen=True)
-class MergeSplitNorms(Pass):
+class MergeSplitNorms(Pass[Program]):
     name: ClassVar[str] = "merge-split-norms"
 
     def run(self, program: Program) -> PassResult:

@@ -21,7 +21,7 @@ from kraken_compiler.passes.graph_tools import ancestors, aten, module_path
 
 
 @dataclass(frozen=True)
-class RefuseRandomDraws(Pass):
+class RefuseRandomDraws(Pass[Program]):
     name: ClassVar[str] = "refuse-random-draws"
 
     def run(self, program: Program) -> PassResult:

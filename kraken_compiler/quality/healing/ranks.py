@@ -20,7 +20,7 @@ from kraken_compiler.backends.torch_dist.emit import TorchBackend
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.communicators.cards import require_agreement
 from kraken_compiler.communicators.choose import default_communicator
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.data import HealingText
 from kraken_compiler.quality.healing.loop import Outcome, train
@@ -37,7 +37,7 @@ _LISTEN_SECONDS = 0.2
 
 def heal_on_ranks(
     artifact: Artifact,
-    source: Program,
+    source: LaneProgram,
     read: Callable[[str], Tensor],
     text: HealingText,
     settings: HealSettings,
