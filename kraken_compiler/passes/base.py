@@ -8,6 +8,7 @@ part it cannot handle is a `Rejection` in the result. The runner in `manager.py`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -23,11 +24,19 @@ class PassResult:
         matches: How many places it changed, or found if it is an analysis.
         rejections: Why parts of the model cannot be handled; any of them stops the compile.
         program: The program at its next stage, if the pass leads there; None if it is the one that was given.
+        near: Why places that look much like what the pass matches are something else. They stay as they are.
     """
 
     matches: int = 0
     rejections: tuple[Rejection, ...] = ()
     program: Program | None = None
+    near: tuple[Rejection, ...] = ()
+
+    @classmethod
+    def of(cls, found: Iterable[bool | Rejection]) -> PassResult:
+        """What a matcher gave, place by place: whether it fired, or why it nearly did."""
+        every = tuple(found)
+        return cls(sum(one is True for one in every), near=tuple(one for one in every if isinstance(one, Rejection)))
 
 
 ProgramT = TypeVar("ProgramT", bound=Program, contravariant=True)

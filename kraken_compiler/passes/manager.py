@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kraken_compiler.errors import InputFileError, UnsupportedModelError
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass
@@ -78,10 +78,20 @@ class PassRunner:
             program.check()
         record = PassRecord(step.name, result.matches, len(program.graph.nodes), time.perf_counter() - started)
         logger.info("%-22s %5d matches %6d nodes %7.2f s", *vars(record).values())
+        for reason, misses in _by_reason(result.near).items():
+            place = f"node {misses[0].nodes[0]} of module '{misses[0].path}'"
+            logger.info("  nearly %d more, the first at %s: %s", len(misses), place, reason)
         if self.dump_directory is not None:
             _dump(program, self.dump_directory / f"{len(self.history):02d}-{step.name}.txt")
         self.history.append(record)
         return program
+
+
+def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:
+    found: dict[str, list[Rejection]] = {}
+    for one in near:
+        found.setdefault(one.reason, []).append(one)
+    return found
 
 
 def _dump(program: Program, path: Path) -> None:

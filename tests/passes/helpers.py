@@ -157,14 +157,18 @@ def check_idempotent(step: Pass[Any], program: Program) -> None:
     assert program_text(program) == text
 
 
-def check_untouched(step: Pass[Any], sample: Sample, *, before: Sequence[Pass[Any]] = ()) -> Any:
-    """The pass does not fire: no match, and the same graph."""
+def check_untouched(step: Pass[Any], sample: Sample, *, before: Sequence[Pass[Any]] = (), why: str = "") -> Any:
+    """The pass does not fire: no match, and the same graph; where it nearly does, it says why not."""
     program = sample.after(*before)
     program.graph.eliminate_dead_code()
     text = program_text(program)
+    near = step.run(program).near
+    assert why in " ".join(one.reason for one in near)
+    assert bool(near) == bool(why)
     found, program = _after(step, program)
     assert found == 0
     assert program_text(program) == text
+    assert {name for one in near for name in one.nodes} <= {node.name for node in program.graph.nodes}
     return program
 
 
