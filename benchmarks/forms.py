@@ -35,14 +35,12 @@ def main() -> None:
 
     captured = capture(options.model or packaged_model())
     standard, _ = lower(captured.program, options.degree, "standard")
-    assert standard.layers is not None
     count = len(standard.layers.layers)
     rows: list[dict[str, Any]] = []
     for form in FORMS.values():
         for layers in (None,) if form is STANDARD else (None, f"{count // 2}-{count - 1}"):
             print(f"{form.name}, layers {layers or 'all'}", file=sys.stderr)
             program, _ = lower(captured.program, options.degree, form, layers)
-            assert program.plan is not None
             reduces = program.plan.reduces
             hidden = {window.reduce for window in program.windows if window.gemms}
             quality = measure_quality(captured, program, TextChoice(options.text))

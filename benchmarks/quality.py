@@ -42,7 +42,6 @@ def main() -> None:
     captured = capture(model)
     options.out.mkdir(parents=True, exist_ok=True)
     standard, _ = lower(captured.program, options.degree, "standard", cached=False)
-    assert standard.layers is not None
     count = len(standard.layers.layers)
     rows: list[dict[str, Any]] = []
     for form in options.forms:

@@ -15,13 +15,29 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 TreeSpec = pytree.TreeSpec
+OpOverload = torch._ops.OpOverload
+HigherOrderOperator = torch._ops.HigherOrderOperator
+
+
+def op_name(target: OpOverload) -> str:
+    """The name of an operator without its overload, e.g. "aten::linear"."""
+    return str(target._schema.name)
+
+
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call in the operator's order, those that were not given too."""
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema.arguments
+    given = {**dict(zip((argument.name for argument in schema), node.args)), **node.kwargs}
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -189,6 +205,11 @@ def load_archive(file: IO[bytes]) -> dict[str, ExportedProgram]:
         note_guards(program, program._guards_code)
         program._guards_code = []
     return programs
+
+
+def guards_of(exported: ExportedProgram) -> frozenset[str]:
+    """The guards that torch itself keeps with a program."""
+    return frozenset(exported._guards_code)
 
 
 def traced_guards(exported: ExportedProgram) -> list[str]:

@@ -16,7 +16,9 @@ from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.compiling import CompileResult, compile_model
-from kraken_compiler.lowering import FormChoice, lower
+from kraken_compiler.ir.program import Split
+from kraken_compiler.lowering import FormChoice, lower_split, split_source
+from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.report import is_exact, make_report
 from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
@@ -62,15 +64,17 @@ def transform(
     """
     with undisturbed() as surroundings:
         captured = capture(model, example_inputs=example_inputs)
-        program, history = lower(captured.program, degree, form, layers)
+        runner = PassRunner()
+        split = split_source(captured.program, degree, runner)
+        program = lower_split(split, form, layers, runner=runner)
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
-        module.report = make_report(program, history, (*surroundings, *captured.notes))
+        module.report = make_report(program, runner.history, (*surroundings, *captured.notes))
         if check:
-            module = _checked(module, captured)
+            module = _checked(module, captured, split)
     return module.train(isinstance(model, nn.Module) and model.training)
 
 
-def _checked(module: LaneModule, captured: Capture) -> LaneModule:
+def _checked(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
     """The module, held against the model; it refuses the sizes at which the model turned out to compute otherwise."""
     began = time.perf_counter()
     program, run = module.program, None
@@ -81,7 +85,7 @@ def _checked(module: LaneModule, captured: Capture) -> LaneModule:
     if is_exact(program):
         run = module.run_flat
     else:
-        program, _ = lower(captured.program, program.degree, "standard", cached=False)
+        program = lower_split(split, "standard", cached=False)
     with torch.no_grad():
         found = compare_with_model(captured, program, run=run)
     Verification(found.comparisons).require_passed()

@@ -23,7 +23,8 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.sample_inputs import text_input, token_input, vocabulary
-from kraken_compiler.lowering import FormChoice, lower
+from kraken_compiler.lowering import FormChoice, lower_split, split_source
+from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
 from kraken_compiler.quality.calibration.on_text import CALIBRATION_TOKENS, calibrate_on_text
@@ -156,18 +157,20 @@ def compile_model(
                 hash_early=directory is not None,
             )
             notes = (*captured.notes, *_tokenizer_notes(captured))
+        with show.stage("split"):
+            runner = PassRunner(Path(dump_directory) if dump_directory is not None else None)
+            split = split_source(captured.program, degree, runner)
         chosen: Choice | None = None
         if budget is not None and directory is not None:
             cache = Path(f"{os.fspath(directory)}.sensitivity.json")
-            chosen = forms_within(captured, degree, paths, calibrate_tokens, budget, show, cache)
+            chosen = forms_within(captured, split, paths, calibrate_tokens, budget, show, cache)
             form = _best(chosen)
         with show.stage("rewrite"):
-            dumps = Path(dump_directory) if dump_directory is not None else None
-            program, history = lower(captured.program, degree, form, layers, dump_directory=dumps)
+            program = lower_split(split, form, layers, runner=runner)
         if program.no_cache and token_input(program) is not None:
             notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
         notes = (*notes, *(backend.cannot_run for backend in emitters if backend.cannot_run))
-        report = make_report(program, history, notes)
+        report = make_report(program, runner.history, notes)
         if directory is None:
             return CompileResult(report, notes=notes)
 
@@ -175,7 +178,7 @@ def compile_model(
         skipped: tuple[str, ...] = ()
         standard = program
         if (verify or calibrate) and not is_exact(program):
-            standard, _ = lower(captured.program, program.degree, "standard", cached=False)
+            standard = lower_split(split, "standard", cached=False)
         if verify:
             with show.stage("compare with the source"):
                 checked = compare_with_model(captured, standard)

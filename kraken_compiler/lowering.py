@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,17 +11,12 @@ import torch
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS, STANDARD, Form
 from kraken_compiler.ir.layers import Branch, LayerTable
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.size_rules import all_in_words, broken_rule, names_in
+from kraken_compiler.ir.program import LaneProgram, Program, Split
 from kraken_compiler.passes.form.derive_schedule import parse_layers
-from kraken_compiler.passes.manager import PassRecord, run_passes
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
-from kraken_compiler.passes.shard.degrees import DEGREE_HINT, count, even_degrees, smallest_degree, valid_degrees
+from kraken_compiler.passes.manager import PassRecord, PassRunner
+from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
-from kraken_compiler.size_checks import SEQUENCE, token_rules
-
-_LENGTHS, _RUN = 1 << 12, 4
-"""Lengths that are looked at, and how many in a row a text must be able to take."""
+from kraken_compiler.passes.stages import recognize, schedule, split, with_cache
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -37,7 +31,7 @@ def lower(
     cached: bool = True,
     dump_directory: Path | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Program, tuple[PassRecord, ...]]:
+) -> tuple[LaneProgram, tuple[PassRecord, ...]]:
     """Rewrite a captured model into a lane program. The captured program is not changed.
 
     Args:
@@ -58,71 +52,41 @@ def lower(
         UsageError: Unknown form, layer or degree; the message lists what is valid.
         UnsupportedModelError: A part of the model cannot be rewritten.
     """
+    row = _rows(form)
+    runner = PassRunner(dump_directory, progress)
+    recognized = recognize(captured, runner)
+    forms = forms_of_layers(row, layers, len(recognized.layers.layers))
+    lane = schedule(split(recognized, find_degree(degree, recognized.layers), runner), forms, runner)
+    return with_cache(lane, runner) if cached else lane, tuple(runner.history)
+
+
+def split_source(captured: Program, degree: int | None = None, runner: PassRunner | None = None) -> Split:
+    """Recognise a captured model and split it, for all forms that are wanted of it. See `lower`."""
+    recognized = recognize(captured, runner)
+    return split(recognized, find_degree(degree, recognized.layers), runner)
+
+
+def lower_split(
+    split: Split,
+    form: FormChoice = "kraken",
+    layers: str | Sequence[int] | None = None,
+    *,
+    cached: bool = True,
+    runner: PassRunner | None = None,
+) -> LaneProgram:
+    """The lane program of one choice of forms. See `lower`."""
+    lane = schedule(split, forms_of_layers(_rows(form), layers, len(split.layers.layers)), runner)
+    return with_cache(lane, runner) if cached else lane
+
+
+def _rows(form: FormChoice) -> Form | tuple[Form, ...]:
     if isinstance(form, str | Form) or not isinstance(form, Sequence):
-        row: Form | tuple[Form, ...] = find_form(form)
-    else:
-        row = tuple(map(find_form, form))
-    program = captured.copy()
-    history = run_passes(program, RECOGNIZE, dump_directory=dump_directory, progress=progress)
-    assert program.layers is not None
-    forms = _forms_of_layers(row, layers, len(program.layers.layers))
-    lanes = find_degree(degree, program.layers)
-    stuck = cannot_grow(program) if cached else ""
-    pipeline = rewrite(lanes, forms, cached and not stuck)
-    try:
-        history += run_passes(
-            program, pipeline, dump_directory=dump_directory, progress=progress, first_number=len(history)
-        )
-    except UnsupportedModelError as error:
-        raise _with_tried_hints(error, captured, lanes, forms) from None
-    program.no_cache = program.no_cache or stuck
-    return program, history
+        return find_form(form)
+    return tuple(map(find_form, form))
 
 
-def _with_tried_hints(
-    error: UnsupportedModelError, captured: Program, degree: int, forms: tuple[Form, ...]
-) -> UnsupportedModelError:
-    """The error, with another degree in its hints only if that was found to work."""
-    if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
-        return error
-    program = captured.copy()
-    run_passes(program, RECOGNIZE)
-    assert program.layers is not None
-    degrees = dict.fromkeys((*even_degrees(program.layers), *valid_degrees(program.layers)))
-    others = [other for other in degrees if other not in (1, degree)][:_MOST_TRIES]
-    works = next((other for other in others if _lowers(program.copy(), other, forms)), None)
-    hint = _NO_DEGREE_HINT if works is None else f"Degree {works} works."
-    return UnsupportedModelError(
-        [replace(one, hint=hint) if one.hint == DEGREE_HINT else one for one in error.rejections]
-    )
-
-
-def _lowers(program: Program, degree: int, forms: tuple[Form, ...]) -> bool:
-    try:
-        run_passes(program, rewrite(degree, forms, cached=False))
-    except UnsupportedModelError:
-        return False
-    return True
-
-
-_MOST_TRIES = 3
-_NO_DEGREE_HINT = (
-    "Other degrees were tried and do not help: between their projections, attention must keep its heads apart and an "
-    "FFN its columns."
-)
-
-
-def cannot_grow(program: Program) -> str:
-    """Why a program's texts cannot grow token by token, which a KV cache is for; "" if they can."""
-    rules = [rule for rule in token_rules(program.call, program.inputs) if names_in(rule) == {SEQUENCE}]
-    if not rules:
-        return ""
-    allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
-    runs = (all(allowed[start : start + _RUN]) for start in range(len(allowed) - _RUN))
-    return "" if any(runs) else f"a text cannot grow token by token ({'; '.join(all_in_words(rules))})"
-
-
-def _forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:
+def forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:
+    """The form of every layer; a selection that does not fit the layers is a `UsageError`."""
     if isinstance(form, Form):
         chosen = find_layers(layers, count)
         return tuple(form if chosen is None or index in chosen else STANDARD for index in range(count))

@@ -11,7 +11,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.lowering import lower
 from kraken_compiler.verify.against_model import with_rules
 
@@ -56,7 +56,7 @@ def source_of(
     return captured
 
 
-def lowered_as(captured: Capture, manifest: Manifest) -> Program:
+def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     """The lane program that an artifact holds, with everything that the passes know of it.
 
     Raises:
@@ -70,6 +70,6 @@ def lowered_as(captured: Capture, manifest: Manifest) -> Program:
     return as_compiled(program, manifest)
 
 
-def as_compiled(program: Program, manifest: Manifest) -> Program:
+def as_compiled(program: LaneProgram, manifest: Manifest) -> LaneProgram:
     """A program with what the compile found out about sizes by comparing with the model."""
     return with_rules(program, [rule for rule in manifest.call.sizes if rule not in program.call.sizes])

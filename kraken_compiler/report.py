@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program, parameter_count
+from kraken_compiler.ir.program import LaneProgram, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.passes.manager import PassRecord
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
@@ -66,7 +66,7 @@ class Report:
         return Report({**self.data, "notes": [*self.data["notes"], *notes], "check": check})
 
 
-def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Sequence[str] = ()) -> Report:
+def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes: Sequence[str] = ()) -> Report:
     """Summarize a lane program.
 
     Args:
@@ -75,8 +75,6 @@ def make_report(program: Program, history: Sequence[PassRecord] = (), notes: Seq
         notes: What a user should know about the capture, one sentence each.
     """
     layers, plan = program.layers, program.plan
-    assert layers is not None
-    assert plan is not None
     attentions = [branch for branch in layers.branches if branch.kind == "attention"]
     windows = {window.reduce: window for window in program.windows}
     heads = spread(attentions[0].heads, program.degree, attentions[0].unit)[0]
@@ -145,10 +143,8 @@ def _kv_heads_of_a_lane(branch: Branch, degree: int) -> int:
     return stop - start
 
 
-def is_exact(program: Program) -> bool:
+def is_exact(program: LaneProgram) -> bool:
     """True if every branch reads what it reads in the source model, so that the function is unchanged."""
-    assert program.layers is not None
-    assert program.plan is not None
     return all(
         read.own == branch.reads and (read.peers == branch.reads or program.degree == 1)
         for read, branch in zip(program.plan.reads, program.layers.branches, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from kraken_compiler.passes.manager import PassRunner
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _programs_are_checked_after_every_pass() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PassRunner, "checks", True)
+        yield
 
 
 def _packaged(package: str, file: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import Lanes, StreamingProgram, read_from_source
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 
 GARBAGE = 100.0
 """What unwritten slots hold: it would show if it were ever attended to."""
@@ -24,7 +24,7 @@ class LaneDecoder:
         batch, capacity: Sizes of the caches.
     """
 
-    def __init__(self, program: Program, read: Callable[[str], Tensor], batch: int, capacity: int) -> None:
+    def __init__(self, program: LaneProgram, read: Callable[[str], Tensor], batch: int, capacity: int) -> None:
         assert program.cached is not None, program.no_cache
         step, tables, plan = program.cached.step, program.cached.tables, program.cached.plan
         self.batch, self.capacity = batch, capacity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from tests.lane_decoder import LaneDecoder
 from tests.table_notes import note
 from tests.test_families import EVERY_FAMILY, lane_program, recognized
@@ -83,7 +83,7 @@ def test_the_cache_changes_nothing(name: str) -> None:
         ids = random_tokens(SUPPORTED[name].vocab, len(PROMPTS), TOKENS)
         want = full_logits(program, read, ids)
 
-        def decoder(batch: int = len(PROMPTS), program: Program = program) -> LaneDecoder:
+        def decoder(batch: int = len(PROMPTS), program: LaneProgram = program) -> LaneDecoder:
             return LaneDecoder(program, read, batch, CAPACITY)
 
         for positional in (False, True):
@@ -98,13 +98,13 @@ def test_the_cache_changes_nothing(name: str) -> None:
     check_plan(name, lane_program(name, 2, "kraken"))
 
 
-def full_logits(program: Program, read: object, ids: Tensor) -> Tensor:
+def full_logits(program: LaneProgram, read: object, ids: Tensor) -> Tensor:
     from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 
     return StreamingProgram(program, read_from_source(program, read)).run_flat([ids])[program.call.logits]  # type: ignore[arg-type]
 
 
-def check_plan(name: str, program: Program) -> None:
+def check_plan(name: str, program: LaneProgram) -> None:
     """The plan says what the model is: heads per lane, windows, how far its positions reach."""
     assert program.cached is not None
     plan = program.cached.plan

@@ -202,7 +202,6 @@ def test_lockstep_computes_what_a_whole_run_computes(tmp_path: Path) -> None:
     read_lane = read_from_source(program, captured("gpt_neox").store.read)
     inputs = list(map(inputs_function(program.inputs), batches(0, 2)))
     lockstep = Lockstep(program, read_lane, inputs, Values(tmp_path, limit=10_000), "run")
-    assert program.layers is not None
     nodes = {node.name: node for node in program.graph.nodes}
     output = next(node for node in reversed(program.graph.nodes) if node.op == "output").all_input_nodes[0]
     for branch in program.layers.branches:
@@ -215,7 +214,6 @@ def test_lockstep_computes_what_a_whole_run_computes(tmp_path: Path) -> None:
 
 def test_weights_that_belong_to_several_parts_are_left_alone() -> None:
     program = lowered("llama", "kraken").copy()
-    assert program.layers is not None
     found = find_refittable(program)
     assert not any(isinstance(entry, Rejection) for entry in found)
     first, second = found[0], found[2]

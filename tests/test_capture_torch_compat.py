@@ -34,6 +34,17 @@ def test_exported_programs() -> None:
     assert not any(compat.is_mutating(node) for node in exported.graph.nodes)
 
 
+def test_operators_and_their_arguments() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [1]), {"dtype": torch.float64})
+    assert isinstance(node.target, compat.OpOverload)
+    assert isinstance(torch.ops.higher_order.cond, compat.HigherOrderOperator)
+    assert compat.op_name(node.target) == "aten::sum"
+    given = {"self": x, "dim": [1], "keepdim": False, "dtype": torch.float64}
+    assert list(compat.arguments_by_name(node).items()) == list(given.items())
+
+
 def test_fakes() -> None:
     with compat.new_fake_mode():
         assert compat.is_fake(torch.empty(3))
@@ -52,6 +63,7 @@ def test_guards_and_hints() -> None:
     assert compat.traced_guards(exported) == ["L['x'].size()[0] <= 40"]
     size = next(node for node in exported.graph.nodes if node.op == "placeholder").meta["val"].shape[0]
     assert compat.size_hint(size) == 5
+    assert compat.guards_of(exported) == {"L['x'].size()[0] <= 40"}
     compat.note_guards(exported, ["a", "a", "b"])
     assert compat.noted_guards(exported) == ("a", "b")
     assert compat.tree_leaf_paths(compat.tree_flatten({"k": [1, 2]})[1]) == ["['k'][0]", "['k'][1]"]

@@ -10,6 +10,9 @@ import pytest
 
 from kraken_compiler.cli.config import share_of
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.program import Program
+from kraken_compiler.passes.base import PassResult
+from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.quality.budget import Budget
 from tests.test_cli_compile import done, refused, save_model
 
@@ -35,8 +38,16 @@ def compiled(model: Path, words: Path, target: Path, *options: object) -> dict[s
     return found
 
 
-def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path) -> None:
-    """The narrow one lies between what the candidates of the wide one's search cost."""
+def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrow one lies between what the candidates of the wide one's search cost. Each compile recognises once."""
+    recognized: list[Program] = []
+    run = FindLayers.run
+
+    def noting(step: FindLayers, program: Program) -> PassResult:
+        recognized.append(program)
+        return run(step, program)
+
+    monkeypatch.setattr(FindLayers, "run", noting)
     wide = compiled(llama, words, tmp_path / "wide", "--max-kl", "10")
     best = wide["choice"]["best"]  # type: ignore[index]
     count = len(best["forms"])
@@ -45,8 +56,10 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path) ->
     assert (tmp_path / "wide.sensitivity.json").exists()
     measured = wide["calibration"]["quality"][0]["after"]  # type: ignore[index]
     limit = 0.5 * measured["kl"]
+    assert len(recognized) == 1
 
     narrow = compiled(llama, words, tmp_path / "narrow", "--max-kl", f"{limit}")
+    assert len(recognized) == 2
     best = narrow["choice"]["best"]  # type: ignore[index]
     measured = narrow["calibration"]["quality"][0]["after"]  # type: ignore[index]
     assert best["forms"] != ["kraken"] * count

@@ -19,11 +19,9 @@ from kraken_compiler.backends.torch_dist.graph_file import node_order
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
-from kraken_compiler.passes.cache.cache_attention import CacheAttention
-from kraken_compiler.passes.manager import run_passes
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split
+from kraken_compiler.lowering import lower, lower_split
+from kraken_compiler.passes.stages import recognize, split
 from kraken_compiler.report import is_exact
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.overlap import require_overlap
@@ -33,16 +31,6 @@ from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
 DEGREES = (2, 4)
 SIZES = ((1, 7), (3, 13))
 """Batch and sequence; models are captured with 2 x 16."""
-
-SHARDING = (
-    "separate-projections",
-    "pick-kv-heads",
-    "open-wide-norms",
-    "plan-shards",
-    "copy-shared",
-    "split-branches",
-    "split-head",
-)
 
 EVERY_FAMILY = pytest.mark.parametrize("name", SUPPORTED, scope="session")
 
@@ -66,39 +54,32 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Recognized:
+class Recognizable:
     """A zoo model and its program after recognition; neither may be changed."""
 
     model: nn.Module
     captured: Program
-    program: Program
+    program: Recognized
     read: Callable[[str], Tensor]
 
 
 # Not all of them: hundreds of kept graphs would make every garbage collection slow.
 @lru_cache(maxsize=6)
-def recognized(name: str) -> Recognized:
+def recognized(name: str) -> Recognizable:
     model = SUPPORTED[name]()
     captured = capture(model, example_inputs={"input_ids": token_batch(model, 2, 16)})
-    program = captured.program.copy()
-    run_passes(program, RECOGNIZE)
-    return Recognized(model, captured.program, program, captured.store.read)
+    return Recognizable(model, captured.program, recognize(captured.program), captured.store.read)
 
 
 @lru_cache(maxsize=2)
-def sharded(name: str, degree: int) -> Program:
-    """A recognised program with its shards, which are the same for every form; it may not be changed."""
-    program = recognized(name).program.copy()
-    run_passes(program, [step for step in rewrite(degree, FORMS["standard"]) if step.name in SHARDING])
-    return program
+def split_model(name: str, degree: int) -> Split:
+    """A split program, which is the same for every form; it may not be changed."""
+    return split(recognized(name).program, degree)
 
 
-def lane_program(name: str, degree: int, form: str, *, cache: bool = True) -> Program:
-    """What `lower` makes, without recognising and sharding the model for every form again; with a KV cache or not."""
-    done = SHARDING if cache else (*SHARDING, CacheAttention.name)
-    program = sharded(name, degree).copy()
-    run_passes(program, [step for step in rewrite(degree, FORMS[form]) if step.name not in done])
-    return program
+def lane_program(name: str, degree: int, form: str, *, cache: bool = True) -> LaneProgram:
+    """What `lower` makes, without recognising and splitting the model for every form again; with a KV cache or not."""
+    return lower_split(split_model(name, degree), form, cached=cache)
 
 
 def relative_error(have: Tensor, want: Tensor) -> float:

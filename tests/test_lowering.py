@@ -10,7 +10,7 @@ import torch
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.lowering import find_degree, lower
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import CACHE, RECOGNIZE, schedule_as, split_over
 from kraken_compiler.report import make_report
 from tests.passes.helpers import Sample, captured
 from tests.passes.models import Attention, Ffn, Gpt
@@ -60,13 +60,11 @@ def test_layers_out_of_range(layers: str | list[int], message: str) -> None:
 
 def test_layers_by_number() -> None:
     program, _ = lower(sample().program, 2, "kraken", [-1])
-    assert program.plan is not None
     assert program.plan.forms == ("standard", "kraken")
 
 
 def test_a_form_for_every_layer() -> None:
     program, _ = lower(sample().program, 2, ["sync-drop", FORMS["kraken"]])
-    assert program.plan is not None
     assert program.plan.forms == ("sync-drop", "kraken")
     assert "3 forms were given for 2 layers" in refusal(degree=2, form=["kraken"] * 3)
     assert "not both" in refusal(degree=2, form=["kraken"] * 2, layers="1")
@@ -77,9 +75,10 @@ def test_the_default_is_kraken_at_the_smallest_degree(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     program, history = lower(sample().program)
     assert program.degree == 2
-    assert program.plan is not None
     assert program.plan.forms == ("kraken", "kraken")
-    assert [record.name for record in history] == [step.name for step in (*RECOGNIZE, *rewrite(2, FORMS["kraken"]))]
+    assert [record.name for record in history] == [
+        step.name for step in (*RECOGNIZE, *split_over(2), *schedule_as(FORMS["kraken"]), *CACHE)
+    ]
 
 
 def test_the_default_degree_is_the_number_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +94,6 @@ def test_a_model_that_no_degree_divides_is_padded() -> None:
 
 def test_one_head_cannot_be_divided() -> None:
     layers = sample().recognized.layers
-    assert layers is not None
     first, *others = layers.layers
     attention, *rest = first.branches
     single = replace(layers, layers=(replace(first, branches=(replace(attention, heads=1), *rest)), *others))
@@ -140,7 +138,7 @@ def test_a_caller_that_needs_no_gradients(mode: type[torch.inference_mode] | typ
         there = sample().program.copy()
         there.constants.update({name: value.clone() for name, value in there.constants.items()})
         program, _ = lower(there, 2)
-    assert program.shards == expected.shards
+    assert program.layers == expected.layers
     assert program.weights == expected.weights
 
 

@@ -91,7 +91,7 @@ def test_what_all_devices_hold_whole_lies_in_one_file(kraken: Path) -> None:
 def test_attention_stays_one_node_and_keeps_its_heads(kraken: Path) -> None:
     graph = DeviceModel.load(kraken / device_file(0)).proto.graph
     kinds = [node.op_type for node in graph.node]
-    assert kinds.count("Attention") == len(recognized(NAME).program.layers.layers)  # type: ignore[union-attr]
+    assert kinds.count("Attention") == len(recognized(NAME).program.layers.layers)
     # Keys are not repeated for the heads that share them.
     assert not {"Expand", "Tile"} & {node.op_type for node in graph.node[: kinds.index("Attention")]}
 

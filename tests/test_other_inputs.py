@@ -74,7 +74,6 @@ def test_every_form(name: str) -> None:
             lanes = lanes_of(name, degree, form)
             program = lanes.program
             require_overlap(program.windows)
-            assert program.layers is not None
             assert (program.layers.encoder is not None) == OTHER_INPUTS[name].is_encoder_decoder
             assert "".join(branch.kind[0] for branch in program.layers.branches) == OTHER_INPUTS[name].branches
             assert program.cached is None

@@ -51,13 +51,13 @@ def test_every_run_is_measured_alone(captured: Capture) -> None:
 def test_what_was_measured_is_remembered(captured: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "model.kraken.sensitivity.json"
     lowered: list[object] = []
-    lower = module.lower
+    lower = module.lower_split
 
     def counting(*arguments: object, **options: object) -> object:
         lowered.append(arguments)
         return lower(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "lower", counting)
+    monkeypatch.setattr(module, "lower_split", counting)
     first = measure_sensitivity(captured, 2, [("kraken", (0, 0))], BATCHES, "numbers", cache=cache)
     assert len(lowered) == 1
     both = measure_sensitivity(captured, 2, [("kraken", (0, 0)), ("kraken", (1, 1))], BATCHES, "numbers", cache=cache)

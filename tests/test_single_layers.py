@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kraken_compiler.backends.single.streaming import read_from_source
-from kraken_compiler.lowering import lower
+from kraken_compiler.lowering import lower, lower_split, split_source
 from kraken_compiler.quality.calibration.single_layers import APART, SingleLayers
 from kraken_compiler.quality.sensitivity import measure_sensitivity, single_layers
 from tests.test_calibration import batches, captured
@@ -17,10 +17,11 @@ FORM = "kraken"
 @pytest.fixture(scope="module")
 def single() -> SingleLayers:
     source = captured("llama")
-    standard, _ = lower(source.program, 2, "standard", cached=False)
+    split = split_source(source.program, 2)
+    standard = lower_split(split, "standard", cached=False)
     read_lane = read_from_source(standard, source.store.read)
     given = [[ids] for ids in batches(0, 8)]
-    return SingleLayers(source.program, standard, read_lane, given, [at % 4 == 3 for at in range(8)])
+    return SingleLayers(split, standard, read_lane, given, [at % 4 == 3 for at in range(8)])
 
 
 def test_a_layers_weights_are_its_own_and_those_between_it_and_the_next(single: SingleLayers) -> None:

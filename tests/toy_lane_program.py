@@ -14,7 +14,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from kraken_compiler.ir import ops  # noqa: F401  (defines the kraken ops)
-from kraken_compiler.ir.program import CallSpec, InputSpec, Program
+from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 
@@ -49,7 +50,7 @@ def toy_sources(seed: int = 0) -> dict[str, Tensor]:
 
 
 @lru_cache
-def toy_program(degree: int) -> Program:
+def toy_program(degree: int) -> LaneProgram:
     """The lane program; `degree` divides the heads. The head's vocabulary is padded where it has to be.
 
     Made once a process; whoever changes its graph takes a copy.
@@ -118,13 +119,15 @@ def toy_program(degree: int) -> Program:
         for part in range(2)
     )
     plan = FormPlan(("parallel",) * LAYERS, tuple(Read(k, k - 1, k - 1) for k in range(1, 5)), reduces)
-    return Program(
+    return LaneProgram(
         module=exported.graph_module,
         weights={spec.name: spec for spec in table},
         inputs=(InputSpec("input_ids", "input_ids", "int64", ("batch", "length")),),
         call=call,
         degree=degree,
+        layers=LayerTable("", (), "", "", ()),
         plan=plan,
+        windows=(),
     )
 
 

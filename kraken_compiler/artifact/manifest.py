@@ -131,8 +131,8 @@ class Manifest(_Record):
     inputs: tuple[InputSpec, ...]
     call: CallSpec
     weights: tuple[WeightSpec, ...]
-    layers: LayerTable | None
-    plan: FormPlan | None
+    layers: LayerTable
+    plan: FormPlan
     windows: tuple[Window, ...]
     cache: CacheRecord | None = None
     no_cache: str = ""

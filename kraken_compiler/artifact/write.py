@@ -32,7 +32,7 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
 from kraken_compiler.versions import own_version
@@ -48,7 +48,7 @@ TokenizerSaver = Callable[[Path], None]
 
 
 def write_artifact(
-    program: Program,
+    program: LaneProgram,
     read: Callable[[str], Tensor],
     directory: Path | str,
     *,
@@ -121,7 +121,7 @@ def _cannot_write(held: Reservation, error: OSError | SafetensorError) -> InputF
 @contextmanager
 def _source_with_hash(
     held: Reservation,
-    program: Program,
+    program: LaneProgram,
     source: Source,
     digest: Callable[[], str] | None,
     backends: Sequence[Backend[Any]],
@@ -149,7 +149,7 @@ def _source_with_hash(
         pending.result()
 
 
-def _resume_key(program: Program, source: Source, backends: Sequence[Backend[Any]]) -> str:
+def _resume_key(program: LaneProgram, source: Source, backends: Sequence[Backend[Any]]) -> str:
     """Says which values the files will hold: what a killed compile of the same key finished need not be made again."""
     total = hashlib.sha256()
     parts = (FORMAT_VERSION, own_version(), torch.__version__, source, program.degree)
@@ -163,7 +163,7 @@ def _resume_key(program: Program, source: Source, backends: Sequence[Backend[Any
 
 def _fill(
     directory: Path,
-    program: Program,
+    program: LaneProgram,
     read: Callable[[str], Tensor],
     source: Callable[[], Source],
     backends: Sequence[Backend[Any]],
@@ -195,7 +195,7 @@ def _fill(
         torch=torch.__version__,
         source=source(),
         degree=program.degree,
-        forms=program.plan.forms if program.plan is not None else (),
+        forms=program.plan.forms,
         dtype=_main_dtype(program),
         inputs=program.inputs,
         call=program.call,
@@ -242,7 +242,7 @@ def _as_json(model: BaseModel) -> str:
     return model.model_dump_json(indent=1)
 
 
-def _main_dtype(program: Program) -> str:
+def _main_dtype(program: LaneProgram) -> str:
     counted: Counter[str] = Counter()
     for spec in program.weights.values():
         counted[spec.dtype] += spec.nbytes

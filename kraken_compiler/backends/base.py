@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kraken_compiler.artifact.read import Artifact
     from kraken_compiler.backends.single.streaming import ReadLane
-    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.decoder import Decoder
@@ -59,7 +59,7 @@ Chosen = TypeVar("Chosen", bound=BackendOptions)
 class Reference:
     """What a backend's programs must compute: a lane program and the lanes' weights."""
 
-    program: Program
+    program: LaneProgram
     read_lane: ReadLane
 
 
@@ -154,7 +154,7 @@ class Backend(ABC, Generic[Chosen]):
 
     @abstractmethod
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         """Write one program per lane.
 

@@ -75,7 +75,7 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
                 node.target = torch.ops.aten.detach.default
     _refuse_written_constants(exported)
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
-        known, before = compat.noted_guards(exported), set(exported._guards_code)
+        known, before = compat.noted_guards(exported), compat.guards_of(exported)
         with quiet_torch():
             try:
                 functional: ExportedProgram = exported.run_decompositions({})

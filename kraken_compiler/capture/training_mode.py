@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import fx, nn
+
+from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
 
 aten = torch.ops.aten
 
@@ -49,32 +50,19 @@ def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
 
 
 def _only_in_training(node: fx.Node) -> str | None:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return None
-    given = _arguments(node)
+    given = arguments_by_name(node)
     if not given.get("train", given.get("training", True)):
         return None
     probability = given.get("p", given.get("dropout_p"))
-    if probability is not None and _name(node.target).endswith(("dropout", "dropout_", "attention")):
+    if probability is not None and op_name(node.target).endswith(("dropout", "dropout_", "attention")):
         return f"dropout (p = {probability:g})" if probability > 0 else None
     if node.target is aten.batch_norm.default:
         return "the statistics of the batch, of its batch norms"
     if torch.Tag.nondeterministic_seeded in node.target.tags:
-        return f"the random numbers of {_name(node.target)}"
+        return f"the random numbers of {node.target.name()}"  # type: ignore[no-untyped-call]
     return None
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node's call by name, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    arguments = node.target._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    return defaults | {argument.name: value for argument, value in zip(arguments, node.args)} | node.kwargs
-
-
-def _name(target: torch._ops.OpOverload) -> str:
-    name: str = target.name()  # type: ignore[no-untyped-call]
-    return name
 
 
 def module_path(node: fx.Node) -> str:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kraken_compiler import _torch_compat as compat
+from kraken_compiler._torch_compat import FakeTensorMode
 
 
 @contextmanager

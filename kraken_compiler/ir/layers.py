@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -113,6 +113,19 @@ class LayerTable:
     def branches(self) -> tuple[Branch, ...]:
         """All branches in order; branch number k is at position k - 1."""
         return tuple(branch for layer in self.layers for branch in layer.branches)
+
+    def names(self) -> Iterator[str]:
+        """The names of all nodes that are mentioned."""
+        yield from (self.embedding, self.final, *(name for _, name in self.joins))
+        if self.head:
+            yield self.head
+        if self.encoder is not None:
+            yield from (self.encoder.embedding, self.encoder.final, self.encoder.result)
+        for branch in self.branches:
+            yield from (branch.stream, branch.output, *branch.nodes)
+            for replay in (branch.post, branch.after):
+                if replay is not None:
+                    yield from (replay.source, *replay.nodes)
 
     def with_nodes(self, nodes: Mapping[Branch, tuple[str, ...]]) -> LayerTable:
         """The table with other nodes in some branches."""

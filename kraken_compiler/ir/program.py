@@ -1,14 +1,20 @@
-"""The program: one FX graph (ATen ops), its weight table, its calling convention, and what the passes found out.
+"""The program: one FX graph (ATen ops), its weight table, its calling convention; each stage adds what passes found.
 
-A captured model is a program of degree 1 whose weights are all whole. A *lane program* is a program of degree N: the
-same graph runs on every lane, the weight table says which part of each tensor lane i owns, and `kraken::` ops are the
-only communication. Every backend takes a lane program.
+    Program      as captured: degree 1, all weights whole
+    Recognized   + layers   the residual stream and its branches
+    Split        + shards   degree N: the weight table says which part of each tensor lane i owns
+    Planned      + plan     what every branch reads, and the reduces
+    LaneProgram  + windows  the stream rebuilt for its form; in time also the program with a KV cache
+
+A *lane program* is one graph that runs on every lane; `kraken::` ops are the only communication. Every backend takes a
+lane program. The functions from stage to stage are in `passes/stages.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,11 +28,14 @@ from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.ir.windows import measure_windows
+
+Stage = TypeVar("Stage", bound="Program")
 
 
 @dataclass
 class Program:
-    """A graph with everything needed to understand and run it.
+    """A graph with everything needed to call it.
 
     Attributes:
         module: The graph. Placeholders: first every weight in the order of `weights`, then every input in the order of
@@ -37,12 +46,6 @@ class Program:
         constants: Values of tensors that are no part of a checkpoint (lifted constants, non-persistent buffers, lane
             indices), by source name.
         degree: Number of lanes.
-        layers: Set by recognition.
-        shards: Set by shard planning.
-        plan: Set by form assignment.
-        windows: Set by scheduling.
-        cached: The same computation with a KV cache; set by the cache pass, None if the model allows none.
-        no_cache: Why it allows none, "" if it does or nobody has asked.
     """
 
     module: fx.GraphModule
@@ -51,18 +54,12 @@ class Program:
     call: CallSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
     degree: int = 1
-    layers: LayerTable | None = None
-    shards: tuple[BranchShards, ...] = ()
-    plan: FormPlan | None = None
-    windows: tuple[Window, ...] = ()
-    cached: CachedProgram | None = None
-    no_cache: str = ""
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
 
-    def copy(self) -> Program:
+    def copy(self) -> Self:
         """A program with its own graph; records and tensors are shared."""
         graph = fx.Graph()
         value_map: dict[fx.Node, fx.Node] = {}
@@ -73,6 +70,35 @@ class Program:
         module = fx.GraphModule(self.module, graph)
         return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
 
+    def check(self) -> None:
+        """Hold the records against the graph: an `AssertionError` names what is in one and not in the other.
+
+        Tests let the runner call this after every pass.
+        """
+        placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        inputs = [spec.name for spec in self.inputs]
+        assert placeholders == [*self.weights, *inputs], "placeholders: weights, then inputs"
+        assert all(name == spec.name for name, spec in self.weights.items()), "weights by their names"
+        constants = {spec.source for spec in self.weights.values() if spec.kind == "constant"}
+        assert constants <= self.constants.keys(), f"constants without a value: {constants - self.constants.keys()}"
+        for record, names in self._names().items():
+            missing = set(names) - {node.name for node in self.graph.nodes}
+            assert not missing, f"{record} names nodes that the graph does not have: {sorted(missing)}"
+
+    def _names(self) -> dict[str, Iterable[str]]:
+        """By record, the nodes that it names."""
+        return {}
+
+    def at(self, stage: type[Stage], **facts: Any) -> Stage:
+        """This program, graph and tables shared, at another stage.
+
+        Args:
+            stage: A class of programs.
+            facts: The fields of it that this program does not have, or has otherwise.
+        """
+        names = {one.name for one in fields(stage)}
+        return stage(**{name: value for name, value in vars(self).items() if name in names} | facts)
+
     def reader(self, read: Callable[[str], Tensor]) -> SourceReader:
         """Extend what gives the source's tensors by this program's own constants."""
         others = SourceReader.of(read)
@@ -80,6 +106,75 @@ class Program:
             lambda source: self.constants[source] if source in self.constants else others(source),
             lambda source: None if source in self.constants else others.rows_of(source),
         )
+
+
+@dataclass(kw_only=True)
+class Recognized(Program):
+    """A program whose layers are known.
+
+    Attributes:
+        layers: The residual stream and its branches.
+    """
+
+    layers: LayerTable
+
+    def _names(self) -> dict[str, Iterable[str]]:
+        return super()._names() | {"layers": self.layers.names()}
+
+
+@dataclass(kw_only=True)
+class Split(Recognized):
+    """A program of which every lane computes its share of every branch. It does not depend on the form.
+
+    Attributes:
+        shards: One for every branch: which part of its tensors is which lane's.
+    """
+
+    shards: tuple[BranchShards, ...]
+
+    def _names(self) -> dict[str, Iterable[str]]:
+        shards = (name for one in self.shards for name in (*one.inputs, one.output, *one.region))
+        return super()._names() | {"shards": shards}
+
+
+@dataclass(kw_only=True)
+class Planned(Recognized):
+    """A program whose layers have their forms.
+
+    Attributes:
+        plan: What every branch reads, and the reduces.
+    """
+
+    plan: FormPlan
+
+    def check(self) -> None:
+        super().check()
+        branches = [branch.index for branch in self.layers.branches]
+        assert [read.branch for read in self.plan.reads] == branches, "one read for every branch"
+        assert len(self.plan.forms) == len(self.layers.layers), "one form for every layer"
+        assert [reduce.index for reduce in self.plan.reduces] == [*range(len(self.plan.reduces))], "reduces in order"
+
+
+@dataclass(kw_only=True)
+class LaneProgram(Planned):
+    """A program that computes its form, lane by lane.
+
+    Attributes:
+        windows: What lies between every reduce's start and its wait.
+        cached: The same computation with a KV cache; None if the model allows none, or nobody has asked.
+        no_cache: Why it allows none, "" if it does or nobody has asked.
+    """
+
+    windows: tuple[Window, ...]
+    cached: CachedProgram | None = None
+    no_cache: str = ""
+
+    def check(self) -> None:
+        super().check()
+        assert self.windows == measure_windows(self.graph, self.plan), "windows as they are in the graph"
+        if self.cached is not None:
+            self.cached.step.check()
+            self.cached.tables.check()
 
 
 @dataclass(frozen=True)

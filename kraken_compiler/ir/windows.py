@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from kraken_compiler._torch_compat import OpOverload, op_name
 from kraken_compiler.ir import ops
 from kraken_compiler.ir.schedule import FormPlan, Window
 
@@ -24,7 +25,7 @@ _GEMMS = frozenset(
 
 def is_gemm(node: fx.Node) -> bool:
     """True for the operations long enough to hide a collective behind: matrix products and attentions."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _GEMMS
+    return isinstance(node.target, OpOverload) and op_name(node.target) in _GEMMS
 
 
 def measure_windows(

@@ -1,15 +1,16 @@
 """What a pass is.
 
-A pass is a frozen dataclass whose fields are its options. It says which facts of the program it `requires`, works on
-the program it is given, and returns a `PassResult`. It neither prints nor times nor raises for an unsupported model: a
+A pass is a frozen dataclass whose fields are its options. It says which stage of a program it works on, changes the
+program it is given, and returns a `PassResult`. It neither prints nor times nor raises for an unsupported model: a
 part it cannot handle is a `Rejection` in the result. The runner in `manager.py` does the rest.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
@@ -22,22 +23,33 @@ class PassResult:
     Attributes:
         matches: How many places it changed, or found if it is an analysis.
         rejections: Why parts of the model cannot be handled; any of them stops the compile.
+        program: The program at its next stage, if the pass leads there; None if it is the one that was given.
+        near: Why places that look much like what the pass matches are something else. They stay as they are.
     """
 
     matches: int = 0
     rejections: tuple[Rejection, ...] = ()
+    program: Program | None = None
+    near: tuple[Rejection, ...] = ()
+
+    @classmethod
+    def of(cls, found: Iterable[bool | Rejection]) -> PassResult:
+        """What a matcher gave, place by place: whether it fired, or why it nearly did."""
+        every = tuple(found)
+        return cls(sum(one is True for one in every), near=tuple(one for one in every if isinstance(one, Rejection)))
 
 
-class Pass(ABC):
-    """Base class of all passes."""
+ProgramT = TypeVar("ProgramT", bound=Program, contravariant=True)
+
+
+class Pass(ABC, Generic[ProgramT]):
+    """Base class of all passes on programs of one stage or a later one."""
 
     name: ClassVar[str]
     """Kebab-case verb phrase, unique in a pipeline."""
-    requires: ClassVar[tuple[str, ...]] = ()
-    """Attributes of `Program` that must be set before the pass runs, e.g. "layers"."""
-    ensures: ClassVar[tuple[str, ...]] = ()
-    """Attributes of `Program` that are set after it ran."""
+    requires: ClassVar[type[Program]] = Program
+    """That stage."""
 
     @abstractmethod
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: ProgramT) -> PassResult:
         """Work on `program` in place. Called again on its own output, it must change nothing."""

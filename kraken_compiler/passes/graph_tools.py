@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.ir.dequantize import grain
 
@@ -112,6 +113,11 @@ def grain_of(weight: fx.Node) -> int:
     """How many columns of a dequantised weight stay together when it is cut."""
     scale, bits = args_of(weight)[1], args_of(weight)[3]
     return grain(weight.meta["val"].shape[-1], scale.meta["val"].shape[-1], bits)
+
+
+def near_miss(reason: str, node: fx.Node) -> Rejection:
+    """Why a matcher that expected something else at `node` does not fire."""
+    return Rejection(reason, (node.name,), module_path(node))
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
-from kraken_compiler.errors import InputFileError, UnsupportedModelError
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass
@@ -27,53 +28,70 @@ class PassRecord:
     seconds: float
 
 
-def run_passes(
-    program: Program,
-    pipeline: Sequence[Pass],
-    *,
-    dump_directory: Path | None = None,
-    progress: Callable[[str], None] | None = None,
-    first_number: int = 0,
-) -> tuple[PassRecord, ...]:
-    """Run `pipeline` over `program` in place.
+@dataclass
+class PassRunner:
+    """Runs the passes of one compile, stage after stage.
 
-    Args:
-        program: The program to change.
-        pipeline: The passes, in order.
+    Attributes:
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
-        first_number: Number of the first pass in the dumps' file names.
-
-    Returns:
-        One record per pass.
-
-    Raises:
-        UnsupportedModelError: A pass rejected a part of the model.
-        InputFileError: The dump directory cannot be written.
+        history: One record for every pass so far.
+        checks: Whether every program is checked after every pass, as tests do.
     """
-    history = []
-    for number, step in enumerate(pipeline, first_number):
-        for fact in step.requires:
-            assert getattr(program, fact), f"pass '{step.name}' needs '{fact}', which no earlier pass set"
-        if progress is not None:
-            progress(step.name)
+
+    checks: ClassVar[bool] = False
+
+    dump_directory: Path | None = None
+    progress: Callable[[str], None] | None = None
+    history: list[PassRecord] = field(default_factory=list)
+
+    def run(self, program: Program, pipeline: Sequence[Pass[Any]]) -> Program:
+        """Run `pipeline` over `program`, whose graph and tables are changed.
+
+        Returns:
+            The program at the stage to which the passes lead.
+
+        Raises:
+            UnsupportedModelError: A pass rejected a part of the model.
+            InputFileError: The dump directory cannot be written.
+        """
+        for step in pipeline:
+            program = self._run(program, step)
+        # Once, for the passes work on the graph and only its users run the code.
+        program.module.recompile()
+        return program
+
+    def _run(self, program: Program, step: Pass[Any]) -> Program:
+        stage = type(program).__name__
+        assert isinstance(program, step.requires), f"pass '{step.name}' needs a {step.requires.__name__}, not a {stage}"
+        if self.progress is not None:
+            self.progress(step.name)
         started = time.perf_counter()
         result = step.run(program)
         if result.rejections:
             raise UnsupportedModelError(result.rejections)
+        program = result.program or program
         program.graph.eliminate_dead_code()
         program.graph.lint()
         refresh_shapes(program.graph)
-        for fact in step.ensures:
-            assert getattr(program, fact), f"pass '{step.name}' promised '{fact}' and did not set it"
+        if self.checks:
+            program.check()
         record = PassRecord(step.name, result.matches, len(program.graph.nodes), time.perf_counter() - started)
         logger.info("%-22s %5d matches %6d nodes %7.2f s", *vars(record).values())
-        history.append(record)
-        if dump_directory is not None:
-            _dump(program, dump_directory / f"{number:02d}-{step.name}.txt")
-    # Once, for the passes work on the graph and only its users run the code.
-    program.module.recompile()
-    return tuple(history)
+        for reason, misses in _by_reason(result.near).items():
+            place = f"node {misses[0].nodes[0]} of module '{misses[0].path}'"
+            logger.info("  nearly %d more, the first at %s: %s", len(misses), place, reason)
+        if self.dump_directory is not None:
+            _dump(program, self.dump_directory / f"{len(self.history):02d}-{step.name}.txt")
+        self.history.append(record)
+        return program
+
+
+def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:
+    found: dict[str, list[Rejection]] = {}
+    for one in near:
+        found.setdefault(one.reason, []).append(one)
+    return found
 
 
 def _dump(program: Program, path: Path) -> None:

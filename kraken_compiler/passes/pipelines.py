@@ -1,12 +1,16 @@
-"""The pipelines: which passes run, in which order."""
+"""The pipelines: which passes run, in which order. `stages.py` runs them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from kraken_compiler.ir.forms import Form
+from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.form.assign_forms import AssignForms
 from kraken_compiler.passes.form.rewire_stream import RewireStream
+from kraken_compiler.passes.form.take_own_means import TakeOwnMeans
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
 from kraken_compiler.passes.normalize.canonicalize_linear import CanonicalizeLinear
 from kraken_compiler.passes.normalize.drop_noops import DropNoops
@@ -36,7 +40,7 @@ from kraken_compiler.passes.shard.share_means import ShareMeans
 from kraken_compiler.passes.shard.split_branches import SplitBranches
 from kraken_compiler.passes.shard.split_head import SplitHead
 
-RECOGNIZE: tuple[Pass, ...] = (
+RECOGNIZE: tuple[Pass[Program], ...] = (
     InlineRegions(),
     RefuseRandomDraws(),
     DropNoops(),
@@ -62,16 +66,9 @@ RECOGNIZE: tuple[Pass, ...] = (
 """From a captured model to its layer table. Keeps the numbers."""
 
 
-def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> tuple[Pass, ...]:
-    """From a recognised model to a scheduled lane program.
-
-    Args:
-        degree: Number of lanes.
-        form: The form of all layers, or one form per layer.
-        cached: Also make the program with a KV cache.
-    """
+def split_over(degree: int) -> tuple[Pass[Any], ...]:
+    """From a recognised model to what one of `degree` lanes computes of it, whatever the form."""
     return (
-        AssignForms(form),
         SeparateProjections(degree),
         PickKvHeads(degree),
         OpenWideNorms(degree),
@@ -80,8 +77,19 @@ def rewrite(degree: int, form: Form | tuple[Form, ...], cached: bool = True) -> 
         SplitBranches(degree),
         ShareMeans(),
         SplitHead(),
+    )
+
+
+def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:
+    """From a split model to a lane program in which all layers have one form, or each its own."""
+    return (
+        AssignForms(forms),
+        TakeOwnMeans(),
         RewireStream(),
         ReduceMeans(),
         PlaceCollectives(),
-        *((CacheAttention(),) if cached else ()),
     )
+
+
+CACHE: tuple[Pass[Any], ...] = (CacheAttention(),)
+"""From a lane program to one with a KV cache."""

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kraken_compiler._torch_compat import on_fakes
+from kraken_compiler._torch_compat import FakeTensorMode, on_fakes
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

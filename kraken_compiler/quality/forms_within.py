@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
-from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
+from kraken_compiler.ir.program import LaneProgram, Split
+from kraken_compiler.lowering import lower_split
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.calibrate import calibrate
@@ -34,7 +34,7 @@ _SINGLE_LAYER_TOKENS = 8192
 
 def forms_within(
     captured: Capture,
-    degree: int | None,
+    split: Split,
     paths: Sequence[Path],
     tokens: int,
     budget: Budget,
@@ -48,7 +48,7 @@ def forms_within(
 
     Args:
         captured: The source model.
-        degree: Number of lanes, see `lower`.
+        split: Its program, split over the lanes.
         paths: Text files, and directories of them.
         tokens: How many tokens to calibrate on.
         budget: The limit.
@@ -60,17 +60,15 @@ def forms_within(
         InputFileError: A text or the cache cannot be read.
     """
     rows = _rows(captured, paths, tokens)
-    standard, _ = lower(captured.program, degree, "standard", cached=False)
-    assert standard.layers is not None
-    assert standard.plan is not None
+    standard = lower_split(split, "standard", cached=False)
     read_lane = read_from_source(standard, captured.store.read)
     inputs = list(map(inputs_function(standard.inputs), rows.batches))
-    costs = _costs_of_layers(captured, standard, read_lane, inputs, rows, show, cache)
+    costs = _costs_of_layers(captured, split, standard, read_lane, inputs, rows, show, cache)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     said = [source(ids) for ids in rows.measured]
 
     def measure(forms: tuple[str, ...]) -> Quality:
-        program, _ = lower(captured.program, standard.degree, forms, cached=False)
+        program = lower_split(split, forms, cached=False)
         changed = len(layers_of(forms))
         with show.steps(f"{changed} layers changed: calibrate") as advance:
             found = calibrate(standard, program, read_lane, inputs, rows.held, advance=advance)
@@ -111,7 +109,8 @@ def _rows(captured: Capture, paths: Sequence[Path], tokens: int) -> _Rows:
 
 def _costs_of_layers(
     captured: Capture,
-    standard: Program,
+    split: Split,
+    standard: LaneProgram,
     read_lane: ReadLane,
     inputs: Sequence[list[Tensor]],
     rows: _Rows,
@@ -120,20 +119,19 @@ def _costs_of_layers(
 ) -> dict[str, list[float]]:
     """By form what it costs in every layer alone, calibrated for that."""
     few = _few(rows.batches, rows.held)
-    single = SingleLayers(
-        captured.program, standard, read_lane, [inputs[at] for at in few], [rows.held[at] for at in few]
-    )
+    single = SingleLayers(split, standard, read_lane, [inputs[at] for at in few], [rows.held[at] for at in few])
     order = single.in_order()
     forms = (KRAKEN.name, SYNC_DROP.name)
     with show.steps("cost of single layers") as advance:
         alone = measure_sensitivity(
             captured,
-            standard.degree,
+            split.degree,
             [(form, (layer, layer)) for form in forms for layer in order],
             rows.measured[:1],
             rows.name,
             calibrated=single.tokens,
             reader=single.reader,
+            split=split,
             cache=cache,
             advance=advance,
         )

@@ -20,7 +20,8 @@ from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.formatting import json_text, number_text
-from kraken_compiler.lowering import lower
+from kraken_compiler.ir.program import Split
+from kraken_compiler.lowering import lower_split, split_source
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.lane_logits import lane_logits, replay
@@ -120,6 +121,7 @@ def measure_sensitivity(
     *,
     calibrated: int = 0,
     reader: Reader | None = None,
+    split: Split | None = None,
     cache: Path | None = None,
     advance: Advance | None = None,
 ) -> Sensitivity:
@@ -133,6 +135,7 @@ def measure_sensitivity(
         text: What the tokens are, for the record.
         calibrated: How many tokens the weights of `reader` were calibrated on, for the record.
         reader: Gives the weights of single layers; None takes the source's.
+        split: The program, split over the lanes, if it has been; else it is if something is to be measured.
         cache: A file that remembers costs; those of another model, degree, text or calibration are forgotten.
         advance: Is told how many runs are done.
 
@@ -147,7 +150,8 @@ def measure_sensitivity(
     order = list(dict.fromkeys(wanted))
     missing = [(form, run) for form, run in order if known.of(form, run) is None]
     if missing:
-        known = _measured(captured, known, missing, batches, reader, advance)
+        split = split or split_source(captured.program, degree)
+        known = _measured(captured, split, known, missing, batches, reader, advance)
         if cache is not None:
             _save(cache, known)
     costs = tuple(cost for form, run in order if (cost := known.of(form, run)) is not None)
@@ -156,6 +160,7 @@ def measure_sensitivity(
 
 def _measured(
     captured: Capture,
+    split: Split,
     known: Sensitivity,
     missing: Sequence[tuple[str, Run]],
     batches: Sequence[Tensor],
@@ -166,7 +171,7 @@ def _measured(
     said = [source(ids) for ids in batches]
     costs = list(known.costs)
     for number, (form, (first, last)) in enumerate(missing, start=1):
-        program, _ = lower(captured.program, known.degree, form, list(range(first, last + 1)), cached=False)
+        program = lower_split(split, form, range(first, last + 1), cached=False)
         read_lane = reader(form, first) if reader is not None else read_from_source(program, captured.store.read)
         found = evaluate(replay(said), lane_logits(program, read_lane), batches, known.text)
         costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))

@@ -13,7 +13,7 @@ from kraken_compiler.backends.single.streaming import StreamingProgram, read_fro
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.reference import RunModel
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Program, Stage
 from kraken_compiler.ir.sample_inputs import all_sizes
 from kraken_compiler.ir.size_rules import in_words
 from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source, first_line
@@ -52,7 +52,7 @@ class ModelCheck:
 
 
 def compare_with_model(
-    captured: Capture, standard: Program, *, run: Run | None = None, find_rules: bool = True
+    captured: Capture, standard: LaneProgram, *, run: Run | None = None, find_rules: bool = True
 ) -> ModelCheck:
     """Run the model itself and a lane program that must equal it.
 
@@ -78,7 +78,7 @@ def compare_with_model(
     return ModelCheck(made, rules, tuple(skipped))
 
 
-def with_rules(program: Program, rules: Sequence[str]) -> Program:
+def with_rules(program: Stage, rules: Sequence[str]) -> Stage:
     """The program with more rules for its sizes."""
     if not rules:
         return program
@@ -98,7 +98,7 @@ class _Check:
     """The model and the lanes side by side."""
 
     def __init__(
-        self, captured: Capture, standard: Program, model: RunModel | None, lanes: Run, failures: list[str]
+        self, captured: Capture, standard: LaneProgram, model: RunModel | None, lanes: Run, failures: list[str]
     ) -> None:
         self._captured, self._standard, self._model, self._lanes = captured, standard, model, lanes
         self._failures, self._device = failures, _device(captured)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.ir.layers import LayerTable
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import sample_inputs
-from kraken_compiler.passes.manager import run_passes
-from kraken_compiler.passes.pipelines import RECOGNIZE
+from kraken_compiler.passes.stages import recognize
 from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors
 from kraken_compiler.verify.tolerances import computed_dtypes, source_tolerance
 
@@ -26,7 +25,7 @@ class ModelFailedError(Exception):
 
 def compare_with_source(
     captured: Program,
-    standard: Program,
+    standard: LaneProgram,
     read: Callable[[str], Tensor],
     sizes: Sequence[tuple[int, int]],
     *,
@@ -107,13 +106,10 @@ def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: 
 
 
 def _diverging(
-    captured: Program, standard: Program, read: Callable[[str], Tensor], inputs: list[Tensor], tolerance: float
+    captured: Program, standard: LaneProgram, read: Callable[[str], Tensor], inputs: list[Tensor], tolerance: float
 ) -> str:
     """The first place at which the lanes' stream is not that of what was captured; "" if there is none."""
-    recognized = captured.copy()
-    run_passes(recognized, RECOGNIZE)
-    assert recognized.layers is not None
-    assert standard.layers is not None
+    recognized = recognize(captured)
     _, source_stream = _streaming(recognized, read).run_with_taps(inputs, _joins(recognized.layers).values())
     _, stream = _streaming(standard, read).run_with_taps(inputs, _joins(standard.layers).values())
     return _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.ir.program import CachedProgram, LaneProgram, Stage
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 
@@ -26,7 +26,7 @@ Row = tuple[str, tuple[DimShard, ...], float]
 """What tells weights apart: source, shards, scale. The programs with a KV cache have names of their own for them."""
 
 
-def with_lane_tensors(program: Program, names: Collection[str]) -> Program:
+def with_lane_tensors(program: LaneProgram, names: Collection[str]) -> LaneProgram:
     """A program whose weights in `names` are tensors of the lanes, no parts of the source's.
 
     A weight that all lanes hold alike stays one whole tensor.
@@ -73,7 +73,7 @@ def lane_tensor_reader(
     return SourceReader(read_source, lambda source: None if source in own else others.rows_of(source))
 
 
-def _moved(program: Program, rows: Mapping[Row, str]) -> Program:
+def _moved(program: Stage, rows: Mapping[Row, str]) -> Stage:
     table = {
         name: _own(spec, rows[_row(spec)], program.degree) if _row(spec) in rows else spec
         for name, spec in program.weights.items()

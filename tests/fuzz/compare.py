@@ -18,7 +18,7 @@ from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.errors import UnsupportedModelError, UsageError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.runtime.decoder import Array
 from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.thread_ranks import together
@@ -54,7 +54,7 @@ class Comparison:
 
     refused: str = ""
     no_cache: str = ""
-    program: Program | None = None
+    program: LaneProgram | None = None
     read: Callable[[str], Tensor] | None = None
     decoded: Tensor = field(default_factory=lambda: torch.empty(0))
     refused_sizes: tuple[tuple[int, int], ...] = ()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor, fx, nn
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import Rejection, UnsupportedModelError
+from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.printer import program_text
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Program, Recognized
 from kraken_compiler.passes.base import Pass
-from kraken_compiler.passes.manager import run_passes
+from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import RECOGNIZE
+from kraken_compiler.passes.stages import recognize, schedule, split
 from tests.passes.models import VOCAB, Gpt
 
 MakeInputs = Callable[[int, int], tuple[Tensor, ...]]
@@ -49,18 +52,19 @@ class Sample:
     inputs: tuple[tuple[Tensor, ...], ...]
 
     @cached_property
-    def recognized(self) -> Program:
+    def recognized(self) -> Recognized:
         """The program after recognition; do not change it."""
-        program = self.program.copy()
-        run_passes(program, RECOGNIZE)
-        return program
+        return recognize(self.program)
 
-    def after(self, *pipeline: Pass) -> Program:
+    def after(self, *pipeline: Pass[Any]) -> Any:
         """A copy of the program with passes run over it."""
         known = pipeline[: len(RECOGNIZE)] == RECOGNIZE
         program = (self.recognized if known else self.program).copy()
-        run_passes(program, pipeline[len(RECOGNIZE) :] if known else pipeline)
-        return program
+        return PassRunner().run(program, pipeline[len(RECOGNIZE) :] if known else pipeline)
+
+    def lanes(self, degree: int, form: Form) -> LaneProgram:
+        """The lane program with one form in all layers."""
+        return schedule(split(self.recognized, degree), form)
 
     def run(self, program: Program) -> list[Tensor]:
         """All outputs for all inputs: the plain graph at degree 1, all lanes of a lane program otherwise."""
@@ -78,11 +82,11 @@ class Sample:
             outputs = [self.module(*given) for given in self.inputs]
         return [out for output in outputs for out in (output if isinstance(output, tuple) else (output,))]
 
-    def rejection(self, *pipeline: Pass) -> Rejection:
+    def rejection(self, *pipeline: Pass[Any]) -> Rejection:
         """The one rejection that a pipeline stops with; the nodes it blames are in the graph."""
         program = self.program.copy()
         with pytest.raises(UnsupportedModelError) as caught:
-            run_passes(program, pipeline)
+            PassRunner().run(program, pipeline)
         (rejection,) = caught.value.rejections
         assert set(rejection.nodes) <= {node.name for node in program.graph.nodes}
         return rejection
@@ -123,13 +127,13 @@ def gpt(layers: int = 1, parallel: bool = False) -> Sample:
     return captured(Gpt(layers, parallel=parallel))
 
 
-def recognized(module: nn.Module) -> tuple[Sample, Program]:
+def recognized(module: nn.Module) -> tuple[Sample, Recognized]:
     """A captured decoder and its program after recognition."""
     sample = captured(module)
-    return sample, sample.after(*RECOGNIZE)
+    return sample, sample.recognized.copy()
 
 
-def check_pass(step: Pass, sample: Sample, *, matches: int, before: Sequence[Pass] = ()) -> Program:
+def check_pass(step: Pass[Any], sample: Sample, *, matches: int, before: Sequence[Pass[Any]] = ()) -> Any:
     """The pass fires `matches` times, keeps the numbers, and finds nothing left to do.
 
     Returns:
@@ -138,43 +142,53 @@ def check_pass(step: Pass, sample: Sample, *, matches: int, before: Sequence[Pas
     program = sample.after(*before)
     want = sample.run(program)
     assert_close(want, sample.expected())
-    found = _matches(step, program)
+    found, program = _after(step, program)
     assert found == matches
     assert_close(sample.run(program), want)
     check_idempotent(step, program)
     return program
 
 
-def check_idempotent(step: Pass, program: Program) -> None:
+def check_idempotent(step: Pass[Any], program: Program) -> None:
     """Run again, the pass changes nothing and says so."""
     text = program_text(program)
-    assert _matches(step, program) == 0
+    found, program = _after(step, program)
+    assert found == 0
     assert program_text(program) == text
 
 
-def check_untouched(step: Pass, sample: Sample, *, before: Sequence[Pass] = ()) -> Program:
-    """The pass does not fire: no match, and the same graph."""
+def check_untouched(step: Pass[Any], sample: Sample, *, before: Sequence[Pass[Any]] = (), why: str = "") -> Any:
+    """The pass does not fire: no match, and the same graph; where it nearly does, it says why not."""
     program = sample.after(*before)
     program.graph.eliminate_dead_code()
     text = program_text(program)
-    assert _matches(step, program) == 0
+    near = step.run(program).near
+    assert why in " ".join(one.reason for one in near)
+    assert bool(near) == bool(why)
+    found, program = _after(step, program)
+    assert found == 0
     assert program_text(program) == text
+    assert {name for one in near for name in one.nodes} <= {node.name for node in program.graph.nodes}
     return program
 
 
-def check_analysis(step: Pass, program: Program, *facts: str) -> None:
-    """An analysis leaves the graph alone and finds the same again."""
+def check_analysis(step: Pass[Any], program: Program, *facts: str) -> Any:
+    """An analysis leaves the graph alone and finds the same again; returns the program with what it found."""
     text = program_text(program)
-    first = _matches(step, program)
+    first, program = _after(step, program)
     found = [getattr(program, fact) for fact in facts]
     assert program_text(program) == text
-    assert _matches(step, program) == first
+    again, program = _after(step, program)
+    assert again == first
     assert [getattr(program, fact) for fact in facts] == found
+    return program
 
 
-def _matches(step: Pass, program: Program) -> int:
-    (record,) = run_passes(program, [step])
-    return record.matches
+def _after(step: Pass[Any], program: Program) -> tuple[int, Any]:
+    """How often a pass fired, and the program after it."""
+    runner = PassRunner()
+    program = runner.run(program, [step])
+    return runner.history[0].matches, program
 
 
 def assert_close(have: Sequence[Tensor], want: Sequence[Tensor], *, tolerance: float = 1e-9) -> None:

@@ -177,3 +177,29 @@ class TalkingHeads(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y_BSEH = super().mix(q, k, v).permute(0, 2, 3, 1)
         return (y_BSEH @ self.talk).permute(0, 3, 1, 2)
+
+
+class WideAttention(Attention):
+    """q is normalised over all heads, k over both KV heads together."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.q_norm, self.k_norm = nn.LayerNorm(H * E), nn.RMSNorm(2 * E, eps=1e-6)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (
+            norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (-1, E)).transpose(1, 2)
+            for norm, x in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return super().mix(q, k, v)
+
+
+class WideFfn(Ffn):
+    """The FFN's inside is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(COLUMNS)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(self.norm(F.gelu(self.up(x_BSD))))

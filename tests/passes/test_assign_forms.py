@@ -10,10 +10,9 @@ from tests.passes.models import D, Gpt
 def test_gives_every_layer_its_form() -> None:
     """What follows from the forms is tested in tests/test_forms.py."""
     _, program = recognized(Gpt(layers=2))
-    assert program.layers is not None
-    check_analysis(AssignForms((STANDARD, KRAKEN)), program, "plan")
-    assert program.plan == derive_plan(program.layers.branches, [STANDARD, KRAKEN], bytes_per_token=D * 8)
-    check_analysis(AssignForms(KRAKEN), program, "plan")
-    assert program.plan.forms == ("kraken", "kraken")
-    check_analysis(AssignForms(), program, "plan")
-    assert program.plan.forms == ("standard", "standard")
+    planned = check_analysis(AssignForms((STANDARD, KRAKEN)), program, "plan")
+    assert planned.plan == derive_plan(program.layers.branches, [STANDARD, KRAKEN], bytes_per_token=D * 8)
+    planned = check_analysis(AssignForms(KRAKEN), program, "plan")
+    assert planned.plan.forms == ("kraken", "kraken")
+    planned = check_analysis(AssignForms(), program, "plan")
+    assert planned.plan.forms == ("standard", "standard")

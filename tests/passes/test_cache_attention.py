@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import KRAKEN
 from kraken_compiler.ir.printer import program_text
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.stages import with_cache
 from tests.lane_decoder import LaneDecoder
 from tests.passes.helpers import Golden, Sample, assert_close, captured, check_idempotent, gpt
 from tests.passes.models import Attention, D, Ffn, Gpt
 
 
-def lowered(sample: Sample) -> Program:
-    return sample.after(*RECOGNIZE, *rewrite(2, KRAKEN))
+def lowered(sample: Sample) -> LaneProgram:
+    return with_cache(sample.lanes(2, KRAKEN))
 
 
 class Masked(Attention):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.layers import LayerTable
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from tests.passes.helpers import assert_close, captured, check_analysis, hidden, recognized
 from tests.passes.models import COLUMNS, Attention, Block, D, E, Ffn, Gpt, H, TalkingHeads
@@ -15,9 +15,9 @@ from tests.passes.models import COLUMNS, Attention, Block, D, E, Ffn, Gpt, H, Ta
 
 def table_of(module: nn.Module) -> LayerTable:
     _, program = recognized(module)
-    check_analysis(FindLayers(), program, "layers")
-    assert program.layers is not None
-    return program.layers
+    table = check_analysis(FindLayers(), program, "layers").layers
+    assert isinstance(table, LayerTable)
+    return table
 
 
 def test_finds_sequential_layers() -> None:
@@ -65,11 +65,10 @@ def test_finds_layers_without_embedding_or_head() -> None:
     """An encoder that reads and writes hidden states; its argument is called `input`, like a Python builtin."""
     encoder = nn.Sequential(Block(Attention(), Ffn()), Block(Attention(), Ffn()))
     sample = captured(encoder, hidden(D))
-    table = sample.after(*RECOGNIZE).layers
-    assert table is not None
+    table = sample.recognized.layers
     assert len(table.layers) == 2
     assert table.head == ""
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(2, STANDARD)), sample.expected())
 
 
 def test_sees_through_a_constant_factor_on_a_branch() -> None:
@@ -204,13 +203,12 @@ def test_norms_after_a_branch_are_no_part_of_it() -> None:
 
 def test_a_norm_after_experts_follows_their_sum() -> None:
     sample, program = recognized(with_blocks(SandwichNorm, ffn=Routed))
-    assert program.layers is not None
     for branch in program.layers.branches:
         if branch.kind == "ffn":
             assert branch.post is not None
             assert branch.post.source == branch.output
             assert [node.rstrip("_0123456789") for node in branch.post.nodes] == ["layer_norm"]
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(2, STANDARD)), sample.expected())
 
 
 def test_rejects_a_norm_after_two_branches() -> None:
@@ -240,7 +238,7 @@ def test_an_output_may_meet_what_all_lanes_know_but_not_the_stream(gate: str) ->
         branches = [branch for branch in table_of(model).branches if branch.kind == "ffn"]
         assert all((branch.post is not None) == (gate == "itself") for branch in branches)
         sample = captured(model)
-        assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+        assert_close(sample.run(sample.lanes(2, STANDARD)), sample.expected())
         return
     text, path = reason(model)
     assert "'mul.Tensor' stands between" in text
@@ -256,16 +254,15 @@ def test_rejects_a_rewritten_stream() -> None:
 def test_experts_mixed_by_a_gate_are_branches_side_by_side() -> None:
     """The gate is computed from the stream alone: a lane knows it whole, and multiplies its part by it."""
     sample, program = recognized(Gpt(ffn=Experts))
-    assert program.layers is not None
     ffns = [(branch.layer, branch.reads) for branch in program.layers.branches if branch.kind == "ffn"]
     assert ffns == [(layer, reads) for layer, reads in sorted(set(ffns)) for _ in range(2)]
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(2, STANDARD)), sample.expected())
 
 
 def test_a_gate_computed_from_columns_is_known_to_all_lanes() -> None:
     """Every lane computes all columns then, and multiplies its own part by what follows from all of them."""
     sample = captured(Gpt(ffn=SelfGated))
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(2, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(2, STANDARD)), sample.expected())
 
 
 def test_rejects_a_branch_with_nothing_to_split() -> None:

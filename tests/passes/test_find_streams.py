@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import KRAKEN, STANDARD
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import RECOGNIZE
 from tests.passes.helpers import Sample, assert_close, captured, tokens
 from tests.passes.models import VOCAB, Attention, Block, D, Ffn
 
@@ -73,7 +73,6 @@ def sample() -> Sample:
 
 def test_an_encoder_and_its_decoder() -> None:
     table = sample().recognized.layers
-    assert table is not None
     assert table.encoder is not None
     branches = table.branches
     assert [(branch.kind, branch.layer, branch.base) for branch in branches] == [
@@ -94,18 +93,15 @@ def test_an_encoder_and_its_decoder() -> None:
 
 def test_forms_of_two_streams() -> None:
     for degree in (2, 4):
-        program = sample().after(*RECOGNIZE, *rewrite(degree, STANDARD))
+        program = sample().lanes(degree, STANDARD)
         assert_close(sample().run(program), sample().expected())
-        assert program.plan is not None
         assert len(program.plan.reduces) == 10
         # What the encoder ends with is under way while the decoder begins.
         assert [bool(window.gemms) for window in program.windows] == [number == 3 for number in range(10)]
-    one = sample().after(*RECOGNIZE, *rewrite(1, KRAKEN))
+    one = sample().lanes(1, KRAKEN)
     assert_close(sample().run(one), sample().expected())
-    kraken = sample().after(*RECOGNIZE, *rewrite(2, KRAKEN))
-    assert kraken.plan is not None
+    kraken = sample().lanes(2, KRAKEN)
     assert len(kraken.plan.reduces) == 2 + 4
-    assert kraken.layers is not None
     for read, branch in zip(kraken.plan.reads, kraken.layers.branches, strict=True):
         assert read.own >= read.peers >= branch.base
     assert all(window.gemms for window in kraken.windows if window.promised)

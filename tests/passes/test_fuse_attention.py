@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
 from kraken_compiler.passes.normalize.drop_noops import DropNoops
 from kraken_compiler.passes.normalize.fuse_attention import FuseAttention
 from tests.passes.helpers import Golden, captured, check_pass, check_untouched, hidden, targets
 
 H, E = 2, 4
-BEFORE: tuple[Pass, ...] = (DropNoops(), CanonicalizeLayout())
+BEFORE: tuple[Pass[Program], ...] = (DropNoops(), CanonicalizeLayout())
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -126,6 +128,30 @@ OTHERS: dict[str, Formula] = {
 }
 
 
+WHY = {
+    "softmax over queries": "over another dim than the keys",
+    "softmax over heads": "over another dim than the keys",
+    "probabilities read twice": "probabilities are read by more than one product",
+    "probabilities on the right": "probabilities are the right operand",
+    "capped scores": "'aten.tanh.default' is between the softmax and a product",
+    "masked, then capped": "scores are capped after they are masked",
+    "a column cut off in front": "probabilities are cut",
+    "a second column from the data": "the column beside the scores is no weight",
+    "gated probabilities": "'aten.mul.Tensor' changes the probabilities",
+    "scores that are no product": "'aten.cos.default' is between the softmax and a product",
+    "scale of every key": "not the same for all keys",
+}
+
+
+def test_the_runner_tells_what_nearly_fired(caplog: pytest.LogCaptureFixture) -> None:
+    program = captured(Attention(OTHERS["softmax over heads"]), hidden(H * E)).after(*BEFORE)
+    with caplog.at_level("INFO"):
+        PassRunner().run(program, [FuseAttention()])
+    (line,) = (record.getMessage() for record in caplog.records if "nearly" in record.getMessage())
+    assert line.startswith("  nearly 1 more, the first at node softmax of module '")
+    assert line.endswith("a softmax before a product is over another dim than the keys")
+
+
 @pytest.mark.parametrize("name", CAPPED)
 def test_fuses_capped_scores_and_sinks(name: str) -> None:
     program = check_pass(FuseAttention(), captured(Attention(CAPPED[name]), hidden(H * E)), matches=1, before=BEFORE)
@@ -145,7 +171,8 @@ def test_fuses(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_leaves_others_alone(name: str) -> None:
-    check_untouched(FuseAttention(), captured(Attention(OTHERS[name]), hidden(H * E)), before=BEFORE)
+    sample = captured(Attention(OTHERS[name]), hidden(H * E))
+    check_untouched(FuseAttention(), sample, before=BEFORE, why=WHY[name])
 
 
 def test_golden(golden: Golden) -> None:

@@ -70,6 +70,13 @@ def test_leaves_other_products_alone(name: str) -> None:
     check_untouched(FuseExperts(), captured(Experts(LEFT[name]), hidden(4)), before=BEFORE)
 
 
+def test_a_column_that_is_no_row_is_nearly_one() -> None:
+    def stacked(m: Experts, rows: Tensor, picked: Tensor) -> Tensor:
+        return torch.bmm(m.out_in[picked], torch.stack([rows], dim=-1)).squeeze(-1)
+
+    check_untouched(FuseExperts(), captured(Experts(stacked), hidden(4)), before=BEFORE, why="no row made a column")
+
+
 def test_a_bias_of_other_experts_stays_outside() -> None:
     sample = captured(Experts(lambda m, rows, picked: columns(m, rows, picked) + m.bias[2 - picked]), hidden(4))
     program = check_pass(FuseExperts(), sample, matches=1, before=BEFORE)

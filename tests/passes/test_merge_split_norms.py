@@ -51,12 +51,22 @@ def test_merges_norms_of_single_heads(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_leaves_norms_that_differ_alone(name: str) -> None:
-    check_untouched(MergeSplitNorms(), captured(SplitNorms(DIFFERENT[name]()), hidden(H * E)))
+    sample = captured(SplitNorms(DIFFERENT[name]()), hidden(H * E))
+    check_untouched(MergeSplitNorms(), sample, why="differ in more than their weights")
 
 
-@pytest.mark.parametrize(("order", "size"), [((0, 2, 1), 1), ((0, 0, 1), 1), ((0, 1), 1), ((0, 1), 2)])
-def test_leaves_heads_out_of_order_alone(order: tuple[int, ...], size: int) -> None:
-    check_untouched(MergeSplitNorms(), captured(SplitNorms(ALIKE["layer norms"](), order, size), hidden(H * E)))
+@pytest.mark.parametrize(
+    ("order", "size", "why"),
+    [
+        ((0, 2, 1), 1, "in another order"),
+        ((0, 0, 1), 1, "in another order"),
+        ((0, 1), 1, "not those of all heads"),
+        ((0, 1), 2, "not those of all heads"),
+    ],
+)
+def test_leaves_heads_out_of_order_alone(order: tuple[int, ...], size: int, why: str) -> None:
+    sample = captured(SplitNorms(ALIKE["layer norms"](), order, size), hidden(H * E))
+    check_untouched(MergeSplitNorms(), sample, why=why)
 
 
 def test_golden(golden: Golden) -> None:

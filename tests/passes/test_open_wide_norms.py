@@ -5,40 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import FORMS, KRAKEN, STANDARD
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from tests.passes.helpers import Sample, assert_close, captured, check_idempotent, check_pass, check_untouched, targets
-from tests.passes.models import COLUMNS, Attention, D, E, Ffn, Gpt, H
-
-
-class WideAttention(Attention):
-    """q is normalised over all heads, k over both KV heads together."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-        self.q_norm, self.k_norm = nn.LayerNorm(H * E), nn.RMSNorm(2 * E, eps=1e-6)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (
-            norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (-1, E)).transpose(1, 2)
-            for norm, x in ((self.q_norm, q), (self.k_norm, k))
-        )
-        return super().mix(q, k, v)
-
-
-class WideFfn(Ffn):
-    """The FFN's inside is normalised."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(COLUMNS)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(self.norm(torch.nn.functional.gelu(self.up(x_BSD))))
+from tests.passes.models import Attention, D, E, Gpt, H, WideAttention, WideFfn
 
 
 @cache
@@ -50,7 +23,6 @@ def test_opens_norms_over_split_columns() -> None:
     program = check_pass(OpenWideNorms(2), sample(), matches=6, before=RECOGNIZE)
     # Two means of q and of the FFN, one of k, in each of two layers.
     assert targets(program).count("kraken.mean_power") == 10
-    assert program.layers is not None
     names = {node.name for node in program.graph.nodes}
     assert all(set(branch.nodes) <= names for branch in program.layers.branches)
 
@@ -71,9 +43,8 @@ def test_norms_over_single_heads_and_one_lane_stay() -> None:
 @pytest.mark.parametrize("degree", [2, H])
 def test_standard_is_exact(degree: int) -> None:
     """Also where several lanes hold a KV head, whose columns must count once."""
-    program = sample().after(*RECOGNIZE, *rewrite(degree, STANDARD))
+    program = sample().lanes(degree, STANDARD)
     assert_close(sample().run(program), sample().expected())
-    assert program.plan is not None
     # One for the parts and one for the means of every branch: q's and k's travel together.
     assert len(program.plan.reduces) == 8
     assert [reduce.index for reduce in program.plan.reduces] == list(range(8))
@@ -83,13 +54,12 @@ def test_standard_is_exact(degree: int) -> None:
 
 def test_late_branches_take_the_mean_of_what_they_have() -> None:
     """Only the first branch of a kraken model reads what the source reads."""
-    program = sample().after(*RECOGNIZE, *rewrite(2, KRAKEN))
-    assert program.plan is not None
+    program = sample().lanes(2, KRAKEN)
     assert len(program.plan.reduces) == 3
     check_idempotent(OpenWideNorms(2), program)
 
 
 def test_one_lane_is_the_source_model() -> None:
     for form in ("standard", "kraken"):
-        program = sample().after(*RECOGNIZE, *rewrite(1, FORMS[form]))
+        program = sample().lanes(1, FORMS[form])
         assert_close(sample().run(program), sample().expected())

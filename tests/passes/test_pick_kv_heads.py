@@ -4,7 +4,6 @@ import pytest
 
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.index_set import size
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, shared_groups, spread
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
 from tests.passes.helpers import assert_close, recognized, targets
@@ -43,7 +42,6 @@ def test_groups_that_lanes_share() -> None:
 def test_only_shared_groups_are_picked() -> None:
     """4 heads on 2 KV heads: on 3 lanes the second lane's two heads are those of both groups."""
     sample, program = recognized(Gpt(attention=lambda: Attention(2)))
-    assert program.layers is not None
     assert even_degrees(program.layers) == (1, 2, 4)
     assert padding(program.layers, 3, "attention") == pytest.approx(0.5)
     assert PickKvHeads(2).run(program).matches == 0
@@ -59,7 +57,7 @@ def test_only_shared_groups_are_picked() -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_padded_lanes_compute_what_the_model_computes(kv_heads: int) -> None:
     sample, _ = recognized(Gpt(attention=lambda: Attention(kv_heads)))
-    program = sample.after(*RECOGNIZE, *rewrite(3, STANDARD))
+    program = sample.lanes(3, STANDARD)
     assert_close(sample.run(program), sample.expected())
     padded = {
         spec.source

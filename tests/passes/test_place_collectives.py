@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.windows import measure_windows
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from tests.passes.helpers import Golden, assert_close, check_idempotent, gpt
 
@@ -14,8 +13,8 @@ START = torch.ops.kraken.all_reduce_start.default
 WAIT = torch.ops.kraken.wait.default
 
 
-def lowered(form: Form, degree: int = 2) -> Program:
-    return gpt(2).after(*RECOGNIZE, *rewrite(degree, form))
+def lowered(form: Form, degree: int = 2) -> LaneProgram:
+    return gpt(2).lanes(degree, form)
 
 
 def test_kraken_hides_every_reduce_but_the_last_behind_an_attention() -> None:
@@ -23,7 +22,6 @@ def test_kraken_hides_every_reduce_but_the_last_behind_an_attention() -> None:
     first, last = program.windows
     assert first.promised == (3,)
     assert len(first.gemms) == 5, "q, k, v, the attention and its output projection"
-    assert program.layers is not None
     assert set(first.gemms) <= set(program.layers.branches[2].nodes)
     assert (last.promised, last.gemms) == ((), ())
     check_idempotent(PlaceCollectives(), program)
@@ -54,7 +52,7 @@ def test_starts_follow_their_operand_and_waits_precede_their_reader(form: Form) 
 def test_misplaced_collectives_are_moved_back() -> None:
     """A late start and an early wait cost the overlap; the pass restores both and the numbers hold."""
     sample = gpt(2)
-    program = sample.after(*RECOGNIZE, *rewrite(2, KRAKEN))
+    program = sample.lanes(2, KRAKEN)
     want, windows = sample.run(program), program.windows
     start, wait = (next(node for node in program.graph.nodes if node.target is target) for target in (START, WAIT))
     wait.prev.append(start)
@@ -62,7 +60,8 @@ def test_misplaced_collectives_are_moved_back() -> None:
     result = PlaceCollectives().run(program)
     assert result.matches == 1
     assert not result.rejections
-    assert program.windows == windows
+    assert isinstance(result.program, LaneProgram)
+    assert result.program.windows == windows
     program.module.recompile()
     assert_close(sample.run(program), want)
     check_idempotent(PlaceCollectives(), program)

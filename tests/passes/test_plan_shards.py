@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kraken_compiler.ir.index_set import IndexSet, from_indices
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.shard.plan_shards import PlanShards
@@ -39,11 +40,11 @@ def kept(program: Program, source: str) -> dict[int, Lanes]:
     return {shard.dim: shard.lanes for shard in spec.shards}
 
 
-def split(module: nn.Module, degree: int) -> Program:
+def split(module: nn.Module, degree: int) -> Split:
     _, program = recognized(module)
-    check_analysis(PlanShards(degree), program, "shards")
-    SplitBranches(degree).run(program)
-    return program
+    planned: Split = check_analysis(PlanShards(degree), program, "shards")
+    SplitBranches(degree).run(planned)
+    return planned
 
 
 def heads(*lanes: list[int], width: int = E, start: int = 0) -> Lanes:
@@ -141,7 +142,7 @@ def test_fused_gate_and_up(layout: str, want: Lanes) -> None:
 def test_what_enters_from_the_side_is_cut_to_the_lanes_heads() -> None:
     """The ALiBi bias is computed whole on every lane; of its heads a lane keeps its own."""
     _, program = recognized(Gpt(attention=AlibiAttention))
-    check_analysis(PlanShards(2), program, "shards")
+    program = check_analysis(PlanShards(2), program, "shards")
     sides = {
         name: sets
         for name, sets in program.shards[0].kept.items()
@@ -175,10 +176,11 @@ def test_twins_are_probed_once() -> None:
     _, program = recognized(Gpt(layers=3))
     result = PlanShards(2).run(program)
     assert result.matches == 2
-    assert [plan.branch for plan in program.shards] == [1, 2, 3, 4, 5, 6]
-    outputs = [plan.output for plan in program.shards]
-    assert len(set(outputs)) == 6
-    assert program.shards[0].columns == program.shards[4].columns
+    assert isinstance(result.program, Split)
+    shards = result.program.shards
+    assert [plan.branch for plan in shards] == [1, 2, 3, 4, 5, 6]
+    assert len({plan.output for plan in shards}) == 6
+    assert shards[0].columns == shards[4].columns
 
 
 def test_layers_that_differ_are_probed_apart() -> None:
@@ -233,7 +235,7 @@ def test_rejects_what_mixes_columns() -> None:
 
 
 def reject(module: nn.Module, path: str) -> None:
-    pipeline: list[Pass] = [*RECOGNIZE, PlanShards(2), SplitBranches(2)]
+    pipeline: list[Pass[Any]] = [*RECOGNIZE, PlanShards(2), SplitBranches(2)]
     rejection = captured(module).rejection(*pipeline)
     assert rejection.path.startswith(path)
     assert rejection.nodes

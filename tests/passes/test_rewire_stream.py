@@ -7,7 +7,7 @@ import pytest
 from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, STANDARD, Form
 from kraken_compiler.passes.form.assign_forms import AssignForms
 from kraken_compiler.passes.form.rewire_stream import RewireStream
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import RECOGNIZE
 from tests.passes.helpers import Golden, assert_close, captured, check_idempotent, check_pass, gpt, targets
 from tests.passes.models import AlibiAttention, Gpt
 
@@ -26,7 +26,6 @@ def test_standard_form_keeps_the_numbers(parallel: bool) -> None:
 def test_the_layer_table_follows(form: Form) -> None:
     """Names in the table are names of the new graph, and every branch's nodes are all there."""
     program = gpt(2).after(*RECOGNIZE, AssignForms(form), RewireStream())
-    assert program.layers is not None
     nodes = {node.name: node for node in program.graph.nodes}
     table = program.layers
     assert {table.embedding, table.final, table.head} <= set(nodes)
@@ -39,8 +38,8 @@ def test_the_layer_table_follows(form: Form) -> None:
 def test_masks_are_kept_once() -> None:
     """What a branch does not share with the stream, here its ALiBi bias, is not built again for every read."""
     sample = captured(Gpt(layers=2, attention=AlibiAttention))
-    before = sample.after(*RECOGNIZE)
-    program = sample.after(*RECOGNIZE, *rewrite(2, KRAKEN))
+    before = sample.recognized
+    program = sample.lanes(2, KRAKEN)
     assert targets(program).count("aten.arange") == targets(before).count("aten.arange")
     check_idempotent(RewireStream(), program)
 
@@ -56,7 +55,7 @@ def test_parallel_branches_with_one_norm_get_one_each_where_their_reads_differ()
 
     standard, kraken = norms(STANDARD), norms(KRAKEN)
     assert kraken >= standard
-    program = sample.after(*RECOGNIZE, *rewrite(2, STANDARD))
+    program = sample.lanes(2, STANDARD)
     assert_close(sample.run(program), sample.expected())
 
 

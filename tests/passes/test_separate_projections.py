@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
 from kraken_compiler.passes.shard.separate_projections import SeparateProjections
 from tests.passes.helpers import assert_close, recognized, targets
 from tests.passes.models import D, E, FusedQkv, Gpt, H
@@ -76,4 +75,4 @@ def test_only_layout_may_lie_in_between() -> None:
 @pytest.mark.parametrize("degree", [2, 3, 4])
 def test_lanes_compute_what_the_model_computes(name: str, degree: int) -> None:
     sample, _ = recognized(Gpt(2, attention=MODELS[name]))
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(degree, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(degree, STANDARD)), sample.expected())

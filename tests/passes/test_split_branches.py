@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kraken_compiler.ir.forms import STANDARD
-from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.ir.program import Recognized
+from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.shard.degrees import even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.plan_shards import PlanShards
 from kraken_compiler.passes.shard.split_branches import SplitBranches
@@ -22,15 +22,15 @@ from tests.passes.helpers import (
     captured,
     check_idempotent,
     check_untouched,
+    gpt,
     recognized,
     targets,
 )
 from tests.passes.models import Attention, D, E, FusedQkv, GainAttention, GatedFfn, Gpt, H
 
 
-def branch_values(sample: Sample, program: Program, lane: int) -> list[Tensor]:
+def branch_values(sample: Sample, program: Recognized, lane: int) -> list[Tensor]:
     """What every branch adds to the stream, on one lane."""
-    assert program.layers is not None
     wanted = {branch.output for branch in program.layers.branches}
     values: list[Tensor] = []
 
@@ -62,9 +62,7 @@ def test_the_lanes_parts_add_up(model: Gpt) -> None:
     """The first branch still reads the whole stream, so its parts must sum to the source model's branch."""
     sample, program = recognized(model)
     want = branch_values(sample, program, 0)[0]
-    PlanShards(4).run(program)
-    SplitBranches(4).run(program)
-    program.module.recompile()
+    program = sample.after(*RECOGNIZE, PlanShards(4), SplitBranches(4))
     parts = [branch_values(sample, program, lane)[0] for lane in range(4)]
     torch.testing.assert_close(sum(parts), want, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(parts[0], parts[1])
@@ -119,13 +117,12 @@ class RelativeBias(Attention):
 def test_attentions_of_all_kinds_split_exactly(attention: Callable[[], Attention]) -> None:
     """Four lanes, so the KV heads of the first three are replicated."""
     sample = captured(Gpt(attention=attention))
-    assert_close(sample.run(sample.after(*RECOGNIZE, *rewrite(4, STANDARD))), sample.expected())
+    assert_close(sample.run(sample.lanes(4, STANDARD)), sample.expected())
 
 
 def test_one_lane_changes_nothing() -> None:
-    _, program = recognized(Gpt())
+    program = gpt().after(*RECOGNIZE, PlanShards(1))
     before = targets(program)
-    PlanShards(1).run(program)
     check_idempotent(SplitBranches(1), program)
     assert targets(program) == before
     assert not any(spec.shards for spec in program.weights.values())
@@ -133,8 +130,7 @@ def test_one_lane_changes_nothing() -> None:
 
 def test_a_wrong_plan_is_noticed() -> None:
     """Every structure is checked on numbers: a plan that mixes up two lanes' columns does not pass."""
-    _, program = recognized(Gpt())
-    PlanShards(2).run(program)
+    program = gpt().after(*RECOGNIZE, PlanShards(2))
     attention, *rest = program.shards
     program.shards = (replace(attention, columns=attention.columns[::-1]), *rest)
     (rejection,) = SplitBranches(2).run(program).rejections
@@ -144,7 +140,6 @@ def test_a_wrong_plan_is_noticed() -> None:
 
 def test_valid_degrees() -> None:
     _, program = recognized(Gpt(attention=lambda: Attention(2)))
-    assert program.layers is not None
     assert valid_degrees(program.layers) == (1, 2, 3, 4)
     assert even_degrees(program.layers) == (1, 2, 4)
     assert smallest_degree(program.layers) == 2

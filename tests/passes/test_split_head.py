@@ -1,26 +1,29 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.passes.base import Pass
-from kraken_compiler.passes.pipelines import RECOGNIZE, rewrite
+from kraken_compiler.passes.pipelines import RECOGNIZE, split_over
 from kraken_compiler.passes.shard.split_head import SplitHead
+from kraken_compiler.passes.stages import schedule
 from tests.passes.helpers import Golden, Sample, assert_close, captured, check_idempotent, check_untouched, gpt, targets
 from tests.passes.models import VOCAB, D, Gpt
 
 
-def before(degree: int) -> list[Pass]:
+def before(degree: int) -> list[Pass[Any]]:
     """Everything up to the head."""
-    pipeline = [*RECOGNIZE, *rewrite(degree, STANDARD)]
-    return pipeline[: pipeline.index(SplitHead())]
+    pipeline = [*RECOGNIZE, *split_over(degree)]
+    assert pipeline[-1] == SplitHead()
+    return pipeline[:-1]
 
 
 def whole(sample: Sample, degree: int, smallest: int) -> list[Tensor]:
     """All outputs of the finished lane program, with the head split down to `smallest` rows a lane."""
-    rest = [step for step in rewrite(degree, STANDARD) if step not in before(degree) and step != SplitHead()]
-    return sample.run(sample.after(*before(degree), SplitHead(smallest), *rest))
+    return sample.run(schedule(sample.after(*before(degree), SplitHead(smallest)), STANDARD))
 
 
 @pytest.mark.parametrize("degree", [2, 4])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kraken_compiler.capture import capture
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.lowering import lower
 from kraken_compiler.verify.compare import errors
 from tests.lane_decoder import LaneDecoder
@@ -18,7 +18,7 @@ from tests.reports.small_models import EXAMPLE, TOLERANCE, logits, tokens
 Read = Callable[[str], Tensor]
 
 
-def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[Program, Read]:
+def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[LaneProgram, Read]:
     """The lane program of a model in standard form, and its weights."""
     captured = capture(model, example_inputs=example)
     program, _ = lower(captured.program, degree, "standard")
@@ -26,7 +26,7 @@ def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[
 
 
 def check_decode(
-    model: nn.Module, program: Program, read: Read, *, batch: int = 3, prompt: int = 4, positional: bool = False
+    model: nn.Module, program: LaneProgram, read: Read, *, batch: int = 3, prompt: int = 4, positional: bool = False
 ) -> None:
     """Prompt, then token after token, at capacities beyond the sequence: the model's forward on every prefix.
 

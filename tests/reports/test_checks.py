@@ -18,7 +18,7 @@ from kraken_compiler.backends import registry
 from kraken_compiler.backends.base import Backend, BackendOptions, RankModel
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError, VerificationError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lowering import lower
@@ -143,7 +143,7 @@ class SilentBackend(Backend[BackendOptions]):
     name: ClassVar[str] = "silent"
 
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         (directory / "nothing.txt").write_text("nothing")
         return program.windows

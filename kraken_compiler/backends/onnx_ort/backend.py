@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.ranks import Ranks
@@ -74,7 +74,7 @@ class OnnxBackend(Backend[OnnxOptions]):
     computes_in: ClassVar[tuple[str, ...]] = ("onnxruntime/",)
 
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         from kraken_compiler.backends.onnx_ort.emit import write_devices
 

@@ -29,7 +29,7 @@ from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare
 from kraken_compiler.backends.onnx_ort.schedule import measure_windows
 from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
@@ -41,7 +41,7 @@ RUNNABLE = ("float32", "float16")
 
 
 def write_devices(
-    program: Program,
+    program: LaneProgram,
     read: Callable[[str], Tensor],
     directory: Path,
     options: OnnxOptions,
@@ -66,7 +66,7 @@ def write_devices(
         META_FORMAT: str(FORMAT_VERSION),
         META_DEGREE: str(program.degree),
         META_COLLECTIVES: options.collectives,
-        META_FORMS: json.dumps(program.plan.forms if program.plan is not None else []),
+        META_FORMS: json.dumps(program.plan.forms),
     }
     if program.call.sizes:
         rules = program.call.sizes if cached is None else token_rules(program.call, program.inputs)
@@ -84,7 +84,7 @@ def write_devices(
     return windows
 
 
-def _require_runnable(program: Program) -> None:
+def _require_runnable(program: LaneProgram) -> None:
     found = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
     foreign = [dtype for dtype in found if dtype not in RUNNABLE]
     if foreign:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kraken_compiler._torch_compat import FakeTensorMode
 from kraken_compiler.ir.program import CachedProgram, Program
 from kraken_compiler.ir.sample_inputs import position_limit
 

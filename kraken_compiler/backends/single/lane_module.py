@@ -14,7 +14,7 @@ from kraken_compiler.ir.capped_attention import capped_attention
 from kraken_compiler.ir.dequantize import dequantize
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.expert_linear import autocast_expert_linear
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
 from kraken_compiler.report import Report
@@ -38,7 +38,7 @@ class LaneModule(nn.Module):
 
     report: Report | None = None
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: LaneProgram) -> None:
         super().__init__()
         self.program = program
         self.weights = nn.Module()
@@ -48,7 +48,7 @@ class LaneModule(nn.Module):
 
     @classmethod
     def from_program(
-        cls, program: Program, read: Callable[[str], Tensor], frozen: Collection[str] = frozenset()
+        cls, program: LaneProgram, read: Callable[[str], Tensor], frozen: Collection[str] = frozenset()
     ) -> Self:
         """Fill a module with the program's weights.
 
@@ -129,7 +129,7 @@ _WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
 """Ops whose functions batch over lanes, and follow autocast, as their operators do."""
 
 
-def _batched_graph(program: Program) -> fx.GraphModule:
+def _batched_graph(program: LaneProgram) -> fx.GraphModule:
     """The program's graph for vmap: attention that batches over lanes, and no waits, for the sum is there at once."""
     module = program.copy().module
     for node in list(module.graph.nodes):

@@ -16,7 +16,7 @@ from kraken_compiler.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import Window
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.ranks import Ranks
@@ -51,7 +51,7 @@ class TorchBackend(Backend[TorchOptions]):
     Options = TorchOptions
 
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         from kraken_compiler.backends.torch_dist.emit import write_lanes
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 
 
 def write_lanes(
-    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
 ) -> tuple[Window, ...]:
     """Write `lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights; see `Backend.write`.
 
@@ -38,7 +38,7 @@ def write_lanes(
         return windows.result()
 
 
-def _save_graphs(program: Program, directory: Path) -> tuple[Window, ...]:
+def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)

@@ -8,7 +8,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 
 
 def load_lanes(artifact: Artifact) -> LaneModule:
@@ -27,14 +27,14 @@ def load_lanes(artifact: Artifact) -> LaneModule:
     return module
 
 
-def load_program(artifact: Artifact) -> Program:
+def load_program(artifact: Artifact) -> LaneProgram:
     """The lane program of an artifact: graph and records, no weights. Its nodes carry no `meta["val"]`.
 
     Raises:
         InputFileError: The graph is missing or damaged.
     """
     manifest = artifact.manifest
-    return Program(
+    return LaneProgram(
         module=load_graph(artifact.path(GRAPH_FILE)),
         weights=manifest.weight_table,
         inputs=manifest.inputs,

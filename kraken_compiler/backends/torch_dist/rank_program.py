@@ -26,7 +26,7 @@ from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, SLOTS
 from kraken_compiler.ir.devices import retarget
-from kraken_compiler.ir.program import CallSpec, InputSpec, Program
+from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.size_checks import require_lengths, token_rules
@@ -121,7 +121,7 @@ class RankProgram(nn.Module):
     @classmethod
     def from_program(
         cls,
-        program: Program,
+        program: LaneProgram,
         read: Callable[[str], Tensor],
         lane: int | None = None,
         group: dist.ProcessGroup | None = None,

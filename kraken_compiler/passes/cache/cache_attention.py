@@ -12,43 +12,56 @@ gets no step program, and `program.no_cache` says why.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.ir.program import CachedProgram, LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.ir.size_rules import all_in_words, broken_rule, names_in
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.step_builder import StepBuilder
 from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.size_checks import SEQUENCE, token_rules
+
+_LENGTHS, _RUN = 1 << 12, 4
+"""Lengths that are looked at, and how many in a row a text must be able to take."""
 
 
 @dataclass(frozen=True)
-class CacheAttention(Pass):
+class CacheAttention(Pass[LaneProgram]):
     name: ClassVar[str] = "cache-attention"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "windows")
+    requires: ClassVar[type[Program]] = LaneProgram
 
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: LaneProgram) -> PassResult:
         if program.cached is not None:
             return PassResult()
-        found = _derive(program)
-        if isinstance(found, Rejection):
-            program.no_cache = str(found)
-            return PassResult()
-        program.cached = found
-        return PassResult(len(found.plan.caches))
+        found = _cannot_grow(program) or _derive(program)
+        if isinstance(found, CachedProgram):
+            return PassResult(len(found.plan.caches), program=replace(program, cached=found))
+        return PassResult(program=replace(program, no_cache=str(found)))
 
 
-def _derive(program: Program) -> CachedProgram | Rejection:
+def _cannot_grow(program: Program) -> str:
+    """Why a program's texts cannot grow token by token, which a KV cache is for; "" if they can."""
+    rules = [rule for rule in token_rules(program.call, program.inputs) if names_in(rule) == {SEQUENCE}]
+    if not rules:
+        return ""
+    allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
+    runs = (all(allowed[start : start + _RUN]) for start in range(len(allowed) - _RUN))
+    return "" if any(runs) else f"a text cannot grow token by token ({'; '.join(all_in_words(rules))})"
+
+
+def _derive(program: LaneProgram) -> CachedProgram | Rejection:
     token = token_input(program)
     if len(program.inputs) != 1:
         return Rejection("it takes more than token ids")
     if token is None:
         return Rejection("its input is not token ids [batch, sequence] that an embedding looks up as they are")
     logits = _logits(program)
-    if logits is None or program.layers is None:
+    if logits is None:
         return Rejection("it has no logits")
     tokens = next(node for node in program.graph.nodes if node.name == token.name)
     return StepBuilder(program, tokens, logits).build()

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kraken_compiler._torch_compat import FakeTensorMode
 from kraken_compiler.errors import Rejection
 from kraken_compiler.passes.graph_tools import ancestors, aten, in_order, module_path
 from kraken_compiler.passes.shapes import compute_shape, is_tensor, same_size, shape_of

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.passes.cache.mixing import dims_along
 from kraken_compiler.passes.choosing import WHERE
@@ -176,7 +177,7 @@ class LengthIndependence:
         if target in _FILLED:
             return self._is_filled(node)
         tensors = [one for one in node.all_input_nodes if is_tensor_or_tuple(one)]
-        if not all(self._steady[one] for one in tensors) or not isinstance(target, torch._ops.OpOverload):
+        if not all(self._steady[one] for one in tensors) or not isinstance(target, OpOverload):
             return getattr(target, "__name__", "") == "getitem" and all(self._steady[one] for one in tensors)
         if torch.Tag.nondeterministic_seeded in target.tags:
             return False

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.passes.graph_tools import NORMS, PROJECTIONS, SHAPE_ONLY, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of
@@ -80,9 +81,9 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         sequence: The size of the sequence dim.
     """
     target = node.target
-    name = getattr(getattr(target, "_schema", None), "name", str(target))
-    if getattr(target, "__name__", "") == "getitem" or not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return ""
+    name = op_name(target)
     if target is aten.reshape.default and _swaps(shape_of(node), shape_of(args_of(node)[0])):
         return f"{name} takes the sequence for another dim"
     if target in _TOKEN_BY_TOKEN or torch.Tag.pointwise in target.tags:
@@ -124,9 +125,7 @@ def dims_along(node: fx.Node, place: int, rank: int) -> list[int]:
         place: Which argument says along which.
         rank: Dims of what it works on.
     """
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments[place]
-    dims = argument(node, place, schema.name, schema.default_value)
+    dims = list(arguments_by_name(node).values())[place]
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(rank))
     return [int(dim) % max(rank, 1) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]

@@ -12,7 +12,7 @@ from kraken_compiler._torch_compat import largest_size, new_dynamic_size
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op)
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
-from kraken_compiler.ir.program import CachedProgram, InputSpec, Program
+from kraken_compiler.ir.program import CachedProgram, InputSpec, LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
@@ -49,8 +49,7 @@ _CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
 class StepBuilder:
     """Builds the step graph node by node, and the tables graph as tables turn out to be needed."""
 
-    def __init__(self, program: Program, tokens: fx.Node, logits: fx.Node) -> None:
-        assert program.layers is not None
+    def __init__(self, program: LaneProgram, tokens: fx.Node, logits: fx.Node) -> None:
         self.program, self.tokens, self.logits = program, tokens, logits
         self.final = next(node for node in program.graph.nodes if node.name == program.layers.final)
         self.graph = fx.Graph()
@@ -105,17 +104,14 @@ class StepBuilder:
         )
         tables = self.tables.finish()
         call = replace(program.call, out_names=("logits",), none_outputs=())
-        step = replace(
-            program,
+        step = program.at(
+            Program,
             module=fx.GraphModule({}, self.graph),
             inputs=(*program.inputs, *self.inputs),
             call=call,
             weights=dict(program.weights),
-            cached=None,
         )
-        table_program = replace(
-            program, module=fx.GraphModule({}, tables), call=call, weights=dict(program.weights), cached=None
-        )
+        table_program = program.at(Program, module=fx.GraphModule({}, tables), call=call, weights=dict(program.weights))
         return CachedProgram(step, table_program, plan)
 
     def _placeholders(self) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kraken_compiler.ir.forms import STANDARD, Form
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Planned, Program, Recognized
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import derive_plan
 from kraken_compiler.passes.shapes import value_of
 
 
 @dataclass(frozen=True)
-class AssignForms(Pass):
+class AssignForms(Pass[Recognized]):
     """Every layer takes its form.
 
     Attributes:
@@ -24,16 +24,14 @@ class AssignForms(Pass):
     form: Form | tuple[Form, ...] = STANDARD
 
     name: ClassVar[str] = "assign-forms"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
-    ensures: ClassVar[tuple[str, ...]] = ("plan",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Recognized) -> PassResult:
         count = len(program.layers.layers)
         forms = [self.form] * count if isinstance(self.form, Form) else list(self.form)
         assert len(forms) == count, f"{len(forms)} forms for {count} layers"
         nodes = {node.name: node for node in program.graph.nodes}
         output = value_of(nodes[program.layers.branches[0].output])
         width = math.prod(int(size) for size in output.shape[2:])
-        program.plan = derive_plan(program.layers.branches, forms, width * output.dtype.itemsize)
-        return PassResult(count)
+        plan = derive_plan(program.layers.branches, forms, width * output.dtype.itemsize)
+        return PassResult(count, program=program.at(Planned, plan=plan))

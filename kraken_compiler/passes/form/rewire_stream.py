@@ -17,35 +17,33 @@ same: their outputs travel side by side. A lane that reads its own parts early r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch, Encoder, LayerTable, Replay
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.ir.program import Planned, Program
+from kraken_compiler.ir.schedule import Reduce
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import sums_of
 from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants
-from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shapes import same_shape, shape_of, value_of
 
 _START = torch.ops.kraken.all_reduce_start.default
 _WAIT = torch.ops.kraken.wait.default
 
 
 @dataclass(frozen=True)
-class RewireStream(Pass):
+class RewireStream(Pass[Planned]):
     name: ClassVar[str] = "rewire-stream"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "plan")
+    requires: ClassVar[type[Program]] = Planned
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
-        assert program.plan is not None
+    def run(self, program: Planned) -> PassResult:
         if any(node.target is _START for node in program.graph.nodes):
             return PassResult()
-        builder = _Builder(program, program.layers, program.plan)
+        builder = _Builder(program)
         program.module = fx.GraphModule(program.module, builder.build())
         program.layers = builder.renamed()
         return PassResult(len(program.plan.reduces))
@@ -54,8 +52,8 @@ class RewireStream(Pass):
 class _Builder:
     """Builds the new graph: what comes before the stream, the branches in order, what comes after."""
 
-    def __init__(self, program: Program, layers: LayerTable, plan: FormPlan) -> None:
-        self.program, self.layers, self.plan = program, layers, plan
+    def __init__(self, program: Planned) -> None:
+        self.program, self.layers, self.plan = program, program.layers, program.plan
         self.old = {node.name: node for node in program.graph.nodes}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
@@ -162,7 +160,7 @@ class _Builder:
         self.parts.append(part)
         for reduce in self.plan.reduces:
             if reduce.last == branch.index:
-                self.handles[reduce.index] = self.graph.call_function(_START, (self._payload(reduce),))
+                self.handles[reduce.index] = self._like(_START, self._payload(reduce))
 
     def _reads_encoder(self, branch: Branch) -> bool:
         encoder = self.layers.encoder
@@ -183,7 +181,7 @@ class _Builder:
         if (base, point) not in self.stream:
             reduce = self._reduce_ending_at(point)
             value = self._point(reduce.first - 1, base)
-            arrived = self.graph.call_function(_WAIT, (self.handles[reduce.index],))
+            arrived = self._like(_WAIT, self.handles[reduce.index])
             for (_, last), whole in zip(self._sums(reduce), self._unpacked(arrived, reduce), strict=True):
                 value = self.stream[base, last] = self._joined(value, last, whole, is_whole=True)
         return self.stream[base, point]
@@ -240,8 +238,19 @@ class _Builder:
     def _add(self, left: fx.Node, right: fx.Node) -> fx.Node:
         key = (left, right)
         if key not in self.copies:
-            self.copies[key] = self.graph.call_function(aten.add.Tensor, (left, right))
+            same = "val" in left.meta and "val" in right.meta and same_shape(left, right)
+            if same and value_of(left).dtype == value_of(right).dtype:
+                self.copies[key] = self._like(aten.add.Tensor, left, right)
+            else:
+                self.copies[key] = self.graph.call_function(aten.add.Tensor, (left, right))
         return self.copies[key]
+
+    def _like(self, target: Any, operand: fx.Node, *others: fx.Node) -> fx.Node:
+        """A call that gives a tensor like its operand: to run it on fakes would be most of this pass's time."""
+        node = self.graph.call_function(target, (operand, *others))
+        if "val" in operand.meta:
+            node.meta["val"] = operand.meta["val"]
+        return node
 
 
 class _Overlay(dict[fx.Node, fx.Node]):

@@ -31,7 +31,7 @@ _PERMUTE = aten.permute.default
 
 
 @dataclass(frozen=True)
-class CanonicalizeLayout(Pass):
+class CanonicalizeLayout(Pass[Program]):
     name: ClassVar[str] = "canonicalize-layout"
 
     def run(self, program: Program) -> PassResult:

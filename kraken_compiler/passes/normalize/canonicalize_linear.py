@@ -19,7 +19,7 @@ from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 
 @dataclass(frozen=True)
-class CanonicalizeLinear(Pass):
+class CanonicalizeLinear(Pass[Program]):
     name: ClassVar[str] = "canonicalize-linear"
 
     def run(self, program: Program) -> PassResult:

@@ -58,7 +58,7 @@ _RESIZES = frozenset(
 
 
 @dataclass(frozen=True)
-class DropNoops(Pass):
+class DropNoops(Pass[Program]):
     name: ClassVar[str] = "drop-noops"
 
     def run(self, program: Program) -> PassResult:

@@ -15,9 +15,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import (
+    ATTENTION,
+    CAPPED_ATTENTION,
+    args_of,
+    argument,
+    aten,
+    calls,
+    near_miss,
+    replace,
+)
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -26,12 +36,12 @@ _SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 
 
 @dataclass(frozen=True)
-class FuseAttention(Pass):
+class FuseAttention(Pass[Program]):
     name: ClassVar[str] = "fuse-attention"
 
     def run(self, program: Program) -> PassResult:
         nodes = calls(program.graph, aten.softmax.int, aten._softmax.default)
-        return PassResult(sum(_fuse(node) for node in nodes))
+        return PassResult.of(_fuse(node) for node in nodes)
 
 
 @dataclass
@@ -51,18 +61,22 @@ class _Scores:
     """The arguments of the reshape to [batch, heads, queries, keys], if the product has three dims."""
 
 
-def _fuse(softmax: fx.Node) -> bool:
-    rank = len(shape_of(softmax))
-    if int(args_of(softmax)[1]) % rank != rank - 1:
-        return False
+def _fuse(softmax: fx.Node) -> bool | Rejection:
     product = _follow(softmax)
     if product is None:
         return False
-    graph = softmax.graph
+    rank = len(shape_of(softmax))
+    if int(args_of(softmax)[1]) % rank != rank - 1:
+        return near_miss("a softmax before a product is over another dim than the keys", softmax)
+    if isinstance(product, Rejection):
+        return product
+    graph, column = softmax.graph, _sink_column(softmax)
     with graph.inserting_before(softmax):
-        scores = _parse_sinks(softmax, graph) or _parse(args_of(softmax)[0], graph)
-        if scores is None or (scores.sizes is None and len(shape_of(scores.query)) != 4):
-            return False
+        scores = _parse(args_of(softmax)[0], graph) if column is None else _parse_sinks(column, graph)
+        if isinstance(scores, Rejection):
+            return scores
+        if scores.sizes is None and len(shape_of(scores.query)) != 4:
+            return near_miss("the products of an attention have three dims, and none are its heads", softmax)
     query, key, value = scores.query, scores.key, args_of(product)[1]
     dtype, out_dtype = value_of(query).dtype, value_of(product).dtype
     with graph.inserting_before(product):
@@ -87,19 +101,24 @@ def _fuse(softmax: fx.Node) -> bool:
     return True
 
 
-def _follow(softmax: fx.Node) -> fx.Node | None:
-    """The product of the probabilities with the values, casts, reshapes and the cut of a sink's column on the way."""
+def _follow(softmax: fx.Node) -> fx.Node | Rejection | None:
+    """The product of the probabilities with the values, casts, reshapes and the cut of a sink's column on the way.
+
+    None if there is no product near, so that nobody would call it an attention.
+    """
     node = softmax
     while len(node.users) == 1:
         (user,) = node.users
         if user.target in _PRODUCTS:
-            return user if args_of(user)[0] is node else None
-        if user.target not in (*_CASTS, aten.reshape.default, aten.slice.Tensor):
-            return None
+            return user if args_of(user)[0] is node else near_miss("probabilities are the right operand", user)
         if user.target is aten.slice.Tensor and _sink_column(softmax) is None:
-            return None
+            return near_miss("probabilities are cut, and not by one column of sinks at the end", user)
+        if user.target not in (*_CASTS, aten.reshape.default, aten.slice.Tensor):
+            is_product_near = any(one.target in _PRODUCTS for one in user.users)
+            return near_miss(f"'{user.target}' changes the probabilities", user) if is_product_near else None
         node = user
-    return None
+    read = any(user.target in _PRODUCTS for user in node.users)
+    return near_miss("probabilities are read by more than one product", node) if read else None
 
 
 def _sink_column(softmax: fx.Node) -> fx.Node | None:
@@ -120,34 +139,33 @@ def _sink_column(softmax: fx.Node) -> fx.Node | None:
     return node if whole and len(columns) == 2 and same_size(columns[1], 1) else None
 
 
-def _parse_sinks(softmax: fx.Node, graph: fx.Graph) -> _Scores | None:
-    column = _sink_column(softmax)
-    if column is None:
-        return None
+def _parse_sinks(column: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     scored, sinks = args_of(column)[0]
     while sinks.target in (aten.expand.default, aten.reshape.default, aten.unsqueeze.default, *_CASTS):
         sinks = args_of(sinks)[0]
     scores = _parse(scored, graph)
-    if scores is None or scores.sizes is not None or sinks.op != "placeholder":
-        return None
+    if isinstance(scores, Rejection):
+        return scores
+    if scores.sizes is not None or sinks.op != "placeholder":
+        return near_miss("the column beside the scores is no weight", column)
     if len(shape_of(sinks)) != 1 or not same_size(shape_of(sinks)[0], shape_of(scores.query)[1]):
-        return None
+        return near_miss("the column beside the scores is not one weight for each head", column)
     scores.sinks = sinks
     return scores
 
 
-def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
+def _parse(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     """Read the scores from `node` back to the product of queries and keys; inserts the nodes that build the bias."""
-    if not isinstance(node, fx.Node) or not is_tensor(node):
-        return None
     if node.target in _PRODUCTS or node.target is aten.baddbmm.default:
         return _parse_product(node, graph)
     if node.target in _CASTS:
         return _parse(args_of(node)[0], graph)
     if node.target is aten.reshape.default:
         scores = _parse(args_of(node)[0], graph)
-        if scores is None or scores.sizes is not None or len(shape_of(node)) != 4:
-            return None
+        if isinstance(scores, Rejection):
+            return scores
+        if scores.sizes is not None or len(shape_of(node)) != 4:
+            return near_miss("scores are reshaped, and not once to [batch, heads, queries, keys]", node)
         scores.sizes = list(argument(node, 1, "shape"))
         if scores.bias is not None:
             batch, heads, queries = scores.sizes[:3]
@@ -160,8 +178,10 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
         if node.target is aten.mul.Tensor and getattr(args_of(node)[0], "target", None) is aten.tanh.default:
             return _parse_softcap(node, graph)
         scores = _parse(args_of(node)[0], graph)
-        if scores is None or scores.softcap:
-            return None
+        if isinstance(scores, Rejection):
+            return scores
+        if scores.softcap:
+            return near_miss("scores are scaled after they are capped", node)
         factor = float(args_of(node)[1])
         scores.scale = scores.scale / factor if "div" in str(node.target) else scores.scale * factor
         if scores.bias is not None:
@@ -171,47 +191,56 @@ def _parse(node: Any, graph: fx.Graph) -> _Scores | None:
         return _parse_computed_scale(node, graph)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         for scored, bias in (args_of(node)[:2], args_of(node)[1::-1]):
-            scores = _parse(scored, graph)
-            if scores is not None:
+            scores = _parse(scored, graph) if _is_tensor(scored) else near_miss("a number", node)
+            if not isinstance(scores, Rejection):
                 old = scores.bias
                 scores.bias = bias if old is None else graph.call_function(aten.add.Tensor, (old, bias))
-                return scores if isinstance(bias, fx.Node) else None
-        return None
+                return scores if isinstance(bias, fx.Node) else near_miss("a number is added to the scores", node)
+        return near_miss("neither term of a sum before the softmax is made of scores", node)
     return _parse_mask(node, graph)
 
 
-def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and is_tensor(value)
+
+
+def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     """A number that the graph computes, or one for all keys (a learned temperature per head), scales the queries."""
     pairs = [args_of(node)[:2]] if node.target is aten.div.Tensor else [args_of(node)[:2], args_of(node)[1::-1]]
     for scored, factor in pairs:
         shape = shape_of(factor) if isinstance(factor, fx.Node) and is_tensor(factor) else ()
         is_for_all_keys = isinstance(factor, fx.Node) and not (shape and not same_size(shape[-1], 1))
-        scores = _parse(scored, graph) if is_for_all_keys else None
-        if scores is None:
+        if not is_for_all_keys or not _is_tensor(scored):
+            continue
+        scores = _parse(scored, graph)
+        if isinstance(scores, Rejection):
             continue
         if scores.softcap or (shape and scores.sizes is not None):
-            return None
+            return near_miss("scores are scaled by a tensor after they are capped or reshaped", node)
         dtype, scale = value_of(scores.query).dtype, node.target
         assert callable(scale)
         scores.query = graph.call_function(scale, (scores.query, factor))
         if scores.bias is not None:
             scores.bias = graph.call_function(scale, (scores.bias, factor))
         refresh_shapes(graph)
-        return scores if value_of(scores.query).dtype == dtype else None
-    return None
+        same = value_of(scores.query).dtype == dtype
+        return scores if same else near_miss("the factor of the scores is of another dtype", node)
+    return near_miss("scores are scaled by something that is not the same for all keys", node)
 
 
-def _parse_softcap(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+def _parse_softcap(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     """c * tanh(x), which is c * tanh((c x) / c)."""
     tanh, cap = args_of(node)[:2]
     scores = _parse(args_of(tanh)[0], graph)
-    if scores is None or scores.bias is not None or scores.softcap or cap <= 0:
-        return None
+    if isinstance(scores, Rejection):
+        return scores
+    if scores.bias is not None or scores.softcap or cap <= 0:
+        return near_miss("scores are capped after they are masked, or twice", node)
     scores.scale, scores.softcap = scores.scale * float(cap), float(cap)
     return scores
 
 
-def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     """where(keep, scores, low) and masked_fill(scores, drop, low), `low` a number or a tensor of one number."""
     if node.target in (aten.where.self, aten.where.ScalarOther):
         condition, scored, low = args_of(node)[:3]
@@ -220,10 +249,10 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
         scored, condition, low = args_of(node)[:3]
         keep = False
     else:
-        return None
-    scores = _parse(scored, graph)
-    if scores is None:
-        return None
+        return near_miss(f"'{node.target}' is between the softmax and a product of queries and keys", node)
+    scores = _parse(scored, graph) if _is_tensor(scored) else near_miss("what is masked is a number", node)
+    if isinstance(scores, Rejection):
+        return scores
     dtype = value_of(scores.query).dtype
     if not isinstance(low, fx.Node):
         low = graph.call_function(aten.full.default, ([], low), {"dtype": dtype, "device": torch.device("cpu")})
@@ -233,7 +262,7 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | None:
     return scores
 
 
-def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | None:
+def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     bias, (query, turned) = None, args_of(node)[:2]
     scale = 1.0
     if node.target is aten.baddbmm.default:
@@ -244,11 +273,9 @@ def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | None:
             bias = None
         elif beta != 1:
             bias = graph.call_function(aten.mul.Tensor, (bias, beta))
-    if not isinstance(query, fx.Node) or not isinstance(turned, fx.Node) or len(shape_of(query)) not in (3, 4):
-        return None
     rank = len(shape_of(turned))
-    if rank != len(shape_of(query)):
-        return None
+    if len(shape_of(query)) not in (3, 4) or rank != len(shape_of(query)):
+        return near_miss("queries and keys are not both of three or of four dims", node)
     swap = [*range(rank - 2), rank - 1, rank - 2]
     return _Scores(query, graph.call_function(aten.permute.default, (turned, swap)), scale, bias)
 

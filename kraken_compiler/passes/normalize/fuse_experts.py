@@ -14,24 +14,25 @@ from typing import ClassVar
 
 from torch import fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import EXPERT_LINEAR, args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import EXPERT_LINEAR, args_of, argument, aten, calls, near_miss, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 
 @dataclass(frozen=True)
-class FuseExperts(Pass):
+class FuseExperts(Pass[Program]):
     name: ClassVar[str] = "fuse-experts"
 
     def run(self, program: Program) -> PassResult:
         weights = weight_derived(program)
-        matches = sum(_fuse(node, weights) for node in calls(program.graph, aten.squeeze.dim))
-        return PassResult(matches + sum(_absorb_bias(node, weights) for node in calls(program.graph, EXPERT_LINEAR)))
+        found = [_fuse(node, weights) for node in calls(program.graph, aten.squeeze.dim)]
+        return PassResult.of([*found, *(_absorb_bias(node, weights) for node in calls(program.graph, EXPERT_LINEAR))])
 
 
-def _fuse(node: fx.Node, weights: set[fx.Node]) -> bool:
+def _fuse(node: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
     product = args_of(node)[0]
     if product.target not in (aten.bmm.default, aten.matmul.default) or len(shape_of(product)) != 3:
         return False
@@ -40,11 +41,13 @@ def _fuse(node: fx.Node, weights: set[fx.Node]) -> bool:
     # W x with a column x, or x W with a row x.
     picked, column, transposed = (left, right, False) if squeezed == 2 else (right, left, True)
     found = _picked(picked, weights, rank=3)
-    if squeezed == 0 or found is None or column.target is not aten.unsqueeze.default:
+    if squeezed == 0 or found is None:
         return False
+    if column.target is not aten.unsqueeze.default:
+        return near_miss("what is multiplied with the weights of experts is no row made a column", product)
     x = args_of(column)[0]
     if len(shape_of(x)) != 2 or int(args_of(column)[1]) % 3 != squeezed:
-        return False
+        return near_miss("what is multiplied with the weights of experts is not one row for each", product)
     stack, experts = found
     with node.graph.inserting_before(node):
         if transposed:

@@ -11,39 +11,44 @@ from typing import ClassVar
 
 from torch import fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
-from kraken_compiler.passes.shapes import is_tensor, shape_of, value_of
+from kraken_compiler.passes.shapes import shape_of, value_of
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 
 
 @dataclass(frozen=True)
-class FuseRmsNorm(Pass):
+class FuseRmsNorm(Pass[Program]):
     name: ClassVar[str] = "fuse-rms-norm"
 
     def run(self, program: Program) -> PassResult:
         weights = weight_derived(program)
-        return PassResult(sum(_fuse(node, weights) for node in calls(program.graph, aten.rsqrt.default)))
+        return PassResult.of(_fuse(node, weights) for node in calls(program.graph, aten.rsqrt.default))
 
 
-def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool:
+def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
     root = _normalized_operand(rsqrt)
-    if root is None or len(rsqrt.users) != 1:
+    if root is None:
         return False
+    if isinstance(root, Rejection):
+        return root
+    if len(rsqrt.users) != 1:
+        return near_miss("the root of the mean square is read more than once", rsqrt)
     x, epsilon = root
     (last,) = rsqrt.users
     if last.target is not aten.mul.Tensor or set(args_of(last)) != {x, rsqrt}:
-        return False
+        return near_miss("what the root of the mean square scales is not what was squared", last)
     # A model in half precision computes the norm in float32 and casts back; the fused kernel does the same inside.
     if x.target in _CASTS:
         narrow = args_of(x)[0]
         assert isinstance(narrow, fx.Node)
         cast = _only_user(last)
         if cast is None or cast.target not in _CASTS or value_of(cast).dtype != value_of(narrow).dtype:
-            return False
+            return near_miss("a norm in a wider dtype is not cast back", last)
         x, last = narrow, cast
     width = shape_of(x)[-1]
     weight = None
@@ -58,18 +63,20 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool:
     return True
 
 
-def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | None:
-    """x and eps of rsqrt(mean(x * x, -1, keepdim) + eps)."""
+def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | Rejection | None:
+    """x and eps of rsqrt(mean(x * x, -1, keepdim) + eps); None if it is no root of a mean."""
     shifted = args_of(rsqrt)[0]
     if not isinstance(shifted, fx.Node) or shifted.target is not aten.add.Tensor:
         return None
     mean, epsilon = args_of(shifted)[:2]
-    if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim or not isinstance(epsilon, float):
+    if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
         return None
+    if not isinstance(epsilon, float):
+        return near_miss("the epsilon of a norm is no plain number", shifted)
     square, dims = args_of(mean)[:2]
     rank = len(shape_of(mean))
     if [dim % rank for dim in dims] != [rank - 1] or argument(mean, 2, "keepdim", False) is not True:
-        return None
+        return near_miss("a mean is not over the last dim alone, or does not keep it", mean)
     if (
         (square.target is aten.pow.Tensor_Scalar and args_of(square)[1] == 2)
         or (square.target is aten.mul.Tensor and args_of(square)[0] is args_of(square)[1])
@@ -77,8 +84,8 @@ def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | None:
     ):
         x = args_of(square)[0]
     else:
-        return None
-    return (x, epsilon) if is_tensor(x) else None
+        return near_miss("a mean under a root is not of squares", square)
+    return x, epsilon
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

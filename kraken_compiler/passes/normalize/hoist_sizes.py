@@ -20,7 +20,7 @@ from kraken_compiler.passes.shapes import shape_of
 
 
 @dataclass(frozen=True)
-class HoistSizes(Pass):
+class HoistSizes(Pass[Program]):
     name: ClassVar[str] = "hoist-sizes"
 
     def run(self, program: Program) -> PassResult:

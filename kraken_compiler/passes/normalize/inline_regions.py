@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from kraken_compiler._torch_compat import HigherOrderOperator
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
@@ -23,7 +24,7 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @dataclass(frozen=True)
-class InlineRegions(Pass):
+class InlineRegions(Pass[Program]):
     name: ClassVar[str] = "inline-regions"
 
     def run(self, program: Program) -> PassResult:
@@ -36,7 +37,7 @@ class InlineRegions(Pass):
                     return PassResult(matches, (Rejection(reason, (region.name,), module_path(region), hint),))
                 _inline(program.module, region)
                 matches += 1
-        branching = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
+        branching = [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]
         return PassResult(matches, tuple(map(_reject, branching[:1])))
 
 

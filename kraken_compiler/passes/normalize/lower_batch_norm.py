@@ -22,7 +22,7 @@ from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of,
 
 
 @dataclass(frozen=True)
-class LowerBatchNorm(Pass):
+class LowerBatchNorm(Pass[Program]):
     name: ClassVar[str] = "lower-batch-norm"
 
     def run(self, program: Program) -> PassResult:

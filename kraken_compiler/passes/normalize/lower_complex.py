@@ -26,7 +26,7 @@ from kraken_compiler.passes.shapes import fake_mode_of, value_of
 
 
 @dataclass(frozen=True)
-class LowerComplex(Pass):
+class LowerComplex(Pass[Program]):
     name: ClassVar[str] = "lower-complex"
 
     def run(self, program: Program) -> PassResult:

@@ -20,7 +20,7 @@ from kraken_compiler.passes.shapes import shape_of
 
 
 @dataclass(frozen=True)
-class LowerEinsum(Pass):
+class LowerEinsum(Pass[Program]):
     name: ClassVar[str] = "lower-einsum"
 
     def run(self, program: Program) -> PassResult:

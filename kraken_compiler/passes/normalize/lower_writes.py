@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kraken_compiler._torch_compat import FakeTensorMode
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
@@ -30,7 +30,7 @@ _WRITES = (
 
 
 @dataclass(frozen=True)
-class LowerWrites(Pass):
+class LowerWrites(Pass[Program]):
     name: ClassVar[str] = "lower-writes"
 
     def run(self, program: Program) -> PassResult:

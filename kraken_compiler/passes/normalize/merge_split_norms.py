@@ -15,21 +15,22 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace
 from kraken_compiler.passes.shapes import shape_of
 
 
 @dataclass(frozen=True)
-class MergeSplitNorms(Pass):
+class MergeSplitNorms(Pass[Program]):
     name: ClassVar[str] = "merge-split-norms"
 
     def run(self, program: Program) -> PassResult:
-        return PassResult(sum(_merge(node) for node in calls(program.graph, aten.cat.default)))
+        return PassResult.of(_merge(node) for node in calls(program.graph, aten.cat.default))
 
 
-def _merge(cat: fx.Node) -> bool:
+def _merge(cat: fx.Node) -> bool | Rejection:
     norms: list[Any] = list(args_of(cat)[0])
     dim = int(argument(cat, 1, "dim", 0)) % len(shape_of(cat))
     first = norms[0]
@@ -37,10 +38,12 @@ def _merge(cat: fx.Node) -> bool:
         return False
     source = _split_source(first, 0, dim)
     if source is None or shape_of(source)[dim] != len(norms):
-        return False
+        return near_miss("norms are put together that are not those of all heads of one tensor", cat)
     for place, norm in enumerate(norms):
-        if _signature(norm) != _signature(first) or _split_source(norm, place, dim) is not source:
-            return False
+        if _signature(norm) != _signature(first):
+            return near_miss("the norms of the heads differ in more than their weights", norm)
+        if _split_source(norm, place, dim) is not source:
+            return near_miss("the norms of the heads are put together in another order", norm)
     graph = cat.graph
     is_layer_norm = first.target is aten.layer_norm.default
     with graph.inserting_before(cat):

@@ -9,11 +9,12 @@ a leaky ReLU of random slope has the mean one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
+from kraken_compiler._torch_compat import arguments_by_name
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import Pass, PassResult
@@ -21,7 +22,7 @@ from kraken_compiler.passes.graph_tools import ancestors, aten, module_path
 
 
 @dataclass(frozen=True)
-class RefuseRandomDraws(Pass):
+class RefuseRandomDraws(Pass[Program]):
     name: ClassVar[str] = "refuse-random-draws"
 
     def run(self, program: Program) -> PassResult:
@@ -33,7 +34,7 @@ class RefuseRandomDraws(Pass):
                 program.graph.erase_node(node)
                 matches += 1
         for node in [node for node in program.graph.nodes if node.target is aten.rrelu.default and _is_off(node)]:
-            given = _arguments(node)
+            given = arguments_by_name(node)
             node.target = aten.leaky_relu.default
             node.args, node.kwargs = (given["self"], (given["lower"] + given["upper"]) / 2), {}
             matches += 1
@@ -53,24 +54,16 @@ def _is_tagged(node: fx.Node) -> bool:
 
 def _is_off(node: fx.Node) -> bool:
     """True if an argument keeps the operator from drawing."""
-    given = _arguments(node)
+    given = arguments_by_name(node)
     off = any(given.get(name, True) is False for name in _SWITCHES)
     return off or any(given.get(name, 1.0) == 0.0 for name in _RATES)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments by name, those that were not given too."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return {**defaults, **dict(zip((argument.name for argument in schema), node.args)), **node.kwargs}
 
 
 def _reject(node: fx.Node) -> Rejection:
     name = str(node.target).removeprefix("aten.").removesuffix(".default")
     reason = f"it draws random numbers ('{name}') in evaluation mode, so no program can compute what it computes"
     hint = "Let it draw while it trains only"
-    if "dropout_p" in _arguments(node):
+    if "dropout_p" in arguments_by_name(node):
         hint += ", e.g. `dropout_p=self.dropout if self.training else 0.0`"
     elif "dropout" in name:
         hint += ", e.g. `F.dropout(x, p, self.training)`, with all of its modules in evaluation mode"

@@ -27,7 +27,7 @@ _PERMUTE = aten.permute.default
 
 
 @dataclass(frozen=True)
-class SeparateHeads(Pass):
+class SeparateHeads(Pass[Program]):
     name: ClassVar[str] = "separate-heads"
 
     def run(self, program: Program) -> PassResult:

@@ -39,7 +39,7 @@ _DISTRIBUTIVE = frozenset(
 
 
 @dataclass(frozen=True)
-class SeparateParallel(Pass):
+class SeparateParallel(Pass[Program]):
     name: ClassVar[str] = "separate-parallel"
 
     def run(self, program: Program) -> PassResult:

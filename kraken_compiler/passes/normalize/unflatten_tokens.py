@@ -50,7 +50,7 @@ class _Twin:
 
 
 @dataclass(frozen=True)
-class UnflattenTokens(Pass):
+class UnflattenTokens(Pass[Program]):
     name: ClassVar[str] = "unflatten-tokens"
 
     def run(self, program: Program) -> PassResult:

@@ -26,7 +26,7 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch, Encoder, Layer, LayerTable, Replay
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import (
@@ -49,17 +49,20 @@ from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
 
 
 @dataclass(frozen=True)
-class FindLayers(Pass):
+class FindLayers(Pass[Program]):
     name: ClassVar[str] = "find-layers"
-    ensures: ClassVar[tuple[str, ...]] = ("layers",)
 
     def run(self, program: Program) -> PassResult:
-        streams = find_streams(program)
-        found = streams if isinstance(streams, Rejection) else _layer_table(program, streams)
+        found = find_layers(program)
         if isinstance(found, Rejection):
             return PassResult(rejections=(found,))
-        program.layers = found
-        return PassResult(len(found.layers))
+        return PassResult(len(found.layers), program=program.at(Recognized, layers=found))
+
+
+def find_layers(program: Program) -> LayerTable | Rejection:
+    """The layers of a program in normal form."""
+    streams = find_streams(program)
+    return streams if isinstance(streams, Rejection) else _layer_table(program, streams)
 
 
 def _reject(reason: str, node: fx.Node | None = None, hint: str = "") -> Rejection:

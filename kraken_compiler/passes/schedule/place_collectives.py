@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Planned, Program
 from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of
@@ -23,13 +23,11 @@ _WAIT = torch.ops.kraken.wait.default
 
 
 @dataclass(frozen=True)
-class PlaceCollectives(Pass):
+class PlaceCollectives(Pass[Planned]):
     name: ClassVar[str] = "place-collectives"
-    requires: ClassVar[tuple[str, ...]] = ("plan",)
-    ensures: ClassVar[tuple[str, ...]] = ("windows",)
+    requires: ClassVar[type[Program]] = Planned
 
-    def run(self, program: Program) -> PassResult:
-        assert program.plan is not None
+    def run(self, program: Planned) -> PassResult:
         place = {node: number for number, node in enumerate(program.graph.nodes)}
         moved = 0
         for node in list(program.graph.nodes):
@@ -41,14 +39,14 @@ class PlaceCollectives(Pass):
                 first = min(node.users, key=place.__getitem__)
                 moved += node.next is not first
                 first.prepend(node)
-        program.windows = measure_windows(program.graph, program.plan)
+        windows = measure_windows(program.graph, program.plan)
         faults = [
             Rejection(
                 f"reduce {window.reduce} should be hidden behind branches {list(window.promised)}, "
                 f"but no matrix product lies between its start and its wait",
                 (window.start, window.wait),
             )
-            for window in program.windows
+            for window in windows
             if window.promised and not window.gemms
         ]
-        return PassResult(moved, tuple(faults))
+        return PassResult(moved, tuple(faults), program.at(LaneProgram, windows=windows))

@@ -15,7 +15,7 @@ from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Planned, Program
 from kraken_compiler.ir.schedule import Reduce
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import LINEAR, ancestors, args_of, aten
@@ -28,13 +28,11 @@ _WAIT = torch.ops.kraken.wait.default
 
 
 @dataclass(frozen=True)
-class ReduceMeans(Pass):
+class ReduceMeans(Pass[Planned]):
     name: ClassVar[str] = "reduce-means"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "plan")
+    requires: ClassVar[type[Program]] = Planned
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
-        assert program.plan is not None
+    def run(self, program: Planned) -> PassResult:
         nodes = {node.name: node for node in program.graph.nodes}
         starts = [node for node in program.graph.nodes if node.target is _START]
         reduces = dict(zip(starts, program.plan.reduces, strict=True))

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import fx
 
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors
@@ -26,12 +26,11 @@ from kraken_compiler.passes.recognize.projections import Projections, find_proje
 
 
 @dataclass(frozen=True)
-class CopyShared(Pass):
+class CopyShared(Pass[Split]):
     name: ClassVar[str] = "copy-shared"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "shards")
+    requires: ClassVar[type[Program]] = Split
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Split) -> PassResult:
         if program.degree > 1:
             return PassResult()
         nodes = {node.name: node for node in program.graph.nodes}

@@ -18,7 +18,7 @@ from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the op)
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
@@ -30,16 +30,15 @@ _MEAN = torch.ops.kraken.mean_power.default
 
 
 @dataclass(frozen=True)
-class OpenWideNorms(Pass):
+class OpenWideNorms(Pass[Recognized]):
     """Before the split over `degree` lanes."""
 
     degree: int = 1
 
     name: ClassVar[str] = "open-wide-norms"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Recognized) -> PassResult:
         if self.degree == 1 or program.degree == self.degree:
             return PassResult()
         nodes = {node.name: node for node in program.graph.nodes}

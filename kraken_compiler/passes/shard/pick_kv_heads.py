@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir.program import Program
+from kraken_compiler.errors import Rejection
+from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, aten, calls
-from kraken_compiler.passes.recognize.find_layers import FindLayers
+from kraken_compiler.passes.recognize.find_layers import find_layers
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of
 from kraken_compiler.passes.shard.degrees import KV_HEAD_OF, shared_groups
 from kraken_compiler.passes.shard.split_branches import sort_weights
@@ -32,26 +33,28 @@ def kv_head_numbers(splitter: WeightSplitter, heads: int, kv_heads: int) -> fx.N
 
 
 @dataclass(frozen=True)
-class PickKvHeads(Pass):
+class PickKvHeads(Pass[Recognized]):
     """For a split over `degree` lanes."""
 
     degree: int = 1
 
     name: ClassVar[str] = "pick-kv-heads"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: Recognized) -> PassResult:
         if program.degree == self.degree:
             return PassResult()
-        assert program.layers is not None
         splitter = WeightSplitter(program, {})
         units = {name: branch.unit for branch in program.layers.branches for name in branch.nodes}
         matches = sum(self._pick(node, splitter, units.get(node.name, 1)) for node in calls(program.graph, *ATTENTIONS))
         if not matches:
             return PassResult()
         sort_weights(program)
-        found = FindLayers().run(program)
-        return PassResult(matches, found.rejections)
+        found = find_layers(program)
+        if isinstance(found, Rejection):
+            return PassResult(matches, (found,))
+        program.layers = found
+        return PassResult(matches)
 
     def _pick(self, attention: fx.Node, splitter: WeightSplitter, unit: int) -> int:
         heads = int(shape_of(attention)[-3])

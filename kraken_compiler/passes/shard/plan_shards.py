@@ -10,7 +10,7 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Recognized, Split
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of
@@ -22,17 +22,15 @@ from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 
 
 @dataclass(frozen=True)
-class PlanShards(Pass):
+class PlanShards(Pass[Recognized]):
     """Split over `degree` lanes."""
 
     degree: int = 1
 
     name: ClassVar[str] = "plan-shards"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
-    ensures: ClassVar[tuple[str, ...]] = ("shards",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Recognized) -> PassResult:
         assert self.degree in valid_degrees(program.layers)
         nodes = {node.name: node for node in program.graph.nodes}
         weights = weight_derived(program)
@@ -56,8 +54,7 @@ class PlanShards(Pass):
             plan = replace(plan, structure=len(probed))
             probed[structure] = (names, plan)
             plans.append(plan)
-        program.shards = tuple(plans)
-        return PassResult(len(probed))
+        return PassResult(len(probed), program=program.at(Split, shards=tuple(plans)))
 
 
 def _structure(

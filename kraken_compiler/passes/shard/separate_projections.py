@@ -20,15 +20,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import from_indices
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.probing import Region
-from kraken_compiler.passes.recognize.find_layers import FindLayers
+from kraken_compiler.passes.recognize.find_layers import find_layers
 from kraken_compiler.passes.recognize.projections import known_constants
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, shape_of
 from kraken_compiler.passes.shard.degrees import shared_groups, spread
@@ -56,16 +57,15 @@ _LAYOUT = frozenset(
 
 
 @dataclass(frozen=True)
-class SeparateProjections(Pass):
+class SeparateProjections(Pass[Recognized]):
     """For a split over `degree` lanes; nothing changes where no lane cuts a group."""
 
     degree: int = 1
 
     name: ClassVar[str] = "separate-projections"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Recognized) -> PassResult:
         if program.degree == self.degree:
             return PassResult()
         uneven = [
@@ -88,8 +88,11 @@ class SeparateProjections(Pass):
             return PassResult()
         refresh_shapes(program.graph)
         sort_weights(program)
-        found = FindLayers().run(program)
-        return PassResult(matches, found.rejections)
+        found = find_layers(program)
+        if isinstance(found, Rejection):
+            return PassResult(matches, (found,))
+        program.layers = found
+        return PassResult(matches)
 
     def _separate(self, linear: fx.Node, branch: Branch, splitter: WeightSplitter, known: Mapping[str, Tensor]) -> bool:
         view = next(iter(linear.users))

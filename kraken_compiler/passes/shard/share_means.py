@@ -1,71 +1,65 @@
-"""Say of which columns a mean over split columns is taken, and how much each lane's columns count.
+"""Say how much each lane's columns count in a mean over split columns.
 
     %m = kraken.mean_power(%q, 2, 64)                ->     %m = kraken.mean_power(%q, 2, 64, share)    to be reduced
-                                                     or     %m = sum(mul(%q, %q)) / 16                  the lane's own
+                                                     or     %m = sum(mul(%q, %q)) / 64                  the same on all
 
-A branch that reads the stream as it is in the source takes the mean over all lanes, so that `standard` is exact. One
-that reads its peers late knows nothing new of them here either and takes the mean over what it has: no collective comes
-into the window that the form promises.
+Lanes add up what their columns are of the mean; columns of a KV head that several lanes hold count once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the op)
-from kraken_compiler.ir.index_set import size, to_indices
-from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.shards import KeptDim
+from kraken_compiler.ir.index_set import IndexSet, to_indices
+from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, aten, replace
+from kraken_compiler.passes.graph_tools import args_of, aten
+from kraken_compiler.passes.graph_tools import replace as replace_node
+from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
 
-_MEAN = torch.ops.kraken.mean_power.default
+MEAN = torch.ops.kraken.mean_power.default
 
 
 @dataclass(frozen=True)
-class ShareMeans(Pass):
+class ShareMeans(Pass[Split]):
     name: ClassVar[str] = "share-means"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "plan", "shards")
+    requires: ClassVar[type[Program]] = Split
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
-        assert program.plan is not None
+    def run(self, program: Split) -> PassResult:
         nodes = {node.name: node for node in program.graph.nodes}
         splitter = WeightSplitter(program, original_shapes(program))
         matches = 0
-        branches = {}
-        for branch, read, plan in zip(program.layers.branches, program.plan.reads, program.shards, strict=True):
-            is_fresh = read.own == read.peers == branch.reads
-            names: list[str] = []
+        branches, shards = {}, []
+        for branch, plan in zip(program.layers.branches, program.shards, strict=True):
+            made: dict[str, list[str]] = {}
             for name in branch.nodes:
-                if nodes[name].target is not _MEAN or len(nodes[name].args) > 3:
-                    names.append(name)
+                if nodes[name].target is not MEAN or len(nodes[name].args) > 3:
                     continue
                 matches += 1
                 kept = plan.kept.get(args_of(nodes[name])[0].name)
-                lanes = kept[-1] if kept else None
-                if lanes is not None and is_fresh:
-                    _weigh(nodes[name], lanes, splitter)
-                    names.append(name)
+                if kept and kept[-1] is not None:
+                    _weigh(nodes[name], kept[-1], splitter)
                 else:
-                    names += _own_mean(nodes[name], lanes)
-            branches[branch] = tuple(names)
+                    made[name] = own_mean(nodes[name])
+            branches[branch] = tuple(new for name in branch.nodes for new in made.get(name, [name]))
+            shards.append(replace(plan, region=tuple(new for name in plan.region for new in made.get(name, [name]))))
+        program.shards = tuple(shards)
         program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
         return PassResult(matches)
 
 
-def _weigh(mean: fx.Node, lanes: KeptDim, splitter: WeightSplitter) -> None:
+def _weigh(mean: fx.Node, lanes: tuple[IndexSet, ...], splitter: WeightSplitter) -> None:
     """Let columns that several lanes hold (of a replicated KV head) count once."""
-    assert lanes is not None
     x, power, width = args_of(mean)
     held = Counter(index for lane in lanes for index in to_indices(lane))
     share = torch.tensor([1.0 / max(1, held[column]) for column in range(width)])
@@ -76,12 +70,13 @@ def _weigh(mean: fx.Node, lanes: KeptDim, splitter: WeightSplitter) -> None:
         mean.args = (x, power, width, splitter.add_constant(source, share, (DimShard(0, lanes),)))
 
 
-def _own_mean(mean: fx.Node, lanes: KeptDim) -> list[str]:
-    x, power, width = args_of(mean)
-    graph, columns = mean.graph, width if lanes is None else size(lanes[0])
+def own_mean(mean: fx.Node) -> list[str]:
+    """Let a lane take a mean over the columns that it has; returns the names of the nodes that do."""
+    x, power = args_of(mean)[:2]
+    graph = mean.graph
     with graph.inserting_before(mean):
         made = [x] if power == 1 else [x, graph.call_function(aten.mul.Tensor, (x, x))]
         made.append(graph.call_function(aten.sum.dim_IntList, (made[-1], [-1], True)))
-        made.append(graph.call_function(aten.mul.Tensor, (made[-1], 1.0 / columns)))
-    replace(mean, made[-1])
+        made.append(graph.call_function(aten.mul.Tensor, (made[-1], 1.0 / int(shape_of(x)[-1]))))
+    replace_node(mean, made[-1])
     return [node.name for node in made[1:]]

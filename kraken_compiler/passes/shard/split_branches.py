@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import to_indices
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.shards import BranchShards, Kept
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.passes.base import Pass, PassResult
@@ -34,15 +34,15 @@ from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_
 
 
 @dataclass(frozen=True)
-class SplitBranches(Pass):
+class SplitBranches(Pass[Split]):
     """Cut to one of `degree` lanes."""
 
     degree: int = 1
 
     name: ClassVar[str] = "split-branches"
-    requires: ClassVar[tuple[str, ...]] = ("layers", "shards")
+    requires: ClassVar[type[Program]] = Split
 
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: Split) -> PassResult:
         if program.degree == self.degree:
             return PassResult()
         shapes = original_shapes(program)
@@ -51,7 +51,6 @@ class SplitBranches(Pass):
         firsts: dict[int, BranchShards] = {}
         checks: dict[int, _Check] = {}
         branches = {}
-        assert program.layers is not None
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
             region = [nodes[name] for name in plan.region]
             leaves = [nodes[name] for name in plan.inputs]
@@ -150,7 +149,7 @@ def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> Non
 
 
 def _refresh(
-    program: Program, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]], firsts: dict[int, BranchShards]
+    program: Split, nodes: dict[str, fx.Node], shapes: dict[str, tuple[Any, ...]], firsts: dict[int, BranchShards]
 ) -> fx.Node | None:
     """Recompute shapes, once a structure; gives the first node whose shape on a lane is not the one the plan says."""
     twins: dict[fx.Node, fx.Node] = {}

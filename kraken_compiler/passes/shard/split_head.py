@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,16 +15,17 @@ from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.index_set import IndexSet
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten, replace
+from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
 
 
 @dataclass(frozen=True)
-class SplitHead(Pass):
+class SplitHead(Pass[Recognized]):
     """Split the head over the program's lanes.
 
     Attributes:
@@ -34,10 +35,9 @@ class SplitHead(Pass):
     smallest: int = 16
 
     name: ClassVar[str] = "split-head"
-    requires: ClassVar[tuple[str, ...]] = ("layers",)
+    requires: ClassVar[type[Program]] = Recognized
 
-    def run(self, program: Program) -> PassResult:
-        assert program.layers is not None
+    def run(self, program: Recognized) -> PassResult:
         head = next((node for node in program.graph.nodes if node.name == program.layers.head), None)
         degree = program.degree
         if head is None or degree == 1 or any(user.target is _ALL_GATHER for user in head.users):
@@ -60,7 +60,8 @@ class SplitHead(Pass):
             if size * degree > rows:
                 whole = graph.call_function(aten.slice.Tensor, (whole, len(shape_of(head)) - 1, 0, rows))
         local.meta["nn_module_stack"] = head.meta.get("nn_module_stack", {})
-        replace(head, whole)
+        replace_node(head, whole)
+        program.layers = replace(program.layers, head=local.name)
         sort_weights(program)
         return PassResult(1)
 

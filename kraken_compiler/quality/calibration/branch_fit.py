@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
 from kraken_compiler.quality.calibration.moments import Moments
@@ -34,14 +34,13 @@ class Streams:
 
     def __init__(
         self,
-        standard: Program,
+        standard: LaneProgram,
         source: Lockstep,
         lanes: Lockstep,
         values: Values,
         held: Sequence[bool],
         importance: Sequence[Tensor],
     ) -> None:
-        assert standard.layers is not None
         self.source, self.lanes, self.held, self.degree = source, lanes, tuple(held), standard.degree
         self.importance = tuple(importance)
         self._values = values

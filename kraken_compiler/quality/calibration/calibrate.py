@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.attention_received import attention_received
 from kraken_compiler.quality.calibration.branch_fit import BranchFit, Streams
@@ -41,8 +41,8 @@ _WATCHED_ROWS = 4
 
 
 def calibrate(
-    standard: Program,
-    program: Program,
+    standard: LaneProgram,
+    program: LaneProgram,
     read_lane: ReadLane,
     batches: Sequence[list[Tensor]],
     held: Sequence[bool],
@@ -66,8 +66,6 @@ def calibrate(
     Returns:
         The lanes' new weights and what was done to every branch.
     """
-    assert program.plan is not None
-    assert program.layers is not None
     weights = LaneWeights(read_lane, program.degree)
     records: list[BranchRecord] = []
     pairs = list(zip(find_refittable(standard), find_refittable(program), strict=True))
@@ -95,7 +93,7 @@ def calibrate(
     return Calibration(weights, tuple(records), tokens)
 
 
-def _importance(standard: Program, read_lane: ReadLane, batches: Sequence[list[Tensor]]) -> list[Tensor]:
+def _importance(standard: LaneProgram, read_lane: ReadLane, batches: Sequence[list[Tensor]]) -> list[Tensor]:
     """For every batch what each of its tokens counts, float32 [N].
 
     How well a token's own prediction is kept counts 1, and as much again what an average token is read; for the first
@@ -111,17 +109,14 @@ def _importance(standard: Program, read_lane: ReadLane, batches: Sequence[list[T
     return [weight_S[: inputs[0].shape[-1]].repeat(len(inputs[0])) for inputs in batches]
 
 
-def _first_stale(program: Program) -> int:
+def _first_stale(program: LaneProgram) -> int:
     """The first branch that reads something else than in the source; all later ones inherit its error."""
-    assert program.plan is not None
-    assert program.layers is not None
     for branch, read in zip(program.layers.branches, program.plan.reads, strict=True):
         if not read.own == read.peers == branch.reads:
             return branch.index
     return len(program.plan.reads) + 1
 
 
-def _branch_outputs(program: Program) -> list[fx.Node]:
-    assert program.layers is not None
+def _branch_outputs(program: LaneProgram) -> list[fx.Node]:
     nodes = {node.name: node for node in program.graph.nodes}
     return [nodes[branch.output] for branch in program.layers.branches]

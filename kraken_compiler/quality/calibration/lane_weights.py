@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import ReadLane
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -44,7 +44,7 @@ class LaneWeights:
         assert all(tuple(lane.shape) == spec.shape for lane in lanes)
         self._changed[spec.name] = [lane.to(spec.torch_dtype).contiguous() for lane in lanes]
 
-    def in_program(self, program: Program, read: Callable[[str], Tensor]) -> tuple[Program, SourceReader]:
+    def in_program(self, program: LaneProgram, read: Callable[[str], Tensor]) -> tuple[LaneProgram, SourceReader]:
         """The lane program with the changed weights in its weight table, and what gives its source tensors.
 
         Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import read_from_source
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
@@ -29,8 +29,8 @@ CALIBRATION_TOKENS = 65536
 
 def calibrate_on_text(
     captured: Capture,
-    standard: Program,
-    program: Program,
+    standard: LaneProgram,
+    program: LaneProgram,
     paths: Sequence[Path],
     tokens: int,
     measured_on: TextChoice,

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, args_of, argument, aten
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
@@ -76,9 +76,8 @@ class Refittable:
     end: fx.Node
 
 
-def find_refittable(program: Program) -> list[Refittable | Rejection]:
+def find_refittable(program: LaneProgram) -> list[Refittable | Rejection]:
     """For every branch of a lane program, in order, the projections that may be refitted or why there are none."""
-    assert program.layers is not None
     weights = weight_derived(program)
     nodes = {node.name: node for node in program.graph.nodes}
     owners: dict[str, int] = {}
@@ -89,7 +88,7 @@ def find_refittable(program: Program) -> list[Refittable | Rejection]:
 
 
 def _of_branch(
-    branch: Branch, program: Program, nodes: dict[str, fx.Node], weights: set[fx.Node], owners: dict[str, int]
+    branch: Branch, program: LaneProgram, nodes: dict[str, fx.Node], weights: set[fx.Node], owners: dict[str, int]
 ) -> Refittable | Rejection:
     inside = [nodes[name] for name in branch.nodes]
     found = find_projections(nodes[branch.output], inside, weights)
@@ -110,7 +109,7 @@ def _of_branch(
     return Refittable(branch, tuple(tuple(group) for group in groups.values()), output, nodes[branch.output])
 
 
-def _projection(node: fx.Node, program: Program) -> Projection | Rejection:
+def _projection(node: fx.Node, program: LaneProgram) -> Projection | Rejection:
     if node.target is not LINEAR:
         return Rejection("its projections are those of experts, each of which sees only some tokens", (node.name,))
     weight, bias = args_of(node)[1], argument(node, 2, "bias")

@@ -14,9 +14,9 @@ from torch import Tensor
 from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.forms import STANDARD
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.lowering import lower
+from kraken_compiler.lowering import lower_split
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.refittable import find_refittable
@@ -29,8 +29,8 @@ class SingleLayers:
     """Calibrates single layers, those of a group together; the last group's weights are kept.
 
     Args:
-        source: The captured program, which is lowered.
-        standard: The same in standard form, on as many lanes.
+        split: The model's program, split over the lanes.
+        standard: The same in standard form.
         read_lane: Gives the source's weights.
         batches: Flat inputs to calibrate on.
         held: For every batch whether it is held back, see `calibrate`.
@@ -38,16 +38,15 @@ class SingleLayers:
 
     def __init__(
         self,
-        source: Program,
-        standard: Program,
+        split: Split,
+        standard: LaneProgram,
         read_lane: ReadLane,
         batches: Sequence[list[Tensor]],
         held: Sequence[bool],
     ) -> None:
-        assert standard.layers is not None
-        self._source, self._standard, self._read_lane = source, standard, read_lane
+        self._split, self._standard, self._read_lane = split, standard, read_lane
         self._batches, self._held = batches, held
-        self._count = len(standard.layers.layers)
+        self._count = len(split.layers.layers)
         self._group: tuple[str, int] | None = None
         self._weights: LaneWeights | None = None
         self._layer_of: dict[str, int] = {}
@@ -76,7 +75,7 @@ class SingleLayers:
 
     def _calibrate(self, form: str, shift: int) -> None:
         forms = tuple(form if layer % APART == shift else STANDARD.name for layer in range(self._count))
-        program, _ = lower(self._source, self._standard.degree, forms, cached=False)
+        program = lower_split(self._split, forms, cached=False)
         # The group before goes first: it is as large as the model.
         self._weights, self._group = None, None
         self._layer_of = _layers_of_weights(program)
@@ -84,7 +83,7 @@ class SingleLayers:
         self._group = (form, shift)
 
 
-def _layers_of_weights(program: Program) -> dict[str, int]:
+def _layers_of_weights(program: LaneProgram) -> dict[str, int]:
     """The layer of every weight that calibration may change, by name."""
     found = {}
     for refittable in find_refittable(program):

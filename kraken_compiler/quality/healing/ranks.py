@@ -18,7 +18,7 @@ from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named, keeper_of_lanes
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.communicators.join import communicator_of, rank_device
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.data import HealingText
 from kraken_compiler.quality.healing.loop import Outcome, train
@@ -35,7 +35,7 @@ _LISTEN_SECONDS = 0.2
 
 def heal_on_ranks(
     artifact: Artifact,
-    source: Program,
+    source: LaneProgram,
     read: Callable[[str], Tensor],
     text: HealingText,
     settings: HealSettings,

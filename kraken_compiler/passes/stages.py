@@ -1,0 +1,89 @@
+"""The stages of a compile: captured, recognised, split, scheduled, with a KV cache. None changes what it is given.
+
+    recognize(captured)          ->  Recognized    once a model
+    split(recognized, degree)    ->  Split         once a degree: nothing up to here depends on the form
+    schedule(split, forms)       ->  LaneProgram   once for every choice of forms
+    with_cache(lane)             ->  LaneProgram   once for what is written
+
+Each runs one pipeline of `pipelines.py`. A runner that goes from stage to stage gathers their history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from kraken_compiler.errors import UnsupportedModelError
+from kraken_compiler.ir.forms import Form
+from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split, Stage
+from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.manager import PassRunner
+from kraken_compiler.passes.pipelines import CACHE, RECOGNIZE, schedule_as, split_over
+from kraken_compiler.passes.shard.degrees import DEGREE_HINT, even_degrees, valid_degrees
+
+_MOST_TRIES = 3
+_NO_DEGREE_HINT = (
+    "Other degrees were tried and do not help: between their projections, attention must keep its heads apart and an "
+    "FFN its columns."
+)
+
+
+def recognize(captured: Program, runner: PassRunner | None = None) -> Recognized:
+    """Bring a captured program into normal form and find its layers. Keeps the numbers.
+
+    Raises:
+        UnsupportedModelError: It is no Transformer, or has parts of another kind.
+    """
+    return _staged(Recognized, captured, RECOGNIZE, runner)
+
+
+def split(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> Split:
+    """Cut every branch to the share of one of `degree` lanes.
+
+    Raises:
+        UnsupportedModelError: A branch cannot be cut so; the hint names another degree only if that was found to work.
+    """
+    try:
+        return _staged(Split, recognized, split_over(degree), runner)
+    except UnsupportedModelError as error:
+        if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
+            raise
+        hint = _tried_hint(recognized, degree)
+        hinted = [replace(one, hint=hint) if one.hint == DEGREE_HINT else one for one in error.rejections]
+        raise UnsupportedModelError(hinted) from None
+
+
+def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | None = None) -> LaneProgram:
+    """Give the layers their forms: one for all, or one for each.
+
+    Raises:
+        UnsupportedModelError: Nothing would run while a reduce is under way that a form hides.
+    """
+    return _staged(LaneProgram, split, schedule_as(forms), runner)
+
+
+def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:
+    """Add the program with a KV cache, or why there is none. It takes as long as all the rest."""
+    return _staged(LaneProgram, lane, CACHE, runner)
+
+
+def _staged(stage: type[Stage], program: Program, pipeline: Sequence[Pass[Any]], runner: PassRunner | None) -> Stage:
+    result = (runner or PassRunner()).run(program.copy(), pipeline)
+    assert isinstance(result, stage)
+    return result
+
+
+def _tried_hint(recognized: Recognized, degree: int) -> str:
+    degrees = dict.fromkeys((*even_degrees(recognized.layers), *valid_degrees(recognized.layers)))
+    others = [other for other in degrees if other not in (1, degree)][:_MOST_TRIES]
+    works = next((other for other in others if _splits(recognized, other)), None)
+    return _NO_DEGREE_HINT if works is None else f"Degree {works} works."
+
+
+def _splits(recognized: Recognized, degree: int) -> bool:
+    try:
+        _staged(Split, recognized, split_over(degree), None)
+    except UnsupportedModelError:
+        return False
+    return True
