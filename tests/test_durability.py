@@ -18,7 +18,7 @@ import pytest
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.reservation import reserved
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.weights import shard_file
+from kraken_compiler.weights import safetensors_writer
 from tests.toy_lane_program import write_toy
 
 SEED = 20240
@@ -125,7 +125,7 @@ def test_a_shard_that_cannot_be_written_is_named(tmp_path: Path, call: str, numb
     failing = SimpleNamespace(**vars(os) | {call: fail})
     write_toy(tmp_path / "toy.kraken", 2)
     with (
-        mock.patch.object(shard_file, "os", failing),
+        mock.patch.object(safetensors_writer, "os", failing),
         pytest.raises(InputFileError, match=f"cannot be written: {os.strerror(number)}") as error,
     ):
         write_toy(tmp_path / "toy.kraken", 2, force=True, report={"note": "second"})

@@ -19,7 +19,7 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
-from kraken_compiler.weights.shard_file import ShardFile
+from kraken_compiler.weights.safetensors_writer import SafetensorsWriter
 from kraken_compiler.weights.shard_journal import Mark, ShardJournal
 
 FORMAT = {"format": "pt", "kraken_weights": "2"}
@@ -150,7 +150,7 @@ class _Shard:
         thread: Writes one source tensor's parts after the other's.
     """
 
-    file: ShardFile
+    file: SafetensorsWriter
     lane: int | None
     thread: ThreadPoolExecutor
 
@@ -162,7 +162,7 @@ class _Shard:
         specs = [spec for specs in by_source.values() for spec in _held(specs, lane)]
         contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs}
         metadata = FORMAT | {"lane": "all" if lane is None else str(lane)}
-        file = stack.enter_context(closing(ShardFile(directory / name, contents, metadata)))
+        file = stack.enter_context(closing(SafetensorsWriter(directory / name, contents, metadata)))
         return cls(file, lane, stack.enter_context(ThreadPoolExecutor(1, "write-shard")))
 
     def submit(self, piece: _Piece, tensor: Tensor) -> Future[Mark]:
@@ -230,12 +230,12 @@ def _pieces(specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piec
         yield _Piece(specs, partial(rows.read, start, stop), (start, stop), (stop - start) * row_bytes)
 
 
-def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJournal) -> int:
+def _resume(files: Sequence[SafetensorsWriter], sources: Sequence[str], journal: ShardJournal) -> int:
     """Keep what an earlier writer finished; returns how many source tensors that are."""
     noted = journal.marks(len(files))[: len(sources)]
     with ThreadPoolExecutor(len(files), "hash-shard") as pool:
-        matching = pool.map(ShardFile.matching, files, [[marks[at] for marks in noted] for at in range(len(files))])
-        kept = min(matching)
+        of_files = [[marks[at] for marks in noted] for at in range(len(files))]
+        kept = min(pool.map(SafetensorsWriter.matching, files, of_files))
     journal.restart(sources, noted[:kept])
     for file in files:
         file.cut(kept)
