@@ -16,6 +16,7 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.compiling import CompileResult, compile_model
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import FormChoice, lower
 from kraken_compiler.report import is_exact, make_report
 from kraken_compiler.surroundings import undisturbed
@@ -109,7 +110,7 @@ def load_lanes(directory: str | os.PathLike[str]) -> LaneModule:
         raise UsageError(f"{directory}: holds no torch program; compile the model with --backend torch,onnx")
     program = with_lane_tensors(lanes.program, lanes.program.weights)
     return LaneModule.from_program(
-        program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, _no_source)
+        program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, SourceReader(_no_source))
     )
 
 

@@ -20,6 +20,7 @@ from kraken_compiler.backends.torch_dist.load import load, load_program
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.runtime.session import Session
+from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import toy_sources
 
 START = torch.ops.kraken.all_reduce_start.default
@@ -90,7 +91,7 @@ def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str
     """Compare a rank's program with the single-process module in every way that needs a real group."""
     three = open_artifact(payload["three"])
     ids = torch.tensor(payload["ids"])
-    reference = LaneModule.from_program(load_program(three), toy_sources().__getitem__)(ids)
+    reference = LaneModule.from_program(load_program(three), MemoryStore(toy_sources()).read)(ids)
     loaded = load(payload["three"])
     assert isinstance(loaded, RankProgram)
     differences = {}
@@ -101,7 +102,7 @@ def check_rank_program(payload: Mapping[str, Any], session: Session) -> dict[str
 
     compare("loaded", loaded(ids))
     compare("by name", loaded(input_ids=ids))
-    built = RankProgram.from_program(load_program(three), toy_sources().__getitem__)
+    built = RankProgram.from_program(load_program(three), MemoryStore(toy_sources()).read)
     compare("built", built(ids))
     check_dtypes(session)
 

@@ -6,7 +6,6 @@ after the other, and the model is captured once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +20,7 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import lower
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.manager import run_passes
@@ -72,7 +72,7 @@ class Recognized:
     model: nn.Module
     captured: Program
     program: Program
-    read: Callable[[str], Tensor]
+    read: SourceReader
 
 
 # Not all of them: hundreds of kept graphs would make every garbage collection slow.

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from kraken_compiler.backends.onnx_ort.format import LOGITS, data_file, device_f
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import lower
 from kraken_compiler.verify.compare import errors, rank_tolerance
 
@@ -51,7 +51,7 @@ CONFIG = {
 }
 
 
-def random_weights(program: Program, constants: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+def random_weights(program: Program, constants: SourceReader) -> SourceReader:
     """A reader of weights that are different for every name and the same at every call."""
     shapes = {spec.source: spec.source_shape for spec in program.weights.values() if spec.kind == "parameter"}
 
@@ -62,7 +62,7 @@ def random_weights(program: Program, constants: Callable[[str], Tensor]) -> Call
         value = torch.empty(shapes[name]).uniform_(-1, 1, generator=generator)
         return value.mul_(shapes[name][-1] ** -0.5) if value.dim() > 1 else value.add_(2)
 
-    return read
+    return SourceReader(read)
 
 
 def behind_the_limit(model: DeviceModel) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from torch import Tensor
 
 from kraken_compiler.artifact.manifest import (
     FORMAT_VERSION,
@@ -33,6 +32,7 @@ from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.versions import own_version
 from kraken_compiler.weights.safetensors_format import byte_view
@@ -53,7 +53,7 @@ class Emitter(Protocol):
     def write(
         self,
         program: Program,
-        read: Callable[[str], Tensor],
+        read: SourceReader,
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:
@@ -67,7 +67,7 @@ TokenizerSaver = Callable[[Path], None]
 
 def write_artifact(
     program: Program,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     directory: Path | str,
     *,
     source: Source,
@@ -182,7 +182,7 @@ def _resume_key(program: Program, source: Source, backends: Sequence[Emitter]) -
 def _fill(
     directory: Path,
     program: Program,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     source: Callable[[], Source],
     backends: Sequence[Emitter],
     tokenizer_saver: TokenizerSaver | None,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 
 
@@ -27,7 +25,7 @@ class Backend(ABC):
     def write(
         self,
         program: Program,
-        read: Callable[[str], Tensor],
+        read: SourceReader,
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:
@@ -35,8 +33,7 @@ class Backend(ABC):
 
         Args:
             program: The lane program; it is not changed.
-            read: Gives a whole source tensor by name, or rows of it, see `SourceReader.of`; called for one at a time,
-                perhaps in another thread, and nothing read may be kept.
+            read: Gives the source's tensors.
             directory: An existing directory of the backend's own; empty but for shards that a killed compile of the
                 same model left with their journal.
             progress: Told about long stages.

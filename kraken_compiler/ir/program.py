@@ -7,7 +7,6 @@ only communication. Every backend takes a lane program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,12 +72,11 @@ class Program:
         module = fx.GraphModule(self.module, graph)
         return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
 
-    def reader(self, read: Callable[[str], Tensor]) -> SourceReader:
-        """Extend what gives the source's tensors by this program's own constants."""
-        others = SourceReader.of(read)
+    def reader(self, read: SourceReader) -> SourceReader:
+        """The reader of the source's tensors, extended by this program's own constants."""
         return SourceReader(
-            lambda source: self.constants[source] if source in self.constants else others(source),
-            lambda source: None if source in self.constants else others.rows_of(source),
+            lambda source: self.constants[source] if source in self.constants else read(source),
+            lambda source: None if source in self.constants else read.rows_of(source),
         )
 
 

@@ -39,7 +39,7 @@ def lane_file_name(lane: int) -> str:
 
 
 def write_lane_shards(
-    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
 ) -> list[Path]:
     """Write the weights, keyed by placeholder name, and their journal.
 
@@ -103,7 +103,7 @@ def write_lane_shards(
 def lane_parts(
     program: Program,
     specs: Iterable[WeightSpec],
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     progress: Advance | None = None,
 ) -> Iterator[tuple[WeightSpec, int, Tensor]]:
     """Every lane's part of weights, reading each source tensor once and holding one at a time.

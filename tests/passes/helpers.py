@@ -23,6 +23,7 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.manager import run_passes
 from kraken_compiler.passes.pipelines import RECOGNIZE
@@ -45,7 +46,7 @@ class Sample:
 
     module: nn.Module
     program: Program
-    read: Callable[[str], Tensor]
+    read: SourceReader
     inputs: tuple[tuple[Tensor, ...], ...]
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance
@@ -141,7 +141,7 @@ class SilentBackend(Backend):
     name: ClassVar[str] = "silent"
 
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         (directory / "nothing.txt").write_text("nothing")
         return program.windows

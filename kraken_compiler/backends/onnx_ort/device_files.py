@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
 from kraken_compiler.backends.onnx_ort.tables import LaneTables
 from kraken_compiler.file_errors import naming
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.shards import lane_parts
@@ -65,7 +66,7 @@ class _Place:
 def write_device_files(
     exported: ExportedGraph,
     program: Program,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     tables: LaneTables | None,
     directory: Path,
     metadata: Mapping[str, str],
@@ -138,9 +139,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _inline(
-    exported: ExportedGraph, program: Program, read: Callable[[str], Tensor]
-) -> tuple[dict[str, onnx.TensorProto], ...]:
+def _inline(exported: ExportedGraph, program: Program, read: SourceReader) -> tuple[dict[str, onnx.TensorProto], ...]:
     """Small indices and sizes, by device and name, which ONNX Runtime wants to know when it opens a model.
 
     Shapes follow from them. And it takes one for a constant of the graph that has the same value, wherever that is.

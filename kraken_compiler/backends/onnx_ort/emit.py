@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
-
-from torch import Tensor
 
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.format import (
@@ -29,6 +26,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
 from kraken_compiler.progress import Advance
 from kraken_compiler.size_checks import token_rules
@@ -53,7 +51,7 @@ class OnnxBackend(Backend):
     def write(
         self,
         program: Program,
-        read: Callable[[str], Tensor],
+        read: SourceReader,
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
-
-from torch import Tensor
 
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
@@ -15,6 +12,7 @@ from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 
@@ -30,7 +28,7 @@ class TorchBackend(Backend):
     def write(
         self,
         program: Program,
-        read: Callable[[str], Tensor],
+        read: SourceReader,
         directory: Path,
         progress: Advance | None = None,
     ) -> tuple[Window, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights, ra
 from kraken_compiler.backends.torch_dist.load import load_program
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.quality.healing.collectives import OnRanks
 from kraken_compiler.quality.healing.lora import add_lora
@@ -23,7 +24,7 @@ from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
 
 
 def trainer_of_all_lanes(
-    artifact: Artifact, source: Program, read: Callable[[str], Tensor], settings: HealSettings, device: torch.device
+    artifact: Artifact, source: Program, read: SourceReader, settings: HealSettings, device: torch.device
 ) -> Trainer:
     """All lanes of an artifact, and its source as one lane that does everything.
 

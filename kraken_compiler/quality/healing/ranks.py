@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
@@ -21,6 +20,7 @@ from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.communicators.cards import require_agreement
 from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.data import HealingText
 from kraken_compiler.quality.healing.loop import Outcome, train
@@ -38,7 +38,7 @@ _LISTEN_SECONDS = 0.2
 def heal_on_ranks(
     artifact: Artifact,
     source: Program,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     text: HealingText,
     settings: HealSettings,
     folder: Path,
