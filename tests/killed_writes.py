@@ -58,7 +58,7 @@ class ShardsAndGraph:
     def write(
         self, program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[()]:
-        (directory / "lane.pt2").write_bytes(b"graph" * 1000)
+        (directory / "lane.json").write_bytes(b"graph" * 1000)
         write_lane_shards(program, read, directory, progress)
         return ()
 

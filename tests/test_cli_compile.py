@@ -141,7 +141,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 def test_the_artifact(compiled: tuple[Path, dict[str, Any]]) -> None:
     artifact, said = compiled
     weights = [f"torch/{name}.safetensors" for name in ("lane-0", "lane-1", "shared")]
-    graphs = [f"torch/{name}.pt2" for name in ("lane", "step", "tables")]
+    graphs = [f"torch/{name}.json" for name in ("lane", "step", "tables")]
     names = ("generation_config", "tokenizer", "tokenizer_config")
     tokenizer = [f"tokenizer/{name}.json" for name in names]
     assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *weights, *tokenizer])

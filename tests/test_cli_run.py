@@ -322,7 +322,7 @@ def test_what_is_no_artifact(artifact: Path, tmp_path: Path) -> None:
     assert "lane-1.safetensors: missing" in refused(5, copy, "--prompt", "w5")
 
 
-@pytest.mark.parametrize("name", ["torch/lane-1.safetensors", "torch/lane.pt2", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", ["torch/lane-1.safetensors", "torch/lane.json", "tokenizer/tokenizer.json"])
 def test_a_tampered_file(artifact: Path, tmp_path: Path, name: str) -> None:
     """Found by the rank that reads it, before anything of it is used."""
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))

@@ -65,7 +65,7 @@ def test_only_shards_are_taken_over(tmp_path: Path) -> None:
     with reserved(tmp_path / "toy.kraken") as held:
         assert held.left_key == ""
         (held.prepare(keep_shards=False) / "lane-0.safetensors").write_text("its shard")
-        (held.partial / "lane.pt2").write_text("its graph")
+        (held.partial / "lane.json").write_text("its graph")
         held.note_key("one model")
         assert held.left_key == "one model"
         assert [path.name for path in held.prepare(keep_shards=True).iterdir()] == ["lane-0.safetensors"]

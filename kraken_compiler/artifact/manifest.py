@@ -15,7 +15,7 @@ from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.weight_table import WeightSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 TOKENIZER_DIRECTORY = "tokenizer"

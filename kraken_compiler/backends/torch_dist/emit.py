@@ -18,9 +18,9 @@ from kraken_compiler.weights.shards import write_lane_shards
 
 
 class TorchBackend(Backend):
-    """`lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights: lanes' own, and shared ones.
+    """`lane.json`, with a KV cache also `step.json` and `tables.json`, and the weights: lanes' own, and shared ones.
 
-    A model of whose computation nothing follows from positions alone has no `tables.pt2`.
+    A model of whose computation nothing follows from positions alone has no `tables.json`.
     """
 
     name: ClassVar[str] = "torch"
@@ -50,7 +50,6 @@ def _save_graphs(program: Program, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
-        # torch saves no graph without a result.
         if program.cached.plan.tables:
             save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
     return windows

@@ -13,7 +13,7 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
 
-GRAPH_FILE, STEP_FILE, TABLES_FILE = "torch/lane.pt2", "torch/step.pt2", "torch/tables.pt2"
+GRAPH_FILE, STEP_FILE, TABLES_FILE = "torch/lane.json", "torch/step.json", "torch/tables.json"
 """The lane graph, and what a KV cache adds to it: prefill and decode, and what is computed once for a capacity."""
 
 SHARED_WEIGHTS = f"torch/{SHARED_FILE}"
