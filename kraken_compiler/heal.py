@@ -39,8 +39,8 @@ from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched,
 from kraken_compiler.recompile import backends_of, lowered_as, source_of
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
-from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
 
 FilePath = str | os.PathLike[str]
 

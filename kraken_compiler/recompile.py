@@ -11,7 +11,7 @@ from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.onnx_ort.emit import OnnxBackend
-from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.onnx_ort.format import device_path
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
@@ -91,5 +91,5 @@ def _as_it_was(backend: Backend, artifact: Artifact) -> Backend:
     # Imported here: onnx takes a second, and most artifacts have no device files.
     from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 
-    device = DeviceModel.load(artifact.path(f"onnx/{device_file(0)}"), verify=False)
+    device = DeviceModel.load(artifact.path(device_path(0)), verify=False)
     return replace(backend, collectives=device.collectives, weights=device.weights)

@@ -54,6 +54,7 @@ class ShardsAndGraph:
     """The torch backend's files; the graph is only a stand-in, which takes no time."""
 
     name = "torch"
+    writes_all_weights = True
 
     def write(
         self, program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
@@ -224,14 +225,14 @@ def resumed(place: Path, *, damage: bool = False, other_source: bool = False) ->
 
     forked(action)
     if damage:
-        shard = place / ".toy.kraken.partial" / "artifact" / "torch" / "lane-1.safetensors"
+        shard = place / ".toy.kraken.partial" / "artifact" / "lanes" / "lane-1.safetensors"
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     again = write(target, "again", digest="1" * 64 if other_source else SHA256)
     same = [
-        open_artifact(target).manifest.files[f"torch/{name}.safetensors"]
-        == open_artifact(place / "reference.kraken").manifest.files[f"torch/{name}.safetensors"]
+        open_artifact(target).manifest.files[f"lanes/{name}.safetensors"]
+        == open_artifact(place / "reference.kraken").manifest.files[f"lanes/{name}.safetensors"]
         for name in ("lane-0", "lane-1", "shared")
     ]
     return {"sources": len(sources), "read_again": len(again), "same": all(same)}

@@ -112,7 +112,7 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path, bytes_allowed: int
             write_toy(tmp_path / "toy.kraken", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(tmp_path / "toy.kraken" / "torch") in one_line(error)
+    assert str(tmp_path / "toy.kraken" / "lanes") in one_line(error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_a_shard_that_cannot_be_written_is_named(tmp_path: Path, call: str, numb
         pytest.raises(InputFileError, match=f"cannot be written: {os.strerror(number)}") as error,
     ):
         write_toy(tmp_path / "toy.kraken", 2, force=True, report={"note": "second"})
-    assert one_line(error).startswith(str(tmp_path / "toy.kraken" / "torch" / "lane-"))
+    assert one_line(error).startswith(str(tmp_path / "toy.kraken" / "lanes" / "lane-"))
     assert open_artifact(tmp_path / "toy.kraken").report() == {"note": "toy"}
     assert [path.name for path in tmp_path.iterdir()] == ["toy.kraken"]
 

@@ -98,7 +98,7 @@ def read_weights(path: Path) -> None:
 @cases(300)
 @given(data=st.data())
 def test_safetensors_headers(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    valid = (artifact / "torch" / "lane-0.safetensors").read_bytes()
+    valid = (artifact / "lanes" / "lane-0.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", valid[:8])
     header = dumped(data.draw(mutated(json.loads(valid[8 : 8 + length]))))
     path = tmp_path / "lane-0.safetensors"
@@ -111,7 +111,7 @@ def test_safetensors_headers(artifact: Path, tmp_path: Path, data: st.DataObject
 @given(data=st.data())
 def test_bytes_of_safetensors(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "lane-0.safetensors"
-    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane-0.safetensors").read_bytes())))
+    path.write_bytes(data.draw(mutated_bytes((artifact / "lanes" / "lane-0.safetensors").read_bytes())))
     refused_or_read(lambda: read_weights(path), tmp_path)
     refused_or_read(lambda: map_weights(path, OWN_WEIGHTS), tmp_path)
 
@@ -135,7 +135,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cases(300)
 @given(data=st.data())
 def test_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    valid = json.loads((artifact / "torch" / "lane.json").read_text())
+    valid = json.loads((artifact / "lanes" / "lane.json").read_text())
     path = tmp_path / "lane.json"
     path.write_bytes(dumped(data.draw(mutated(valid))))
     refused_or_read(lambda: load_graph(path), tmp_path)
@@ -145,7 +145,7 @@ def test_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_bytes_of_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "lane.json"
-    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane.json").read_bytes())))
+    path.write_bytes(data.draw(mutated_bytes((artifact / "lanes" / "lane.json").read_bytes())))
     refused_or_read(lambda: load_graph(path), tmp_path)
 
 
@@ -199,7 +199,7 @@ def device_proto() -> onnx.ModelProto:
         device_format.META_DEGREE: "2",
         device_format.META_FORMS: json.dumps(["kraken"]),
         device_format.META_PROGRAM: "0" * 64,
-        device_format.META_DATA: "0" * 64,
+        device_format.META_FILES: json.dumps({"device-0.onnx.data": "0" * 64}),
         device_format.META_CACHE: json.dumps([cache]),
         device_format.META_POSITIONS: "16",
     }
@@ -259,9 +259,9 @@ def test_device_files(tmp_path: Path, data: st.DataObject) -> None:
 
 def test_the_valid_files_are_read(artifact: Path, archive: Path, tmp_path: Path) -> None:
     assert refused_or_read(lambda: use(artifact), artifact) is None
-    assert refused_or_read(lambda: load_graph(artifact / "torch" / "lane.json"), artifact) is None
+    assert refused_or_read(lambda: load_graph(artifact / "lanes" / "lane.json"), artifact) is None
     assert refused_or_read(lambda: inspect(archive), archive.parent) is None
-    weights = artifact / "torch" / "lane-0.safetensors"
+    weights = artifact / "lanes" / "lane-0.safetensors"
     assert refused_or_read(lambda: read_weights(weights), artifact) is None
     assert refused_or_read(lambda: map_weights(weights, OWN_WEIGHTS), artifact) is None
     assert (
@@ -272,11 +272,11 @@ def test_the_valid_files_are_read(artifact: Path, archive: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["link", "link to the same", "linked folder", "pipe", "directory"])
 def test_what_is_no_file_of_the_artifact_is_refused(copy: Path, tmp_path: Path, kind: str) -> None:
-    path = copy / "torch" / "lane-0.safetensors"
+    path = copy / "lanes" / "lane-0.safetensors"
     outside = tmp_path / "outside"
     if kind == "linked folder":
-        (copy / "torch").rename(outside)
-        (copy / "torch").symlink_to(outside)
+        (copy / "lanes").rename(outside)
+        (copy / "lanes").symlink_to(outside)
     else:
         path.rename(outside)
     if kind == "link":
@@ -305,7 +305,7 @@ def test_a_manifest_that_is_no_file_is_refused(copy: Path, tmp_path: Path, kind:
 @pytest.mark.parametrize("place", ["placeholder", "keyword", "result"])
 def test_names_in_a_graph_are_not_run_as_python(artifact: Path, tmp_path: Path, place: str) -> None:
     text = f"x=__import__('pathlib').Path('{CANARY}').touch()"
-    graph = json.loads((artifact / "torch" / "lane.json").read_text())
+    graph = json.loads((artifact / "lanes" / "lane.json").read_text())
     path = tmp_path / "lane.json"
     if place == "keyword":
         graph["nodes"][0]["kwargs"] = {text: 1}
@@ -320,7 +320,7 @@ def test_names_in_a_graph_are_not_run_as_python(artifact: Path, tmp_path: Path, 
 
 
 def test_a_graph_cannot_open_files(artifact: Path, tmp_path: Path) -> None:
-    graph = json.loads((artifact / "torch" / "lane.json").read_text())
+    graph = json.loads((artifact / "lanes" / "lane.json").read_text())
     graph["nodes"][0]["call"] = "aten.from_file.default"
     path = tmp_path / "lane.json"
     path.write_bytes(dumped(graph))

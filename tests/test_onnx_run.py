@@ -174,7 +174,7 @@ def test_lines_of_standard_input(artifacts: Artifacts) -> None:
 
 
 def test_the_example(artifacts: Artifacts, root: Path) -> None:
-    command = [str(root / "examples/onnx_generate.py"), str(artifacts.kraken / "onnx"), "--ids", "5,6,40"]
+    command = [str(root / "examples/onnx_generate.py"), str(artifacts.kraken / "lanes"), "--ids", "5,6,40"]
     done = subprocess.run(
         [sys.executable, *command, "--tokens", "6"], capture_output=True, text=True, check=False, timeout=100
     )
@@ -271,12 +271,12 @@ def test_the_worker_says_what_is_wrong(
     place = {"RANK": "1", "WORLD_SIZE": "2", "KRAKEN_MEET": "127.0.0.1:1"}
     assert "start kraken_compiler.runtime.worker" in fails(artifacts.standard, "--backend", "torch", **place)
     line = fails(damaged_copy(artifacts.standard, tmp_path / "copy"), **place)
-    assert "device-1.onnx.data: changed since it was written (its hash differs)" in line
+    assert "lane-1.safetensors: changed since it was written (its hash differs)" in line
 
 
 def damaged_copy(artifact: Path, target: Path) -> Path:
     shutil.copytree(artifact, target)
-    path = target / "onnx" / "device-1.onnx.data"
+    path = target / "lanes" / "lane-1.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -60,7 +60,7 @@ def test_execute_on_ranks(artifacts: tuple[Path, Path]) -> None:
 
 def test_a_tampered_lane_stops_the_rank_that_reads_it(tmp_path: Path) -> None:
     directory = write_toy(tmp_path / "two.kraken", 2)
-    path = directory / "torch" / "lane-1.safetensors"
+    path = directory / "lanes" / "lane-1.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)

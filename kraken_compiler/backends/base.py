@@ -16,10 +16,13 @@ class Backend(ABC):
     """Turns a lane program into files.
 
     Attributes:
-        name: What `--backend` calls it; also the name of its directory in an artifact.
+        name: What `--backend` calls it.
+        writes_all_weights: It puts all of a program's weights into the lane files (`weights.shards`), and is asked to
+            before those that do not; these take what is there (`lane_files_with`), and write what is missing.
     """
 
     name: ClassVar[str]
+    writes_all_weights: ClassVar[bool] = False
 
     @abstractmethod
     def write(
@@ -34,8 +37,8 @@ class Backend(ABC):
         Args:
             program: The lane program; it is not changed.
             read: Gives the source's tensors.
-            directory: An existing directory of the backend's own; empty but for shards that a killed compile of the
-                same model left with their journal.
+            directory: An existing directory, the same for all backends; empty but for what those before have written,
+                or shards that a killed compile of the same model left with their journal.
             progress: Told about long stages.
 
         Returns:

@@ -17,7 +17,7 @@ from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.events import write_events
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
-from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.onnx_ort.format import device_path
 from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
@@ -48,7 +48,7 @@ def execute(payload: Mapping[str, Any], session: Session) -> int:
     """Run this rank's device on every input set; returns the number of outputs."""
     directory = Path(payload["exchange"])
     artifact = open_artifact(payload["artifact"], verify=False)
-    model = DeviceModel.load(artifact.path(f"onnx/{device_file(session.rank)}"), verify=False)
+    model = DeviceModel.load(artifact.path(device_path(session.rank)), verify=False)
     # Products that round what they multiply could only be compared loosely; what that costs is in the quality.
     model = model.with_exact_products()
     communicator = ArrayCommunicator.from_environment(

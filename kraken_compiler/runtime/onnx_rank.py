@@ -12,7 +12,7 @@ import numpy as np
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import CPU_PROVIDER, DeviceProgram
-from kraken_compiler.backends.onnx_ort.format import SHARED_DATA_FILE, data_file, device_file
+from kraken_compiler.backends.onnx_ort.format import device_path, weight_files
 from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.communicators.arrays import ArrayCommunicator
@@ -25,8 +25,8 @@ from kraken_compiler.runtime.onnx_model import OnnxModel, joined
 from kraken_compiler.runtime.options import RunOptions
 from kraken_compiler.runtime.speak import speak
 from kraken_compiler.runtime.status import StatusWriter
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
-_DIRECTORY = "onnx"
 _START_SECONDS = 90.0
 
 
@@ -140,7 +140,7 @@ def _load(artifact: Artifact, place: Place, status: StatusWriter) -> DeviceModel
             f"start {degree}, or compile for degree {place.degree}"
         )
     status.progress("reading the device file", extra=_seconds_to_read(artifact, place))
-    name = f"{_DIRECTORY}/{device_file(place.rank)}"
+    name = device_path(place.rank)
     artifact.verify(name, *_weight_files(artifact, place))
     return DeviceModel.load(artifact.path(name), verify=False)
 
@@ -152,8 +152,8 @@ def _seconds_to_read(artifact: Artifact, place: Place) -> float:
 
 def _weight_files(artifact: Artifact, place: Place) -> list[str]:
     """Its own weights, and those that it shares with the others."""
-    shared = f"{_DIRECTORY}/{SHARED_DATA_FILE}"
-    return [f"{_DIRECTORY}/{data_file(place.rank)}", *([shared] if shared in artifact.manifest.files else [])]
+    names = (f"{LANES_DIRECTORY}/{name}" for name in weight_files(place.rank))
+    return [name for name in names if name in artifact.manifest.files]
 
 
 def _numpy_dtype(name: str | None) -> np.dtype[Any] | None:

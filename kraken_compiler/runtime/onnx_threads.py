@@ -12,7 +12,7 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
-from kraken_compiler.backends.onnx_ort.format import INPUT_IDS, LOGITS, device_file
+from kraken_compiler.backends.onnx_ort.format import INPUT_IDS, LOGITS, device_path
 from kraken_compiler.communicators.threads import Meeting, ThreadCollectives, in_threads
 from kraken_compiler.runtime.logits import logits_function
 
@@ -30,7 +30,7 @@ def logits_of_devices(directory: Path) -> Callable[[Tensor], Tensor]:
         InputFileError: A file of the artifact is damaged.
     """
     manifest = open_artifact(directory, verify=False).manifest
-    models = [DeviceModel.load(directory / "onnx" / device_file(lane), verify=False) for lane in range(manifest.degree)]
+    models = [DeviceModel.load(directory / device_path(lane), verify=False) for lane in range(manifest.degree)]
     meeting = Meeting(manifest.degree)
     programs = [DeviceProgram(model, ThreadCollectives(meeting, model.lane)) for model in models]
 

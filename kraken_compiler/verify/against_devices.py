@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.onnx_ort.check_run import RanWindow, ran_windows, require_run_overlap
-from kraken_compiler.backends.onnx_ort.format import OWN, device_file
+from kraken_compiler.backends.onnx_ort.format import OWN, device_path
 from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
@@ -55,7 +55,7 @@ def read_devices(artifact: Artifact) -> Devices:
     from kraken_compiler.backends.onnx_ort.schedule import measure_windows
 
     manifest = artifact.manifest
-    paths = [artifact.path(f"onnx/{device_file(lane)}") for lane in range(manifest.degree)]
+    paths = [artifact.path(device_path(lane)) for lane in range(manifest.degree)]
     models = [DeviceModel.load(path, verify=False) for path in paths]
     for lane, model in enumerate(models):
         if (model.lane, model.degree) != (lane, manifest.degree) or model.program != models[0].program:
@@ -102,7 +102,7 @@ def compare_with_devices(
         from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
         from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
 
-        first = DeviceModel.load(devices.directory / "onnx" / device_file(0), verify=False)
+        first = DeviceModel.load(devices.directory / device_path(0), verify=False)
         read_lane = read_as_quantized(first, read_lane)
     comparisons = compare_with_lanes(executed, program, read_lane, inputs, sizes, who="ONNX devices", waits=waits)
     return comparisons, replace(devices, runs=runs, profiled=sizes[-1])

@@ -26,6 +26,17 @@ _CHUNK = 4 << 20
 """What is hashed and written at a time."""
 
 
+def file_mark(path: Path) -> Mark:
+    """The whole of a file: its length and its hash.
+
+    Raises:
+        OSError: It cannot be read; names it.
+    """
+    with naming(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Mark(os.fstat(file.fileno()).st_size, digest)
+
+
 @contextmanager
 def new_safetensors(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None

@@ -37,7 +37,9 @@ RUNNABLE = ("float32", "float16")
 
 @dataclass(frozen=True)
 class OnnxBackend(Backend):
-    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it.
+    """`device-0.onnx` to `device-(N-1).onnx`, whose weights are in the lane files, or in files of their own.
+
+    Their own are tables and quantized weights.
 
     Attributes:
         collectives: One of `format.COLLECTIVE_KINDS`.
@@ -58,6 +60,7 @@ class OnnxBackend(Backend):
         # Imported here: onnx and its exporter take seconds and are needed by this backend alone.
         from kraken_compiler.backends.onnx_ort.device_files import write_device_files
         from kraken_compiler.backends.onnx_ort.export_graph import export_graph
+        from kraken_compiler.backends.onnx_ort.lane_layout import use_lane_layout
         from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
         from kraken_compiler.backends.onnx_ort.schedule import measure_windows
         from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
@@ -71,10 +74,12 @@ class OnnxBackend(Backend):
             from kraken_compiler.backends.onnx_ort.nccl import use_nccl
 
             use_nccl(exported.model)
+        transposes = transposed_weights(cached) if cached is not None else {}
         if self.weights is not None:
             from kraken_compiler.backends.onnx_ort.quantize_products import quantize_products
 
-            exported = quantize_products(exported, self.weights, transposed_weights(cached) if cached else {})
+            exported = quantize_products(exported, self.weights, transposes)
+        exported = use_lane_layout(exported, transposes)
         tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
         metadata = {
             META_FORMAT: str(FORMAT_VERSION),

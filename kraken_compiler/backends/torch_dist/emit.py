@@ -24,6 +24,7 @@ class TorchBackend(Backend):
     """
 
     name: ClassVar[str] = "torch"
+    writes_all_weights: ClassVar[bool] = True
 
     def write(
         self,

@@ -86,7 +86,7 @@ def heal_rank(payload: Mapping[str, Any], session: Session) -> dict[str, Any]:
     teacher = open_artifact(folder / _TEACHER, verify=False)
     group = dist.group.WORLD
     assert group is not None
-    same = {THE_ARTIFACT: f"{artifact.fingerprint('torch')}, healed beside {teacher.fingerprint('torch')}"}
+    same = {THE_ARTIFACT: f"{artifact.fingerprint()}, healed beside {teacher.fingerprint()}"}
     require_agreement(Claims(same), group)
     communicator = default_communicator(session.device, group)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, session.device)
