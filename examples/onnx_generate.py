@@ -1,7 +1,7 @@
 """Continues a prompt with an artifact's ONNX device files, one process per device, and prints the token ids.
 
     kraken-compile MODEL --degree 2 --backend onnx -o DIR
-    python examples/onnx_generate.py DIR/onnx --ids 5,6,7 --tokens 20
+    python examples/onnx_generate.py DIR/lanes --ids 5,6,7 --tokens 20
 
 Our only import is `open_device`. What it gives is used like an `onnxruntime.InferenceSession`: arrays by name go in,
 arrays by name come out. Inside, ONNX Runtime runs what lies between the collectives. The processes may as well be

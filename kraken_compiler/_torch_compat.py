@@ -354,18 +354,6 @@ def _aliased(node: fx.Node, *, written: bool) -> list[fx.Node]:
     return found
 
 
-def flat_archive(graph: fx.Graph) -> bytes:
-    """A `torch.export` archive of a graph, without weights, constants and example inputs: nothing in it is a pickle.
-
-    See `flat_program`. Consumes `graph`.
-    """
-    import io
-
-    buffer = io.BytesIO()
-    torch.export.save(flat_program(graph), buffer)
-    return buffer.getvalue()
-
-
 def flat_program(graph: fx.Graph) -> ExportedProgram:
     """A graph whose placeholders are all plain inputs and whose output is a flat tuple, as `torch.export` has programs.
 

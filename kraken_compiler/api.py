@@ -17,6 +17,7 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.compiling import CompileResult, compile_model
 from kraken_compiler.ir.program import Split
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import FormChoice, lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.report import is_exact, make_report
@@ -111,7 +112,7 @@ def load_lanes(directory: str | os.PathLike[str]) -> LaneModule:
     lanes = require_lanes(artifact)
     program = with_lane_tensors(lanes.program, lanes.program.weights)
     return LaneModule.from_program(
-        program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, _no_source)
+        program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, SourceReader(_no_source))
     )
 
 

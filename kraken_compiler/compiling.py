@@ -41,7 +41,6 @@ from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.verification import Verification, verify_programs
-from kraken_compiler.weights.store import reader_of
 
 _POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
 
@@ -186,7 +185,7 @@ def compile_model(
             Verification(comparisons).require_passed()
             program, notes = with_rules(program, checked.rules), (*notes, *checked.notes)
         measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
-        read = reader_of(captured.store)
+        read = captured.store.read
         calibration: Calibration | None = None
         if calibrate:
             calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)

@@ -40,9 +40,8 @@ from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched,
 from kraken_compiler.recompile import lowered_as, source_of
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
-from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
-from kraken_compiler.weights.store import reader_of
 
 FilePath = str | os.PathLike[str]
 
@@ -203,7 +202,7 @@ def _write(
     read_lane = read_from_lane_files(
         [folder / lane_file_name(lane) for lane in range(program.degree)], folder / SHARED_FILE
     )
-    read = lane_tensor_reader(program.weights, program.degree, read_lane, reader_of(captured.store))
+    read = lane_tensor_reader(program.weights, program.degree, read_lane, captured.store.read)
     verification: Verification | None = None
 
     def check(partial: Path) -> dict[str, object]:

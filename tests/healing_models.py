@@ -11,6 +11,7 @@ from torch import Tensor
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.healing.lora import add_lora
@@ -40,7 +41,7 @@ def rows(count: int, sequence: int = 12, seed: int = 0) -> Tensor:
     return random_tokens(VOCABULARY, count, sequence, seed)
 
 
-def stacked_reader(program: LaneProgram, read: Callable[[str], Tensor]) -> Callable[[WeightSpec], Tensor]:
+def stacked_reader(program: LaneProgram, read: SourceReader) -> Callable[[WeightSpec], Tensor]:
     """All lanes' tensors of a weight, one behind the other in a new first dim, or the one that all share."""
     read_lane = read_from_source(program, read)
 

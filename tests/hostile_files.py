@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ _TEXTS = (
     f"x); {_TOUCH}; (",
     "torch.ops.aten.from_file.default",
     "torch.ops.aten.__init__.default",
+    "aten.from_file.default",
+    "aten.__init__.default",
     "_operator.attrgetter",
+    "operator.attrgetter",
     "os.system",
     f'[1, {{"type": "collections.defaultdict", "context": "{{\\"default_factory_module\\": \\"{CANARY}\\"}}"}}]',
     "[" * 50_000,
@@ -118,7 +122,7 @@ def mutated(document: Any) -> st.SearchStrategy[Any]:
     def build(changes: list[tuple[list[int], int, Any]]) -> Any:
         copy = json.loads(json.dumps(document))
         for path, kind, value in changes:
-            _change(copy, path, kind, value)
+            _change(copy, path, kind, deepcopy(value))
         return copy
 
     return st.lists(steps, min_size=1, max_size=3).map(build)

@@ -27,6 +27,7 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 from tests.toy_lane_program import toy_program, toy_sources
@@ -53,11 +54,12 @@ class ShardsAndGraph:
     """The torch backend's files; the graph is only a stand-in, which takes no time."""
 
     name = "torch"
+    writes_all_weights = True
 
     def write(
-        self, program: Program, read: Callable[[str], torch.Tensor], directory: Path, progress: Advance | None = None
+        self, program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[()]:
-        (directory / "lane.pt2").write_bytes(b"graph" * 1000)
+        (directory / "lane.json").write_bytes(b"graph" * 1000)
         write_lane_shards(program, read, directory, progress)
         return ()
 
@@ -77,7 +79,9 @@ def write(target: Path, note: str, swap: bool = True, digest: str = SHA256) -> l
     options: dict[str, Any] = {"source": SOURCE, "digest": lambda: digest, "backends": [ShardsAndGraph()]}
     options["check"] = check
     with mock.patch.object(reservation, "exchange", reservation.exchange if swap else lambda *_: False):
-        write_artifact(toy_program(2), read, target, report={"note": note}, force=True, resumable=True, **options)
+        write_artifact(
+            toy_program(2), SourceReader(read), target, report={"note": note}, force=True, resumable=True, **options
+        )
     return reads
 
 
@@ -217,18 +221,18 @@ def resumed(place: Path, *, damage: bool = False, other_source: bool = False) ->
 
         options: dict[str, Any] = {"source": SOURCE, "digest": lambda: SHA256, "backends": [ShardsAndGraph()]}
         options["resumable"] = True
-        write_artifact(toy_program(2), read, target, **options)
+        write_artifact(toy_program(2), SourceReader(read), target, **options)
 
     forked(action)
     if damage:
-        shard = place / ".toy.kraken.partial" / "artifact" / "torch" / "lane-1.safetensors"
+        shard = place / ".toy.kraken.partial" / "artifact" / "lanes" / "lane-1.safetensors"
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
     again = write(target, "again", digest="1" * 64 if other_source else SHA256)
     same = [
-        open_artifact(target).manifest.files[f"torch/{name}.safetensors"]
-        == open_artifact(place / "reference.kraken").manifest.files[f"torch/{name}.safetensors"]
+        open_artifact(target).manifest.files[f"lanes/{name}.safetensors"]
+        == open_artifact(place / "reference.kraken").manifest.files[f"lanes/{name}.safetensors"]
         for name in ("lane-0", "lane-1", "shared")
     ]
     return {"sources": len(sources), "read_again": len(again), "same": all(same)}

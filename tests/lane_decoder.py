@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import Lanes, StreamingProgram, read_from_source
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 
 GARBAGE = 100.0
 """What unwritten slots hold: it would show if it were ever attended to."""
@@ -24,7 +24,7 @@ class LaneDecoder:
         batch, capacity: Sizes of the caches.
     """
 
-    def __init__(self, program: LaneProgram, read: Callable[[str], Tensor], batch: int, capacity: int) -> None:
+    def __init__(self, program: LaneProgram, read: SourceReader, batch: int, capacity: int) -> None:
         assert program.cached is not None, program.no_cache
         step, tables, plan = program.cached.step, program.cached.tables, program.cached.plan
         self.batch, self.capacity = batch, capacity

@@ -22,6 +22,7 @@ from kraken_compiler.backends.torch_dist.lanes import load_program
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.weights.store import MemoryStore
 from tests.torch_ranks import group_of
 from tests.toy_lane_program import toy_sources
 
@@ -100,7 +101,7 @@ def check_rank_program(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, An
     group_of(ranks)
     three = open_artifact(payload["three"])
     ids = torch.tensor(payload["ids"])
-    reference = LaneModule.from_program(load_program(three), toy_sources().__getitem__)(ids)
+    reference = LaneModule.from_program(load_program(three), MemoryStore(toy_sources()).read)(ids)
     loaded = load(payload["three"])
     assert isinstance(loaded, RankProgram)
     differences = {}
@@ -111,7 +112,7 @@ def check_rank_program(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, An
 
     compare("loaded", loaded(ids))
     compare("by name", loaded(input_ids=ids))
-    built = RankProgram.from_program(load_program(three), toy_sources().__getitem__)
+    built = RankProgram.from_program(load_program(three), MemoryStore(toy_sources()).read)
     compare("built", built(ids))
     check_dtypes(ranks)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,23 +58,20 @@ def test_manifest_says_what_the_program_is(written: Path) -> None:
     assert (manifest.degree, manifest.dtype, manifest.forms) == (2, "float32", ("parallel", "parallel"))
     assert [window.promised for window in manifest.windows] == [(2,), (), (4,), ()]
     assert sorted(manifest.files) == [
+        "lanes/lane-0.safetensors",
+        "lanes/lane-1.safetensors",
+        "lanes/lane.json",
+        "lanes/shared.safetensors",
         "report.json",
-        "torch/lane-0.safetensors",
-        "torch/lane-1.safetensors",
-        "torch/lane.pt2",
-        "torch/shared.safetensors",
     ]
     assert open_artifact(written).report() == {"note": "toy"}
 
 
 def test_no_pickle_and_no_path_of_the_maker(written: Path) -> None:
-    with zipfile.ZipFile(written / "torch" / "lane.pt2") as archive:
-        for entry in archive.infolist():
-            content = archive.read(entry)
-            assert not content.startswith(b"\x80")
-            assert not entry.filename.endswith((".pkl", ".pt")) or not content
-            assert b"/work/" not in content
-            assert b".py" not in content
+    content = (written / "lanes" / "lane.json").read_text()
+    assert json.loads(content)["inputs"][-1] == "input_ids"
+    assert "/work/" not in content
+    assert ".py" not in content
 
 
 def test_a_directory_in_use_is_refused(artifact: Path) -> None:
@@ -86,12 +82,12 @@ def test_a_directory_in_use_is_refused(artifact: Path) -> None:
 
 
 def test_force_replaces_the_whole(artifact: Path) -> None:
-    lost = artifact / "torch" / "lane-9.safetensors"
+    lost = artifact / "lanes" / "lane-9.safetensors"
     lost.write_bytes(b"of an earlier version")
     files = json.loads((artifact / "manifest.json").read_text())["files"]
-    edit_manifest(artifact, format_version=1, files=files | {"torch/lane-9.safetensors": {"sha256": "", "bytes": 21}})
+    edit_manifest(artifact, format_version=1, files=files | {"lanes/lane-9.safetensors": {"sha256": "", "bytes": 21}})
     write_toy(artifact, 2, force=True, report={"note": "second"})
-    assert beside(artifact) == ["manifest.json", "report.json", "torch"]
+    assert beside(artifact) == ["lanes", "manifest.json", "report.json"]
     assert open_artifact(artifact).report() == {"note": "second"}
     assert beside(artifact.parent) == [artifact.name]
 
@@ -139,7 +135,7 @@ def test_tokenizer_files_are_part_of_it(tmp_path: Path) -> None:
         open_artifact(tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["torch/lane.pt2", "torch/lane-1.safetensors", "report.json"])
+@pytest.mark.parametrize("name", ["lanes/lane.json", "lanes/lane-1.safetensors", "report.json"])
 def test_a_changed_byte_is_found(artifact: Path, name: str) -> None:
     content = bytearray((artifact / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -150,7 +146,7 @@ def test_a_changed_byte_is_found(artifact: Path, name: str) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_truncated_and_missing_files_are_found_without_hashing(artifact: Path, verify: bool) -> None:
-    path = artifact / "torch" / "lane-0.safetensors"
+    path = artifact / "lanes" / "lane-0.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputFileError, match=r"lane-0\.safetensors: truncated"):
         open_artifact(artifact, verify)
@@ -162,7 +158,7 @@ def test_truncated_and_missing_files_are_found_without_hashing(artifact: Path, v
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 99}, "format version 99, this version reads 2"),
+        ({"format_version": 99}, "format version 99, this version reads 3"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"source": {"kind": "module", "name": "a", "surprise": 1}}, "unknown key 'source.surprise'"),
         ({"degree": 0}, "'degree'"),

@@ -140,8 +140,8 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_artifact(compiled: tuple[Path, dict[str, Any]]) -> None:
     artifact, said = compiled
-    weights = [f"torch/{name}.safetensors" for name in ("lane-0", "lane-1", "shared")]
-    graphs = [f"torch/{name}.pt2" for name in ("lane", "step", "tables")]
+    weights = [f"lanes/{name}.safetensors" for name in ("lane-0", "lane-1", "shared")]
+    graphs = [f"lanes/{name}.json" for name in ("lane", "step", "tables")]
     names = ("generation_config", "tokenizer", "tokenizer_config")
     tokenizer = [f"tokenizer/{name}.json" for name in names]
     assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *weights, *tokenizer])
@@ -370,7 +370,7 @@ def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monk
 def test_two_backends(llama: Path, tmp_path: Path) -> None:
     done(llama, *LOSSLESS, "--backend", "onnx", "--backend", "torch,onnx", "--no-verify", "-o", tmp_path / "out", "-q")
     assert open_artifact(tmp_path / "out").manifest.backends == {"onnx": {}, "torch": {}}
-    assert {"onnx/device-1.onnx", "torch/lane-1.safetensors"} <= set(files_in(tmp_path / "out"))
+    assert {"lanes/device-1.onnx", "lanes/lane-1.safetensors"} <= set(files_in(tmp_path / "out"))
 
 
 def test_an_unsupported_block_is_named(tmp_path: Path) -> None:

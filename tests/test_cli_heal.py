@@ -69,8 +69,8 @@ invoke, healed, refused = command.invoke, command.answer, command.refused
 
 
 def lanes_of(artifact: Path) -> list[dict[str, torch.Tensor]]:
-    shared = load_file(artifact / "torch" / "shared.safetensors")
-    return [load_file(artifact / "torch" / f"lane-{lane}.safetensors") | shared for lane in range(2)]
+    shared = load_file(artifact / "lanes" / "shared.safetensors")
+    return [load_file(artifact / "lanes" / f"lane-{lane}.safetensors") | shared for lane in range(2)]
 
 
 def test_an_artifact_becomes_a_better_artifact(place: Path, tmp_path: Path) -> None:

@@ -318,11 +318,11 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 def test_what_is_no_artifact(artifact: Path, tmp_path: Path) -> None:
     assert "no artifact here" in refused(5, tmp_path, "--prompt", "w5")
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
-    (copy / "torch" / "lane-1.safetensors").unlink()
+    (copy / "lanes" / "lane-1.safetensors").unlink()
     assert "lane-1.safetensors: missing" in refused(5, copy, "--prompt", "w5")
 
 
-@pytest.mark.parametrize("name", ["torch/lane-1.safetensors", "torch/lane.pt2", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", ["lanes/lane-1.safetensors", "lanes/lane.json", "tokenizer/tokenizer.json"])
 def test_a_tampered_file(artifact: Path, tmp_path: Path, name: str) -> None:
     """Found by the rank that reads it, before anything of it is used."""
     copy = Path(shutil.copytree(artifact, tmp_path / "copy"))

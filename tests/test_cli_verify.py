@@ -153,7 +153,7 @@ def test_a_pickled_source_needs_trust_again(tmp_path: Path) -> None:
     assert answer["quality"]["text"] == "random tokens (the model has no tokenizer)"
 
 
-@pytest.mark.parametrize("name", ["torch/lane-0.safetensors", "torch/lane.pt2", "report.json"])
+@pytest.mark.parametrize("name", ["lanes/lane-0.safetensors", "lanes/lane.json", "report.json"])
 def test_a_tampered_file(artifact: Path, name: str) -> None:
     content = bytearray((artifact / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -163,7 +163,7 @@ def test_a_tampered_file(artifact: Path, name: str) -> None:
 
 def test_what_is_no_artifact(artifact: Path, tmp_path: Path) -> None:
     assert "no artifact here" in refused(5, tmp_path / "nowhere")
-    (artifact / "torch" / "lane-1.safetensors").write_bytes(b"")
+    (artifact / "lanes" / "lane-1.safetensors").write_bytes(b"")
     assert "lane-1.safetensors: truncated" in refused(5, artifact)
 
 
@@ -173,7 +173,7 @@ def test_lost_overlap_fails(artifact: Path) -> None:
     from kraken_compiler.lowering import lower
 
     program, _ = lower(capture(json.loads((artifact / "manifest.json").read_text())["source"]["path"]).program, 2)
-    save_graph(emptied(program), artifact / "torch" / "lane.pt2")
+    save_graph(emptied(program), artifact / "lanes" / "lane.json")
     rehash(artifact)
     assert "lost their overlap" in refused(4, artifact)
 

@@ -21,6 +21,7 @@ from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.weights.store import MemoryStore
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import toy_program, toy_sources, write_toy
 
@@ -112,7 +113,7 @@ def test_a_reduce_that_is_gone_is_an_error() -> None:
 
 def test_one_process_compiled(communicator: NoCommunication) -> None:
     """Any batch and length with one compilation, but for those that are 1; and a setting that loses the overlap."""
-    program, read = toy_program(2), toy_sources().__getitem__
+    program, read = toy_program(2), MemoryStore(toy_sources()).read
     eager, compiled, lost = (RankProgram.from_program(program, read, communicator=communicator) for _ in range(3))
     compiled.compile()
     for number, shape in enumerate(((2, 5), (3, 7), (2, 2), (1, 4), (1, 9))):

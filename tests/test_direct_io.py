@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from kraken_compiler.capture.record import digest_files
-from kraken_compiler.weights import direct_io, shard_file
+from kraken_compiler.weights import direct_io, safetensors_writer
 from kraken_compiler.weights.buffers import Buffers, aligned_buffer
 from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
 from kraken_compiler.weights.direct_io import BLOCK, LargeFile, open_direct, would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
-from kraken_compiler.weights.shard_file import ShardFile
+from kraken_compiler.weights.safetensors_writer import SafetensorsWriter
 
 MIB = 1 << 20
 
@@ -59,10 +59,10 @@ def test_what_is_released_is_kept_by_its_users_alone() -> None:
 def test_a_shard_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     """Tensors that begin and end within chunks, some longer than several of them."""
     if not direct:
-        monkeypatch.setattr(shard_file, "open_direct", lambda path: None)
+        monkeypatch.setattr(safetensors_writer, "open_direct", lambda path: None)
     path = tmp_path / "lane.safetensors"
     tensors = {f"t{number}": torch.randn(size) for number, size in enumerate((3, 700_001, 5, 262_144, 1_300_000, 1))}
-    file = ShardFile(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {})
+    file = SafetensorsWriter(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {})
     assert (file._direct is not None) <= direct
     file.cut(0)
     for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ def test_a_shard_holds_what_was_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_direct_write_that_a_limit_cuts_short_says_why(tmp_path: Path) -> None:
-    file = ShardFile(tmp_path / "lane.safetensors", {"t": (torch.float32, (3 * MIB // 4,))}, {})
+    file = SafetensorsWriter(tmp_path / "lane.safetensors", {"t": (torch.float32, (3 * MIB // 4,))}, {})
     file.cut(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB + MIB // 2 + 100, hard))

@@ -18,7 +18,7 @@ import pytest
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.reservation import reserved
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.weights import shard_file
+from kraken_compiler.weights import safetensors_writer
 from tests.toy_lane_program import write_toy
 
 SEED = 20240
@@ -65,7 +65,7 @@ def test_only_shards_are_taken_over(tmp_path: Path) -> None:
     with reserved(tmp_path / "toy.kraken") as held:
         assert held.left_key == ""
         (held.prepare(keep_shards=False) / "lane-0.safetensors").write_text("its shard")
-        (held.partial / "lane.pt2").write_text("its graph")
+        (held.partial / "lane.json").write_text("its graph")
         held.note_key("one model")
         assert held.left_key == "one model"
         assert [path.name for path in held.prepare(keep_shards=True).iterdir()] == ["lane-0.safetensors"]
@@ -112,7 +112,7 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path, bytes_allowed: int
             write_toy(tmp_path / "toy.kraken", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(tmp_path / "toy.kraken" / "torch") in one_line(error)
+    assert str(tmp_path / "toy.kraken" / "lanes") in one_line(error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,11 +125,11 @@ def test_a_shard_that_cannot_be_written_is_named(tmp_path: Path, call: str, numb
     failing = SimpleNamespace(**vars(os) | {call: fail})
     write_toy(tmp_path / "toy.kraken", 2)
     with (
-        mock.patch.object(shard_file, "os", failing),
+        mock.patch.object(safetensors_writer, "os", failing),
         pytest.raises(InputFileError, match=f"cannot be written: {os.strerror(number)}") as error,
     ):
         write_toy(tmp_path / "toy.kraken", 2, force=True, report={"note": "second"})
-    assert one_line(error).startswith(str(tmp_path / "toy.kraken" / "torch" / "lane-"))
+    assert one_line(error).startswith(str(tmp_path / "toy.kraken" / "lanes" / "lane-"))
     assert open_artifact(tmp_path / "toy.kraken").report() == {"note": "toy"}
     assert [path.name for path in tmp_path.iterdir()] == ["toy.kraken"]
 

@@ -39,14 +39,15 @@ def test_a_compiled_rank_runs_as_an_eager_one():
     """One lane of two, nothing sent: what torch.compile, its CUDA graphs and the schedule check do on a GPU."""
     from kraken_compiler.backends.torch_dist.rank_program import RankProgram
     from kraken_compiler.communicators.group import GroupCommunicator
+    from kraken_compiler.weights.store import MemoryStore
     from tests.toy_lane_program import toy_program, toy_sources
 
     torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         communicator = GroupCommunicator(torch.distributed.group.WORLD)
+        read = MemoryStore(toy_sources()).read
         eager, compiled = (
-            RankProgram.from_program(toy_program(1), toy_sources().__getitem__, communicator=communicator).to("cuda")
-            for _ in range(2)
+            RankProgram.from_program(toy_program(1), read, communicator=communicator).to("cuda") for _ in range(2)
         )
         compiled.compile()
         for shape in ((2, 5), (3, 7), (2, 1), (1, 1), (1, 1), (1, 1)):

@@ -29,7 +29,7 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import STATE_FILE, Lock, RunState, open_state, read_state
 from kraken_compiler.quality.healing.trainer import Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Unwatched
-from kraken_compiler.weights import streaming_writer
+from kraken_compiler.weights import safetensors_writer
 from kraken_compiler.weights.lane_tensors import PREFIX, lane_tensor_reader, with_lane_tensors
 from tests.healing_models import captured, lowered, parameters_of, rows, stacked_reader, trainer_for
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(streaming_writer.StreamingSafetensorsWriter, "_write_all", full)
+        patched.setattr(safetensors_writer.SafetensorsWriter, "_write", full)
         with pytest.raises(InputFileError, match=r"step-2\.rank-0\.safetensors.*No space left on device"):
             save_checkpoint(trainer, folder, state, 2)
     assert read_state(folder) == state

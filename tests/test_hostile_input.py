@@ -8,12 +8,12 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -98,7 +98,7 @@ def read_weights(path: Path) -> None:
 @cases(300)
 @given(data=st.data())
 def test_safetensors_headers(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
-    valid = (artifact / "torch" / "lane-0.safetensors").read_bytes()
+    valid = (artifact / "lanes" / "lane-0.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", valid[:8])
     header = dumped(data.draw(mutated(json.loads(valid[8 : 8 + length]))))
     path = tmp_path / "lane-0.safetensors"
@@ -111,7 +111,7 @@ def test_safetensors_headers(artifact: Path, tmp_path: Path, data: st.DataObject
 @given(data=st.data())
 def test_bytes_of_safetensors(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "lane-0.safetensors"
-    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane-0.safetensors").read_bytes())))
+    path.write_bytes(data.draw(mutated_bytes((artifact / "lanes" / "lane-0.safetensors").read_bytes())))
     refused_or_read(lambda: read_weights(path), tmp_path)
     refused_or_read(lambda: map_weights(path, OWN_WEIGHTS), tmp_path)
 
@@ -122,23 +122,48 @@ def inspect(path: Path) -> None:
         inspect_archive(file, path, trust_pickle=False)
 
 
-@pytest.mark.parametrize("read", [load_graph, inspect])
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source archive, as torch.export saves one."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    dims = ({0: torch.export.Dim("batch")},)
+    path = tmp_path_factory.mktemp("source") / "model.pt2"
+    torch.export.save(torch.export.export(module, (torch.randn(3, 4),), dynamic_shapes=dims), path)
+    return path
+
+
 @cases(300)
 @given(data=st.data())
-def test_graphs(artifact: Path, tmp_path: Path, read: Callable[[Path], object], data: st.DataObject) -> None:
-    valid = (artifact / "torch" / "lane.pt2").read_bytes()
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(rezipped(valid, {GRAPH: dumped(data.draw(mutated(graph_of(valid))))}))
-    refused_or_read(lambda: read(path), tmp_path)
+def test_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
+    valid = json.loads((artifact / "lanes" / "lane.json").read_text())
+    path = tmp_path / "lane.json"
+    path.write_bytes(dumped(data.draw(mutated(valid))))
+    refused_or_read(lambda: load_graph(path), tmp_path)
 
 
-@pytest.mark.parametrize("read", [load_graph, inspect])
 @cases(200)
 @given(data=st.data())
-def test_bytes_of_archives(artifact: Path, tmp_path: Path, read: Callable[[Path], object], data: st.DataObject) -> None:
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(data.draw(mutated_bytes((artifact / "torch" / "lane.pt2").read_bytes())))
-    refused_or_read(lambda: read(path), tmp_path)
+def test_bytes_of_graphs(artifact: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "lane.json"
+    path.write_bytes(data.draw(mutated_bytes((artifact / "lanes" / "lane.json").read_bytes())))
+    refused_or_read(lambda: load_graph(path), tmp_path)
+
+
+@cases(300)
+@given(data=st.data())
+def test_graphs_of_archives(archive: Path, tmp_path: Path, data: st.DataObject) -> None:
+    valid = archive.read_bytes()
+    path = tmp_path / "model.pt2"
+    path.write_bytes(rezipped(valid, {GRAPH: dumped(data.draw(mutated(graph_of(valid))))}))
+    refused_or_read(lambda: inspect(path), tmp_path)
+
+
+@cases(200)
+@given(data=st.data())
+def test_bytes_of_archives(archive: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(data.draw(mutated_bytes(archive.read_bytes())))
+    refused_or_read(lambda: inspect(path), tmp_path)
 
 
 def graph_of(content: bytes) -> Any:
@@ -174,7 +199,7 @@ def device_proto() -> onnx.ModelProto:
         device_format.META_DEGREE: "2",
         device_format.META_FORMS: json.dumps(["kraken"]),
         device_format.META_PROGRAM: "0" * 64,
-        device_format.META_DATA: "0" * 64,
+        device_format.META_FILES: json.dumps({"device-0.onnx.data": "0" * 64}),
         device_format.META_CACHE: json.dumps([cache]),
         device_format.META_POSITIONS: "16",
     }
@@ -232,11 +257,11 @@ def test_device_files(tmp_path: Path, data: st.DataObject) -> None:
     refused_or_read(lambda: read_device(path), tmp_path)
 
 
-def test_the_valid_files_are_read(artifact: Path, tmp_path: Path) -> None:
+def test_the_valid_files_are_read(artifact: Path, archive: Path, tmp_path: Path) -> None:
     assert refused_or_read(lambda: use(artifact), artifact) is None
-    assert refused_or_read(lambda: load_graph(artifact / "torch" / "lane.pt2"), artifact) is None
-    assert refused_or_read(lambda: inspect(artifact / "torch" / "lane.pt2"), artifact) is None
-    weights = artifact / "torch" / "lane-0.safetensors"
+    assert refused_or_read(lambda: load_graph(artifact / "lanes" / "lane.json"), artifact) is None
+    assert refused_or_read(lambda: inspect(archive), archive.parent) is None
+    weights = artifact / "lanes" / "lane-0.safetensors"
     assert refused_or_read(lambda: read_weights(weights), artifact) is None
     assert refused_or_read(lambda: map_weights(weights, OWN_WEIGHTS), artifact) is None
     assert (
@@ -247,11 +272,11 @@ def test_the_valid_files_are_read(artifact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "link to the same", "linked folder", "pipe", "directory"])
 def test_what_is_no_file_of_the_artifact_is_refused(copy: Path, tmp_path: Path, kind: str) -> None:
-    path = copy / "torch" / "lane-0.safetensors"
+    path = copy / "lanes" / "lane-0.safetensors"
     outside = tmp_path / "outside"
     if kind == "linked folder":
-        (copy / "torch").rename(outside)
-        (copy / "torch").symlink_to(outside)
+        (copy / "lanes").rename(outside)
+        (copy / "lanes").symlink_to(outside)
     else:
         path.rename(outside)
     if kind == "link":
@@ -277,44 +302,45 @@ def test_a_manifest_that_is_no_file_is_refused(copy: Path, tmp_path: Path, kind:
         open_artifact(copy)
 
 
-def inject(content: bytes, text: str, place: str) -> bytes:
-    graph = graph_of(content)
-    inner = graph["graph_module"]["graph"]
-    if place == "keyword":
-        inner["nodes"][0]["inputs"][-1] |= {"name": text, "kind": 2}
-        return rezipped(content, {GRAPH: dumped(graph)})
-    node = next(node for node in inner["nodes"] if "as_tensor" in node["outputs"][0])
-    old = (inner["inputs"][-1] if place == "placeholder" else node["outputs"][0])["as_tensor"]["name"]
-    # Everywhere, so that the graph is whole and nothing but its name is wrong with the value.
-    changed = dumped(graph).replace(json.dumps(old).encode(), json.dumps(text).encode())
-    return rezipped(content, {GRAPH: changed})
-
-
 @pytest.mark.parametrize("place", ["placeholder", "keyword", "result"])
 def test_names_in_a_graph_are_not_run_as_python(artifact: Path, tmp_path: Path, place: str) -> None:
     text = f"x=__import__('pathlib').Path('{CANARY}').touch()"
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(inject((artifact / "torch" / "lane.pt2").read_bytes(), text, place))
+    graph = json.loads((artifact / "lanes" / "lane.json").read_text())
+    path = tmp_path / "lane.json"
+    if place == "keyword":
+        graph["nodes"][0]["kwargs"] = {text: 1}
+        path.write_bytes(dumped(graph))
+    else:
+        old = graph["inputs"][-1] if place == "placeholder" else graph["nodes"][0]["name"]
+        # Everywhere, so that the graph is whole and nothing but its name is wrong with the value.
+        path.write_bytes(dumped(graph).replace(json.dumps(old).encode(), json.dumps(text).encode()))
     message = refused_or_read(lambda: load_graph(path), tmp_path)
     assert message is not None
     assert "no name of a value" in message
 
 
 def test_a_graph_cannot_open_files(artifact: Path, tmp_path: Path) -> None:
-    content = (artifact / "torch" / "lane.pt2").read_bytes()
-    graph = graph_of(content)
-    graph["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.aten.from_file.default"
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(rezipped(content, {GRAPH: dumped(graph)}))
-    with pytest.raises(InputFileError, match=r"refused: it calls 'torch\.ops\.aten\.from_file\.default'"):
+    graph = json.loads((artifact / "lanes" / "lane.json").read_text())
+    graph["nodes"][0]["call"] = "aten.from_file.default"
+    path = tmp_path / "lane.json"
+    path.write_bytes(dumped(graph))
+    with pytest.raises(InputFileError, match=r"refused: it calls 'aten\.from_file\.default'"):
         load_graph(path)
 
 
-def test_a_compressed_graph_is_refused(artifact: Path, tmp_path: Path) -> None:
-    content = (artifact / "torch" / "lane.pt2").read_bytes()
-    path = tmp_path / "lane.pt2"
-    path.write_bytes(rezipped(content, {GRAPH: b" " * 50_000_000}, zipfile.ZIP_DEFLATED))
-    with pytest.raises(InputFileError, match="is compressed"):
+def test_a_graph_too_large_to_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lane.json"
+    with path.open("wb") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(InputFileError, match="no graph is that large"):
+        load_graph(path)
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 100_000, '{"kraken_graph": 1, "inputs": ' + "[" * 100_000])
+def test_a_graph_nested_too_deeply_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lane.json"
+    path.write_text(text)
+    with pytest.raises(InputFileError, match="damaged graph"):
         load_graph(path)
 
 

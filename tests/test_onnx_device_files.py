@@ -13,29 +13,37 @@ import onnxruntime
 import pytest
 import torch
 
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
+from kraken_compiler.backends.onnx_ort.check_run import is_matrix_product
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram, Event
 from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import (
     DOMAIN,
     LOGITS,
-    META_DATA,
+    META_FILES,
     META_FORMAT,
-    META_SHARED_DATA,
     OPSET,
-    SHARED_DATA_FILE,
     START,
     WAIT,
     data_file,
     device_file,
 )
 from kraken_compiler.backends.onnx_ort.schedule import is_gemm
+from kraken_compiler.backends.onnx_ort.stages import Stage, cut
+from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.thread_ranks import alone, together
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
+from kraken_compiler.weights.safetensors_format import read_header
+from kraken_compiler.weights.shard_journal import JOURNAL
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import logits_of, token_batch
 
@@ -66,7 +74,7 @@ def test_every_device_has_the_same_graph_and_its_own_weights(kraken: Path) -> No
     models = [DeviceModel.load(kraken / device_file(device)) for device in range(DEGREE)]
     assert models[0].program == models[1].program
     assert models[0].proto.graph.node == models[1].proto.graph.node
-    assert (kraken / data_file(0)).read_bytes() != (kraken / data_file(1)).read_bytes()
+    assert (kraken / lane_file_name(0)).read_bytes() != (kraken / lane_file_name(1)).read_bytes()
 
 
 def test_what_all_devices_hold_whole_lies_in_one_file(kraken: Path) -> None:
@@ -78,14 +86,55 @@ def test_what_all_devices_hold_whole_lies_in_one_file(kraken: Path) -> None:
             for weight in weights
             if weight.external_data and weight.name in table
         }
-        assert {name for name, file in files.items() if file == SHARED_DATA_FILE} == {
+        assert {name for name, file in files.items() if file == SHARED_FILE} == {
             name for name in files if table[name].shared
         }
-        assert set(files.values()) == {data_file(device), SHARED_DATA_FILE}
-    assert sorted(path.name for path in kraken.iterdir() if path.suffix == ".data") == [
-        *map(data_file, range(DEGREE)),
-        SHARED_DATA_FILE,
-    ]
+        assert set(files.values()) == {lane_file_name(device), SHARED_FILE}
+        tables = [weight for weight in weights if weight.external_data and weight.name not in table]
+        assert {weight.external_data[0].value for weight in tables} == {data_file(device)}
+    lanes = [lane_file_name(device) for device in range(DEGREE)]
+    names = {path.name for path in kraken.iterdir()} - {JOURNAL, *map(device_file, range(DEGREE))}
+    assert names == {*lanes, SHARED_FILE, *map(data_file, range(DEGREE))}
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_both_backends_read_the_same_weights(tmp_path: Path, weights: str | None) -> None:
+    """No weight is stored twice, whoever is named first."""
+    program, read = lane_program(NAME, DEGREE, "kraken"), recognized(NAME).read
+    source = Source(kind="module", name=NAME)
+    backends = [OnnxBackend(weights=weights), TorchBackend()]
+    both = write_artifact(program, read, tmp_path / "both", source=source, backends=backends)
+    torch_alone = write_artifact(program, read, tmp_path / "torch", source=source, backends=[TorchBackend()])
+    open_artifact(both)
+    for name in (*map(lane_file_name, range(DEGREE)), SHARED_FILE):
+        assert (both / "lanes" / name).read_bytes() == (torch_alone / "lanes" / name).read_bytes()
+    for device in range(DEGREE):
+        assert DeviceModel.load(both / "lanes" / device_file(device)).weights == weights
+        assert not read_header(both / "lanes" / data_file(device)).keys() & program.weights.keys()
+
+
+def test_lane_files_that_are_there_are_used_if_they_are_whole(kraken: Path, files: Path) -> None:
+    program, read = lane_program(NAME, DEGREE, "kraken"), recognized(NAME).read
+    asked: list[str] = []
+
+    def noted(name: str) -> torch.Tensor:
+        asked.append(name)
+        return read(name)
+
+    def write() -> list[str]:
+        asked.clear()
+        OnnxBackend().write(program, SourceReader(noted, read.rows_of), files)
+        assert all((files / path.name).read_bytes() == path.read_bytes() for path in kraken.glob("lane-*"))
+        return list(asked)
+
+    read_for_tables = write()
+    assert len(set(read_for_tables)) < len(program.weights) // 2
+    content = bytearray((files / lane_file_name(1)).read_bytes())
+    content[-1] ^= 1
+    (files / lane_file_name(1)).write_bytes(content)
+    assert len(write()) > len(read_for_tables)
+    (files / SHARED_FILE).unlink()
+    assert len(write()) > len(read_for_tables)
 
 
 def test_attention_stays_one_node_and_keeps_its_heads(kraken: Path) -> None:
@@ -117,7 +166,9 @@ def test_shards_are_annotated(kraken: Path) -> None:
         for spec in one.sharding_spec
     }
     held = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
-    assert specs
+    transposes = [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in held]
+    held |= {node.output[0]: held[node.input[0]][::-1] for node in transposes}
+    assert {node.output[0] for node in transposes} <= specs.keys()
     for name, spec in specs.items():
         for dim in spec.sharded_dim:
             (sharding,) = dim.simple_sharding
@@ -128,7 +179,9 @@ def test_shards_are_annotated(kraken: Path) -> None:
 def test_weights_are_stored_once_and_never_transposed_at_run_time(kraken: Path) -> None:
     proto = DeviceModel.load(kraken / device_file(0)).proto
     stored = {tensor.name for tensor in proto.graph.initializer}
-    assert not [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    assert [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    ran = [node for step in cut(proto) if isinstance(step, Stage) for node in step.model.graph.node]
+    assert not [node for node in ran if node.op_type == "Transpose" and node.input[0] in stored]
     ends = []
     for tensor in proto.graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -156,7 +209,7 @@ def test_the_run_itself_overlaps(kraken: Path) -> None:
         starts = [place for place, event in enumerate(events) if event.kind == START]
         waits = [place for place, event in enumerate(events) if event.kind == WAIT]
         products = [
-            sum(op in ("MatMul", "Gemm", "Attention") for event in events[start:wait] for _, op in event.nodes)
+            sum(is_matrix_product(op) or op == "Attention" for event in events[start:wait] for _, op in event.nodes)
             for start, wait in zip(starts, waits)
         ]
         assert all(products[:-1])
@@ -215,7 +268,7 @@ def set_opset(proto: onnx.ModelProto, version: int) -> None:
 def set_location(proto: onnx.ModelProto, location: str, weights: int | None = None) -> None:
     """Say of the first so many of a device's own weights, or of all, that they are elsewhere."""
     entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
-    for entry in [entry for entry in entries if entry.value == data_file(0)][:weights]:
+    for entry in [entry for entry in entries if entry.value == lane_file_name(0)][:weights]:
         entry.value = location
 
 
@@ -230,16 +283,20 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
         (rewrite(device_file(0), lambda content: content[: len(content) // 2]), "damaged"),
         (rewrite(device_file(0), lambda content: b"nonsense" * 100), "damaged"),
         (lambda directory: (directory / data_file(0)).unlink(), "missing; it holds"),
-        (lambda directory: (directory / SHARED_DATA_FILE).unlink(), "shared.onnx.data: missing; it holds"),
-        (rewrite(SHARED_DATA_FILE, lambda content: content[:-100]), "truncated"),
-        (rewrite(SHARED_DATA_FILE, lambda content: content[:500] + b"\x01" + content[501:]), "its hash differs"),
-        (metadata(lambda entries: entries.pop(META_SHARED_DATA)), "its hash differs"),
-        (model(lambda proto: set_location(proto, "other", 1)), "its own weights are in 2 files"),
+        (lambda directory: (directory / SHARED_FILE).unlink(), "shared.safetensors: missing; it holds"),
+        (rewrite(SHARED_FILE, lambda content: content[:-100]), "truncated"),
+        (rewrite(SHARED_FILE, lambda content: content[:500] + b"\x01" + content[501:]), "its hash differs"),
+        (rewrite(lane_file_name(0), lambda content: content[:-100]), "truncated"),
+        (rewrite(lane_file_name(0), lambda content: content[:9000] + b"\x01" + content[9001:]), "its hash differs"),
+        (metadata(lambda entries: entries.update({META_FILES: "{}"})), "incomplete"),
+        (metadata(lambda entries: entries.update({META_FILES: "[]"})), "incomplete"),
+        (model(lambda proto: set_location(proto, "other", 1)), "is said to be at 'other'"),
+        (model(lambda proto: set_location(proto, lane_file_name(1), 1)), "is said to be at 'lane-1.safetensors'"),
         (rewrite(data_file(0), lambda content: content[:-100]), "truncated"),
         (rewrite(data_file(0), lambda content: content[:5000] + b"\x01" + content[5001:]), "its hash differs"),
         (metadata(lambda entries: entries.pop(META_FORMAT)), "not a device file"),
-        (metadata(lambda entries: entries.update({META_FORMAT: "9"})), "format '9', this version reads 2"),
-        (metadata(lambda entries: entries.pop(META_DATA)), "incomplete"),
+        (metadata(lambda entries: entries.update({META_FORMAT: "9"})), "format '9', this version reads 3"),
+        (metadata(lambda entries: entries.pop(META_FILES)), "incomplete"),
         (model(lambda proto: set_opset(proto, OPSET - 1)), f"its opset is {OPSET - 1}"),
         (model(lambda proto: set_opset(proto, 99)), "its opset is 99"),
         (model(lambda proto: set_location(proto, "../../etc/passwd")), "outside its folder"),

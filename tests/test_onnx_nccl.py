@@ -24,7 +24,7 @@ def test_compiled_for_nccl(tmp_path: Path) -> None:
         model, tmp_path / "out", degree=2, backends=("onnx",), collectives="ort-nccl", example_inputs=example
     )
     assert any("checked against schemas, not run" in note for note in result.notes)
-    path = tmp_path / "out" / "onnx" / device_file(1)
+    path = tmp_path / "out" / "lanes" / device_file(1)
     onnx.checker.check_model(str(path))
     device = DeviceModel.load(path)
     used = [node for node in device.proto.graph.node if node.domain]

@@ -25,7 +25,6 @@ from kraken_compiler.backends.onnx_ort.format import (
     META_WEIGHTS,
     MICROSOFT_DOMAIN,
     QUANTIZED_PRODUCT,
-    SHARED_DATA_FILE,
     WEIGHT_KINDS,
     data_file,
     device_file,
@@ -37,6 +36,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lowering import lower
 from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import token_batch
 
@@ -168,7 +168,10 @@ def test_what_is_stored(kind: str, tmp_path: Path) -> None:
         for node in proto.graph.node
         if node.input[0] in stored
     )
-    sizes = [(tmp_path / directory / data_file(0)).stat().st_size for directory in ("files", "plain")]
+    sizes = [
+        sum((tmp_path / directory / file).stat().st_size for file in (data_file(0), lane_file_name(0)))
+        for directory in ("files", "plain")
+    ]
     assert sizes[0] < sizes[1]
     whole = {
         (spec.tensor_name, dim.axis): dim.simple_sharding[0].dim_value
@@ -233,8 +236,8 @@ def test_compiled_verified_and_mixed_up(tmp_path: Path) -> None:
     artifact = open_artifact(out)
     # A device of another compile, whose weights are quantized otherwise, is no device of this one.
     write(name, "int8", tmp_path / "other")
-    for file in (device_file(1), data_file(1), SHARED_DATA_FILE):
-        shutil.copy(tmp_path / "other" / file, out / "onnx" / file)
+    for file in (device_file(1), data_file(1), lane_file_name(1), SHARED_FILE):
+        shutil.copy(tmp_path / "other" / file, out / "lanes" / file)
     with pytest.raises(InputFileError, match="is not device 1 of 2 of this compile"):
         OnnxBackend().schedule(replace(artifact, directory=out))
 
@@ -253,7 +256,7 @@ def test_with_collectives_that_cannot_run_here(tmp_path: Path) -> None:
     assert result.verification is not None
     assert result.verification.rounded == {}
     assert any("no quality measurement of the int8 weights" in reason for reason in result.verification.skipped)
-    device = DeviceModel.load(tmp_path / "out" / "onnx" / device_file(0))
+    device = DeviceModel.load(tmp_path / "out" / "lanes" / device_file(0))
     assert {node.op_type for node in device.proto.graph.node if node.domain} == {
         "AllReduce",
         "AllGather",

@@ -174,7 +174,7 @@ def test_lines_of_standard_input(artifacts: Artifacts) -> None:
 
 
 def test_the_example(artifacts: Artifacts, root: Path) -> None:
-    command = [str(root / "examples/onnx_generate.py"), str(artifacts.kraken / "onnx"), "--ids", "5,6,40"]
+    command = [str(root / "examples/onnx_generate.py"), str(artifacts.kraken / "lanes"), "--ids", "5,6,40"]
     done = subprocess.run(
         [sys.executable, *command, "--tokens", "6"], capture_output=True, text=True, check=False, timeout=100
     )
@@ -266,12 +266,12 @@ def test_the_worker_says_what_is_wrong(
     line = fails(artifacts.standard, RANK="0", WORLD_SIZE="1")
     assert "the program has 2 lanes and 1 rank was started; start 2, or compile for degree 1" in line
     line = refused(5, damaged_copy(artifacts.standard, tmp_path / "copy"), "--backend", "onnx")
-    assert "device-1.onnx.data: changed since it was written (its hash differs)" in line
+    assert "lane-1.safetensors: changed since it was written (its hash differs)" in line
 
 
 def damaged_copy(artifact: Path, target: Path) -> Path:
     shutil.copytree(artifact, target)
-    path = target / "onnx" / "device-1.onnx.data"
+    path = target / "lanes" / "lane-1.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -78,7 +78,7 @@ def windows_of(directory: Path) -> tuple[Window, ...]:
 
 @pytest.fixture(scope="module")
 def runs(artifact: Path) -> list[Run]:
-    return profiled(artifact / "onnx")
+    return profiled(artifact / "lanes")
 
 
 def measured(directory: Path, runs: list[Run]) -> list[tuple[RanWindow, ...]]:
@@ -86,14 +86,14 @@ def measured(directory: Path, runs: list[Run]) -> list[tuple[RanWindow, ...]]:
 
 
 def test_products_run_between_start_and_wait_on_every_device(artifact: Path, runs: list[Run]) -> None:
-    devices = measured(artifact / "onnx", runs)
+    devices = measured(artifact / "lanes", runs)
     require_run_overlap(devices)
     for windows in devices:
         assert [bool(one.window.promised) for one in windows] == [True, True, False]
         for one in windows[:-1]:
             names = {node.name for node in (*one.products, *one.attentions)}
             assert names == set(one.window.gemms)
-            assert {node.op for node in one.products} == {"MatMul"}
+            assert {node.op for node in one.products} == {"FusedMatMul"}
             assert (len(one.products), len(one.attentions)) == (4, 1)
             assert one.hiding_us > 0
         assert (windows[-1].products, windows[-1].attentions) == ((), ())
@@ -140,7 +140,7 @@ def move_waits_up(path: Path) -> None:
 def test_a_device_that_waits_early_is_found_though_its_numbers_are_right(
     artifact: Path, runs: list[Run], tmp_path: Path
 ) -> None:
-    files = Path(shutil.copytree(artifact / "onnx", tmp_path / "files"))
+    files = Path(shutil.copytree(artifact / "lanes", tmp_path / "files"))
     move_waits_up(files / device_file(1))
     moved = profiled(files)
     for (want, _), (have, _) in zip(runs, moved, strict=True):
@@ -157,7 +157,7 @@ def test_a_device_that_waits_early_is_found_though_its_numbers_are_right(
 
 
 def test_a_run_of_other_reduces_is_refused(artifact: Path, runs: list[Run]) -> None:
-    windows = windows_of(artifact / "onnx")
+    windows = windows_of(artifact / "lanes")
     _, events = runs[0]
     with pytest.raises(VerificationError, match=r"ran the AllReduceStart nodes AllReduceStart, .*; its file has Other"):
         ran_windows(events, (replace(windows[0], start="Other"), *windows[1:]))
@@ -233,7 +233,7 @@ def test_files_are_read_once(artifact: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_files_of_different_compiles_are_refused(artifact: Path, tmp_path: Path) -> None:
     mixed = Path(shutil.copytree(artifact, tmp_path / "mixed"))
-    shutil.copy(mixed / "onnx" / device_file(0), mixed / "onnx" / device_file(1))
+    shutil.copy(mixed / "lanes" / device_file(0), mixed / "lanes" / device_file(1))
     with pytest.raises(InputFileError, match=r"device-1\.onnx: is not device 1 of 2 of this compile"):
         OnnxBackend().schedule(open_artifact(mixed, verify=False))
 

@@ -59,7 +59,7 @@ def test_it_compiles_verifies_and_runs(model: Path, installed: dict[str, str], t
     assert "program   3 numpy ranks against the lanes in one process (worst: rank " in made.stdout
     assert re.search(r"schedule  \d+ reduces, \d+ hidden, each behind at least [1-9]", made.stdout), made.stdout
     assert json.loads((out / "manifest.json").read_text())["backends"] == {"numpy": {"numpy_indent": 1}}
-    assert (out / "numpy" / "lane.json").read_text().startswith('{\n "nodes"')
+    assert (out / "lanes" / "numpy.json").read_text().startswith('{\n "nodes"')
     again = command("verify", installed, out, "--source", model, "--trust-pickle")
     assert again.returncode == 0, again.stderr
     assert "3 numpy ranks against the lanes" in again.stdout

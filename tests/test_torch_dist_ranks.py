@@ -16,6 +16,7 @@ from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, map_w
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.runtime.execute import execute_on_ranks, run_ranks
+from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy
 
 pytestmark = pytest.mark.timeout(120)
@@ -61,7 +62,7 @@ def test_execute_on_ranks(artifacts: tuple[Path, Path]) -> None:
 
 def test_a_tampered_lane_stops_the_rank_that_reads_it(tmp_path: Path) -> None:
     directory = write_toy(tmp_path / "two.kraken", 2)
-    path = directory / "torch" / "lane-1.safetensors"
+    path = directory / "lanes" / "lane-1.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
@@ -72,7 +73,7 @@ def test_a_tampered_lane_stops_the_rank_that_reads_it(tmp_path: Path) -> None:
 def test_load_outside_a_group(artifacts: tuple[Path, Path], tmp_path: Path) -> None:
     _, three = artifacts
     ids = torch.randint(0, 50, (2, 9))
-    reference = LaneModule.from_program(toy_program(3), toy_sources().__getitem__)
+    reference = LaneModule.from_program(toy_program(3), MemoryStore(toy_sources()).read)
     torch.testing.assert_close(load(three)(ids), reference(ids), rtol=0, atol=0)
     with pytest.raises(UsageError, match=r"needs an initialised torch\.distributed process group"):
         RankProgram.load(open_artifact(three))

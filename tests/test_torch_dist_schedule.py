@@ -15,6 +15,7 @@ from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, with_real_collectives
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.verify.overlap import require_overlap
 from tests.toy_lane_program import toy_program, toy_sources
 
@@ -107,7 +108,7 @@ def test_a_wrong_graph_does_not_wait_for_the_weights(tmp_path: Path) -> None:
 
     done = []
     with pytest.raises(VerificationError, match="reduce 0"):
-        TorchBackend().write(program, read, tmp_path, lambda *step: done.append(step))
+        TorchBackend().write(program, SourceReader(read), tmp_path, lambda *step: done.append(step))
     assert len(done) < len(sources)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
@@ -29,6 +28,7 @@ from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
 from kraken_compiler.verify.overlap import require_overlap
@@ -41,10 +41,8 @@ SIZES = ((2, 5),)
 NAME = "plain_gpt"
 START, WAIT = torch.ops.kraken.all_reduce_start.default, torch.ops.kraken.wait.default
 
-Read = Callable[[str], Tensor]
 
-
-def compare(standard: Program, captured_read: Read | None = None) -> Comparison:
+def compare(standard: Program, captured_read: SourceReader | None = None) -> Comparison:
     source = recognized(NAME)
     (comparison,) = compare_with_source(source.captured, standard, captured_read or source.read, SIZES)
     return comparison

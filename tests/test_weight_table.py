@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec, lane_weights
 
 WHOLE = torch.arange(30.0).reshape(5, 6)
@@ -63,6 +64,6 @@ def test_lane_weights_reads_by_source_name() -> None:
         asked.append(name)
         return WHOLE
 
-    weights = lane_weights({"p_w": rows}, 1, read)
+    weights = lane_weights({"p_w": rows}, 1, SourceReader(read))
     assert asked == ["w"]
     assert torch.equal(weights["p_w"], WHOLE[1:2])

@@ -21,7 +21,7 @@ from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec, lane_weights
 from kraken_compiler.weights import shards
 from kraken_compiler.weights.shards import write_lane_shards
-from kraken_compiler.weights.store import MemoryStore, reader_of
+from kraken_compiler.weights.store import MemoryStore
 
 ROWS = DimShard(0, (((0, 2),), ((2, 4),), ((4, 5),)))
 COLUMNS = DimShard(1, (((0, 1), (3, 4)), ((1, 3),), ((0, 2),)))
@@ -50,7 +50,7 @@ def test_shards(tmp_path: Path) -> None:
         return tensors[name]
 
     lane_program = program()
-    paths = write_lane_shards(lane_program, read, tmp_path, lambda *step: steps.append(step))
+    paths = write_lane_shards(lane_program, SourceReader(read), tmp_path, lambda *step: steps.append(step))
 
     assert [path.name for path in paths] == [
         *(f"lane-{lane}.safetensors" for lane in range(3)),
@@ -61,7 +61,7 @@ def test_shards(tmp_path: Path) -> None:
     shared = load_file(paths[3])
     assert list(shared) == ["p_bias", "c_scale"]
     for lane, path in enumerate(paths[:3]):
-        expected = lane_weights(lane_program.weights, lane, lane_program.reader(tensors.__getitem__))
+        expected = lane_weights(lane_program.weights, lane, lane_program.reader(MemoryStore(tensors).read))
         own = load_file(path)
         assert not own.keys() & shared.keys()
         loaded = own | shared
@@ -104,7 +104,7 @@ def test_large_tensors_are_read_by_rows(tmp_path: Path, monkeypatch: pytest.Monk
 
     for place in ("whole", "rows"):
         (tmp_path / place).mkdir()
-    expected = write_lane_shards(lane_program, tensors.__getitem__, tmp_path / "whole")
+    expected = write_lane_shards(lane_program, MemoryStore(tensors).read, tmp_path / "whole")
     monkeypatch.setattr(shards, "READ_AHEAD_BYTES", 1)
     monkeypatch.setattr(shards, "_ROWS_BYTES", rows_bytes)
     steps: list[tuple[int, int, str]] = []
@@ -122,19 +122,19 @@ def test_large_tensors_are_read_by_rows(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_source_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=r"weight 'w' has shape \[4, 4\], the program needs \[5, 4\]"):
-        write_lane_shards(program(), lambda name: torch.zeros(4, 4), tmp_path)
+        write_lane_shards(program(), SourceReader(lambda name: torch.zeros(4, 4)), tmp_path)
 
 
 def test_a_source_of_another_shape_that_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "READ_AHEAD_BYTES", 1)
     store = MemoryStore({"w": torch.zeros(5, 4), "b": torch.zeros(5)})
     with pytest.raises(InputFileError, match=r"weight 'b' has shape \[5\], the program needs \[4\]"):
-        write_lane_shards(program(), reader_of(store), tmp_path)
+        write_lane_shards(program(), store.read, tmp_path)
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lane-0\.safetensors"):
-        write_lane_shards(program(), lambda name: torch.zeros(5, 4), tmp_path / "none")
+        write_lane_shards(program(), SourceReader(lambda name: torch.zeros(5, 4)), tmp_path / "none")
 
 
 MEMORY = """
@@ -142,6 +142,7 @@ import resource, sys, torch
 from pathlib import Path
 from torch import fx
 from kraken_compiler.ir.program import CallSpec, Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 from kraken_compiler.weights.shards import write_lane_shards
 
@@ -151,7 +152,7 @@ table = {f"p{i}": WeightSpec(f"p{i}", f"w{i}", (size, 4), "float32", "parameter"
 program = Program(fx.GraphModule(torch.nn.Module(), fx.Graph()), table, (), CallSpec((), {}, {}, "", ()), degree=2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-write_lane_shards(program, lambda name: torch.ones(size, 4), Path(sys.argv[1]))
+write_lane_shards(program, SourceReader(lambda name: torch.ones(size, 4)), Path(sys.argv[1]))
 print((peak() - before) / 1024)
 """
 

@@ -18,6 +18,7 @@ from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
+from kraken_compiler.weights.store import MemoryStore
 
 VOCABULARY, WIDTH, HEADS, HIDDEN, LAYERS = 50, 24, 6, 48, 2
 
@@ -144,7 +145,7 @@ def write_toy(directory: Path, degree: int, **options: Any) -> Path:
     sources = toy_sources()
     source = Source(kind="module", name="Toy", model_class="Toy")
     options = {"report": {"note": "toy"}, "backends": [TorchBackend()]} | options
-    return write_artifact(toy_program(degree), sources.__getitem__, directory, source=source, **options)
+    return write_artifact(toy_program(degree), MemoryStore(sources).read, directory, source=source, **options)
 
 
 def edit_manifest(directory: Path, **changes: Any) -> None:

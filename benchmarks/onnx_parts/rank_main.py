@@ -16,7 +16,7 @@ from ttft_parts.rank_loop import RankLoop, obey, take_a_core
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.onnx_ort.format import device_path
 from kraken_compiler.runtime.environment import Place
 from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.status import StatusWriter
@@ -79,7 +79,7 @@ class Rank(RankLoop):
 
     def _load(self, contender: Contender) -> DeviceProgram:
         assert contender.artifact is not None
-        path = self.artifacts[contender.artifact] / "onnx" / device_file(self.rank)
+        path = self.artifacts[contender.artifact] / device_path(self.rank)
         model = DeviceModel.load(path, verify=False)
         if contender.alone:
             return DeviceProgram(model)

@@ -19,6 +19,7 @@ from kraken_compiler.artifact.manifest import (
     Manifest,
 )
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
 MAX_MANIFEST_BYTES = 256 << 20
 """Far more than any model's; reading stops before memory does."""
@@ -75,15 +76,15 @@ class Artifact:
             raise InputFileError(f"{path}: damaged, no report")
         return content
 
-    def fingerprint(self, backend: str) -> str:
-        """A hash of what a backend's program computes, wherever the artifact lies and whatever it was compiled from.
+    def fingerprint(self) -> str:
+        """A hash of what the lanes' programs compute, wherever the artifact lies and whatever it was compiled from.
 
         Artifacts that differ in it must not be run together. It rests on the hashes in the manifest: the files
         themselves are checked by whoever reads them.
         """
         content = self.manifest.model_dump(mode="json", include=_COMPUTED)
         files = self.manifest.files.items()
-        content["files"] = {name: record.sha256 for name, record in files if name.startswith(f"{backend}/")}
+        content["files"] = {name: record.sha256 for name, record in files if name.startswith(f"{LANES_DIRECTORY}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify_sizes(self) -> None:

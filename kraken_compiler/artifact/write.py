@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from torch import Tensor
 
 from kraken_compiler.artifact.manifest import (
     FORMAT_VERSION,
@@ -34,8 +33,10 @@ from kraken_compiler.file_errors import naming
 from kraken_compiler.formatting import json_text
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.versions import own_version
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 from kraken_compiler.weights.safetensors_format import byte_view
 from kraken_compiler.weights.shard_journal import JOURNAL, Mark, finished_files
 
@@ -49,7 +50,7 @@ TokenizerSaver = Callable[[Path], None]
 
 def write_artifact(
     program: LaneProgram,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     directory: Path | str,
     *,
     source: Source,
@@ -74,7 +75,7 @@ def write_artifact(
         read: Gives a whole source tensor by name, one at a time.
         directory: The target; its parents are made if need be.
         source: Where the model came from.
-        backends: Who writes programs, each into a directory of its name.
+        backends: Who writes programs, beside the lanes' weights.
         digest: Computes `source.sha256`, in another thread while the files are written; None leaves it as it is.
         tokenizer_saver: Saves the tokenizer, None if there is none.
         report: What to keep as `report.json`.
@@ -164,7 +165,7 @@ def _resume_key(program: LaneProgram, source: Source, backends: Sequence[Backend
 def _fill(
     directory: Path,
     program: LaneProgram,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     source: Callable[[], Source],
     backends: Sequence[Backend[Any]],
     tokenizer_saver: TokenizerSaver | None,
@@ -173,16 +174,17 @@ def _fill(
     progress: Advance | None,
 ) -> Manifest:
     windows: tuple[Window, ...] = program.windows
-    for backend in backends:
-        own = directory / backend.name
-        own.mkdir(exist_ok=True)
-        windows = backend.write(program, read, own, progress) or windows
+    lanes = directory / LANES_DIRECTORY
+    lanes.mkdir(exist_ok=True)
+    # Whoever takes the weights that are there comes after those that write all of them.
+    for backend in sorted(backends, key=lambda backend: not backend.writes_all_weights):
+        windows = backend.write(program, read, lanes, progress) or windows
     if tokenizer_saver is not None:
         own = directory / TOKENIZER_DIRECTORY
         own.mkdir(exist_ok=True)
         tokenizer_saver(own)
     _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
-    known = {path: mark for own in directory.iterdir() if own.is_dir() for path, mark in finished_files(own).items()}
+    known = finished_files(lanes)
     files = {
         path.relative_to(directory).as_posix(): _record(path, known.get(path))
         for path in sorted(directory.rglob("*"))

@@ -6,7 +6,7 @@ Imports neither torch nor what a backend is made of: ranks import it, and some h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_type_hints
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_typ
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kraken_compiler.artifact.read import Artifact
     from kraken_compiler.backends.single.streaming import ReadLane
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
+    from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.decoder import Decoder
     from kraken_compiler.runtime.ranks import Ranks
@@ -134,7 +133,9 @@ class Backend(ABC, Generic[Chosen]):
     """Turns a lane program into files, and files into what runs.
 
     Attributes:
-        name: What `--backend` calls it; also the name of its directory in an artifact.
+        name: What `--backend` calls it.
+        writes_all_weights: It puts all of a program's weights into the lane files (`weights.shards`), and is asked to
+            before those that do not; these take what is there (`lane_files_with`), and write what is missing.
         Options: What can be chosen.
         ranks_are: What its ranks are called where they are compared, e.g. "ranks".
         computes_in: Parts of the paths of files in which a rank of it computes: one that hangs there waits for another.
@@ -143,6 +144,7 @@ class Backend(ABC, Generic[Chosen]):
 
     name: ClassVar[str]
     Options: ClassVar[type[BackendOptions]] = BackendOptions
+    writes_all_weights: ClassVar[bool] = False
     ranks_are: ClassVar[str] = "ranks"
     computes_in: ClassVar[tuple[str, ...]] = ()
 
@@ -154,16 +156,15 @@ class Backend(ABC, Generic[Chosen]):
 
     @abstractmethod
     def write(
-        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         """Write one program per lane.
 
         Args:
             program: The lane program; it is not changed.
-            read: Gives a whole source tensor by name, or rows of it, see `SourceReader.of`; called for one at a time,
-                perhaps in another thread, and nothing read may be kept.
-            directory: An existing directory of the backend's own; empty but for shards that a killed compile of the
-                same model left with their journal.
+            read: Gives the source's tensors.
+            directory: An existing directory, the same for all backends; empty but for what those before have written,
+                or shards that a killed compile of the same model left with their journal.
             progress: Told about long stages.
 
         Returns:

@@ -23,6 +23,6 @@ def rank_claims(artifact: Artifact, backend: str, reduce_dtype: object = None) -
     return {
         "the version of kraken-compiler": own_version(),
         "the backend": backend,
-        THE_ARTIFACT: artifact.fingerprint(backend)[:_SHOWN_DIGITS],
+        THE_ARTIFACT: artifact.fingerprint()[:_SHOWN_DIGITS],
         "--reduce-dtype": "not given" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch."),
     }

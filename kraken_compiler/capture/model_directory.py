@@ -107,7 +107,7 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
     store = CheckpointStore(checkpoint, found.sources, expected, directory)
 
     def rows(name: str) -> Rows:
-        by_rows = store.rows_of(name) if expected[name].shape else None
+        by_rows = store.read.rows_of(name) if expected[name].shape else None
         if by_rows is None:
             whole = store.read(name)
             return Rows(

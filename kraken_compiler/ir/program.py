@@ -12,7 +12,7 @@ lane program. The functions from stage to stage are in `passes/stages.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
@@ -99,12 +99,11 @@ class Program:
         names = {one.name for one in fields(stage)}
         return stage(**{name: value for name, value in vars(self).items() if name in names} | facts)
 
-    def reader(self, read: Callable[[str], Tensor]) -> SourceReader:
-        """Extend what gives the source's tensors by this program's own constants."""
-        others = SourceReader.of(read)
+    def reader(self, read: SourceReader) -> SourceReader:
+        """The reader of the source's tensors, extended by this program's own constants."""
         return SourceReader(
-            lambda source: self.constants[source] if source in self.constants else others(source),
-            lambda source: None if source in self.constants else others.rows_of(source),
+            lambda source: self.constants[source] if source in self.constants else read(source),
+            lambda source: None if source in self.constants else read.rows_of(source),
         )
 
 

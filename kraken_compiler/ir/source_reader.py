@@ -1,11 +1,13 @@
-"""What gives a program the source's tensors, whole or by rows."""
+"""The reader of a source's tensors by name, whole or by rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # ranks without torch read weight tables too
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class SourceReader:
-    """Gives source tensors by name. Whoever only wants whole ones can take it for a function.
+    """The one way to a source's tensors: called with a name it gives the whole of one.
+
+    It is called for one tensor at a time, perhaps in another thread, and nothing read is to be kept.
 
     Attributes:
         whole: Gives a whole tensor.
@@ -32,11 +36,6 @@ class SourceReader:
 
     whole: Callable[[str], Tensor]
     rows_of: Callable[[str], SourceRows | None] = lambda name: None
-
-    @classmethod
-    def of(cls, read: Callable[[str], Tensor]) -> SourceReader:
-        """A function that gives whole tensors, or a reader that was taken for one."""
-        return read if isinstance(read, SourceReader) else cls(read)
 
     def __call__(self, name: str) -> Tensor:
         return self.whole(name)

@@ -6,11 +6,12 @@ Legend: a *source* tensor is one of the captured model; a *local* tensor is the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kraken_compiler.ir.index_set import IndexSet, size
+from kraken_compiler.ir.source_reader import SourceReader
 
 if TYPE_CHECKING:
     # Only methods that handle tensors need torch, and import it: reading a table must not.
@@ -136,7 +137,7 @@ class WeightSpec:
         return (local if self.scale == 1.0 else local * self.scale).contiguous()
 
 
-def lane_weights(table: Mapping[str, WeightSpec], lane: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def lane_weights(table: Mapping[str, WeightSpec], lane: int, read: SourceReader) -> dict[str, Tensor]:
     """Every weight of one lane, read one source tensor at a time.
 
     Args:

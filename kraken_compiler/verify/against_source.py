@@ -12,6 +12,7 @@ from kraken_compiler.backends.single.streaming import StreamingProgram, read_fro
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import sample_inputs
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.passes.stages import recognize
 from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors
 from kraken_compiler.verify.tolerances import computed_dtypes, source_tolerance
@@ -26,7 +27,7 @@ class ModelFailedError(Exception):
 def compare_with_source(
     captured: Program,
     standard: LaneProgram,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     sizes: Sequence[tuple[int, int]],
     *,
     model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None,
@@ -106,7 +107,7 @@ def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: 
 
 
 def _diverging(
-    captured: Program, standard: LaneProgram, read: Callable[[str], Tensor], inputs: list[Tensor], tolerance: float
+    captured: Program, standard: LaneProgram, read: SourceReader, inputs: list[Tensor], tolerance: float
 ) -> str:
     """The first place at which the lanes' stream is not that of what was captured; "" if there is none."""
     recognized = recognize(captured)
@@ -115,7 +116,7 @@ def _diverging(
     return _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)
 
 
-def _streaming(program: Program, read: Callable[[str], Tensor]) -> StreamingProgram:
+def _streaming(program: Program, read: SourceReader) -> StreamingProgram:
     return StreamingProgram(program, read_from_source(program, read))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.ir.source_reader import SourceRows
+from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 from kraken_compiler.weights.checkpoint import Checkpoint
 
 
@@ -78,7 +78,11 @@ class CheckpointStore:
             if source.convert is None:
                 self._check(name, expected, self._checkpoint, source.keys[0])
 
-    def rows_of(self, name: str) -> SourceRows | None:
+    @property
+    def read(self) -> SourceReader:
+        return SourceReader(self._whole, self._rows_of)
+
+    def _rows_of(self, name: str) -> SourceRows | None:
         source = self._sources.get(name)
         checkpoint = self._checkpoint
         if checkpoint is None or source is None or source.convert is not None:
@@ -87,7 +91,7 @@ class CheckpointStore:
         self._check(name, expected, checkpoint, key)
         return SourceRows(expected.shape, lambda start, stop: checkpoint.read_rows(key, start, stop).to(expected.dtype))
 
-    def read(self, name: str) -> Tensor:
+    def _whole(self, name: str) -> Tensor:
         source = self._sources.get(name)
         if self._checkpoint is None or source is None:
             raise self._absent([name])

@@ -49,7 +49,7 @@ def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:
 
 
 def lane_tensor_reader(
-    table: Mapping[str, WeightSpec], degree: int, read_lane: ReadLane, read: Callable[[str], Tensor]
+    table: Mapping[str, WeightSpec], degree: int, read_lane: ReadLane, read: SourceReader
 ) -> SourceReader:
     """What gives the source tensors of a program made by `with_lane_tensors`.
 
@@ -60,17 +60,16 @@ def lane_tensor_reader(
         read: Gives the tensors that still are the source's.
     """
     own = {spec.source: spec for spec in table.values() if spec.source.startswith(PREFIX)}
-    others = SourceReader.of(read)
 
     def read_source(source: str) -> Tensor:
         spec = own.get(source)
         if spec is None:
-            return others(source)
+            return read(source)
         if spec.shared:
             return read_lane(spec, 0)
         return torch.cat([read_lane(spec, lane) for lane in range(degree)])
 
-    return SourceReader(read_source, lambda source: None if source in own else others.rows_of(source))
+    return SourceReader(read_source, lambda source: None if source in own else read.rows_of(source))
 
 
 def _moved(program: Stage, rows: Mapping[Row, str]) -> Stage:

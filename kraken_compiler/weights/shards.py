@@ -19,12 +19,12 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
-from kraken_compiler.weights.shard_file import ShardFile
-from kraken_compiler.weights.shard_journal import Mark, ShardJournal
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
+from kraken_compiler.weights.safetensors_format import read_header
+from kraken_compiler.weights.safetensors_writer import SafetensorsWriter, file_mark
+from kraken_compiler.weights.shard_journal import Mark, ShardJournal, finished_files
 
 FORMAT = {"format": "pt", "kraken_weights": "2"}
-SHARED_FILE = "shared.safetensors"
-"""Name of the file with the weights that all lanes hold whole."""
 READ_AHEAD_BYTES = 256 << 20
 """A source tensor up to this size is read while the ones before it are written; a larger one is read by rows."""
 _PIECES_IN_FLIGHT = 2
@@ -33,13 +33,8 @@ _ROWS_BYTES = 64 << 20
 """How much is read at once of a large tensor."""
 
 
-def lane_file_name(lane: int) -> str:
-    """Name of the file with the weights that are a lane's own."""
-    return f"lane-{lane}.safetensors"
-
-
 def write_lane_shards(
-    program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
 ) -> list[Path]:
     """Write the weights, keyed by placeholder name, and their journal.
 
@@ -64,15 +59,15 @@ def write_lane_shards(
         InputFileError: A source tensor cannot be read, or is not of the shape that the program needs.
         OSError: A file cannot be written; names it.
     """
-    by_source = _by_source(program.weights.values())
-    sources = list(by_source)
+    grouped = by_source(program.weights.values())
+    sources = list(grouped)
     with ExitStack() as stack:
-        shards = [_Shard.open(stack, directory, by_source, lane) for lane in (*range(program.degree), None)]
+        shards = [_Shard.open(stack, directory, grouped, lane) for lane in (*range(program.degree), None)]
         files = [shard.file for shard in shards]
         journal = ShardJournal(directory)
         kept = _resume(files, sources, journal)
         reader = program.reader(read)
-        pieces = [piece for source in sources[kept:] for piece in _pieces(by_source[source], reader)]
+        pieces = [piece for source in sources[kept:] for piece in _pieces(grouped[source], reader)]
         writing: deque[tuple[_Piece, list[Future[Mark]]]] = deque()
         done = kept
 
@@ -100,10 +95,50 @@ def write_lane_shards(
     return [file.path for file in files]
 
 
+def lane_files_with(
+    program: Program, read: SourceReader, directory: Path, progress: Advance | None = None
+) -> dict[Path, Mark]:
+    """Lane files that hold a program's weights and perhaps more: those that are there already, or else new ones.
+
+    Args:
+        program, read, directory, progress: See `write_lane_shards`.
+
+    Returns:
+        The files, and their hashes.
+
+    Raises:
+        InputFileError, OSError: See `write_lane_shards`.
+    """
+    finished = finished_files(directory)
+    if not _hold(finished, program, directory):
+        write_lane_shards(program, read, directory, progress)
+        finished = finished_files(directory)
+    return finished
+
+
+def _hold(files: Mapping[Path, Mark], program: Program, directory: Path) -> bool:
+    """True if files are whole, hash for hash, and lanes find all their weights in them."""
+    grouped = by_source(program.weights.values())
+    for lane in (*range(program.degree), None):
+        path = directory / _file_name(lane)
+        if path not in files or not path.is_file():
+            return False
+        entries = read_header(path)
+        for spec in (spec for specs in grouped.values() for spec in _held(specs, lane)):
+            entry = entries.get(spec.name)
+            if entry is None or (entry.dtype, entry.shape) != (spec.torch_dtype, spec.shape):
+                return False
+    return all(file_mark(path) == mark for path, mark in files.items())
+
+
+def _file_name(lane: int | None) -> str:
+    return SHARED_FILE if lane is None else lane_file_name(lane)
+
+
 def lane_parts(
     program: Program,
     specs: Iterable[WeightSpec],
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     progress: Advance | None = None,
 ) -> Iterator[tuple[WeightSpec, int, Tensor]]:
     """Every lane's part of weights, reading each source tensor once and holding one at a time.
@@ -120,9 +155,9 @@ def lane_parts(
     Raises:
         InputFileError: A source tensor cannot be read, or is not of the shape that the program needs.
     """
-    by_source = _by_source(specs)
+    grouped = by_source(specs)
     reader = program.reader(read)
-    for done, (source, of_source) in enumerate(by_source.items(), start=1):
+    for done, (source, of_source) in enumerate(grouped.items(), start=1):
         tensor = reader(source)
         _check_shape(of_source, tuple(tensor.shape))
         for spec in of_source:
@@ -130,14 +165,15 @@ def lane_parts(
                 yield spec, lane, spec.take(tensor, lane).to(spec.torch_dtype)
         del tensor
         if progress is not None:
-            progress(done, len(by_source), source)
+            progress(done, len(grouped), source)
 
 
-def _by_source(specs: Iterable[WeightSpec]) -> dict[str, list[WeightSpec]]:
-    by_source: dict[str, list[WeightSpec]] = defaultdict(list)
+def by_source(specs: Iterable[WeightSpec]) -> dict[str, list[WeightSpec]]:
+    """Rows of a weight table by the source tensor they are made of, in order of first appearance."""
+    grouped: dict[str, list[WeightSpec]] = defaultdict(list)
     for spec in specs:
-        by_source[spec.source].append(spec)
-    return dict(by_source)
+        grouped[spec.source].append(spec)
+    return dict(grouped)
 
 
 @dataclass(frozen=True)
@@ -150,19 +186,19 @@ class _Shard:
         thread: Writes one source tensor's parts after the other's.
     """
 
-    file: ShardFile
+    file: SafetensorsWriter
     lane: int | None
     thread: ThreadPoolExecutor
 
     @classmethod
     def open(
-        cls, stack: ExitStack, directory: Path, by_source: Mapping[str, Sequence[WeightSpec]], lane: int | None
+        cls, stack: ExitStack, directory: Path, grouped: Mapping[str, Sequence[WeightSpec]], lane: int | None
     ) -> Self:
-        name = SHARED_FILE if lane is None else lane_file_name(lane)
-        specs = [spec for specs in by_source.values() for spec in _held(specs, lane)]
+        name = _file_name(lane)
+        specs = [spec for specs in grouped.values() for spec in _held(specs, lane)]
         contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs}
         metadata = FORMAT | {"lane": "all" if lane is None else str(lane)}
-        file = stack.enter_context(closing(ShardFile(directory / name, contents, metadata)))
+        file = stack.enter_context(closing(SafetensorsWriter(directory / name, contents, metadata)))
         return cls(file, lane, stack.enter_context(ThreadPoolExecutor(1, "write-shard")))
 
     def submit(self, piece: _Piece, tensor: Tensor) -> Future[Mark]:
@@ -230,12 +266,12 @@ def _pieces(specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piec
         yield _Piece(specs, partial(rows.read, start, stop), (start, stop), (stop - start) * row_bytes)
 
 
-def _resume(files: Sequence[ShardFile], sources: Sequence[str], journal: ShardJournal) -> int:
+def _resume(files: Sequence[SafetensorsWriter], sources: Sequence[str], journal: ShardJournal) -> int:
     """Keep what an earlier writer finished; returns how many source tensors that are."""
     noted = journal.marks(len(files))[: len(sources)]
     with ThreadPoolExecutor(len(files), "hash-shard") as pool:
-        matching = pool.map(ShardFile.matching, files, [[marks[at] for marks in noted] for at in range(len(files))])
-        kept = min(matching)
+        of_files = [[marks[at] for marks in noted] for at in range(len(files))]
+        kept = min(pool.map(SafetensorsWriter.matching, files, of_files))
     journal.restart(sources, noted[:kept])
     for file in files:
         file.cut(kept)

@@ -13,16 +13,12 @@ from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 class WeightStore(Protocol):
     """Tensors by source name, read one at a time and never kept."""
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU.
+    @property
+    def read(self) -> SourceReader:
+        """Gives tensors on the CPU.
 
-        Raises:
-            InputFileError: The file that holds it is missing, truncated or lacks it.
+        What it gives raises InputFileError where the file that holds a tensor is missing, truncated or lacks it.
         """
-        ...
-
-    def rows_of(self, name: str) -> SourceRows | None:
-        """The tensor by rows; None if the whole of it must be read to have any."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -42,21 +38,17 @@ class WeightStore(Protocol):
         ...
 
 
-def reader_of(store: WeightStore) -> SourceReader:
-    """What gives a store's tensors, whole or by rows."""
-    return SourceReader(store.read, store.rows_of)
-
-
 class MemoryStore:
     """A store over tensors that are already in memory, e.g. the state of an `nn.Module`; nothing is copied."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu()
+    @property
+    def read(self) -> SourceReader:
+        return SourceReader(lambda name: self._tensors[name].detach().cpu(), self._rows_of)
 
-    def rows_of(self, name: str) -> SourceRows | None:
+    def _rows_of(self, name: str) -> SourceRows:
         tensor = self._tensors[name].detach()
         return SourceRows(tuple(tensor.shape), lambda start, stop: tensor[start:stop].cpu())
 

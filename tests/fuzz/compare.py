@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +18,11 @@ from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.runtime.decoder import Array
 from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.weights.store import MemoryStore
 from tests.fuzz.decoding import CAPACITY, PROMPTS, ROWS, STEPS, TOKENS, decoded, token_ids
 from tests.fuzz.model import build
 from tests.fuzz.recipe import IN_PYTHON, Recipe
@@ -55,7 +56,7 @@ class Comparison:
     refused: str = ""
     no_cache: str = ""
     program: LaneProgram | None = None
-    read: Callable[[str], Tensor] | None = None
+    read: SourceReader | None = None
     decoded: Tensor = field(default_factory=lambda: torch.empty(0))
     refused_sizes: tuple[tuple[int, int], ...] = ()
 
@@ -77,7 +78,7 @@ def compare(recipe: Recipe, directory: Path) -> Comparison:
     except UnsupportedModelError as error:
         return Comparison(refused=str(error))
     refused_sizes = tuple(size for size in SIZES if not _agrees(recipe, lanes, model, size))
-    read, program = build(recipe).state_dict().__getitem__, lanes.program
+    read, program = MemoryStore(build(recipe).state_dict()).read, lanes.program
     found = Comparison("", program.no_cache, program, read, refused_sizes=refused_sizes)
     # Where an `if` limits the lengths it is the runtime that keeps to them.
     if program.cached is not None and recipe.size_rule not in IN_PYTHON:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -12,13 +12,13 @@ import typer
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import AT_RUN, Backend, BackendOptions, RankModel, Reference
 from kraken_compiler.errors import UsageError
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 from tests.numpy_backend.graph import GRAPH_FILE, LaneGraph
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kraken_compiler.ir.program import Program
+    from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import Window
+    from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.ranks import Ranks
 
@@ -37,14 +37,15 @@ class NumpyOptions(BackendOptions):
 
 
 class NumpyBackend(Backend[NumpyOptions]):
-    """`lane.json`, and the weights: every lane's own, and shared ones."""
+    """`numpy.json`, and the weights: every lane's own, and shared ones."""
 
     name: ClassVar[str] = "numpy"
+    writes_all_weights: ClassVar[bool] = True
     Options = NumpyOptions
     ranks_are: ClassVar[str] = "numpy ranks"
 
     def write(
-        self, program: Program, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         from kraken_compiler.weights.shards import write_lane_shards
         from tests.numpy_backend.write import graph_of
@@ -55,7 +56,7 @@ class NumpyBackend(Backend[NumpyOptions]):
         return graph.windows(program.plan)
 
     def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
-        return [f"{self.name}/{file}" for file in (GRAPH_FILE, f"lane-{rank}.safetensors", "shared.safetensors")]
+        return [f"{LANES_DIRECTORY}/{name}" for name in (GRAPH_FILE, lane_file_name(rank), SHARED_FILE)]
 
     def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
         from tests.numpy_backend.model import NumpyModel
@@ -68,11 +69,11 @@ class NumpyBackend(Backend[NumpyOptions]):
             return None
         from kraken_compiler.backends.single.streaming import read_from_lane_files
 
-        files = [artifact.path(f"{self.name}/lane-{lane}.safetensors") for lane in range(lanes.program.degree)]
-        return Reference(lanes.program, read_from_lane_files(files, artifact.path(f"{self.name}/shared.safetensors")))
+        files = [artifact.path(f"{LANES_DIRECTORY}/{lane_file_name(lane)}") for lane in range(lanes.program.degree)]
+        return Reference(lanes.program, read_from_lane_files(files, artifact.path(f"{LANES_DIRECTORY}/{SHARED_FILE}")))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         return self._graph(artifact).windows(artifact.manifest.plan)
 
     def _graph(self, artifact: Artifact) -> LaneGraph:
-        return LaneGraph.load(artifact.path(f"{self.name}/{GRAPH_FILE}"))
+        return LaneGraph.load(artifact.path(f"{LANES_DIRECTORY}/{GRAPH_FILE}"))

@@ -11,7 +11,7 @@ from typing import Any, Self
 from kraken_compiler.errors import InputFileError, VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 
-GRAPH_FILE = "lane.json"
+GRAPH_FILE = "numpy.json"
 START, WAIT = "kraken::all_reduce_start", "kraken::wait"
 PRODUCTS = ("aten::linear", "aten::scaled_dot_product_attention")
 

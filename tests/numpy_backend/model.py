@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Array, RankModel
 from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 from tests.numpy_backend.graph import LaneGraph
 from tests.numpy_backend.operators import OPERATORS
 
@@ -22,7 +23,7 @@ class NumpyModel(RankModel):
     vocabulary, positions = None, sys.maxsize
 
     def __init__(self, artifact: Artifact, ranks: Ranks, graph: LaneGraph, dtype: str) -> None:
-        files = (f"numpy/lane-{ranks.rank}.safetensors", "numpy/shared.safetensors")
+        files = (f"{LANES_DIRECTORY}/{lane_file_name(ranks.rank)}", f"{LANES_DIRECTORY}/{SHARED_FILE}")
         weights = {name: value for file in files for name, value in load_file(artifact.path(file)).items()}
         self._weights = {name: value.astype(dtype) for name, value in weights.items()}
         self._graph, self._names = graph, [spec.name for spec in artifact.manifest.inputs]

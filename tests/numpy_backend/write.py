@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram
 from tests.numpy_backend.graph import LaneGraph, Node
 from tests.numpy_backend.operators import COLLECTIVES, OPERATORS
 
 
-def graph_of(program: Program) -> LaneGraph:
+def graph_of(program: LaneProgram) -> LaneGraph:
     """The lane graph.
 
     Raises:

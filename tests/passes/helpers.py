@@ -25,6 +25,7 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import RECOGNIZE
@@ -48,7 +49,7 @@ class Sample:
 
     module: nn.Module
     program: Program
-    read: Callable[[str], Tensor]
+    read: SourceReader
     inputs: tuple[tuple[Tensor, ...], ...]
 
     @cached_property

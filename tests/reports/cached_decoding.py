@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +9,14 @@ from torch import Tensor, nn
 
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lowering import lower
 from kraken_compiler.verify.compare import errors
 from tests.lane_decoder import LaneDecoder
 from tests.reports.small_models import EXAMPLE, TOLERANCE, logits, tokens
 
-Read = Callable[[str], Tensor]
 
-
-def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[LaneProgram, Read]:
+def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[LaneProgram, SourceReader]:
     """The lane program of a model in standard form, and its weights."""
     captured = capture(model, example_inputs=example)
     program, _ = lower(captured.program, degree, "standard")
@@ -26,7 +24,13 @@ def lowered(model: nn.Module, degree: int = 2, example: Any = EXAMPLE) -> tuple[
 
 
 def check_decode(
-    model: nn.Module, program: LaneProgram, read: Read, *, batch: int = 3, prompt: int = 4, positional: bool = False
+    model: nn.Module,
+    program: LaneProgram,
+    read: SourceReader,
+    *,
+    batch: int = 3,
+    prompt: int = 4,
+    positional: bool = False,
 ) -> None:
     """Prompt, then token after token, at capacities beyond the sequence: the model's forward on every prefix.
 

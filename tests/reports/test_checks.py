@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Advance
@@ -143,7 +143,7 @@ class SilentBackend(Backend[BackendOptions]):
     name: ClassVar[str] = "silent"
 
     def write(
-        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         (directory / "nothing.txt").write_text("nothing")
         return program.windows

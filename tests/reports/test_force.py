@@ -94,7 +94,7 @@ def test_what_is_not_ours_is_not_replaced(work: Path, output: str, reason: str) 
 
 
 def test_the_working_directory_stays(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for inside in (work / "old.kraken", work / "old.kraken" / "torch", work / "empty"):
+    for inside in (work / "old.kraken", work / "old.kraken" / "lanes", work / "empty"):
         monkeypatch.chdir(inside)
         target = work / ("empty" if inside.name == "empty" else "old.kraken")
         assert "is or holds the working directory" in refused(work, "-o", target)
@@ -104,12 +104,12 @@ def test_a_text_inside_the_artifact_stays(work: Path) -> None:
     artifact = work / "old.kraken"
     line = refused(work, "-o", artifact, "--text", artifact / "report.json")
     assert "report.json, which is read" in line
-    (work / "again").symlink_to(artifact / "torch")
+    (work / "again").symlink_to(artifact / "lanes")
     line = refused(work, "-o", artifact, "--form", "kraken", "--calibrate", work / "again")
     assert "again, which is read" in line
 
 
-@pytest.mark.parametrize("stray", ["notes.txt", "torch/mine.safetensors", "tokenizer/vocabulary.txt", "runs/"])
+@pytest.mark.parametrize("stray", ["notes.txt", "lanes/mine.safetensors", "tokenizer/vocabulary.txt", "runs/"])
 def test_an_artifact_with_a_users_files_is_not_replaced(work: Path, stray: str) -> None:
     path = work / "old.kraken" / stray
     if stray.endswith("/"):
@@ -254,8 +254,8 @@ def test_a_users_folder_in_the_writers_place_stays(tmp_path: Path, make: Callabl
 
 def test_a_killed_compiles_leftovers_are_taken_over(tmp_path: Path) -> None:
     left = tmp_path / ".out.partial"
-    (left / "artifact" / "torch").mkdir(parents=True)
-    (left / "artifact" / "torch" / "lane-0.safetensors").write_text("half")
+    (left / "artifact" / "lanes").mkdir(parents=True)
+    (left / "artifact" / "lanes" / "lane-0.safetensors").write_text("half")
     (left / "lock").touch()
     (left / "key").write_text("of another model")
     write_toy(tmp_path / "out", 2)

@@ -80,7 +80,7 @@ def assert_holds(captured: Capture, model: Any) -> None:
     for name in captured.store.names():
         want, whole = state[name], captured.store.read(name)
         torch.testing.assert_close(whole, want.to(whole.dtype), rtol=0, atol=0)
-        rows = captured.store.rows_of(name)
+        rows = captured.store.read.rows_of(name)
         if rows is not None and want.dim():
             middle = slice(len(want) // 3, len(want) - 1)
             torch.testing.assert_close(rows.read(middle.start, middle.stop), whole[middle], rtol=0, atol=0)

@@ -314,7 +314,7 @@ def test_a_rank_refuses_at_every_call(bounded: Path) -> None:
 
 
 def test_a_device_refuses_at_every_call(bounded: Path) -> None:
-    program = DeviceProgram(DeviceModel.load(bounded / "onnx" / device_file(0)))
+    program = DeviceProgram(DeviceModel.load(bounded / "lanes" / device_file(0)))
     decoder = ArrayDecoder(program, 2, 32)
     decoder.prefill(tokens(2, 22).numpy(), np.array([19, 22]))
     decoder.step(np.array([1, 2]))

@@ -16,6 +16,7 @@ from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.import_path import folder_of, load_package
+from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import toy_program, toy_sources
 
 pytestmark = pytest.mark.timeout(200)
@@ -29,7 +30,7 @@ ASK = ("--input-ids", "1,2,3", "--max-new-tokens", "3")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_artifact(
         toy_program(2),
-        toy_sources().__getitem__,
+        MemoryStore(toy_sources()).read,
         tmp_path_factory.mktemp("toy") / "toy.kraken",
         source=Source(kind="module", name="Toy"),
         backends=[TorchBackend(), OnnxBackend()],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -11,22 +11,15 @@ import typer
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import AT_RUN, Backend, BackendOptions, RankModel, Reference
-from kraken_compiler.backends.onnx_ort.format import (
-    COLLECTIVE_KINDS,
-    OWN,
-    SHARED_DATA_FILE,
-    WEIGHT_KINDS,
-    data_file,
-    device_file,
-)
+from kraken_compiler.backends.onnx_ort.format import COLLECTIVE_KINDS, OWN, WEIGHT_KINDS, device_path, weight_files
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
+    from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.ranks import Ranks
 
@@ -66,7 +59,7 @@ class OnnxOptions(BackendOptions):
 
 
 class OnnxBackend(Backend[OnnxOptions]):
-    """`device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it."""
+    """`device-0.onnx` to `device-(N-1).onnx`, whose weights are in the lane files, or in files of their own."""
 
     name: ClassVar[str] = "onnx"
     Options = OnnxOptions
@@ -74,16 +67,15 @@ class OnnxBackend(Backend[OnnxOptions]):
     computes_in: ClassVar[tuple[str, ...]] = ("onnxruntime/",)
 
     def write(
-        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         from kraken_compiler.backends.onnx_ort.emit import write_devices
 
         return write_devices(program, read, directory, self.options, progress)
 
     def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
-        shared = self._path(SHARED_DATA_FILE)
-        own = self._path(device_file(rank)), self._path(data_file(rank))
-        return [*own, shared] if shared in artifact.manifest.files else own
+        weights = (f"{LANES_DIRECTORY}/{name}" for name in weight_files(rank))
+        return [device_path(rank), *(name for name in weights if name in artifact.manifest.files)]
 
     def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
         from kraken_compiler.backends.onnx_ort.model import OnnxModel
@@ -129,10 +121,7 @@ class OnnxBackend(Backend[OnnxOptions]):
     def rounded_weights(self) -> str | None:
         return self.options.onnx_weights
 
-    def _path(self, name: str) -> str:
-        return f"{self.name}/{name}"
-
     def _device(self, artifact: Artifact, lane: int) -> DeviceModel:
         from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 
-        return DeviceModel.load(artifact.path(self._path(device_file(lane))), verify=False)
+        return DeviceModel.load(artifact.path(device_path(lane)), verify=False)

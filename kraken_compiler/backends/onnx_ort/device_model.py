@@ -18,23 +18,22 @@ from kraken_compiler.backends.onnx_ort.format import (
     FORMAT_VERSION,
     META_CACHE,
     META_COLLECTIVES,
-    META_DATA,
     META_DEGREE,
+    META_FILES,
     META_FORMAT,
     META_FORMS,
     META_LANE,
     META_POSITIONS,
     META_PROGRAM,
-    META_SHARED_DATA,
     META_SIZES,
     META_WEIGHTS,
     OPSET,
     OWN,
     PRODUCT_ACCURACY,
     QUANTIZED_PRODUCT,
-    SHARED_DATA_FILE,
     WEIGHT_KINDS,
     CacheRecord,
+    weight_files,
 )
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.size_rules import parse_rule
@@ -126,9 +125,9 @@ class DeviceModel:
             raise InputFileError(
                 f"{path}: its weights are {model.weights!r}; this version knows {' and '.join(WEIGHT_KINDS)}"
             )
-        wanted = (metadata[META_DATA], metadata.get(META_SHARED_DATA, ""))
+        hashes = json.loads(metadata[META_FILES])
         _check_places(path, proto)
-        _check_data(path, proto, wanted if verify else None)
+        _check_data(model, hashes, verify)
         return model
 
     def with_exact_products(self) -> DeviceModel:
@@ -205,16 +204,17 @@ def _check_places(path: Path, proto: onnx.ModelProto) -> None:
         raise InputFileError(f"{path}: refused: a constant of it lies in another file")
 
 
-def _check_data(path: Path, proto: onnx.ModelProto, wanted: tuple[str, str] | None) -> None:
+def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> None:
     """Make sure that the weights are there, beside the file and nowhere else, and whole.
 
     Args:
-        path: The device file.
-        proto: Its content.
-        wanted: Hashes of the device's own weights and of those that all devices share; None does not look.
+        model: The device file.
+        hashes: Of the files beside it, by name.
+        verify: Compare them.
     """
+    path = model.path
     ends: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
+    for tensor in model.proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -225,25 +225,21 @@ def _check_data(path: Path, proto: onnx.ModelProto, wanted: tuple[str, str] | No
                 raise ValueError("before the file's beginning")
         except (KeyError, ValueError):
             raise InputFileError(f"{path}: damaged, weight '{tensor.name}' is nowhere") from None
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise InputFileError(
-                f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', outside its folder"
-            )
+        if name not in weight_files(model.lane):
+            where = "outside its folder" if Path(name).name != name else "which is no file of this device's"
+            raise InputFileError(f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', {where}")
         ends[name] = max(ends.get(name, 0), offset + length)
-    own = len(ends.keys() - {SHARED_DATA_FILE})
-    if own > 1:
-        raise InputFileError(f"{path}: refused: its own weights are in {own} files, a device has one")
     for name, end in ends.items():
         data = path.parent / name
         try:
             if data.is_symlink() or not data.is_file():
-                raise InputFileError(f"{data}: missing; it holds the weights of {path.name}")
+                raise InputFileError(f"{data}: missing; it holds weights of {path.name}")
             if data.stat().st_size < end:
                 raise InputFileError(f"{data}: truncated, {data.stat().st_size} bytes instead of {end}")
-            if wanted is not None:
+            if verify:
                 with data.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != wanted[name == SHARED_DATA_FILE]:
+                if found != hashes[name]:
                     raise InputFileError(f"{data}: not what {path.name} was written with (its hash differs)")
         except OSError as error:
             raise InputFileError(f"{data}: cannot be read: {error.strerror or error}") from error

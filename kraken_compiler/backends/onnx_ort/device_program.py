@@ -102,7 +102,7 @@ class DeviceProgram:
         self._communicator = communicator
         options = _session_options(model, provider, threads)
         try:
-            steps = cut(model.proto)
+            steps = cut(model.proto, fuse=provider == CPU_PROVIDER)
         except InputFileError as error:
             raise InputFileError(f"{model.path}: {error}") from error
         self._profiles = TemporaryDirectory(prefix="kraken-profile-") if profiled else None

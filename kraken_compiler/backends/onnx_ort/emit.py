@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-
-from torch import Tensor
 
 from kraken_compiler.backends.onnx_ort.backend import OnnxOptions
 from kraken_compiler.backends.onnx_ort.device_files import write_device_files
@@ -25,6 +22,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     ORT_NCCL,
     CacheRecord,
 )
+from kraken_compiler.backends.onnx_ort.lane_layout import use_lane_layout
 from kraken_compiler.backends.onnx_ort.prepare_step import prepare_lane, prepare_step
 from kraken_compiler.backends.onnx_ort.schedule import measure_windows
 from kraken_compiler.backends.onnx_ort.tables import LaneTables, transposed_weights
@@ -32,6 +30,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
 from kraken_compiler.progress import Advance
 from kraken_compiler.size_checks import token_rules
@@ -42,12 +41,15 @@ RUNNABLE = ("float32", "float16")
 
 def write_devices(
     program: LaneProgram,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     directory: Path,
     options: OnnxOptions,
     progress: Advance | None = None,
 ) -> tuple[Window, ...]:
-    """Write `device-0.onnx` to `device-(N-1).onnx`, each with its weights in a file beside it; see `Backend.write`."""
+    """Write `device-0.onnx` to `device-(N-1).onnx`, whose weights are in the lane files; see `Backend.write`.
+
+    Tables and quantized weights are in files of their own.
+    """
     _require_runnable(program)
     cached = program.cached
     exported = export_graph(prepare_lane(program) if cached is None else prepare_step(cached))
@@ -57,10 +59,12 @@ def write_devices(
         from kraken_compiler.backends.onnx_ort.nccl import use_nccl
 
         use_nccl(exported.model)
+    transposes = transposed_weights(cached) if cached is not None else {}
     if options.onnx_weights is not None:
         from kraken_compiler.backends.onnx_ort.quantize_products import quantize_products
 
-        exported = quantize_products(exported, options.onnx_weights, transposed_weights(cached) if cached else {})
+        exported = quantize_products(exported, options.onnx_weights, transposes)
+    exported = use_lane_layout(exported, transposes)
     tables = None if cached is None else LaneTables(program, cached, program.reader(read), exported.tables)
     metadata = {
         META_FORMAT: str(FORMAT_VERSION),

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
+
 DOMAIN, DOMAIN_VERSION = "kraken", 1
 START, WAIT, GATHER = "AllReduceStart", "AllReduceWait", "AllGather"
 COLLECTIVES = (START, WAIT, GATHER)
@@ -30,7 +32,7 @@ NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = MICROSOFT_DOMAIN, MICROSOF
 OPSET = 23
 """The first one that keeps attention as one node."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 INPUT_IDS, POSITION_IDS, ATTENTION_MASK, LOGIT_POSITIONS = (
     "input_ids",
@@ -50,8 +52,7 @@ META_LANE = "kraken.lane"
 META_DEGREE = "kraken.degree"
 META_FORMS = "kraken.forms"
 META_PROGRAM = "kraken.program_sha256"
-META_DATA = "kraken.data_sha256"
-META_SHARED_DATA = "kraken.shared_data_sha256"
+META_FILES = "kraken.weight_files"
 META_CACHE = "kraken.cache"
 META_POSITIONS = "kraken.max_positions"
 META_SIZES = "kraken.sizes"
@@ -68,6 +69,9 @@ WEIGHT_KINDS = ("int8", "int4")
 QUANTIZED_PRODUCT, PRODUCT_ACCURACY = "MatMulNBits", "accuracy_level"
 """The product with quantized weights, and its attribute that says what the other operand is rounded to."""
 
+FUSED_PRODUCT = "FusedMatMul"
+"""The product that can transpose its operands itself."""
+
 NODE_WEIGHT, NODE_TRANSPOSED = "kraken.weight", "kraken.transposed"
 """Metadata of such a node: the weight's name in the weight table, and whether it was transposed first."""
 
@@ -77,13 +81,23 @@ def device_file(device: int) -> str:
     return f"device-{device}.onnx"
 
 
+def device_path(device: int) -> str:
+    """Path of a device's model inside an artifact."""
+    return f"{LANES_DIRECTORY}/{device_file(device)}"
+
+
 def data_file(device: int) -> str:
-    """Name of the file beside it that holds its own weights."""
+    """Name of the file beside it that holds what only ONNX has of a device's own: tables and quantized weights."""
     return f"{device_file(device)}.data"
 
 
 SHARED_DATA_FILE = "shared.onnx.data"
-"""Name of the file beside the models that holds what every one of several devices has whole."""
+"""Name of the file with what only ONNX has of the weights that every one of several devices holds whole."""
+
+
+def weight_files(device: int) -> tuple[str, ...]:
+    """Names of the files beside a device's model in which its weights may be; not every model has all of them."""
+    return lane_file_name(device), SHARED_FILE, data_file(device), SHARED_DATA_FILE
 
 
 PAST_PREFIX = "past_key_values."

@@ -47,6 +47,8 @@ def annotate_shards(
             held = {axis: spec.shape[dim] for axis, dim in axes.items()}
             sharded |= _of_parts(name, quantized[name], whole, held) if name in quantized else {name: whole}
     for node in proto.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in sharded and len(stored[node.input[0]]) == 2:
+            sharded[node.output[0]] = {1 - axis: size for axis, size in sharded[node.input[0]].items()}
         names = [name for name in dict.fromkeys(node.input) if sharded.get(name)]
         if not names:
             continue

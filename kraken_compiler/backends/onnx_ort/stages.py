@@ -8,12 +8,22 @@ The steps run in the order of the file, so what lies between a start and its wai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
 
-from kraken_compiler.backends.onnx_ort.format import COLLECTIVES, DOMAIN, GATHER, START, WAIT
+from kraken_compiler.backends.onnx_ort.format import (
+    COLLECTIVES,
+    DOMAIN,
+    FUSED_PRODUCT,
+    GATHER,
+    MICROSOFT_DOMAIN,
+    MICROSOFT_VERSION,
+    START,
+    WAIT,
+)
 from kraken_compiler.errors import InputFileError
 
 
@@ -53,22 +63,27 @@ class Collective:
 Step = Stage | Collective
 
 
-def cut(model: onnx.ModelProto) -> list[Step]:
+def cut(model: onnx.ModelProto, *, fuse: bool = True) -> list[Step]:
     """Cut a model.
+
+    Args:
+        model: The whole model.
+        fuse: Multiply with float32 weights as they are stored, by an op of ONNX Runtime's own, where the model
+            transposes them first: its own optimizer would keep a transposed copy.
 
     Raises:
         InputFileError: A value is used before it is there, or has no type, or a collective or a name is malformed.
     """
     try:
-        return _cut(model)
+        return _cut(model, _without_transposes(model.graph) if fuse else model.graph.node)
     except (UnicodeDecodeError, TypeError) as error:
         raise InputFileError("damaged: a name in it is no text") from error
 
 
-def _cut(model: onnx.ModelProto) -> list[Step]:
+def _cut(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[Step]:
     graph = model.graph
     runs: list[list[onnx.NodeProto] | Collective] = [[]]
-    for node in graph.node:
+    for node in nodes:
         if node.domain == DOMAIN:
             runs += [_collective(node), []]
         else:
@@ -90,6 +105,33 @@ def _cut(model: onnx.ModelProto) -> list[Step]:
     steps.reverse()
     _check_order(steps, {value.name for value in graph.input}, {value.name for value in graph.output})
     return steps
+
+
+def _without_transposes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph, in which a product with a weight that was transposed for it is one node."""
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    readers = Counter([name for node in graph.node for name in _read(node)] + [value.name for value in graph.output])
+    flips = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if (node.domain, node.op_type, len(node.input), len(node.output)) == ("", "Transpose", 1, 1)
+        and node.input[0] in floats
+        and [list(attribute.ints) for attribute in node.attribute] == [[1, 0]]
+        and readers[node.output[0]] == 1
+    }
+    fused, gone = [], set()
+    for node in graph.node:
+        is_product = (node.domain, node.op_type, len(node.input)) == ("", "MatMul", 2)
+        if is_product and node.input[1] in flips:
+            gone.add(node.input[1])
+            operands = [node.input[0], flips[node.input[1]]]
+            product = onnx.NodeProto(name=node.name, op_type=FUSED_PRODUCT, domain=MICROSOFT_DOMAIN, input=operands)
+            product.output.extend(node.output)
+            product.attribute.append(onnx.helper.make_attribute("transB", 1))
+            fused.append(product)
+        else:
+            fused.append(node)
+    return [node for node in fused if node.op_type != "Transpose" or gone.isdisjoint(node.output)]
 
 
 def _collective(node: onnx.NodeProto) -> Collective:
@@ -114,7 +156,8 @@ def _stage(
     if untyped:
         raise InputFileError(f"damaged: value '{untyped[0]}' has no type")
     part = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
-    part.opset_import.extend(entry for entry in model.opset_import if entry.domain != DOMAIN)
+    part.opset_import.extend(entry for entry in model.opset_import if entry.domain not in (DOMAIN, MICROSOFT_DOMAIN))
+    part.opset_import.add(domain=MICROSOFT_DOMAIN, version=MICROSOFT_VERSION)
     part.functions.extend(model.functions)
     part.graph.name = nodes[0].name
     part.graph.node.extend(nodes)

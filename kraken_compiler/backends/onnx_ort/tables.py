@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from kraken_compiler._torch_compat import FakeTensorMode
 from kraken_compiler.ir.program import CachedProgram, Program
 from kraken_compiler.ir.sample_inputs import position_limit
+from kraken_compiler.ir.source_reader import SourceReader
 
 MAX_POSITIONS = 32768
 """Positions that are stored for a model whose positions do not end."""
@@ -23,9 +24,7 @@ class LaneTables:
         shapes: Shape of every table, the same on all lanes.
     """
 
-    def __init__(
-        self, program: Program, cached: CachedProgram, read: Callable[[str], Tensor], wanted: Collection[str]
-    ) -> None:
+    def __init__(self, program: Program, cached: CachedProgram, read: SourceReader, wanted: Collection[str]) -> None:
         """Find out how many positions there can be.
 
         Args:

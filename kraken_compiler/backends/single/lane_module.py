@@ -15,6 +15,7 @@ from kraken_compiler.ir.dequantize import dequantize
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.expert_linear import autocast_expert_linear
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
 from kraken_compiler.report import Report
@@ -47,9 +48,7 @@ class LaneModule(nn.Module):
         self._in_dims = tuple(0 if spec.shards else None for spec in program.weights.values())
 
     @classmethod
-    def from_program(
-        cls, program: LaneProgram, read: Callable[[str], Tensor], frozen: Collection[str] = frozenset()
-    ) -> Self:
+    def from_program(cls, program: LaneProgram, read: SourceReader, frozen: Collection[str] = frozenset()) -> Self:
         """Fill a module with the program's weights.
 
         Args:

@@ -16,12 +16,13 @@ from torch import Tensor, fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.weights.lane_tensors import ReadLane as ReadLane
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
 
 
-def read_from_source(program: Program, read: Callable[[str], Tensor]) -> ReadLane:
+def read_from_source(program: Program, read: SourceReader) -> ReadLane:
     """Local tensors cut out of the source's tensors; the last source tensor is kept, for the next lane wants it too."""
     read = program.reader(read)
     last: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -14,10 +14,9 @@ from kraken_compiler.backends.base import AT_RUN, Backend, BackendOptions, RankM
 from kraken_compiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import Window
+    from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
     from kraken_compiler.runtime.ranks import Ranks
 
@@ -47,11 +46,12 @@ class TorchBackend(Backend[TorchOptions]):
     """The lane graph once, and the weights: lanes' own, and shared ones."""
 
     name: ClassVar[str] = "torch"
+    writes_all_weights: ClassVar[bool] = True
     computes_in: ClassVar[tuple[str, ...]] = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py")
     Options = TorchOptions
 
     def write(
-        self, program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+        self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
         from kraken_compiler.backends.torch_dist.emit import write_lanes
 

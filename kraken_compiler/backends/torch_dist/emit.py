@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from torch import Tensor
 
 from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.shards import write_lane_shards
 
 
 def write_lanes(
-    program: LaneProgram, read: Callable[[str], Tensor], directory: Path, progress: Advance | None = None
+    program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
 ) -> tuple[Window, ...]:
-    """Write `lane.pt2`, with a KV cache also `step.pt2` and `tables.pt2`, and the weights; see `Backend.write`.
+    """Write `lane.json`, with a KV cache also `step.json` and `tables.json`, and the weights; see `Backend.write`.
 
-    A model of whose computation nothing follows from positions alone has no `tables.pt2`.
+    A model of whose computation nothing follows from positions alone has no `tables.json`.
     """
     # Graphs are a matter of the processor, weights of the disk.
     with ThreadPoolExecutor(1, "save-graphs") as pool:
@@ -42,7 +40,6 @@ def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
-        # torch saves no graph without a result.
         if program.cached.plan.tables:
             save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
     return windows

@@ -11,18 +11,18 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
+from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 
-GRAPH_FILE, STEP_FILE, TABLES_FILE = "torch/lane.pt2", "torch/step.pt2", "torch/tables.pt2"
+GRAPH_FILE, STEP_FILE, TABLES_FILE = (f"{LANES_DIRECTORY}/{name}.json" for name in ("lane", "step", "tables"))
 """The lane graph, and what a KV cache adds to it: prefill and decode, and what is computed once for a capacity."""
 
-SHARED_WEIGHTS = f"torch/{SHARED_FILE}"
+SHARED_WEIGHTS = f"{LANES_DIRECTORY}/{SHARED_FILE}"
 """The weights that all lanes hold whole."""
 
 
 def lane_file(lane: int) -> str:
     """Path of the weights that are a lane's own, inside an artifact."""
-    return f"torch/{lane_file_name(lane)}"
+    return f"{LANES_DIRECTORY}/{lane_file_name(lane)}"
 
 
 def rank_files(artifact: Artifact, lane: int) -> tuple[str, ...]:

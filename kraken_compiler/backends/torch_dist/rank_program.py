@@ -28,6 +28,7 @@ from kraken_compiler.ir.cache import PAST, SLOTS
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.size_checks import require_lengths, token_rules
 
@@ -122,7 +123,7 @@ class RankProgram(nn.Module):
     def from_program(
         cls,
         program: LaneProgram,
-        read: Callable[[str], Tensor],
+        read: SourceReader,
         lane: int | None = None,
         group: dist.ProcessGroup | None = None,
         *,

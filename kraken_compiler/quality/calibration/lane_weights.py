@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import ReadLane
@@ -44,7 +42,7 @@ class LaneWeights:
         assert all(tuple(lane.shape) == spec.shape for lane in lanes)
         self._changed[spec.name] = [lane.to(spec.torch_dtype).contiguous() for lane in lanes]
 
-    def in_program(self, program: LaneProgram, read: Callable[[str], Tensor]) -> tuple[LaneProgram, SourceReader]:
+    def in_program(self, program: LaneProgram, read: SourceReader) -> tuple[LaneProgram, SourceReader]:
         """The lane program with the changed weights in its weight table, and what gives its source tensors.
 
         Args:

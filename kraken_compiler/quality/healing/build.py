@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.registry import keeper_of_lanes, require_lanes
 from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.quality.healing.collectives import OnRanks
 from kraken_compiler.quality.healing.lora import add_lora
@@ -22,7 +23,7 @@ from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
 
 
 def trainer_of_all_lanes(
-    artifact: Artifact, source: Program, read: Callable[[str], Tensor], settings: HealSettings, device: torch.device
+    artifact: Artifact, source: Program, read: SourceReader, settings: HealSettings, device: torch.device
 ) -> Trainer:
     """All lanes of an artifact, and its source as one lane that does everything.
 

@@ -12,7 +12,7 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.quality.healing.state import RunState, finished_step, keep_only, write_state, write_whole
 from kraken_compiler.quality.healing.trainer import Trainer
 from kraken_compiler.weights.safetensors_format import read_header, read_tensor
-from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
+from kraken_compiler.weights.safetensors_writer import new_safetensors
 
 _GENERATOR = "generator"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -90,6 +90,6 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     contents = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with StreamingSafetensorsWriter(path, contents) as writer:
+    with new_safetensors(path, contents) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor)
+            writer.append(name, tensor)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named, keeper_of_lanes
+from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.communicators.join import communicator_of, rank_device
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.data import HealingText
 from kraken_compiler.quality.healing.loop import Outcome, train
@@ -36,7 +36,7 @@ _LISTEN_SECONDS = 0.2
 def heal_on_ranks(
     artifact: Artifact,
     source: LaneProgram,
-    read: Callable[[str], Tensor],
+    read: SourceReader,
     text: HealingText,
     settings: HealSettings,
     folder: Path,
@@ -82,7 +82,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     folder = Path(payload["folder"])
     artifact = open_artifact(payload["artifact"], verify=False)
     teacher = open_artifact(folder / _TEACHER, verify=False)
-    ranks.agree(Claims({THE_ARTIFACT: f"{_lanes_hash(artifact)}, healed beside {_lanes_hash(teacher)}"}))
+    ranks.agree(Claims({THE_ARTIFACT: f"{artifact.fingerprint()}, healed beside {teacher.fingerprint()}"}))
     device = rank_device(None, ranks.place)
     ranks.status.computes_here = device.type == "cpu"
     communicator = communicator_of(ranks, device)
@@ -95,12 +95,6 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
     write_results(trainer, folder, artifact.manifest.degree)
     return asdict(outcome)
-
-
-def _lanes_hash(artifact: Artifact) -> str:
-    keeper = keeper_of_lanes(artifact)
-    assert keeper is not None, "whoever starts the ranks made sure of it"
-    return artifact.fingerprint(keeper.name)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.trainer import Trainer
-from kraken_compiler.weights.shards import SHARED_FILE, lane_file_name
-from kraken_compiler.weights.streaming_writer import StreamingSafetensorsWriter
+from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
+from kraken_compiler.weights.safetensors_writer import SafetensorsWriter, new_safetensors
 
 
 def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
@@ -25,9 +25,9 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
     trained = [spec for spec, _ in trainer.parameters.results()]
     with ExitStack() as stack:
 
-        def writer(name: str, shared: bool) -> StreamingSafetensorsWriter:
+        def writer(name: str, shared: bool) -> SafetensorsWriter:
             contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in trained if spec.shared == shared}
-            return stack.enter_context(StreamingSafetensorsWriter(folder / name, contents))
+            return stack.enter_context(new_safetensors(folder / name, contents))
 
         own = {lane: writer(lane_file_name(lane), shared=False) for lane in lanes}
         # All ranks train what all lanes hold in the same way.
@@ -35,6 +35,6 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
         for spec, value in trainer.parameters.results():
             if not spec.shared:
                 for at, lane in enumerate(lanes):
-                    own[lane].write(spec.name, value[at] if len(lanes) > 1 else value)
+                    own[lane].append(spec.name, value[at] if len(lanes) > 1 else value)
             elif common is not None:
-                common.write(spec.name, value)
+                common.append(spec.name, value)

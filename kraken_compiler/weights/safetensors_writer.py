@@ -6,14 +6,16 @@ import errno
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kraken_compiler.errors import InputFileError
 from kraken_compiler.file_errors import naming
 from kraken_compiler.weights.buffers import aligned_buffer
 from kraken_compiler.weights.direct_io import BLOCK, open_direct
@@ -24,7 +26,41 @@ _CHUNK = 4 << 20
 """What is hashed and written at a time."""
 
 
-class ShardFile:
+def file_mark(path: Path) -> Mark:
+    """The whole of a file: its length and its hash.
+
+    Raises:
+        OSError: It cannot be read; names it.
+    """
+    with naming(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Mark(os.fstat(file.fileno()).st_size, digest)
+
+
+@contextmanager
+def new_safetensors(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> Iterator[SafetensorsWriter]:
+    """A safetensors file that the block writes whole; an existing one is replaced.
+
+    Args:
+        path: The file.
+        tensors: Name -> element type and shape, in the order in which they will be appended.
+        metadata: Free text pairs for the header.
+
+    Raises:
+        InputFileError: It cannot be written.
+    """
+    try:
+        with closing(SafetensorsWriter(path, tensors, metadata or {})) as writer:
+            writer.cut(0)
+            yield writer
+            writer.require_complete()
+    except OSError as error:
+        raise InputFileError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+
+
+class SafetensorsWriter:
     """A safetensors file whose tensors are known in advance and arrive in the order of the header.
 
     Args:
@@ -101,6 +137,15 @@ class ShardFile:
         assert 0 <= done <= math.prod(shape) * dtype.itemsize - rows.nbytes, f"{name} does not come next"
         if rows.numel():
             self._append(byte_view(rows.cpu().contiguous()))
+
+    def require_complete(self) -> None:
+        """Make sure that every tensor is written."""
+        ends = {
+            name: self._positions[name] + math.prod(shape) * dtype.itemsize
+            for name, (dtype, shape) in self._tensors.items()
+        }
+        missing = [name for name, end in ends.items() if end > self._end]
+        assert not missing, f"never written: {missing[:3]}"
 
     def close(self) -> None:
         self._writer.shutdown()
