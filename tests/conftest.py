@@ -13,7 +13,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from tests.quick_tests import Durations, SlowMarks
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--durations-file", type=Path, help="write how long tests took into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SlowMarks())
+    path: Path | None = config.getoption("--durations-file")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations(path))
 
 
 def _packaged(package: str, file: str) -> Path:

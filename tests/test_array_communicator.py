@@ -23,7 +23,7 @@ from kraken_compiler.communicators.arrays import ArrayCommunicator
 from kraken_compiler.communicators.meeting import MeetingPoint, meet
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,6 +13,8 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.quality.budget import Budget
 from tests.test_cli_compile import done, refused, save_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -38,6 +38,8 @@ from tests.test_families import lane_program, recognized, relative_error
 from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import logits_of, token_batch
 
+pytestmark = pytest.mark.slow
+
 NAME, DEGREE = "llama", 2
 
 

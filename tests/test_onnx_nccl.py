@@ -16,6 +16,8 @@ from tests.test_families import recognized
 from tests.thread_collectives import ThreadCollectives
 from tests.zoo import token_batch
 
+pytestmark = pytest.mark.slow
+
 
 def test_compiled_for_nccl(tmp_path: Path) -> None:
     model = recognized("plain_gpt").model

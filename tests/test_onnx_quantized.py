@@ -39,7 +39,7 @@ from tests.test_families import lane_program, recognized, relative_error
 from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import token_batch
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 DEGREE = 2
 EVERY_KIND = pytest.mark.parametrize("kind", WEIGHT_KINDS)

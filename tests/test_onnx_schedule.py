@@ -41,7 +41,7 @@ from tests.test_families import lane_program, recognized
 from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import token_batch
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 NAME, DEGREE = "llama", 2
 Run = tuple[Array, tuple[Event, ...]]

@@ -31,6 +31,8 @@ from tests.test_families import CHANGED, DEGREES, relative_error
 from tests.thread_collectives import ThreadCollectives, together
 from tests.zoo import OTHER_INPUTS
 
+pytestmark = pytest.mark.slow
+
 DEGREE = 2
 """Of ranks and devices."""
 

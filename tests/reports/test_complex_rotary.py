@@ -39,6 +39,8 @@ from tests.reports.small_models import (
 )
 from tests.thread_collectives import ThreadCollectives, together
 
+pytestmark = pytest.mark.slow
+
 E = D // HEADS
 
 
