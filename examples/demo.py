@@ -24,7 +24,7 @@ from typing import Any
 PROMPT = "The capital of France is"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEWS = "test/test_data/lee_background.cor"
-TOKENS = 16384  # Calibrating on as many takes a minute or two; more text of more kinds is better.
+TOKENS = 8192  # Calibrating on as many takes a minute or two; more text of more kinds is better.
 DEGREE = 3  # The model has 9 heads and 3 KV heads.
 
 EXPLANATION = """\
