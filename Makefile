@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 # Tests start many small processes; more than one thread each would only make them wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_MODELS ?= 5000
@@ -16,7 +17,7 @@ FUZZ_SEED ?= 1000
 BENCH_OUT ?= build/bench
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
+.PHONY: help setup demo test test-all fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,12 +27,14 @@ setup: $(VENV)/.models ## create .venv and install everything the other targets 
 demo: $(VENV)/.models ## compile a real language model for three devices and let it speak
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.models ## run the tests
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test: $(VENV)/.models ## run the quick tests, and one real run of each backend (4 minutes)
+	@$(PYTEST) -m "not slow or end_to_end" --durations-file build/durations-quick.txt $(PYTEST_ARGS)
+
+test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models
+	@$(PYTEST) -m "slow and not end_to_end" --durations-file build/durations-slow.txt $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.models ## compare thousands of random decoders with their models (FUZZ_MODELS=5000, FUZZ_SEED=1000; hours)
-	@$(TEST_ENV) KRAKEN_FUZZ_MODELS=$(FUZZ_MODELS) KRAKEN_FUZZ_SEED=$(FUZZ_SEED) \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/fuzz
+	@KRAKEN_FUZZ_MODELS=$(FUZZ_MODELS) KRAKEN_FUZZ_SEED=$(FUZZ_SEED) $(PYTEST) -q tests/fuzz
 
 lint: $(VENV)/.package ## ruff, rules and format
 	$(BIN)/ruff check
@@ -57,9 +60,9 @@ bench-shard: $(VENV)/.package ## measure a compile of a 16 GB checkpoint against
 bench-compile: $(VENV)/.package ## time the plans of a 70B and a 405B model, pass by pass
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compile_time.py $(BENCH_ARGS)
 
-tables: $(VENV)/.models ## write docs/models.md and README's list of models, from what the tests find
+tables: $(VENV)/.models ## write docs/models.md and the list in docs/what-it-takes.md, from what the tests find
 	@rm -rf build/tables && mkdir -p build/tables
-	@$(TEST_ENV) KRAKEN_TABLES=$(CURDIR)/build/tables $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q \
+	@KRAKEN_TABLES=$(CURDIR)/build/tables $(PYTEST) -q \
 		tests/test_families.py tests/test_families_on_ranks.py tests/test_cache_families.py tests/test_onnx_families.py \
 		tests/test_more_families.py tests/test_other_inputs.py tests/test_uneven_degrees.py tests/test_invented_models.py \
 		tests/test_real_models.py tests/test_real_encoders.py tests/test_quantized_weights.py \

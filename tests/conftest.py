@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from kraken_compiler.passes.manager import PassRunner
+from tests.quick_tests import Durations, SlowMarks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +25,17 @@ def _programs_are_checked_after_every_pass() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(PassRunner, "checks", True)
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--durations-file", type=Path, help="write how long tests took into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SlowMarks())
+    path: Path | None = config.getoption("--durations-file")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations(path))
 
 
 def _packaged(package: str, file: str) -> Path:

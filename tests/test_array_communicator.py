@@ -26,7 +26,7 @@ from kraken_compiler.runtime.ranks import Ranks, joined
 from kraken_compiler.runtime.status import StatusWriter
 from kraken_compiler.runtime.thread_ranks import together
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -200,6 +200,7 @@ def test_a_target_below_a_file(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_read_only_target(tmpfs: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(InputFileError, match="cannot be written: Read-only file system") as error:
@@ -208,6 +209,7 @@ def test_a_read_only_target(tmpfs: Path) -> None:
     assert beside(tmpfs) == []
 
 
+@pytest.mark.slow
 def test_a_full_target(tmpfs: Path) -> None:
     (tmpfs / "ballast").write_bytes(bytes(1000 * 1024))
     with pytest.raises(InputFileError, match="No space left on device") as error:

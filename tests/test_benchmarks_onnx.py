@@ -111,6 +111,7 @@ def test_only_the_single_process_runs_alone() -> None:
     assert contenders.named("single/ort").checkable
 
 
+@pytest.mark.slow
 def test_a_quick_run_over_loopback(tmp_path: Path) -> None:
     file = tmp_path / "onnx.json"
     done = subprocess.run(

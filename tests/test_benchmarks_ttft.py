@@ -244,6 +244,7 @@ def test_what_does_not_compile_is_replaced_by_itself_in_eager_mode(tmp_path: Pat
     ]
 
 
+@pytest.mark.slow
 def test_a_quick_run_over_loopback(tmp_path: Path) -> None:
     file = tmp_path / "ttft.json"
     options = [

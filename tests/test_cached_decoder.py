@@ -28,6 +28,8 @@ from tests.fuzz.model import build
 from tests.fuzz.recipe import Recipe
 from tests.zoo import SUPPORTED, logits_of, random_tokens
 
+pytestmark = pytest.mark.slow
+
 IDS = random_tokens(97, 3, 13)
 
 

@@ -27,6 +27,8 @@ from kraken_compiler.runtime.logits import inputs_function, logits_function
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 from tests.zoo import SUPPORTED, random_tokens
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama", "gpt2", "gpt_neox", "falcon", "phi3", "qwen3", "opt", "granite", "llama_bias", "gemma2")
 
 

@@ -15,6 +15,8 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.quality.calibration.texts import calibration_text, divide
 from tests.test_cli_compile import done, refused, save_model
 
+pytestmark = pytest.mark.slow
+
 
 def rows(text: int, count: int) -> list[list[int]]:
     """Rows that say which text they are of and where."""

@@ -18,6 +18,8 @@ from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -337,6 +337,7 @@ def test_other_sources_are_refused() -> None:
         capture(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_importing_capture_imports_neither_transformers_nor_gguf() -> None:
     code = "import sys, kraken_compiler.capture; sys.exit(bool({'transformers', 'gguf', 'onnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

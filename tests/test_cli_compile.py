@@ -30,6 +30,8 @@ from kraken_compiler.verify.verification import Verification
 from tests.once import CaptureOnce, RanksOnce
 from tests.zoo import REJECTED, SUPPORTED, logits_of, token_batch
 
+pytestmark = pytest.mark.slow
+
 LOSSLESS = ("--degree", "2", "--form", "standard")
 
 

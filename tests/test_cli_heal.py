@@ -28,7 +28,7 @@ from tests.test_cli_compile import save_model
 from tests.test_cli_verify import set_source
 from tests.zoo import random_tokens
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 EXACT = ("--precision", "float32")
 """Not the default where there is a GPU."""

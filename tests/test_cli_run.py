@@ -28,7 +28,7 @@ from tests.generation_functions import continuation as continued
 from tests.test_cli_compile import kill_a_rank, save_model
 from tests.zoo import SUPPORTED, logits_of
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message.content }} </s> {% endfor %}"

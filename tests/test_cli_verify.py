@@ -19,7 +19,7 @@ from tests.test_cli_compile import save_model
 from tests.test_verify import emptied, rehash
 from tests.zoo import SUPPORTED, token_batch
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 @pytest.fixture(scope="module", autouse=True)

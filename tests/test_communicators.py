@@ -14,7 +14,7 @@ from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.runtime.execute import run_ranks
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 FUNCTIONS = "tests.communicator_functions"
 

@@ -16,6 +16,8 @@ from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.quality.budget import Budget
 from tests.test_cli_compile import done, refused, save_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

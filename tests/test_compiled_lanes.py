@@ -25,7 +25,7 @@ from kraken_compiler.weights.store import MemoryStore
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import toy_program, toy_sources, write_toy
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CODE = """
 def call(self, args):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from kraken_compiler.cli import console
@@ -25,3 +27,32 @@ def test_long_stages_say_how_far_they_are(
     assert bool(lines) != quiet
     assert 0 < len(told) < 4 or quiet
     assert quiet or (lines[-2].startswith("calibrate: ") and lines[-1].startswith("capture: "))
+
+
+def test_stages_within_stages_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands at the margin adds up to the whole."""
+    progress = console.ConsoleProgress(quiet=False)
+    with progress.steps("write and check") as advance:
+        advance(1, 1, "tensors")
+        with progress.stage("run on ranks"), progress.stage("meet"):
+            pass
+    with pytest.raises(RuntimeError), progress.stage("fail"):
+        raise RuntimeError
+    with progress.stage("capture"):
+        pass
+    lines = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["    meet", "  run on ranks", "write and check", "capture"]
+
+
+def test_bars_on_a_terminal_within_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    progress = console.ConsoleProgress(quiet=False)
+    with progress.stage("capture"):
+        pass
+    with progress.stage("write and check"), progress.steps("quality") as advance:
+        advance(3, 7, "batches")
+        time.sleep(0.5)  # bars are drawn ten times a second
+    told = capsys.readouterr().err
+    assert "3/7" in told
+    assert told.rindex("write and check: ") > told.rindex("  quality: ") > told.rindex("capture: ")

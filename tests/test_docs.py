@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
+from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.cli.config import CompileConfig
+from kraken_compiler.cli.heal_config import HealConfig
 from kraken_compiler.lowering import lower
 from tests.passes.helpers import captured, check_pass, check_untouched, gpt, hidden
 from tests.passes.test_drop_noops import Apply
 
 DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
 
 
 def run_first_block(page: str) -> dict[str, Any]:
@@ -47,13 +52,51 @@ def test_adding_a_backend(tmp_path: Path) -> None:
 
 
 def test_links_between_pages() -> None:
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\(([\w.-]+\.md)\)", page.read_text()):
-            assert (DOCS / target).exists(), f"{page.name} links to {target}"
+    for page in PAGES:
+        for target, place in re.findall(r"\]\(([\w./-]+\.(?:md|png))(?:#([\w-]+))?\)", page.read_text()):
+            linked = page.parent / target
+            assert linked.exists(), f"{page.name} links to {target}"
+            if place:
+                assert place in places(linked), f"{page.name} links to {target}#{place}"
+
+
+def places(page: Path) -> set[str]:
+    """What links to headings of a page call them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_linked_from_the_readme_or_another_page() -> None:
+    linked = {target for page in PAGES for target in re.findall(r"\]\((?:docs/)?([\w-]+\.md)", page.read_text())}
+    assert {page.name for page in DOCS.glob("*.md")} <= linked
+
+
+def documented(page: str, heading: str = "") -> set[str]:
+    """The names in the first column of the tables of a page, or of those under a heading."""
+    text = (DOCS / page).read_text()
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0] if heading else text
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+@pytest.mark.parametrize(("command", "config"), [("kraken-compile", CompileConfig), ("kraken-heal", HealConfig)])
+def test_every_key_of_a_config_file_has_its_row(command: str, config: type[BaseModel]) -> None:
+    keys = {field.alias or name for name, field in config.model_fields.items()}
+    assert documented("config.md", command) == keys
+
+
+def test_every_key_of_the_manifest_has_its_row() -> None:
+    assert documented("artifact.md", "The manifest") == set(Manifest.model_fields)
+
+
+def test_every_variable_of_ours_has_its_row() -> None:
+    code = [path for folder in ("kraken_compiler", "tests") for path in (DOCS.parent / folder).rglob("*.py")]
+    ours = {name for path in code for name in re.findall(r'"(KRAKEN_[A-Z_]+)"', path.read_text())}
+    assert {name for name in documented("environment.md") if name.startswith("KRAKEN_")} == ours
 
 
 def test_commands_name_files_that_exist() -> None:
-    for page in DOCS.glob("*.md"):
+    for page in PAGES:
         for path in re.findall(r"\b(?:tests|examples|kraken_compiler|passes)/[\w/]+\.py\b", page.read_text()):
             root = DOCS.parent
             assert (root / path).exists() or (root / "kraken_compiler" / path).exists(), f"{page.name} names {path}"

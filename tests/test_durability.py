@@ -35,6 +35,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_compile_leaves_no_artifact_or_a_whole_one(killed: dict[str, dict[str, Any]]) -> None:
     assert killed["nothing before"].keys() == {"none", "new"}
     assert killed["replaced"].keys() == {"old", "new"}
@@ -42,18 +43,21 @@ def test_a_killed_compile_leaves_no_artifact_or_a_whole_one(killed: dict[str, di
     assert sum(sum(killed[name].values()) for name in ("nothing before", "replaced", "replaced in two steps")) > 60
 
 
+@pytest.mark.slow
 def test_a_compile_killed_at_any_time_leaves_the_old_artifact_or_the_new(killed: dict[str, dict[str, Any]]) -> None:
     found = killed["at any time"]
     assert found.pop("left over") == 0
     assert set(found) <= {"old", "new"}
 
 
+@pytest.mark.slow
 def test_a_rerun_resumes_finished_shards(killed: dict[str, dict[str, Any]]) -> None:
     found = killed["resumed"]
     assert found["same"]
     assert found["read_again"] == 3  # the two that were not read, and the one that was being written
 
 
+@pytest.mark.slow
 def test_a_rerun_believes_only_what_has_the_right_hash(killed: dict[str, dict[str, Any]]) -> None:
     found = killed["resumed with damage"]
     assert found["same"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def _run(*command: str, cwd: Path, timeout: int = 250) -> str:
     """Run a command and return what it prints; what it said goes into the failure if there is one."""

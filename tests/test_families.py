@@ -1,7 +1,7 @@
 """Every family the compiler promises, all lanes in one process: exact where the form is, and refused where it must be.
 
 Whatever goes through all families does so with `EVERY_FAMILY`: pytest then runs one family's tests of all files one
-after the other, and the model is captured once.
+after the other, and the model is captured once. All but a few are marked `slow`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kraken_compiler.passes.stages import recognize, split
 from kraken_compiler.report import is_exact
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.overlap import require_overlap
+from tests.quick_tests import mostly_slow
 from tests.table_notes import note
 from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
 
@@ -31,7 +32,7 @@ DEGREES = (2, 4)
 SIZES = ((1, 7), (3, 13))
 """Batch and sequence; models are captured with 2 x 16."""
 
-EVERY_FAMILY = pytest.mark.parametrize("name", SUPPORTED, scope="session")
+EVERY_FAMILY = pytest.mark.parametrize("name", mostly_slow(SUPPORTED, ("llama", "plain_post_norm")), scope="session")
 
 CHANGED = 1e-3
 """A form that changes the function of a zoo model moves its logits by more than this; rounding is far below."""
@@ -107,6 +108,7 @@ def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "degree", "form"),
     [("falcon", 2, "kraken"), ("gpt2", 4, "ladder"), ("plain_fused_llama", 4, "parallel"), ("qwen3", 2, "standard")],
@@ -127,6 +129,7 @@ def test_lower_makes_the_same_program(name: str, degree: int, form: str) -> None
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["falcon", "gpt2", "plain_fused_llama", "plain_parallel", "plain_post_norm", "plain_parallel_sandwich", "gemma3"],
@@ -141,7 +144,7 @@ def test_one_lane_is_the_source_model(name: str) -> None:
         assert relative_error(logits_of(lanes, ids), logits_of(model, ids)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["falcon", "llama", "plain_alibi"])
+@pytest.mark.parametrize("name", mostly_slow(("falcon", "llama", "plain_alibi"), ("llama",)))
 def test_degree_may_exceed_the_key_value_heads(name: str) -> None:
     degree = max(SUPPORTED[name].degrees)
     assert degree > SUPPORTED[name].kv_heads
@@ -160,7 +163,7 @@ def test_a_wrong_degree_lists_the_valid_ones() -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", REJECTED)
+@pytest.mark.parametrize("name", mostly_slow(REJECTED, ("no_attention", "unet_skip")))
 def test_what_is_not_supported_is_refused(name: str) -> None:
     rejected = REJECTED[name]
     reason, path = REASONS[name]

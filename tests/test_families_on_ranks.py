@@ -28,6 +28,8 @@ from tests.table_notes import note
 from tests.test_families import DEGREES, SIZES, lane_program, recognized, relative_error
 from tests.zoo import SUPPORTED, random_tokens
 
+pytestmark = pytest.mark.slow
+
 WITH_CACHE = ("standard", "kraken")
 """The forms that are run with the KV cache as well; to write its graphs takes longer than anything else here."""
 

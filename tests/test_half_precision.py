@@ -23,6 +23,9 @@ from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.tolerances import rank_tolerance
 from tests.zoo import SUPPORTED, logits_of, token_batch
 
+pytestmark = pytest.mark.slow
+
+
 # Eager attention in float32, fused and decomposed norms, ALiBi, and plain code: one of each kind keeps this fast.
 KINDS = ("llama", "gpt_neo", "gptj", "bloom", "cohere", "falcon_alibi", "plain_in_place")
 

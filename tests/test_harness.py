@@ -12,6 +12,8 @@ from kraken_compiler.api import transform
 from kraken_compiler.backends.single.lane_module import LaneModule
 from tests.test_cli_compile import save_model
 
+pytestmark = pytest.mark.slow
+
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra")
 
 TASK = """

@@ -13,7 +13,7 @@ from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.runtime.execute import run_ranks
 from tests.healing_models import captured, lowered, rows
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 BOUNDS = {"loss": 1e-5, "gradients": 1e-5, "norm": 1e-5, "kl": 1e-3, "weights": 1e-3, "copies": 0.0, "evaluated": 1e-3}
 """AdamW's steps have the size of the learning rate even where a gradient is rounding noise, so what comes after one is

@@ -33,6 +33,8 @@ from kraken_compiler.weights import safetensors_writer
 from kraken_compiler.weights.lane_tensors import PREFIX, lane_tensor_reader, with_lane_tensors
 from tests.healing_models import captured, lowered, parameters_of, rows, stacked_reader, trainer_for
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = HealSettings(steps=6, batch=2, learning_rate=3e-3, evaluate_every=3, save_every=2, precision="float32")
 
 

@@ -22,6 +22,8 @@ from tests.table_notes import note
 from tests.zoo import Builder, logits_of, random_tokens
 from tests.zoo.plain import D, Decoder, E, GptBlock, H
 
+pytestmark = pytest.mark.slow
+
 
 class ReplaceableBlock(GptBlock):
     """The GPT block with parts of it to replace."""

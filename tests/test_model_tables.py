@@ -1,10 +1,10 @@
-"""What docs/models.md and the README say of the models is what the tests hold: `make tables` was not forgotten."""
+"""What docs/ says of the models is what the tests hold: `make tables` was not forgotten."""
 
 from __future__ import annotations
 
 import re
 
-from tests.write_tables import PAGE, README, readme_list
+from tests.write_tables import OVERVIEW, PAGE, model_list
 from tests.zoo import MORE_FAMILIES, OTHER_INPUTS, REJECTED, SUPPORTED
 
 
@@ -16,5 +16,5 @@ def test_the_page_has_every_model() -> None:
     assert rejected == sorted(REJECTED)
 
 
-def test_the_readme_lists_what_the_tests_hold() -> None:
-    assert readme_list() in README.read_text()
+def test_the_overview_lists_what_the_tests_hold() -> None:
+    assert model_list() in OVERVIEW.read_text()

@@ -19,6 +19,8 @@ from tests.test_cache_families import CAPACITY, PROMPTS, TOKENS, checked, full_l
 from tests.test_families import CHANGED, relative_error
 from tests.zoo import FAMILIES, MORE_FAMILIES, logits_of, random_tokens, token_batch
 
+pytestmark = pytest.mark.slow
+
 DEGREES = (2, 3)
 
 

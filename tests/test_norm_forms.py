@@ -22,6 +22,8 @@ from tests.zoo import NORMS, logits_of, token_batch
 from tests.zoo.norms import PostNormBlock, SandwichNormBlock
 from tests.zoo.plain import FFN, D, H
 
+pytestmark = pytest.mark.slow
+
 LAZY = Form("lazy", Lag(2, 5), Lag(3, 3), "made up for this test: own contributions late, too")
 EVERY_FORM = (*FORMS.values(), LAZY)
 LANES = 2

@@ -17,7 +17,7 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
-from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
+from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
 from kraken_compiler.backends.onnx_ort.check_run import is_matrix_product
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram, Event
@@ -46,6 +46,8 @@ from kraken_compiler.weights.safetensors_format import read_header
 from kraken_compiler.weights.shard_journal import JOURNAL
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import logits_of, token_batch
+
+pytestmark = pytest.mark.slow
 
 NAME, DEGREE = "llama", 2
 
@@ -102,7 +104,7 @@ def test_both_backends_read_the_same_weights(tmp_path: Path, weights: str | None
     """No weight is stored twice, whoever is named first."""
     program, read = lane_program(NAME, DEGREE, "kraken"), recognized(NAME).read
     source = Source(kind="module", name=NAME)
-    backends = [OnnxBackend(weights=weights), TorchBackend()]
+    backends = [OnnxBackend(OnnxOptions(onnx_weights=weights)), TorchBackend()]
     both = write_artifact(program, read, tmp_path / "both", source=source, backends=backends)
     torch_alone = write_artifact(program, read, tmp_path / "torch", source=source, backends=[TorchBackend()])
     open_artifact(both)

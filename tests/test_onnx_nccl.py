@@ -16,6 +16,8 @@ from kraken_compiler.runtime.thread_ranks import alone
 from tests.test_families import recognized
 from tests.zoo import token_batch
 
+pytestmark = pytest.mark.slow
+
 
 def test_compiled_for_nccl(tmp_path: Path) -> None:
     model = recognized("plain_gpt").model

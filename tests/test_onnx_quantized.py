@@ -40,7 +40,7 @@ from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import token_batch
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 DEGREE = 2
 EVERY_KIND = pytest.mark.parametrize("kind", WEIGHT_KINDS)

@@ -44,7 +44,7 @@ from tests.test_cli_compile import kill_a_rank, save_tokenizer
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import edit_manifest, write_toy
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 PROMPTS = [[5, 6, 40, 8, 9], [7], [20, 21, 22]]
 SAMPLED = Sampling(2.0, top_k=50, top_p=0.98, seed=3)

@@ -37,7 +37,7 @@ from kraken_compiler.verify.verification import Reference, Verification, verify_
 from tests.test_families import lane_program, recognized
 from tests.zoo import token_batch
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
 
 NAME, DEGREE = "llama", 2
 Run = tuple[Array, tuple[Event, ...]]

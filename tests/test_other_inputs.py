@@ -32,6 +32,8 @@ from tests.table_notes import note
 from tests.test_families import CHANGED, DEGREES, relative_error
 from tests.zoo import OTHER_INPUTS
 
+pytestmark = pytest.mark.slow
+
 DEGREE = 2
 """Of ranks and devices."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """`import kraken_compiler` costs what `import torch` costs."""
     code = "import sys, kraken_compiler; print(*({'transformers', 'onnx', 'onnxruntime', 'gguf'} & set(sys.modules)))"

@@ -57,6 +57,8 @@ from tests.test_onnx_families import computed_by_devices
 from tests.zoo import SUPPORTED, logits_of, token_batch
 from tests.zoo.builder import randomize
 
+pytestmark = pytest.mark.slow
+
 CONFIGS: dict[str, Any] = {
     "int8, a scale for each row": Int8WeightOnlyConfig(),
     "int8, groups of 16": Int8WeightOnlyConfig(granularity=PerGroup(16)),

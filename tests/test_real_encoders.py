@@ -21,7 +21,7 @@ from kraken_compiler.verify.compare import errors
 from tests.table_notes import note_trained
 from tests.zoo import logits_of
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(400)]
 
 
 def lanes_of(captured: Capture, degree: int, form: str, layers: str | None = None) -> LaneModule:

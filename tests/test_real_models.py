@@ -27,7 +27,7 @@ from kraken_compiler.verify.compare import errors
 from tests.table_notes import note_trained
 from tests.zoo import logits_of, random_tokens
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(400)]
 
 
 # a GPT-2 of microbe genera -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.launch import launch, threads_per_rank
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TIMEOUT = 3.0
 BOUND = 45.0

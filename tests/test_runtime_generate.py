@@ -32,7 +32,7 @@ from tests.test_cli_compile import save_model
 from tests.toy_lane_program import write_toy
 from tests.zoo import SUPPORTED, logits_of
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")

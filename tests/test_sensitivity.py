@@ -16,6 +16,8 @@ from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.sensitivity import ends, measure_sensitivity, single_layers
 from tests.zoo import SUPPORTED, token_batch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def captured() -> Capture:

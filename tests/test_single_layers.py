@@ -11,6 +11,8 @@ from kraken_compiler.quality.calibration.single_layers import APART, SingleLayer
 from kraken_compiler.quality.sensitivity import measure_sensitivity, single_layers
 from tests.test_calibration import batches, captured
 
+pytestmark = pytest.mark.slow
+
 FORM = "kraken"
 
 

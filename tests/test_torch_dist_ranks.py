@@ -19,7 +19,7 @@ from kraken_compiler.runtime.execute import execute_on_ranks, run_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")

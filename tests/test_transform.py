@@ -138,6 +138,7 @@ def test_layers_take_the_form_and_the_others_stay(layers: str | list[int]) -> No
     assert module.program.plan.forms == ("standard", "ladder", "ladder")
 
 
+@pytest.mark.slow
 def test_a_form_of_ones_own() -> None:
     source = SUPPORTED["plain_gpt"]()
     late = Form("late", Lag(1, 5), Lag(1, 4), "everything of the peers comes two layers late")
@@ -178,6 +179,7 @@ def test_the_report(standard: LaneModule) -> None:
     assert len(report.text.splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_the_source_is_left_as_it_was(llama: nn.Module) -> None:
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     module = kraken_compiler.transform(llama, 2)
@@ -191,6 +193,7 @@ def test_the_source_is_left_as_it_was(llama: nn.Module) -> None:
 # what can be done with it --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), [("llama", "kraken"), ("plain_gpt", "ladder"), ("bloom", "standard")])
 def test_it_trains(name: str, form: str) -> None:
     module = transformed(SUPPORTED[name](), 2, form).train()
@@ -212,6 +215,7 @@ def test_it_trains(name: str, form: str) -> None:
     assert losses[-1] < 0.7 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_the_places_of_a_tied_weight_share_its_gradient() -> None:
     """The embedding is whole and the head is split, so they are two parameters; together they get the source's."""
     source = SUPPORTED["qwen2"]()

@@ -37,6 +37,8 @@ from kraken_compiler.verify.verification import Verification, verify_programs
 from tests.test_families import lane_program, recognized
 from tests.zoo import SUPPORTED
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((2, 5),)
 NAME = "plain_gpt"
 START, WAIT = torch.ops.kraken.all_reduce_start.default, torch.ops.kraken.wait.default

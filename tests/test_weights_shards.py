@@ -157,6 +157,7 @@ print((peak() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_around_few_tensors(tmp_path: Path) -> None:
     """16 tensors of 16 MiB: the files hold 256 MiB, the writer three tensors."""
     # Every tensor is memory of its own: what malloc keeps of those that are gone, thread by thread, is not counted.

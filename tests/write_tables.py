@@ -1,4 +1,4 @@
-"""Writes docs/models.md and the list of models in the README from what the tests noted: `make tables`."""
+"""Writes docs/models.md and the list of models in docs/what-it-takes.md from what the tests noted: `make tables`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from tests.zoo import FAMILIES, MORE_FAMILIES, NORMS, OTHER_INPUTS, PLAIN, REJECTED
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, README = ROOT / "docs" / "models.md", ROOT / "README.md"
+PAGE, OVERVIEW = ROOT / "docs" / "models.md", ROOT / "docs" / "what-it-takes.md"
 BEGIN, END = "<!-- models: written by `make tables` -->", "<!-- end of models -->"
 
 _HEAD = """# Models
@@ -83,14 +83,14 @@ def main(folder: Path) -> None:
         content = json.loads(path.read_text())
         notes[content["check"]][content["model"]] = content
     PAGE.write_text(_page(notes))
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + readme_list() + rest.partition(END)[2])
+    before, _, rest = OVERVIEW.read_text().partition(BEGIN)
+    OVERVIEW.write_text(before + model_list() + rest.partition(END)[2])
 
 
-def readme_list() -> str:
-    """What the README says of the models, between its marks."""
+def model_list() -> str:
+    """What the overview says of the models, between its marks."""
     text = (
-        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](docs/models.md), from tiny random configs: "
+        f"[{len(FAMILIES) + len(OTHER_INPUTS)} models of transformers](models.md), from tiny random configs: "
         f"{_names([*FAMILIES, *OTHER_INPUTS])}; {len(MORE_FAMILIES)} more in one process: {_names(MORE_FAMILIES)}; "
         f"and {len(PLAIN) + len(NORMS)} that are plain `nn.Module` code: {_names([*PLAIN, *NORMS])}. "
         f"Rejected, with module path, node and reason: {_names(REJECTED)}."

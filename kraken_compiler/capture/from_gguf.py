@@ -14,6 +14,7 @@ from torch import nn
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.gguf_file import GgufFile
+from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource, files_digester
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
@@ -51,12 +52,13 @@ def capture_gguf(
         raise InputFileError(f"an adapter lies beside {path}: merge it into the model, or move one of the two away")
     digest = files_digester((path,), early=hash_early)
     try:
-        file = GgufFile.open(path)
-        file.require_whole()
-        model, found = _load(path, dtype or torch.float32)
-        file.require_sizes(found["mismatched_keys"])
-        file.require_complete(found["missing_keys"])
-        notes = file.settle_unread(model, found["unexpected_keys"])
+        with headers_read_once():
+            file = GgufFile.open(path)
+            file.require_whole()
+            model, found = _load(path, dtype or torch.float32)
+            file.require_sizes(found["mismatched_keys"])
+            file.require_complete(found["missing_keys"])
+            notes = file.settle_unread(model, found["unexpected_keys"])
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
     except NotImplementedError as error:

@@ -7,12 +7,14 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.reference import OpenModel
 from kraken_compiler.errors import InputFileError
@@ -54,7 +56,7 @@ class TokenizerSource:
                 is not part of transformers.
             UsageError: The packages that read them are not installed.
         """
-        return self._read()[0]
+        return self._contents[0]
 
     def check(self) -> tuple[tuple[str, ...], Any]:
         """Find what is wrong before anything that takes long.
@@ -66,7 +68,7 @@ class TokenizerSource:
             InputFileError: A file is damaged, see `load` and `save`.
             UsageError: The packages that read them are not installed.
         """
-        tokenizer, notes = self._read()
+        tokenizer, notes = self._contents
         try:
             with TemporaryDirectory(prefix="kraken-tokenizer-") as name:
                 return (*notes, *self._write(tokenizer, Path(name))), tokenizer
@@ -82,8 +84,10 @@ class TokenizerSource:
         """
         self._write(self.load(), directory)
 
-    def _read(self) -> tuple[Any, tuple[str, ...]]:
-        with quiet_transformers():
+    @cached_property
+    def _contents(self) -> tuple[Any, tuple[str, ...]]:
+        """The tokenizer, which takes seconds to make of a GGUF file, and notes."""
+        with quiet_transformers(), headers_read_once() if self.gguf_file else nullcontext():
             try:
                 return read_tokenizer(self.directory, self.gguf_file), ()
             except InputFileError as error:

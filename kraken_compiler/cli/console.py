@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from kraken_compiler.errors import InputFileError, KrakenError
@@ -25,48 +25,67 @@ from kraken_compiler.standard_streams import prepare_streams, tell, write_out
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
 
 _SECONDS_BETWEEN_LINES = 60.0
+_INDENT = "  "
 
 
 class ConsoleProgress:
-    """Progress bars on standard error; a line per stage if that is no terminal, and one a minute for steps."""
+    """Progress bars on standard error; a line per stage if that is no terminal, and one a minute for steps.
+
+    The line of a stage within another one is indented and comes before the line of the other, which counts it in.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True)
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._depth = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        with self._bars(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
-            bars.add_task(name, total=None)
-            started = time.perf_counter()
+        with self._timed(name):
             yield
-        self._done(name, started)
 
     @contextmanager
     def steps(self, name: str) -> Iterator[Advance]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with self._bars(*columns) as bars:
-            task = bars.add_task(name, total=None)
+        with self._timed(name) as task:
             started = told = time.perf_counter()
 
             def advance(done: int, total: int, unit: str) -> None:
                 nonlocal told
-                bars.update(task, completed=done, total=total)
+                self._bars.update(task, completed=done, total=total, count=f"{done}/{total}")
                 now = time.perf_counter()
-                if bars.disable and not self._quiet and now - told >= _SECONDS_BETWEEN_LINES:
+                if self._bars.disable and not self._quiet and now - told >= _SECONDS_BETWEEN_LINES:
                     told = now
                     tell(f"{name}: {done} of {total}, {now - started:.0f} s")
 
             yield advance
-        self._done(name, started)
 
-    def _bars(self, *columns: Any) -> Bars:
-        hidden = self._quiet or not self._console.is_terminal
-        return Bars(*columns, console=self._console, transient=True, disable=hidden)
-
-    def _done(self, name: str, started: float) -> None:
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[TaskID]:
+        """A bar while it lasts, a line when it is done; nothing of it stays if it fails."""
+        indent = _INDENT * self._depth
+        task = self._bars.add_task(indent + name, total=None, count="")
+        if not self._depth:
+            self._bars.start()
+        self._depth += 1
+        started = time.perf_counter()
+        try:
+            yield task
+        finally:
+            self._depth -= 1
+            self._bars.remove_task(task)
+            if not self._depth:
+                self._bars.stop()
         if not self._quiet:
-            tell(f"{name}: {time.perf_counter() - started:.1f} s")
+            tell(f"{indent}{name}: {time.perf_counter() - started:.1f} s")
 
 
 def print_lines(lines: list[str]) -> None:

@@ -9,6 +9,8 @@ import pytest
 from tests.fuzz.compare import compare
 from tests.fuzz.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 FOUND = {
     "a mask for every head beside capped scores of grouped heads": Recipe(
         heads=6, kv_heads=3, layers=1, positions="alibi", attention="softcap"

@@ -22,6 +22,8 @@ from kraken_compiler.runtime.execute import run_ranks
 from tests.fuzz.compare import Comparison, compare, require_close
 from tests.fuzz.recipe import Recipe, recipes
 
+pytestmark = pytest.mark.slow
+
 DEGREES = range(1, 7)
 MODELS = int(os.environ.get("KRAKEN_FUZZ_MODELS", "100"))
 SEED = int(os.environ.get("KRAKEN_FUZZ_SEED", "0"))

@@ -18,6 +18,8 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from tests.reports.model_directories import TOLERANCE, configure, error, make, save, tensors_of, write_tensors
 
+pytestmark = pytest.mark.slow
+
 
 def save_adapter(base: Path, directory: Path, kind: str = "llama", config: Any = None, **sizes: Any) -> Path:
     """An adapter of seeded numbers that all count."""

@@ -30,6 +30,8 @@ from kraken_compiler.verify.verification import verify_programs
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, relative_error, tokens
 from tests.toy_lane_program import edit_manifest, write_toy
 
+pytestmark = pytest.mark.slow
+
 
 class AtOne(LM):
     """Another model for single tokens, as decoders that tell prefill from decode by the length have it."""

@@ -231,6 +231,7 @@ def test_a_model_whose_name_is_too_long() -> None:
 # quiet ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_quiet_compile_says_nothing(tmp_path: Path) -> None:
     """Nor do the libraries that it imports: a process of its own, as a library speaks when it is first imported."""
     model = save_model("llama", tmp_path / "llama")

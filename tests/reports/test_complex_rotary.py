@@ -40,6 +40,8 @@ from tests.reports.small_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow
+
 E = D // HEADS
 
 

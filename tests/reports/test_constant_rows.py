@@ -15,6 +15,8 @@ from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import POSITIONS, D
 
+pytestmark = pytest.mark.slow
+
 NAMED = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
 
 

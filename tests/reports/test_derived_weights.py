@@ -26,6 +26,8 @@ from tests.reports.small_models import (
     relative_error,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class CastAttention(Attention):
     """Master weights in another type."""

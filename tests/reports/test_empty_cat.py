@@ -9,6 +9,8 @@ from torch import Tensor
 import kraken_compiler
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, Attention, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 class Reported(LM):
     def embed(self, ids: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from tests.reports.small_models import TOLERANCE, tokens
 from tests.table_notes import note
 from tests.test_cli_run import printed, refused
 
+pytestmark = pytest.mark.slow
+
 _IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 97}
 _T5: dict[str, Any] = {**_IDS, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_heads": 6}
 _BART: dict[str, Any] = {

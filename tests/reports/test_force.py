@@ -22,6 +22,8 @@ from kraken_compiler.quality.healing.state import STATE_FILE, open_state, remove
 from tests.cli_command import Command
 from tests.toy_lane_program import write_toy
 
+pytestmark = pytest.mark.slow
+
 LOSSLESS = ("--degree", "2", "--form", "standard", "--no-verify")
 
 

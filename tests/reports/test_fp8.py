@@ -25,6 +25,8 @@ from tests.reports.model_directories import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 448.0
 """The largest number of e4m3."""
 

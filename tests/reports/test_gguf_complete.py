@@ -16,6 +16,8 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import InputFileError
 from tests.reports.model_directories import command, error
 
+pytestmark = pytest.mark.slow
+
 WIDTH, FFN, VOCABULARY, HEADS = 32, 48, 64, 4
 TOP = ("token_embd.weight", "output_norm.weight", "output.weight")
 

@@ -11,7 +11,7 @@ from kraken_compiler.errors import RankFailedError
 from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.status import StatusWriter, read_beats
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TIMEOUT = 2.0
 LONG = 4.5

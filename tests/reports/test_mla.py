@@ -26,6 +26,8 @@ from tests.reports.small_models import EXAMPLE, HEADS, LM, TOLERANCE, D, logits,
 from tests.test_cache_families import one_by_one
 from tests.test_onnx_families import computed_by_devices
 
+pytestmark = pytest.mark.slow
+
 
 def rotated(x: Tensor) -> Tensor:
     """Rotary embedding of [..., S, R]."""

@@ -27,6 +27,8 @@ from tests.reports.small_models import (
 )
 from tests.zoo import SUPPORTED, logits_of, token_batch
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16 = 5e-2
 """The relative error between two orders of a sum in bfloat16, over a few layers."""
 

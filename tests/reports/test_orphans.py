@@ -16,7 +16,7 @@ import pytest
 from kraken_compiler.runtime import start_rank
 from kraken_compiler.runtime.start_rank import LAUNCHER
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 CALL = """
 from kraken_compiler.runtime.execute import run_ranks

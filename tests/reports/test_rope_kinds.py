@@ -12,6 +12,8 @@ from kraken_compiler.errors import UnsupportedModelError
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import TOLERANCE, D, relative_error
 
+pytestmark = pytest.mark.slow
+
 NAMED = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
 BASE = {"rope_theta": 10000.0}
 LONG = {

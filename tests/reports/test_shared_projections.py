@@ -24,6 +24,8 @@ from tests.reports.small_models import COLUMNS, EXAMPLE, HEADS, LM, TOLERANCE, A
 from tests.reports.small_models import relative_error as error_of_size
 from tests.test_cache_families import one_by_one
 
+pytestmark = pytest.mark.slow
+
 E = D // HEADS
 
 

@@ -25,7 +25,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.execute import run_ranks
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 SECONDS = 60.0
 """Starting two ranks on a busy machine; the ranks' own timeout is far longer."""

@@ -228,6 +228,7 @@ def command(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_of_another_encoding(encoding: str) -> None:
     """What it does not have is written as an escape; what it has, as it is."""
@@ -237,6 +238,7 @@ def test_an_output_of_another_encoding(encoding: str) -> None:
     assert command("text", {"PYTHONIOENCODING": "utf-8"}).stdout == "naïve ☃\n".encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["text", "lines", "json", "--help"])
 def test_a_full_output(what: str) -> None:
     done = command(what, shell="> /dev/full")
@@ -244,6 +246,7 @@ def test_a_full_output(what: str) -> None:
     assert done.returncode == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["text", "lines", "json"])
 def test_an_output_that_is_closed(what: str) -> None:
     """A reader that has enough is no failure, and neither is nobody to read."""
@@ -252,6 +255,7 @@ def test_an_output_that_is_closed(what: str) -> None:
         assert (done.returncode, done.stderr) == (0, b""), shell
 
 
+@pytest.mark.slow
 def test_errors_that_nobody_can_read() -> None:
     for shell in ("2> /dev/full", "2>&-"):
         done = command("failure", shell=shell)

@@ -23,6 +23,8 @@ from tests.reports.model_directories import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 

@@ -18,6 +18,8 @@ from tests.reports.text_functions import with_tokenizer
 from tests.test_cli_compile import files_in, refused, save_model, save_tokenizer
 from tests.test_runtime_text import tokenizer
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[dict[str, Any]], object]
 
 DAMAGES: dict[str, tuple[str, Change, str]] = {

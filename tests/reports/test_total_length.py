@@ -24,6 +24,8 @@ from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import FFN, HEADS, Attention, D, tokens
 
+pytestmark = pytest.mark.slow
+
 
 class LM(small_models.LM):
     """One layer is enough to see what a cache makes of it."""

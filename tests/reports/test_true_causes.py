@@ -20,6 +20,8 @@ from tests.lane_decoder import LaneDecoder
 from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, HEADS, LM, TOLERANCE, Attention, D, relative_error, tokens
 from tests.test_cache_families import one_by_one
 
+pytestmark = pytest.mark.slow
+
 
 def masked(scores_BHQK: Tensor) -> Tensor:
     keep = torch.ones(scores_BHQK.shape[-2:], dtype=torch.bool).tril()

@@ -22,6 +22,8 @@ from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, Attention, D, relative_error, tokens
 
+pytestmark = pytest.mark.slow
+
 SHARED: dict[str, Tensor] = {}
 """What some models of this file keep in a variable of their file."""
 

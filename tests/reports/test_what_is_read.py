@@ -25,6 +25,8 @@ from tests.reports.model_directories import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 Q = "model.layers.0.self_attn.q_proj"
 
 

@@ -19,7 +19,7 @@ from kraken_compiler.runtime.import_path import folder_of, load_package
 from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import toy_program, toy_sources
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 SCRIPTS = ("queue", "json", "torch", "ctypes", "runpy", "signal", "typer", "zmq", "onnxruntime", "secrets", "pydantic")
 PACKAGES = ("numpy", "kraken_compiler", "safetensors", "multiprocessing", "typing_extensions")

@@ -29,6 +29,8 @@ from tests.reports.small_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

@@ -1,0 +1,101 @@
+"""What keeps `make test` within minutes: the guard of tests without the mark `slow`, and the record of durations.
+
+`make test` runs the tests that start no process and take moments, and one real run of each backend (`end_to_end`).
+`make test-all` runs the others, which are marked `slow`. A test that should be marked and is not fails.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CPU_SECONDS = 10.0
+"""What a test without the mark may compute, several times what the longest of them takes."""
+
+SLOWEST = 60
+
+_PROCESS_STARTS = frozenset(
+    ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.exec", "os.system")
+)
+
+
+def mostly_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Parameters of a test, all but a few of them marked `slow`."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+class SlowMarks:
+    """Fails tests without the mark that start a process or compute for long."""
+
+    def __init__(self) -> None:
+        self._guarded = False
+        self._offence = ""
+        sys.addaudithook(self._audit)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        yield from self._watched(item)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        yield from self._watched(item)
+
+    def _watched(self, item: pytest.Item) -> Iterator[None]:
+        if item.get_closest_marker("slow"):
+            yield
+            return
+        self._guarded, self._offence = True, ""
+        # The first test of a process that needs transformers pays for the import, whichever it is.
+        pays_for_import = "transformers" not in sys.modules
+        began = time.process_time()
+        try:
+            yield
+        finally:
+            self._guarded = False
+        seconds = time.process_time() - began
+        if seconds > CPU_SECONDS and not pays_for_import:
+            self._offence = f"computes for {seconds:.0f} s, more than {CPU_SECONDS:.0f}"
+        if self._offence:
+            pytest.fail(_advice(self._offence), pytrace=False)
+
+    def _audit(self, event: str, _: tuple[Any, ...]) -> None:
+        if self._guarded and event in _PROCESS_STARTS:
+            # Kept, too: what starts the process may be in another thread, or carry on without it.
+            self._offence = f"starts a process ({event})"
+            pytest.fail(_advice(self._offence))
+
+
+class Durations:
+    """Writes the slowest tests and the time of every file, set-up and tear-down included."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        files: dict[str, float] = defaultdict(float)
+        for test, seconds in self._seconds.items():
+            files[test.partition("::")[0]] += seconds
+        lines = [f"{len(self._seconds)} tests, {sum(self._seconds.values()):.0f} s in all workers together"]
+        lines += ["", f"the slowest {SLOWEST}", *_slowest_first(self._seconds)[:SLOWEST]]
+        lines += ["", "files", *_slowest_first(files)]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _slowest_first(durations: Mapping[str, float]) -> list[str]:
+    slowest = sorted(durations.items(), key=lambda entry: -entry[1])
+    return [f"{seconds:8.2f}  {name}" for name, seconds in slowest]
+
+
+def _advice(offence: str) -> str:
+    return f"this test {offence}: mark it, or its module, with pytest.mark.slow (tests/quick_tests.py)"
