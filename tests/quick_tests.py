@@ -7,16 +7,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-CPU_SECONDS = 10.0
-"""What a test without the mark may compute, several times what the longest of them takes."""
 
 SLOWEST = 60
 
@@ -31,7 +27,7 @@ def mostly_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
 
 
 class SlowMarks:
-    """Fails tests without the mark that start a process or compute for long."""
+    """Fails tests without the mark that start a process; which ones compute for long, the record of durations shows."""
 
     def __init__(self) -> None:
         self._guarded = False
@@ -51,16 +47,10 @@ class SlowMarks:
             yield
             return
         self._guarded, self._offence = True, ""
-        # The first test of a process that needs transformers pays for the import, whichever it is.
-        pays_for_import = "transformers" not in sys.modules
-        began = time.process_time()
         try:
             yield
         finally:
             self._guarded = False
-        seconds = time.process_time() - began
-        if seconds > CPU_SECONDS and not pays_for_import:
-            self._offence = f"computes for {seconds:.0f} s, more than {CPU_SECONDS:.0f}"
         if self._offence:
             pytest.fail(_advice(self._offence), pytrace=False)
 
