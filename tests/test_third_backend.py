@@ -51,6 +51,7 @@ def command(name: str, environment: dict[str, str], *arguments: str | Path) -> s
     )
 
 
+@pytest.mark.slow
 def test_it_compiles_verifies_and_runs(model: Path, installed: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--degree", "3", "--trust-pickle", "--input", "ids=int64[2,16]", "--numpy-indent", "1", "-o", out)
@@ -83,6 +84,7 @@ def continued(ids: list[int], model: Path, artifact: Path) -> list[int]:
     return ids[begun:]
 
 
+@pytest.mark.slow
 def test_its_options_are_those_of_the_commands(model: Path, installed: dict[str, str], tmp_path: Path) -> None:
     assert "--numpy-indent" in command("compile", installed, "--help").stdout
     assert "--numpy-dtype" in command("run", installed, "--help").stdout

@@ -55,6 +55,7 @@ def test_order_and_numbers_survive(saved: Path) -> None:
         torch.testing.assert_close(loaded(*weights, ids), program.module(*weights, ids), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_same_graph_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     program = "from tests.toy_lane_program import toy_program; from pathlib import Path; import sys; "
     program += "from kraken_compiler.backends.torch_dist.graph_file import save_graph; "

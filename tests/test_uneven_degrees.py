@@ -36,6 +36,8 @@ ON_RANKS = {3: ("llama", "gpt2", "qwen2_moe", "falcon40"), 5: ("phi3", "bloom")}
 """llama, phi3: a KV head's query heads fall on two lanes. gpt2, bloom: one KV head a query head. falcon40: lanes cut
 the groups of its fused projection."""
 
+pytestmark = pytest.mark.slow
+
 AS_DEVICES = (("llama", 3), ("mixtral", 3), ("codegen", 3), ("gpt2", 5))
 
 

@@ -86,13 +86,18 @@ def share_of(text: str | None) -> float | None:
         raise UsageError(f"--max-ppl-increase {text}: give a share such as 2% or 0.02") from error
 
 
-def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
-    """The options of `kraken-compile`, and those of all backends; see `merge_config`."""
+def compile_config() -> type[CompileConfig]:
+    """The keys of `kraken-compile`, those of all backends among them."""
     of_backends: dict[str, Any] = {
         name: (not_given_is_none(one.annotation), Field(default=None, alias=name.replace("_", "-")))
         for name, one in backend_parameters(at_run=False).items()
     }
-    return merge_config(create_model("CompileConfig", __base__=CompileConfig, **of_backends), path, given)
+    return create_model("CompileConfig", __base__=CompileConfig, **of_backends)
+
+
+def load_config(path: Path | None, given: dict[str, Any]) -> CompileConfig:
+    """The options of `kraken-compile`; see `merge_config`."""
+    return merge_config(compile_config(), path, given)
 
 
 def merge_config(kind: type[Config], path: Path | None, given: dict[str, Any]) -> Config:

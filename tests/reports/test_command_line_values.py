@@ -15,7 +15,7 @@ from torch import nn
 
 from kraken_compiler.backends.sequences import require_memory
 from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
-from kraken_compiler.cli.config import CompileConfig, merge_config
+from kraken_compiler.cli.config import compile_config, merge_config
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
 from kraken_compiler.cli.heal_config import HealConfig
 from kraken_compiler.cli.verify import app as verify_app
@@ -107,7 +107,7 @@ def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_values_of_a_compile(tmp_path: Path, text: str, message: str) -> None:
-    assert wrong(CompileConfig, tmp_path / "c.toml", text) == f"{tmp_path / 'c.toml'}: {message}"
+    assert wrong(compile_config(), tmp_path / "c.toml", text) == f"{tmp_path / 'c.toml'}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def wrong(kind: Any, path: Path, text: str) -> str:
 def test_values_that_are_right(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('timeout = 30\nmax-kl = 1\nbackend = "torch, onnx"\ninput = ["a=int64[2,3]"]')
-    config = merge_config(CompileConfig, path, {"degree": 3})
+    config = merge_config(compile_config(), path, {"degree": 3})
     assert (config.timeout, config.max_kl, config.backend, config.degree) == (30, 1, ["torch", "onnx"], 3)
     with pytest.raises(UsageError, match=r"^--degree: Input should be greater than or equal to 1$"):
-        merge_config(CompileConfig, path, {"degree": 0})
+        merge_config(compile_config(), path, {"degree": 0})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_values_that_are_right(tmp_path: Path) -> None:
 def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "c.toml").write_bytes(content)
     with pytest.raises(InputFileError, match=message) as caught:
-        merge_config(CompileConfig, tmp_path / "c.toml", {})
+        merge_config(compile_config(), tmp_path / "c.toml", {})
     assert "\n" not in str(caught.value)
 
 
