@@ -14,20 +14,24 @@ import torch
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.replaceable import resolved
-from kraken_compiler.artifact.reservation import reserved
+from kraken_compiler.artifact.reservation import Reservation, reserved
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.base import Reference
-from kraken_compiler.backends.registry import DEFAULT_BACKEND, chosen_backends, lanes_in
+from kraken_compiler.backends.registry import chosen_backends, lanes_in
 from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.commands.compile_options import CompileOptions
+from kraken_compiler.commands.dtypes import dtype_named
 from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.sample_inputs import text_input, token_input, vocabulary
-from kraken_compiler.lowering import FormChoice, lower_split, split_source
+from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lowering import lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
-from kraken_compiler.quality.calibration.on_text import CALIBRATION_TOKENS, calibrate_on_text
+from kraken_compiler.quality.calibration.on_text import calibrate_on_text
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.forms_within import forms_within
 from kraken_compiler.quality.measure import with_quality
@@ -66,55 +70,24 @@ class CompileResult:
     choice: Choice | None = None
 
 
-@undisturbed()
 def compile_model(
     model: Model,
     directory: str | os.PathLike[str] | None,
+    options: CompileOptions | None = None,
     *,
-    degree: int | None = None,
-    form: FormChoice = "kraken",
-    layers: str | Sequence[int] | None = None,
-    backends: Sequence[str] = (DEFAULT_BACKEND,),
-    dtype: torch.dtype | None = None,
     example_inputs: ExampleInputs | None = None,
-    input_specs: Sequence[str] = (),
-    text: str | os.PathLike[str] | None = None,
-    text_tokens: int | None = None,
-    calibrate: Sequence[str | os.PathLike[str]] = (),
-    calibrate_tokens: int = CALIBRATION_TOKENS,
-    max_kl: float | None = None,
-    max_perplexity_increase: float | None = None,
-    verify: bool = True,
-    trust_pickle: bool = False,
-    force: bool = False,
-    dump_directory: str | os.PathLike[str] | None = None,
-    timeout: float = 120.0,
     progress: Progress | None = None,
-    **backend_options: Any,
+    **keywords: Any,
 ) -> CompileResult:
     """Compile a model into an artifact directory, checked before it is put in place.
 
     Args:
         model: A module, or a path: a Hugging Face directory, a `.gguf` file, a torch.export archive, a pickled module.
         directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
-        degree, form, layers, example_inputs: See `transform`.
-        backends: Names of the backends that write programs.
-        dtype: Element type of the compiled model; None keeps the source's.
-        input_specs: Example inputs as text, e.g. `input_ids=int64[2,16]`.
-        text: A text file to measure a changed form on; None means a small built-in sample.
-        text_tokens: Most tokens of it to read; None means all.
-        calibrate: Text files, or directories of them, to calibrate a changed form on (`quality/calibration`).
-        calibrate_tokens: How many tokens of them.
-        max_kl: Choose a form for every layer, so that the KL to the source stays at most this, in nats per token on
-            unseen parts of the calibration texts, and as little communication as possible is waited for.
-        max_perplexity_increase: The same for the growth of the perplexity, as a share of the source's: 0.02 is 2 %.
-        verify: Check the programs and measure the quality.
-        trust_pickle: Allow files that can run any code when they are opened.
-        force: Replace an artifact that is there; other directories are replaced only when they are empty.
-        dump_directory: Where to write the graph as text after every pass.
-        timeout: Seconds without progress after which a rank counts as hanging.
+        options: What is asked for; None takes the keywords.
+        example_inputs: See `transform`.
         progress: Is told about long stages.
-        backend_options: Options of these backends, by field name (`Backend.Options`), e.g. `onnx_weights="int8"`.
+        keywords: Options by name, those of backends among them: `degree=4`, `onnx_weights="int8"`.
 
     Raises:
         UsageError, UnsupportedModelError, InputFileError: See `transform`.
@@ -122,111 +95,184 @@ def compile_model(
             written then.
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
-    show = progress or Silent()
-    require_timeout(timeout)
-    emitters = chosen_backends(backends, {name: value for name, value in backend_options.items() if value is not None})
-    unchecked = [backend.name for backend in emitters if not backend.gives_reference]
-    if verify and unchecked:
-        raise UsageError(
-            f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it unchecked"
-        )
-    if directory is None and (max_kl is not None or max_perplexity_increase is not None):
-        asked = "--max-kl" if max_kl is not None else "--max-ppl-increase"
-        raise UsageError(
-            f"{asked} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
-        )
-    paths = [Path(one) for one in calibrate]
-    budget = _budget(max_kl, max_perplexity_increase, form, layers, paths)
-    if directory is not None and dump_directory is not None:
-        _require_apart(Path(directory), Path(dump_directory))
-    if directory is not None and isinstance(model, str | os.PathLike):
-        # Before the work: what an artifact notes of its source is text.
-        require_text(os.path.abspath(model), "the path of MODEL, which the artifact notes")
-    # From the beginning: a rival must hear of it before it has worked for hours.
-    inputs = [Path(one) for one in (model, text, *paths) if isinstance(one, str | os.PathLike)]
-    with reserved(Path(directory), force, inputs) if directory is not None else nullcontext() as reservation:
-        with show.stage("capture"):
-            captured = capture(
-                model,
-                example_inputs=example_inputs,
-                input_specs=input_specs,
-                trust_pickle=trust_pickle,
-                dtype=dtype,
-                require_weights=directory is not None,
-                hash_early=directory is not None,
+    chosen = options if options is not None else CompileOptions.of(keywords)
+    place = Path(directory) if directory is not None else None
+    with undisturbed():
+        return _Compile(model, place, chosen, example_inputs, progress or Silent()).run()
+
+
+class _Compile:
+    """One compile, step by step."""
+
+    def __init__(
+        self,
+        model: Model,
+        directory: Path | None,
+        options: CompileOptions,
+        example_inputs: ExampleInputs | None,
+        show: Progress,
+    ) -> None:
+        """Find out what can be wrong before any work."""
+        self.model, self.directory, self.options = model, directory, options
+        self.example_inputs, self.show = example_inputs, show
+        require_timeout(options.timeout)
+        self.backends = chosen_backends(options.backends, options.backend_options)
+        self.texts = [Path(one) for one in options.calibrate]
+        self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
+        self.dtype = dtype_named(options.dtype)
+        self.budget = self._budget()
+        self._require_checkable()
+        if directory is not None and self.dumps is not None:
+            _require_apart(directory, self.dumps)
+        if directory is not None and isinstance(model, str | os.PathLike):
+            # Before the work: what an artifact notes of its source is text.
+            require_text(os.path.abspath(model), "the path of MODEL, which the artifact notes")
+        self.notes: tuple[str, ...] = ()
+        self.comparisons: tuple[Comparison, ...] = ()
+        self.skipped: tuple[str, ...] = ()
+        self.choice: Choice | None = None
+        self.calibration: Calibration | None = None
+        self.verification: Verification | None = None
+
+    def run(self) -> CompileResult:
+        """Compile, or plan."""
+        options = self.options
+        named = (self.model, options.text, *self.texts)
+        inputs = [Path(one) for one in named if isinstance(one, str | os.PathLike)]
+        # From the beginning: a rival must hear of it before it has worked for hours.
+        place = self.directory
+        with reserved(place, options.force, inputs) if place is not None else nullcontext() as reservation:
+            captured = self._capture()
+            runner = PassRunner(self.dumps)
+            with self.show.stage("split"):
+                split = split_source(captured.program, options.degree, runner)
+            program = self._rewrite(captured, split, runner)
+            report = make_report(program, runner.history, self.notes)
+            if reservation is None:
+                return CompileResult(report, notes=self.notes)
+            program, read = self._compared_and_calibrated(captured, split, program)
+            written = self._write(captured, program, read, report, reservation)
+        return CompileResult(report, self.verification, written, self.notes, self.calibration, self.choice)
+
+    def _budget(self) -> Budget | None:
+        options = self.options
+        if options.max_kl is None and options.max_perplexity_increase is None:
+            return None
+        if self.directory is None:
+            asked = "--max-kl" if options.max_kl is not None else "--max-ppl-increase"
+            raise UsageError(
+                f"{asked} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
             )
-            notes = (*captured.notes, *_tokenizer_notes(captured))
-        with show.stage("split"):
-            runner = PassRunner(Path(dump_directory) if dump_directory is not None else None)
-            split = split_source(captured.program, degree, runner)
-        chosen: Choice | None = None
-        if budget is not None and directory is not None:
-            cache = Path(f"{os.fspath(directory)}.sensitivity.json")
-            chosen = forms_within(captured, split, paths, calibrate_tokens, budget, show, cache)
-            form = _best(chosen)
-        with show.stage("rewrite"):
-            program = lower_split(split, form, layers, runner=runner)
+        if options.form != "kraken" or options.layers is not None:
+            raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
+        if not self.texts:
+            raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
+        return Budget(options.max_kl, options.max_perplexity_increase)
+
+    def _require_checkable(self) -> None:
+        unchecked = [backend.name for backend in self.backends if not backend.gives_reference]
+        if self.options.verify and unchecked:
+            raise UsageError(
+                f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it "
+                "unchecked"
+            )
+
+    def _capture(self) -> Capture:
+        with self.show.stage("capture"):
+            captured = capture(
+                self.model,
+                example_inputs=self.example_inputs,
+                input_specs=self.options.input_specs,
+                trust_pickle=self.options.trust_pickle,
+                dtype=self.dtype,
+                require_weights=self.directory is not None,
+                hash_early=self.directory is not None,
+            )
+            self.notes = (*captured.notes, *_tokenizer_notes(captured))
+        return captured
+
+    def _rewrite(self, captured: Capture, split: Split, runner: PassRunner) -> LaneProgram:
+        """The lane program in the form that was asked for, or in the forms that a budget allows."""
+        options, form = self.options, self.options.form
+        if self.budget is not None:
+            cache = Path(f"{self.directory}.sensitivity.json")
+            self.choice = forms_within(
+                captured, split, self.texts, options.calibrate_tokens, self.budget, self.show, cache
+            )
+            form = _best(self.choice)
+        with self.show.stage("rewrite"):
+            program = lower_split(split, form, options.layers, runner=runner)
         if program.no_cache and token_input(program) is not None:
-            notes = (*notes, f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}")
-        notes = (*notes, *(backend.cannot_run for backend in emitters if backend.cannot_run))
-        report = make_report(program, runner.history, notes)
-        if directory is None:
-            return CompileResult(report, notes=notes)
+            no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
+            self.notes = (*self.notes, no_cache)
+        self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
+        return program
 
-        comparisons: tuple[Comparison, ...] = ()
-        skipped: tuple[str, ...] = ()
-        standard = program
-        if (verify or calibrate) and not is_exact(program):
+    def _compared_and_calibrated(
+        self, captured: Capture, split: Split, program: LaneProgram
+    ) -> tuple[LaneProgram, SourceReader]:
+        """The program with the rules that a comparison with the model found, and with calibrated weights."""
+        options, read, standard = self.options, captured.store.read, program
+        if (options.verify or self.texts) and not is_exact(program):
             standard = lower_split(split, "standard", cached=False)
-        if verify:
-            with show.stage("compare with the source"):
+        if options.verify:
+            with self.show.stage("compare with the source"):
                 checked = compare_with_model(captured, standard)
-            comparisons, skipped = checked.comparisons, checked.skipped
-            Verification(comparisons).require_passed()
-            program, notes = with_rules(program, checked.rules), (*notes, *checked.notes)
-        measured_on, kept = TextChoice.of(text, text_tokens), report.to_dict()
-        read = captured.store.read
-        calibration: Calibration | None = None
-        if calibrate:
-            calibration = calibrate_on_text(captured, standard, program, paths, calibrate_tokens, measured_on, show)
-            program, read = calibration.weights.in_program(program, read)
-            kept["calibration"] = calibration.to_dict()
-        if budget is not None and calibration is not None and chosen is not None:
-            _require_within(budget, calibration)
-            kept["choice"] = chosen.to_dict()
+            self.comparisons, self.skipped = checked.comparisons, checked.skipped
+            Verification(self.comparisons).require_passed()
+            program, self.notes = with_rules(program, checked.rules), (*self.notes, *checked.notes)
+        if self.texts:
+            self.calibration = calibrate_on_text(
+                captured, standard, program, self.texts, options.calibrate_tokens, self._text, self.show
+            )
+            program, read = self.calibration.weights.in_program(program, read)
+        if self.budget is not None and self.calibration is not None:
+            _require_within(self.budget, self.calibration)
+        return program, read
 
-        verification: Verification | None = None
-        in_memory = Reference(program, read_from_source(program, read))
-
-        def check(partial: Path) -> dict[str, object]:
-            """Runs on the complete artifact before it is put in place."""
-            nonlocal verification
-            captured.store.release()  # what comes now are other processes
-            with show.stage("run on ranks"):
-                found = verify_programs(partial, None, timeout, in_memory)
-            verification = replace(found, comparisons=(*comparisons, *found.comparisons), skipped=skipped)
-            verification.require_passed()
-            artifact = open_artifact(partial, verify=False)
-            lanes = lanes_in(artifact) or in_memory
-            verification = with_quality(verification, artifact, lanes, captured, measured_on, show)
-            return verification.to_dict()
-
-        with show.steps("write and check" if verify else "write") as advance:
-            written = write_artifact(
+    def _write(
+        self, captured: Capture, program: LaneProgram, read: SourceReader, report: Report, reservation: Reservation
+    ) -> Path:
+        kept = report.to_dict()
+        if self.calibration is not None:
+            kept["calibration"] = self.calibration.to_dict()
+        if self.choice is not None:
+            kept["choice"] = self.choice.to_dict()
+        lanes = Reference(program, read_from_source(program, read))
+        verify = self.options.verify
+        with self.show.steps("write and check" if verify else "write") as advance:
+            return write_artifact(
                 program,
                 program.reader(read),
-                Path(directory),
-                source=_source(captured, input_specs, dtype),
-                backends=emitters,
+                reservation.target,
+                source=_source(captured, self.options.input_specs, self.dtype),
+                backends=self.backends,
                 digest=(lambda: captured.origin.sha256) if captured.origin.path else None,
                 tokenizer_saver=_tokenizer_saver(captured),
                 report=kept,
-                check=check if verify else None,
-                resumable=calibration is None,
+                options=self.options.noted(),
+                check=(lambda partial: self._check(partial, captured, lanes)) if verify else None,
+                resumable=self.calibration is None,
                 reservation=reservation,
                 progress=advance,
             )
-        return CompileResult(report, verification, written, notes, calibration, chosen)
+
+    def _check(self, partial: Path, captured: Capture, in_memory: Reference) -> dict[str, object]:
+        """Runs on the complete artifact before it is put in place."""
+        captured.store.release()  # what comes now are other processes
+        with self.show.stage("run on ranks"):
+            found = verify_programs(partial, None, self.options.timeout, in_memory)
+        verification = replace(found, comparisons=(*self.comparisons, *found.comparisons), skipped=self.skipped)
+        verification.require_passed()
+        artifact = open_artifact(partial, verify=False)
+        lanes = lanes_in(artifact) or in_memory
+        self.verification = with_quality(verification, artifact, lanes, captured, self._text, self.show)
+        return self.verification.to_dict()
+
+    @property
+    def _text(self) -> TextChoice:
+        """What a changed form is measured on."""
+        return TextChoice.of(self.options.text, self.options.text_tokens)
 
 
 def _require_apart(directory: Path, dumps: Path) -> None:
@@ -234,22 +280,6 @@ def _require_apart(directory: Path, dumps: Path) -> None:
     place = resolved(dumps)
     if resolved(directory) in (place, *place.parents):
         raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")
-
-
-def _budget(
-    max_kl: float | None,
-    max_perplexity_increase: float | None,
-    form: FormChoice,
-    layers: str | Sequence[int] | None,
-    paths: Sequence[Path],
-) -> Budget | None:
-    if max_kl is None and max_perplexity_increase is None:
-        return None
-    if form != "kraken" or layers is not None:
-        raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
-    if not paths:
-        raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
-    return Budget(max_kl, max_perplexity_increase)
 
 
 def _best(choice: Choice) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE, HealingRecord
 from kraken_compiler.artifact.read import Artifact, open_artifact
@@ -23,6 +22,7 @@ from kraken_compiler.backends.registry import backends_of, require_lanes
 from kraken_compiler.backends.single.streaming import read_from_lane_files
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.commands.heal_options import HealOptions
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
@@ -80,19 +80,12 @@ class HealResult:
 def heal_artifact(
     directory: FilePath,
     settings: HealSettings,
+    options: HealOptions | None = None,
     *,
-    texts: Sequence[FilePath] = (),
-    tokens: Sequence[FilePath] = (),
-    output: FilePath | None = None,
-    source: nn.Module | FilePath | None = None,
     example_inputs: ExampleInputs | None = None,
-    trust_pickle: bool = False,
-    force: bool = False,
-    restart: bool = False,
-    tensorboard: FilePath | None = None,
-    timeout: float = 120.0,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    **keywords: Any,
 ) -> HealResult:
     """Train an artifact by self-distillation: its source is the teacher, KL(source || lanes) of the logits the loss.
 
@@ -102,17 +95,12 @@ def heal_artifact(
     Args:
         directory: The artifact; it is not changed. It must hold the lane program itself.
         settings: How to train.
-        texts: UTF-8 files; the last part of each is held out.
-        tokens: Files of token ids, see `read_texts`; for models without a tokenizer.
-        output: The new artifact; None puts it beside the old one, as `NAME.healed.kraken`.
-        source: The source model; None means where it was when the artifact was compiled.
-        example_inputs, trust_pickle: To capture it, see `compile_model`.
-        force: Replace an artifact that is there; other directories are replaced only when they are empty.
-        restart: Begin anew, whatever an earlier run left.
-        tensorboard: A directory for curves.
-        timeout: Seconds without progress, beyond what training steps take, after which a rank counts as hanging.
+        options: What is asked for; None takes the keywords.
+        example_inputs: To capture the source, see `compile_model`.
         progress: Is told about long stages.
         watch: Is told about every step.
+        keywords: Options by name, e.g. `texts` (UTF-8 files; the last part of each is held out) or `tokens` (files of
+            token ids, see `read_texts`; for models without a tokenizer).
 
     Raises:
         UsageError: Wrong settings, too little text, no source, an unfinished run with other settings, or the training
@@ -120,6 +108,10 @@ def heal_artifact(
         InputFileError: A file is damaged, is not what it was, or cannot be read or written.
         VerificationError, RankFailedError: See `compile_model`.
     """
+    chosen = options if options is not None else HealOptions.of(keywords)
+    texts, tokens, output, source = chosen.texts, chosen.tokens, chosen.output, chosen.source
+    trust_pickle, force, timeout, tensorboard = chosen.trust_pickle, chosen.force, chosen.timeout, chosen.tensorboard
+    restart = chosen.restart
     show = progress or Silent()
     settings.check()
     require_timeout(timeout)
@@ -223,6 +215,7 @@ def _write(
             tokenizer_saver=_tokenizer_copier(artifact),
             report=report,
             healed=(*manifest.healed, record),
+            options=manifest.options,
             check=check,
             reservation=reservation,
             progress=advance,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.base import Reference
 from kraken_compiler.backends.registry import lanes_in
 from kraken_compiler.backends.single.streaming import read_from_source
-from kraken_compiler.capture import Model
 from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.commands.verify_options import VerifyOptions
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lowering import lower
 from kraken_compiler.progress import Progress, Silent
@@ -26,30 +27,29 @@ from kraken_compiler.weights.lane_tensors import has_lane_tensors
 
 def verify_artifact(
     directory: str | os.PathLike[str],
+    options: VerifyOptions | None = None,
     *,
-    source: Model | None = None,
     example_inputs: ExampleInputs | None = None,
-    text: str | os.PathLike[str] | None = None,
-    text_tokens: int | None = None,
-    by_layer: bool = False,
-    trust_pickle: bool = False,
-    timeout: float = 120.0,
     progress: Progress | None = None,
+    **keywords: Any,
 ) -> Verification:
     """Check an artifact again, as its compile did.
 
     Args:
         directory: The artifact.
-        source: The source model; None means where it was when the artifact was compiled.
-        by_layer: Also measure what the form costs in every layer alone, and from every layer to the end. What was
-            measured is remembered in `DIRECTORY.sensitivity.json`.
-        example_inputs, text, text_tokens, trust_pickle, timeout, progress: See `compile_model`.
+        options: What is asked for; None takes the keywords.
+        example_inputs, progress: See `compile_model`.
+        keywords: Options by name, e.g. `source`: the source model, where it is not where it was when it was compiled.
+            What `by_layer` has measured is remembered in `DIRECTORY.sensitivity.json`.
 
     Raises:
         InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
         UsageError: `text` was given, but there is no source to compare with.
         VerificationError, RankFailedError: See `compile_model`.
     """
+    chosen = options if options is not None else VerifyOptions.of(keywords)
+    source, text, text_tokens, by_layer = chosen.source, chosen.text, chosen.text_tokens, chosen.by_layer
+    trust_pickle, timeout = chosen.trust_pickle, chosen.timeout
     show = progress or Silent()
     require_timeout(timeout)
     path = Path(directory)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import kraken_compiler
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.cli.compile import app
+from kraken_compiler.commands.compile_options import CompileOptions
 from kraken_compiler.errors import UsageError
 from kraken_compiler.verify.compare import Comparison, errors
 from kraken_compiler.verify.verification import Verification
@@ -346,8 +347,8 @@ def test_wrong_options(llama: Path, tmp_path: Path) -> None:
 def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def compile_nothing(*_: Any, backends: list[str], **__: Any) -> None:
-        asked.append(backends)
+    def compile_nothing(model: str, directory: Path, options: CompileOptions, **_: Any) -> None:
+        asked.append(list(options.backends))
         raise UsageError("enough")
 
     (tmp_path / "text.toml").write_text('backend = "torch,onnx"')

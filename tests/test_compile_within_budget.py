@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kraken_compiler.cli.config import share_of
+from kraken_compiler.commands.compile_options import share_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.base import PassResult

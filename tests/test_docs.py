@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel
 
 from kraken_compiler.artifact.manifest import Manifest
-from kraken_compiler.cli.config import compile_config
-from kraken_compiler.cli.heal_config import HealConfig
+from kraken_compiler.cli.compile import CompileCommand
+from kraken_compiler.cli.heal import HealCommand
+from kraken_compiler.cli.verify import VerifyCommand
+from kraken_compiler.commands.command_line import command_options
+from kraken_compiler.commands.compile_options import CompileOptions
+from kraken_compiler.commands.heal_options import HealOptions
+from kraken_compiler.commands.verify_options import VerifyOptions
 from kraken_compiler.lowering import lower
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.runtime.options import RunOptions
 from tests.passes.helpers import captured, check_pass, check_untouched, gpt, hidden
 from tests.passes.test_drop_noops import Apply
 
@@ -79,9 +85,17 @@ def documented(page: str, heading: str = "") -> set[str]:
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
-@pytest.mark.parametrize(("command", "config"), [("kraken-compile", compile_config()), ("kraken-heal", HealConfig)])
-def test_every_key_of_a_config_file_has_its_row(command: str, config: type[BaseModel]) -> None:
-    keys = {field.alias or name for name, field in config.model_fields.items()}
+COMMANDS: dict[str, tuple[type[Any], ...]] = {
+    "kraken-compile": (CompileCommand, CompileOptions),
+    "kraken-run": (RunOptions,),
+    "kraken-verify": (VerifyCommand, VerifyOptions),
+    "kraken-heal": (HealCommand, HealOptions, HealSettings),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_of_a_config_file_has_its_row(command: str) -> None:
+    keys = {option.key for option in command_options(*COMMANDS[command]).values() if option.in_config}
     assert documented("config.md", command) == keys
 
 

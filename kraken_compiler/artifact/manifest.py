@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_weights
 from kraken_compiler.ir.cache import CachePlan
@@ -116,6 +116,7 @@ class Manifest(_Record):
         cache: The program with a KV cache; None if there is none.
         no_cache: Why there is none.
         backends: The backends that wrote a program, by name, with the options that they were given.
+        options: What the compile was asked for, by the names of `CompileOptions`; what nobody chose is left out.
         has_tokenizer: True if there is a tokenizer directory.
         healed: How the lanes were trained since the compile, first training first.
         files: Every file but the manifest, by path inside the artifact.
@@ -137,6 +138,7 @@ class Manifest(_Record):
     cache: CacheRecord | None = None
     no_cache: str = ""
     backends: Mapping[str, Mapping[str, bool | int | float | str | None]]
+    options: Mapping[str, JsonValue] = {}
     has_tokenizer: bool
     healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]

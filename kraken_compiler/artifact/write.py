@@ -59,6 +59,7 @@ def write_artifact(
     tokenizer_saver: TokenizerSaver | None = None,
     report: Mapping[str, Any] | None = None,
     healed: Sequence[HealingRecord] = (),
+    options: Mapping[str, Any] | None = None,
     check: Check | None = None,
     force: bool = False,
     resumable: bool = False,
@@ -80,6 +81,7 @@ def write_artifact(
         tokenizer_saver: Saves the tokenizer, None if there is none.
         report: What to keep as `report.json`.
         healed: How the lanes were trained.
+        options: What the compile was asked for.
         check: Runs on the complete artifact before anybody can see it; what it returns joins the report under
             "verification". If it raises, nothing is written.
         force: Replace a target that is not empty.
@@ -98,7 +100,18 @@ def write_artifact(
         try:
             kept = dict(report or {})
             with _source_with_hash(held, program, source, digest, backends, resumable) as hashed:
-                manifest = _fill(held.partial, program, read, hashed, backends, tokenizer_saver, kept, healed, progress)
+                manifest = _fill(
+                    held.partial,
+                    program,
+                    read,
+                    hashed,
+                    backends,
+                    tokenizer_saver,
+                    kept,
+                    healed,
+                    options or {},
+                    progress,
+                )
             if check is not None:
                 kept["verification"] = check(held.partial)
                 _write_report(held.partial, kept, manifest)
@@ -171,6 +184,7 @@ def _fill(
     tokenizer_saver: TokenizerSaver | None,
     report: Mapping[str, Any],
     healed: Sequence[HealingRecord],
+    options: Mapping[str, Any],
     progress: Advance | None,
 ) -> Manifest:
     windows: tuple[Window, ...] = program.windows
@@ -208,6 +222,7 @@ def _fill(
         cache=CacheRecord(plan=cached.plan, inputs=cached.step.inputs) if cached is not None else None,
         no_cache=program.no_cache,
         backends={backend.name: backend.noted_options for backend in backends},
+        options=options,
         has_tokenizer=tokenizer_saver is not None,
         healed=tuple(healed),
         files=files,

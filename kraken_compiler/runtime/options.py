@@ -5,19 +5,19 @@ Imports no torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self
 
 import typer
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.command_line import backend_parameters, parameter_of
 from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
+from kraken_compiler.commands.command_line import Given, command
+from kraken_compiler.commands.options import COMMAND_LINE_ONLY, CommandOptions
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
@@ -34,10 +34,14 @@ _SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(CommandOptions):
     """A run's options; every field is one, and its annotation is its help."""
 
-    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")]
+    AT_RUN: ClassVar[bool] = True
+
+    artifact: Annotated[
+        Path, COMMAND_LINE_ONLY, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")
+    ]
     prompt: Annotated[list[str], typer.Option(help="Text to continue; several make a batch.")] = field(
         default_factory=list
     )
@@ -99,9 +103,11 @@ class RunOptions:
             "when lines are read from standard input)",
         ),
     ] = None
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document: ids, text, why it ended, timings.")] = (
-        False
-    )
+    json: Annotated[
+        bool,
+        COMMAND_LINE_ONLY,
+        typer.Option("--json", help="Print one JSON document: ids, text, why it ended, timings."),
+    ] = False
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False
     backend: Annotated[
         str | None,
@@ -120,8 +126,10 @@ class RunOptions:
             "(default: 60)"
         ),
     ] = None
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the launcher does.")] = False
-    terminal: Annotated[bool, typer.Option("--terminal", hidden=True)] = False
+    verbose: Annotated[
+        bool, COMMAND_LINE_ONLY, typer.Option("--verbose", "-v", help="Show what the launcher does.")
+    ] = False
+    terminal: Annotated[bool, COMMAND_LINE_ONLY, typer.Option("--terminal", hidden=True)] = False
     """Set by kraken-run: a person types the lines, and gets a sign when it is their turn."""
     backend_options: dict[str, Any] = field(default_factory=dict)
     """Options of backends that were given, by field name."""
@@ -228,24 +236,12 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
         act: Called with what was given.
         description, epilog: First and last words of `--help`.
     """
-    hints = get_type_hints(RunOptions, include_extras=True)
-    parameters = {
-        item.name: parameter_of(item, hints[item.name]) for item in fields(RunOptions) if item.name != "backend_options"
-    }
-    of_backends = backend_parameters(at_run=True)
 
-    def command(**values: Any) -> None:
-        given = {name: values.pop(name) for name in of_backends}
-        chosen = {name: value for name, value in given.items() if value != of_backends[name].default}
-        act(RunOptions(**values, backend_options=chosen))
+    def run(given: Given) -> None:
+        (options,) = given.options(RunOptions)
+        act(options)
 
-    # typer reads the signature; written out it would be a second list of all options.
-    everything = parameters | of_backends
-    command.__annotations__ = {name: parameter.annotation for name, parameter in everything.items()}
-    command.__signature__ = inspect.Signature(list(everything.values()))  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=description, epilog=epilog)(command)
-    return app
+    return command(run, RunOptions, description=description, epilog=epilog, speaks=False)
 
 
 def _read_prompts(path: Path) -> str:

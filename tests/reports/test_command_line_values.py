@@ -15,10 +15,14 @@ from torch import nn
 
 from kraken_compiler.backends.sequences import require_memory
 from kraken_compiler.capture.example_inputs import parse_input_spec, parse_input_specs
-from kraken_compiler.cli.config import compile_config, merge_config
+from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
-from kraken_compiler.cli.heal_config import HealConfig
+from kraken_compiler.cli.heal import HealCommand
 from kraken_compiler.cli.verify import app as verify_app
+from kraken_compiler.commands.command_line import command_options
+from kraken_compiler.commands.compile_options import CompileOptions
+from kraken_compiler.commands.heal_options import HealOptions
+from kraken_compiler.commands.options import merged
 from kraken_compiler.errors import InputFileError, RankFailedError, UnsupportedModelError, UsageError
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.runtime.launch import launch
@@ -27,6 +31,9 @@ from tests.cli_command import Command
 from tests.test_cli_compile import invoke, refused, save_model
 
 # --input -------------------------------------------------------------------------------------------------------------
+
+OF_A_COMPILE = command_options(CompileCommand, CompileOptions)
+OF_A_HEALING = command_options(HealCommand, HealOptions, HealSettings)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_values_of_a_compile(tmp_path: Path, text: str, message: str) -> None:
-    assert wrong(compile_config(), tmp_path / "c.toml", text) == f"{tmp_path / 'c.toml'}: {message}"
+    assert wrong(OF_A_COMPILE, tmp_path / "c.toml", text) == f"{tmp_path / 'c.toml'}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -125,13 +132,13 @@ def test_values_of_a_compile(tmp_path: Path, text: str, message: str) -> None:
     ],
 )
 def test_values_of_a_healing(tmp_path: Path, text: str, message: str) -> None:
-    assert wrong(HealConfig, tmp_path / "h.toml", text) == f"{tmp_path / 'h.toml'}: {message}"
+    assert wrong(OF_A_HEALING, tmp_path / "h.toml", text) == f"{tmp_path / 'h.toml'}: {message}"
 
 
-def wrong(kind: Any, path: Path, text: str) -> str:
+def wrong(options: Any, path: Path, text: str) -> str:
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        merge_config(kind, path, {})
+        merged(options, path, {})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -139,10 +146,11 @@ def wrong(kind: Any, path: Path, text: str) -> str:
 def test_values_that_are_right(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('timeout = 30\nmax-kl = 1\nbackend = "torch, onnx"\ninput = ["a=int64[2,3]"]')
-    config = merge_config(compile_config(), path, {"degree": 3})
-    assert (config.timeout, config.max_kl, config.backend, config.degree) == (30, 1, ["torch", "onnx"], 3)
+    config = merged(OF_A_COMPILE, path, {"degree": 3})
+    found = tuple(config[name] for name in ("timeout", "max_kl", "backends", "degree"))
+    assert found == (30, 1, ["torch", "onnx"], 3)
     with pytest.raises(UsageError, match=r"^--degree: Input should be greater than or equal to 1$"):
-        merge_config(compile_config(), path, {"degree": 0})
+        merged(OF_A_COMPILE, path, {"degree": 0})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_values_that_are_right(tmp_path: Path) -> None:
 def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "c.toml").write_bytes(content)
     with pytest.raises(InputFileError, match=message) as caught:
-        merge_config(compile_config(), tmp_path / "c.toml", {})
+        merged(OF_A_COMPILE, tmp_path / "c.toml", {})
     assert "\n" not in str(caught.value)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from kraken_compiler.cli.config import load_config
 from kraken_compiler.cli.run import run as run_command
+from kraken_compiler.commands.command_line import command_options
+from kraken_compiler.commands.compile_options import CompileOptions
+from kraken_compiler.commands.options import merged
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.quality.texts import TokenText as Text
 from kraken_compiler.quality.texts import _batches_of, read_text
@@ -87,7 +89,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert len(list(Text("t", 1, lambda text: _batches_of(text, path, tokenize, 2, None)))) == 1
     assert pieces == ["ab\ncd"]
     path.write_bytes(MARK + b"degree = 3")
-    assert load_config(path, {}).degree == 3
+    assert merged(command_options(CompileOptions), path, {})["degree"] == 3
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

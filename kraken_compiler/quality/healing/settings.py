@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kraken_compiler.errors import UsageError
 
@@ -39,22 +41,32 @@ class HealSettings:
         save_every, evaluate_every: Steps between two checkpoints and two evaluations.
     """
 
-    steps: int
-    sequence: int = 256
-    batch: int = 4
-    learning_rate: float | None = None
-    warmup: int | None = None
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    seed: int = 0
-    lora: int | None = None
-    precision: str | None = None
-    gradient_checkpointing: bool = False
-    ranks: bool = False
-    hold_out: float = 0.1
-    evaluate_tokens: int = 8192
-    save_every: int = 50
-    evaluate_every: int = 50
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps.")]
+    sequence: Annotated[int, typer.Option(help="Tokens of a row, at most. (default: 256)")] = 256
+    batch: Annotated[int, typer.Option(help="Rows of a step. (default: 4)")] = 4
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's at its highest. (default: 1e-4, with --lora 1e-3)")
+    ] = None
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps in which the learning rate grows. (default: a tenth of all)")
+    ] = None
+    clip: Annotated[float, typer.Option(help="The gradient's largest norm. (default: 1)")] = 1.0
+    weight_decay: Annotated[float, typer.Option(help="AdamW's. (default: 0)")] = 0.0
+    seed: Annotated[int, typer.Option(help="Of the order of the rows. (default: 0)")] = 0
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Train updates of this rank instead of whole weights.")
+    ] = None
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16. (default: float32 on CPUs, bfloat16 on GPUs)")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory: compute activations twice.")
+    ] = False
+    ranks: Annotated[bool, typer.Option("--ranks", help="One process per lane.")] = False
+    hold_out: Annotated[float, typer.Option(help="Share of every text to evaluate on. (default: 0.1)")] = 0.1
+    evaluate_tokens: Annotated[int, typer.Option(help="How many tokens of it, at most. (default: 8192)")] = 8192
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints. (default: 50)")] = 50
+    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations. (default: 50)")] = 50
 
     def check(self) -> None:
         """Make sure that all of it can be done.
