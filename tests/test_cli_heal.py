@@ -178,7 +178,7 @@ def test_what_is_wrong_is_one_line(place: Path, tmp_path: Path) -> None:
     artifact, text, ids = place / "llama.kraken", ("--text", place / "words.txt"), ("--tokens", place / "ids.npy")
     output = ("-o", tmp_path / "out.kraken")
     few = ("--steps", "1", *output)
-    assert "--steps N" in refused(2, artifact, *text, *output)
+    assert "--steps is needed" in refused(2, artifact, *text, *output)
     assert "name a text" in refused(2, artifact, *few)
     assert "cannot read" in refused(5, artifact, "--text", tmp_path / "none.txt", *few)
     assert "cannot read" in refused(5, artifact, "--tokens", tmp_path / "none.npy", *few)
