@@ -23,6 +23,8 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.text_files import ENCODING, not_utf8
 
 _SHOWN_CHARACTERS = 60
+_FIELD = "option_"
+"""Before an option's name in a pydantic model, where some names mean something else."""
 _KINDS = {
     bool: "the truth value",
     int: "the number",
@@ -174,8 +176,8 @@ def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str,
         config = model.model_validate(table)
     except ValidationError as error:
         raise UsageError(f"{path}: {_first_problem(error)}") from error
-    for name in config.model_fields_set:
-        value = getattr(config, name)
+    for field in config.model_fields_set:
+        value, name = getattr(config, field), field.removeprefix(_FIELD)
         if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
             raise UsageError(f"{path}: {options[name].key}: holds a NUL character, which no name has")
     by_key = {options[name].key: _as_text(value) for name, value in given.items()}
@@ -183,7 +185,8 @@ def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str,
         whole = model.model_validate({**table, **by_key})
     except ValidationError as error:
         raise UsageError(f"--{_first_problem(error)}") from error
-    return {name: _with_paths(options[name].kind, getattr(whole, name)) for name in whole.model_fields_set}
+    names = [field.removeprefix(_FIELD) for field in whole.model_fields_set]
+    return {name: _with_paths(options[name].kind, getattr(whole, _FIELD + name)) for name in names}
 
 
 def _model(options: Mapping[str, Option]) -> type[BaseModel]:
@@ -196,7 +199,10 @@ def _model(options: Mapping[str, Option]) -> type[BaseModel]:
             default=None, alias=option.key, **{key: limit for key, limit in limits.items() if limit is not None}
         )
         plain = _plain(option.kind)
-        described[option.name] = (Annotated[(plain, *option.validators)] if option.validators else plain, field)
+        described[_FIELD + option.name] = (
+            Annotated[(plain, *option.validators)] if option.validators else plain,
+            field,
+        )
     return create_model("Config", __config__=ConfigDict(extra="forbid", strict=True), **described)
 
 

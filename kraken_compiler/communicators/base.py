@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -105,8 +104,3 @@ def named(name: str) -> Communicator:
 def find(name: str) -> Communicator | None:
     """The open communicator of that name, None if there is none."""
     return _OPEN.get(name)
-
-
-def in_lane_order(own: Tensor, others: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """All ranks' parts, rank 0 first, from one's own and the others' in the order of their ranks."""
-    return [*others[:rank], own, *others[rank:]]
