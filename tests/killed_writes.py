@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -55,6 +55,7 @@ class ShardsAndGraph:
 
     name = "torch"
     writes_all_weights = True
+    noted_options: ClassVar[dict[str, Any]] = {}
 
     def write(
         self, program: Program, read: SourceReader, directory: Path, progress: Advance | None = None

@@ -306,8 +306,11 @@ def test_tokenizer(directory: Path) -> None:
     assert source.load()("b a")["input_ids"] == [1, 0]
     (directory / "tokenizer.json").write_text("{")
     (directory / "tokenizer_config.json").write_text("{")
+    assert source.load()("b a")["input_ids"] == [1, 0], "it is made once"
+    damaged = capture(directory).origin.tokenizer
+    assert damaged is not None
     with pytest.raises(InputFileError, match="the tokenizer cannot be loaded"):
-        source.load()
+        damaged.load()
 
 
 def test_directories_that_are_no_models(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.fuzz.recipe import Recipe, recipes
 pytestmark = pytest.mark.slow
 
 DEGREES = range(1, 7)
-MODELS = int(os.environ.get("KRAKEN_FUZZ_MODELS", "100"))
+MODELS = int(os.environ.get("KRAKEN_FUZZ_MODELS", "300"))
 SEED = int(os.environ.get("KRAKEN_FUZZ_SEED", "0"))
 GROUP = 50
 """Models to a test: enough for one launch of ranks to be cheap, few enough for workers to share the tests."""
