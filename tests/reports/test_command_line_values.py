@@ -265,6 +265,7 @@ def test_libraries_that_warn(verbose: bool, capsys: pytest.CaptureFixture[str]) 
 
     logger = logging.getLogger("torch.some.part")
     logger.addHandler(handler := logging.StreamHandler(sys.stderr))
+    logger.propagate = False  # torch's own handlers, which it adds when something first uses them
     try:
         with quiet_libraries(verbose), warnings.catch_warnings(record=True) as given:
             logger.warning("beware")
@@ -272,6 +273,7 @@ def test_libraries_that_warn(verbose: bool, capsys: pytest.CaptureFixture[str]) 
             warnings.warn("deprecated", stacklevel=1)
         logger.warning("later")
     finally:
+        logger.propagate = True
         logger.removeHandler(handler)
     assert bool(given) == verbose
     assert capsys.readouterr().err.splitlines() == [*(["beware"] if verbose else []), "broken", "later"]
