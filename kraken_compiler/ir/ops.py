@@ -1,9 +1,8 @@
 """The collective ops of the lane program, and what they mean when all lanes live in one process.
 
 `kraken::all_reduce_start(x) -> h` and `kraken::wait(h) -> y` sum a tensor over the lanes; `kraken::all_gather(x, dim)`
-concatenates the lanes' parts. In a graph they are opaque. Under `torch.vmap` over the lanes their batching rules *are*
-the collectives: a sum or a concatenation over the lane dimension, whose result no longer depends on the lane. A
-backend for N devices replaces them with real collectives. Called for one lane alone they are the identity.
+concatenates the lanes' parts. In a graph they are opaque, and what runs it replaces them: with a sum or a concatenation
+over the lanes of one process, or with real collectives. Called for one lane alone they are the identity.
 
 `kraken::attention` is scaled_dot_product_attention with a batching rule that folds the lanes into the batch (torch
 2.13 has none for its CPU kernel and falls back to a loop over the lanes).
@@ -49,36 +48,6 @@ def _gathered(x: Tensor, dim: int, degree: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = shape[dim] * degree
     return x.new_empty(shape)
-
-
-def _all_reduce_start_vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, None]:
-    lane_dim = in_dims[0]
-    return (x * info.batch_size if lane_dim is None else x.sum(lane_dim)), None
-
-
-def _wait_vmap(info: Any, in_dims: tuple[int | None], handle: Tensor) -> tuple[Tensor, int | None]:
-    return handle, in_dims[0]
-
-
-def _all_gather_vmap(
-    info: Any, in_dims: tuple[int | None, None, None], x: Tensor, dim: int, degree: int
-) -> tuple[Tensor, None]:
-    lane_dim = in_dims[0]
-    assert lane_dim is not None, "an all_gather needs an operand that differs between lanes"
-    return torch.cat(x.unbind(lane_dim), dim=dim), None
-
-
-all_reduce_start.register_vmap(_all_reduce_start_vmap)
-wait.register_vmap(_wait_vmap)
-all_gather.register_vmap(_all_gather_vmap)
-
-
-def _identity_backward(context: Any, grad: Tensor) -> Tensor:
-    return grad
-
-
-all_reduce_start.register_autograd(_identity_backward)
-wait.register_autograd(_identity_backward)
 
 
 @torch.library.custom_op("kraken::mean_power", mutates_args=())

@@ -48,7 +48,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.square.default: square,
         torch.ops.kraken.dequantize.default: dequantize,
         torch.ops.kraken.expert_linear.default: _expert_linear,
-        torch.ops.kraken.attention.default: _plain_attention,
         torch.ops.kraken_onnx.attention.default: _attention,
         torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
@@ -112,20 +111,6 @@ def _capped_attention(
         shares = op.Div(weights, total)
     mixed = op.MatMul(shares, op.Unsqueeze(values, apart))
     return op.Reshape(mixed, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
-
-
-def _plain_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    out, _, _, _ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=int(is_causal))
-    return out
 
 
 def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int = 0, dtype: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""A lane program as an ordinary `nn.Module`: all lanes in one process, batched by `torch.vmap` over stacked weights."""
+"""A lane program as an ordinary `nn.Module`: all lanes in one process, over stacked weights."""
 
 from __future__ import annotations
 
@@ -6,23 +6,15 @@ from collections.abc import Callable, Collection
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from kraken_compiler.backends.single.streaming import StreamingProgram
 from kraken_compiler.calling import bind, unflatten_output
-from kraken_compiler.ir.capped_attention import capped_attention
-from kraken_compiler.ir.dequantize import dequantize
-from kraken_compiler.ir.devices import retarget
-from kraken_compiler.ir.expert_linear import autocast_expert_linear
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
+from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.report import Report
 from kraken_compiler.surroundings import autocast_is_on
-
-_NO_BATCHING = ("Batching rule not implemented", "vmap: ")
-"""How torch begins to say that an operator cannot be batched."""
 
 
 class LaneModule(nn.Module):
@@ -43,9 +35,7 @@ class LaneModule(nn.Module):
         super().__init__()
         self.program = program
         self.weights = nn.Module()
-        self._lanes = _batched_graph(program)
-        self._batches = True
-        self._in_dims = tuple(0 if spec.shards else None for spec in program.weights.values())
+        self._runner = LaneRunner(program)
 
     @classmethod
     def from_program(cls, program: LaneProgram, read: SourceReader, frozen: Collection[str] = frozenset()) -> Self:
@@ -76,36 +66,25 @@ class LaneModule(nn.Module):
 
     def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
-        weights = [getattr(self.weights, name) for name in self.program.weights]
-        run: Callable[..., tuple[Tensor, ...]] = self._lanes
-        if any(dim is not None for dim in self._in_dims):
-            if not self._batches or any(autocast_is_on(tensor.device) for tensor in weights):
-                return self._one_lane_after_the_other(weights, inputs)
-            in_dims = (*self._in_dims, *(None for _ in inputs))
-            try:
-                return torch.vmap(run, in_dims=in_dims, out_dims=None)(*weights, *inputs)
-            except RuntimeError as error:
-                if not str(error).startswith(_NO_BATCHING):
-                    raise
-                # An operator that vmap does not know; it will not know it next time either.
-                self._batches = False
-                return self._one_lane_after_the_other(weights, inputs)
-        return run(*weights, *inputs)
+        weights = {name: getattr(self.weights, name) for name in self.program.weights}
+        batched = not any(autocast_is_on(weight.device) for weight in weights.values())
+        return self._runner.run_flat(weights, inputs, batched=batched)
 
-    def _one_lane_after_the_other(self, weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """What vmap computes, op by op as the source has them: autocast sees only what vmap has taken them apart to."""
-        stacked = dict(zip(self.program.weights, weights, strict=True))
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the runner: it follows from the program, and its functions cannot be written to a file."""
+        return {name: value for name, value in self.__dict__.items() if name != "_runner"}
 
-        def read_lane(spec: WeightSpec, lane: int) -> Tensor:
-            return stacked[spec.name][lane] if spec.shards else stacked[spec.name]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._runner = LaneRunner(self.program, device=self._device())
 
-        return StreamingProgram(self.program, read_lane, module=self._lanes).run_with_gradients(inputs)
+    def _device(self) -> torch.device:
+        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        tensor = next(self.weights.parameters(), next(self.weights.buffers(), None))
-        if tensor is not None:
-            retarget(self._lanes, tensor.device)
+        self._runner.to(self._device())
         return self
 
 
@@ -118,28 +97,3 @@ def _stacked(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
     for lane in range(degree):
         stacked[lane] = spec.take(source, lane)
     return stacked
-
-
-_WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
-    CAPPED_ATTENTION: capped_attention,
-    DEQUANTIZE: dequantize,
-    EXPERT_LINEAR: autocast_expert_linear,
-}
-"""Ops whose functions batch over lanes, and follow autocast, as their operators do."""
-
-
-def _batched_graph(program: LaneProgram) -> fx.GraphModule:
-    """The program's graph for vmap: attention that batches over lanes, and no waits, for the sum is there at once."""
-    module = program.copy().module
-    for node in list(module.graph.nodes):
-        if node.target is ATTENTION:
-            node.target = torch.ops.kraken.attention.default
-        elif node.target in _WRITTEN_OUT:
-            node.target = _WRITTEN_OUT[node.target]
-        elif node.target is torch.ops.kraken.wait.default:
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-    for node in module.graph.nodes:
-        node.meta = {}
-    module.recompile()
-    return module

@@ -63,18 +63,10 @@ class StreamingProgram(fx.Interpreter):
         read_lane: Where weights come from.
         reverse_sums: Add the lanes' parts last lane first. Any order is right; the difference between two is the
             rounding noise that the program has of its own.
-        module: What to run instead of the program's own graph; takes and gives the same.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        read_lane: ReadLane,
-        *,
-        reverse_sums: bool = False,
-        module: fx.GraphModule | None = None,
-    ) -> None:
-        super().__init__(module or program.module, garbage_collect_values=True)
+    def __init__(self, program: Program, read_lane: ReadLane, *, reverse_sums: bool = False) -> None:
+        super().__init__(program.module, garbage_collect_values=True)
         self._program = program
         self._read_lane = read_lane
         self._reverse_sums = reverse_sums
@@ -84,11 +76,7 @@ class StreamingProgram(fx.Interpreter):
     def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
         with torch.no_grad():
-            return self.run_with_gradients(inputs)
-
-    def run_with_gradients(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Like `run_flat`; where gradients are on, they reach the tensors that `read_lane` gives."""
-        outputs: tuple[Tensor, ...] = self.run(*self._program.weights.values(), *inputs, enable_io_processing=False)
+            outputs: tuple[Tensor, ...] = self.run(*self._program.weights.values(), *inputs, enable_io_processing=False)
         return outputs
 
     def run_each(self, inputs: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:

@@ -44,7 +44,7 @@ class _Watch(StreamingProgram):
         self.received_S, self.seen = torch.zeros(sequence), 0
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (*ATTENTIONS, torch.ops.kraken.attention.default):
+        if target in ATTENTIONS:
             for lane in range(self._program.degree if self._differs((args, kwargs)) else 1):
                 lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
                 self._add(target, *lane_args, **lane_kwargs)

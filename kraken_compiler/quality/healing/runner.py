@@ -1,8 +1,13 @@
-"""Run a lane program so that it can be trained: all lanes in this process, or this rank's lane alone."""
+"""Runs a lane program as a differentiable function: all lanes in this process, or this rank's lane alone.
+
+In one process a weight that differs between lanes has them as its first dim, and `torch.vmap` runs what lies between
+two collectives on all of them at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from kraken_compiler.ir.devices import retarget
 from kraken_compiler.ir.program import Program
 from kraken_compiler.quality.healing.collectives import Collectives, InOneProcess
-from kraken_compiler.quality.healing.segments import START, WAIT, Collective, Segment, cut, nodes_of
+from kraken_compiler.quality.healing.segments import Collective, Segment, Step, cut, nodes_of
+
+_NO_BATCHING = ("Batching rule not implemented", "vmap: ")
+"""How torch begins to say that an operator cannot be batched."""
+
+_LaneDims = tuple[int | None, ...]
 
 
 class LaneRunner:
@@ -48,17 +58,30 @@ class LaneRunner:
         self._differing = _differing(program, self._steps) if self._stacked else frozenset()
         self._last_reads = _last_reads(self._steps, self._outputs)
         # What follows the last sum is needed at once by the backward pass, so nothing is won by dropping it.
-        self._recomputed = max((n for n, step in enumerate(self._steps) if _is(step, WAIT)), default=-1)
+        self._recomputed = max(
+            (n for n, step in enumerate(self._steps) if isinstance(step, Collective) and step.kind == "wait"),
+            default=-1,
+        )
+        self._lane_dims = [self._dims_of(step) for step in self._steps]
+        self._not_batched: set[int] = set()
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Run on `device` from now on."""
         for step in self._steps:
             if isinstance(step, Segment):
                 retarget(step.module, device)
 
-    def run_flat(self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run_flat(
+        self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor], *, batched: bool = True
+    ) -> tuple[Tensor, ...]:
         """Run on the graph's inputs.
 
         Args:
-            weights: Every weight by name.
+            weights: Every weight by name, in the order of the weight table.
             inputs: In the order of `program.inputs`.
+            batched: Whether lanes run at once; else one after the other, each operator as the program has it. Autocast
+                sees vmap's operators and not the program's.
 
         Returns:
             The graph's outputs.
@@ -66,32 +89,59 @@ class LaneRunner:
         values: dict[str, Any] = dict(zip(self._names, (*weights.values(), *inputs), strict=True))
         for number, step in enumerate(self._steps):
             if isinstance(step, Segment):
-                made = self._run_segment(number, step, [values[name] for name in step.inputs])
-                values.update(zip(step.outputs, made, strict=True))
+                results = self._run_segment(number, step, [values[name] for name in step.inputs], batched)
+                values.update(zip(step.outputs, results, strict=True))
             else:
                 values[step.name] = self._run_collective(step, values[step.operand])
             for name in self._last_reads[number]:
                 del values[name]
         return tuple(values[name] for name in self._outputs)
 
-    def _run_segment(self, number: int, segment: Segment, operands: list[Any]) -> tuple[Tensor, ...]:
-        run: Any = segment.module
-        differing = self._differing
-        in_dims = tuple(0 if name in differing else None for name in segment.inputs)
-        if any(dim is not None for dim in in_dims):
-            out_dims: Any = tuple(0 if name in differing else None for name in segment.outputs)
-            run = torch.vmap(run, in_dims=in_dims, out_dims=out_dims)
+    def _run_segment(self, number: int, segment: Segment, operands: list[Any], batched: bool) -> tuple[Tensor, ...]:
+        run: Any = segment.module.forward
+        if self._lane_dims[number] is not None:
+            run = partial(self._on_all_lanes, number, run, batched)
         if self._recompute and number < self._recomputed and torch.is_grad_enabled():
             # Nothing is drawn at random in a captured model, so there is no generator to wind back.
-            run_again: tuple[Tensor, ...] = checkpoint(run, *operands, use_reentrant=False, preserve_rng_state=False)
-            return run_again
-        made: tuple[Tensor, ...] = run(*operands)
-        return made
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        results: tuple[Tensor, ...] = run(*operands)
+        return results
+
+    def _on_all_lanes(self, number: int, run: Any, batched: bool, *operands: Any) -> tuple[Tensor, ...]:
+        dims = self._lane_dims[number]
+        assert dims is not None
+        in_dims, out_dims = dims
+        if batched and number not in self._not_batched:
+            try:
+                at_once: tuple[Tensor, ...] = torch.vmap(run, in_dims, out_dims)(*operands)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                if not str(error).startswith(_NO_BATCHING):
+                    raise
+                self._not_batched.add(number)  # It has an operator that vmap will not know next time either.
+            else:
+                return at_once
+        lanes = [
+            run(*(value if dim is None else value[lane] for value, dim in zip(operands, in_dims, strict=True)))
+            for lane in range(self.program.degree)
+        ]
+        return tuple(
+            values[0] if dim is None else torch.stack(values)
+            for values, dim in zip(zip(*lanes, strict=True), out_dims, strict=True)
+        )
+
+    def _dims_of(self, step: Step) -> tuple[_LaneDims, _LaneDims] | None:
+        """Which dims of a segment's inputs and outputs are the lanes'; None if it is the same for all lanes."""
+        if not isinstance(step, Segment) or self._differing.isdisjoint(step.inputs):
+            return None
+        inputs, outputs = (
+            tuple(0 if name in self._differing else None for name in names) for names in (step.inputs, step.outputs)
+        )
+        return inputs, outputs
 
     def _run_collective(self, call: Collective, operand: Any) -> Any:
-        if call.target is START:
+        if call.kind == "start":
             return self._collectives.start(operand, call.operand in self._differing)
-        if call.target is WAIT:
+        if call.kind == "wait":
             return self._collectives.wait(operand)
         return self._collectives.all_gather(operand, call.dim)
 
@@ -120,7 +170,3 @@ def _last_reads(steps: Sequence[Segment | Collective], outputs: Sequence[str]) -
         if name not in outputs:
             found[number].append(name)
     return found
-
-
-def _is(step: Segment | Collective, target: Any) -> bool:
-    return isinstance(step, Collective) and step.target is target

@@ -1,7 +1,7 @@
 """Cut a lane graph at its collectives: what lies between two of them is a segment that one lane runs by itself.
 
-Training needs the pieces: a segment can be batched over the lanes, or be computed again in the backward pass instead of
-keeping what is inside it, and no collective is then called twice.
+A segment can be batched over the lanes, or be computed again in the backward pass instead of keeping what is inside it,
+and no collective is then called twice.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.passes.graph_tools import ATTENTION
-from kraken_compiler.quality.healing.attention import lane_attention
+from kraken_compiler.quality.healing.batched_ops import BATCHED_AS
 
-START = torch.ops.kraken.all_reduce_start.default
-WAIT = torch.ops.kraken.wait.default
-GATHER = torch.ops.kraken.all_gather.default
-_COLLECTIVES = (START, WAIT, GATHER)
+Kind = Literal["start", "wait", "gather"]
+
+_KINDS: dict[Any, Kind] = {
+    torch.ops.kraken.all_reduce_start.default: "start",
+    torch.ops.kraken.wait.default: "wait",
+    torch.ops.kraken.all_gather.default: "gather",
+}
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
@@ -45,13 +47,13 @@ class Collective:
     """A call of a collective.
 
     Attributes:
-        target: `START`, `WAIT` or `GATHER`.
+        kind: Which one.
         name: Name of its value.
         operand: Name of what it is given.
         dim: Along which parts are gathered.
     """
 
-    target: Any
+    kind: Kind
     name: str
     operand: str
     dim: int = 0
@@ -99,7 +101,7 @@ def _grouped(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or is_size(node):
             continue
-        if node.target in _COLLECTIVES:
+        if node.target in _KINDS:
             groups += [current, node]
             current = []
             continue
@@ -138,7 +140,7 @@ def _segment(group: list[fx.Node], inputs: list[fx.Node], read: set[str]) -> Seg
             for operand in node.all_input_nodes:
                 copy(operand)
             made = graph.node_copy(node, values.__getitem__)
-            made.target = lane_attention if node.target is ATTENTION else node.target
+            made.target = BATCHED_AS.get(node.target, node.target)
             made.meta = {}
             values[node] = made
         return values[node]
@@ -154,9 +156,10 @@ def _segment(group: list[fx.Node], inputs: list[fx.Node], read: set[str]) -> Seg
 def _collective(node: fx.Node) -> Collective:
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
-    dim = node.args[1] if node.target is GATHER else 0
+    kind = _KINDS[node.target]
+    dim = node.args[1] if kind == "gather" else 0
     assert isinstance(dim, int)
-    return Collective(node.target, node.name, operand.name, dim)
+    return Collective(kind, node.name, operand.name, dim)
 
 
 def nodes_of(segment: Segment) -> Iterator[fx.Node]:
