@@ -22,7 +22,7 @@ from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
-from kraken_compiler.report import table
+from kraken_compiler.text import table
 
 
 def main() -> None:

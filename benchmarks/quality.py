@@ -30,7 +30,7 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.quality.token_files import is_token_file
-from kraken_compiler.report import table
+from kraken_compiler.text import table
 from kraken_compiler.verify.verification import lanes_in
 
 _LAYERS = {"all": lambda count: None, "last-half": lambda count: f"{count // 2}-{count - 1}"}

@@ -40,7 +40,7 @@ from kraken_compiler.report import Report, is_exact, make_report
 from kraken_compiler.runtime.derived_inputs import reads_source
 from kraken_compiler.runtime.environment import require_timeout
 from kraken_compiler.surroundings import undisturbed
-from kraken_compiler.text_files import require_text
+from kraken_compiler.text import require_text
 from kraken_compiler.tokenizer_files import generation_config
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison

@@ -5,8 +5,10 @@ Our own invariants are `assert`s. Every class carries the exit code that the com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class KrakenError(Exception):
@@ -70,3 +72,56 @@ class Rejection:
         guilty = f" (node {', '.join(self.nodes[:3])}{', ...' if len(self.nodes) > 3 else ''})" if self.nodes else ""
         hint = f" {self.hint}" if self.hint else ""
         return f"unsupported: {place}{guilty}: {self.reason}.{hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def typed_line(error: BaseException) -> str:
+    """The same with the type in front, for errors whose text alone says little: `KeyError: 'x'`."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
+
+
+@contextmanager
+def os_errors_as(what: str) -> Iterator[None]:
+    """Turn an OSError of the block into an `InputFileError`.
+
+    Args:
+        what: What cannot be done; the system's reason follows.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputFileError(f"{what}: {error.strerror or error}") from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give every OSError of the block a file name.
+
+    Opening a file that is not there names it; a write that meets a full disk knows only a number.
+
+    Args:
+        path: The file that the block works on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def missing_packages(what: str, error: ImportError, extra: str = "hf") -> UsageError:
+    """An error that says what to install.
+
+    Args:
+        what: What cannot be done, e.g. "reading the GGUF file model.gguf".
+        error: What importing said.
+        extra: Which of our extras installs them.
+    """
+    return UsageError(
+        f"{what} needs packages that are not installed: pip install 'kraken-compiler[{extra}]' ({first_line(error)})"
+    )

@@ -26,7 +26,7 @@ from kraken_compiler.commands.heal_options import HealOptions
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
-from kraken_compiler.passes.graph_tools import DEQUANTIZE
+from kraken_compiler.ops.op_sets import DEQUANTIZE
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.healing.build import trainer_of_all_lanes
 from kraken_compiler.quality.healing.data import HealingText, read_texts

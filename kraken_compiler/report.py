@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from kraken_compiler.ir.program import LaneProgram, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.passes.manager import PassRecord
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
+from kraken_compiler.text import format_bytes, table
 from kraken_compiler.verify.compare import Comparison
 
 
@@ -207,19 +208,3 @@ def _layer_rows(layers: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             row = (f"{row[0]}-{last[0]}", f"{row[1]} ... {last[1]}", *row[2:])
         rows.append(row)
     return rows
-
-
-def format_bytes(count: float) -> str:
-    """A byte count for people, e.g. 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows as aligned columns under a header."""
-    body = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]

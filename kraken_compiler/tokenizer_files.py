@@ -11,9 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kraken_compiler.errors import InputFileError, KrakenError
-from kraken_compiler.optional_packages import missing_packages
-from kraken_compiler.text_files import ENCODING
+from kraken_compiler.errors import InputFileError, KrakenError, missing_packages
+from kraken_compiler.text import ENCODING
 
 GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")

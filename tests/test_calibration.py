@@ -22,8 +22,8 @@ from kraken_compiler.quality.calibration.moments import Moments
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.calibration.ridge import STRENGTHS, fit_ridge, solve_ridge
-from kraken_compiler.quality.evaluate import LogitsOf, evaluate
-from kraken_compiler.runtime.logits import inputs_function, logits_function
+from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.runtime.logits import LogitsOf, inputs_function, logits_function
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 from tests.zoo import SUPPORTED, random_tokens
 

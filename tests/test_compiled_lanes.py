@@ -20,7 +20,7 @@ from kraken_compiler.communicators import packed
 from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
-from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import toy_program, toy_sources, write_toy

@@ -21,8 +21,8 @@ from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.replay import split_lengths
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.verify.prefixes import expected as expected_rows
 from tests.table_notes import note
 from tests.test_families import DEGREES, SIZES, lane_program, recognized, relative_error

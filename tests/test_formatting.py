@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kraken_compiler.cli.console import print_json
-from kraken_compiler.formatting import json_text, number_text
+from kraken_compiler.text import json_text, number_text
 
 
 def strictly(constant: str) -> Any:

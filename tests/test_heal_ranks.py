@@ -10,7 +10,7 @@ import pytest
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.run_ranks import run_ranks
 from tests.healing_models import captured, lowered, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]

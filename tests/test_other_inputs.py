@@ -24,8 +24,8 @@ from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.runtime.thread_ranks import together
 from kraken_compiler.verify.overlap import require_overlap
 from tests.table_notes import note

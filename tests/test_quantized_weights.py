@@ -39,7 +39,8 @@ from kraken_compiler.heal import heal_artifact
 from kraken_compiler.ir.dequantize import dequantize, pack, unpack
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lowering import lower
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of
+from kraken_compiler.ops.op_sets import DEQUANTIZE
+from kraken_compiler.passes.graph_tools import args_of
 from kraken_compiler.passes.shard.degrees import Share, kv_shares, shared_groups, spread
 from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 from kraken_compiler.quality.calibration.calibrate import calibrate

@@ -21,8 +21,8 @@ from kraken_compiler.capture.record import TokenizerSource
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.verify.compare import errors
 from tests.table_notes import note_trained
 from tests.zoo import logits_of, random_tokens

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.launch import launch, threads_per_rank
+from kraken_compiler.runtime.run_ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -22,9 +22,9 @@ from kraken_compiler.backends.torch_dist.cached_decoder import on_host
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
 from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.generate import generate, pack
 from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.runtime.sampling import Sampling
 from kraken_compiler.runtime.worker import main
 from tests.generation_functions import continuation

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.backends.torch_dist.model import TorchModel
 from kraken_compiler.communicators.join import process_group, rank_device
-from kraken_compiler.runtime.ranks import Ranks, open_model
+from kraken_compiler.runtime.ranks import Ranks
 
 
 def device_of(ranks: Ranks) -> torch.device:

@@ -18,7 +18,7 @@ from kraken_compiler.artifact.manifest import (
     TOKENIZER_DIRECTORY,
     Manifest,
 )
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
 MAX_MANIFEST_BYTES = 256 << 20
@@ -104,11 +104,8 @@ class Artifact:
         """
         for name in names or tuple(self.manifest.files):
             self._verify_size(name)
-            try:
-                with self.path(name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise InputFileError(f"{self.directory / name}: cannot be read: {error.strerror or error}") from error
+            with os_errors_as(f"{self.directory / name}: cannot be read"), self.path(name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest.files[name].sha256:
                 raise InputFileError(f"{self.directory / name}: changed since it was written (its hash differs)")
 

@@ -24,8 +24,7 @@ from pathlib import Path
 
 from kraken_compiler.artifact.exchange import exchange
 from kraken_compiler.artifact.replaceable import require_replaceable, resolved
-from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import UsageError, naming, os_errors_as
 from kraken_compiler.weights.shard_journal import JOURNAL
 
 _LOCK, _KEY, _ARTIFACT, _OLD = "lock", "key", "artifact", "old"
@@ -47,15 +46,13 @@ def check_target(directory: Path | str, force: bool = False, inputs: Sequence[Pa
         InputFileError: It cannot be looked into.
     """
     target = resolved(directory)
-    try:
+    with os_errors_as(f"{target}: cannot be written"):
         if not target.exists():
             return
         if not target.is_dir():
             raise UsageError(f"{target} exists and is no directory")
         require_replaceable(target, inputs)
         occupied = any(target.iterdir())
-    except OSError as error:
-        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
     if occupied and not force:
         raise UsageError(f"{target} is not empty; choose another directory, or replace it with --force")
 
@@ -160,19 +157,15 @@ def reserved(directory: Path | str, force: bool = False, inputs: Sequence[Path] 
     target = resolved(directory)
     check_target(target, force, inputs)
     work = target.parent / f".{target.name}.partial"
-    try:
+    with os_errors_as(f"{target}: cannot be written"):
         _require_own(work)
         made = [parent for parent in target.parents if not parent.exists()]
         lock = _lock(work)
-    except OSError as error:
-        raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
     if lock is None:
         raise UsageError(f"{target}: another compile is writing it; wait for that one, or choose another directory")
     try:
-        try:
+        with os_errors_as(f"{target}: cannot be written"):
             _restore(work / _OLD, target)
-        except OSError as error:
-            raise InputFileError(f"{target}: cannot be written: {error.strerror or error}") from error
         check_target(target, force, inputs)  # the one that held the lock may have finished just now
         yield Reservation(target, work, force, tuple(inputs))
     finally:

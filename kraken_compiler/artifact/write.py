@@ -28,13 +28,12 @@ from kraken_compiler.artifact.manifest import (
 )
 from kraken_compiler.artifact.reservation import Reservation, reserved
 from kraken_compiler.backends.base import Backend
-from kraken_compiler.errors import InputFileError
-from kraken_compiler.file_errors import naming
-from kraken_compiler.formatting import json_text
+from kraken_compiler.errors import InputFileError, naming
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
+from kraken_compiler.text import json_text
 from kraken_compiler.versions import own_version
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 from kraken_compiler.weights.safetensors_format import byte_view

@@ -27,7 +27,7 @@ import torch
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, first_line
 from kraken_compiler.structure_safety import FILE_OPS, MODULES_ALLOWED, is_value_name, items_of, structure_modules
 
 # ASCII only: Python takes look-alike letters in a name for the plain ones, a check by spelling would not.
@@ -79,7 +79,7 @@ def inspect_archive(file: IO[bytes], path: Path, *, trust_pickle: bool) -> tuple
                 )
     except (RuntimeError, OSError, ValueError, AttributeError, TypeError, KeyError, EOFError) as error:
         # The first sentence; torch's reader goes on about its own library.
-        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise InputFileError(f"{path} is truncated or damaged: {reason}") from error
     return tuple(sorted(modules))
 

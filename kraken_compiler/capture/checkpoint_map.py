@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, first_line
 from kraken_compiler.weights.checkpoint import Checkpoint, Rows, same_values
 from kraken_compiler.weights.checkpoint_store import TensorSource
 
@@ -115,7 +115,7 @@ def _converted(
                 raise
             except Exception as error:
                 # Conversions are many, and each meets pieces that are missing or do not fit with an error of its own.
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 raise InputFileError(
                     f"tensor '{name}' cannot be put together from its {len(keys)} pieces ({keys[0]}): {reason}"
                 ) from error

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from kraken_compiler import _torch_compat as compat
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import UsageError, first_line
 from kraken_compiler.ir.calls import DECODER_IDS, INPUT_IDS
 from kraken_compiler.ir.program import Program
 
@@ -119,7 +119,7 @@ def parse_input_spec(text: str) -> tuple[str, Tensor]:
     try:
         return match[1], _filled(dtype, sizes)
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"--input {text}: {match[1]} cannot be made as {match[2]}: {reason}") from error
 
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from kraken_compiler.capture.filled_model import fill
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line, missing_packages
 from kraken_compiler.weights.checkpoint_files import ADAPTER, PICKLED_ADAPTER, shown
 from kraken_compiler.weights.store import WeightStore
 
@@ -65,7 +64,7 @@ def _load(model: Any, adapter: Path) -> None:
         pickle.UnpicklingError,
         SafetensorError,
     ) as error:
-        raise InputFileError(f"{adapter}: its adapter cannot be applied to the model: {_first_line(error)}") from error
+        raise InputFileError(f"{adapter}: its adapter cannot be applied to the model: {first_line(error)}") from error
     # Older releases of transformers raise for keys that they do not expect, and return nothing.
     for what, keys in (
         ("does not find {} tensors of the adapter in its file", getattr(found, "missing_keys", ())),
@@ -101,7 +100,7 @@ def _merge(model: nn.Module, adapter: Path) -> None:
                 merged = module.get_base_layer()
         except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             raise UnsupportedModelError(
-                [Rejection(f"the adapter in {adapter} cannot be merged: {_first_line(error)}", path=path)]
+                [Rejection(f"the adapter in {adapter} cannot be merged: {first_line(error)}", path=path)]
             ) from error
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, merged)
@@ -113,7 +112,3 @@ def _own_parameters(model: nn.Module, layer: nn.Module) -> None:
     for name, parameter in list(layer.named_parameters(recurse=False)):
         if holders[id(parameter)] > 1:
             setattr(layer, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -15,7 +15,7 @@ from kraken_compiler.capture.export_module import functionalize
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.capture.record import Capture, Origin, digest_files
 from kraken_compiler.capture.reference import exported_reference
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, first_line
 from kraken_compiler.weights.store import MemoryStore
 
 
@@ -57,7 +57,7 @@ def _load(file: IO[bytes], path: Path) -> ExportedProgram:
             programs = compat.load_archive(file)
     except Exception as error:
         # torch's deserializer raises whatever its asserts and lookups raise on a damaged archive.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputFileError(f"{path} cannot be read as a torch.export archive: {reason}") from error
     if len(programs) != 1 and "model" not in programs:
         raise InputFileError(f"{path} holds {len(programs)} exported programs ({', '.join(programs)}), expected one")

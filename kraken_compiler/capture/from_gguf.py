@@ -17,8 +17,7 @@ from kraken_compiler.capture.gguf_file import GgufFile
 from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource, files_digester
-from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line, missing_packages
 from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 
 
@@ -66,7 +65,7 @@ def capture_gguf(
     except (OSError, ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
         if "not supported" in str(error):
             raise _unreadable(path, error) from error
-        raise InputFileError(f"{path} is truncated, damaged or no model: {_first_line(error)}") from error
+        raise InputFileError(f"{path} is truncated, damaged or no model: {first_line(error)}") from error
     if not file.has_tokenizer:
         notes = (*notes, f"{path.name} holds no tokenizer: give token ids, not text (--input-ids)")
     captured = capture_module(
@@ -100,8 +99,4 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _unreadable(path: Path, error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError([Rejection(f"transformers cannot read {path}: {_first_line(error)}")])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return UnsupportedModelError([Rejection(f"transformers cannot read {path}: {first_line(error)}")])

@@ -39,8 +39,8 @@ from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.reference import OpenModel, directory_reference, filled_reference
 from kraken_compiler.capture.weightless import fake_parameters
+from kraken_compiler.errors import missing_packages
 from kraken_compiler.ir.calls import InputSpec
-from kraken_compiler.optional_packages import missing_packages
 from kraken_compiler.weights.checkpoint import Checkpoint
 from kraken_compiler.weights.checkpoint_files import WeightFiles, find_weight_files
 from kraken_compiler.weights.checkpoint_store import CheckpointStore

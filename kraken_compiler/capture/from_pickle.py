@@ -15,7 +15,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.capture.record import Capture, digest_files
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, first_line
 
 INSTEAD = (
     "save the model with torch.export.save(torch.export.export(...), path), give a Hugging Face directory, "
@@ -68,7 +68,7 @@ def _reject_tensors(path: Path) -> None:
     except pickle.UnpicklingError:
         return
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise InputFileError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+        raise InputFileError(f"{path} is truncated or damaged: {first_line(error)}") from error
     tensors = _count_tensors(content)
     if tensors:
         raise InputFileError(
@@ -87,7 +87,7 @@ def _unpickle(path: Path) -> Any:
         # Unpickling runs the file's own code: any exception may come out of it.
         missing = isinstance(error, AttributeError | ImportError)
         hint = "; the module's class must be importable where you run this" if missing else ""
-        raise InputFileError(f"{path} cannot be unpickled: {_first_line(error)}{hint}") from error
+        raise InputFileError(f"{path} cannot be unpickled: {first_line(error)}{hint}") from error
 
 
 def _count_tensors(content: Any) -> int:
@@ -96,7 +96,3 @@ def _count_tensors(content: Any) -> int:
     if isinstance(content, Mapping):
         return sum(map(_count_tensors, content.values()))
     return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

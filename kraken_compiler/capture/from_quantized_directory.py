@@ -14,8 +14,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.record import Capture, TokenizerSource
-from kraken_compiler.errors import InputFileError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import InputFileError, first_line, missing_packages
 from kraken_compiler.weights.checkpoint_files import shown
 
 
@@ -74,7 +73,7 @@ def _load(path: Path, architecture: Any) -> tuple[nn.Module, tuple[str, ...]]:
     except ImportError as error:
         raise missing_packages(f"reading the quantised weights of {path}", error, "quantized") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputFileError(f"{path}: transformers cannot read its quantised weights: {reason}") from error
     missing = sorted(found["missing_keys"])
     if missing:

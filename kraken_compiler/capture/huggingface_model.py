@@ -11,7 +11,7 @@ from torch import nn
 
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.weightless import parameters_on_meta
-from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
+from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line
 from kraken_compiler.weights.scaled_checkpoint import Float8Config
 
 
@@ -210,5 +210,5 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def _not_buildable(path: Path, error: Exception) -> InputFileError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return InputFileError(f"{path / 'config.json'} does not describe a model that can be built: {reason}")

@@ -17,10 +17,9 @@ from typing import Any
 from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.reference import OpenModel
-from kraken_compiler.errors import InputFileError
-from kraken_compiler.file_errors import naming
-from kraken_compiler.formatting import json_text
+from kraken_compiler.errors import InputFileError, naming
 from kraken_compiler.ir.program import Program
+from kraken_compiler.text import json_text
 from kraken_compiler.tokenizer_files import (
     GENERATION_CONFIG,
     generation_config,

@@ -6,7 +6,7 @@ import zipfile
 from enum import Enum
 from pathlib import Path
 
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -31,15 +31,13 @@ def detect(path: Path) -> SourceKind:
     Raises:
         InputFileError: Nothing that can be captured; the message says what to give instead.
     """
-    try:
+    with os_errors_as(f"cannot read {path}"):
         if not path.exists():
             raise InputFileError(f"{path} does not exist")
         if path.is_dir():
             return _detect_directory(path)
         with path.open("rb") as file:
             head = file.read(16)
-    except OSError as error:
-        raise InputFileError(f"cannot read {path}: {error.strerror or error}") from error
     if not head:
         raise InputFileError(f"{path} is empty")
     if head[:4] == b"GGUF":

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from kraken_compiler.errors import InputFileError, KrakenError
-from kraken_compiler.formatting import json_text
 from kraken_compiler.progress import Advance
 from kraken_compiler.standard_streams import prepare_streams, tell, write_out
+from kraken_compiler.text import json_text
 
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
 

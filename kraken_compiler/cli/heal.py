@@ -24,8 +24,8 @@ from kraken_compiler.cli.heal_bar import HealBar
 from kraken_compiler.commands.command_line import Given, command
 from kraken_compiler.commands.heal_options import HealOptions
 from kraken_compiler.commands.options import COMMAND_LINE_ONLY, Spelled
-from kraken_compiler.formatting import number_text
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.text import number_text
 
 if TYPE_CHECKING:
     from kraken_compiler.heal import HealResult

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 
-from kraken_compiler.formatting import number_text
 from kraken_compiler.standard_streams import tell
+from kraken_compiler.text import number_text
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.healing.watch import StepRecord

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic import Field as Key
 from typer.models import ArgumentInfo, OptionInfo
 
-from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.text_files import ENCODING, not_utf8
+from kraken_compiler.errors import InputFileError, UsageError, first_line
+from kraken_compiler.text import ENCODING, not_utf8
 
 _SHOWN_CHARACTERS = 60
 _FIELD = "option_"
@@ -241,7 +241,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, "--config") from error
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if not isinstance(error, RecursionError) else "it is nested too deeply"
+        reason = first_line(error) if not isinstance(error, RecursionError) else "it is nested too deeply"
         raise InputFileError(f"--config: {path} is no TOML: {reason}") from error
 
 

@@ -20,7 +20,7 @@ import zmq
 
 from kraken_compiler.communicators.agreement import error_as_dict, error_from_dict
 from kraken_compiler.communicators.peers import Card, reason_of
-from kraken_compiler.errors import KrakenError, RankFailedError, UsageError
+from kraken_compiler.errors import KrakenError, RankFailedError, UsageError, first_line
 
 MEET = "KRAKEN_MEET"
 """Environment variable with HOST:PORT of the meeting."""
@@ -122,7 +122,7 @@ def meet_in_store(rank: int, degree: int, card: Card, *, timeout: float) -> list
         for missing in range(degree):
             cards.append(json.loads(store.get(f"{prefix}/{missing}")))
     except DistError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RankFailedError(
             f"rank {missing} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
             "the same version, and --timeout SECONDS allows more"

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.index_set import IndexSet
-
 _library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("dequantize(Tensor data, Tensor scale, Tensor? zero_point, int bits, ScalarType dtype) -> Tensor")
 
@@ -70,8 +68,3 @@ def unpack(packed: Tensor) -> Tensor:
 def grain(columns: int, groups: int, bits: int) -> int:
     """How many columns stay together when columns are divided: those of a scale, and those of a byte."""
     return math.lcm(columns // groups if groups > 1 else 1, 8 // bits)
-
-
-def in_units(columns: IndexSet, unit: int) -> IndexSet:
-    """Columns as groups of `unit` of them; they must begin and end with one."""
-    return tuple((start // unit, -(-stop // unit)) for start, stop in columns)

@@ -27,3 +27,8 @@ def to_indices(index_set: IndexSet) -> list[int]:
 def size(index_set: IndexSet) -> int:
     """Number of positions in the set."""
     return sum(stop - start for start, stop in index_set)
+
+
+def in_units(columns: IndexSet, unit: int) -> IndexSet:
+    """Columns as groups of `unit` of them; they must begin and end with one."""
+    return tuple((start // unit, -(-stop // unit)) for start, stop in columns)

@@ -9,35 +9,10 @@ import torch
 from torch import fx
 
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.ir.dequantize import grain
+from kraken_compiler.ops.op_sets import SHAPE_ONLY
 
 aten = torch.ops.aten
-
-LINEAR = aten.linear.default
-EXPERT_LINEAR = torch.ops.kraken.expert_linear.default
-DEQUANTIZE = torch.ops.kraken.dequantize.default
-PROJECTIONS = frozenset({LINEAR, EXPERT_LINEAR})
-"""Products with weights; their operands are x, the weight [..., out, in] and the bias, in this order."""
-
-ATTENTION = aten.scaled_dot_product_attention.default
-CAPPED_ATTENTION = torch.ops.kraken.capped_attention.default
-ATTENTIONS = frozenset({ATTENTION, CAPPED_ATTENTION})
-NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
-SHAPE_ONLY = frozenset(
-    {
-        aten.sym_size.int,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.empty_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
-        aten.new_empty.default,
-    }
-)
-"""Operators that ask their operand for its shape and not for its values."""
 
 
 def module_path(node: fx.Node) -> str:

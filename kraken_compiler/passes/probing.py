@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kraken_compiler.errors import Rejection, UnsupportedModelError
+from kraken_compiler.errors import Rejection, UnsupportedModelError, first_line
 from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, LOOKUPS, compare, lookup
 from kraken_compiler.passes.graph_tools import args_of, aten, module_path
@@ -96,7 +96,7 @@ class Region:
                 values[node] = lookup(node, *_widened(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
             except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
                 # Deep inside a pass, and for the user: the operator does not run on a few random numbers.
-                reason = f"what lanes need of it cannot be found out: {str(error).splitlines()[0]}"
+                reason = f"what lanes need of it cannot be found out: {first_line(error)}"
                 raise UnsupportedModelError([Rejection(reason, (node.name,), module_path(node), _HINT)]) from error
         return values
 

@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.formatting import number_text
 from kraken_compiler.ir.forms import FORMS, KRAKEN, STANDARD, SYNC_DROP
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.passes.form.derive_schedule import derive_plan
 from kraken_compiler.quality.evaluate import Quality
-from kraken_compiler.report import table
+from kraken_compiler.text import number_text, table
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.formatting import number_text
-
-LogitsOf = Callable[[Tensor], Tensor]
-"""Token ids int64 [B, S] -> logits [B, S, V]."""
+from kraken_compiler.runtime.logits import LogitsOf
+from kraken_compiler.text import number_text
 
 _RANGES = (16, 64, 256, 1024, 4096)
 

@@ -20,9 +20,8 @@ from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import Quality, evaluate
-from kraken_compiler.quality.lane_logits import lane_logits, replay
 from kraken_compiler.quality.sensitivity import measure_sensitivity
-from kraken_compiler.runtime.logits import inputs_function
+from kraken_compiler.runtime.logits import inputs_function, lane_logits, recorded
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -72,7 +71,7 @@ def forms_within(
         changed = len(layers_of(forms))
         with show.steps(f"{changed} layers changed: calibrate") as advance:
             found = calibrate(standard, program, read_lane, inputs, rows.held, advance=advance)
-        return evaluate(replay(said), lane_logits(program, found.weights.read_lane), rows.measured, rows.name)
+        return evaluate(recorded(said), lane_logits(program, found.weights.read_lane), rows.measured, rows.name)
 
     return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
 

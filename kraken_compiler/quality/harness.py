@@ -20,8 +20,7 @@ from torch import Tensor
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.sample_inputs import position_limit
-from kraken_compiler.quality.evaluate import LogitsOf
-from kraken_compiler.runtime.logits import logits_function
+from kraken_compiler.runtime.logits import LogitsOf, logits_function
 
 try:
     from lm_eval.api.instance import Instance

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import InputFileError, UsageError, missing_packages
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, single_layers
 

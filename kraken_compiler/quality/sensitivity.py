@@ -19,13 +19,12 @@ from torch import Tensor
 from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.formatting import json_text, number_text
 from kraken_compiler.ir.program import Split
 from kraken_compiler.lowering import lower_split, split_source
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.evaluate import evaluate
-from kraken_compiler.quality.lane_logits import lane_logits, replay
-from kraken_compiler.report import table
+from kraken_compiler.runtime.logits import lane_logits, recorded
+from kraken_compiler.text import json_text, number_text, table
 
 Run = tuple[int, int]
 """First and last layer, inclusive."""
@@ -173,7 +172,7 @@ def _measured(
     for number, (form, (first, last)) in enumerate(missing, start=1):
         program = lower_split(split, form, range(first, last + 1), cached=False)
         read_lane = reader(form, first) if reader is not None else read_from_source(program, captured.store.read)
-        found = evaluate(replay(said), lane_logits(program, read_lane), batches, known.text)
+        found = evaluate(recorded(said), lane_logits(program, read_lane), batches, known.text)
         costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
         if advance is not None:
             advance(number, len(missing), "runs of layers")

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from kraken_compiler._torch_compat import largest_size
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
 from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
 from kraken_compiler.runtime.derived_inputs import find_derived
 from kraken_compiler.size_checks import longest_allowed, token_rules
-from kraken_compiler.text_files import ENCODING, not_utf8
+from kraken_compiler.text import ENCODING, not_utf8
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -250,11 +250,9 @@ def _pieces(file: TextIO, path: Path | None, name: str) -> Iterator[str]:
 def _opened(path: Path | None) -> Iterator[tuple[TextIO, int]]:
     """The text and its size in bytes."""
     where: Any = path if path is not None else files("kraken_compiler.quality").joinpath("sample.txt")
-    try:
+    with os_errors_as(f"--text: cannot read {path}"):
         file = where.open(encoding=ENCODING)
         size = path.stat().st_size if path is not None else len(where.read_bytes())
-    except OSError as error:
-        raise InputFileError(f"--text: cannot read {path}: {error.strerror or error}") from error
     with file:
         yield file, max(1, size)
 

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from kraken_compiler.errors import UsageError
-from kraken_compiler.optional_packages import missing_packages
+from kraken_compiler.errors import UsageError, first_line, missing_packages
 
 _DEFAULT = "default"
 _LONGEST_SECONDS = 5.0
@@ -80,9 +79,9 @@ class ChatTemplate:
         except ImportError as error:
             raise missing_packages("reading the chat template", error) from error
         except TemplateError as error:
-            raise UsageError(f"the chat template does not take these messages: {_first_line(error)}") from error
+            raise UsageError(f"the chat template does not take these messages: {first_line(error)}") from error
         except Exception as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise UsageError(f"the chat template cannot be rendered: {reason}; leave --chat out") from error
 
 
@@ -103,7 +102,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, remaining, interval)
         signal.signal(signal.SIGALRM, handler)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,7 @@
-"""Runs functions and compiled programs on real ranks and brings the results back, for verification and tests."""
+"""Runs compiled programs on real ranks and brings the results back, to be compared."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,50 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
-from kraken_compiler.runtime.import_path import folder_of
-from kraken_compiler.runtime.launch import launch
-from kraken_compiler.runtime.ranks import Ranks, open_model
+from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.runtime.replay import capacities, replay
+from kraken_compiler.runtime.run_ranks import run_ranks
 
 Array = npt.NDArray[Any]
-
-
-def run_ranks(
-    function_path: str,
-    degree: int,
-    payload: Mapping[str, Any] | None = None,
-    *,
-    timeout: float = DEFAULT_TIMEOUT,
-) -> list[Any]:
-    """Call a function on `degree` local ranks that have met.
-
-    Args:
-        function_path: "package.module:function"; called as `function(payload, ranks)` on every rank.
-        degree: Number of ranks.
-        payload: JSON; large data goes through files that it names.
-        timeout: Seconds without progress (`ranks.status.progress`) after which a rank counts as hanging.
-
-    Returns:
-        What each rank returned (JSON), rank 0 first.
-
-    Raises:
-        RankFailedError: A rank died or hung; its own traceback comes first.
-        InputFileError, UsageError: A rank raised one.
-    """
-    with tempfile.TemporaryDirectory(prefix="kraken-ranks-") as name:
-        directory = Path(name)
-        (directory / "payload.json").write_text(json.dumps(payload or {}))
-        launch(
-            degree,
-            [function_path, name, folder_of(function_path.partition(".")[0])],
-            module="kraken_compiler.runtime.call_rank",
-            timeout=timeout,
-            show_output=False,
-        )
-        return [json.loads((directory / f"result-{rank}.json").read_text()) for rank in range(degree)]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError,
 from kraken_compiler.runtime import start_rank
 from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT, require_timeout
 from kraken_compiler.runtime.start_rank import LAUNCHER
-from kraken_compiler.runtime.status import RUN_DIRECTORY, RUN_TIMEOUT, Failure, read_beats, read_failures, read_notes
+from kraken_compiler.runtime.status import (
+    RUN_DIRECTORY,
+    RUN_TIMEOUT,
+    Failure,
+    read_failures,
+    read_heartbeats,
+    read_notes,
+)
 from kraken_compiler.runtime.watchdog import Verdict, Watchdog
 from kraken_compiler.standard_streams import tell
 
@@ -161,7 +168,7 @@ def _as_error(failure: Failure) -> KrakenError:
 
 
 def _died(directory: Path, rank: int, exit_code: int) -> str:
-    beat = read_beats(directory).get(rank)
+    beat = read_heartbeats(directory).get(rank)
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with code {exit_code}"
     if exit_code == -signal.SIGTERM:
         how = "stopped answering its peers"

@@ -6,7 +6,7 @@ import os
 import select
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.text_files import bad_byte, decoded
+from kraken_compiler.text import bad_byte, decoded
 
 _CHUNK = 1 << 16
 

@@ -1,4 +1,4 @@
-"""A lane program in this process as a language model of tensors."""
+"""A lane program in this process as a language model: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
 from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.ir.program import Program
 from kraken_compiler.runtime import derived_inputs
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""Token ids int64 [B, S] -> logits [B, S, V]."""
 
 
 def logits_function(
@@ -43,3 +48,14 @@ def _tensors_function(inputs: Sequence[InputSpec]) -> Callable[..., dict[str, Te
         }
 
     return tensors_of
+
+
+def lane_logits(program: Program, read_lane: ReadLane) -> LogitsOf:
+    """Token ids [batch, sequence] -> logits, computed node by node with each weight read when it is needed."""
+    return logits_function(program.inputs, program.call, StreamingProgram(program, read_lane).run_flat)
+
+
+def recorded(logits: Sequence[Tensor]) -> LogitsOf:
+    """A model that says again what it said to the same batches in the same order."""
+    following = iter(logits)
+    return lambda ids: next(following)

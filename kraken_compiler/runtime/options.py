@@ -18,9 +18,9 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
 from kraken_compiler.commands.command_line import Given, command
 from kraken_compiler.commands.options import COMMAND_LINE_ONLY, CommandOptions
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.runtime.environment import require_timeout
-from kraken_compiler.text_files import bytes_not_utf8, decoded, require_text
+from kraken_compiler.text import bytes_not_utf8, decoded, require_text
 
 NEW_TOKENS = 32
 CHAT_TOKENS = 512
@@ -245,11 +245,8 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
 
 
 def _read_prompts(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise InputFileError(f"--prompt-file: cannot read {path}: {error.strerror or error}") from error
+    with os_errors_as(f"--prompt-file: cannot read {path}"), path.open("rb") as file:
+        content = file.read(_MOST_PROMPT_BYTES + 1)
     if len(content) > _MOST_PROMPT_BYTES:
         raise InputFileError(
             f"--prompt-file: {path} has more than {_MOST_PROMPT_BYTES >> 20} MB; no prompts are so long"

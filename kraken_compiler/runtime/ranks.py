@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.base import Backend, RankModel
-from kraken_compiler.backends.rank_claims import rank_claims
 from kraken_compiler.communicators.addresses import bind_host
 from kraken_compiler.communicators.agreement import Claims, require_agreement
 from kraken_compiler.communicators.arrays import ArraySums
@@ -26,8 +22,7 @@ from kraken_compiler.communicators.exchange import MessageExchange
 from kraken_compiler.communicators.meeting import MEET, MeetingPoint, has_store, meet, meet_in_store
 from kraken_compiler.communicators.peers import Card
 from kraken_compiler.communicators.sums import Exchange
-from kraken_compiler.errors import KrakenError, UsageError
-from kraken_compiler.runtime.environment import SLOWEST_DISK, Place, collective_timeout
+from kraken_compiler.runtime.environment import Place, collective_timeout
 from kraken_compiler.runtime.status import StatusWriter
 
 
@@ -182,69 +177,6 @@ def connected(place: Place, status: StatusWriter, timeout: float, reduce_dtype: 
         ranks.barrier()
     finally:
         ranks.close()
-
-
-def open_model(
-    directory: Path | str,
-    ranks: Ranks,
-    choose: Callable[[Artifact], Backend[Any]],
-    *,
-    checking: bool = False,
-) -> tuple[Artifact, RankModel]:
-    """Open this rank's program of an artifact; all ranks go on when all have theirs.
-
-    Args:
-        directory: The artifact.
-        ranks: This rank.
-        choose: Gives the backend whose program is run; raises if there is none.
-        checking: The program is run to be compared, see `Backend.open`.
-
-    Raises:
-        InputFileError: A file of the artifact is missing, truncated or tampered with, on any rank, or the ranks have
-            different artifacts.
-        UsageError: There are more or fewer ranks than lanes, or the ranks do not fit together.
-    """
-    with _told_to_all(ranks) as claims:
-        artifact = open_artifact(directory, verify=False)
-        backend = choose(artifact)
-        require_degree(artifact.manifest.degree, ranks.degree)
-        claims |= rank_claims(artifact, backend.name, ranks.reduce_dtype)
-    files = backend.rank_files(artifact, ranks.rank)
-    there = artifact.manifest.files
-    seconds = sum(there[name].bytes for name in files if name in there) / SLOWEST_DISK
-    ranks.status.progress("loading the program", extra=seconds)
-    # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
-    with _told_to_all(ranks):
-        artifact.verify(*files)
-        model = backend.open(artifact, ranks, checking=checking)
-    ranks.status.progress("running")
-    return artifact, model
-
-
-@contextmanager
-def _told_to_all(ranks: Ranks) -> Iterator[dict[str, str]]:
-    """Raise on all ranks what goes wrong on one, and let them go on together; gives what must be the same on all."""
-    same: dict[str, str] = {}
-    try:
-        yield same
-    except KrakenError as error:
-        if not ranks.status.has_launcher:  # it ends the others
-            ranks.agree(Claims(trouble=error))
-        raise
-    ranks.agree(Claims(same))
-
-
-def require_degree(degree: int, ranks: int) -> None:
-    """Make sure that there are as many ranks as lanes.
-
-    Raises:
-        UsageError: There are more or fewer.
-    """
-    if ranks != degree:
-        started = "1 rank was" if ranks == 1 else f"{ranks} ranks were"
-        raise UsageError(
-            f"the program has {degree} lanes and {started} started; start {degree}, or compile for degree {ranks}"
-        )
 
 
 def _dtype(name: str) -> np.dtype[Any]:

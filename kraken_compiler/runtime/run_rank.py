@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.errors import KrakenError
 from kraken_compiler.runtime.engine import Engine
 from kraken_compiler.runtime.options import RunOptions, options_app
-from kraken_compiler.runtime.ranks import joined, open_model
+from kraken_compiler.runtime.ranks import joined
 from kraken_compiler.runtime.speak import speak
 from kraken_compiler.standard_streams import prepare_streams, tell
 

@@ -13,10 +13,11 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kraken_compiler.errors import RankFailedError
+from kraken_compiler.errors import RankFailedError, typed_line
 from kraken_compiler.standard_streams import tell
 
 RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
@@ -57,7 +58,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A rank's latest sign of life.
 
     Attributes:
@@ -69,6 +70,7 @@ class Beat:
         stage: What it said it is doing.
         extra: Seconds that this stage may take beyond the run's timeout.
         done: True once it has nothing left to do but exit.
+        computes_in: Parts of the paths of files in which it computes its program, see `Backend`.
     """
 
     pid: int
@@ -79,6 +81,7 @@ class Beat:
     stage: str
     extra: float = 0.0
     done: bool = False
+    computes_in: Sequence[str] = ()
 
 
 class StatusWriter:
@@ -86,10 +89,12 @@ class StatusWriter:
 
     Attributes:
         computes_here: False once an accelerator computes, for which the main thread waits at full speed: then its
-            processor time says nothing.
+        processor time says nothing.
+        computes_in: Where it computes, see `Heartbeat`.
     """
 
     computes_here = True
+    computes_in: tuple[str, ...] = ()
 
     def __init__(self, rank: int, directory: Path | None) -> None:
         self._rank = rank
@@ -153,7 +158,7 @@ class StatusWriter:
         if self._directory is None:
             return
         text = "".join(traceback.format_exception(error))
-        failure = Failure(self._rank, time.time(), _summary(error), text, is_of_peer(error))
+        failure = Failure(self._rank, time.time(), typed_line(error), text, is_of_peer(error))
         _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
 
     def _keep_beating(self) -> None:
@@ -171,8 +176,17 @@ class StatusWriter:
     def _beat(self) -> None:
         assert self._directory is not None
         thread = threading.main_thread().ident or 0
-        progress, computed = self._progress, self._computed
-        beat = Beat(os.getpid(), thread, time.time(), progress, computed, self._stage, self._extra, self._done)
+        beat = Heartbeat(
+            os.getpid(),
+            thread,
+            time.time(),
+            self._progress,
+            self._computed,
+            self._stage,
+            self._extra,
+            self._done,
+            self.computes_in,
+        )
         with self._lock:
             if self._directory.is_dir():
                 _write(_beat_file(self._directory, self._rank), json.dumps(asdict(beat)))
@@ -202,10 +216,10 @@ def read_failures(directory: Path) -> dict[int, Failure]:
     return {failure.rank: failure for failure in found}
 
 
-def read_beats(directory: Path) -> dict[int, Beat]:
+def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
     """Every rank's latest sign of life, by rank."""
     paths = directory.glob("beat-*.json")
-    return {int(path.stem.removeprefix("beat-")): Beat(**json.loads(path.read_text())) for path in paths}
+    return {int(path.stem.removeprefix("beat-")): Heartbeat(**json.loads(path.read_text())) for path in paths}
 
 
 def read_notes(directory: Path) -> list[str]:
@@ -219,7 +233,7 @@ def stacks_file(directory: Path, rank: int) -> Path:
     return directory / f"stacks-{rank}.txt"
 
 
-def read_stack(directory: Path, rank: int, beat: Beat) -> str:
+def read_stack(directory: Path, rank: int, beat: Heartbeat) -> str:
     """The stack of a rank's main thread, innermost call first; "" until it has answered."""
     path = stacks_file(directory, rank)
     sections = path.read_text(errors="replace").split("\n\n") if path.exists() else []
@@ -239,7 +253,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _summary(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

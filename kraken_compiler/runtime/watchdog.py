@@ -17,8 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kraken_compiler.backends.registry import backend_class, backend_rows
-from kraken_compiler.runtime.status import Beat, read_beats, read_stack
+from kraken_compiler.runtime.status import Heartbeat, read_heartbeats, read_stack
 
 _POLL_SECONDS = 0.2
 _STALE_SECONDS = 1.5
@@ -70,7 +69,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_SECONDS):
-            beats = read_beats(self._directory)
+            beats = read_heartbeats(self._directory)
             late = [rank for rank in range(self._degree) if self._is_late(beats.get(rank))]
             if late and not any(map(self._computes, beats.values())):
                 self.verdict = self._judge(beats, late)
@@ -78,7 +77,7 @@ class Watchdog:
                     _signal(beats.get(rank), signal.SIGKILL)
                 return
 
-    def _is_late(self, beat: Beat | None) -> bool:
+    def _is_late(self, beat: Heartbeat | None) -> bool:
         now = time.time()
         if beat is None:
             return now - self._started > self._timeout + _START_SECONDS
@@ -86,11 +85,11 @@ class Watchdog:
             return False
         return now - max(beat.progress, beat.computed) > self._timeout + beat.extra
 
-    def _computes(self, beat: Beat) -> bool:
+    def _computes(self, beat: Heartbeat) -> bool:
         """True if a rank was seen to compute just now."""
         return not beat.done and time.time() - beat.computed < min(self._timeout, _LULL_SECONDS)
 
-    def _judge(self, beats: dict[int, Beat], late: list[int]) -> Verdict:
+    def _judge(self, beats: dict[int, Heartbeat], late: list[int]) -> Verdict:
         silent = [rank for rank in range(self._degree) if rank not in beats]
         if silent:
             return Verdict(silent[0], "never started", "")
@@ -103,7 +102,7 @@ class Watchdog:
             # A stopped process answers only once it goes on; it is killed right after.
             _signal(beat, signal.SIGCONT)
         stacks = self._stacks(beats)
-        elsewhere = [rank for rank in late if stacks[rank] and not _is_waiting(stacks[rank])]
+        elsewhere = [rank for rank in late if stacks[rank] and not _is_waiting(stacks[rank], beats[rank])]
         rank = (stopped or elsewhere or late)[0]
         state = "stopped answering" if rank in stopped else "made no progress"
         if not stopped and not elsewhere and len(late) > 1:
@@ -115,7 +114,7 @@ class Watchdog:
             stacks[rank],
         )
 
-    def _stacks(self, beats: dict[int, Beat]) -> dict[int, str]:
+    def _stacks(self, beats: dict[int, Heartbeat]) -> dict[int, str]:
         """The stacks that ranks were asked for; a busy machine may take its time, a dead process never answers."""
         end = time.monotonic() + _ANSWER_SECONDS
         stacks: dict[int, str] = {}
@@ -128,15 +127,13 @@ class Watchdog:
         return stacks
 
 
-def _signal(beat: Beat | None, number: signal.Signals) -> None:
+def _signal(beat: Heartbeat | None, number: signal.Signals) -> None:
     if beat is not None and not beat.done:
         with suppress(ProcessLookupError):  # it may end at any moment
             os.kill(beat.pid, number)
 
 
-def _is_waiting(stack: str) -> bool:
+def _is_waiting(stack: str, beat: Heartbeat) -> bool:
     """True if the innermost calls are those of a rank that waits for, or computes, a part of the program."""
     innermost = [line for line in stack.splitlines() if line.lstrip().startswith("File ")][:2]
-    computing = (place for name in backend_rows() for place in backend_class(name).computes_in)
-    places = (*_WAITING_PLACES, *computing)
-    return any(place in line for line in innermost for place in places)
+    return any(place in line for line in innermost for place in (*_WAITING_PLACES, *beat.computes_in))

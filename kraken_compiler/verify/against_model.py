@@ -12,11 +12,11 @@ from torch import Tensor
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.reference import RunModel
-from kraken_compiler.errors import VerificationError
+from kraken_compiler.errors import VerificationError, typed_line
 from kraken_compiler.ir.program import LaneProgram, Program, Stage
 from kraken_compiler.ir.sample_inputs import all_sizes
 from kraken_compiler.ir.size_rules import in_words
-from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source, first_line
+from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.weights.store import MemoryStore
@@ -194,7 +194,7 @@ def _opened(captured: Capture, skipped: list[str]) -> Iterator[RunModel | None]:
         except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             # Libraries load a model in code of their own, which raises what it likes.
             skipped.append(
-                f"no comparison with the model itself, which its own library cannot load: {first_line(error)}"
+                f"no comparison with the model itself, which its own library cannot load: {typed_line(error)}"
             )
             run = None
         yield run

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.errors import typed_line
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import sample_inputs
@@ -64,7 +65,7 @@ def compare_with_source(
             raise
         except (RuntimeError, IndexError) as error:
             # An operator that takes no such sizes: where the model computes, this is a difference like any other.
-            failed = f"the standard form fails ({first_line(error)})"
+            failed = f"the standard form fails ({typed_line(error)})"
             comparisons.append(_comparison((batch, sequence), math.inf, math.inf, tolerance, "", failed))
             continue
         have = tuple(output.detach().to(one.device) for output, one in zip(outputs, want))
@@ -89,11 +90,6 @@ def _comparison(
     return Comparison(what, sizes, absolute, relative, tolerance, diverging, not_finite=wrong)
 
 
-def first_line(error: BaseException) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
-
-
 def _shown(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
@@ -103,7 +99,7 @@ def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: 
         return model(inputs)
     except Exception as error:
         # The model's own code may raise anything at sizes or values that it does not take.
-        raise ModelFailedError(f"the model itself fails there ({first_line(error)})") from error
+        raise ModelFailedError(f"the model itself fails there ({typed_line(error)})") from error
 
 
 def _diverging(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kraken_compiler.ir.schedule import RanNode, RanWindow, Window
-from kraken_compiler.report import table
+from kraken_compiler.text import table
 
 Runs = Sequence[Sequence[RanWindow]]
 """The windows of every rank's run, rank 0 first; empty if none told."""

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, first_line
 from kraken_compiler.weights.buffers import Buffers
 from kraken_compiler.weights.direct_io import would_flood_the_cache
 from kraken_compiler.weights.safetensors_format import TensorEntry, read_header, read_tensor
@@ -130,7 +130,7 @@ class PickledCheckpoint:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise InputFileError(f"cannot read {path}: {_first_line(error)}") from error
+                raise InputFileError(f"cannot read {path}: {first_line(error)}") from error
             if not isinstance(state, Mapping):
                 raise InputFileError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
             found = {key: (path, value) for key, value in state.items() if isinstance(value, Tensor)}
@@ -215,7 +215,3 @@ def _ambiguous(key: str, first: Path, second: Path) -> InputFileError:
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

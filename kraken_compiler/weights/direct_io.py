@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import naming
 
 BLOCK = 4096
 """What direct reads and writes begin at, in the file and in memory; a multiple of every common disk's blocks."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.buffers import Buffers, aligned_buffer
 from kraken_compiler.weights.direct_io import BLOCK, LargeFile
 
@@ -154,11 +154,8 @@ def read_tensor(name: str, entry: TensorEntry, buffers: Buffers | None = None, *
     before = entry.start % BLOCK
     size = -(-(before + entry.nbytes) // BLOCK) * BLOCK
     memory = aligned_buffer(size) if buffers is None else buffers.take(size)
-    try:
-        with LargeFile(entry.path, direct=direct) as file:
-            count = file.read(memoryview(memory)[:size], entry.start - before)
-    except OSError as error:
-        raise InputFileError(f"cannot read {entry.path}: {error.strerror or error}") from error
+    with os_errors_as(f"cannot read {entry.path}"), LargeFile(entry.path, direct=direct) as file:
+        count = file.read(memoryview(memory)[:size], entry.start - before)
     if count < before + entry.nbytes:
         raise InputFileError(f"{entry.path} is truncated: tensor '{name}' is incomplete")
     content = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=before)

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_compiler.errors import InputFileError
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import InputFileError, naming
 from kraken_compiler.weights.buffers import aligned_buffer
 from kraken_compiler.weights.direct_io import BLOCK, open_direct
 from kraken_compiler.weights.safetensors_format import byte_view, encode_header

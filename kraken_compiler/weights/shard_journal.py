@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import naming
 
 JOURNAL = "shards.journal"
 

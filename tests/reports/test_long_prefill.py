@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kraken_compiler.errors import RankFailedError
-from kraken_compiler.runtime.execute import run_ranks
-from kraken_compiler.runtime.status import StatusWriter, read_beats
+from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.runtime.status import StatusWriter, read_heartbeats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -61,6 +61,6 @@ def test_waiting_at_full_speed_for_an_accelerator_is_no_computing(tmp_path: Path
         status.start()
         began = time.time()
         think(1.3)
-        beat = read_beats(tmp_path)[0]
+        beat = read_heartbeats(tmp_path)[0]
         status.finish()
         assert (beat.computed > began) == computes_here

@@ -18,11 +18,11 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.rank_claims import rank_claims
+from kraken_compiler.backends.open_model import rank_claims
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims, disagreement
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.runtime.run_ranks import run_ranks
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]

@@ -14,8 +14,8 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.import_path import folder_of, load_package
+from kraken_compiler.runtime.run_ranks import run_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import toy_program, toy_sources
 

@@ -33,7 +33,7 @@ from kraken_compiler.backends.onnx_ort.quantization import quantize
 from kraken_compiler.backends.onnx_ort.schemas import register_schemas
 from kraken_compiler.backends.onnx_ort.sharding import annotate_shards
 from kraken_compiler.backends.onnx_ort.tables import LaneTables
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import naming
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance

@@ -35,7 +35,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     CacheRecord,
     weight_files,
 )
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.ir.size_rules import parse_rule
 
 CACHE_DTYPES = ("float32", "float16")
@@ -231,7 +231,7 @@ def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> 
         ends[name] = max(ends.get(name, 0), offset + length)
     for name, end in ends.items():
         data = path.parent / name
-        try:
+        with os_errors_as(f"{data}: cannot be read"):
             if data.is_symlink() or not data.is_file():
                 raise InputFileError(f"{data}: missing; it holds weights of {path.name}")
             if data.stat().st_size < end:
@@ -241,5 +241,3 @@ def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> 
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != hashes[name]:
                     raise InputFileError(f"{data}: not what {path.name} was written with (its hash differs)")
-        except OSError as error:
-            raise InputFileError(f"{data}: cannot be read: {error.strerror or error}") from error

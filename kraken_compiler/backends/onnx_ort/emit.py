@@ -31,7 +31,7 @@ from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.passes.graph_tools import CAPPED_ATTENTION
+from kraken_compiler.ops.op_sets import CAPPED_ATTENTION
 from kraken_compiler.progress import Advance
 from kraken_compiler.size_checks import token_rules
 

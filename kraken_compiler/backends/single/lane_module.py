@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.quality.healing.runner import LaneRunner
-from kraken_compiler.report import Report
 from kraken_compiler.surroundings import autocast_is_on
+
+if TYPE_CHECKING:
+    from kraken_compiler.report import Report
 
 
 class LaneModule(nn.Module):

@@ -11,8 +11,7 @@ from pathlib import Path
 from torch import fx
 
 from kraken_compiler.backends.torch_dist.graph_json import UnknownGraphError, graph_from_json, graph_to_json
-from kraken_compiler.errors import InputFileError
-from kraken_compiler.file_errors import naming
+from kraken_compiler.errors import InputFileError, naming
 from kraken_compiler.ir.program import Program
 
 MAX_GRAPH_BYTES = 256 << 20

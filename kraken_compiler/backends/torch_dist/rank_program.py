@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from kraken_compiler.backends.rank_claims import rank_claims
+from kraken_compiler.backends.open_model import rank_claims
 from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder, RunStep
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.collectives import bind_collectives, copy_graph

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.errors import Rejection
+from kraken_compiler.errors import Rejection, first_line
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.cache.compare_lengths import lengths_to_try, numbers_in, same_beginning, size_bound
 from kraken_compiler.passes.cache.length_independence import LengthIndependence
@@ -131,7 +131,7 @@ def _rule_at(
     try:
         mask = evaluate(program, nodes, length, *draw)
     except RuntimeError as error:
-        return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({str(error).splitlines()[0]})")
+        return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({first_line(error)})")
     seen = _rule(mask)
     if seen is None:
         return _no_rule(attention, _NOT_CAUSAL if bool(_allowed(mask).triu(1).any()) else _OTHER_RULE)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from kraken_compiler._torch_compat import largest_size
+from kraken_compiler.errors import first_line
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate
@@ -133,7 +134,7 @@ def _compare(program: Program, nodes: Sequence[fx.Node], lane: int, seed: int) -
         first = before = compute(lengths[0])
         rows = compute(lengths[0], _ROWS)
     except RUN_ERRORS as error:
-        return f"it cannot be computed for {lengths[0]} tokens ({str(error).splitlines()[0]})"
+        return f"it cannot be computed for {lengths[0]} tokens ({first_line(error)})"
     if not same_beginning(before.expand_as(rows) if before.dim() == rows.dim() else before, rows):
         return Common(lengths[0], by_row=True)
     for shorter, longer in itertools.pairwise(lengths):

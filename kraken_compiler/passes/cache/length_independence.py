@@ -19,9 +19,10 @@ from torch import fx
 
 from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR, SHAPE_ONLY
 from kraken_compiler.passes.cache.mixing import dims_along
 from kraken_compiler.passes.choosing import WHERE
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, SHAPE_ONLY, ancestors, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of, value_of
 
 _ELEMENTS_KEPT = frozenset(

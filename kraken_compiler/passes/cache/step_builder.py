@@ -14,6 +14,7 @@ from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
 from kraken_compiler.ir.program import CachedProgram, InputSpec, LaneProgram, Program
 from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
+from kraken_compiler.ops.op_sets import ATTENTIONS, CAPPED_ATTENTION, DEQUANTIZE
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
 from kraken_compiler.passes.cache.hoist_tables import Tables, gather, used_rank
@@ -22,9 +23,6 @@ from kraken_compiler.passes.cache.mixing import mixes_tokens
 from kraken_compiler.passes.cache.positional_values import origins
 from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import (
-    ATTENTIONS,
-    CAPPED_ATTENTION,
-    DEQUANTIZE,
     ancestors,
     args_of,
     argument,

@@ -13,8 +13,9 @@ from typing import ClassVar
 from torch import fx
 
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten, calls, descendants, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, descendants, replace
 from kraken_compiler.passes.shapes import is_tensor, shape_of
 
 

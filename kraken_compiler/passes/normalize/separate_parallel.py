@@ -19,8 +19,9 @@ from typing import ClassVar
 from torch import fx
 
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ops.op_sets import ATTENTIONS, LINEAR, PROJECTIONS
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTIONS, LINEAR, PROJECTIONS, args_of, argument, aten, calls, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.shapes import shape_of
 

@@ -19,8 +19,9 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ops.op_sets import EXPERT_LINEAR, LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import EXPERT_LINEAR, LINEAR, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_shape, same_size, shape_of
 
 _LAST_DIM = (LINEAR, aten.layer_norm.default, aten.rms_norm.default)

@@ -26,16 +26,8 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.windows import is_gemm
-from kraken_compiler.passes.graph_tools import (
-    ATTENTIONS,
-    SHAPE_ONLY,
-    ancestors,
-    args_of,
-    aten,
-    descendants,
-    module_path,
-    value_descendants,
-)
+from kraken_compiler.ops.op_sets import ATTENTIONS, SHAPE_ONLY
+from kraken_compiler.passes.graph_tools import ancestors, args_of, aten, descendants, module_path, value_descendants
 from kraken_compiler.passes.recognize.find_bypass import find_bypass
 from kraken_compiler.passes.shapes import same_shape, value_of
 

@@ -10,16 +10,8 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import (
-    ATTENTIONS,
-    LINEAR,
-    PROJECTIONS,
-    ancestors,
-    args_of,
-    aten,
-    descendants,
-    module_path,
-)
+from kraken_compiler.ops.op_sets import ATTENTIONS, LINEAR, PROJECTIONS
+from kraken_compiler.passes.graph_tools import ancestors, args_of, aten, descendants, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
 

@@ -17,8 +17,9 @@ from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Planned, Program
 from kraken_compiler.ir.schedule import Reduce
+from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, ancestors, args_of, aten
+from kraken_compiler.passes.graph_tools import ancestors, args_of, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import shape_of, value_of
 

@@ -19,8 +19,9 @@ from torch import fx
 from kraken_compiler.ir import ops  # noqa: F401  (registers the op)
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Recognized
+from kraken_compiler.ops.op_sets import ATTENTIONS
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections
 from kraken_compiler.passes.shapes import shape_of, value_of

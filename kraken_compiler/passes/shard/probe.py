@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.errors import Rejection
+from kraken_compiler.errors import Rejection, first_line
 from kraken_compiler.ir.index_set import IndexSet, from_indices, size
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import BranchShards, Kept, KeptDim
-from kraken_compiler.passes.graph_tools import ATTENTIONS, args_of, argument, aten, module_path
+from kraken_compiler.ops.op_sets import ATTENTIONS
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import Projections, known_constants
 from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
@@ -119,7 +120,7 @@ def _keep_filled(region: Sequence[fx.Node], kept: dict[str, Kept]) -> None:
 
 def _no_derivative(region: Sequence[fx.Node], source: fx.Node, error: RuntimeError) -> Rejection:
     """Some operators cannot be differentiated; torch says which, as `aten::name`."""
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     node = next((node for node in region if str(node.target).rpartition(".")[0].replace(".", "::") in reason), source)
     return Rejection(
         f"what lanes need of it cannot be found out: {reason}", (node.name,), module_path(node), DEGREE_HINT

@@ -8,7 +8,8 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import IndexSet, size
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, ancestors, args_of, grain_of, module_path
+from kraken_compiler.ops.op_sets import DEQUANTIZE
+from kraken_compiler.passes.graph_tools import ancestors, args_of, grain_of, module_path
 from kraken_compiler.passes.shapes import shape_of
 
 HINT = "Try another degree, or quantise the model with a smaller group size, or with one scale a row."

@@ -25,8 +25,9 @@ from kraken_compiler.ir.index_set import from_indices
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ir.weight_table import DimShard
+from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
-from kraken_compiler.passes.graph_tools import LINEAR, args_of, argument, aten
+from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.find_layers import find_layers

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.ir.dequantize import in_units
-from kraken_compiler.ir.index_set import IndexSet, from_indices, size, to_indices
+from kraken_compiler.ir.index_set import IndexSet, from_indices, in_units, size, to_indices
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, args_of, aten, grain_of
+from kraken_compiler.ops.op_sets import DEQUANTIZE
+from kraken_compiler.passes.graph_tools import args_of, aten, grain_of
 from kraken_compiler.passes.shapes import fake_mode_of, shape_of
 from kraken_compiler.passes.shard.weight_operands import CASTS, operand_part
 

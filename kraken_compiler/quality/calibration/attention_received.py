@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.graph_tools import ATTENTIONS
+from kraken_compiler.ops.op_sets import ATTENTIONS
 
 
 def attention_received(program: Program, read_lane: ReadLane, inputs: Sequence[Tensor]) -> Tensor:

@@ -16,9 +16,8 @@ from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import evaluate
-from kraken_compiler.quality.lane_logits import lane_logits
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
-from kraken_compiler.runtime.logits import inputs_function
+from kraken_compiler.runtime.logits import inputs_function, lane_logits
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kraken_compiler.formatting import number_text
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.text import number_text
 
 
 @dataclass(frozen=True)

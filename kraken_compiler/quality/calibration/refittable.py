@@ -12,7 +12,8 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.graph_tools import DEQUANTIZE, LINEAR, args_of, argument, aten
+from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR
+from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import find_projections
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kraken_compiler.ir.capped_attention import capped_attention
 from kraken_compiler.ir.dequantize import dequantize
 from kraken_compiler.ir.expert_linear import autocast_expert_linear
-from kraken_compiler.passes.graph_tools import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
+from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
 from kraken_compiler.surroundings import autocast_is_on
 
 

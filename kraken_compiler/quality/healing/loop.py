@@ -19,7 +19,7 @@ from kraken_compiler.quality.healing.state import RunState
 from kraken_compiler.quality.healing.trainer import Diverged, Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Watch
 
-Beat = Callable[[str, float], None]
+Heartbeat = Callable[[str, float], None]
 """Called before work begins: what it is, and how many seconds it may take beyond what any work may."""
 
 _FIRST_SECONDS = 600.0
@@ -47,7 +47,7 @@ def train(
     folder: Path,
     state: RunState,
     watch: Watch,
-    beat: Beat = lambda stage, seconds: None,
+    beat: Heartbeat = lambda stage, seconds: None,
 ) -> Outcome:
     """Train to the end; all processes must do so together.
 
@@ -107,7 +107,7 @@ def train(
     return Outcome(state.before, quality or evaluate(settings.steps), state.held_out)
 
 
-def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Beat) -> Quality:
+def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Heartbeat) -> Quality:
     done = 0
 
     def progress(tokens: int) -> None:

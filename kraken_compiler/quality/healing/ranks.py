@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named
+from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_class, backend_named
 from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.communicators.join import communicator_of, rank_device
 from kraken_compiler.ir.program import LaneProgram
@@ -26,8 +26,8 @@ from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import read_state
 from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
-from kraken_compiler.runtime.execute import run_ranks
 from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.runtime.run_ranks import run_ranks
 
 _TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2
@@ -85,6 +85,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     ranks.agree(Claims({THE_ARTIFACT: f"{artifact.fingerprint()}, healed beside {teacher.fingerprint()}"}))
     device = rank_device(None, ranks.place)
     ranks.status.computes_here = device.type == "cpu"
+    ranks.status.computes_in = backend_class(DEFAULT_BACKEND).computes_in
     communicator = communicator_of(ranks, device)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
     rows = load_file(folder / _ROWS)

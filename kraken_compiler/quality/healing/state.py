@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.quality.healing.settings import option_name
 
 STATE_FILE = "state.json"
@@ -68,7 +68,7 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
         InputFileError: It cannot be read or written.
     """
     wanted = json.loads(json.dumps(identity))
-    try:
+    with os_errors_as(f"{folder}: cannot be written"):
         if folder.exists() and any(folder.iterdir()):
             if not (folder / STATE_FILE).exists():
                 raise UsageError(f"{folder} is needed for checkpoints and holds something else; move it away")
@@ -89,8 +89,6 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
         state = RunState(wanted)
         write_state(partial, state)
         partial.rename(folder)
-    except OSError as error:
-        raise InputFileError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return state
 
 

@@ -1,8 +1,12 @@
-"""Text that users hand in: UTF-8, with or without a byte order mark, and where it is no UTF-8. Imports no torch."""
+"""Text that users hand in, as UTF-8, and text that they are shown. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kraken_compiler.errors import InputFileError, UsageError
 
@@ -75,3 +79,43 @@ def _place(number: int, line: bytes, bad: str) -> str:
     if number == 1 and line.startswith(_UTF_16_MARKS):
         return " (it begins like UTF-16)"
     return f" (line {number}, {bad})"
+
+
+def number_text(value: float, spec: str) -> str:
+    """A number for people; `spec` is how `format` writes a finite one, e.g. ".3g"."""
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite"
+    return format(value, spec)
+
+
+def json_text(data: Any, *, sort_keys: bool = False) -> str:
+    """A JSON document; null stands for numbers that are infinite or not a number, for which JSON has no word."""
+    return json.dumps(_finite(data), indent=1, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, e.g. 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns under a header."""
+    body = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]
