@@ -20,9 +20,9 @@ from typing import Any
 
 from packaged_model import packaged_model
 
-from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.capture import Capture, capture
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.heal import heal_artifact
 from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.lowering import lower

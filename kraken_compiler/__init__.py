@@ -13,12 +13,14 @@ from importlib import import_module
 # Not typing's: a rank decides where modules come from before it imports any that Python has not imported anyway.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kraken_compiler.api import CompileResult, load_lanes, transform, verify_artifact
-    from kraken_compiler.api import compile_model as compile
+    from kraken_compiler.api import load_lanes, transform
     from kraken_compiler.backends.load import load
+    from kraken_compiler.compiling import CompileResult
+    from kraken_compiler.compiling import compile_model as compile
     from kraken_compiler.errors import KrakenError
     from kraken_compiler.heal import HealResult, heal_artifact
     from kraken_compiler.quality.healing.settings import HealSettings
+    from kraken_compiler.verifying import verify_artifact
 
 __all__ = [
     "CompileResult",
@@ -34,16 +36,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompileResult": ("kraken_compiler.api", "CompileResult"),
+    "CompileResult": ("kraken_compiler.compiling", "CompileResult"),
     "HealResult": ("kraken_compiler.heal", "HealResult"),
     "HealSettings": ("kraken_compiler.quality.healing.settings", "HealSettings"),
     "KrakenError": ("kraken_compiler.errors", "KrakenError"),
-    "compile": ("kraken_compiler.api", "compile_model"),
+    "compile": ("kraken_compiler.compiling", "compile_model"),
     "heal_artifact": ("kraken_compiler.heal", "heal_artifact"),
     "load": ("kraken_compiler.backends.load", "load"),
     "load_lanes": ("kraken_compiler.api", "load_lanes"),
     "transform": ("kraken_compiler.api", "transform"),
-    "verify_artifact": ("kraken_compiler.api", "verify_artifact"),
+    "verify_artifact": ("kraken_compiler.verifying", "verify_artifact"),
 }
 
 

@@ -354,7 +354,7 @@ def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monk
     (tmp_path / "text.toml").write_text('backend = "torch,onnx"')
     (tmp_path / "list.toml").write_text('backend = ["torch", "onnx"]')
     with monkeypatch.context() as patched:
-        patched.setattr("kraken_compiler.api.compile_model", compile_nothing)
+        patched.setattr("kraken_compiler.compiling.compile_model", compile_nothing)
         for options in (
             ("--backend", "torch,onnx"),
             ("--backend", "torch", "--backend", "onnx"),

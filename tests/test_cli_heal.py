@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kraken_compiler.api import compile_model, verify_artifact
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
 from kraken_compiler.cli.heal import app
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.verify.verification import Verification
+from kraken_compiler.verifying import verify_artifact
 from tests.cli_command import Command
 from tests.once import CaptureOnce
 from tests.test_cli_compile import save_model

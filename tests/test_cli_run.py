@@ -17,8 +17,8 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from kraken_compiler.api import compile_model
 from kraken_compiler.cli.run import app
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.runtime.decoder import RecomputingDecoder
 from kraken_compiler.runtime.generate import generate

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kraken_compiler.api import compile_model
 from kraken_compiler.cli.verify import app
+from kraken_compiler.compiling import compile_model
 from tests.cli_command import Command
 from tests.once import CaptureOnce, RanksOnce
 from tests.test_cli_compile import save_model

@@ -24,7 +24,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quant_primitives import MappingType
 
-from kraken_compiler.api import CompileResult, compile_model, load_lanes, transform
+from kraken_compiler.api import load_lanes, transform
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.format import weight_files
@@ -34,6 +34,7 @@ from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, lane_
 from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.compiling import CompileResult, compile_model
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.heal import heal_artifact
 from kraken_compiler.ir.dequantize import dequantize, pack, unpack

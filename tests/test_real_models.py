@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.artifact.write import write_artifact
@@ -18,6 +17,7 @@ from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.lanes import load_lanes
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.lowering import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.cached_decoder import on_host
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import InputSpec
 from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder

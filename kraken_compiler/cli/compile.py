@@ -57,7 +57,7 @@ def compile_command(given: Given) -> None:
         if asked.model is None:
             raise UsageError("name the MODEL to compile, on the command line or as 'model' in the config file")
         # Imported late, so that --help does not load torch.
-        from kraken_compiler.api import compile_model
+        from kraken_compiler.compiling import compile_model
 
         directory = asked.output or Path(f"{_name_of(Path(asked.model))}.kraken")
         progress = ConsoleProgress(output.quiet or output.json)

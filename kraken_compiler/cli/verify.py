@@ -45,7 +45,7 @@ def verify(given: Given) -> None:
     with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
         asked, options = given.options(VerifyCommand, VerifyOptions)
         # Imported late, so that --help does not load torch.
-        from kraken_compiler.api import verify_artifact
+        from kraken_compiler.verifying import verify_artifact
 
         result = verify_artifact(asked.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
         if asked.plot is not None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import kraken_compiler
-from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends import registry
 from kraken_compiler.backends.base import Backend, BackendOptions, RankModel
 from kraken_compiler.capture import capture
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
@@ -27,6 +27,7 @@ from kraken_compiler.runtime.ranks import Ranks
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.verification import verify_programs
+from kraken_compiler.verifying import verify_artifact
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, relative_error, tokens
 from tests.toy_lane_program import edit_manifest, write_toy
 
@@ -170,7 +171,7 @@ def test_programs_that_nothing_checks_are_refused(monkeypatch: pytest.MonkeyPatc
     made = compile_model(model, tmp_path / "out", degree=2, backends=("silent",), example_inputs=EXAMPLE, verify=False)
     assert made.directory is not None
     with pytest.raises(VerificationError, match="nothing here can check the programs of the backend 'silent'"):
-        kraken_compiler.api.verify_artifact(made.directory)
+        verify_artifact(made.directory)
 
 
 @pytest.mark.parametrize(

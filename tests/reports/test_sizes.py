@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import kraken_compiler
-from kraken_compiler.api import compile_model
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
@@ -25,6 +24,7 @@ from kraken_compiler.backends.torch_dist.rank_program import RankProgram
 from kraken_compiler.capture import capture
 from kraken_compiler.cli.run import app
 from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.compiling import compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.size_rules import all_in_words, holds, parse_rule
 from kraken_compiler.lowering import lower

@@ -174,10 +174,9 @@ def _shared_proto(
     exported: ExportedGraph, program: Program, outside: Sequence[str], metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
     """The model as all devices have it: weights are declared, but nowhere yet."""
-    from kraken_compiler import __name__ as package
 
     model = exported.model
-    model.producer_name = package
+    model.producer_name = "kraken-compiler"
     model.producer_version = None
     if any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
