@@ -84,7 +84,7 @@ def measured(model: str, layers: int, degree: int, form: str) -> dict[str, Any]:
 def measure(folder: Path, degree: int, form: str) -> dict[str, Any]:
     """Capture and lower; returns seconds by step, in order."""
     from kraken_compiler.capture import capture
-    from kraken_compiler.lowering import lower
+    from kraken_compiler.passes.lower import lower
 
     marks: list[tuple[str, float, float]] = []
 

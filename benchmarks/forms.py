@@ -19,7 +19,7 @@ from packaged_model import packaged_model
 
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, STANDARD
-from kraken_compiler.lowering import lower
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.text import table

@@ -22,10 +22,10 @@ from packaged_model import packaged_model
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.capture import Capture, capture
-from kraken_compiler.compiling import compile_model
-from kraken_compiler.heal import heal_artifact
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.heal import heal_artifact
 from kraken_compiler.ir.forms import FORMS, STANDARD
-from kraken_compiler.lowering import lower
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 WIDTH, HIDDEN, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
 LAYERS = 32
 GB = 1e9
-IMPORTS = "import kraken_compiler.compiling, transformers.models.llama.modeling_llama, torch.export"
+IMPORTS = "import kraken_compiler.commands.compile, transformers.models.llama.modeling_llama, torch.export"
 COMPILE = "from kraken_compiler.cli.compile import main; main()"
 SPARE_BYTES = 2e9
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from kraken_compiler.backends.onnx_ort.model import open_device
+from kraken_compiler.backends.onnx_ort.run.model import open_device
 
 
 def generate(path: Path, provider: str, prompt: list[int], count: int) -> list[int]:

@@ -13,14 +13,14 @@ from importlib import import_module
 # Not typing's: a rank decides where modules come from before it imports any that Python has not imported anyway.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kraken_compiler.api import load_lanes, transform
     from kraken_compiler.backends.load import load
-    from kraken_compiler.compiling import CompileResult
-    from kraken_compiler.compiling import compile_model as compile
+    from kraken_compiler.commands.compile import CompileResult
+    from kraken_compiler.commands.compile import compile_model as compile
+    from kraken_compiler.commands.heal import HealResult, heal_artifact
+    from kraken_compiler.commands.transform import load_lanes, transform
+    from kraken_compiler.commands.verify import verify_artifact
     from kraken_compiler.errors import KrakenError
-    from kraken_compiler.heal import HealResult, heal_artifact
     from kraken_compiler.quality.healing.settings import HealSettings
-    from kraken_compiler.verifying import verify_artifact
 
 __all__ = [
     "CompileResult",
@@ -36,16 +36,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompileResult": ("kraken_compiler.compiling", "CompileResult"),
-    "HealResult": ("kraken_compiler.heal", "HealResult"),
+    "CompileResult": ("kraken_compiler.commands.compile", "CompileResult"),
+    "HealResult": ("kraken_compiler.commands.heal", "HealResult"),
     "HealSettings": ("kraken_compiler.quality.healing.settings", "HealSettings"),
     "KrakenError": ("kraken_compiler.errors", "KrakenError"),
-    "compile": ("kraken_compiler.compiling", "compile_model"),
-    "heal_artifact": ("kraken_compiler.heal", "heal_artifact"),
+    "compile": ("kraken_compiler.commands.compile", "compile_model"),
+    "heal_artifact": ("kraken_compiler.commands.heal", "heal_artifact"),
     "load": ("kraken_compiler.backends.load", "load"),
-    "load_lanes": ("kraken_compiler.api", "load_lanes"),
-    "transform": ("kraken_compiler.api", "transform"),
-    "verify_artifact": ("kraken_compiler.verifying", "verify_artifact"),
+    "load_lanes": ("kraken_compiler.commands.transform", "load_lanes"),
+    "transform": ("kraken_compiler.commands.transform", "transform"),
+    "verify_artifact": ("kraken_compiler.commands.verify", "verify_artifact"),
 }
 
 

@@ -18,12 +18,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from kraken_compiler.communicators import sums
-from kraken_compiler.communicators.agreement import Claims
 from kraken_compiler.errors import KrakenError, RankFailedError
-from kraken_compiler.runtime.environment import Place
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.status import StatusWriter
+from kraken_compiler.ranks.communicators import sums
+from kraken_compiler.ranks.communicators.agreement import Claims
+from kraken_compiler.ranks.environment import Place
+from kraken_compiler.ranks.heartbeat import StatusWriter
+from kraken_compiler.ranks.session import Ranks
 
 Array = npt.NDArray[Any]
 

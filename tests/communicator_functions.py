@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.communicators import sums
-from kraken_compiler.communicators.base import Communicator, find
-from kraken_compiler.communicators.choose import default_communicator
-from kraken_compiler.communicators.message import MessageCommunicator
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import RankFailedError
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.ranks.communicators import sums
+from kraken_compiler.ranks.communicators.base import Communicator, find
+from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.communicators.message import MessageCommunicator
+from kraken_compiler.ranks.session import Ranks
 from tests.torch_ranks import device_of, group_of
 
 SHAPES = ((1,), (3, 5), (2, 64, 128), (1, 300, 257), (), (1, 0, 4))

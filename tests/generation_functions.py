@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_compiler.runtime.decoder import Array
-from kraken_compiler.runtime.engine import first_rank_decides
-from kraken_compiler.runtime.generate import generate
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.generate.decoder import Array
+from kraken_compiler.generate.engine import first_rank_decides
+from kraken_compiler.generate.loop import generate
+from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.ranks.session import Ranks
 from tests.torch_ranks import model_of
 
 VOCABULARY = 40

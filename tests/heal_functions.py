@@ -12,15 +12,15 @@ from torch import Tensor
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.torch_dist.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.lanes import load_program
-from kraken_compiler.communicators.choose import default_communicator
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
 from kraken_compiler.quality.healing.parameters import LaneParameters
-from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.session import Ranks
 from tests.torch_ranks import device_of, group_of
 
 

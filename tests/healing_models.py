@@ -8,15 +8,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.lora import add_lora
 from kraken_compiler.quality.healing.parameters import LaneParameters
-from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
 from tests.zoo import SUPPORTED, random_tokens

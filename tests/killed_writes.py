@@ -24,7 +24,7 @@ import torch
 from kraken_compiler.artifact import reservation
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import Lanes, StreamingProgram, read_from_source
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.reference import Lanes, StreamingProgram, read_from_source
 
 GARBAGE = 100.0
 """What unwritten slots hold: it would show if it were ever attended to."""

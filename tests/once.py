@@ -28,8 +28,8 @@ class RanksOnce:
     def in_place(self) -> Iterator[None]:
         """Whatever is compiled or verified meanwhile asks this one."""
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("kraken_compiler.compiling.verify_programs", self)
-            patched.setattr("kraken_compiler.verifying.verify_programs", self)
+            patched.setattr("kraken_compiler.commands.compile.verify_programs", self)
+            patched.setattr("kraken_compiler.commands.verify.verify_programs", self)
             yield
 
 
@@ -51,6 +51,6 @@ class CaptureOnce:
     def in_place(self) -> Iterator[None]:
         """Whatever is compiled or verified meanwhile asks this one."""
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("kraken_compiler.compiling.capture", self)
-            patched.setattr("kraken_compiler.recompile.capture", self)
+            patched.setattr("kraken_compiler.commands.compile.capture", self)
+            patched.setattr("kraken_compiler.commands.source.capture", self)
             yield

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.runtime.generate import generate
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.replay import replay
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
+from kraken_compiler.generate.loop import generate
+from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.verify.replay import replay
 from tests.torch_ranks import group_of, model_of
 
 

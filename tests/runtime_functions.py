@@ -16,12 +16,12 @@ from torch import fx
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.collectives import with_real_collectives
 from kraken_compiler.backends.torch_dist.lanes import load_program
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.torch_dist.run.collectives import with_real_collectives
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.torch_ranks import group_of
 from tests.toy_lane_program import toy_sources

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import zmq
 
-from kraken_compiler.communicators import meeting
-from kraken_compiler.communicators.agreement import Claims
-from kraken_compiler.communicators.meeting import MeetingPoint, meet
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
-from kraken_compiler.runtime.environment import Place
-from kraken_compiler.runtime.ranks import Ranks, joined
-from kraken_compiler.runtime.status import StatusWriter
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.communicators import meeting
+from kraken_compiler.ranks.communicators.agreement import Claims
+from kraken_compiler.ranks.communicators.meeting import MeetingPoint, meet
+from kraken_compiler.ranks.environment import Place
+from kraken_compiler.ranks.heartbeat import StatusWriter
+from kraken_compiler.ranks.session import Ranks, joined
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -99,7 +99,7 @@ def test_the_cache_changes_nothing(name: str) -> None:
 
 
 def full_logits(program: LaneProgram, read: object, ids: Tensor) -> Tensor:
-    from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+    from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
 
     return StreamingProgram(program, read_from_source(program, read)).run_flat([ids])[program.call.logits]  # type: ignore[arg-type]
 

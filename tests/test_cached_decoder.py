@@ -12,17 +12,17 @@ from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.cached_decoder import CachedDecoder
 from kraken_compiler.backends.torch_dist.lane_files import TABLES_FILE
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import capture
-from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UsageError
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.replay import replay, split_lengths
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import replay, split_lengths
 from tests.fuzz.decoding import VOCABULARY
 from tests.fuzz.model import build
 from tests.fuzz.recipe import Recipe

@@ -15,10 +15,10 @@ import transformers
 from torch import Tensor, nn
 from torch.export import Dim
 
-from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.archive_safety import _is_arithmetic
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.lanes.calling import bind, unflatten_output
 
 
 class Model(nn.Module):

@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
+from kraken_compiler.lanes.calling import bind, unflatten_output
 
 pytestmark = pytest.mark.slow
 

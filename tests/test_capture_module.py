@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.example_inputs import parse_input_spec
 from kraken_compiler.errors import UnsupportedModelError, UsageError
+from kraken_compiler.lanes.calling import bind, unflatten_output
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 

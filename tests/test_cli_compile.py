@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 import kraken_compiler
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.cli.compile import app
-from kraken_compiler.commands.compile_options import CompileOptions
 from kraken_compiler.errors import UsageError
+from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.verify.compare import Comparison, errors
 from kraken_compiler.verify.verification import Verification
 from tests.once import CaptureOnce, RanksOnce
@@ -354,7 +354,7 @@ def test_backends_are_listed_or_repeated(config_only: Path, tmp_path: Path, monk
     (tmp_path / "text.toml").write_text('backend = "torch,onnx"')
     (tmp_path / "list.toml").write_text('backend = ["torch", "onnx"]')
     with monkeypatch.context() as patched:
-        patched.setattr("kraken_compiler.compiling.compile_model", compile_nothing)
+        patched.setattr("kraken_compiler.commands.compile.compile_model", compile_nothing)
         for options in (
             ("--backend", "torch,onnx"),
             ("--backend", "torch", "--backend", "onnx"),

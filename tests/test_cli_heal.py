@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
 from kraken_compiler.cli.heal import app
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.verify.verification import Verification
-from kraken_compiler.verifying import verify_artifact
 from tests.cli_command import Command
 from tests.once import CaptureOnce
 from tests.test_cli_compile import save_model
@@ -41,7 +41,7 @@ def capture_once() -> Iterator[None]:
     """The source model is captured once."""
     once = CaptureOnce()
     with once.in_place(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kraken_compiler.recompile.capture", once)
+        patched.setattr("kraken_compiler.commands.source.capture", once)
         yield
 
 
@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the new artifact starts ranks; most tests are about what comes before."""
-    monkeypatch.setattr("kraken_compiler.heal.verify_programs", lambda *arguments: Verification())
+    monkeypatch.setattr("kraken_compiler.commands.heal.verify_programs", lambda *arguments: Verification())
 
 
 command = Command(app)

@@ -18,12 +18,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kraken_compiler.cli.run import app
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.decoder import RecomputingDecoder
-from kraken_compiler.runtime.generate import generate
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.sampling import Sampling
+from kraken_compiler.generate.decoder import RecomputingDecoder
+from kraken_compiler.generate.loop import generate
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.generate.sampling import Sampling
 from tests.generation_functions import continuation as continued
 from tests.test_cli_compile import kill_a_rank, save_model
 from tests.zoo import SUPPORTED, logits_of
@@ -333,7 +333,7 @@ def test_a_tampered_file(artifact: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_a_killed_rank(artifact: Path) -> None:
-    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.runtime.worker",))
+    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.generate.worker",))
     killer.start()
     result = invoke(artifact, "--input-ids", "5", "--max-new-tokens", "50")
     killer.join()

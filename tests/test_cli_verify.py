@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kraken_compiler.cli.verify import app
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.commands.compile import compile_model
 from tests.cli_command import Command
 from tests.once import CaptureOnce, RanksOnce
 from tests.test_cli_compile import save_model
@@ -170,7 +170,7 @@ def test_what_is_no_artifact(artifact: Path, tmp_path: Path) -> None:
 def test_lost_overlap_fails(artifact: Path) -> None:
     from kraken_compiler.backends.torch_dist.graph_file import save_graph
     from kraken_compiler.capture import capture
-    from kraken_compiler.lowering import lower
+    from kraken_compiler.passes.lower import lower
 
     program, _ = lower(capture(json.loads((artifact / "manifest.json").read_text())["source"]["path"]).program, 2)
     save_graph(emptied(program), artifact / "lanes" / "lane.json")

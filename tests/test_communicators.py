@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kraken_compiler.communicators.base import named
-from kraken_compiler.communicators.choose import default_communicator
-from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import RankFailedError, UsageError
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.communicators.base import named
+from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.communicators.none import NoCommunication
+from kraken_compiler.ranks.run_ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -13,14 +13,14 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from kraken_compiler.backends.torch_dist.check_emitted import emitted_windows, require_emitted_overlap
-from kraken_compiler.backends.torch_dist.compile_lanes import CompiledGraph
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.communicators import packed
-from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.backends.torch_dist.check.check_emitted import emitted_windows, require_emitted_overlap
+from kraken_compiler.backends.torch_dist.run.compile_lanes import CompiledGraph
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.communicators import packed
+from kraken_compiler.ranks.communicators.none import NoCommunication
+from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import toy_program, toy_sources, write_toy

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from kraken_compiler.capture.record import digest_files
-from kraken_compiler.weights import direct_io, safetensors_writer
-from kraken_compiler.weights.buffers import Buffers, aligned_buffer
 from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
-from kraken_compiler.weights.direct_io import BLOCK, LargeFile, open_direct, would_flood_the_cache
-from kraken_compiler.weights.safetensors_format import read_header, read_tensor
-from kraken_compiler.weights.safetensors_writer import SafetensorsWriter
+from kraken_compiler.weights.io import direct_io, safetensors_writer
+from kraken_compiler.weights.io.buffers import Buffers, aligned_buffer
+from kraken_compiler.weights.io.direct_io import BLOCK, LargeFile, open_direct, would_flood_the_cache
+from kraken_compiler.weights.io.safetensors_format import read_header, read_tensor
+from kraken_compiler.weights.io.safetensors_writer import SafetensorsWriter
 
 MIB = 1 << 20
 

@@ -13,13 +13,13 @@ from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.heal import HealCommand
 from kraken_compiler.cli.verify import VerifyCommand
-from kraken_compiler.commands.command_line import command_options
-from kraken_compiler.commands.compile_options import CompileOptions
-from kraken_compiler.commands.heal_options import HealOptions
-from kraken_compiler.commands.verify_options import VerifyOptions
-from kraken_compiler.lowering import lower
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.options.command_line import command_options
+from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.options.heal import HealOptions
+from kraken_compiler.options.verify import VerifyOptions
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.runtime.options import RunOptions
 from tests.passes.helpers import captured, check_pass, check_untouched, gpt, hidden
 from tests.passes.test_drop_noops import Apply
 

@@ -18,7 +18,7 @@ import pytest
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.reservation import reserved
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.weights import safetensors_writer
+from kraken_compiler.weights.io import safetensors_writer
 from tests.toy_lane_program import write_toy
 
 SEED = 20240

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.expert_linear import expert_linear
+from kraken_compiler.ops.expert_linear import expert_linear
 
 E, I, O, N = 5, 6, 4, 11  # noqa: E741 (the legend of the op)
 

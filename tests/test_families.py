@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.lowering import lower, lower_split
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower, lower_split
 from kraken_compiler.passes.stages import recognize, split
-from kraken_compiler.report import is_exact
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.overlap import require_overlap
+from kraken_compiler.verify.report import is_exact
 from tests.quick_tests import mostly_slow
 from tests.table_notes import note
 from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch

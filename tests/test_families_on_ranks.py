@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.runtime.replay import split_lengths
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.verify.prefixes import expected as expected_rows
+from kraken_compiler.verify.replay import split_lengths
 from tests.table_notes import note
 from tests.test_families import DEGREES, SIZES, lane_program, recognized, relative_error
 from tests.zoo import SUPPORTED, random_tokens

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.ir.forms import FORMS, KRAKEN, LADDER, PARALLEL, STANDARD, SYNC_DROP, Form, Lag
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.ir.schedule import FormPlan
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.form.derive_schedule import derive_plan, parse_layers
+from kraken_compiler.passes.lower import lower
 from tests.passes.helpers import Sample, assert_close, gpt
 from tests.passes.reference import UnrolledGpt
 

@@ -29,7 +29,7 @@ def test_ranks_use_nccl(tmp_path):
     devices = torch.cuda.device_count()
     if devices < 2:
         pytest.skip("needs two CUDA devices")
-    from kraken_compiler.runtime.run_ranks import run_ranks
+    from kraken_compiler.ranks.run_ranks import run_ranks
 
     backends = run_ranks("tests.runtime_functions:backend_name", 2)
     assert backends == ["nccl", "nccl"]
@@ -37,8 +37,8 @@ def test_ranks_use_nccl(tmp_path):
 
 def test_a_compiled_rank_runs_as_an_eager_one():
     """One lane of two, nothing sent: what torch.compile, its CUDA graphs and the schedule check do on a GPU."""
-    from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-    from kraken_compiler.communicators.group import GroupCommunicator
+    from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
+    from kraken_compiler.ranks.communicators.group import GroupCommunicator
     from kraken_compiler.weights.store import MemoryStore
     from tests.toy_lane_program import toy_program, toy_sources
 
@@ -62,7 +62,7 @@ def test_a_compiled_rank_runs_as_an_eager_one():
 def test_compiled_ranks_use_nccl(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    from kraken_compiler.runtime.run_ranks import run_ranks
+    from kraken_compiler.ranks.run_ranks import run_ranks
     from tests.toy_lane_program import write_toy
 
     payload = {

@@ -9,16 +9,16 @@ import torch
 
 import kraken_compiler
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.check.quantized_lanes import read_as_quantized
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
-from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
 from kraken_compiler.capture import capture
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.tolerances import rank_tolerance
 from tests.zoo import SUPPORTED, logits_of, token_batch

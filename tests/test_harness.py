@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kraken_compiler.api import transform
-from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.commands.transform import transform
+from kraken_compiler.lanes.module import LaneModule
 from tests.test_cli_compile import save_model
 
 pytestmark = pytest.mark.slow

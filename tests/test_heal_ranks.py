@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.backends.write_artifact import write_artifact
+from kraken_compiler.ranks.run_ranks import run_ranks
 from tests.healing_models import captured, lowered, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]

@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.lanes.segments import Segment, cut
 from kraken_compiler.quality.healing import loss as loss_module
 from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
 from kraken_compiler.quality.healing.loop import train
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.loss import distillation_loss
-from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.schedule import learning_rate, rows_of_step
-from kraken_compiler.quality.healing.segments import Segment, cut
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import STATE_FILE, Lock, RunState, open_state, read_state
 from kraken_compiler.quality.healing.trainer import Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Unwatched
-from kraken_compiler.weights import safetensors_writer
+from kraken_compiler.weights.io import safetensors_writer
 from kraken_compiler.weights.lane_tensors import PREFIX, lane_tensor_reader, with_lane_tensors
 from tests.healing_models import captured, lowered, parameters_of, rows, stacked_reader, trainer_for
 

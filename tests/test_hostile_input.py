@@ -20,16 +20,16 @@ from onnx import TensorProto, helper
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort import format as device_format
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.stages import cut
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.stages import cut
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import map_weights
-from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.errors import InputFileError
+from kraken_compiler.lanes.calling import bind, unflatten_output
 from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
 from kraken_compiler.weights.checkpoint_files import weight_files
-from kraken_compiler.weights.safetensors_format import read_header
+from kraken_compiler.weights.io.safetensors_format import read_header
 from tests.hostile_files import CANARY, dumped, mutated, mutated_bytes, refused_or_read, rezipped
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy
 

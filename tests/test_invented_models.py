@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from tests.table_notes import note
 from tests.zoo import Builder, logits_of, random_tokens
 from tests.zoo.plain import D, Decoder, E, GptBlock, H

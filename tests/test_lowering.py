@@ -9,9 +9,9 @@ import torch
 
 from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.lowering import find_degree, lower
+from kraken_compiler.passes.lower import find_degree, lower
 from kraken_compiler.passes.pipelines import CACHE, RECOGNIZE, schedule_as, split_over
-from kraken_compiler.report import make_report
+from kraken_compiler.verify.report import make_report
 from tests.passes.helpers import Sample, captured
 from tests.passes.models import Attention, Ffn, Gpt
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from tests.lane_decoder import LaneDecoder
 from tests.table_notes import note
 from tests.test_cache_families import CAPACITY, PROMPTS, TOKENS, checked, full_logits, ragged

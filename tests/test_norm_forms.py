@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, Form, Lag
 from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from tests.zoo import NORMS, logits_of, token_batch
 from tests.zoo.norms import PostNormBlock, SandwichNormBlock
 from tests.zoo.plain import FFN, D, H

@@ -15,13 +15,9 @@ import torch
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
-from kraken_compiler.backends.onnx_ort.check_run import is_matrix_product
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram, Event
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.check.check_run import is_matrix_product
+from kraken_compiler.backends.onnx_ort.check.schedule import is_gemm
 from kraken_compiler.backends.onnx_ort.format import (
     DOMAIN,
     LOGITS,
@@ -33,16 +29,20 @@ from kraken_compiler.backends.onnx_ort.format import (
     data_file,
     device_file,
 )
-from kraken_compiler.backends.onnx_ort.schedule import is_gemm
-from kraken_compiler.backends.onnx_ort.stages import Stage, cut
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram, Event
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.run.stages import Stage, cut
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.thread_ranks import alone, together
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import alone, together
+from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.weights.io.safetensors_format import read_header
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
-from kraken_compiler.weights.safetensors_format import read_header
 from kraken_compiler.weights.shard_journal import JOURNAL
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import logits_of, token_batch

@@ -13,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.replay import replay, split_lengths
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import replay, split_lengths
 from tests.table_notes import note
 from tests.test_families import EVERY_FAMILY, SIZES, lane_program, recognized, relative_error
 from tests.zoo import token_batch

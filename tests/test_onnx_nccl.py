@@ -7,13 +7,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, NCCL_DOMAIN, device_file
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.thread_ranks import alone
-from kraken_compiler.verifying import verify_artifact
+from kraken_compiler.quality.thread_ranks import alone
 from tests.test_families import recognized
 from tests.zoo import token_batch
 

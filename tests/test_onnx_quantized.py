@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.check.quantized_lanes import read_as_quantized
 from kraken_compiler.backends.onnx_ort.format import (
     LOGITS,
     META_WEIGHTS,
@@ -28,15 +26,17 @@ from kraken_compiler.backends.onnx_ort.format import (
     data_file,
     device_file,
 )
-from kraken_compiler.backends.onnx_ort.quantization import QUANTIZATIONS, Quantization, dequantize, quantize
-from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.write.quantization import QUANTIZATIONS, Quantization, dequantize, quantize
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.thread_ranks import together
-from kraken_compiler.verifying import verify_artifact
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from tests.test_families import lane_program, recognized, relative_error
 from tests.zoo import token_batch

@@ -23,23 +23,23 @@ from typer.testing import CliRunner
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.model import open_device
-from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.model import open_device
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.cli.run import app
 from kraken_compiler.errors import RankFailedError, UsageError
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.decoder import RecomputingDecoder
-from kraken_compiler.runtime.generate import GREEDY, generate
-from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.status import is_of_peer
-from kraken_compiler.runtime.worker import main
+from kraken_compiler.generate.decoder import RecomputingDecoder
+from kraken_compiler.generate.loop import GREEDY, generate
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.generate.worker import main
+from kraken_compiler.lanes.logits import logits_function
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.ranks.heartbeat import is_of_peer
 from tests.test_cli_compile import kill_a_rank, save_tokenizer
 from tests.test_families import lane_program, recognized
 from tests.toy_lane_program import edit_manifest, write_toy
@@ -51,7 +51,7 @@ SAMPLED = Sampling(2.0, top_k=50, top_p=0.98, seed=3)
 
 RANK = """
 import sys
-from kraken_compiler.runtime.worker import main
+from kraken_compiler.generate.worker import main
 for file in sys.argv[1:]:
     main(["--options-file", file])
 loaded = {"torch", "transformers"} & {name.partition(".")[0] for name in sys.modules}
@@ -279,7 +279,7 @@ def damaged_copy(artifact: Path, target: Path) -> Path:
 
 
 def test_a_killed_rank(artifacts: Artifacts) -> None:
-    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.runtime.worker",))
+    killer = threading.Thread(target=kill_a_rank, args=("kraken_compiler.generate.worker",))
     killer.start()
     result = invoke(artifacts.standard, "--backend", "onnx", "--input-ids", "5", "--max-new-tokens", "50")
     killer.join()

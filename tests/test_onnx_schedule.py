@@ -15,23 +15,23 @@ import pytest
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.check_run import is_matrix_product, ran_windows
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import Array, DeviceProgram
-from kraken_compiler.backends.onnx_ort.events import Event, events_from
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.check.check_run import is_matrix_product, ran_windows
+from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
+from kraken_compiler.backends.onnx_ort.check.schedule import measure_windows
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, LOGITS, START, WAIT, device_file
-from kraken_compiler.backends.onnx_ort.ort_profile import last_run
-from kraken_compiler.backends.onnx_ort.schedule import measure_windows
-from kraken_compiler.backends.single.streaming import read_from_source
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import Array, DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.events import Event, events_from
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import InputFileError, VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import RanWindow, Window
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.overlap import require_run_overlap
 from kraken_compiler.verify.verification import Reference, Verification, verify_programs
 from tests.test_families import lane_program, recognized

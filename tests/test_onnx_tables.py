@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kraken_compiler.backends.onnx_ort import tables
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.tables import MAX_POSITIONS, LaneTables
+from kraken_compiler.backends.onnx_ort.write import tables
+from kraken_compiler.backends.onnx_ort.write.tables import MAX_POSITIONS, LaneTables
 from kraken_compiler.ir.program import CachedProgram, Program
 from tests.test_families import lane_program, recognized
 

@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
-from kraken_compiler.backends.single.lane_module import LaneModule
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.forms import FORMS
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.run_ranks import run_ranks
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.overlap import require_overlap
 from tests.table_notes import note
 from tests.test_families import CHANGED, DEGREES, relative_error

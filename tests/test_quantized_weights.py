@@ -24,33 +24,33 @@ from torchao.quantization import (
 )
 from torchao.quantization.quant_primitives import MappingType
 
-from kraken_compiler.api import load_lanes, transform
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.format import weight_files
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, lane_file
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.capture import Capture, capture
-from kraken_compiler.communicators.none import NoCommunication
-from kraken_compiler.compiling import CompileResult, compile_model
+from kraken_compiler.commands.compile import CompileResult, compile_model
+from kraken_compiler.commands.heal import heal_artifact
+from kraken_compiler.commands.transform import load_lanes, transform
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
-from kraken_compiler.heal import heal_artifact
-from kraken_compiler.ir.dequantize import dequantize, pack, unpack
 from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.logits import inputs_function
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.ops.dequantize import dequantize, pack, unpack
 from kraken_compiler.ops.op_sets import DEQUANTIZE
 from kraken_compiler.passes.graph_tools import args_of
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.passes.shard.degrees import Share, kv_shares, shared_groups, spread
 from kraken_compiler.passes.shard.scale_groups import cut_of_scales
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.report import make_report
-from kraken_compiler.runtime.logits import inputs_function
-from kraken_compiler.runtime.replay import split_lengths
+from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import split_lengths
+from kraken_compiler.verify.report import make_report
 from tests.lane_decoder import LaneDecoder
 from tests.table_notes import note
 from tests.test_cache_families import one_by_one

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, capture
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.execute import execute_on_ranks
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors
+from kraken_compiler.verify.execute import execute_on_ranks
 from tests.table_notes import note_trained
 from tests.zoo import logits_of
 

@@ -11,18 +11,18 @@ import torch
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.lanes import load_lanes
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.record import TokenizerSource
-from kraken_compiler.compiling import compile_model
-from kraken_compiler.lowering import lower
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.lanes.logits import logits_function
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
-from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.verify.compare import errors
 from tests.table_notes import note_trained
 from tests.zoo import logits_of, random_tokens

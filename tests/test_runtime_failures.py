@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
-from kraken_compiler.runtime.launch import launch, threads_per_rank
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.launch import launch, threads_per_rank
+from kraken_compiler.ranks.run_ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -83,7 +83,7 @@ def test_a_users_error_stays_one() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, None), (signal.SIGKILL, -9)])
 def test_no_rank_survives_the_launcher(number: signal.Signals, code: int | None, tmp_path: Path) -> None:
     call = f"run_ranks('tests.runtime_functions:sleep_for_long', 2, {{'directory': {str(tmp_path)!r}}})"
-    program = f"from kraken_compiler.runtime.execute import run_ranks\n{call}"
+    program = f"from kraken_compiler.verify.execute import run_ranks\n{call}"
     # A launcher that is killed cannot tidy up; pytest does it.
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     launcher = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment)

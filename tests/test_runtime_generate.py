@@ -15,18 +15,18 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.cached_decoder import on_host
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.torch_dist.run.cached_decoder import on_host
+from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError
+from kraken_compiler.generate.decoder import Array, Decoder, RecomputingDecoder
+from kraken_compiler.generate.loop import generate, pack
+from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.generate.worker import main
 from kraken_compiler.ir.program import InputSpec
-from kraken_compiler.runtime.decoder import Array, Decoder, RecomputingDecoder
-from kraken_compiler.runtime.generate import generate, pack
-from kraken_compiler.runtime.logits import logits_function
-from kraken_compiler.runtime.run_ranks import run_ranks
-from kraken_compiler.runtime.sampling import Sampling
-from kraken_compiler.runtime.worker import main
+from kraken_compiler.lanes.logits import logits_function
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.ranks.run_ranks import run_ranks
 from tests.generation_functions import continuation
 from tests.test_cli_compile import save_model
 from tests.toy_lane_program import write_toy
@@ -188,7 +188,7 @@ def expected(artifact: Path, prompt: list[int], count: int) -> str:
 
 def test_only_the_result_reaches_standard_output(artifact: Path) -> None:
     program = (
-        "from kraken_compiler.runtime.launch import launch\n"
+        "from kraken_compiler.ranks.launch import launch\n"
         f"launch(2, [{str(artifact)!r}, '--input-ids', '5,6,7', '--max-new-tokens', '6'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
@@ -201,7 +201,7 @@ def test_torchrun_does_the_same(artifact: Path) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
-    torchrun += ["--master-addr", "localhost", "--master-port", str(port), "-m", "kraken_compiler.runtime.worker"]
+    torchrun += ["--master-addr", "localhost", "--master-port", str(port), "-m", "kraken_compiler.generate.worker"]
     arguments = [str(artifact), "--input-ids", "9", "--input-ids", "5,6", "--max-new-tokens", "3"]
     done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,9 @@ import pytest
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.lines import Lines
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.text import TextCodec, TextStream
+from kraken_compiler.generate.lines import Lines
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.generate.tokenizer import TextCodec, TextStream
 from tests.toy_lane_program import write_toy
 
 TEMPLATE = (

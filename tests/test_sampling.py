@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.sampling import Sampling, softmax, uniform
+from kraken_compiler.generate.sampling import Sampling, softmax, uniform
 
 
 def likely(row: list[float], temperature: float, top_k: int | None, top_p: float | None) -> dict[int, float]:

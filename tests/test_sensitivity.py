@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kraken_compiler.api import transform
 from kraken_compiler.capture import Capture, capture
+from kraken_compiler.commands.transform import transform
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.quality import sensitivity as module
 from kraken_compiler.quality.evaluate import evaluate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kraken_compiler.backends.single.streaming import read_from_source
-from kraken_compiler.lowering import lower, lower_split, split_source
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.passes.lower import lower, lower_split, split_source
 from kraken_compiler.quality.calibration.single_layers import APART, SingleLayers
 from kraken_compiler.quality.sensitivity import measure_sensitivity, single_layers
 from tests.test_calibration import batches, captured

@@ -19,7 +19,7 @@ from kraken_compiler.backends.torch_dist import graph_json
 from kraken_compiler.backends.torch_dist.graph_file import load_graph, save_graph
 from kraken_compiler.backends.torch_dist.graph_json import graph_from_json, graph_to_json
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.ir.devices import retarget
+from kraken_compiler.ops.devices import retarget
 from tests.toy_lane_program import toy_program, toy_sources
 
 aten = torch.ops.aten

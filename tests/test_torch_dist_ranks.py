@@ -11,12 +11,12 @@ import torch
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, map_weights
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
-from kraken_compiler.runtime.execute import execute_on_ranks
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.verify.execute import execute_on_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, write_toy
 

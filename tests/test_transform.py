@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import kraken_compiler
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.forms import Form, Lag
+from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.verify.compare import errors
 from tests.zoo import SUPPORTED, logits_of, token_batch
 

@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.index_set import size
 from kraken_compiler.ir.program import Program
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.healing.loop import train
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import open_state
 from kraken_compiler.quality.healing.watch import Unwatched
-from kraken_compiler.runtime.replay import split_lengths
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import split_lengths
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
 from tests.healing_models import lowered, rows, trainer_for
 from tests.table_notes import note

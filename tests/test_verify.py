@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.artifact.write import write_artifact
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
+from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, read_weights
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.lanes.reference import ReadLane
+from kraken_compiler.passes.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
 from kraken_compiler.verify.overlap import require_overlap

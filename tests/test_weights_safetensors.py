@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights import safetensors_writer
-from kraken_compiler.weights.safetensors_format import DTYPES, byte_view, read_header, read_tensor
-from kraken_compiler.weights.safetensors_writer import new_safetensors
+from kraken_compiler.weights.io import safetensors_writer
+from kraken_compiler.weights.io.safetensors_format import DTYPES, byte_view, read_header, read_tensor
+from kraken_compiler.weights.io.safetensors_writer import new_safetensors
 from kraken_compiler.weights.store import MemoryStore
 
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backend_named
-from kraken_compiler.backends.torch_dist.model import TorchModel
-from kraken_compiler.communicators.join import process_group, rank_device
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.backends.torch_dist.run.model import TorchModel
+from kraken_compiler.ranks.communicators.join import process_group, rank_device
+from kraken_compiler.ranks.session import Ranks
 
 
 def device_of(ranks: Ranks) -> torch.device:

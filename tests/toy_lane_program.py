@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from kraken_compiler.ir import ops  # noqa: F401  (defines the kraken ops)
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (defines the kraken ops)
 from kraken_compiler.weights.store import MemoryStore
 
 VOCABULARY, WIDTH, HEADS, HIDDEN, LAYERS = 50, 24, 6, 48, 2
@@ -139,8 +139,8 @@ def _rest(spec: WeightSpec) -> tuple[Any, ...]:
 def write_toy(directory: Path, degree: int, **options: Any) -> Path:
     """The toy as an artifact of the torch backend."""
     from kraken_compiler.artifact.manifest import Source
-    from kraken_compiler.artifact.write import write_artifact
     from kraken_compiler.backends.torch_dist.backend import TorchBackend
+    from kraken_compiler.backends.write_artifact import write_artifact
 
     sources = toy_sources()
     source = Source(kind="module", name="Toy", model_class="Toy")

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors, rank_tolerance
 
 LIMIT = 2**31

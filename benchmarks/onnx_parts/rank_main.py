@@ -13,13 +13,13 @@ import numpy.typing as npt
 from ttft_parts.contenders import BOUND, Contender
 from ttft_parts.rank_loop import RankLoop, obey, take_a_core
 
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
 from kraken_compiler.backends.onnx_ort.format import device_path
-from kraken_compiler.runtime.environment import Place
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.status import StatusWriter
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.ranks.environment import Place
+from kraken_compiler.ranks.heartbeat import StatusWriter
+from kraken_compiler.ranks.session import Ranks
 
 Array = npt.NDArray[Any]
 

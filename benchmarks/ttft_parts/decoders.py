@@ -88,7 +88,7 @@ class Factory:
 
     def _load_ours(self, contender: Contender, communicator: str | None) -> Any:
         from kraken_compiler.artifact.read import open_artifact
-        from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+        from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 
         assert contender.form is not None
         artifact = open_artifact(self.artifacts[contender.form], verify=False)

@@ -110,7 +110,7 @@ def _compile(plan: Plan, source: Path, dtype: str, work: Path, problems: list[st
     """Our artifacts by their names; a form that cannot be compiled is left out and noted."""
     found = {}
     for name, one in {one.artifact: one for one in plan.contenders if one.artifact is not None}.items():
-        from kraken_compiler.compiling import compile_model
+        from kraken_compiler.commands.compile import compile_model
 
         assert name is not None
         assert one.form is not None

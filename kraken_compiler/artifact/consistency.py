@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.ir.size_rules import names_in
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.structure_safety import require_safe_structure
+from kraken_compiler.ops.structure_safety import require_safe_structure
 
 _DTYPES = frozenset(
     [

@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
-    from kraken_compiler.backends.single.streaming import ReadLane
+    from kraken_compiler.generate.decoder import Decoder
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.ir.source_reader import SourceReader
+    from kraken_compiler.lanes.reference import ReadLane
     from kraken_compiler.progress import Advance
-    from kraken_compiler.runtime.decoder import Decoder
-    from kraken_compiler.runtime.ranks import Ranks
+    from kraken_compiler.ranks.session import Ranks
 
 Array = npt.NDArray[Any]
 

@@ -10,7 +10,7 @@ from torch import nn
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.lanes import load_lanes
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.artifact.version import own_version
 from kraken_compiler.backends.base import Backend, RankModel
-from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.errors import KrakenError, UsageError
-from kraken_compiler.runtime.environment import SLOWEST_DISK
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.versions import own_version
+from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
+from kraken_compiler.ranks.environment import SLOWEST_DISK
+from kraken_compiler.ranks.session import Ranks
 
 _SHOWN_DIGITS = 16
 

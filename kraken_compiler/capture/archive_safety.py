@@ -28,7 +28,7 @@ import torch
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.quiet import quiet_torch
 from kraken_compiler.errors import InputFileError, first_line
-from kraken_compiler.structure_safety import FILE_OPS, MODULES_ALLOWED, is_value_name, items_of, structure_modules
+from kraken_compiler.ops.structure_safety import FILE_OPS, MODULES_ALLOWED, is_value_name, items_of, structure_modules
 
 # ASCII only: Python takes look-alike letters in a name for the plain ones, a check by spelling would not.
 _QUOTED_NAME = re.compile(r"\b(Symbol|Float)\s*\(\s*'[\w.+-]*'", re.ASCII)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
-from kraken_compiler.ir.dequantize import dequantize, pack
+from kraken_compiler.ops.dequantize import dequantize, pack
 
 
 @dataclass(frozen=True)

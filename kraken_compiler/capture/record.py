@@ -17,19 +17,19 @@ from typing import Any
 from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.reference import OpenModel
-from kraken_compiler.errors import InputFileError, naming
-from kraken_compiler.ir.program import Program
-from kraken_compiler.text import json_text
-from kraken_compiler.tokenizer_files import (
+from kraken_compiler.capture.tokenizer_files import (
     GENERATION_CONFIG,
     generation_config,
     read_tokenizer,
     read_without_templates,
     save_tokenizer,
 )
-from kraken_compiler.weights.buffers import aligned_buffer
-from kraken_compiler.weights.direct_io import LargeFile, would_flood_the_cache
-from kraken_compiler.weights.safetensors_format import byte_view
+from kraken_compiler.errors import InputFileError, naming
+from kraken_compiler.ir.program import Program
+from kraken_compiler.text import json_text
+from kraken_compiler.weights.io.buffers import aligned_buffer
+from kraken_compiler.weights.io.direct_io import LargeFile, would_flood_the_cache
+from kraken_compiler.weights.io.safetensors_format import byte_view
 from kraken_compiler.weights.store import WeightStore
 
 _DIGEST_BYTES = 64 << 20

@@ -20,12 +20,12 @@ from kraken_compiler.cli.console import (
     set_up_interpreter,
     set_up_logging,
 )
-from kraken_compiler.commands.command_line import Given, Output, command
-from kraken_compiler.commands.compile_options import CompileOptions
 from kraken_compiler.errors import UsageError
+from kraken_compiler.options.command_line import Given, Output, command
+from kraken_compiler.options.compile import CompileOptions
 
 if TYPE_CHECKING:
-    from kraken_compiler.compiling import CompileResult
+    from kraken_compiler.commands.compile import CompileResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def compile_command(given: Given) -> None:
         if asked.model is None:
             raise UsageError("name the MODEL to compile, on the command line or as 'model' in the config file")
         # Imported late, so that --help does not load torch.
-        from kraken_compiler.compiling import compile_model
+        from kraken_compiler.commands.compile import compile_model
 
         directory = asked.output or Path(f"{_name_of(Path(asked.model))}.kraken")
         progress = ConsoleProgress(output.quiet or output.json)

@@ -21,14 +21,14 @@ from kraken_compiler.cli.console import (
     set_up_logging,
 )
 from kraken_compiler.cli.heal_bar import HealBar
-from kraken_compiler.commands.command_line import Given, command
-from kraken_compiler.commands.heal_options import HealOptions
-from kraken_compiler.commands.options import COMMAND_LINE_ONLY, Spelled
+from kraken_compiler.options.command_line import Given, command
+from kraken_compiler.options.heal import HealOptions
+from kraken_compiler.options.options import COMMAND_LINE_ONLY, Spelled
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.text import number_text
 
 if TYPE_CHECKING:
-    from kraken_compiler.heal import HealResult
+    from kraken_compiler.commands.heal import HealResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def heal(given: Given) -> None:
         asked, options, settings = given.options(HealCommand, HealOptions, HealSettings)
         options = replace(options, texts=[*options.texts, *asked.more_texts])
         # Imported late, so that --help does not load torch.
-        from kraken_compiler.heal import heal_artifact
+        from kraken_compiler.commands.heal import heal_artifact
 
         with HealBar(output.quiet or output.json) as bar:
             result = heal_artifact(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, quiet_libraries, run_app, set_up_logging
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime.options import NEW_TOKENS, RunOptions, options_app
+from kraken_compiler.generate.request import NEW_TOKENS, RunOptions, options_app
 
 _DESCRIPTION = """Run an artifact on this machine, one process per lane, and print the continuation of prompts.
 
@@ -31,12 +31,12 @@ def run(options: RunOptions) -> None:
         options.check()
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
-        from kraken_compiler.runtime.derived_inputs import reads_source
-        from kraken_compiler.runtime.environment import DEFAULT_TIMEOUT
-        from kraken_compiler.runtime.launch import launch
-        from kraken_compiler.runtime.run_rank import OPTIONS_FILE
-        from kraken_compiler.runtime.text import require_tokenizer
-        from kraken_compiler.size_checks import require_generation
+        from kraken_compiler.generate.run_rank import OPTIONS_FILE
+        from kraken_compiler.generate.tokenizer import require_tokenizer
+        from kraken_compiler.ir.size_checks import require_generation
+        from kraken_compiler.lanes.derived_inputs import reads_source
+        from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
+        from kraken_compiler.ranks.launch import launch
 
         artifact = open_artifact(options.artifact, verify=False)
         options.backend_of(artifact)

@@ -18,9 +18,9 @@ from kraken_compiler.cli.console import (
     run_app,
     set_up_logging,
 )
-from kraken_compiler.commands.command_line import Given, command
-from kraken_compiler.commands.options import COMMAND_LINE_ONLY
-from kraken_compiler.commands.verify_options import VerifyOptions
+from kraken_compiler.options.command_line import Given, command
+from kraken_compiler.options.options import COMMAND_LINE_ONLY
+from kraken_compiler.options.verify import VerifyOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def verify(given: Given) -> None:
     with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
         asked, options = given.options(VerifyCommand, VerifyOptions)
         # Imported late, so that --help does not load torch.
-        from kraken_compiler.verifying import verify_artifact
+        from kraken_compiler.commands.verify import verify_artifact
 
         result = verify_artifact(asked.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
         if asked.plot is not None:

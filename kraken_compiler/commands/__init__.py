@@ -1,1 +1,1 @@
-"""The commands as functions: what each can be asked for, and what it does."""
+"""The commands as functions: what each does, from its options to its result."""

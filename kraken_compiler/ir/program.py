@@ -19,7 +19,6 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.ir import dequantize  # noqa: F401  (registers the op)
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec as CallSpec
 from kraken_compiler.ir.calls import InputSpec as InputSpec
@@ -29,6 +28,7 @@ from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.ir.windows import measure_windows
+from kraken_compiler.ops import dequantize  # noqa: F401  (registers the op)
 
 Stage = TypeVar("Stage", bound="Program")
 

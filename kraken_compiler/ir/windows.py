@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import OpOverload, op_name
-from kraken_compiler.ir import ops
 from kraken_compiler.ir.schedule import FormPlan, Window
+from kraken_compiler.ops import collectives as ops
 
 _GEMMS = frozenset(
     {

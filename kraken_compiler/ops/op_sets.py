@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kraken_compiler.ir import capped_attention, dequantize, expert_linear  # noqa: F401  (registers our own)
+from kraken_compiler.ops import (
+    capped_attention,  # noqa: F401  (registers our own)
+    dequantize,  # noqa: F401  (registers our own)
+    expert_linear,  # noqa: F401  (registers our own)
+)
 
 aten = torch.ops.aten
 

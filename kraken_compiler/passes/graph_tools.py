@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir.dequantize import grain
+from kraken_compiler.ops.dequantize import grain
 from kraken_compiler.ops.op_sets import SHAPE_ONLY
 
 aten = torch.ops.aten

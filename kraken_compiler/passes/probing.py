@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from kraken_compiler.errors import Rejection, UnsupportedModelError, first_line
-from kraken_compiler.ir import ops  # noqa: F401  (registers our own ops)
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers our own ops)
 from kraken_compiler.passes.choosing import CHOOSING, COMPARISONS, LOOKUPS, compare, lookup
 from kraken_compiler.passes.graph_tools import args_of, aten, module_path
 from kraken_compiler.passes.shapes import Concretizer

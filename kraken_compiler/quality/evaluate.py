@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.runtime.logits import LogitsOf
+from kraken_compiler.lanes.logits import LogitsOf
 from kraken_compiler.text import number_text
 
 _RANGES = (16, 64, 256, 1024, 4096)

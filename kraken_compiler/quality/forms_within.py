@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
 from kraken_compiler.ir.program import LaneProgram, Split
-from kraken_compiler.lowering import lower_split
+from kraken_compiler.lanes.logits import inputs_function, lane_logits, recorded
+from kraken_compiler.lanes.reference import ReadLane, read_from_source
+from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.calibrate import calibrate
@@ -21,7 +22,6 @@ from kraken_compiler.quality.calibration.single_layers import SingleLayers
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import measure_sensitivity
-from kraken_compiler.runtime.logits import inputs_function, lane_logits, recorded
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.sample_inputs import position_limit
-from kraken_compiler.runtime.logits import LogitsOf, logits_function
+from kraken_compiler.lanes.logits import LogitsOf, logits_function
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.sample_inputs import position_limit
 
 try:
     from lm_eval.api.instance import Instance

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Reference
-from kraken_compiler.backends.single.streaming import ReadLane, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Program
+from kraken_compiler.lanes.logits import LogitsOf, lane_logits
+from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.progress import Advance, Progress
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
-from kraken_compiler.runtime.logits import LogitsOf, lane_logits
-from kraken_compiler.runtime.thread_ranks import logits_in_threads
+from kraken_compiler.quality.thread_ranks import logits_in_threads
 from kraken_compiler.verify.verification import Verification
 
 _MOST_BY_LAYER = 2048

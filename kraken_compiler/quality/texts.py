@@ -17,10 +17,10 @@ from torch import Tensor
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
+from kraken_compiler.ir.size_checks import longest_allowed, token_rules
+from kraken_compiler.lanes.derived_inputs import find_derived
+from kraken_compiler.passes.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
 from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
-from kraken_compiler.runtime.derived_inputs import find_derived
-from kraken_compiler.size_checks import longest_allowed, token_rules
 from kraken_compiler.text import ENCODING, not_utf8
 
 if TYPE_CHECKING:

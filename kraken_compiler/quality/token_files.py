@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.safetensors_format import read_header, read_tensor
+from kraken_compiler.weights.io.safetensors_format import read_header, read_tensor
 
 TokenIds = np.ndarray[Any, np.dtype[Any]]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.backends.base import Reference
-from kraken_compiler.backends.single.streaming import StreamingProgram
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.windows import measure_windows
-from kraken_compiler.runtime.execute import Array, Executed
-from kraken_compiler.runtime.replay import split_lengths
+from kraken_compiler.lanes.reference import StreamingProgram
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
+from kraken_compiler.verify.execute import Array, Executed
 from kraken_compiler.verify.prefixes import prefix_lengths, recomputed
+from kraken_compiler.verify.replay import split_lengths
 from kraken_compiler.verify.tolerances import computed_dtypes, rank_tolerance
 
 

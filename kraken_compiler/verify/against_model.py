@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.reference import RunModel
 from kraken_compiler.errors import VerificationError, typed_line
 from kraken_compiler.ir.program import LaneProgram, Program, Stage
-from kraken_compiler.ir.sample_inputs import all_sizes
 from kraken_compiler.ir.size_rules import in_words
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
+from kraken_compiler.passes.sample_inputs import all_sizes
 from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
 from kraken_compiler.errors import typed_line
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.program import LaneProgram, Program
-from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
+from kraken_compiler.passes.sample_inputs import sample_inputs
 from kraken_compiler.passes.stages import recognize
 from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors
 from kraken_compiler.verify.tolerances import computed_dtypes, source_tolerance

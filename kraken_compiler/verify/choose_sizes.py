@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kraken_compiler._torch_compat import size_hint
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import all_sizes, position_limit
+from kraken_compiler.passes.sample_inputs import all_sizes, position_limit
 
 _EXAMPLE = (2, 16)
 """Sizes of an example that nobody remembers."""

@@ -1,4 +1,4 @@
-"""What `runtime.replay` must give, from runs of whole sequences and of their prefixes."""
+"""What `replay` must give, from runs of whole sequences and of their prefixes."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend, Reference
 from kraken_compiler.backends.registry import backends_of, lanes_in
 from kraken_compiler.errors import VerificationError
-from kraken_compiler.ir.sample_inputs import sample_inputs
 from kraken_compiler.ir.schedule import RanWindow, Window
-from kraken_compiler.runtime.execute import Array, execute_on_ranks
+from kraken_compiler.passes.sample_inputs import sample_inputs
 from kraken_compiler.verify.against_lanes import compare_with_lanes
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.execute import Array, execute_on_ranks
 from kraken_compiler.verify.overlap import require_overlap, require_run_overlap
 from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError, first_line
-from kraken_compiler.weights.buffers import Buffers
-from kraken_compiler.weights.direct_io import would_flood_the_cache
-from kraken_compiler.weights.safetensors_format import TensorEntry, read_header, read_tensor
+from kraken_compiler.weights.io.buffers import Buffers
+from kraken_compiler.weights.io.direct_io import would_flood_the_cache
+from kraken_compiler.weights.io.safetensors_format import TensorEntry, read_header, read_tensor
 
 _COMPARED = 16 << 20
 """Elements of a tensor that are compared at a time."""

@@ -19,9 +19,9 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.progress import Advance
+from kraken_compiler.weights.io.safetensors_format import read_header
+from kraken_compiler.weights.io.safetensors_writer import SafetensorsWriter, file_mark
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
-from kraken_compiler.weights.safetensors_format import read_header
-from kraken_compiler.weights.safetensors_writer import SafetensorsWriter, file_mark
 from kraken_compiler.weights.shard_journal import Mark, ShardJournal, finished_files
 
 FORMAT = {"format": "pt", "kraken_weights": "2"}

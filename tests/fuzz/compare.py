@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import kraken_compiler
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
 from kraken_compiler.errors import UnsupportedModelError, UsageError
+from kraken_compiler.generate.decoder import Array
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.runtime.decoder import Array
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.fuzz.decoding import CAPACITY, PROMPTS, ROWS, STEPS, TOKENS, decoded, token_ids
 from tests.fuzz.model import build

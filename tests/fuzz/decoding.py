@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_compiler.runtime.decoder import Decoder
+from kraken_compiler.generate.decoder import Decoder
 
 VOCABULARY = 31
 

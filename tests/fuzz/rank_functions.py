@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
+from kraken_compiler.ranks.session import Ranks
 from tests.fuzz.decoding import CAPACITY, ROWS, decoded
 from tests.torch_ranks import group_of
 

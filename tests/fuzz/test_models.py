@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from safetensors.torch import load_file
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.backends.write_artifact import write_artifact
+from kraken_compiler.ranks.run_ranks import run_ranks
 from tests.fuzz.compare import Comparison, compare, require_close
 from tests.fuzz.recipe import Recipe, recipes
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kraken_compiler.ir.schedule import Window
     from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
-    from kraken_compiler.runtime.ranks import Ranks
+    from kraken_compiler.ranks.session import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class NumpyBackend(Backend[NumpyOptions]):
         # The graph of a lane program is not kept, its weights are.
         if lanes is None:
             return None
-        from kraken_compiler.backends.single.streaming import read_from_lane_files
+        from kraken_compiler.lanes.reference import read_from_lane_files
 
         files = [artifact.path(f"{LANES_DIRECTORY}/{lane_file_name(lane)}") for lane in range(lanes.program.degree)]
         return Reference(lanes.program, read_from_lane_files(files, artifact.path(f"{LANES_DIRECTORY}/{SHARED_FILE}")))

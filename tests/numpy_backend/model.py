@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Array, RankModel
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 from tests.numpy_backend.graph import LaneGraph
 from tests.numpy_backend.operators import OPERATORS

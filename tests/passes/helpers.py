@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized
 from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import RECOGNIZE

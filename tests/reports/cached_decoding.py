@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kraken_compiler.capture import capture
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.lowering import lower
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors
 from tests.lane_decoder import LaneDecoder
 from tests.reports.small_models import EXAMPLE, TOLERANCE, logits, tokens

@@ -15,7 +15,7 @@ import torch
 
 from kraken_compiler.backends.load import load
 from kraken_compiler.errors import KrakenError
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.ranks.session import Ranks
 from tests.torch_ranks import group_of
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kraken_compiler.runtime.text import TextCodec, TextStream
-from kraken_compiler.runtime.text_stream import CleanedStream
+from kraken_compiler.generate.text_stream import CleanedStream
+from kraken_compiler.generate.tokenizer import TextCodec, TextStream
 from tests.reports.tokenizers_of_kinds import KINDS, bad_byte, decode_with, ids_of
 
 CASES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import UsageError
-from kraken_compiler.runtime import chat_template
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.text import TextCodec
-from kraken_compiler.tokenizer_files import read_tokenizer
+from kraken_compiler.generate import chat_template
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.generate.tokenizer import TextCodec
 from tests.reports.text_functions import END, said, with_tokenizer
 from tests.test_runtime_text import DONE, TEMPLATE, tokenizer
 
@@ -130,12 +130,12 @@ def lines_on_standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> 
     reading, writing = os.pipe()
     os.write(writing, content)
     os.close(writing)
-    monkeypatch.setattr("kraken_compiler.runtime.speak.Lines", lambda: _lines(reading))
+    monkeypatch.setattr("kraken_compiler.generate.speak.Lines", lambda: _lines(reading))
     monkeypatch.setattr("os.isatty", lambda descriptor: False)
 
 
 def _lines(descriptor: int) -> Any:
-    from kraken_compiler.runtime.lines import Lines
+    from kraken_compiler.generate.lines import Lines
 
     return Lines(descriptor)
 

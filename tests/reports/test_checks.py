@@ -15,19 +15,19 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends import registry
 from kraken_compiler.backends.base import Backend, BackendOptions, RankModel
 from kraken_compiler.capture import capture
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.lowering import lower, lower_split
+from kraken_compiler.passes.lower import lower, lower_split
 from kraken_compiler.progress import Advance
-from kraken_compiler.runtime.ranks import Ranks
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.verification import verify_programs
-from kraken_compiler.verifying import verify_artifact
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, relative_error, tokens
 from tests.toy_lane_program import edit_manifest, write_toy
 
@@ -87,7 +87,7 @@ def test_a_wrong_program_is_not_returned(monkeypatch: pytest.MonkeyPatch, form: 
         program.weights[name] = _swapped(program.weights[name])
         return program
 
-    monkeypatch.setattr("kraken_compiler.api.lower_split", wrong)
+    monkeypatch.setattr("kraken_compiler.commands.transform.lower_split", wrong)
     with pytest.raises(VerificationError, match=r"the program computes something else.*layer 0, ffn"):
         kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE)
     assert kraken_compiler.transform(LM(), 2, form, example_inputs=EXAMPLE, check=False).report is not None

@@ -19,14 +19,14 @@ from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.console import errors_as_exit_codes, quiet_libraries
 from kraken_compiler.cli.heal import HealCommand
 from kraken_compiler.cli.verify import app as verify_app
-from kraken_compiler.commands.command_line import command_options
-from kraken_compiler.commands.compile_options import CompileOptions
-from kraken_compiler.commands.heal_options import HealOptions
-from kraken_compiler.commands.options import merged
 from kraken_compiler.errors import InputFileError, RankFailedError, UnsupportedModelError, UsageError
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.options.command_line import command_options
+from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.options.heal import HealOptions
+from kraken_compiler.options.options import merged
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.runtime.launch import launch
-from kraken_compiler.runtime.options import RunOptions
+from kraken_compiler.ranks.launch import launch
 from tests.cli_command import Command
 from tests.test_cli_compile import invoke, refused, save_model
 

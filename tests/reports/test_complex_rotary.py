@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kraken_compiler
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import LOGITS, device_file
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.capture import capture
-from kraken_compiler.communicators.none import NoCommunication
 from kraken_compiler.errors import UnsupportedModelError
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.replay import replay, split_lengths
-from kraken_compiler.runtime.thread_ranks import together
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.thread_ranks import together
+from kraken_compiler.ranks.communicators.none import NoCommunication
+from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import replay, split_lengths
 from tests.reports.small_models import (
     COLUMNS,
     EXAMPLE,

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from kraken_compiler.capture import capture
-from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
+from kraken_compiler.passes.sample_inputs import NO_LIMIT, position_limit
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import POSITIONS, D

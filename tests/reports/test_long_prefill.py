@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kraken_compiler.errors import RankFailedError
-from kraken_compiler.runtime.run_ranks import run_ranks
-from kraken_compiler.runtime.status import StatusWriter, read_heartbeats
+from kraken_compiler.ranks.heartbeat import StatusWriter, read_heartbeats
+from kraken_compiler.ranks.run_ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import kraken_compiler
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.capture import capture
-from kraken_compiler.lowering import lower
-from kraken_compiler.runtime.replay import split_lengths
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.prefixes import expected
+from kraken_compiler.verify.replay import split_lengths
 from tests.lane_decoder import LaneDecoder
 from tests.reports.small_models import EXAMPLE, HEADS, LM, TOLERANCE, D, logits, relative_error, tokens
 from tests.test_cache_families import one_by_one

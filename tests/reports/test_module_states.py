@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kraken_compiler
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.errors import UnsupportedModelError, UsageError
+from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.verify.compare import errors
 from tests.reports.small_models import (
     EXAMPLE,

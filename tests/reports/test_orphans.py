@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kraken_compiler.runtime import start_rank
-from kraken_compiler.runtime.start_rank import LAUNCHER
+from kraken_compiler.ranks import start_rank
+from kraken_compiler.ranks.start_rank import LAUNCHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 CALL = """
-from kraken_compiler.runtime.execute import run_ranks
+from kraken_compiler.verify.execute import run_ranks
 run_ranks("tests.reports.running_functions:say_pid_and_wait", 2, {{"directory": {directory!r}}})
 """
 IN_A_THREAD = """
@@ -111,7 +111,7 @@ def ended(launcher: Launcher) -> bool:
 
 RANK = """
 import os, sys, time
-from kraken_compiler.runtime import start_rank
+from kraken_compiler.ranks import start_rank
 if sys.argv[1] == "without":
     start_rank._signalled_by_the_system = lambda: False
 start_rank.end_with_launcher(int(sys.argv[2]) or os.getppid())
@@ -151,7 +151,7 @@ def test_a_launcher_that_ended_before_its_rank_looked() -> None:
     gone.wait()
     environment = {**os.environ, LAUNCHER: str(gone.pid)}
     rank = subprocess.run(
-        [sys.executable, "-P", start_rank.__file__, "kraken_compiler.runtime.call_rank"],
+        [sys.executable, "-P", start_rank.__file__, "kraken_compiler.ranks.call_rank"],
         check=False,
         env=environment,
         timeout=20,

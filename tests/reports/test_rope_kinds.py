@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
+from kraken_compiler.lanes.module import LaneModule
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import TOLERANCE, D, relative_error
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import kraken_compiler
-from kraken_compiler.backends.single.lane_module import LaneModule
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.ir.program import Program
-from kraken_compiler.lowering import lower
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors
 from tests.lane_decoder import LaneDecoder
 from tests.reports.small_models import COLUMNS, EXAMPLE, HEADS, LM, TOLERANCE, Attention, D, tokens

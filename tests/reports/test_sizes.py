@@ -14,21 +14,21 @@ from torch.export import Dim
 
 import kraken_compiler
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.onnx_ort.array_decoder import ArrayDecoder
-from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
-from kraken_compiler.backends.onnx_ort.device_program import DeviceProgram
-from kraken_compiler.backends.onnx_ort.feeds import whole_feeds
 from kraken_compiler.backends.onnx_ort.format import device_file
-from kraken_compiler.backends.single.lane_module import LaneModule
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
+from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
+from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.capture import capture
 from kraken_compiler.cli.run import app
-from kraken_compiler.communicators.none import NoCommunication
-from kraken_compiler.compiling import compile_model
+from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.size_checks import lengths_read, require_generation
 from kraken_compiler.ir.size_rules import all_in_words, holds, parse_rule
-from kraken_compiler.lowering import lower
-from kraken_compiler.size_checks import lengths_read, require_generation
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.ranks.communicators.none import NoCommunication
 from tests.cli_command import Command
 from tests.reports.small_models import EXAMPLE, FFN, LM, TOLERANCE, Attention, D, relative_error, tokens
 
@@ -285,7 +285,7 @@ def test_the_command_refuses_before_ranks_start(bounded: Path, backend: str, mon
     def started(*arguments: object, **options: object) -> None:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("kraken_compiler.runtime.launch.launch", started)
+    monkeypatch.setattr("kraken_compiler.ranks.launch.launch", started)
     ids = ",".join(["3"] * 30)
     batch = [part for _ in range(5) for part in ("--input-ids", "1,2")]
     for asked, rule in (

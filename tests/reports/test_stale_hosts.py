@@ -16,13 +16,13 @@ import pytest
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.open_model import rank_claims
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims, disagreement
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims, disagreement
+from kraken_compiler.ranks.run_ranks import run_ranks
 from tests.toy_lane_program import edit_manifest, toy_program, toy_sources
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -137,7 +137,7 @@ def hosts(module: str, *arguments: list[str]) -> tuple[list[int], list[str]]:
     return [rank.returncode for rank in ranks], [(text.splitlines() or [""])[-1] for text in said]
 
 
-WORKER = "kraken_compiler.runtime.worker"
+WORKER = "kraken_compiler.generate.worker"
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "onnx"])
 
 
@@ -192,7 +192,7 @@ def test_programs_of_the_python_api_compare_at_their_first_run(artifacts: Artifa
 def test_a_call_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import zmq
 
-    from kraken_compiler.communicators import meeting
+    from kraken_compiler.ranks.communicators import meeting
 
     monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
     with socket.socket() as free:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.tokenizer_files import generation_config
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.runtime.text import TextCodec
-from kraken_compiler.tokenizer_files import generation_config
+from kraken_compiler.generate.tokenizer import TextCodec
 from tests.reports.text_functions import END, said, with_tokenizer
 from tests.test_runtime_text import tokenizer
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from kraken_compiler.cli.run import run as run_command
-from kraken_compiler.commands.command_line import command_options
-from kraken_compiler.commands.compile_options import CompileOptions
-from kraken_compiler.commands.options import merged
 from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.generate.lines import Lines
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.options.command_line import command_options
+from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.options.options import merged
 from kraken_compiler.quality.texts import TokenText as Text
 from kraken_compiler.quality.texts import _batches_of, read_text
-from kraken_compiler.runtime.lines import Lines
-from kraken_compiler.runtime.options import RunOptions
 from tests.reports.text_functions import said, with_tokenizer
 
 MARK = b"\xef\xbb\xbf"
@@ -111,7 +111,7 @@ def test_a_prompt_file_that_is_a_pipe(tmp_path: Path, monkeypatch: pytest.Monkey
     def launch(degree: int, arguments: list[str], **_: Any) -> None:
         given.append(RunOptions.from_json(Path(arguments[1]).read_text()))
 
-    monkeypatch.setattr("kraken_compiler.runtime.launch.launch", launch)
+    monkeypatch.setattr("kraken_compiler.ranks.launch.launch", launch)
     run_command(RunOptions(artifact=artifact.directory, prompt_file=tmp_path / "pipe"))
     assert [(one.prompt, one.prompt_file) for one in given] == [(["hi", "ho"], None)]
 
@@ -180,7 +180,7 @@ def test_a_conversation_beyond_it(
     reading, writing = os.pipe()
     os.write(writing, b"hiho\n")
     os.close(writing)
-    monkeypatch.setattr("kraken_compiler.runtime.speak.Lines", lambda: Lines(reading))
+    monkeypatch.setattr("kraken_compiler.generate.speak.Lines", lambda: Lines(reading))
     monkeypatch.setattr("os.isatty", lambda descriptor: False)
     engine = said(with_tokenizer(tmp_path / "a", max_positions=10), [33] * 40, max_context=room)
     assert capsys.readouterr().out == "B" * (7 if room == 11 else 6) + "\n"
@@ -210,7 +210,7 @@ def test_a_model_that_does_not_say(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_who_says_how_many(config: dict[str, Any] | None, limit: int | None) -> None:
-    from kraken_compiler.compiling import _max_positions
+    from kraken_compiler.commands.compile import _max_positions
 
     assert _max_positions(config) == limit
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.tokenizer_files import read_tokenizer
 from tests.reports.text_functions import with_tokenizer
 from tests.test_cli_compile import files_in, refused, save_model, save_tokenizer
 from tests.test_runtime_text import tokenizer
@@ -121,7 +121,7 @@ def test_before_the_weights(
     """A compile and a plan end with one line, and no lane is made before."""
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     damaged(llama, model, name)
-    monkeypatch.setattr("kraken_compiler.compiling.split_source", None)
+    monkeypatch.setattr("kraken_compiler.commands.compile.split_source", None)
     options = ["--plan"] if plan else ["-o", tmp_path / "out"]
     line = refused(5, model, "--degree", "2", *options, watched=tmp_path)
     assert "the tokenizer cannot be loaded" in line
@@ -132,7 +132,7 @@ def test_another_model_s_tokenizer(llama: Path, tmp_path: Path, monkeypatch: pyt
     """One that makes tokens of plain text which the model does not know is no tokenizer of this model."""
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     tokenizer().save_pretrained(model)  # of 259 tokens, of which plain text has some beyond the model's 97
-    monkeypatch.setattr("kraken_compiler.compiling.split_source", None)
+    monkeypatch.setattr("kraken_compiler.commands.compile.split_source", None)
     line = refused(5, model, "--degree", "2", "-o", tmp_path / "out")
     assert "the model knows 0 to 96: they do not belong together" in line
 
@@ -142,7 +142,7 @@ def test_a_token_more_than_the_model_has(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from kraken_compiler.capture import capture
-    from kraken_compiler.compiling import _tokenizer_notes
+    from kraken_compiler.commands.compile import _tokenizer_notes
     from kraken_compiler.quality.texts import TextChoice, evaluation_text
 
     model = Path(shutil.copytree(llama, tmp_path / "model"))
@@ -162,7 +162,7 @@ def test_a_token_more_than_the_model_has(llama: Path, tmp_path: Path) -> None:
 
 def test_an_artifact_s_tokenizer(sound: Path, tmp_path: Path) -> None:
     """The same words where ranks read it, whoever wrote it."""
-    from kraken_compiler.runtime.text import TextCodec
+    from kraken_compiler.generate.tokenizer import TextCodec
 
     broken = damaged(sound, tmp_path / "m", "newer")
     artifact = with_tokenizer(tmp_path / "a", lambda place: shutil.copytree(broken, place, dirs_exist_ok=True))
@@ -175,7 +175,7 @@ def test_a_tokenizer_of_characters() -> None:
     """Asked for a longer name, it raises; other kinds say that there is no such token."""
     from transformers import CanineTokenizer
 
-    from kraken_compiler.runtime.text import TextCodec
+    from kraken_compiler.generate.tokenizer import TextCodec
 
     codec = TextCodec(CanineTokenizer())
     ids = list(map(ord, "naïve 🎉"))

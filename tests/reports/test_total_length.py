@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kraken_compiler.backends.single.streaming import StreamingProgram, read_from_source
-from kraken_compiler.backends.torch_dist.rank_program import RankProgram
-from kraken_compiler.communicators.none import NoCommunication
+from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.size_checks import require_generation
+from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
 from kraken_compiler.passes.cache.step_builder import StepBuilder
-from kraken_compiler.runtime.replay import capacities, replay, split_lengths
-from kraken_compiler.size_checks import require_generation
+from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.prefixes import prefix_lengths, recomputed
+from kraken_compiler.verify.replay import capacities, replay, split_lengths
 from tests.reports import small_models
 from tests.reports.cached_decoding import check_decode, lowered
 from tests.reports.small_models import FFN, HEADS, Attention, D, tokens

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from kraken_compiler.artifact.manifest import Source
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.runtime.import_path import folder_of, load_package
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.backends.write_artifact import write_artifact
+from kraken_compiler.ranks.import_path import folder_of, load_package
+from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.weights.store import MemoryStore
 from tests.toy_lane_program import toy_program, toy_sources
 
@@ -87,7 +87,7 @@ def test_torchrun_without_it(artifact: Path, tmp_path: Path) -> None:
     assert started(place, [*torchrun(), "-m", WORKER, str(artifact), *ASK]).count(",") == 2
 
 
-WORKER = "kraken_compiler.runtime.worker"
+WORKER = "kraken_compiler.generate.worker"
 
 
 def torchrun() -> list[str]:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kraken_compiler
-from kraken_compiler.calling import bind, unflatten_output
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import KrakenError, UnsupportedModelError, UsageError
+from kraken_compiler.lanes.calling import bind, unflatten_output
 from kraken_compiler.verify.compare import errors
 from tests.reports.small_models import (
     EXAMPLE,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.runtime.engine import Order
-from kraken_compiler.runtime.options import RunOptions
-from kraken_compiler.runtime.speak import speak
+from kraken_compiler.generate.engine import Order
+from kraken_compiler.generate.request import RunOptions
+from kraken_compiler.generate.speak import speak
 from tests.test_runtime_text import tokenizer
 from tests.toy_lane_program import edit_manifest, write_toy
 

@@ -16,12 +16,12 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
 if TYPE_CHECKING:
-    from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+    from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
-    from kraken_compiler.runtime.ranks import Ranks
+    from kraken_compiler.ranks.session import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class OnnxBackend(Backend[OnnxOptions]):
     def write(
         self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
-        from kraken_compiler.backends.onnx_ort.emit import write_devices
+        from kraken_compiler.backends.onnx_ort.write.emit import write_devices
 
         return write_devices(program, read, directory, self.options, progress)
 
@@ -78,21 +78,21 @@ class OnnxBackend(Backend[OnnxOptions]):
         return [device_path(rank), *(name for name in weights if name in artifact.manifest.files)]
 
     def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
-        from kraken_compiler.backends.onnx_ort.model import OnnxModel
+        from kraken_compiler.backends.onnx_ort.run.model import OnnxModel
 
         return OnnxModel(self._device(artifact, ranks.rank), artifact.manifest, ranks, self.options, checking=checking)
 
     def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference | None:
         if lanes is None or self.options.onnx_weights is None:
             return lanes
-        from kraken_compiler.backends.onnx_ort.quantized_lanes import read_as_quantized
+        from kraken_compiler.backends.onnx_ort.check.quantized_lanes import read_as_quantized
 
         return Reference(lanes.program, read_as_quantized(self._device(artifact, 0), lanes.read_lane))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         import onnx_ir
 
-        from kraken_compiler.backends.onnx_ort.schedule import measure_windows
+        from kraken_compiler.backends.onnx_ort.check.schedule import measure_windows
 
         manifest = artifact.manifest
         models = [self._device(artifact, lane) for lane in range(manifest.degree)]
@@ -106,8 +106,8 @@ class OnnxBackend(Backend[OnnxOptions]):
         return measure_windows(onnx_ir.from_proto(models[0].proto).graph, plan)
 
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
-        from kraken_compiler.backends.onnx_ort.check_run import ran_windows
-        from kraken_compiler.backends.onnx_ort.events import events_from
+        from kraken_compiler.backends.onnx_ort.check.check_run import ran_windows
+        from kraken_compiler.backends.onnx_ort.run.events import events_from
 
         return ran_windows(events_from(record), windows) if record is not None else ()
 
@@ -122,6 +122,6 @@ class OnnxBackend(Backend[OnnxOptions]):
         return self.options.onnx_weights
 
     def _device(self, artifact: Artifact, lane: int) -> DeviceModel:
-        from kraken_compiler.backends.onnx_ort.device_model import DeviceModel
+        from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 
         return DeviceModel.load(artifact.path(device_path(lane)), verify=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kraken_compiler.ir.schedule import Window
     from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.progress import Advance
-    from kraken_compiler.runtime.ranks import Ranks
+    from kraken_compiler.ranks.session import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class TorchBackend(Backend[TorchOptions]):
     def write(
         self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
-        from kraken_compiler.backends.torch_dist.emit import write_lanes
+        from kraken_compiler.backends.torch_dist.write.emit import write_lanes
 
         return write_lanes(program, read, directory, progress)
 
@@ -63,7 +63,7 @@ class TorchBackend(Backend[TorchOptions]):
         return rank_files(artifact, rank)
 
     def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
-        from kraken_compiler.backends.torch_dist.model import TorchModel
+        from kraken_compiler.backends.torch_dist.run.model import TorchModel
 
         return TorchModel(artifact, ranks, self.options)
 
@@ -75,7 +75,7 @@ class TorchBackend(Backend[TorchOptions]):
         return Reference(program, read_weights(artifact, program.degree))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        from kraken_compiler.backends.torch_dist.check_schedule import check_schedule
+        from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
         from kraken_compiler.backends.torch_dist.lanes import load_program
 
         program = load_program(artifact)

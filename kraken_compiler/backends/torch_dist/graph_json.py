@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from kraken_compiler.ir import cached_attention, ops
-from kraken_compiler.structure_safety import FILE_OPS, is_value_name
+from kraken_compiler.ops import cached_attention
+from kraken_compiler.ops import collectives as ops
+from kraken_compiler.ops.structure_safety import FILE_OPS, is_value_name
 
 VERSION = 1
 _VERSION_KEY = "kraken_graph"

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.single.streaming import ReadLane, read_from_lane_files
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lanes.reference import ReadLane, read_from_lane_files
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 
 GRAPH_FILE, STEP_FILE, TABLES_FILE = (f"{LANES_DIRECTORY}/{name}.json" for name in ("lane", "step", "tables"))

@@ -19,12 +19,12 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import CachedProgram, LaneProgram, Program
-from kraken_compiler.ir.sample_inputs import token_input
+from kraken_compiler.ir.size_checks import SEQUENCE, token_rules
 from kraken_compiler.ir.size_rules import all_in_words, broken_rule, names_in
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.step_builder import StepBuilder
+from kraken_compiler.passes.sample_inputs import token_input
 from kraken_compiler.passes.shapes import shape_of
-from kraken_compiler.size_checks import SEQUENCE, token_rules
 
 _LENGTHS, _RUN = 1 << 12, 4
 """Lengths that are looked at, and how many in a row a text must be able to take."""

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.errors import first_line
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.sample_inputs import token_input
 from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate
+from kraken_compiler.passes.sample_inputs import token_input
 from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of
 
 _LONGEST = 1 << 17

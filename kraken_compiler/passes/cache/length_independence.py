@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import OpOverload
-from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR, SHAPE_ONLY
 from kraken_compiler.passes.cache.mixing import dims_along
 from kraken_compiler.passes.choosing import WHERE

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
-from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import NORMS, PROJECTIONS, SHAPE_ONLY
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of

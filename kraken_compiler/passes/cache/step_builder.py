@@ -10,10 +10,9 @@ from torch import fx
 
 from kraken_compiler._torch_compat import largest_size, new_dynamic_size
 from kraken_compiler.errors import Rejection
-from kraken_compiler.ir import cached_attention  # noqa: F401  (registers the op)
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
 from kraken_compiler.ir.program import CachedProgram, InputSpec, LaneProgram, Program
-from kraken_compiler.ir.sample_inputs import NO_LIMIT, position_limit
+from kraken_compiler.ops import cached_attention  # noqa: F401  (registers the op)
 from kraken_compiler.ops.op_sets import ATTENTIONS, CAPPED_ATTENTION, DEQUANTIZE
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
@@ -31,6 +30,7 @@ from kraken_compiler.passes.graph_tools import (
     module_path,
     value_descendants,
 )
+from kraken_compiler.passes.sample_inputs import NO_LIMIT, position_limit
 from kraken_compiler.passes.shapes import (
     compute_shape,
     fake_mode_of,

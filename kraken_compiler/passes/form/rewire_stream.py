@@ -22,10 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch, Encoder, LayerTable, Replay
 from kraken_compiler.ir.program import Planned, Program
 from kraken_compiler.ir.schedule import Reduce
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import sums_of
 from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Planned, Program
 from kraken_compiler.ir.schedule import Reduce
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors, args_of, aten

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir import ops  # noqa: F401  (registers the op)
 from kraken_compiler.ir.index_set import IndexSet, to_indices
 from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.weight_table import DimShard
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the op)
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir import ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ir.index_set import IndexSet
 from kraken_compiler.ir.program import Program, Recognized
+from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import ReadLane, StreamingProgram
 from kraken_compiler.ir.program import Program
+from kraken_compiler.lanes.reference import ReadLane, StreamingProgram
 from kraken_compiler.ops.op_sets import ATTENTIONS
 
 

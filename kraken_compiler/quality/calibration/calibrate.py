@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.lanes.reference import ReadLane
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.attention_received import attention_received
 from kraken_compiler.quality.calibration.branch_fit import BranchFit, Streams

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lanes.reference import ReadLane
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler.backends.single.streaming import Lanes, ReadLane, StreamingProgram
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lanes.reference import Lanes, ReadLane, StreamingProgram
 from kraken_compiler.passes.graph_tools import ancestors
 
 

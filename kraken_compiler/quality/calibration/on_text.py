@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.lanes.logits import inputs_function, lane_logits
+from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
-from kraken_compiler.runtime.logits import inputs_function, lane_logits
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import ReadLane
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.lowering import lower_split
+from kraken_compiler.lanes.reference import ReadLane
+from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.refittable import find_refittable

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_compiler.backends.single.streaming import read_from_source
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ir.sample_inputs import vocabulary
+from kraken_compiler.lanes.logits import lane_logits
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
 from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
-from kraken_compiler.runtime.logits import lane_logits
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

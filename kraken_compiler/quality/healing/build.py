@@ -9,17 +9,17 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.registry import keeper_of_lanes, require_lanes
-from kraken_compiler.communicators.base import Communicator
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
-from kraken_compiler.quality.healing.collectives import OnRanks
+from kraken_compiler.lanes.collectives import OnRanks
+from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.lora import add_lora
 from kraken_compiler.quality.healing.parameters import LaneParameters
 from kraken_compiler.quality.healing.peers import RankPeers
-from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
+from kraken_compiler.ranks.communicators.base import Communicator
 
 
 def trainer_of_all_lanes(

@@ -11,8 +11,8 @@ from torch import Tensor
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.quality.healing.state import RunState, finished_step, keep_only, write_state, write_whole
 from kraken_compiler.quality.healing.trainer import Trainer
-from kraken_compiler.weights.safetensors_format import read_header, read_tensor
-from kraken_compiler.weights.safetensors_writer import new_safetensors
+from kraken_compiler.weights.io.safetensors_format import read_header, read_tensor
+from kraken_compiler.weights.io.safetensors_writer import new_safetensors
 
 _GENERATOR = "generator"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.sample_inputs import vocabulary
+from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
 from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread

@@ -13,10 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.artifact.write import write_artifact
 from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_class, backend_named
-from kraken_compiler.communicators.agreement import THE_ARTIFACT, Claims
-from kraken_compiler.communicators.join import communicator_of, rank_device
+from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
@@ -26,8 +24,10 @@ from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import read_state
 from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
-from kraken_compiler.runtime.ranks import Ranks
-from kraken_compiler.runtime.run_ranks import run_ranks
+from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
+from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
+from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.ranks.session import Ranks
 
 _TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.trainer import Trainer
+from kraken_compiler.weights.io.safetensors_writer import SafetensorsWriter, new_safetensors
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
-from kraken_compiler.weights.safetensors_writer import SafetensorsWriter, new_safetensors
 
 
 def write_results(trainer: Trainer, folder: Path, degree: int) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kraken_compiler.lanes.logits import LogitsOf, logits_function
+from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.healing.loss import distillation_loss
 from kraken_compiler.quality.healing.parameters import LaneParameters
 from kraken_compiler.quality.healing.peers import Alone, Peers, share_of
-from kraken_compiler.quality.healing.runner import LaneRunner
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.runtime.logits import LogitsOf, logits_function
 
 
 class Diverged(Exception):

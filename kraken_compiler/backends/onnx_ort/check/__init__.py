@@ -1,0 +1,1 @@
+"""What devices really run between the start and the wait of a reduce, and what they are compared with."""

@@ -1,0 +1,1 @@
+"""Runs a device file with ONNX Runtime. Imports no torch."""

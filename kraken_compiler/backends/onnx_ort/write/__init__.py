@@ -1,0 +1,1 @@
+"""Writes the ONNX backend's device files."""

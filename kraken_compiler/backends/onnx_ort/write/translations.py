@@ -1,0 +1,131 @@
+"""What our ops become in ONNX; everything else torch's exporter knows.
+
+Annotations are read by the exporter: a parameter without a number's type is an operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir
+import torch
+from onnxscript import opset23
+from onnxscript.values import Opset
+
+from kraken_compiler.backends.onnx_ort.format import DOMAIN, DOMAIN_VERSION
+from kraken_compiler.backends.onnx_ort.write import attention_ops
+from kraken_compiler.backends.onnx_ort.write.schemas import register_schemas
+
+op: Any = opset23  # its stubs know no value that is still to be computed
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Torch op -> function that writes ONNX nodes, as `torch.onnx.export` takes them."""
+    register_schemas()
+    assert attention_ops is not None  # importing it defines its ops
+    own = Opset(DOMAIN, DOMAIN_VERSION)
+
+    def start(x: Any) -> Any:
+        return own.AllReduceStart(x)
+
+    def wait(handle: Any) -> Any:
+        return own.AllReduceWait(handle)
+
+    def square(x: Any) -> Any:
+        return op.Mul(x, x)
+
+    def gather(x: Any, dim: int, degree: int) -> Any:
+        return own.AllGather(x, axis=dim, degree=degree)
+
+    def dequantize(data: Any, scale: Any, zero_point: Any = None, bits: int = 8, dtype: int = 1) -> Any:
+        return own.Dequantize(data, scale, zero_point, bits=bits, dtype=dtype)
+
+    return {
+        torch.ops.kraken.all_reduce_start.default: start,
+        torch.ops.kraken.wait.default: wait,
+        torch.ops.kraken.all_gather.default: gather,
+        torch.ops.aten.square.default: square,
+        torch.ops.kraken.dequantize.default: dequantize,
+        torch.ops.kraken.expert_linear.default: _expert_linear,
+        torch.ops.kraken_onnx.attention.default: _attention,
+        torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
+        torch.ops.kraken_onnx.attention_mask.default: _mask,
+    }
+
+
+def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
+    """Every row gets a copy of its expert's weight: ONNX has no product that picks one."""
+    out = op.Squeeze(
+        op.MatMul(op.Gather(weight, experts), op.Unsqueeze(x, op.Constant(value_ints=[-1]))),
+        op.Constant(value_ints=[-1]),
+    )
+    return out if bias is None else op.Add(out, op.Gather(bias, experts))
+
+
+def _attention(
+    query: Any, key: Any, value: Any, mask: Any, past_key: Any, past_value: Any, scale: float | None = None
+) -> Any:
+    out, present_key, present_value, _ = op.Attention(query, key, value, mask, past_key, past_value, scale=scale)
+    return out, present_key, present_value
+
+
+def _capped_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    past_key: Any,
+    past_value: Any,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    kv_heads: int = 1,
+    group: int = 1,
+    key_dim: int = 1,
+    dim: int = 1,
+    by_head: bool = False,
+    sinks: Any = None,
+) -> Any:
+    """In plain operators over [B, K, H / K, T, S]: ONNX's Attention caps scores after the mask, and has no sinks."""
+    keys, values = op.Concat(past_key, key, axis=2), op.Concat(past_value, value, axis=2)
+    apart = op.Constant(value_ints=[2])
+    queries = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, group, -1, key_dim]))
+    scores = op.MatMul(queries, op.Transpose(op.Unsqueeze(keys, apart), perm=[0, 1, 2, 4, 3]))
+    scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale), scores))
+    if softcap:
+        cap = op.CastLike(op.Constant(value_float=softcap), scores)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    if by_head:
+        grouped = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
+        scores = op.Add(scores, op.Reshape(mask, grouped))
+    else:
+        scores = op.Add(scores, op.Unsqueeze(mask, apart))
+    if sinks is None:
+        shares = op.Softmax(scores, axis=-1)
+    else:
+        last = op.Constant(value_ints=[-1])
+        sink = op.Reshape(sinks, op.Constant(value_ints=[1, kv_heads, group, 1, 1]))
+        largest = op.Max(op.ReduceMax(scores, last, keepdims=1), sink)
+        weights = op.Exp(op.Sub(scores, largest))
+        total = op.Add(op.ReduceSum(weights, last, keepdims=1), op.Exp(op.Sub(sink, largest)))
+        shares = op.Div(weights, total)
+    mixed = op.MatMul(shares, op.Unsqueeze(values, apart))
+    return op.Reshape(mixed, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
+
+
+def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int = 0, dtype: int = 1) -> Any:
+    """See `attention_ops`."""
+    total, tokens = op.Shape(attention_mask, start=1, end=2), op.Shape(input_ids, start=1, end=2)
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
+    places = op.Unsqueeze(op.Slice(slots, op.Sub(total, tokens), total), op.Constant(value_ints=[1]))
+    seen = op.LessOrEqual(slots, places)
+    if window:
+        seen = op.And(seen, op.Greater(slots, op.Sub(places, op.Constant(value_int=window))))
+    held = op.Unsqueeze(op.Cast(attention_mask, to=onnx_ir.DataType.BOOL.value), op.Constant(value_ints=[1, 2]))
+    seen = op.Or(op.And(held, seen), op.Equal(slots, places))
+    added = op.Cast(op.Constant(value_float=0.0), to=dtype)
+    if slopes is not None:
+        distance = op.Cast(op.Sub(slots, places), to=onnx_ir.DataType.FLOAT.value)
+        added = op.Cast(op.Mul(distance, op.Unsqueeze(slopes, op.Constant(value_ints=[1, 2]))), to=dtype)
+    hidden = op.Cast(op.Constant(value_float=float("-inf")), to=dtype)
+    return op.Where(seen, added, hidden)

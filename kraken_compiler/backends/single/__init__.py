@@ -1,1 +1,0 @@
-"""All lanes in one process."""

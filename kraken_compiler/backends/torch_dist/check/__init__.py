@@ -1,0 +1,1 @@
+"""What torch programs really run between the start and the wait of a reduce."""

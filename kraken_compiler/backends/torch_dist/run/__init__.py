@@ -1,0 +1,1 @@
+"""Runs a rank's torch program."""

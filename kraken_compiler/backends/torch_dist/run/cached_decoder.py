@@ -1,0 +1,177 @@
+"""Prefill and decode with a KV cache, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.backends.sequences import (
+    Array,
+    require_batch,
+    require_memory,
+    require_prompts,
+    require_space,
+    token_bytes,
+)
+from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
+from kraken_compiler.ops.devices import retarget
+
+RunStep = Callable[..., tuple[Tensor, ...]]
+"""The step graph: the weights, then its inputs."""
+
+
+class CachedDecoder:
+    """A batch of sequences that grow; every rank must call it together. See `generate.decoder.Decoder`.
+
+    Attributes:
+        batch: Number of sequences.
+        capacity: Most tokens of a sequence, prompt and new ones together.
+        identical_on_all_ranks: True if all ranks get bit-identical logits.
+    """
+
+    def __init__(
+        self,
+        run_step: RunStep,
+        graphs: CachedGraphs,
+        weights: Sequence[Tensor],
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        identical_on_all_ranks: bool = False,
+        require_lengths: Callable[[Sequence[int]], None] = lambda lengths: None,
+    ) -> None:
+        """Allocate the caches and compute the tables.
+
+        Args:
+            run_step: The step graph with its collectives bound.
+            graphs: How it is fed, and the graph of the tables.
+            weights: This lane's weights, in the order of the placeholders.
+            batch, capacity: See the class.
+            device: Where it all lives.
+            identical_on_all_ranks: Whether the collectives give all ranks the same bits.
+            require_lengths: Raises a `UsageError` if the model takes no sequences of these lengths.
+
+        Raises:
+            UsageError: The capacity is beyond what the model's positions or the memory allow, or a size is not
+                positive.
+        """
+        plan, inputs = graphs.plan, graphs.inputs
+        require_batch(batch, capacity, plan.limit)
+        a_token = token_bytes(plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        require_memory(batch * capacity * a_token, capacity, memory)
+        self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
+        self._run, self._weights, self._device = run_step, list(weights), device
+        self._require_lengths = require_lengths
+        # Compiled code writes into caches outside of inference mode, where inference tensors must not be written to.
+        with torch.inference_mode(False):
+            self._every_slot = torch.arange(capacity, device=device)
+            self._fixed = dict(zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True))
+            for cache in plan.caches:
+                dtype: torch.dtype = getattr(torch, cache.dtype)
+                for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
+                    # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
+                    store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
+                    self._fixed[name] = store
+        self._names = [spec.name for spec in inputs]
+        self._tokens_dtype: torch.dtype = getattr(torch, inputs[0].dtype)
+        self._lengths = [0] * batch
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens every sequence has."""
+        return tuple(self._lengths)
+
+    def reset(self) -> None:
+        """Forget all sequences; the buffers are kept."""
+        self._lengths = [0] * self.batch
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """Append several tokens to every sequence; see `Decoder.prefill`.
+
+        Args:
+            ids: int64 [batch, tokens], right-padded.
+            lengths: int64 [batch], how many of them count; at least 1.
+
+        Returns:
+            Logits [batch, vocabulary] after every sequence's last token.
+
+        Raises:
+            UsageError: They do not fit into the cache, or the shapes are wrong.
+        """
+        require_prompts(ids, lengths, self.batch)
+        picks = torch.tensor(lengths, device=self._device).view(-1, 1) - 1
+        return self._append(ids, picks, lengths.tolist())
+
+    def step(self, tokens: Array) -> Array:
+        """Append one token to every sequence; see `Decoder.step`.
+
+        Args:
+            tokens: int64 [batch].
+
+        Returns:
+            Logits [batch, vocabulary] after it.
+
+        Raises:
+            UsageError: The cache is full, or there is nothing to append to.
+        """
+        if not all(self._lengths):
+            raise UsageError("give the prompt to prefill first")
+        picks = torch.zeros(self.batch, 1, dtype=torch.int64, device=self._device)
+        return self._append(tokens.reshape(-1, 1), picks, [1] * self.batch)
+
+    @torch.inference_mode()
+    def _append(self, ids: Array, picks: Tensor, counts: Sequence[int]) -> Array:
+        tokens, longest = ids.shape[1], max(self._lengths)
+        needed = max(length + count for length, count in zip(self._lengths, counts))
+        needed = max(needed, longest + tokens)
+        require_space(needed, self.capacity)
+        self._require_lengths([length + count for length, count in zip(self._lengths, counts)])
+        alike = longest == min(self._lengths)
+        # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
+        static = self._device.type == "cuda" and tokens == 1 and self.capacity > 1
+        if alike and not static:
+            slots, past = longest + tokens, longest
+            positions = self._every_slot[longest:slots].view(1, -1)
+        else:
+            slots, past = (self.capacity if static else longest + tokens), 0
+            starts = torch.tensor(self._lengths, device=self._device).view(-1, 1)
+            positions = starts + self._every_slot[:tokens]
+        fed = {
+            **self._fixed,
+            POSITIONS: positions,
+            SLOTS: self._every_slot[:slots],
+            PAST: self._every_slot[:past],
+            PICKS: picks,
+            self._names[0]: torch.tensor(ids, dtype=self._tokens_dtype, device=self._device),
+        }
+        (logits,) = self._run(*self._weights, *(fed[name] for name in self._names))
+        self._lengths = [length + count for length, count in zip(self._lengths, counts)]
+        return on_host(logits[:, 0])
+
+
+def on_host(values: Tensor) -> Array:
+    """A tensor's values as numpy has them, which knows no bfloat16: these come as float32."""
+    array: Array = (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
+    return array
+
+
+def _run_tables(
+    tables: fx.GraphModule | None, weights: Sequence[Tensor], capacity: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    if tables is None:
+        return ()
+    retarget(tables, device)
+    ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            values: tuple[Tensor, ...] = tables(*weights, ids)
+    except (IndexError, RuntimeError) as error:
+        # Stored position tables end somewhere, and only running into it shows where.
+        raise UsageError(f"the model's positions do not reach {capacity} tokens: {error}") from error
+    return values

@@ -1,0 +1,1 @@
+"""Writes the torch backend's files."""

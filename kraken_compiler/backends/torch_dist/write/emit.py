@@ -1,0 +1,45 @@
+"""Writes the torch backend's part of an artifact: the lane graph once, and every lane's weights."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
+from kraken_compiler.backends.torch_dist.graph_file import save_graph
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
+from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.schedule import Window
+from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.progress import Advance
+from kraken_compiler.weights.shards import write_lane_shards
+
+
+def write_lanes(
+    program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
+) -> tuple[Window, ...]:
+    """Write `lane.json`, with a KV cache also `step.json` and `tables.json`, and the weights; see `Backend.write`.
+
+    A model of whose computation nothing follows from positions alone has no `tables.json`.
+    """
+    # Graphs are a matter of the processor, weights of the disk.
+    with ThreadPoolExecutor(1, "save-graphs") as pool:
+        windows = pool.submit(_save_graphs, program, directory)
+
+        def advance(done: int, total: int, unit: str) -> None:
+            if windows.done():
+                windows.result()  # a graph that is wrong need not wait for the weights
+            if progress is not None:
+                progress(done, total, unit)
+
+        write_lane_shards(program, read, directory, advance)
+        return windows.result()
+
+
+def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
+    windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
+    if program.cached is not None:
+        check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
+        if program.cached.plan.tables:
+            save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
+    return windows

@@ -1,0 +1,359 @@
+"""`compile_model`: from a model to an artifact, checked before it is put in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kraken_compiler.artifact.manifest import Source
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.replaceable import resolved
+from kraken_compiler.artifact.reservation import Reservation, reserved
+from kraken_compiler.backends.base import Reference
+from kraken_compiler.backends.registry import chosen_backends, lanes_in
+from kraken_compiler.backends.write_artifact import write_artifact
+from kraken_compiler.capture import Capture, Model, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.capture.tokenizer_files import generation_config
+from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.program import LaneProgram, Split
+from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.derived_inputs import reads_source
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.options.dtypes import dtype_named
+from kraken_compiler.passes.lower import lower_split, split_source
+from kraken_compiler.passes.manager import PassRunner
+from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
+from kraken_compiler.quality.calibration.on_text import calibrate_on_text
+from kraken_compiler.quality.calibration.record import Calibration
+from kraken_compiler.quality.forms_within import forms_within
+from kraken_compiler.quality.measure import with_quality
+from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
+from kraken_compiler.ranks.environment import require_timeout
+from kraken_compiler.surroundings import undisturbed
+from kraken_compiler.text import require_text
+from kraken_compiler.verify.against_model import compare_with_model, with_rules
+from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.report import Report, is_exact, make_report
+from kraken_compiler.verify.verification import Verification, verify_programs
+
+_POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        report: What was recognised and scheduled.
+        verification: What was checked; None if checking was switched off, or nothing was written.
+        directory: The artifact; None if only a plan was asked for.
+        notes: What a user should know about the capture, one sentence each.
+        calibration: What calibration did; None if there was none.
+        choice: How the forms were chosen; None if they were given.
+    """
+
+    report: Report
+    verification: Verification | None = None
+    directory: Path | None = None
+    notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    choice: Choice | None = None
+
+
+def compile_model(
+    model: Model,
+    directory: str | os.PathLike[str] | None,
+    options: CompileOptions | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> CompileResult:
+    """Compile a model into an artifact directory, checked before it is put in place.
+
+    Args:
+        model: A module, or a path: a Hugging Face directory, a `.gguf` file, a torch.export archive, a pickled module.
+        directory: Where the artifact goes; None only plans: no weight is read and nothing is written.
+        options: What is asked for; None takes the keywords.
+        example_inputs: See `transform`.
+        progress: Is told about long stages.
+        keywords: Options by name, those of backends among them: `degree=4`, `onnx_weights="int8"`.
+
+    Raises:
+        UsageError, UnsupportedModelError, InputFileError: See `transform`.
+        VerificationError: A program computes something else, lost its overlap, or the budget does not hold; nothing is
+            written then.
+        RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
+    """
+    chosen = options if options is not None else CompileOptions.of(keywords)
+    place = Path(directory) if directory is not None else None
+    with undisturbed():
+        return _Compile(model, place, chosen, example_inputs, progress or Silent()).run()
+
+
+class _Compile:
+    """One compile, step by step."""
+
+    def __init__(
+        self,
+        model: Model,
+        directory: Path | None,
+        options: CompileOptions,
+        example_inputs: ExampleInputs | None,
+        show: Progress,
+    ) -> None:
+        """Find out what can be wrong before any work."""
+        self.model, self.directory, self.options = model, directory, options
+        self.example_inputs, self.show = example_inputs, show
+        require_timeout(options.timeout)
+        self.backends = chosen_backends(options.backends, options.backend_options)
+        self.texts = [Path(one) for one in options.calibrate]
+        self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
+        self.dtype = dtype_named(options.dtype)
+        self.budget = self._budget()
+        self._require_checkable()
+        if directory is not None and self.dumps is not None:
+            _require_apart(directory, self.dumps)
+        if directory is not None and isinstance(model, str | os.PathLike):
+            # Before the work: what an artifact notes of its source is text.
+            require_text(os.path.abspath(model), "the path of MODEL, which the artifact notes")
+        self.notes: tuple[str, ...] = ()
+        self.comparisons: tuple[Comparison, ...] = ()
+        self.skipped: tuple[str, ...] = ()
+        self.choice: Choice | None = None
+        self.calibration: Calibration | None = None
+        self.verification: Verification | None = None
+
+    def run(self) -> CompileResult:
+        """Compile, or plan."""
+        options = self.options
+        named = (self.model, options.text, *self.texts)
+        inputs = [Path(one) for one in named if isinstance(one, str | os.PathLike)]
+        # From the beginning: a rival must hear of it before it has worked for hours.
+        place = self.directory
+        with reserved(place, options.force, inputs) if place is not None else nullcontext() as reservation:
+            captured = self._capture()
+            runner = PassRunner(self.dumps)
+            with self.show.stage("split"):
+                split = split_source(captured.program, options.degree, runner)
+            program = self._rewrite(captured, split, runner)
+            report = make_report(program, runner.history, self.notes)
+            if reservation is None:
+                return CompileResult(report, notes=self.notes)
+            program, read = self._compared_and_calibrated(captured, split, program)
+            written = self._write(captured, program, read, report, reservation)
+        return CompileResult(report, self.verification, written, self.notes, self.calibration, self.choice)
+
+    def _budget(self) -> Budget | None:
+        options = self.options
+        if options.max_kl is None and options.max_perplexity_increase is None:
+            return None
+        if self.directory is None:
+            asked = "--max-kl" if options.max_kl is not None else "--max-ppl-increase"
+            raise UsageError(
+                f"{asked} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
+            )
+        if options.form != "kraken" or options.layers is not None:
+            raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
+        if not self.texts:
+            raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
+        return Budget(options.max_kl, options.max_perplexity_increase)
+
+    def _require_checkable(self) -> None:
+        unchecked = [backend.name for backend in self.backends if not backend.gives_reference]
+        if self.options.verify and unchecked:
+            raise UsageError(
+                f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it "
+                "unchecked"
+            )
+
+    def _capture(self) -> Capture:
+        with self.show.stage("capture"):
+            captured = capture(
+                self.model,
+                example_inputs=self.example_inputs,
+                input_specs=self.options.input_specs,
+                trust_pickle=self.options.trust_pickle,
+                dtype=self.dtype,
+                require_weights=self.directory is not None,
+                hash_early=self.directory is not None,
+            )
+            self.notes = (*captured.notes, *_tokenizer_notes(captured))
+        return captured
+
+    def _rewrite(self, captured: Capture, split: Split, runner: PassRunner) -> LaneProgram:
+        """The lane program in the form that was asked for, or in the forms that a budget allows."""
+        options, form = self.options, self.options.form
+        if self.budget is not None:
+            cache = Path(f"{self.directory}.sensitivity.json")
+            self.choice = forms_within(
+                captured, split, self.texts, options.calibrate_tokens, self.budget, self.show, cache
+            )
+            form = _best(self.choice)
+        with self.show.stage("rewrite"):
+            program = lower_split(split, form, options.layers, runner=runner)
+        if program.no_cache and token_input(program) is not None:
+            no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
+            self.notes = (*self.notes, no_cache)
+        self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
+        return program
+
+    def _compared_and_calibrated(
+        self, captured: Capture, split: Split, program: LaneProgram
+    ) -> tuple[LaneProgram, SourceReader]:
+        """The program with the rules that a comparison with the model found, and with calibrated weights."""
+        options, read, standard = self.options, captured.store.read, program
+        if (options.verify or self.texts) and not is_exact(program):
+            standard = lower_split(split, "standard", cached=False)
+        if options.verify:
+            with self.show.stage("compare with the source"):
+                checked = compare_with_model(captured, standard)
+            self.comparisons, self.skipped = checked.comparisons, checked.skipped
+            Verification(self.comparisons).require_passed()
+            program, self.notes = with_rules(program, checked.rules), (*self.notes, *checked.notes)
+        if self.texts:
+            self.calibration = calibrate_on_text(
+                captured, standard, program, self.texts, options.calibrate_tokens, self._text, self.show
+            )
+            program, read = self.calibration.weights.in_program(program, read)
+        if self.budget is not None and self.calibration is not None:
+            _require_within(self.budget, self.calibration)
+        return program, read
+
+    def _write(
+        self, captured: Capture, program: LaneProgram, read: SourceReader, report: Report, reservation: Reservation
+    ) -> Path:
+        kept = report.to_dict()
+        if self.calibration is not None:
+            kept["calibration"] = self.calibration.to_dict()
+        if self.choice is not None:
+            kept["choice"] = self.choice.to_dict()
+        lanes = Reference(program, read_from_source(program, read))
+        verify = self.options.verify
+        with self.show.steps("write and check" if verify else "write") as advance:
+            return write_artifact(
+                program,
+                program.reader(read),
+                reservation.target,
+                source=_source(captured, self.options.input_specs, self.dtype),
+                backends=self.backends,
+                digest=(lambda: captured.origin.sha256) if captured.origin.path else None,
+                tokenizer_saver=_tokenizer_saver(captured),
+                report=kept,
+                options=self.options.noted(),
+                check=(lambda partial: self._check(partial, captured, lanes)) if verify else None,
+                resumable=self.calibration is None,
+                reservation=reservation,
+                progress=advance,
+            )
+
+    def _check(self, partial: Path, captured: Capture, in_memory: Reference) -> dict[str, object]:
+        """Runs on the complete artifact before it is put in place."""
+        captured.store.release()  # what comes now are other processes
+        with self.show.stage("run on ranks"):
+            found = verify_programs(partial, None, self.options.timeout, in_memory)
+        verification = replace(found, comparisons=(*self.comparisons, *found.comparisons), skipped=self.skipped)
+        verification.require_passed()
+        artifact = open_artifact(partial, verify=False)
+        lanes = lanes_in(artifact) or in_memory
+        self.verification = with_quality(verification, artifact, lanes, captured, self._text, self.show)
+        return self.verification.to_dict()
+
+    @property
+    def _text(self) -> TextChoice:
+        """What a changed form is measured on."""
+        return TextChoice.of(self.options.text, self.options.text_tokens)
+
+
+def _require_apart(directory: Path, dumps: Path) -> None:
+    """Refuse graphs in the artifact's own directory: files that are none of its own would keep it from its place."""
+    place = resolved(dumps)
+    if resolved(directory) in (place, *place.parents):
+        raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")
+
+
+def _best(choice: Choice) -> tuple[str, ...]:
+    if choice.best is None:
+        least = min(choice.frontier, key=lambda candidate: candidate.used)
+        raise VerificationError(
+            f"no layer can change its form within the budget ({choice.budget}); the least that was tried costs KL "
+            f"{least.kl:.3g}, perplexity {least.perplexity_increase:+.1%}: raise the budget or calibrate on more text"
+        )
+    return choice.best.forms
+
+
+def _require_within(budget: Budget, calibration: Calibration) -> None:
+    """The result, measured anew on text that neither the search nor the calibration has seen."""
+    _, quality = calibration.qualities[0]
+    if not budget.holds(quality):
+        raise VerificationError(
+            f"the result does not keep to the budget ({budget}): on {quality.tokens:,} tokens of {quality.text} its KL "
+            f"is {quality.kl:.3g}, its perplexity {perplexity_increase(quality):+.1%}; lower the budget, or calibrate "
+            "on more text"
+        )
+
+
+def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | None) -> Source:
+    origin = captured.origin
+    path = Path(origin.path).absolute() if origin.path else None
+    return Source(
+        kind=origin.kind,
+        name=path.name if path else origin.model_class,
+        path=str(path) if path else "",
+        model_class=origin.model_class,
+        answer_begins=_answer_begins(captured),
+        max_positions=_max_positions(captured.config),
+        input_specs=tuple(input_specs),
+        dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
+    )
+
+
+def _answer_begins(captured: Capture) -> tuple[int, ...]:
+    """The tokens that an encoder-decoder's answer begins with, as transformers takes them when it generates."""
+    config = captured.config
+    if config is None or not reads_source(captured.program.inputs):
+        return ()
+    directory = Path(captured.origin.path or "")
+    own = (generation_config(directory, of_config=False) if captured.origin.kind == "huggingface" else None) or {}
+    settings = {**config, **{name: value for name, value in own.items() if value is not None}}
+    start, forced = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
+    start = settings.get("bos_token_id") if start is None else start
+    return tuple(token for token in (start, forced) if type(token) is int) if type(start) is int else ()
+
+
+def _max_positions(config: dict[str, Any] | None) -> int | None:
+    """What the source's config, or the part of it that describes the language model, says of the longest sequence."""
+    parts = [config, *(config.get(name) for name in ("text_config", "decoder"))] if config else []
+    found = [part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS_NAMES]
+    return next((limit for limit in found if type(limit) is int and limit > 0), None)
+
+
+def _tokenizer_notes(captured: Capture) -> tuple[str, ...]:
+    """What a user should know of the source's tokenizer, which is refused here if it is damaged."""
+    if captured.origin.tokenizer is None:
+        return ()
+    notes, tokenizer = captured.origin.tokenizer.check()
+    known = vocabulary(captured.program) if text_input(captured.program) is not None else len(tokenizer)
+    if len(tokenizer) <= known:
+        return notes
+    # Tokens that a few texts have are no reason to refuse a model; some models ship with them.
+    token_ids(tokenizer, sample_text(), known, str(captured.origin.path))
+    return (
+        *notes,
+        f"the tokenizer has {len(tokenizer)} tokens, the model knows {known}; text with the others is refused",
+    )
+
+
+def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:
+    tokenizer = captured.origin.tokenizer
+    return tokenizer.save if tokenizer is not None else None

@@ -1,0 +1,75 @@
+"""An artifact's source model and lane program, made again to write it anew with other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.capture import Capture, Model, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.verify.against_model import with_rules
+
+
+def source_of(
+    artifact: Artifact,
+    source: Model | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    trust_pickle: bool = False,
+) -> Capture:
+    """Capture the model that an artifact was compiled from.
+
+    Args:
+        artifact: The artifact.
+        source: Where the model is now; None means where it was.
+        example_inputs, trust_pickle: See `capture`.
+
+    Raises:
+        UsageError: It is not where it was, and nobody said where it is.
+        InputFileError: It is damaged, or another model.
+    """
+    recorded = artifact.manifest.source
+    where = source if source is not None else recorded.path
+    if source is None and not recorded.path:
+        raise UsageError(f"{artifact.directory}: its source was a module in memory; name a file of it with --source")
+    if source is None and not Path(recorded.path).exists():
+        raise UsageError(f"{artifact.directory}: its source is not at '{where}'; name it with --source")
+    captured = capture(
+        where,
+        example_inputs=example_inputs,
+        input_specs=recorded.input_specs if example_inputs is None else (),
+        trust_pickle=trust_pickle,
+        dtype=getattr(torch, recorded.dtype) if recorded.dtype else None,
+        hash_early=bool(recorded.sha256),
+    )
+    comparable = recorded.sha256 and captured.origin.kind == recorded.kind
+    if comparable and captured.origin.sha256 != recorded.sha256:
+        raise InputFileError(
+            f"{where}: is not the model that {artifact.directory} was compiled from (its hash differs)"
+        )
+    return captured
+
+
+def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
+    """The lane program that an artifact holds, with everything that the passes know of it.
+
+    Raises:
+        InputFileError: It comes out otherwise: the artifact was compiled by another version.
+    """
+    program, _ = lower(captured.program, manifest.degree, manifest.forms)
+    found = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
+    held = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
+    if found != held:
+        raise InputFileError("the artifact was compiled by another version of kraken-compiler; compile the model again")
+    return as_compiled(program, manifest)
+
+
+def as_compiled(program: LaneProgram, manifest: Manifest) -> LaneProgram:
+    """A program with what the compile found out about sizes by comparing with the model."""
+    return with_rules(program, [rule for rule in manifest.call.sizes if rule not in program.call.sizes])

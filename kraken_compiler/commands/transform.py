@@ -1,0 +1,116 @@
+"""`transform` and `load_lanes`: the lanes of a model, or of an artifact, as a module of this process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.registry import require_lanes
+from kraken_compiler.capture import Capture, Model, capture
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.ir.program import Split
+from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.passes.lower import FormChoice, lower_split, split_source
+from kraken_compiler.passes.manager import PassRunner
+from kraken_compiler.surroundings import undisturbed
+from kraken_compiler.verify.against_model import compare_with_model, with_rules
+from kraken_compiler.verify.report import is_exact, make_report
+from kraken_compiler.verify.verification import Verification
+from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
+
+
+def transform(
+    model: Model,
+    degree: int | None = None,
+    form: FormChoice = "kraken",
+    layers: str | Sequence[int] | None = None,
+    example_inputs: ExampleInputs | None = None,
+    check: bool = True,
+) -> LaneModule:
+    """Rewrite a model into N parallel lanes that run in one process.
+
+    Args:
+        model: A module, or the path of anything `kraken-compile` takes. Its weights are copied one tensor at a time.
+        degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
+            valid degree above 1.
+        form: A row of the forms table: "standard", "kraken", "ladder", "sync-drop", "parallel", or a `Form`; or one of
+            these for every layer.
+        layers: The layers that take the form, e.g. "15-29" or [0, -1]; the others stay standard. None means all.
+        example_inputs: Arguments to trace with, a tuple or a dict of tensors whose sizes are at least 2; inferred for
+            Hugging Face models.
+        check: Compare the lanes with the model itself on random inputs, at sizes other than the example's. What is
+            compared is the standard form of the same degree; of another form, one weight at a time.
+
+    Returns:
+        A module with the model's call signature and output structure. It trains, moves between devices and saves.
+        `.program` is the lane program, `.report` what was recognised and scheduled. Parameters that the model does not
+        train stay frozen; it computes as in evaluation mode, without dropout, also after `train()`.
+
+    Raises:
+        UsageError: Unknown form, wrong degree or layers, missing example inputs.
+        UnsupportedModelError: A part of the model cannot be rewritten; names module, node and reason.
+        InputFileError: A model file is missing or damaged.
+        VerificationError: The lanes compute something else than the model.
+    """
+    with undisturbed() as surroundings:
+        captured = capture(model, example_inputs=example_inputs)
+        runner = PassRunner()
+        split = split_source(captured.program, degree, runner)
+        program = lower_split(split, form, layers, runner=runner)
+        module = LaneModule.from_program(program, captured.store.read, captured.frozen)
+        module.report = make_report(program, runner.history, (*surroundings, *captured.notes))
+        if check:
+            module = _checked(module, captured, split)
+    return module.train(isinstance(model, nn.Module) and model.training)
+
+
+def _checked(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
+    """The module, held against the model; it refuses the sizes at which the model turned out to compute otherwise."""
+    began = time.perf_counter()
+    program, run = module.program, None
+    assert module.report is not None
+    if captured.model is None and captured.origin.path is None:
+        module.report = module.report.with_check((), (), ("not compared with the model, which has no values",), 0.0)
+        return module
+    if is_exact(program):
+        run = module.run_flat
+    else:
+        program = lower_split(split, "standard", cached=False)
+    with torch.no_grad():
+        found = compare_with_model(captured, program, run=run)
+    Verification(found.comparisons).require_passed()
+    module.program = with_rules(module.program, found.rules)
+    module.report = module.report.with_check(found.comparisons, found.notes, found.skipped, time.perf_counter() - began)
+    return module
+
+
+def load_lanes(directory: str | os.PathLike[str]) -> LaneModule:
+    """All lanes of an artifact as one module in this process, with the weights the artifact holds.
+
+    Args:
+        directory: An artifact that holds the lane program itself, as the default backend keeps it.
+
+    Returns:
+        A module as `transform` makes it.
+
+    Raises:
+        InputFileError: A file is missing or damaged.
+        UsageError: The artifact does not hold it.
+    """
+    artifact = open_artifact(Path(directory))
+    lanes = require_lanes(artifact)
+    program = with_lane_tensors(lanes.program, lanes.program.weights)
+    return LaneModule.from_program(
+        program, lane_tensor_reader(program.weights, program.degree, lanes.read_lane, SourceReader(_no_source))
+    )
+
+
+def _no_source(name: str) -> Tensor:
+    raise AssertionError(f"{name} is not the lanes' own")

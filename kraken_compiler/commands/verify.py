@@ -1,0 +1,103 @@
+"""`verify_artifact`: an artifact checked again, as its compile did."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.base import Reference
+from kraken_compiler.backends.registry import lanes_in
+from kraken_compiler.capture.example_inputs import ExampleInputs
+from kraken_compiler.commands.source import as_compiled, lowered_as, source_of
+from kraken_compiler.errors import UsageError
+from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.options.verify import VerifyOptions
+from kraken_compiler.passes.lower import lower
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.measure import sensitivity_of, with_quality
+from kraken_compiler.quality.texts import TextChoice
+from kraken_compiler.ranks.environment import require_timeout
+from kraken_compiler.verify.against_model import compare_with_model
+from kraken_compiler.verify.verification import Verification, verify_programs
+from kraken_compiler.weights.lane_tensors import has_lane_tensors
+
+
+def verify_artifact(
+    directory: str | os.PathLike[str],
+    options: VerifyOptions | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> Verification:
+    """Check an artifact again, as its compile did.
+
+    Args:
+        directory: The artifact.
+        options: What is asked for; None takes the keywords.
+        example_inputs, progress: See `compile_model`.
+        keywords: Options by name, e.g. `source`: the source model, where it is not where it was when it was compiled.
+            What `by_layer` has measured is remembered in `DIRECTORY.sensitivity.json`.
+
+    Raises:
+        InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
+        UsageError: `text` was given, but there is no source to compare with.
+        VerificationError, RankFailedError: See `compile_model`.
+    """
+    chosen = options if options is not None else VerifyOptions.of(keywords)
+    source, text, text_tokens, by_layer = chosen.source, chosen.text, chosen.text_tokens, chosen.by_layer
+    trust_pickle, timeout = chosen.trust_pickle, chosen.timeout
+    show = progress or Silent()
+    require_timeout(timeout)
+    path = Path(directory)
+    with show.stage("check hashes"):
+        artifact = open_artifact(path)
+    with show.stage("run on ranks"):
+        result = verify_programs(path, None, timeout)
+    result.require_passed()
+    lanes = lanes_in(artifact)
+    who = " and ".join(check.backend.ranks_are for check in result.checks)
+    recorded = artifact.manifest.source
+    where = source if source is not None else recorded.path
+    # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
+    if source is None and not (recorded.path and Path(recorded.path).exists()):
+        missing = (
+            f"no comparison with the source: it is not at '{where}'; name it with --source"
+            if where
+            else ("no comparison with the source: it was a module in memory; name a file of it with --source")
+        )
+        if text is not None or by_layer:
+            raise UsageError(missing)
+        if lanes is None:
+            missing = f"no comparison of the {who} with the lanes, and {missing}"
+        return replace(result, skipped=(missing,))
+    with show.stage("capture"):
+        captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
+    with show.stage("compare with the source"):
+        standard, _ = lower(captured.program, artifact.manifest.degree, "standard", cached=False)
+        checked = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
+    skipped, compared = tuple(checked.skipped), tuple(checked.comparisons)
+    if lanes is None and has_lane_tensors(artifact.manifest.weights):
+        lost = f"no comparison of the {who} with the lanes: only they hold their calibrated weights"
+        result = replace(result, comparisons=(*result.comparisons, *compared), skipped=(*skipped, lost))
+        result.require_passed()
+        return result
+    if lanes is None:
+        program = lowered_as(captured, artifact.manifest)
+        lanes = Reference(program, read_from_source(program, captured.store.read))
+        with show.stage("run on ranks"):
+            result = verify_programs(path, None, timeout, lanes)
+    result = replace(result, comparisons=(*result.comparisons, *compared), skipped=skipped)
+    result.require_passed()
+    measured_on = TextChoice.of(text, text_tokens)
+    result = with_quality(result, artifact, lanes, captured, measured_on, show)
+    if by_layer:
+        manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
+        costs = sensitivity_of(captured, manifest.degree, manifest.forms, measured_on, cache, show)
+        if isinstance(costs, str):
+            return replace(result, skipped=(*result.skipped, costs))
+        result = replace(result, sensitivity=costs)
+    return result

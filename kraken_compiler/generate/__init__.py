@@ -1,0 +1,1 @@
+"""Generating text with a compiled model: requests, the loop, tokenizers and chats."""

@@ -1,0 +1,196 @@
+"""What generation needs of a program: read the prompts once, then one token per row at a time. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.backends.base import RankModel
+from kraken_compiler.errors import UsageError
+from kraken_compiler.lanes.derived_inputs import logits_function, reads_source
+
+Array = npt.NDArray[Any]
+
+
+class Decoder(Protocol):
+    """A language model that remembers what it has read. Under ranks, all of them call it together.
+
+    Attributes:
+        batch: Number of rows.
+        capacity: Most tokens a row can have, prompt and new ones together.
+        identical_on_all_ranks: True promises that ranks that run the same kernels get the same logits to the last bit.
+    """
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def identical_on_all_ranks(self) -> bool: ...
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """Read prompts into an empty decoder.
+
+        Args:
+            ids: Token ids, int64 [batch, sequence], padded on the right.
+            lengths: Tokens of every row, int64 [batch], at least one each.
+
+        Returns:
+            Logits [batch, vocabulary] at every row's last token, until the next call.
+
+        Raises:
+            UsageError: A row is longer than the capacity.
+        """
+
+    def step(self, tokens: Array) -> Array:
+        """Append a token to every row.
+
+        Args:
+            tokens: int64 [batch].
+
+        Returns:
+            Logits [batch, vocabulary] at the new tokens, until the next call.
+
+        Raises:
+            UsageError: A row is full.
+        """
+
+    def reset(self) -> None:
+        """Forget all rows."""
+
+
+class RecomputingDecoder:
+    """A decoder for a program without a cache: it reads all there is again for every token.
+
+    Rows of different lengths are padded on the right, which a causal model does not notice.
+
+    Attributes:
+        batch, capacity, identical_on_all_ranks: See `Decoder`; of any function nothing is promised.
+    """
+
+    identical_on_all_ranks = False
+
+    def __init__(self, logits_of: Callable[[Array], Array], batch: int, capacity: int) -> None:
+        """Wrap a language model.
+
+        Args:
+            logits_of: Token ids, int64 [rows, sequence] -> logits [rows, sequence or 1, vocabulary].
+            batch: Number of rows.
+            capacity: Most tokens of a row.
+        """
+        self.batch = batch
+        self.capacity = capacity
+        self._logits_of = logits_of
+        self._ids = np.zeros((batch, 0), np.int64)
+        self._lengths = np.zeros(batch, np.int64)
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """See `Decoder.prefill`."""
+        assert len(ids) == len(lengths) == self.batch, f"{list(ids.shape)} ids for a batch of {self.batch}"
+        longest = int(lengths.max())
+        check_capacity(longest, self.capacity)
+        self._ids = np.array(ids[:, :longest], np.int64)
+        self._lengths = np.array(lengths, np.int64)
+        return self._last_logits()
+
+    def step(self, tokens: Array) -> Array:
+        """See `Decoder.step`."""
+        longest = int(self._lengths.max()) + 1
+        check_capacity(longest, self.capacity)
+        self._ids = np.pad(self._ids, ((0, 0), (0, longest - self._ids.shape[1])))
+        self._ids[np.arange(self.batch), self._lengths] = tokens
+        self._lengths = self._lengths + 1
+        return self._last_logits()
+
+    def reset(self) -> None:
+        """See `Decoder.reset`."""
+        self._ids = self._ids[:, :0]
+        self._lengths = np.zeros_like(self._lengths)
+
+    def _last_logits(self) -> Array:
+        logits = self._logits_of(self._ids)
+        if logits.shape[1] == self._ids.shape[1]:
+            return logits[np.arange(self.batch), self._lengths - 1]
+        # The model gives the logits of the last position only, so no row may be padded.
+        rows = [self._logits_of(row[None, :length])[:, -1].copy() for row, length in zip(self._ids, self._lengths)]
+        return np.concatenate(rows)
+
+
+class SeparateRows:
+    """A decoder whose rows are decoders of one row each: of an encoder-decoder, every row has read a text of its own.
+
+    Attributes:
+        batch: Number of rows.
+        capacity: Most tokens of a row.
+        identical_on_all_ranks: See `Decoder`.
+    """
+
+    identical_on_all_ranks = False
+
+    def __init__(self, rows: Sequence[Decoder]) -> None:
+        """Put rows together; there must be one."""
+        self.batch, self.capacity = len(rows), min(row.capacity for row in rows)
+        self._rows = rows
+
+    def prefill(self, ids: Array, lengths: Array) -> Array:
+        """See `Decoder.prefill`."""
+        parts = [row.prefill(ids[at : at + 1], lengths[at : at + 1]).copy() for at, row in enumerate(self._rows)]
+        return np.concatenate(parts)
+
+    def step(self, tokens: Array) -> Array:
+        """See `Decoder.step`."""
+        return np.concatenate([row.step(tokens[at : at + 1]).copy() for at, row in enumerate(self._rows)])
+
+    def reset(self) -> None:
+        """See `Decoder.reset`."""
+        for row in self._rows:
+            row.reset()
+
+
+def decoder_of(
+    model: RankModel, manifest: Manifest, batch: int, capacity: int, sources: Sequence[Sequence[int]] = ()
+) -> Decoder:
+    """Room for a batch of rows.
+
+    Args:
+        model: This rank's program.
+        manifest: Its artifact's.
+        batch: Number of rows.
+        capacity: Most tokens of a row, prompt and new ones together.
+        sources: Token ids of the text that an encoder-decoder reads, for every row.
+
+    Raises:
+        UsageError: The model does not reach that far, or is no language model.
+    """
+    cached = model.decoder(batch, capacity) if manifest.cache is not None else None
+    if cached is not None:
+        return cached
+    logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
+    if not reads_source(manifest.inputs):
+        return RecomputingDecoder(logits_of, batch, capacity)
+
+    def row(source: Sequence[int]) -> RecomputingDecoder:
+        text = np.array([source], np.int64)
+        return RecomputingDecoder(lambda ids: logits_of(ids, text), 1, capacity)
+
+    # It reads source and answer again for every token.
+    return SeparateRows(list(map(row, sources)))
+
+
+def check_capacity(needed: int, capacity: int) -> None:
+    """Make sure that rows fit.
+
+    Raises:
+        UsageError: `needed` tokens are more than the capacity.
+    """
+    if needed > capacity:
+        raise UsageError(
+            f"prompt and new tokens need room for {needed} tokens, there is room for {capacity}; "
+            "shorten the prompt, ask for fewer new tokens, or raise the context (--max-context)"
+        )

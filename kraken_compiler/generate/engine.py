@@ -1,0 +1,197 @@
+"""All ranks of a run as one text generator: rank 0 gives orders, every rank carries them out. Imports no torch.
+
+Only rank 0 reads prompts, tokenizes and prints. What is to be done it sends to the others as JSON, so that they need
+neither the same command line, nor files, nor a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import numpy as np
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import RankModel
+from kraken_compiler.errors import UsageError
+from kraken_compiler.generate.decoder import Array, Decoder, check_capacity, decoder_of
+from kraken_compiler.generate.loop import generate
+from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.ir.size_checks import require_generation
+from kraken_compiler.lanes.derived_inputs import reads_source
+from kraken_compiler.ranks.session import Ranks
+
+IDLE_SECONDS = 0.2
+"""How long ranks sleep between two looks for an order. Waiting inside a collective for a person to type would run into
+its timeout, and keep a GPU busy."""
+
+_FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
+"""The others sleep less than rank 0, or what it told them meanwhile would pile up before the next order."""
+
+_ORDER_SECONDS = 120.0
+_SLOWEST_ACCELERATOR = 1e12
+"""Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
+_IDLE, _END = b"", b"end"
+"""What rank 0 sends instead of an order, which is a JSON object."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to generate.
+
+    Attributes:
+        prompts: Token ids of every row; what an encoder-decoder's answer begins with.
+        max_new_tokens: How many to generate at most.
+        capacity: Most tokens of a row, prompt and new ones together.
+        sampling: How tokens are chosen.
+        eos: Tokens that end a row.
+        sources: Token ids of the text that an encoder-decoder reads, for every row.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    capacity: int
+    sampling: Sampling
+    eos: Sequence[int] = ()
+    sources: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `json.dumps(asdict(order))` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "sampling": Sampling(**values["sampling"])})
+
+
+class Engine:
+    """One rank's part.
+
+    Attributes:
+        artifact: What is run.
+        model: This rank's program.
+        ranks: This rank.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
+    """
+
+    def __init__(self, artifact: Artifact, model: RankModel, ranks: Ranks) -> None:
+        self.artifact = artifact
+        self.model = model
+        self.ranks = ranks
+        self.reads_source = reads_source(artifact.manifest.inputs)
+        self._decoder: tuple[tuple[int, int, Sequence[Sequence[int]]], Decoder] | None = None
+
+    def run(self, order: Order) -> Iterator[list[int | None]]:
+        """Carry out an order, as rank 0: the others are told first.
+
+        Yields:
+            The new token of every row, None for one that has ended.
+
+        Raises:
+            UsageError: A token is none of the model's, prompt and new tokens do not fit, or the model was not compiled
+                for sequences of such lengths.
+        """
+        # Here and not where ranks carry it out: an order that is refused must not reach the others.
+        self._check(order)
+        self.ranks.broadcast(json.dumps(asdict(order)).encode())
+        yield from self._carry_out(order)
+
+    def idle(self) -> None:
+        """Tell the other ranks, as rank 0, that there is nothing to do yet; to be called every `IDLE_SECONDS`."""
+        self.ranks.status.progress("waiting for a prompt")
+        self.ranks.broadcast(_IDLE)
+
+    def end(self) -> None:
+        """Tell the other ranks, as rank 0, that there is nothing left to do."""
+        self.ranks.broadcast(_END)
+
+    def follow(self) -> None:
+        """Carry out orders, as any other rank, until rank 0 has no more."""
+        self.ranks.status.progress("waiting for an order", extra=_ORDER_SECONDS)
+        while (content := self.ranks.broadcast(None)) != _END:
+            if content == _IDLE:
+                self.ranks.status.progress("waiting for a prompt")
+                time.sleep(_FOLLOWER_SECONDS)
+                continue
+            for _ in self._carry_out(Order.from_json(content.decode())):
+                pass
+
+    def _check(self, order: Order) -> None:
+        vocabulary, positions = self.model.vocabulary, self.model.positions
+        for token in (token for prompt in (*order.prompts, *order.sources) for token in prompt):
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
+                has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
+                raise UsageError(f"there is no token {token}{has}")
+        longest = max(map(len, order.sources), default=0)
+        if longest > positions:
+            raise UsageError(f"the prompt needs {longest} positions, the model has {positions}; shorten it")
+        needed = max(map(len, order.prompts)) + order.max_new_tokens
+        if needed > positions:
+            raise UsageError(
+                f"prompt and new tokens need {needed} positions, the model has {positions}; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+        manifest = self.artifact.manifest
+        lengths = list(map(len, order.prompts))
+        if not order.sources:  # the sizes of those are compared at every step
+            require_generation(manifest.call, manifest.inputs, len(lengths), lengths, order.max_new_tokens)
+        check_capacity(needed, order.capacity)
+        if order.capacity > positions:
+            raise UsageError(
+                f"room for {order.capacity} tokens was asked for, the model has {positions} positions; "
+                "lower the context (--max-context)"
+            )
+
+    def _carry_out(self, order: Order) -> Iterator[list[int | None]]:
+        status = self.ranks.status
+        compiling = self.model.first_seconds
+        rows, longest = len(order.prompts), max(map(len, order.prompts), default=0)
+        reading = self._seconds_to_read(rows * max(longest, *map(len, order.sources), 0))
+        # Without a cache all is read again for every token.
+        again = self._seconds_to_read(rows * order.capacity) if self.artifact.manifest.cache is None else 0.0
+        status.progress("generating token 1", compiling + reading)
+        decoder = self._decoder_for(order)
+        steps = generate(
+            decoder,
+            order.prompts,
+            order.max_new_tokens,
+            sampling=order.sampling,
+            eos=order.eos,
+            agree=self._agreement(decoder),
+        )
+        for done, tokens in enumerate(steps, start=1):
+            # The first step may compile as well: reading a prompt and appending a token are two programs.
+            status.progress(f"generating token {done + 1}", again + (compiling if done == 1 else 0.0))
+            yield tokens
+
+    def _seconds_to_read(self, tokens: int) -> float:
+        """How long a slow accelerator multiplies so many tokens with its share of the weights."""
+        manifest = self.artifact.manifest
+        elements = sum(math.prod(spec.source_shape) for spec in manifest.weights) / manifest.degree
+        return 2.0 * elements * tokens / _SLOWEST_ACCELERATOR
+
+    def _agreement(self, decoder: Decoder) -> Callable[[Array], Array] | None:
+        """How the ranks come to the same choices; None if they make the same ones anyway."""
+        # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
+        identical = self.ranks.one_machine and decoder.identical_on_all_ranks
+        return None if self.ranks.degree == 1 or identical else first_rank_decides(self.ranks)
+
+    def _decoder_for(self, order: Order) -> Decoder:
+        key = (len(order.prompts), order.capacity, order.sources)
+        if self._decoder is None or self._decoder[0] != key:
+            # The old one's cache is let go before the new one's is made.
+            self._decoder = None
+            self._decoder = (key, decoder_of(self.model, self.artifact.manifest, *key))
+        return self._decoder[1]
+
+
+def first_rank_decides(ranks: Ranks) -> Callable[[Array], Array]:
+    """What `generate` calls `agree`: rank 0's choice, on every rank."""
+
+    def agree(choice: Array) -> Array:
+        sent = ranks.broadcast(choice.astype(np.int64).tobytes() if ranks.rank == 0 else None)
+        return np.frombuffer(sent, np.int64)
+
+    return agree

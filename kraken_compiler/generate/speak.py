@@ -1,0 +1,305 @@
+"""What rank 0 does: takes prompts, has all ranks continue them, prints the result and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.generate.engine import IDLE_SECONDS, Engine, Order
+from kraken_compiler.generate.lines import Lines
+from kraken_compiler.generate.request import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
+from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.generate.tokenizer import TextCodec
+from kraken_compiler.ir.size_checks import longest_allowed, token_rules
+from kraken_compiler.standard_streams import write_out
+
+_SIGN = "> "
+_TITLE_CHARACTERS = 70
+_SEED_BITS = 32
+_NO_LIMIT = 1 << 30
+
+
+def speak(engine: Engine, options: RunOptions) -> None:
+    """Do all that the options, which have been checked, ask for.
+
+    Raises:
+        UsageError: It cannot be done.
+        InputFileError: A file cannot be read.
+    """
+    if options.interactive:
+        _converse(engine, options)
+    else:
+        _answer(engine, options)
+
+
+# prompts that were given ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Timings:
+    """When tokens came, in seconds since the order was given."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    tokens_after_first: int = 0
+
+    def count(self, tokens: int) -> None:
+        self.last = time.perf_counter() - self.started
+        if self.first is None:
+            self.first = self.last
+        else:
+            self.tokens_after_first += tokens
+
+    def to_dict(self) -> dict[str, float | None]:
+        decoding = self.last - (self.first or 0.0)
+        rate = self.tokens_after_first / decoding if self.tokens_after_first else None
+        return {"time_to_first_token_s": self.first, "tokens_per_second": rate, "total_s": self.last}
+
+
+def _answer(engine: Engine, options: RunOptions) -> None:
+    codec = None if options.input_ids else TextCodec.of(engine.artifact, options.chat_template)
+    texts = options.prompts()
+    prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
+    order = _order(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
+    notes = _notes(engine, order)
+    for note in notes:
+        engine.ranks.status.note(note)
+    streaming = len(prompts) == 1 and not options.json
+    stream = _Ids() if codec is None else codec.stream(_continued(engine, prompts[0], options.chat))
+    ids: list[list[int]] = [[] for _ in prompts]
+    timings = _Timings()
+    for tokens in engine.run(order):
+        timings.count(sum(token is not None for token in tokens))
+        for row, token in zip(ids, tokens):
+            if token is not None:
+                row.append(token)
+        if streaming and tokens[0] is not None:
+            _emit(stream.push(tokens[0]))
+    if streaming:
+        _emit(stream.finish() + "\n")
+        return
+    decoded = [
+        None if codec is None else _decode(codec, row, _continued(engine, before, options.chat))
+        for row, before in zip(ids, prompts)
+    ]
+    if options.json:
+        results = [
+            {
+                "prompt": texts[index] if codec is not None else None,
+                "prompt_ids": prompts[index],
+                "ids": row,
+                "text": decoded[index],
+                "finish_reason": "length" if len(row) == order.max_new_tokens else "eos",
+            }
+            for index, row in enumerate(ids)
+        ]
+        seed = order.sampling.seed if order.sampling.temperature else None
+        document = {"results": results, "seed": seed, "timings": timings.to_dict(), "notes": notes}
+        _emit(json.dumps(document, indent=1) + "\n")
+    elif codec is None:
+        _emit("".join(",".join(map(str, row)) + "\n" for row in ids))
+    else:
+        blocks = (f"--- {index}: {_title(text)}\n{out}\n" for index, (text, out) in enumerate(zip(texts, decoded), 1))
+        _emit("\n".join(blocks))
+
+
+def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
+    if not options.chat:
+        return codec.encode(text)
+    return codec.encode_chat([*_system(options), {"role": "user", "content": text}])
+
+
+def _continued(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
+    """What the text that is written continues; an answer stands by itself."""
+    return () if chat or engine.reads_source else prompt
+
+
+def _decode(codec: TextCodec, ids: Sequence[int], before: Sequence[int]) -> str:
+    stream = codec.stream(before)
+    return "".join(stream.push(token) for token in ids) + stream.finish()
+
+
+def _title(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE_CHARACTERS else line[: _TITLE_CHARACTERS - 3] + "..."
+
+
+class _Ids:
+    """Token ids as text, separated by commas."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        text = f"{',' * self._begun}{token}"
+        self._begun = True
+        return text
+
+    def finish(self) -> str:
+        return ""
+
+
+# a conversation ------------------------------------------------------------------------------------------------------
+
+
+def _converse(engine: Engine, options: RunOptions) -> None:
+    """Continue, or answer, every line of standard input."""
+    engine.ranks.status.progress("loading the tokenizer")
+    codec = TextCodec.of(engine.artifact, options.chat_template)
+    terminal = options.terminal or (os.isatty(0) and os.isatty(1))
+    chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
+    manifest = engine.artifact.manifest
+    rules = token_rules(manifest.call, manifest.inputs)
+    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions, _made_for(engine)))
+    if capacity > _made_for(engine):
+        note = f"there is room for {capacity:,} tokens, the model was made for {_made_for(engine):,} positions"
+        _tell(engine, f"{note} (max_position_embeddings): what it writes beyond them may be nonsense", terminal)
+    history = _system(options)
+    lines = Lines()
+    heard = False
+    while True:
+        try:
+            line = _next_line(engine, lines, terminal)
+            if line is None or line.strip() == "/exit":
+                break
+            if line.strip() == "/reset":
+                history = _system(options)
+            if line.strip() in ("", "/reset"):
+                continue
+            heard = True
+            asked = [*history, {"role": "user", "content": line}]
+            prompt = codec.encode_chat(asked) if chat else codec.encode(line)
+            answer = _stream(engine, codec, prompt, options, chat, capacity)
+        except UsageError as error:
+            if not terminal:
+                raise
+            _emit(f"error: {error}\n")
+            continue
+        if chat:
+            history = [*asked, {"role": "assistant", "content": answer}]
+    if line is not None:
+        return
+    if terminal:
+        _emit("\n")
+    elif not heard:
+        raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input")
+
+
+def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
+    """Whether lines are answered where nobody said: if there is a chat template, and it works."""
+    if not codec.can_chat:
+        return False
+    try:
+        codec.encode_chat([{"role": "user", "content": "?"}])
+    except UsageError as error:
+        _tell(engine, f"lines are continued and not answered: {error}", terminal)
+        return False
+    return True
+
+
+def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
+    """The next line, None at the end of the input; meanwhile the other ranks are kept company."""
+    if terminal:
+        _emit(_SIGN)
+    while (line := lines.poll(IDLE_SECONDS)) is None:
+        if lines.ended:
+            return None
+        engine.idle()
+    return line
+
+
+def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
+    """Print an answer as it grows; returns it."""
+    begins = _answer_begins(engine) if engine.reads_source else prompt
+    room = capacity - len(begins)
+    if room < 1:
+        raise UsageError(
+            f"this needs {len(prompt)} tokens and there is room for {capacity}; "
+            "/reset begins a new conversation, --max-context gives more room"
+        )
+    wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
+    stream = codec.stream(_continued(engine, prompt, chat))
+    pieces = []
+    for (token,) in engine.run(_order(engine, [prompt], options, codec, min(wanted, room), capacity)):
+        assert token is not None
+        pieces.append(stream.push(token))
+        _emit(pieces[-1])
+    pieces.append(stream.finish())
+    _emit(pieces[-1] + "\n")
+    return "".join(pieces)
+
+
+# both ----------------------------------------------------------------------------------------------------------------
+
+
+def _order(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    options: RunOptions,
+    codec: TextCodec | None,
+    new_tokens: int,
+    capacity: int | None = None,
+) -> Order:
+    if not all(prompts):
+        raise UsageError("the prompt has no tokens")
+    seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
+    new_tokens = options.max_new_tokens or new_tokens if capacity is None else new_tokens
+    sources: Sequence[Sequence[int]] = ()
+    if engine.reads_source:
+        sources, prompts = prompts, [_answer_begins(engine)] * len(prompts)
+    return Order(
+        prompts=prompts,
+        max_new_tokens=new_tokens,
+        capacity=capacity or options.max_context or max(map(len, prompts)) + new_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, seed),
+        eos=sorted(codec.eos) if codec is not None and not options.ignore_eos else (),
+        sources=sources,
+    )
+
+
+def _answer_begins(engine: Engine) -> Sequence[int]:
+    """The tokens that an encoder-decoder's answer begins with."""
+    begins = engine.artifact.manifest.source.answer_begins
+    if not begins:
+        raise UsageError("cannot generate: the source's config names no decoder_start_token_id")
+    return begins
+
+
+def _system(options: RunOptions) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] if options.system else []
+
+
+def _made_for(engine: Engine) -> int:
+    """The longest sequence that the source's config says the model was made for."""
+    return engine.artifact.manifest.source.max_positions or _NO_LIMIT
+
+
+def _notes(engine: Engine, order: Order) -> list[str]:
+    """What a user should know of an order that can be carried out."""
+    made_for, longest = _made_for(engine), max(map(len, (*order.prompts, *order.sources)))
+    reached = max(map(len, order.prompts)) + order.max_new_tokens
+    if max(longest, reached) <= made_for:
+        return []
+    what = f"the prompt takes {longest:,}" if longest > made_for else f"prompt and new tokens take {reached:,}"
+    return [
+        f"{what} positions, the model was made for {made_for:,} (max_position_embeddings): "
+        "what it writes beyond them may be nonsense"
+    ]
+
+
+def _tell(engine: Engine, note: str, terminal: bool) -> None:
+    """Say what a user should know: to a person at once, else beside what is written."""
+    if terminal:
+        _emit(f"note: {note}\n")
+    else:
+        engine.ranks.status.note(note)
+
+
+def _emit(text: str) -> None:
+    write_out(text)

@@ -1,0 +1,1 @@
+"""A lane program run in one process: the reference, the module that trains, the model of logits."""

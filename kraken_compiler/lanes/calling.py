@@ -1,0 +1,187 @@
+"""How a program is called: the source model's arguments to the graph's inputs, and its outputs back.
+
+Every runtime uses these two functions, so that a rewritten model has the source model's signature everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.program import CallSpec, InputSpec
+from kraken_compiler.ir.size_checks import require_sizes
+
+_missing = object()
+
+
+def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Turn the arguments of a call of the source model into the graph's tensor inputs.
+
+    Args:
+        call: The program's calling convention.
+        inputs: The program's inputs.
+        args: Positional arguments.
+        kwargs: Named arguments.
+
+    Returns:
+        One tensor for every element of `inputs`, in that order.
+
+    Raises:
+        UsageError: An argument is missing, unknown, was not captured, or has another structure or a size that the
+            program was not compiled for.
+    """
+    given = _by_name(call, args, kwargs)
+    for name, value in given.items():
+        if name not in call.trees:
+            _check_constant(call, name, value)
+    by_argument = {name: _tensors_of(call, name, given.get(name, _missing)) for name in call.trees}
+    taken = dict.fromkeys(call.trees, 0)
+    bound: list[Tensor] = []
+    for spec in inputs:
+        tensor = by_argument[spec.parameter][taken[spec.parameter]]
+        taken[spec.parameter] += 1
+        _check_shape(call, spec, tensor)
+        _check_kind(call, spec, tensor)
+        bound.append(tensor)
+    require_sizes(call, inputs, [tensor.shape for tensor in bound])
+    return bound
+
+
+def unflatten_output(call: CallSpec, tensors: Sequence[Tensor]) -> Any:
+    """Rebuild the source model's output from the graph's flat outputs.
+
+    Returns:
+        The source model's own output structure; a dict of name -> tensor if its class cannot be imported here.
+    """
+    remaining = iter(tensors)
+    leaves = [None if leaf in call.none_outputs else next(remaining) for leaf in range(len(call.out_names))]
+    spec = _load_tree(call.out_tree)
+    if spec is None:
+        return {name: leaf for name, leaf in zip(call.out_names, leaves, strict=True) if leaf is not None}
+    return compat.tree_unflatten(leaves, spec)
+
+
+def _by_name(call: CallSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if len(args) > len(call.parameters):
+        raise UsageError(f"{_model(call)} takes {len(call.parameters)} positional arguments, {len(args)} were given")
+    given = dict(zip(call.parameters, args))
+    for name, value in kwargs.items():
+        if name in given:
+            raise UsageError(f"{_model(call)} got two values for argument '{name}'")
+        given[name] = value
+    return given
+
+
+def _check_constant(call: CallSpec, name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name in call.constants:
+        fixed = call.constants[name]
+        if type(value) is type(fixed) and value == fixed:
+            return
+        raise UsageError(
+            f"{_model(call)} was compiled with {name}={fixed!r} and cannot be called with another value; "
+            f"compile it again with example_inputs that hold {name}={_brief(value)}"
+        )
+    if name in call.parameters:
+        raise UsageError(
+            f"{_model(call)} was compiled without the argument '{name}', so it may only be None; to use it, compile "
+            f"again with an example of it (--input {name}=DTYPE[SIZES] or example_inputs={{'{name}': ...}})"
+        )
+    raise UsageError(f"{_model(call)} has no argument '{name}'; it takes {', '.join(call.trees)}")
+
+
+def _tensors_of(call: CallSpec, name: str, value: Any) -> list[Tensor]:
+    if value is _missing:
+        raise UsageError(f"{_model(call)} needs the argument '{name}'; it takes {', '.join(call.trees)}")
+    leaves, spec = compat.tree_flatten(value)
+    captured = _load_tree(call.trees[name])
+    nones = call.none_inputs.get(name, ())
+    matches = captured is None or spec == captured
+    if not matches or any(isinstance(leaf, Tensor) == (index in nones) for index, leaf in enumerate(leaves)):
+        raise UsageError(f"argument '{name}' of {_model(call)} must be {_expected(call, name)}, got {_brief(value)}")
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _check_shape(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
+    fits = tensor.dim() == len(spec.shape) and all(
+        isinstance(size, str) or actual == size for actual, size in zip(tensor.shape, spec.shape)
+    )
+    if not fits:
+        raise UsageError(
+            f"argument '{spec.parameter}' of {_model(call)} must have shape [{', '.join(map(str, spec.shape))}], "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def _check_kind(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
+    """Flags, whole numbers and fractions are told apart by models; how many bits they have is not."""
+    captured: torch.dtype = getattr(torch, spec.dtype)
+    if _kind(tensor.dtype) != _kind(captured):
+        raise UsageError(
+            f"argument '{spec.parameter}' of {_model(call)} was compiled for {spec.dtype}, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}: its code may do something else with that; convert it"
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "fraction"
+    return "flag" if dtype == torch.bool else "complex" if dtype.is_complex else "whole"
+
+
+def _model(call: CallSpec) -> str:
+    return call.model_class or "the model"
+
+
+def _expected(call: CallSpec, name: str) -> str:
+    spec = _load_tree(call.trees[name])
+    if spec is None or spec.is_leaf():
+        return "a tensor"
+    nones = call.none_inputs.get(name, ())
+    shown = [None if leaf in nones else "tensor" for leaf in range(spec.num_leaves)]
+    return f"structured as {compat.tree_unflatten(shown, spec)!r}"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
+
+
+@lru_cache(maxsize=64)
+def _load_tree(text: str) -> compat.TreeSpec | None:
+    """The structure, or None if one of its classes is not importable here."""
+    try:
+        return compat.tree_loads(text)
+    except NotImplementedError:
+        pass
+    # Hugging Face output classes register themselves when their module is imported.
+    if "transformers." not in text:
+        return None
+    try:
+        for module in sorted(_modules_named(json.loads(text))):
+            importlib.import_module(module)
+        return compat.tree_loads(text)
+    except (ImportError, NotImplementedError):
+        return None
+
+
+def _modules_named(schema: Any) -> set[str]:
+    """Modules of the transformers classes in a serialized structure."""
+    if isinstance(schema, list):
+        return set().union(*map(_modules_named, schema))
+    if not isinstance(schema, dict):
+        return set()
+    name = schema.get("type")
+    own = {name.rpartition(".")[0]} if isinstance(name, str) and name.startswith("transformers.") else set()
+    return own | _modules_named(schema.get("children_spec", []))

@@ -1,0 +1,141 @@
+"""A dataclass of options as a command: its command line, and `--config` for a file of the same keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import typer
+from pydantic import BeforeValidator
+from typer.models import ArgumentInfo
+
+from kraken_compiler.backends.base import AT_RUN
+from kraken_compiler.backends.registry import backend_class, backend_rows
+from kraken_compiler.errors import UsageError
+from kraken_compiler.options.options import BACKEND_OPTIONS, Option, merged, options_in
+
+CONFIG, JSON, QUIET, VERBOSE = "config", "json_output", "quiet", "verbose"
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks.
+
+    Attributes:
+        json: One JSON document instead of text.
+        quiet: No progress, no tables.
+        verbose: Show what every pass did.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line says.
+
+    Attributes:
+        values: Options that were given, by field name.
+        config: A file with more of them.
+        output: How to speak.
+    """
+
+    values: Mapping[str, Any]
+    config: Path | None
+    output: Output
+
+    def options(self, *kinds: type[Any]) -> list[Any]:
+        """These options and those of the config file, as one object of every dataclass.
+
+        Raises:
+            UsageError: An option that is needed was not given; and see `merged`.
+            InputFileError: See `merged`.
+        """
+        known = command_options(*kinds)
+        found = merged(known, self.config, self.values)
+        missing = next((option.key for option in known.values() if option.required and option.name not in found), None)
+        if missing is not None:
+            raise UsageError(f"--{missing} is needed, on the command line or as '{missing}' in a config file")
+        made = []
+        for kind in kinds:
+            own = {item.name for item in fields(kind)}
+            values = {name: value for name, value in found.items() if name in own}
+            if BACKEND_OPTIONS in own:
+                others = {name: found[name] for name in backend_options(kind) if found.get(name) is not None}
+                values |= {BACKEND_OPTIONS: others}
+            made.append(kind(**values))
+        return made
+
+
+def command_options(*kinds: type[Any]) -> dict[str, Option]:
+    """The options of a command, by field name: those of its dataclasses, and of the backends if one holds them."""
+    found: dict[str, Option] = {}
+    for kind in kinds:
+        found |= options_in(kind)
+        if any(item.name == BACKEND_OPTIONS for item in fields(kind)):
+            found = {**backend_options(kind), **found}
+    return found
+
+
+def backend_options(kind: type[Any]) -> dict[str, Option]:
+    """The options of all backends that a dataclass may hold, by field name: those of a compile, or of a run."""
+    at_run = bool(getattr(kind, "AT_RUN", False))
+    found: dict[str, Option] = {}
+    for name in backend_rows():
+        for option in options_in(backend_class(name).Options).values():
+            if (AT_RUN in option.more) == at_run:
+                found.setdefault(option.name, option)
+    return found
+
+
+def command(
+    act: Callable[[Given], None], *kinds: type[Any], description: str, epilog: str | None = None, speaks: bool = True
+) -> typer.Typer:
+    """A command line.
+
+    Args:
+        act: Called with what was given.
+        kinds: Dataclasses whose fields are the options.
+        description, epilog: First and last words of `--help`.
+        speaks: It has `--json`, `--quiet` and `--verbose`; else it has its own.
+    """
+    parameters = [_parameter(option) for option in command_options(*kinds).values()]
+    parameters.append(
+        _flag(CONFIG, Path | None, typer.Option(help="TOML file with the same keys; the command line wins."))
+    )
+    if speaks:
+        parameters += [
+            _flag(JSON, bool, typer.Option("--json", help="Print one JSON document."), False),
+            _flag(QUIET, bool, typer.Option("--quiet", "-q", help="No progress, no tables."), False),
+            _flag(VERBOSE, bool, typer.Option("--verbose", "-v", help="Show what every pass did."), False),
+        ]
+
+    def run(**values: Any) -> None:
+        config = values.pop(CONFIG)
+        output = Output(values.pop(JSON), values.pop(QUIET), values.pop(VERBOSE)) if speaks else Output()
+        act(Given({name: value for name, value in values.items() if value not in (None, [])}, config, output))
+
+    # typer reads the signature; written out it would be a second list of all options.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=description, epilog=epilog)(run)
+    return app
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    kind = option.kind
+    if any(isinstance(part, BeforeValidator) for part in option.validators) and get_origin(kind) is not list:
+        kind = str  # the validator makes it what it is
+    if option.required and isinstance(option.info, ArgumentInfo):
+        return _flag(option.name, kind, option.info, inspect.Parameter.empty)
+    return _flag(option.name, kind | None, option.info)
+
+
+def _flag(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

@@ -1,0 +1,109 @@
+"""What a compile can be asked for. Imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BeforeValidator
+
+from kraken_compiler.backends.registry import DEFAULT_BACKEND
+from kraken_compiler.errors import UsageError
+from kraken_compiler.options.options import CommandOptions, Spelled
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
+
+CALIBRATION_TOKENS = 65536
+
+
+def _names(value: Any) -> Any:
+    """One text may name several backends, and so may each of a list."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [name.strip() for text in texts for name in text.split(",")]
+
+
+def share_of(value: Any) -> Any:
+    """A share such as `2%` or `0.02`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError as error:
+        raise UsageError(f"--max-ppl-increase {value}: give a share such as 2% or 0.02") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(CommandOptions):
+    """What a compile can be asked for.
+
+    In Python, `form` also takes a `Form`, or one of those for every layer, `layers` numbers, and `dtype` a torch dtype.
+    """
+
+    degree: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of lanes. (default: the visible accelerators, else the smallest valid degree above 1)"
+        ),
+    ] = None
+    form: Annotated[
+        Any, Spelled(str), typer.Option(help="standard, kraken, ladder, sync-drop or parallel. (default: kraken)")
+    ] = "kraken"
+    layers: Annotated[
+        str | Sequence[int] | None,
+        Spelled(str | None),
+        typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard."),
+    ] = None
+    backends: Annotated[
+        Sequence[str],
+        Spelled(list[str]),
+        typer.Option("--backend", help="torch or onnx; several separated by commas, or repeated. (default: torch)"),
+        BeforeValidator(_names),
+    ] = (DEFAULT_BACKEND,)
+    dtype: Annotated[
+        Any, Spelled(str | None), typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")
+    ] = None
+    input_specs: Annotated[
+        Sequence[str],
+        Spelled(list[str]),
+        typer.Option("--input", help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face."),
+    ] = ()
+    text: Text = None
+    text_tokens: TextTokens = None
+    calibrate: Annotated[
+        Sequence[Any],
+        Spelled(list[Path]),
+        typer.Option(
+            help="Text, token ids (.npy, .safetensors) or a directory of such files, to refit a changed form's weights "
+            "on. May be repeated."
+        ),
+    ] = ()
+    calibrate_tokens: Annotated[
+        int, typer.Option(min=1, help=f"How many tokens of it. (default: {CALIBRATION_TOKENS})")
+    ] = CALIBRATION_TOKENS
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose every layer's form: wait for as little communication as possible at no more than this KL to "
+            "the source, nats per token on unseen text. Needs --calibrate."
+        ),
+    ] = None
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option("--max-ppl-increase", help="The same for the growth of the perplexity, e.g. 2%."),
+        BeforeValidator(share_of),
+    ] = None
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = True
+    dump_directory: Annotated[
+        Any,
+        Spelled(Path | None),
+        typer.Option("--dump-graphs", help="Directory for the graph as text after every pass."),
+    ] = None
+    trust_pickle: TrustPickle = False
+    force: Force = False
+    timeout: Timeout = CHECK_TIMEOUT
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of backends, by field name (`Backend.Options`)."""

@@ -1,0 +1,40 @@
+"""Options that several commands have, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from annotated_types import Gt, Le
+
+from kraken_compiler.options.options import Spelled
+from kraken_compiler.ranks.environment import LONGEST_TIMEOUT
+
+CHECK_TIMEOUT = 120.0
+"""Seconds; ranks that check a program may load and run a large one."""
+
+Text = Annotated[
+    Any,
+    Spelled(Path | None),
+    typer.Option(help="Text, or token ids (.npy), to measure the form's cost on. (default: a small built-in sample)"),
+]
+TextTokens = Annotated[int | None, typer.Option(min=2, help="Most tokens of the text to read. (default: all)")]
+Source = Annotated[
+    Any,
+    Spelled(Path | None),
+    typer.Option(help="The source model. (default: where it was when the artifact was compiled)"),
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there; no other files are.")]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds after which a rank counts as hanging that gets nothing done, while no rank computes. "
+        f"(default: {CHECK_TIMEOUT:g})"
+    ),
+    Gt(0),
+    Le(LONGEST_TIMEOUT),
+]

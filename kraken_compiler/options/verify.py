@@ -1,0 +1,28 @@
+"""What a verification can be asked for. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from kraken_compiler.options.options import CommandOptions
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Source, Text, TextTokens, Timeout, TrustPickle
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(CommandOptions):
+    """What a verification can be asked for; in Python, `source` also takes a module."""
+
+    text: Text = None
+    text_tokens: TextTokens = None
+    source: Source = None
+    trust_pickle: TrustPickle = False
+    timeout: Timeout = CHECK_TIMEOUT
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--by-layer", help="Also measure what the form costs in every layer alone, and from every layer to the end."
+        ),
+    ] = False

@@ -1,0 +1,1 @@
+"""Processes that run a lane each: starting, watching and connecting them."""

@@ -1,0 +1,26 @@
+"""Plain values that every rank of a process group shows to all others, as JSON and never as pickles."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kraken_compiler.ranks.communicators.peers import Card
+
+
+def swap_cards(card: Card, group: dist.ProcessGroup) -> list[Card]:
+    """Every rank's card, rank 0's first; all ranks of the group must call it together."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    text = json.dumps(card).encode()
+    sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=device), group)]
+    padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8).to(device)
+    return [json.loads(bytes(other.tolist())) for other in _gather(padded, group)]
+
+
+def _gather(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybodys, own, group=group)
+    return everybodys

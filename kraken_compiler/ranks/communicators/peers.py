@@ -1,0 +1,233 @@
+"""One message socket to every peer: who they are, where they are, and what has come from them. Knows no torch."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import zmq
+
+from kraken_compiler.errors import RankFailedError, UsageError
+from kraken_compiler.ranks.communicators.addresses import is_loopback, network_id
+
+_LOOK_MILLISECONDS = 200
+"""How often a rank that waits looks whether its peer is still connected."""
+_SOCKET_BUFFER_BYTES = 4 << 20
+_LINGER_MILLISECONDS = 10_000
+"""How long closing waits for a peer to take what is left."""
+_LINGER_MILLISECONDS_IN_FAILURE = 1_000
+_NEVER_MILLISECONDS = 10**9
+_NUMBER_BYTES = 8
+
+Card = dict[str, Any]
+"""What a rank says of itself, as plain values."""
+Swap = Callable[[Card], list[Card]]
+"""Gives a rank's card to all ranks; returns everybody's, rank 0's first."""
+
+
+class Peer:
+    """The connection to one peer. What comes on it is numbered from 0 in the order in which the peer sent it.
+
+    An answer to a message has that one's number, and does not count itself.
+
+    Attributes:
+        rank: The peer's.
+        failed: It went away or did not answer in time.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], own: int, rank: int, timeout: float) -> None:
+        self.rank = rank
+        self.failed = False
+        self._own = own
+        self._timeout = timeout
+        self._sent = 0
+        self._expected = 0
+        self._next = 0
+        self._early: dict[int, zmq.Frame] = {}
+        self._answers: dict[int, zmq.Frame] = {}
+        socket = self._socket = context.socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.SNDBUF, _SOCKET_BUFFER_BYTES)
+        socket.setsockopt(zmq.RCVBUF, _SOCKET_BUFFER_BYTES)
+        # Until it is closed on purpose: ZeroMQ begins to linger when a peer goes away, and nothing can reach that one.
+        socket.setsockopt(zmq.LINGER, 0)
+        # A peer that is gone stays gone: what was lost with it would be missing in the sums. Not -1, with which ZeroMQ
+        # would throw away what the peer sent before it left.
+        socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MILLISECONDS)
+        socket.setsockopt(zmq.RCVTIMEO, _LOOK_MILLISECONDS)
+        socket.setsockopt(zmq.SNDTIMEO, _LOOK_MILLISECONDS)
+        socket.copy_threshold = 0
+        self._events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def bind(self, host: str) -> str:
+        """Be there for the peer at a free port; returns the endpoint.
+
+        Raises:
+            UsageError: This machine has no such address or interface.
+        """
+        try:
+            self._socket.bind(f"tcp://{host}:*")
+        except zmq.ZMQError as error:
+            raise UsageError(
+                f"rank {self._own} cannot be reached at {host}: {reason_of(error)}; set GLOO_SOCKET_IFNAME "
+                f"to the network interface that connects the ranks"
+            ) from None
+        return self._socket.get_string(zmq.LAST_ENDPOINT)
+
+    def connect(self, endpoint: str) -> None:
+        """Connect to where the peer is."""
+        self._socket.connect(endpoint)
+
+    def send(self, content: Any, copy: bool = True) -> int:
+        """Send a message; without `copy` it is sent from where it lies, later. Returns its number.
+
+        Raises:
+            RankFailedError: The peer is gone, or did not connect for as long as collectives may take.
+        """
+        self._send([content], copy)
+        number, self._sent = self._sent, self._sent + 1
+        return number
+
+    def answer(self, number: int, content: Any, copy: bool = True) -> None:
+        """Send the answer to one of the peer's messages; see `send`."""
+        self._send([number.to_bytes(_NUMBER_BYTES, "little"), content], copy)
+
+    def _send(self, parts: list[Any], copy: bool) -> None:
+        deadline = 0.0
+        while True:
+            with suppress(zmq.Again):
+                self._socket.send_multipart(parts, copy=copy)
+                return
+            # Only a socket without a connection does not take a message.
+            deadline = self._require_alive(deadline)
+
+    def expect(self) -> int:
+        """The number of the first message that was not expected before."""
+        number, self._expected = self._expected, self._expected + 1
+        return number
+
+    def frame(self, number: int) -> zmq.Frame:
+        """The message of that number.
+
+        Raises:
+            RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
+        """
+        assert number >= self._next or number in self._early, f"message {number} of rank {self.rank} was taken before"
+        return self._take(self._early, number)
+
+    def answered(self, number: int) -> zmq.Frame:
+        """The peer's answer to the message of that number; see `frame`."""
+        return self._take(self._answers, number)
+
+    def _take(self, there: dict[int, zmq.Frame], number: int) -> zmq.Frame:
+        deadline = 0.0
+        while number not in there:
+            parts: list[zmq.Frame] = []
+            with suppress(zmq.Again):
+                parts = self._socket.recv_multipart(copy=False)
+            if not parts:
+                deadline = self._require_alive(deadline)
+            elif len(parts) == 1:
+                self._early[self._next] = parts[0]
+                self._next += 1
+            else:
+                self._answers[int.from_bytes(parts[0].bytes, "little")] = parts[1]
+        return there.pop(number)
+
+    def require_taken(self, tracker: zmq.MessageTracker) -> None:
+        """Wait until a message that was sent without a copy is not read any more.
+
+        Raises:
+            RankFailedError: The peer is gone, or did not take it for as long as collectives may take.
+        """
+        deadline = time.monotonic() + self._timeout
+        while not tracker.done:
+            with suppress(zmq.NotDone):
+                tracker.wait(_LOOK_MILLISECONDS / 1000)
+                return
+            if self._events.poll(0):
+                self._fail(
+                    f"connection closed by peer: rank {self.rank} went away before it took rank {self._own}'s part"
+                )
+            if time.monotonic() > deadline:
+                self._fail(
+                    f"rank {self._own} timed out waiting for rank {self.rank} to take its part, for {self._timeout:g} s"
+                )
+
+    def _require_alive(self, deadline: float) -> float:
+        """Look at a connection on which nothing happens; returns when to give up."""
+        if self._events.poll(0) and not self._socket.poll(0):
+            self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own} needed its part")
+        if deadline and time.monotonic() > deadline:
+            self._fail(
+                f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
+                "--timeout SECONDS allows more"
+            )
+        return deadline or time.monotonic() + self._timeout
+
+    def _fail(self, reason: str) -> NoReturn:
+        self.failed = True
+        raise RankFailedError(reason)
+
+    def close(self, in_failure: bool = False) -> None:
+        """Send what is left and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
+        if not self.failed:
+            linger = _LINGER_MILLISECONDS_IN_FAILURE if in_failure else _LINGER_MILLISECONDS
+            self._socket.setsockopt(zmq.LINGER, linger)
+        self._socket.disable_monitor()
+        self._events.close(0)
+        self._socket.close()
+
+
+def reason_of(error: zmq.ZMQError) -> str:
+    """What went wrong, without the address that pyzmq puts behind it."""
+    return zmq.strerror(error.errno or 0)
+
+
+def connect_peers(
+    context: zmq.Context[zmq.Socket[bytes]], rank: int, degree: int, host: str, swap: Swap, timeout: float
+) -> list[Peer]:
+    """Connect every rank to every other; all must call it together.
+
+    The first message on every connection is a random token from the peer's card, so that no stranger is taken for a
+    peer.
+
+    Args:
+        context: Where the sockets are made.
+        rank: This one.
+        degree: How many there are.
+        host: Address or interface at which peers reach this rank.
+        swap: How the ranks tell each other where they are.
+        timeout: Seconds without an answer after which a peer counts as dead.
+
+    Returns:
+        The peers in the order of their ranks, without this one.
+
+    Raises:
+        RankFailedError: A peer did not connect in time, or someone else did.
+        UsageError: Ranks of several hosts would meet at a loopback address.
+    """
+    peers = [Peer(context, rank, other, timeout) for other in range(degree) if other != rank]
+    endpoints = {str(peer.rank): peer.bind(host) for peer in peers if peer.rank > rank}
+    token = secrets.token_hex(8)
+    cards = swap({"token": token, "network": network_id(), "endpoints": endpoints})
+    for peer in peers:
+        if peer.rank < rank:
+            card = cards[peer.rank]
+            endpoint = card["endpoints"][str(rank)]
+            if is_loopback(endpoint) and card["network"] != cards[rank]["network"]:
+                raise UsageError(
+                    f"rank {peer.rank} is on another host, but would be reached at {endpoint}; set GLOO_SOCKET_IFNAME "
+                    f"there to the network interface that connects the hosts"
+                )
+            peer.connect(endpoint)
+    for peer in peers:
+        peer.send(token.encode())
+    for peer in peers:
+        if peer.frame(peer.expect()).bytes != cards[peer.rank]["token"].encode():
+            raise RankFailedError(f"rank {rank} was called by a stranger where it expected rank {peer.rank}")
+    return peers

@@ -1,1 +1,0 @@
-"""Running compiled models: starting ranks, watching them, generating text."""

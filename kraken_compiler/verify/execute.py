@@ -1,0 +1,131 @@
+"""Runs compiled programs on real ranks and brings the results back, to be compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.base import Backend
+from kraken_compiler.backends.open_model import open_model
+from kraken_compiler.backends.registry import backends_of
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
+from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.verify.replay import capacities, replay
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What the ranks of an artifact computed. Arrays are numpy's; bfloat16 comes as float32.
+
+    Attributes:
+        outputs: `outputs[rank][set]` are the graph's outputs; of a program with a KV cache perhaps the logits alone.
+        replayed: `replayed[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
+        sums: `sums[rank][set]` are the finished sums by the name of their wait; empty if programs do not tell.
+        records: `records[rank]` is what the rank did on the last set, for `Backend.ran`; None if it does not tell.
+    """
+
+    outputs: list[list[tuple[Array, ...]]]
+    replayed: list[list[dict[int, Array]]]
+    sums: list[list[dict[str, Array]]]
+    records: list[Any]
+
+
+def execute_on_ranks(
+    artifact_directory: Path | str,
+    inputs: Sequence[Mapping[str, Array]],
+    backend: str,
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> Executed:
+    """Run an artifact's real programs, one process per lane: on whole inputs, and with the KV cache if there is one.
+
+    Starting ranks takes seconds, so give all input sets at once.
+
+    Args:
+        artifact_directory: The artifact.
+        inputs: Input sets; each maps the names of the manifest's inputs to arrays.
+        backend: Name of the backend whose programs are run.
+        timeout: Seconds without progress after which a rank counts as hanging.
+
+    Raises:
+        UsageError: An input set lacks an input.
+        RankFailedError: A rank died or hung; its own traceback comes first.
+        InputFileError: A file of the artifact is missing, truncated or tampered with.
+    """
+    artifact = open_artifact(artifact_directory, verify=False)
+    names = [spec.name for spec in artifact.manifest.inputs]
+    for given in inputs:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UsageError(f"the program needs the inputs {', '.join(names)}; missing: {', '.join(missing)}")
+    with tempfile.TemporaryDirectory(prefix="kraken-execute-") as exchange:
+        directory = Path(exchange)
+        flat = {f"{index}.{name}": given[name] for index, given in enumerate(inputs) for name in names}
+        save_file({key: np.ascontiguousarray(array) for key, array in flat.items()}, directory / "in.safetensors")
+        payload = {
+            "artifact": str(Path(artifact_directory).absolute()),
+            "exchange": exchange,
+            "backend": backend,
+            "names": names,
+            "sets": len(inputs),
+        }
+        told = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
+        executed = Executed([], [], [], [of_rank["record"] for of_rank in told])
+        sets = range(len(inputs))
+        for rank, of_rank in enumerate(told):
+            arrays = load_file(_results(directory, rank))
+            outputs = range(of_rank["outputs"])
+            executed.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
+            replayed = [_with_prefix(arrays, f"{index}.replayed.") for index in sets]
+            executed.replayed.append([{int(name): array for name, array in of_set.items()} for of_set in replayed])
+            executed.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
+        return executed
+
+
+def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One rank's part of `execute_on_ranks`."""
+    directory, sets = Path(payload["exchange"]), payload["sets"]
+
+    def choose(artifact: Artifact) -> Backend[Any]:
+        return next(backend for backend in backends_of(artifact) if backend.name == payload["backend"])
+
+    artifact, model = open_model(payload["artifact"], ranks, choose, checking=True)
+    given = load_file(directory / "in.safetensors")
+    results: dict[str, Array] = {}
+    count, record = 0, None
+    for index in range(sets):
+        inputs = {name: given[f"{index}.{name}"] for name in payload["names"]}
+        observed = model.observe(inputs, last=index + 1 == sets)
+        count, record = len(observed.outputs), observed.record
+        results |= {f"{index}.{position}": array.copy() for position, array in enumerate(observed.outputs)}
+        results |= {f"{index}.sum.{name}": array for name, array in observed.sums.items()}
+        ranks.status.progress("executing")
+    for index in range(sets if artifact.manifest.cache is not None else 0):
+        ids = given[f"{index}.{payload['names'][0]}"]
+        for capacity in capacities(ids.shape[1], model.positions):
+            decoder = model.decoder(len(ids), capacity)
+            if decoder is not None:
+                results[f"{index}.replayed.{capacity}"] = replay(decoder, ids)
+            ranks.status.progress("decoding")
+    save_file({name: np.ascontiguousarray(array) for name, array in results.items()}, _results(directory, ranks.rank))
+    return {"outputs": count, "record": record}
+
+
+def _results(directory: Path, rank: int) -> Path:
+    return directory / f"out-{rank}.safetensors"

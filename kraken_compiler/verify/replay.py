@@ -1,0 +1,52 @@
+"""Known sequences fed to a decoder as if it had generated them, so that its logits can be compared with a full run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kraken_compiler.generate.decoder import Array, Decoder
+
+
+def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
+    """How long every row's prompt is taken to be, and how many steps follow; lengths differ where they can.
+
+    Args:
+        batch: Number of sequences.
+        tokens: Length of every sequence.
+    """
+    longest = max(tokens - 3, 1)
+    lengths = [max(longest - 2 * row, 1) for row in range(batch)]
+    return lengths, tokens - longest
+
+
+def capacities(tokens: int, limit: int | None) -> tuple[int, ...]:
+    """Capacities to replay sequences of a length at: never the length itself, where the model has room for more.
+
+    What a cache computes once, for its capacity, is then computed for other lengths than recomputation computes it for.
+
+    Args:
+        tokens: Length of the sequences.
+        limit: The longest that the model takes; None if there is none.
+    """
+    found = [capacity for capacity in (tokens + 1, 3 * tokens + 64) if limit is None or capacity <= limit]
+    return tuple(found) or (tokens,)
+
+
+def replay(decoder: Decoder, ids: Array) -> Array:
+    """Feed sequences: first a prompt of every row, then token after token.
+
+    Args:
+        decoder: Takes a batch of that size.
+        ids: int64 [batch, tokens].
+
+    Returns:
+        Logits [batch, 1 + steps, vocabulary] after the prompt and after every step.
+    """
+    ids = np.asarray(ids)
+    prompts, steps = split_lengths(*ids.shape)
+    lengths = np.array(prompts)
+    decoder.reset()
+    logits = [decoder.prefill(ids[:, : max(prompts)], lengths).copy()]
+    for step in range(steps):
+        logits.append(decoder.step(ids[np.arange(len(ids)), lengths + step]).copy())
+    return np.stack(logits, axis=1)
