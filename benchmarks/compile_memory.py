@@ -67,12 +67,18 @@ for name in json.loads(sys.argv[1]):
     try:
         importlib.import_module(name)
     except Exception:
-        pass  # Some entries of sys.modules are made by code and have no file.
+        # Some entries of sys.modules are made by code and have no file; ours all have one.
+        if name.startswith("kraken_compiler."):
+            raise
 print("ready", flush=True)
 sys.stdin.read()
 """
 
-HELPER_MODULES = ["torch", "torch.distributed", "kraken_compiler.runtime.torch_rank"]
+HELPER_MODULES = [
+    "kraken_compiler.ranks.call_rank",
+    "kraken_compiler.verify.execute",
+    "kraken_compiler.backends.torch_dist.run.model",
+]
 """What one rank of the verification imports."""
 
 

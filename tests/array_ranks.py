@@ -211,8 +211,8 @@ def main(check: str, text: str) -> None:
     communicator = None
     try:
         place = Place.from_environment()
-        communicator = Ranks.meet(place, StatusWriter(place.rank, None), options["timeout"])
-        communicator.agree(Claims(options.get("card", {})))
+        communicator = Ranks.rendezvous(place, StatusWriter(place.rank, None), options["timeout"])
+        communicator.agree(Claims(options.get("claims", {})))
         found = CHECKS[check](communicator, options)
     except KrakenError as error:
         found = {"error": str(error), "kind": type(error).__name__}

@@ -17,8 +17,8 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators import sums
-from kraken_compiler.ranks.communicators.base import Communicator, find
 from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator, find
 from kraken_compiler.ranks.communicators.message import MessageCommunicator
 from kraken_compiler.ranks.session import Ranks
 from tests.torch_ranks import device_of, group_of

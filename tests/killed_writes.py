@@ -29,7 +29,7 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
-from kraken_compiler.weights.shards import write_lane_shards
+from kraken_compiler.weights.write_shards import write_lane_shards
 from tests.toy_lane_program import toy_program, toy_sources
 
 CALLS = (

@@ -19,9 +19,9 @@ import zmq
 
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.quality.thread_ranks import together
-from kraken_compiler.ranks.communicators import meeting
+from kraken_compiler.ranks.communicators import rendezvous as meeting
 from kraken_compiler.ranks.communicators.agreement import Claims
-from kraken_compiler.ranks.communicators.meeting import MeetingPoint, meet
+from kraken_compiler.ranks.communicators.rendezvous import RendezvousPoint, rendezvous
 from kraken_compiler.ranks.environment import Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
 from kraken_compiler.ranks.session import Ranks, joined
@@ -77,7 +77,7 @@ def run(
 def test_sums_are_right_to_the_bit_on_all_ranks(degree: int, port: int) -> None:
     master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     where = master if degree == 2 else {"MASTER_ADDR": "nowhere", "KRAKEN_MEET": f"127.0.0.1:{port}"}
-    results = run("sums", degree, where, card={"the program": "abc"})
+    results = run("sums", degree, where, claims={"the program": "abc"})
     assert [result.get("wrong", result) for result in results] == [[]] * degree
     assert all(result["digests"] == results[0]["digests"] for result in results)
 
@@ -102,7 +102,7 @@ def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str, timeout: float
 
 def test_what_the_ranks_disagree_on_is_told_on_all_of_them(port: int) -> None:
     where = {"KRAKEN_MEET": f"localhost:{port}"}
-    programs = {rank: {"card": {"the program's hash": value}} for rank, value in enumerate(["abc", "abd"])}
+    programs = {rank: {"claims": {"the program's hash": value}} for rank, value in enumerate(["abc", "abd"])}
     told = "the ranks do not fit together: the program's hash is abc on rank 0 and abd on rank 1"
     assert [(result["error"], result["kind"]) for result in run("nothing", 2, where, each=programs)] == [
         (told, "UsageError")
@@ -112,19 +112,19 @@ def test_what_the_ranks_disagree_on_is_told_on_all_of_them(port: int) -> None:
     assert second["error"].startswith("rank 0 sent 16 bytes where rank 1 has 20")
 
 
-def meet_in_threads(point: MeetingPoint, ranks: list[tuple[int, int]]) -> list[Any]:
-    """Let ranks (number, degree) meet; returns the cards that each was told, or what it raised."""
+def meet_in_threads(point: RendezvousPoint, ranks: list[tuple[int, int]]) -> list[Any]:
+    """Let ranks (number, degree) meet; returns the infos that each was told, or what it raised."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         found: list[Future[Any]] = [
-            pool.submit(meet, rank, degree, point, {"of": rank}, timeout=1.0) for rank, degree in ranks
+            pool.submit(rendezvous, rank, degree, point, {"of": rank}, timeout=1.0) for rank, degree in ranks
         ]
         return [one.exception() or one.result() for one in found]
 
 
 @pytest.fixture
-def point(port: int, monkeypatch: pytest.MonkeyPatch) -> MeetingPoint:
+def point(port: int, monkeypatch: pytest.MonkeyPatch) -> RendezvousPoint:
     monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
-    return MeetingPoint("127.0.0.1", port)
+    return RendezvousPoint("127.0.0.1", port)
 
 
 def assert_told(found: list[Any], kind: type[Exception], text: str) -> None:
@@ -133,15 +133,15 @@ def assert_told(found: list[Any], kind: type[Exception], text: str) -> None:
     assert not any("\n" in str(one) for one in found)
 
 
-def test_everybody_gets_all_cards(point: MeetingPoint) -> None:
-    cards = [{"of": rank} for rank in range(3)]
-    assert meet_in_threads(point, [(2, 3), (0, 3), (1, 3)]) == [cards] * 3
+def test_everybody_gets_all_infos(point: RendezvousPoint) -> None:
+    infos = [{"of": rank} for rank in range(3)]
+    assert meet_in_threads(point, [(2, 3), (0, 3), (1, 3)]) == [infos] * 3
     # The port is free again at once, and a name stands for all interfaces.
-    assert meet_in_threads(MeetingPoint("localhost", point.port), [(1, 2), (0, 2)]) == [cards[:2]] * 2
-    assert meet_in_threads(MeetingPoint(socket.gethostname(), point.port), [(0, 1)]) == [cards[:1]]
+    assert meet_in_threads(RendezvousPoint("localhost", point.port), [(1, 2), (0, 2)]) == [infos[:2]] * 2
+    assert meet_in_threads(RendezvousPoint(socket.gethostname(), point.port), [(0, 1)]) == [infos[:1]]
 
 
-def test_a_rank_that_does_not_come_is_named_on_all_that_did(point: MeetingPoint) -> None:
+def test_a_rank_that_does_not_come_is_named_on_all_that_did(point: RendezvousPoint) -> None:
     assert_told(
         meet_in_threads(point, [(0, 4), (2, 4)]), RankFailedError, f"ranks 1, 3 did not come to {point} within 1 s"
     )
@@ -165,7 +165,7 @@ def test_a_rank_that_cannot_go_on_tells_the_others(guilty: int) -> None:
     assert_told(list(told.values()), InputFileError, f"rank {guilty}: a file: missing")
 
 
-def test_ranks_of_different_runs_are_told_apart(point: MeetingPoint) -> None:
+def test_ranks_of_different_runs_are_told_apart(point: RendezvousPoint) -> None:
     assert_told(
         meet_in_threads(point, [(0, 2), (1, 3)]),
         UsageError,
@@ -177,7 +177,7 @@ def test_ranks_of_different_runs_are_told_apart(point: MeetingPoint) -> None:
 
 
 @pytest.mark.parametrize("message", [b"hello", b"[1]", b'{"version": 1, "rank": "0"}', b'{"version": 3}', b"[" * 10**5])
-def test_a_stranger_is_told_on_all_ranks(point: MeetingPoint, message: bytes) -> None:
+def test_a_stranger_is_told_on_all_ranks(point: RendezvousPoint, message: bytes) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(f"tcp://{point}")
@@ -186,7 +186,7 @@ def test_a_stranger_is_told_on_all_ranks(point: MeetingPoint, message: bytes) ->
     assert_told(found, RankFailedError, f"rank 0 was called by a stranger at {point}")
 
 
-def test_who_does_not_speak_the_protocol_is_not_heard(point: MeetingPoint) -> None:
+def test_who_does_not_speak_the_protocol_is_not_heard(point: RendezvousPoint) -> None:
     with ThreadPoolExecutor(1) as pool:
         meeting_of_two = pool.submit(meet_in_threads, point, [(0, 2), (1, 2)])
         with socket.socket() as scanner:
@@ -196,29 +196,29 @@ def test_who_does_not_speak_the_protocol_is_not_heard(point: MeetingPoint) -> No
         assert meeting_of_two.result() == [[{"of": 0}, {"of": 1}]] * 2
 
 
-def test_a_port_that_is_taken_is_told(point: MeetingPoint) -> None:
+def test_a_port_that_is_taken_is_told(point: RendezvousPoint) -> None:
     with closing(socket.create_server((point.host, point.port))):
         found = meet_in_threads(point, [(0, 2), (1, 2)])
     assert_told(found[:1], UsageError, f"rank 0 cannot listen at {point}: Address already in use; set KRAKEN_MEET")
     assert_told(found[1:], RankFailedError, f"rank 1 called {point} and rank 0 did not answer")
 
 
-def test_an_answer_from_somebody_else_is_told(point: MeetingPoint) -> None:
+def test_an_answer_from_somebody_else_is_told(point: RendezvousPoint) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as somebody, ThreadPoolExecutor(1) as pool:
         somebody.setsockopt(zmq.LINGER, 0)
         somebody.bind(f"tcp://{point}")
         found = pool.submit(meet_in_threads, point, [(1, 2)])
         caller, _ = somebody.recv_multipart()
-        somebody.send_multipart([caller, b'{"version": 3, "cards": [1]}'])
+        somebody.send_multipart([caller, b'{"version": 4, "infos": [1]}'])
         assert_told(found.result(), RankFailedError, "who answered is not rank 0 of this run")
 
 
 def test_an_address_that_is_not_here_is_listened_for_everywhere(port: int) -> None:
-    assert MeetingPoint("192.0.2.1", port).listening() == [f"tcp://192.0.2.1:{port}", f"tcp://*:{port}"]
-    assert MeetingPoint("localhost", port).listening()[0] == f"tcp://127.0.0.1:{port}"
-    assert MeetingPoint("host-7", port).listening() == [f"tcp://*:{port}"]
+    assert RendezvousPoint("192.0.2.1", port).listening() == [f"tcp://192.0.2.1:{port}", f"tcp://*:{port}"]
+    assert RendezvousPoint("localhost", port).listening()[0] == f"tcp://127.0.0.1:{port}"
+    assert RendezvousPoint("host-7", port).listening() == [f"tcp://*:{port}"]
     with zmq.Context() as context:
-        host = meeting._Host(context, 2, MeetingPoint("192.0.2.1", port), {})
+        host = meeting._Host(context, 2, RendezvousPoint("192.0.2.1", port), {})
         with host._listen() as router:
             assert router.get_string(zmq.LAST_ENDPOINT).endswith(f":{port}")
 
@@ -248,14 +248,14 @@ def test_an_environment_that_does_not_say_enough(
 
 def test_a_point_is_read_with_ipv6_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KRAKEN_MEET", "[::1]:1234")
-    found = MeetingPoint.from_environment()
+    found = RendezvousPoint.from_environment()
     assert (found.host, found.port, str(found)) == ("::1", 1234, "[::1]:1234")
 
 
 def test_a_single_rank_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    communicator = Ranks.meet(Place.from_environment(), StatusWriter(0, None), 1.0, "float16")
+    communicator = Ranks.rendezvous(Place.from_environment(), StatusWriter(0, None), 1.0, "float16")
     assert (communicator.rank, communicator.degree, communicator.identical_on_all_ranks) == (0, 1, True)
     x = np.array([1.0, 2.0001], np.float32)
     total = communicator.wait(communicator.start(x))

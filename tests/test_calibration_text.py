@@ -12,7 +12,7 @@ import torch
 
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError
-from kraken_compiler.quality.calibration.texts import calibration_text, divide
+from kraken_compiler.quality.calibration.rows import calibration_text, divide
 from tests.test_cli_compile import done, refused, save_model
 
 pytestmark = pytest.mark.slow

@@ -52,7 +52,7 @@ def test_modules_need_trust(tmp_path: Path, zipped: bool) -> None:
 
 
 def capture_origin(path: Path) -> str:
-    from kraken_compiler.capture.record import digest_files
+    from kraken_compiler.capture.captured_model import digest_files
 
     return digest_files((path,))
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from kraken_compiler.errors import RankFailedError, UsageError
-from kraken_compiler.ranks.communicators.base import named
 from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.communicators.communicator import named
 from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.ranks.run_ranks import run_ranks
 

@@ -11,7 +11,7 @@ import pytest
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.options.compile import share_of
-from kraken_compiler.passes.base import PassResult
+from kraken_compiler.passes.compiler_pass import PassResult
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.quality.budget import Budget
 from tests.test_cli_compile import done, refused, save_model

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kraken_compiler.capture.record import digest_files
+from kraken_compiler.capture.captured_model import digest_files
 from kraken_compiler.weights.checkpoint import SafetensorsCheckpoint
 from kraken_compiler.weights.io import direct_io, safetensors_writer
 from kraken_compiler.weights.io.buffers import Buffers, aligned_buffer

@@ -17,7 +17,7 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend, OnnxOptions
 from kraken_compiler.backends.onnx_ort.check.check_run import is_matrix_product
-from kraken_compiler.backends.onnx_ort.check.schedule import is_gemm
+from kraken_compiler.backends.onnx_ort.check.graph_windows import is_gemm
 from kraken_compiler.backends.onnx_ort.format import (
     DOMAIN,
     LOGITS,
@@ -30,10 +30,10 @@ from kraken_compiler.backends.onnx_ort.format import (
     device_file,
 )
 from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
+from kraken_compiler.backends.onnx_ort.run.cut_model import Stage, cut
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram, Event
 from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
-from kraken_compiler.backends.onnx_ort.run.stages import Stage, cut
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.errors import InputFileError, UsageError

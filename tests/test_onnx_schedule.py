@@ -17,8 +17,8 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.check.check_run import is_matrix_product, ran_windows
+from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_windows
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
-from kraken_compiler.backends.onnx_ort.check.schedule import measure_windows
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, LOGITS, START, WAIT, device_file
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.device_program import Array, DeviceProgram

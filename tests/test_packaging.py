@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+LAYERS = (
+    *("errors", "text", "progress", "surroundings", "standard_streams", "_torch_compat"),
+    *("ops", "ir", "weights", "artifact", "passes", "capture", "ranks", "lanes", "backends", "options"),
+    *("generate", "verify", "quality", "commands", "cli"),
+)
+"""The parts of the package from the lowest to the highest; see docs/architecture.md."""
 
 
 @pytest.mark.slow
@@ -41,3 +50,36 @@ def test_model_packages_are_pinned(root: Path) -> None:
     wanted = [line for line in lines if line and not line.startswith("#")]
     assert wanted
     assert all("==" in line for line in wanted)
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of every import of our own modules that happens when the code runs."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        todo += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith("kraken_compiler."))
+
+
+def test_imports_run_one_way(root: Path) -> None:
+    """Nothing imports what stands above it, in a function neither."""
+    package = root / "kraken_compiler"
+    parts = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__"} == set(LAYERS)
+    upwards = [
+        f"{path.relative_to(root)}:{line}: imports {part}"
+        for path in sorted(package.rglob("*.py"))
+        if (own := path.relative_to(package).with_suffix("").parts[0]) != "__init__"
+        for line, part in _imports(path)
+        if LAYERS.index(part) > LAYERS.index(own)
+    ]
+    assert not upwards, "\n".join(upwards)

@@ -15,7 +15,7 @@ from kraken_compiler.backends.torch_dist.backend import TorchBackend
 from kraken_compiler.backends.torch_dist.lanes import load_lanes
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, capture
-from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.lanes.logits import logits_function
 from kraken_compiler.lanes.module import LaneModule

@@ -19,9 +19,9 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import CallSpec, Program
 from kraken_compiler.ir.source_reader import SourceReader, SourceRows
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec, lane_weights
-from kraken_compiler.weights import shards
-from kraken_compiler.weights.shards import write_lane_shards
+from kraken_compiler.weights import write_shards as shards
 from kraken_compiler.weights.store import MemoryStore
+from kraken_compiler.weights.write_shards import write_lane_shards
 
 ROWS = DimShard(0, (((0, 2),), ((2, 4),), ((4, 5),)))
 COLUMNS = DimShard(1, (((0, 1), (3, 4)), ((1, 3),), ((0, 2),)))
@@ -144,7 +144,7 @@ from torch import fx
 from kraken_compiler.ir.program import CallSpec, Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
-from kraken_compiler.weights.shards import write_lane_shards
+from kraken_compiler.weights.write_shards import write_lane_shards
 
 size = 1 << 20
 halves = DimShard(0, (((0, size // 2),), ((size // 2, size),)))

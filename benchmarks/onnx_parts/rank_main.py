@@ -66,7 +66,9 @@ class Rank(RankLoop):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.artifacts = {name: Path(path) for name, path in settings["artifacts"].items()}
-        self.communicator = Ranks.meet(Place.from_environment(), StatusWriter(self.rank, None), COLLECTIVE_TIMEOUT)
+        self.communicator = Ranks.rendezvous(
+            Place.from_environment(), StatusWriter(self.rank, None), COLLECTIVE_TIMEOUT
+        )
         self.programs: dict[str, DeviceProgram] = {}
 
     def make(self, contender: Contender, capacity: int) -> OneSequence:

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kraken_compiler.artifact.exchange import exchange
 from kraken_compiler.artifact.replaceable import require_replaceable, resolved
+from kraken_compiler.artifact.swap_directories import exchange
 from kraken_compiler.errors import UsageError, naming, os_errors_as
 from kraken_compiler.weights.shard_journal import JOURNAL
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from kraken_compiler.capture.captured_model import Capture
 from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
-from kraken_compiler.capture.record import Capture
 from kraken_compiler.capture.source_kind import SourceKind, detect
 from kraken_compiler.capture.unwrap import what_to_pass
 from kraken_compiler.errors import UsageError

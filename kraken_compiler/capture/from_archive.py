@@ -11,10 +11,10 @@ from torch.export import ExportedProgram
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.capture.build_program import build_program
+from kraken_compiler.capture.captured_model import Capture, Origin, digest_files
 from kraken_compiler.capture.export_module import functionalize
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.capture.record import Capture, Origin, digest_files
-from kraken_compiler.capture.reference import exported_reference
+from kraken_compiler.capture.run_source import exported_reference
 from kraken_compiler.errors import InputFileError, first_line
 from kraken_compiler.weights.store import MemoryStore
 

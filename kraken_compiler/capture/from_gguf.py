@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kraken_compiler.capture.captured_model import Capture, TokenizerSource, files_digester
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.gguf_file import GgufFile
 from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, TokenizerSource, files_digester
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line, missing_packages
 from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kraken_compiler.capture.build_program import build_program
+from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_adapter import with_adapter
@@ -36,8 +37,7 @@ from kraken_compiler.capture.model_directory import (
     without_weights,
 )
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, files_digester
-from kraken_compiler.capture.reference import OpenModel, directory_reference, filled_reference
+from kraken_compiler.capture.run_source import OpenModel, directory_reference, filled_reference
 from kraken_compiler.capture.weightless import fake_parameters
 from kraken_compiler.errors import missing_packages
 from kraken_compiler.ir.calls import InputSpec

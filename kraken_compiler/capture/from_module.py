@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from kraken_compiler.capture.build_program import build_program
+from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, refuse_unread, resolve
 from kraken_compiler.capture.export_module import export_module, left_out_of_training
 from kraken_compiler.capture.live_weights import offloaded_weights, require_weights
 from kraken_compiler.capture.quantized_weights import refuse_conversion
-from kraken_compiler.capture.record import Capture, Origin, TokenizerSource, digest_tensors
-from kraken_compiler.capture.reference import module_reference
+from kraken_compiler.capture.run_source import module_reference
 from kraken_compiler.capture.unwrap import unwrap
 from kraken_compiler.errors import UsageError
 from kraken_compiler.weights.store import MemoryStore

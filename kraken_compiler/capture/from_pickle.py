@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kraken_compiler.capture.captured_model import Capture, digest_files
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.capture.record import Capture, digest_files
 from kraken_compiler.errors import InputFileError, first_line
 
 INSTEAD = (

@@ -22,8 +22,8 @@ from kraken_compiler.cli.console import (
 )
 from kraken_compiler.cli.heal_bar import HealBar
 from kraken_compiler.options.command_line import Given, command
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, Spelled
 from kraken_compiler.options.heal import HealOptions
-from kraken_compiler.options.options import COMMAND_LINE_ONLY, Spelled
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.text import number_text
 

@@ -19,7 +19,7 @@ from kraken_compiler.cli.console import (
     set_up_logging,
 )
 from kraken_compiler.options.command_line import Given, command
-from kraken_compiler.options.options import COMMAND_LINE_ONLY
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
 from kraken_compiler.options.verify import VerifyOptions
 
 

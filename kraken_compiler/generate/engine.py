@@ -1,4 +1,4 @@
-"""All ranks of a run as one text generator: rank 0 gives orders, every rank carries them out. Imports no torch.
+"""All ranks of a run as one text generator: rank 0 sends requests, every rank carries them out. Imports no torch.
 
 Only rank 0 reads prompts, tokenizes and prints. What is to be done it sends to the others as JSON, so that they need
 neither the same command line, nor files, nor a tokenizer.
@@ -26,21 +26,21 @@ from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.ranks.session import Ranks
 
 IDLE_SECONDS = 0.2
-"""How long ranks sleep between two looks for an order. Waiting inside a collective for a person to type would run into
+"""How long ranks sleep between two looks for a request. Waiting inside a collective for a person to type would run into
 its timeout, and keep a GPU busy."""
 
 _FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
-"""The others sleep less than rank 0, or what it told them meanwhile would pile up before the next order."""
+"""The others sleep less than rank 0, or what it told them meanwhile would pile up before the next request."""
 
-_ORDER_SECONDS = 120.0
+_REQUEST_SECONDS = 120.0
 _SLOWEST_ACCELERATOR = 1e12
 """Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
 _IDLE, _END = b"", b"end"
-"""What rank 0 sends instead of an order, which is a JSON object."""
+"""What rank 0 sends instead of a request, which is a JSON object."""
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """What to generate.
 
     Attributes:
@@ -61,7 +61,7 @@ class Order:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `json.dumps(asdict(order))` wrote."""
+        """What `json.dumps(asdict(request))` wrote."""
         values = json.loads(text)
         return cls(**{**values, "sampling": Sampling(**values["sampling"])})
 
@@ -83,8 +83,8 @@ class Engine:
         self.reads_source = reads_source(artifact.manifest.inputs)
         self._decoder: tuple[tuple[int, int, Sequence[Sequence[int]]], Decoder] | None = None
 
-    def run(self, order: Order) -> Iterator[list[int | None]]:
-        """Carry out an order, as rank 0: the others are told first.
+    def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
+        """Carry out a request, as rank 0: the others are told first.
 
         Yields:
             The new token of every row, None for one that has ended.
@@ -93,10 +93,10 @@ class Engine:
             UsageError: A token is none of the model's, prompt and new tokens do not fit, or the model was not compiled
                 for sequences of such lengths.
         """
-        # Here and not where ranks carry it out: an order that is refused must not reach the others.
-        self._check(order)
-        self.ranks.broadcast(json.dumps(asdict(order)).encode())
-        yield from self._carry_out(order)
+        # Here and not where ranks carry it out: a request that is refused must not reach the others.
+        self._check(request)
+        self.ranks.broadcast(json.dumps(asdict(request)).encode())
+        yield from self._carry_out(request)
 
     def idle(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing to do yet; to be called every `IDLE_SECONDS`."""
@@ -108,57 +108,57 @@ class Engine:
         self.ranks.broadcast(_END)
 
     def follow(self) -> None:
-        """Carry out orders, as any other rank, until rank 0 has no more."""
-        self.ranks.status.progress("waiting for an order", extra=_ORDER_SECONDS)
+        """Carry out requests, as any other rank, until rank 0 has no more."""
+        self.ranks.status.progress("waiting for a request", extra=_REQUEST_SECONDS)
         while (content := self.ranks.broadcast(None)) != _END:
             if content == _IDLE:
                 self.ranks.status.progress("waiting for a prompt")
                 time.sleep(_FOLLOWER_SECONDS)
                 continue
-            for _ in self._carry_out(Order.from_json(content.decode())):
+            for _ in self._carry_out(GenerationRequest.from_json(content.decode())):
                 pass
 
-    def _check(self, order: Order) -> None:
+    def _check(self, request: GenerationRequest) -> None:
         vocabulary, positions = self.model.vocabulary, self.model.positions
-        for token in (token for prompt in (*order.prompts, *order.sources) for token in prompt):
+        for token in (token for prompt in (*request.prompts, *request.sources) for token in prompt):
             if token < 0 or (vocabulary is not None and token >= vocabulary):
                 has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
                 raise UsageError(f"there is no token {token}{has}")
-        longest = max(map(len, order.sources), default=0)
+        longest = max(map(len, request.sources), default=0)
         if longest > positions:
             raise UsageError(f"the prompt needs {longest} positions, the model has {positions}; shorten it")
-        needed = max(map(len, order.prompts)) + order.max_new_tokens
+        needed = max(map(len, request.prompts)) + request.max_new_tokens
         if needed > positions:
             raise UsageError(
                 f"prompt and new tokens need {needed} positions, the model has {positions}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
         manifest = self.artifact.manifest
-        lengths = list(map(len, order.prompts))
-        if not order.sources:  # the sizes of those are compared at every step
-            require_generation(manifest.call, manifest.inputs, len(lengths), lengths, order.max_new_tokens)
-        check_capacity(needed, order.capacity)
-        if order.capacity > positions:
+        lengths = list(map(len, request.prompts))
+        if not request.sources:  # the sizes of those are compared at every step
+            require_generation(manifest.call, manifest.inputs, len(lengths), lengths, request.max_new_tokens)
+        check_capacity(needed, request.capacity)
+        if request.capacity > positions:
             raise UsageError(
-                f"room for {order.capacity} tokens was asked for, the model has {positions} positions; "
+                f"room for {request.capacity} tokens was asked for, the model has {positions} positions; "
                 "lower the context (--max-context)"
             )
 
-    def _carry_out(self, order: Order) -> Iterator[list[int | None]]:
+    def _carry_out(self, request: GenerationRequest) -> Iterator[list[int | None]]:
         status = self.ranks.status
         compiling = self.model.first_seconds
-        rows, longest = len(order.prompts), max(map(len, order.prompts), default=0)
-        reading = self._seconds_to_read(rows * max(longest, *map(len, order.sources), 0))
+        rows, longest = len(request.prompts), max(map(len, request.prompts), default=0)
+        reading = self._seconds_to_read(rows * max(longest, *map(len, request.sources), 0))
         # Without a cache all is read again for every token.
-        again = self._seconds_to_read(rows * order.capacity) if self.artifact.manifest.cache is None else 0.0
+        again = self._seconds_to_read(rows * request.capacity) if self.artifact.manifest.cache is None else 0.0
         status.progress("generating token 1", compiling + reading)
-        decoder = self._decoder_for(order)
+        decoder = self._decoder_for(request)
         steps = generate(
             decoder,
-            order.prompts,
-            order.max_new_tokens,
-            sampling=order.sampling,
-            eos=order.eos,
+            request.prompts,
+            request.max_new_tokens,
+            sampling=request.sampling,
+            eos=request.eos,
             agree=self._agreement(decoder),
         )
         for done, tokens in enumerate(steps, start=1):
@@ -178,8 +178,8 @@ class Engine:
         identical = self.ranks.one_machine and decoder.identical_on_all_ranks
         return None if self.ranks.degree == 1 or identical else first_rank_decides(self.ranks)
 
-    def _decoder_for(self, order: Order) -> Decoder:
-        key = (len(order.prompts), order.capacity, order.sources)
+    def _decoder_for(self, request: GenerationRequest) -> Decoder:
+        key = (len(request.prompts), request.capacity, request.sources)
         if self._decoder is None or self._decoder[0] != key:
             # The old one's cache is let go before the new one's is made.
             self._decoder = None

@@ -1,7 +1,7 @@
 """The loop that generates text: a batch of prompts, one token per row and step. Imports no torch.
 
 Ranks must choose the same tokens, or they would go on with different texts and wait for each other for ever. Their
-logits are not the same to the last bit in general: collectives may sum in another order on every rank, and libraries
+logits are not the same to the last bit in general: collectives may sum in another request on every rank, and libraries
 pick kernels by device and by number of threads; at a near tie that is another token, greedy or sampled. So `agree`
 sends rank 0's choice to all at every step, [batch] whole numbers, which holds whatever the logits do. It can be left
 out where logits are identical: a choice is a function of the logits, the seed, the row and the step.

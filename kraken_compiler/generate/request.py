@@ -18,7 +18,7 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.options.command_line import Given, command
-from kraken_compiler.options.options import COMMAND_LINE_ONLY, CommandOptions
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandOptions
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.text import bytes_not_utf8, decoded, require_text
 
@@ -241,7 +241,7 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
         (options,) = given.options(RunOptions)
         act(options)
 
-    return command(run, RunOptions, description=description, epilog=epilog, speaks=False)
+    return command(run, RunOptions, description=description, epilog=epilog, has_output_options=False)
 
 
 def _read_prompts(path: Path) -> str:

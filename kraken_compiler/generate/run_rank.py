@@ -10,8 +10,8 @@ from pathlib import Path
 from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.errors import KrakenError
 from kraken_compiler.generate.engine import Engine
+from kraken_compiler.generate.frontend import serve
 from kraken_compiler.generate.request import RunOptions, options_app
-from kraken_compiler.generate.speak import speak
 from kraken_compiler.ranks.session import joined
 from kraken_compiler.standard_streams import prepare_streams, tell
 
@@ -55,7 +55,7 @@ def run_rank(options: RunOptions) -> None:
         artifact, model = open_model(options.artifact, ranks, options.backend_of)
         engine = Engine(artifact, model, ranks)
         if ranks.rank == 0:
-            speak(engine, options)
+            serve(engine, options)
             engine.end()
         else:
             engine.follow()

@@ -1,1 +1,1 @@
-"""The records every part of the compiler shares. This package imports nothing of ours."""
+"""The records that every part of the compiler shares: programs, layers, shards, schedules, weight tables."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 class Collectives(Protocol):

@@ -1,1 +1,1 @@
-"""The commands as functions: what each can be asked for, and what it does."""
+"""Options of the commands: one dataclass each is command line, config file, keywords and record."""

@@ -15,7 +15,7 @@ from typer.models import ArgumentInfo
 from kraken_compiler.backends.base import AT_RUN
 from kraken_compiler.backends.registry import backend_class, backend_rows
 from kraken_compiler.errors import UsageError
-from kraken_compiler.options.options import BACKEND_OPTIONS, Option, merged, options_in
+from kraken_compiler.options.command_options import BACKEND_OPTIONS, Option, merged, options_in
 
 CONFIG, JSON, QUIET, VERBOSE = "config", "json_output", "quiet", "verbose"
 
@@ -94,7 +94,11 @@ def backend_options(kind: type[Any]) -> dict[str, Option]:
 
 
 def command(
-    act: Callable[[Given], None], *kinds: type[Any], description: str, epilog: str | None = None, speaks: bool = True
+    act: Callable[[Given], None],
+    *kinds: type[Any],
+    description: str,
+    epilog: str | None = None,
+    has_output_options: bool = True,
 ) -> typer.Typer:
     """A command line.
 
@@ -102,13 +106,13 @@ def command(
         act: Called with what was given.
         kinds: Dataclasses whose fields are the options.
         description, epilog: First and last words of `--help`.
-        speaks: It has `--json`, `--quiet` and `--verbose`; else it has its own.
+        has_output_options: It has `--json`, `--quiet` and `--verbose`; else it has its own.
     """
     parameters = [_parameter(option) for option in command_options(*kinds).values()]
     parameters.append(
         _flag(CONFIG, Path | None, typer.Option(help="TOML file with the same keys; the command line wins."))
     )
-    if speaks:
+    if has_output_options:
         parameters += [
             _flag(JSON, bool, typer.Option("--json", help="Print one JSON document."), False),
             _flag(QUIET, bool, typer.Option("--quiet", "-q", help="No progress, no tables."), False),
@@ -117,7 +121,7 @@ def command(
 
     def run(**values: Any) -> None:
         config = values.pop(CONFIG)
-        output = Output(values.pop(JSON), values.pop(QUIET), values.pop(VERBOSE)) if speaks else Output()
+        output = Output(values.pop(JSON), values.pop(QUIET), values.pop(VERBOSE)) if has_output_options else Output()
         act(Given({name: value for name, value in values.items() if value not in (None, [])}, config, output))
 
     # typer reads the signature; written out it would be a second list of all options.

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
-from kraken_compiler.options.options import CommandOptions, Spelled
+from kraken_compiler.options.command_options import CommandOptions, Spelled
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
 CALIBRATION_TOKENS = 65536

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kraken_compiler.options.options import CommandOptions, Spelled
+from kraken_compiler.options.command_options import CommandOptions, Spelled
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Source, Timeout, TrustPickle
 
 

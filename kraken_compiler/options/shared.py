@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from annotated_types import Gt, Le
 
-from kraken_compiler.options.options import Spelled
+from kraken_compiler.options.command_options import Spelled
 from kraken_compiler.ranks.environment import LONGEST_TIMEOUT
 
 CHECK_TIMEOUT = 120.0

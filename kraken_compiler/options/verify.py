@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kraken_compiler.options.options import CommandOptions
+from kraken_compiler.options.command_options import CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Source, Text, TextTokens, Timeout, TrustPickle
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.shapes import refresh_shapes
 
 logger = logging.getLogger(__name__)

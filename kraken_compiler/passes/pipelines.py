@@ -6,8 +6,8 @@ from typing import Any
 
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.assign_forms import AssignForms
 from kraken_compiler.passes.form.rewire_stream import RewireStream
 from kraken_compiler.passes.form.take_own_means import TakeOwnMeans

@@ -17,7 +17,7 @@ from typing import Any
 from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split, Stage
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import CACHE, RECOGNIZE, schedule_as, split_over
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, even_degrees, valid_degrees

@@ -18,8 +18,8 @@ from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.calibrate import calibrate
+from kraken_compiler.quality.calibration.rows import calibration_text
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
-from kraken_compiler.quality.calibration.texts import calibration_text
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import measure_sensitivity
 

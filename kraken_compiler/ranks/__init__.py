@@ -1,1 +1,1 @@
-"""Processes that run a lane each: starting, watching and connecting them."""
+"""Processes that each run a lane: starting, watching and connecting them."""

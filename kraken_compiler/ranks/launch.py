@@ -18,7 +18,7 @@ from typing import Any
 from kraken_compiler import errors
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
 from kraken_compiler.ranks import start_rank
-from kraken_compiler.ranks.communicators.meeting import MEET
+from kraken_compiler.ranks.communicators.rendezvous import RENDEZVOUS
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT, require_timeout
 from kraken_compiler.ranks.heartbeat import (
     RUN_DIRECTORY,
@@ -118,7 +118,7 @@ def _rank_environment(degree: int, directory: Path, timeout: float, port: int) -
         RUN_DIRECTORY: str(directory),
         RUN_TIMEOUT: str(timeout),
         # Ranks without torch meet here: at the elastic launcher's own port they would find its store.
-        MEET: f"{_LOOPBACK}:{port}",
+        RENDEZVOUS: f"{_LOOPBACK}:{port}",
         "PYTHONUNBUFFERED": "1",
     }
     if "OMP_NUM_THREADS" not in os.environ:

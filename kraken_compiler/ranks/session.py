@@ -1,6 +1,6 @@
 """`Ranks`: this process as one of the ranks of a run. Imports no torch, unless torchrun started it.
 
-Ranks that meet connect every one to every other with ZeroMQ (`communicators/exchange.py`): that is maintained, comes as
+Ranks that meet connect every one to every other with ZeroMQ (`communicators/message_exchange.py`): that is maintained, comes as
 a wheel, and moves bytes in a thread of its own while this rank computes. mpi4py would need an MPI installation and its
 launcher, and MPI makes progress inside of its calls only.
 """
@@ -18,9 +18,15 @@ import numpy as np
 from kraken_compiler.ranks.communicators.addresses import bind_host
 from kraken_compiler.ranks.communicators.agreement import Claims, require_agreement
 from kraken_compiler.ranks.communicators.arrays import ArraySums
-from kraken_compiler.ranks.communicators.exchange import MessageExchange
-from kraken_compiler.ranks.communicators.meeting import MEET, MeetingPoint, has_store, meet, meet_in_store
-from kraken_compiler.ranks.communicators.peers import Card
+from kraken_compiler.ranks.communicators.message_exchange import MessageExchange
+from kraken_compiler.ranks.communicators.peers import RankInfo
+from kraken_compiler.ranks.communicators.rendezvous import (
+    RENDEZVOUS,
+    RendezvousPoint,
+    has_store,
+    rendezvous,
+    rendezvous_in_store,
+)
 from kraken_compiler.ranks.communicators.sums import Exchange
 from kraken_compiler.ranks.environment import Place, collective_timeout
 from kraken_compiler.ranks.heartbeat import StatusWriter
@@ -54,7 +60,7 @@ class Ranks(ArraySums):
         self.place, self.status, self.host, self.timeout = place, status, host, timeout
 
     @classmethod
-    def meet(cls, place: Place, status: StatusWriter, timeout: float, reduce_dtype: str | None = None) -> Ranks:
+    def rendezvous(cls, place: Place, status: StatusWriter, timeout: float, reduce_dtype: str | None = None) -> Ranks:
         """Meet the ranks that were started with this one; all must do so together.
 
         Where they meet says `KRAKEN_MEET` as HOST:PORT; under torchrun it is its store, and else where `MASTER_ADDR`
@@ -74,17 +80,17 @@ class Ranks(ArraySums):
         rank, degree = place.rank, place.degree
         if degree == 1:
             return cls(place, status, None, reduce_dtype=reduce_dtype)
-        if has_store() and MEET not in os.environ:
+        if has_store() and RENDEZVOUS not in os.environ:
             master = os.environ["MASTER_ADDR"]
 
-            def swap(own: Card) -> list[Card]:
-                return meet_in_store(rank, degree, own, timeout=timeout)
+            def swap(own: RankInfo) -> list[RankInfo]:
+                return rendezvous_in_store(rank, degree, own, timeout=timeout)
         else:
-            point = MeetingPoint.from_environment()
+            point = RendezvousPoint.from_environment()
             master = point.host
 
-            def swap(own: Card) -> list[Card]:
-                return meet(rank, degree, point, own, timeout=timeout)
+            def swap(own: RankInfo) -> list[RankInfo]:
+                return rendezvous(rank, degree, point, own, timeout=timeout)
 
         host = bind_host(master)
         exchange = MessageExchange(rank, degree, host, swap, timeout)
@@ -151,7 +157,7 @@ def joined(timeout: float | None = None, reduce_dtype: str | None = None) -> Ite
         reduce_dtype: To which parts of sums are rounded before they are sent; None leaves them.
 
     Raises:
-        UsageError, RankFailedError: See `Ranks.meet`.
+        UsageError, RankFailedError: See `Ranks.rendezvous`.
     """
     place = Place.from_environment()
     status = StatusWriter.from_environment(place.rank)
@@ -169,8 +175,8 @@ def joined(timeout: float | None = None, reduce_dtype: str | None = None) -> Ite
 
 @contextmanager
 def connected(place: Place, status: StatusWriter, timeout: float, reduce_dtype: str | None = None) -> Iterator[Ranks]:
-    """Meet the other ranks, and leave with them; see `Ranks.meet`."""
-    ranks = Ranks.meet(place, status, timeout, reduce_dtype)
+    """Meet the other ranks, and leave with them; see `Ranks.rendezvous`."""
+    ranks = Ranks.rendezvous(place, status, timeout, reduce_dtype)
     try:
         yield ranks
         # A rank that leaves early would look like a dead one to peers that still compute.

@@ -25,7 +25,7 @@ _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
 _LULL_SECONDS = 10.0
 """How long a rank that computes may get no processor on a crowded machine."""
-_WAITING_PLACES = ("/zmq/", "kraken_compiler/communicators/")
+_WAITING_PLACES = ("/zmq/", "ranks/communicators/")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.capture import Capture
-from kraken_compiler.capture.reference import RunModel
+from kraken_compiler.capture.run_source import RunModel
 from kraken_compiler.errors import VerificationError, typed_line
 from kraken_compiler.ir.program import LaneProgram, Program, Stage
 from kraken_compiler.ir.size_rules import in_words

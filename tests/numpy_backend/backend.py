@@ -47,7 +47,7 @@ class NumpyBackend(Backend[NumpyOptions]):
     def write(
         self, program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
     ) -> tuple[Window, ...]:
-        from kraken_compiler.weights.shards import write_lane_shards
+        from kraken_compiler.weights.write_shards import write_lane_shards
         from tests.numpy_backend.write import graph_of
 
         graph = graph_of(program)

@@ -26,7 +26,7 @@ from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.stages import recognize, schedule, split

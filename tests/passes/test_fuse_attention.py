@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
 from kraken_compiler.passes.normalize.drop_noops import DropNoops

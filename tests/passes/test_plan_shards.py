@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kraken_compiler.ir.index_set import IndexSet, from_indices
 from kraken_compiler.ir.program import Program, Split
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.pipelines import RECOGNIZE
 from kraken_compiler.passes.shard.plan_shards import PlanShards
 from kraken_compiler.passes.shard.split_branches import SplitBranches

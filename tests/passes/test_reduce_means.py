@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import KRAKEN, STANDARD, Form
 from kraken_compiler.ir.program import Planned
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.take_own_means import TakeOwnMeans
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import RECOGNIZE, schedule_as, split_over

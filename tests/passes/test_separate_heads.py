@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
 from kraken_compiler.passes.normalize.drop_noops import DropNoops
 from kraken_compiler.passes.normalize.hoist_sizes import HoistSizes

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Split
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.pipelines import RECOGNIZE, split_over
 from kraken_compiler.passes.shard.share_means import MEAN, ShareMeans
 from kraken_compiler.passes.shard.split_head import SplitHead

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor, nn
 
 from kraken_compiler.ir.forms import STANDARD
-from kraken_compiler.passes.base import Pass
+from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.pipelines import RECOGNIZE, split_over
 from kraken_compiler.passes.shard.split_head import SplitHead
 from kraken_compiler.passes.stages import schedule

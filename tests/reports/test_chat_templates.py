@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate import chat_template
@@ -130,7 +130,7 @@ def lines_on_standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> 
     reading, writing = os.pipe()
     os.write(writing, content)
     os.close(writing)
-    monkeypatch.setattr("kraken_compiler.generate.speak.Lines", lambda: _lines(reading))
+    monkeypatch.setattr("kraken_compiler.generate.frontend.Lines", lambda: _lines(reading))
     monkeypatch.setattr("os.isatty", lambda descriptor: False)
 
 
@@ -148,7 +148,7 @@ def test_lines_are_continued_where_nobody_asked_to_chat(
     artifact = with_tokenizer(tmp_path / "a", tokenizer(chat_template=template).save_pretrained)
     lines_on_standard_input(monkeypatch, b"hi\nho\n")
     engine = said(artifact, [33, 34], max_new_tokens=2)
-    assert [order.prompts for order in engine.orders] == [[[71, 72]], [[71, 78]]]
+    assert [order.prompts for order in engine.requests] == [[[71, 72]], [[71, 78]]]
     assert len(capsys.readouterr().out.splitlines()) == 2
     # A default that is missing is nobody's mistake.
     assert len(engine.ranks.status.notes) == (template is not NAMED)

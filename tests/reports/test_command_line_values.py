@@ -22,9 +22,9 @@ from kraken_compiler.cli.verify import app as verify_app
 from kraken_compiler.errors import InputFileError, RankFailedError, UnsupportedModelError, UsageError
 from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
+from kraken_compiler.options.command_options import merged
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.heal import HealOptions
-from kraken_compiler.options.options import merged
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.launch import launch
 from tests.cli_command import Command

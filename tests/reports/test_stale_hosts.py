@@ -86,7 +86,7 @@ def test_all_that_matters_is_claimed(artifacts: Artifacts, monkeypatch: pytest.M
         "--reduce-dtype is not given on ranks 0, 1 and bfloat16 on rank 2"
     )
     assert "the backend is torch on ranks 0, 1 and onnx on rank 2" in str(told(backend="onnx"))
-    monkeypatch.setattr("kraken_compiler.backends.rank_claims.own_version", lambda: "9.9")
+    monkeypatch.setattr("kraken_compiler.backends.open_model.own_version", lambda: "9.9")
     assert isinstance(told(), UsageError)
     assert "the version of kraken-compiler is" in str(told())
     assert "and 9.9 on rank 2" in str(told())
@@ -192,15 +192,15 @@ def test_programs_of_the_python_api_compare_at_their_first_run(artifacts: Artifa
 def test_a_call_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import zmq
 
-    from kraken_compiler.ranks.communicators import meeting
+    from kraken_compiler.ranks.communicators import rendezvous as meeting
 
     monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        point = meeting.MeetingPoint("127.0.0.1", free.getsockname()[1])
+        point = meeting.RendezvousPoint("127.0.0.1", free.getsockname()[1])
     with zmq.Context() as context, context.socket(zmq.DEALER) as old:
         old.setsockopt(zmq.LINGER, 0)
         old.connect(f"tcp://{point}")
         old.send(json.dumps({"version": 1, "rank": 1, "degree": 2, "same": {}, "card": {}}).encode())
         with pytest.raises(UsageError, match="rank 1 has another version of kraken-compiler than rank 0 has"):
-            meeting.meet(0, 2, point, {}, timeout=5.0)
+            meeting.rendezvous(0, 2, point, {}, timeout=5.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.capture.tokenizer_files import generation_config
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.generate.tokenizer import TextCodec

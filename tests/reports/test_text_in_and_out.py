@@ -17,8 +17,8 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.generate.lines import Lines
 from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
+from kraken_compiler.options.command_options import merged
 from kraken_compiler.options.compile import CompileOptions
-from kraken_compiler.options.options import merged
 from kraken_compiler.quality.texts import TokenText as Text
 from kraken_compiler.quality.texts import _batches_of, read_text
 from tests.reports.text_functions import said, with_tokenizer
@@ -180,7 +180,7 @@ def test_a_conversation_beyond_it(
     reading, writing = os.pipe()
     os.write(writing, b"hiho\n")
     os.close(writing)
-    monkeypatch.setattr("kraken_compiler.generate.speak.Lines", lambda: Lines(reading))
+    monkeypatch.setattr("kraken_compiler.generate.frontend.Lines", lambda: Lines(reading))
     monkeypatch.setattr("os.isatty", lambda descriptor: False)
     engine = said(with_tokenizer(tmp_path / "a", max_positions=10), [33] * 40, max_context=room)
     assert capsys.readouterr().out == "B" * (7 if room == 11 else 6) + "\n"

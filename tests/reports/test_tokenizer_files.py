@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kraken_compiler.capture.record import TokenizerSource
+from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import InputFileError
 from tests.reports.text_functions import with_tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.generate.engine import Order
+from kraken_compiler.generate.engine import GenerationRequest
+from kraken_compiler.generate.frontend import serve
 from kraken_compiler.generate.request import RunOptions
-from kraken_compiler.generate.speak import speak
 from tests.test_runtime_text import tokenizer
 from tests.toy_lane_program import edit_manifest, write_toy
 
@@ -45,10 +45,10 @@ class Model:
 
 @dataclass
 class SayingEngine:
-    """Answers every order with the same tokens, as far as they go and are no stop tokens.
+    """Answers every request with the same tokens, as far as they go and are no stop tokens.
 
     Attributes:
-        orders: What was asked for.
+        requests: What was asked for.
     """
 
     artifact: Artifact
@@ -56,14 +56,14 @@ class SayingEngine:
     ranks: Rank = field(default_factory=Rank)
     reads_source: bool = False
     model: Model = field(default_factory=Model)
-    orders: list[Order] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
 
-    def run(self, order: Order) -> Iterator[list[int | None]]:
-        self.orders.append(order)
-        for token in self.tokens[: order.max_new_tokens]:
-            if token in order.eos:
+    def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
+        self.requests.append(request)
+        for token in self.tokens[: request.max_new_tokens]:
+            if token in request.eos:
                 return
-            yield [token] * len(order.prompts)
+            yield [token] * len(request.prompts)
 
     def idle(self) -> None:
         pass
@@ -88,5 +88,5 @@ def said(artifact: Artifact, tokens: Sequence[int], **options: Any) -> SayingEng
     chosen = RunOptions(artifact=artifact.directory, **options)
     chosen.check()
     engine = SayingEngine(artifact, tokens)
-    speak(engine, chosen)  # type: ignore[arg-type]
+    serve(engine, chosen)  # type: ignore[arg-type]
     return engine

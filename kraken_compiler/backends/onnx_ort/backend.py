@@ -92,7 +92,7 @@ class OnnxBackend(Backend[OnnxOptions]):
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         import onnx_ir
 
-        from kraken_compiler.backends.onnx_ort.check.schedule import measure_windows
+        from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_windows
 
         manifest = artifact.manifest
         models = [self._device(artifact, lane) for lane in range(manifest.degree)]

@@ -21,8 +21,8 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import CachedProgram, LaneProgram, Program
 from kraken_compiler.ir.size_checks import SEQUENCE, token_rules
 from kraken_compiler.ir.size_rules import all_in_words, broken_rule, names_in
-from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.step_builder import StepBuilder
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.sample_inputs import token_input
 from kraken_compiler.passes.shapes import shape_of
 

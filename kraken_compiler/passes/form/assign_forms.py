@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from kraken_compiler.ir.forms import STANDARD, Form
 from kraken_compiler.ir.program import Planned, Program, Recognized
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import derive_plan
 from kraken_compiler.passes.shapes import value_of
 

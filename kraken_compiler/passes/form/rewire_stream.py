@@ -26,7 +26,7 @@ from kraken_compiler.ir.layers import Branch, Encoder, LayerTable, Replay
 from kraken_compiler.ir.program import Planned, Program
 from kraken_compiler.ir.schedule import Reduce
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.form.derive_schedule import sums_of
 from kraken_compiler.passes.graph_tools import aten, descendants, value_descendants
 from kraken_compiler.passes.shapes import same_shape, shape_of, value_of

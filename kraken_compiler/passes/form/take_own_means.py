@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kraken_compiler.ir.program import Planned, Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.shard.share_means import MEAN, own_mean
 from kraken_compiler.passes.shard.split_branches import sort_weights
 

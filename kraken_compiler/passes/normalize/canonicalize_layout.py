@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import is_tensor, same_shape, shape_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, replace
 from kraken_compiler.passes.shapes import is_tensor, same_shape, same_size, shape_of, value_of
 

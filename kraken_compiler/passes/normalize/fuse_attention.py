@@ -18,7 +18,7 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
 

@@ -16,7 +16,7 @@ from torch import fx
 from kraken_compiler._torch_compat import HigherOrderOperator
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, module_path
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, calls, replace
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of, value_of
 

@@ -19,7 +19,7 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors, args_of, module_path
 from kraken_compiler.passes.normalize.complex_rules import REAL_OF, RULES, Arithmetic, Pair, is_complex
 from kraken_compiler.passes.shapes import fake_mode_of, value_of

@@ -14,7 +14,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, calls, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.shapes import shape_of

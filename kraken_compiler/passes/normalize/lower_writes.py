@@ -19,7 +19,7 @@ from torch import fx
 
 from kraken_compiler._torch_compat import FakeTensorMode
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, same_shape, same_size, shape_of, value_of
 

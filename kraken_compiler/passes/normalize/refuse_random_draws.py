@@ -17,7 +17,7 @@ from torch import fx
 from kraken_compiler._torch_compat import arguments_by_name
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors, aten, module_path
 
 

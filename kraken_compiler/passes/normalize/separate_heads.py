@@ -19,7 +19,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.shapes import refresh_shapes, same_size, shape_of
 

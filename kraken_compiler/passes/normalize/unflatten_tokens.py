@@ -20,7 +20,7 @@ from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import EXPERT_LINEAR, LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, same_shape, same_size, shape_of
 

@@ -29,7 +29,7 @@ from kraken_compiler.ir.layers import Branch, Encoder, Layer, LayerTable, Replay
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.ops.op_sets import ATTENTIONS, DEQUANTIZE, LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import (
     ancestors,
     args_of,

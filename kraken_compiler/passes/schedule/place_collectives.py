@@ -15,7 +15,7 @@ import torch
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import LaneProgram, Planned, Program
 from kraken_compiler.ir.windows import measure_windows
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of
 
 _START = torch.ops.kraken.all_reduce_start.default

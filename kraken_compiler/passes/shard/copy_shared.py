@@ -19,7 +19,7 @@ from torch import fx
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.shards import BranchShards
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections

@@ -20,7 +20,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the op)
 from kraken_compiler.ops.op_sets import ATTENTIONS
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections

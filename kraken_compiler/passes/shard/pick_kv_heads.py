@@ -18,8 +18,8 @@ from torch import fx
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ops.op_sets import ATTENTIONS
-from kraken_compiler.passes.base import Pass, PassResult
 from kraken_compiler.passes.cache.unrepeat import unrepeated
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, calls
 from kraken_compiler.passes.recognize.find_layers import find_layers
 from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, shape_of

@@ -12,7 +12,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Recognized, Split
 from kraken_compiler.ir.shards import BranchShards
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections, known_constants

@@ -26,7 +26,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.ops.op_sets import LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.probing import Region

@@ -19,7 +19,7 @@ from kraken_compiler.ir.index_set import IndexSet, to_indices
 from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the op)
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import shape_of

@@ -23,7 +23,7 @@ from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.ir.shards import BranchShards, Kept
 from kraken_compiler.ir.weight_table import DimShard
 from kraken_compiler.ops.op_sets import ATTENTIONS
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, module_path
 from kraken_compiler.passes.probing import Region
 from kraken_compiler.passes.recognize.projections import known_constants

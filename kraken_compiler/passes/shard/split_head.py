@@ -17,7 +17,7 @@ from kraken_compiler.ir.index_set import IndexSet
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import LINEAR
-from kraken_compiler.passes.base import Pass, PassResult
+from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import shape_of

@@ -15,7 +15,7 @@ from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
-from kraken_compiler.quality.calibration.texts import calibration_text
+from kraken_compiler.quality.calibration.rows import calibration_text
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
 

@@ -19,7 +19,7 @@ from kraken_compiler.quality.healing.parameters import LaneParameters
 from kraken_compiler.quality.healing.peers import RankPeers
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 def trainer_of_all_lanes(

@@ -14,7 +14,7 @@ from torch import Tensor
 from kraken_compiler.errors import UsageError
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
-from kraken_compiler.quality.healing.schedule import learning_rate, rows_of_step
+from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.quality.healing.state import RunState
 from kraken_compiler.quality.healing.trainer import Diverged, Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Watch

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ranks.communicators.base import Communicator, find
+from kraken_compiler.ranks.communicators.communicator import Communicator, find
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 from kraken_compiler.ranks.communicators.none import NoCommunication
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 class GroupCommunicator(Communicator):

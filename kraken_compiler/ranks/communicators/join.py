@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 from kraken_compiler.ranks.communicators.message import MessageCommunicator
 from kraken_compiler.ranks.environment import Place

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kraken_compiler._torch_compat import group_timeout, rendezvous_host
 from kraken_compiler.ranks.communicators.addresses import bind_host
-from kraken_compiler.ranks.communicators.base import Communicator
-from kraken_compiler.ranks.communicators.cards import swap_cards
-from kraken_compiler.ranks.communicators.exchange import MessageExchange
+from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.ranks.communicators.message_exchange import MessageExchange
+from kraken_compiler.ranks.communicators.rank_info import exchange_info
 from kraken_compiler.ranks.communicators.sums import Exchange, Handle, MessageSums
 
 
@@ -105,7 +105,7 @@ class MessageCommunicator(Communicator):
             if degree == 1:
                 return None
             master = os.environ.get("MASTER_ADDR") or rendezvous_host(group) or socket.gethostname()
-            return MessageExchange(rank, degree, bind_host(master), lambda card: swap_cards(card, group), seconds)
+            return MessageExchange(rank, degree, bind_host(master), lambda info: exchange_info(info, group), seconds)
 
         return cls(rank, degree, name or f"{group.group_name}/{cls.kind}/{reduce_dtype}", connect, reduce_dtype)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.ranks.communicators.base import named
+from kraken_compiler.ranks.communicators.communicator import named
 
 _library: Any = torch.library.Library("kraken_rank", "DEF")  # type: ignore[no-untyped-call]
 _library.define("start(Tensor x, str communicator) -> Tensor")

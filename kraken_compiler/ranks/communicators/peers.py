@@ -22,10 +22,10 @@ _LINGER_MILLISECONDS_IN_FAILURE = 1_000
 _NEVER_MILLISECONDS = 10**9
 _NUMBER_BYTES = 8
 
-Card = dict[str, Any]
+RankInfo = dict[str, Any]
 """What a rank says of itself, as plain values."""
-Swap = Callable[[Card], list[Card]]
-"""Gives a rank's card to all ranks; returns everybody's, rank 0's first."""
+Swap = Callable[[RankInfo], list[RankInfo]]
+"""Gives a rank's info to all ranks; returns everybody's, rank 0's first."""
 
 
 class Peer:
@@ -193,7 +193,7 @@ def connect_peers(
 ) -> list[Peer]:
     """Connect every rank to every other; all must call it together.
 
-    The first message on every connection is a random token from the peer's card, so that no stranger is taken for a
+    The first message on every connection is a random token from the peer's info, so that no stranger is taken for a
     peer.
 
     Args:
@@ -214,12 +214,12 @@ def connect_peers(
     peers = [Peer(context, rank, other, timeout) for other in range(degree) if other != rank]
     endpoints = {str(peer.rank): peer.bind(host) for peer in peers if peer.rank > rank}
     token = secrets.token_hex(8)
-    cards = swap({"token": token, "network": network_id(), "endpoints": endpoints})
+    infos = swap({"token": token, "network": network_id(), "endpoints": endpoints})
     for peer in peers:
         if peer.rank < rank:
-            card = cards[peer.rank]
-            endpoint = card["endpoints"][str(rank)]
-            if is_loopback(endpoint) and card["network"] != cards[rank]["network"]:
+            info = infos[peer.rank]
+            endpoint = info["endpoints"][str(rank)]
+            if is_loopback(endpoint) and info["network"] != infos[rank]["network"]:
                 raise UsageError(
                     f"rank {peer.rank} is on another host, but would be reached at {endpoint}; set GLOO_SOCKET_IFNAME "
                     f"there to the network interface that connects the hosts"
@@ -228,6 +228,6 @@ def connect_peers(
     for peer in peers:
         peer.send(token.encode())
     for peer in peers:
-        if peer.frame(peer.expect()).bytes != cards[peer.rank]["token"].encode():
+        if peer.frame(peer.expect()).bytes != infos[peer.rank]["token"].encode():
             raise RankFailedError(f"rank {rank} was called by a stranger where it expected rank {peer.rank}")
     return peers

@@ -17,10 +17,10 @@ import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
+from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.events import Event
 from kraken_compiler.backends.onnx_ort.run.sizes import bind_sizes, shape_of
-from kraken_compiler.backends.onnx_ort.run.stages import Collective, Stage, cut
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.schedule import RanNode
 from kraken_compiler.ir.size_checks import refusal

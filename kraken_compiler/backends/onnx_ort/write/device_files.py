@@ -39,7 +39,7 @@ from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
 from kraken_compiler.weights.io.safetensors_format import TensorEntry, read_header
 from kraken_compiler.weights.io.safetensors_writer import new_safetensors
-from kraken_compiler.weights.shards import by_source, lane_files_with, lane_parts
+from kraken_compiler.weights.write_shards import by_source, lane_files_with, lane_parts
 
 _INLINE_BYTES = 1024
 _INDEX_DTYPES = (torch.int64, torch.int32)

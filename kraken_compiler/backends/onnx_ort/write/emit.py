@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kraken_compiler.backends.onnx_ort.backend import OnnxOptions
-from kraken_compiler.backends.onnx_ort.check.schedule import measure_windows
+from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_windows
 from kraken_compiler.backends.onnx_ort.format import (
     FORMAT_VERSION,
     META_CACHE,

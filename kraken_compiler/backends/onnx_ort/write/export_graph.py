@@ -12,7 +12,7 @@ import onnx
 import onnx_ir
 
 from kraken_compiler._torch_compat import onnx_model
-from kraken_compiler.backends.onnx_ort.check.schedule import is_gemm
+from kraken_compiler.backends.onnx_ort.check.graph_windows import is_gemm
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
 from kraken_compiler.backends.onnx_ort.write.dequantize_weights import dequantize_weights
 from kraken_compiler.backends.onnx_ort.write.prepare_step import Prepared

@@ -10,7 +10,7 @@ from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.ranks.communicators import ops
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tuple[Window, ...]:

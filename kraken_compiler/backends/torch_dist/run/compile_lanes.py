@@ -13,12 +13,16 @@ from torch import Tensor, fx, nn
 from kraken_compiler._torch_compat import generated_code, mark_sizes
 from kraken_compiler.backends.torch_dist.check.check_emitted import require_emitted_overlap
 from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.run.collectives import copy_graph, replace_collectives, with_real_collectives
+from kraken_compiler.backends.torch_dist.run.insert_collectives import (
+    copy_graph,
+    replace_collectives,
+    with_real_collectives,
+)
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ops.devices import retarget
 from kraken_compiler.ranks.communicators import ops, packed
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 
 KEEP_THE_ORDER: dict[str, Any] = {

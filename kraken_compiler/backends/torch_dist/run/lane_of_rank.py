@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 def lane_of_rank(

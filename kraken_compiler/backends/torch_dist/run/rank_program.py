@@ -15,7 +15,7 @@ from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder, RunStep
-from kraken_compiler.backends.torch_dist.run.collectives import bind_collectives, copy_graph
+from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.run.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import PAST, SLOTS
@@ -27,10 +27,10 @@ from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lanes.calling import bind, unflatten_output
 from kraken_compiler.ops.devices import retarget
 from kraken_compiler.ranks.communicators.agreement import Claims, require_agreement
-from kraken_compiler.ranks.communicators.base import Communicator
-from kraken_compiler.ranks.communicators.cards import swap_cards
 from kraken_compiler.ranks.communicators.choose import default_communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.none import NoCommunication
+from kraken_compiler.ranks.communicators.rank_info import exchange_info
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
@@ -214,7 +214,7 @@ class RankProgram(nn.Module):
         if not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
             claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
             resolved = checked_group(lane, manifest.degree, group)
-            program._agree = lambda: require_agreement(claims, lambda card: swap_cards(card, resolved))
+            program._agree = lambda: require_agreement(claims, lambda info: exchange_info(info, resolved))
         return program.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

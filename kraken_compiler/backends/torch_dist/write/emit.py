@@ -12,7 +12,7 @@ from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
-from kraken_compiler.weights.shards import write_lane_shards
+from kraken_compiler.weights.write_shards import write_lane_shards
 
 
 def write_lanes(

@@ -16,7 +16,7 @@ from typing import Any
 
 from kraken_compiler.capture.gguf_headers import headers_read_once
 from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.reference import OpenModel
+from kraken_compiler.capture.run_source import OpenModel
 from kraken_compiler.capture.tokenizer_files import (
     GENERATION_CONFIG,
     generation_config,

@@ -10,7 +10,7 @@ from torch import fx
 
 from kraken_compiler._torch_compat import functional_collectives
 from kraken_compiler.ops import collectives as ops
-from kraken_compiler.ranks.communicators.base import Communicator
+from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 
 Replace = Callable[[fx.Graph, fx.Node], fx.Node]

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kraken_compiler.ranks.communicators.peers import Card
+from kraken_compiler.ranks.communicators.peers import RankInfo
 
 
-def swap_cards(card: Card, group: dist.ProcessGroup) -> list[Card]:
-    """Every rank's card, rank 0's first; all ranks of the group must call it together."""
+def exchange_info(info: RankInfo, group: dist.ProcessGroup) -> list[RankInfo]:
+    """Every rank's info, rank 0's first; all ranks of the group must call it together."""
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    text = json.dumps(card).encode()
+    text = json.dumps(info).encode()
     sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=device), group)]
     padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8).to(device)
     return [json.loads(bytes(other.tolist())) for other in _gather(padded, group)]

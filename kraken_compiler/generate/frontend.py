@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.generate.engine import IDLE_SECONDS, Engine, Order
+from kraken_compiler.generate.engine import IDLE_SECONDS, Engine, GenerationRequest
 from kraken_compiler.generate.lines import Lines
 from kraken_compiler.generate.request import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
 from kraken_compiler.generate.sampling import Sampling
@@ -24,7 +24,7 @@ _SEED_BITS = 32
 _NO_LIMIT = 1 << 30
 
 
-def speak(engine: Engine, options: RunOptions) -> None:
+def serve(engine: Engine, options: RunOptions) -> None:
     """Do all that the options, which have been checked, ask for.
 
     Raises:
@@ -42,7 +42,7 @@ def speak(engine: Engine, options: RunOptions) -> None:
 
 @dataclass
 class _Timings:
-    """When tokens came, in seconds since the order was given."""
+    """When tokens came, in seconds since the request was given."""
 
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
@@ -66,15 +66,15 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     codec = None if options.input_ids else TextCodec.of(engine.artifact, options.chat_template)
     texts = options.prompts()
     prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
-    order = _order(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
-    notes = _notes(engine, order)
+    request = _request(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
+    notes = _notes(engine, request)
     for note in notes:
         engine.ranks.status.note(note)
     streaming = len(prompts) == 1 and not options.json
     stream = _Ids() if codec is None else codec.stream(_continued(engine, prompts[0], options.chat))
     ids: list[list[int]] = [[] for _ in prompts]
     timings = _Timings()
-    for tokens in engine.run(order):
+    for tokens in engine.run(request):
         timings.count(sum(token is not None for token in tokens))
         for row, token in zip(ids, tokens):
             if token is not None:
@@ -95,11 +95,11 @@ def _answer(engine: Engine, options: RunOptions) -> None:
                 "prompt_ids": prompts[index],
                 "ids": row,
                 "text": decoded[index],
-                "finish_reason": "length" if len(row) == order.max_new_tokens else "eos",
+                "finish_reason": "length" if len(row) == request.max_new_tokens else "eos",
             }
             for index, row in enumerate(ids)
         ]
-        seed = order.sampling.seed if order.sampling.temperature else None
+        seed = request.sampling.seed if request.sampling.temperature else None
         document = {"results": results, "seed": seed, "timings": timings.to_dict(), "notes": notes}
         _emit(json.dumps(document, indent=1) + "\n")
     elif codec is None:
@@ -226,7 +226,7 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
     wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
     stream = codec.stream(_continued(engine, prompt, chat))
     pieces = []
-    for (token,) in engine.run(_order(engine, [prompt], options, codec, min(wanted, room), capacity)):
+    for (token,) in engine.run(_request(engine, [prompt], options, codec, min(wanted, room), capacity)):
         assert token is not None
         pieces.append(stream.push(token))
         _emit(pieces[-1])
@@ -238,14 +238,14 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
 # both ----------------------------------------------------------------------------------------------------------------
 
 
-def _order(
+def _request(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     options: RunOptions,
     codec: TextCodec | None,
     new_tokens: int,
     capacity: int | None = None,
-) -> Order:
+) -> GenerationRequest:
     if not all(prompts):
         raise UsageError("the prompt has no tokens")
     seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
@@ -253,7 +253,7 @@ def _order(
     sources: Sequence[Sequence[int]] = ()
     if engine.reads_source:
         sources, prompts = prompts, [_answer_begins(engine)] * len(prompts)
-    return Order(
+    return GenerationRequest(
         prompts=prompts,
         max_new_tokens=new_tokens,
         capacity=capacity or options.max_context or max(map(len, prompts)) + new_tokens,
@@ -280,10 +280,10 @@ def _made_for(engine: Engine) -> int:
     return engine.artifact.manifest.source.max_positions or _NO_LIMIT
 
 
-def _notes(engine: Engine, order: Order) -> list[str]:
-    """What a user should know of an order that can be carried out."""
-    made_for, longest = _made_for(engine), max(map(len, (*order.prompts, *order.sources)))
-    reached = max(map(len, order.prompts)) + order.max_new_tokens
+def _notes(engine: Engine, request: GenerationRequest) -> list[str]:
+    """What a user should know of a request that can be carried out."""
+    made_for, longest = _made_for(engine), max(map(len, (*request.prompts, *request.sources)))
+    reached = max(map(len, request.prompts)) + request.max_new_tokens
     if max(longest, reached) <= made_for:
         return []
     what = f"the prompt takes {longest:,}" if longest > made_for else f"prompt and new tokens take {reached:,}"

@@ -1,8 +1,8 @@
 """How ranks find each other without torch: rank 0 listens where all know to call, and tells everybody of the others.
 
-A call is one message: who is calling, of how many, and the rank's card. When all have called, or it is clear that they
-will not, rank 0 answers all callers alike: with everybody's card, or with what is wrong. torchrun has a store for that,
-and listens at the master's port itself, so there the cards go through it.
+A call is one message: who is calling, of how many, and the rank's info. When all have called, or it is clear that they
+will not, rank 0 answers all callers alike: with everybody's info, or with what is wrong. torchrun has a store for that,
+and listens at the master's port itself, so there the infos go through it.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ import zmq
 
 from kraken_compiler.errors import KrakenError, RankFailedError, UsageError, first_line
 from kraken_compiler.ranks.communicators.agreement import error_as_dict, error_from_dict
-from kraken_compiler.ranks.communicators.peers import Card, reason_of
+from kraken_compiler.ranks.communicators.peers import RankInfo, reason_of
 
-MEET = "KRAKEN_MEET"
-"""Environment variable with HOST:PORT of the meeting."""
+RENDEZVOUS = "KRAKEN_MEET"
+"""Environment variable with HOST:PORT of the rendezvous."""
 
 GRACE_SECONDS = 3.0
 """When something is wrong, how long rank 0 listens on, to tell those who call a little later."""
 
-_VERSION = 3
+_VERSION = 4
 _MOST_BYTES = 1 << 20
 _OTHER_VERSION = "another version of kraken-compiler than"
-_HINT = f"set {MEET} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"
+_HINT = f"set {RENDEZVOUS} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"
 
 
 @dataclass(frozen=True)
-class MeetingPoint:
+class RendezvousPoint:
     """Where rank 0 listens. As text, HOST:PORT."""
 
     host: str
     port: int
 
     @classmethod
-    def from_environment(cls) -> MeetingPoint:
+    def from_environment(cls) -> RendezvousPoint:
         """What `KRAKEN_MEET` says, or else `MASTER_ADDR` and `MASTER_PORT`.
 
         Raises:
             UsageError: Neither is set, or it is no host and port.
         """
-        text = os.environ.get(MEET)
+        text = os.environ.get(RENDEZVOUS)
         if text is None:
             try:
                 text = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -73,7 +73,7 @@ class MeetingPoint:
 
     def calling(self) -> str:
         """The endpoint to connect to."""
-        return f"tcp://{MeetingPoint('127.0.0.1', self.port) if self.host == 'localhost' else self}"
+        return f"tcp://{RendezvousPoint('127.0.0.1', self.port) if self.host == 'localhost' else self}"
 
     def _is_address(self) -> bool:
         if self.host == "localhost":
@@ -83,32 +83,32 @@ class MeetingPoint:
         return False
 
 
-def meet(rank: int, degree: int, point: MeetingPoint, card: Card, *, timeout: float) -> list[Card]:
+def rendezvous(rank: int, degree: int, point: RendezvousPoint, info: RankInfo, *, timeout: float) -> list[RankInfo]:
     """Meet the other ranks; all must call it together.
 
     Args:
         rank: This one.
         degree: How many there are.
         point: Where rank 0 listens.
-        card: What the others are to know of this rank.
+        info: What the others are to know of this rank.
         timeout: Seconds that rank 0 waits for the others.
 
     Returns:
-        Everybody's card, rank 0's first.
+        Everybody's info, rank 0's first.
 
     Raises:
         RankFailedError: A rank did not come in time, or someone came who is none.
         UsageError: The ranks were not started as ranks of one run, or rank 0 cannot listen there.
     """
-    own = {"version": _VERSION, "rank": rank, "degree": degree, "card": card}
+    own = {"version": _VERSION, "rank": rank, "degree": degree, "info": info}
     with zmq.Context() as context:
         if rank == 0:
             return _Host(context, degree, point, own).run(timeout)
         return _call(context, point, own, timeout + GRACE_SECONDS)
 
 
-def meet_in_store(rank: int, degree: int, card: Card, *, timeout: float) -> list[Card]:
-    """Meet the other ranks of a torchrun in the store that its agent keeps; see `meet`."""
+def rendezvous_in_store(rank: int, degree: int, info: RankInfo, *, timeout: float) -> list[RankInfo]:
+    """Meet the other ranks of a torchrun in the store that its agent keeps; see `rendezvous`."""
     # Imported here: whoever was started otherwise may have no torch.
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
@@ -117,17 +117,17 @@ def meet_in_store(rank: int, degree: int, card: Card, *, timeout: float) -> list
     missing = rank
     try:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
-        store.set(f"{prefix}/{rank}", json.dumps(card))
-        cards = []
+        store.set(f"{prefix}/{rank}", json.dumps(info))
+        infos = []
         for missing in range(degree):
-            cards.append(json.loads(store.get(f"{prefix}/{missing}")))
+            infos.append(json.loads(store.get(f"{prefix}/{missing}")))
     except DistError as error:
         reason = first_line(error)
         raise RankFailedError(
             f"rank {missing} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
             "the same version, and --timeout SECONDS allows more"
         ) from error
-    return cards
+    return infos
 
 
 def has_store() -> bool:
@@ -137,29 +137,29 @@ def has_store() -> bool:
 
 @dataclass
 class _Host:
-    """Rank 0 at the meeting."""
+    """Rank 0 at the rendezvous."""
 
     context: zmq.Context[zmq.Socket[bytes]]
     degree: int
-    point: MeetingPoint
+    point: RendezvousPoint
     own: dict[str, Any]
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     callers: list[bytes] = field(default_factory=list)
     trouble: KrakenError | None = None
 
-    def run(self, timeout: float) -> list[Card]:
+    def run(self, timeout: float) -> list[RankInfo]:
         self.calls[0] = self.own
         with self._listen() as router:
             self._take_calls(router, timeout)
-            cards = [self.calls[rank]["card"] for rank in sorted(self.calls)]
-            answer: dict[str, Any] = {"version": _VERSION, "cards": cards}
+            infos = [self.calls[rank]["info"] for rank in sorted(self.calls)]
+            answer: dict[str, Any] = {"version": _VERSION, "infos": infos}
             if self.trouble is not None:
                 answer = {"version": _VERSION, "trouble": error_as_dict(self.trouble)}
             for caller in self.callers:
                 router.send_multipart([caller, json.dumps(answer).encode()])
         if self.trouble is not None:
             raise self.trouble
-        return cards
+        return infos
 
     def _listen(self) -> zmq.Socket[bytes]:
         router = self.context.socket(zmq.ROUTER)
@@ -220,9 +220,9 @@ class _Host:
 
 
 def _call(
-    context: zmq.Context[zmq.Socket[bytes]], point: MeetingPoint, own: dict[str, Any], timeout: float
-) -> list[Card]:
-    """Any other rank at the meeting."""
+    context: zmq.Context[zmq.Socket[bytes]], point: RendezvousPoint, own: dict[str, Any], timeout: float
+) -> list[RankInfo]:
+    """Any other rank at the rendezvous."""
     rank = own["rank"]
     with context.socket(zmq.DEALER) as dealer:
         _prepare(dealer)
@@ -240,10 +240,10 @@ def _call(
         raise UsageError(f"rank {rank} has {_OTHER_VERSION} rank 0 has")
     if "trouble" in answer:
         raise error_from_dict(answer["trouble"])
-    cards = answer.get("cards")
-    if not isinstance(cards, list) or len(cards) != own["degree"]:
+    infos = answer.get("infos")
+    if not isinstance(infos, list) or len(infos) != own["degree"]:
         raise RankFailedError(f"rank {rank} called {point}, and who answered is not rank 0 of this run; {_HINT}")
-    return cards
+    return infos
 
 
 def _prepare(socket: zmq.Socket[bytes]) -> None:
@@ -253,12 +253,12 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
 
 
 def _is_call(message: dict[str, Any]) -> bool:
-    kinds = {"rank": int, "degree": int, "card": dict}
+    kinds = {"rank": int, "degree": int, "info": dict}
     return all(isinstance(message.get(name), kind) for name, kind in kinds.items())
 
 
 def _parsed(content: list[bytes]) -> dict[str, Any]:
-    """A message of a meeting; empty if it is none."""
+    """A message of a rendezvous; empty if it is none."""
     with suppress(ValueError, RecursionError):
         message = json.loads(b"".join(content))
         if isinstance(message, dict) and isinstance(message.get("version"), int):
