@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    *("errors", "text", "progress", "surroundings", "standard_streams", "_torch_compat"),
+    *("errors", "text", "progress", "standard_streams", "_torch_compat", "surroundings"),
     *("ops", "ir", "weights", "artifact", "passes", "capture", "ranks", "lanes", "backends", "options"),
     *("generate", "verify", "quality", "commands", "cli"),
 )

@@ -1,7 +1,7 @@
 """`Ranks`: this process as one of the ranks of a run. Imports no torch, unless torchrun started it.
 
-Ranks that meet connect every one to every other with ZeroMQ (`communicators/message_exchange.py`): that is maintained, comes as
-a wheel, and moves bytes in a thread of its own while this rank computes. mpi4py would need an MPI installation and its
+Ranks that meet connect every one to every other with ZeroMQ (`message_exchange.py`): that is maintained, comes as a
+wheel, and moves bytes in a thread of its own while this rank computes. mpi4py would need an MPI installation and its
 launcher, and MPI makes progress inside of its calls only.
 """
 
