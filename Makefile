@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where the newest torch is; everything else it takes from VENV.
+NEWEST := .venv-newest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 # Tests start many small processes; more than one thread each would only make them wait for one another.
@@ -16,8 +18,13 @@ FUZZ_MODELS ?= 5000
 FUZZ_SEED ?= 1000
 BENCH_OUT ?= build/bench
 
+# What reads torch's own output: captures, graph files, emitted code, its ONNX exporter.
+NEWEST_TESTS := $(addprefix tests/,test_capture_torch_compat.py test_capture_archive.py test_capture_module.py \
+	test_compiled_lanes.py test_onnx_device_files.py test_onnx_nccl.py test_onnx_schedule.py test_onnx_tables.py \
+	test_torch_dist_graph_file.py test_torch_dist_schedule.py test_transform.py test_versions.py)
+
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
+.PHONY: help setup demo test test-all test-newest fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +39,10 @@ test: $(VENV)/.models ## run the quick tests, and one real run of each backend (
 
 test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models
 	@$(PYTEST) -m "slow and not end_to_end" --durations-file build/durations-slow.txt $(PYTEST_ARGS)
+
+test-newest: $(VENV)/.models $(NEWEST)/.torch ## run what reads torch's own output under the newest torch, and artifacts across versions
+	@KRAKEN_OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) \
+		$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.models ## compare thousands of random decoders with their models (FUZZ_MODELS=5000, FUZZ_SEED=1000; hours)
 	@KRAKEN_FUZZ_MODELS=$(FUZZ_MODELS) KRAKEN_FUZZ_SEED=$(FUZZ_SEED) $(PYTEST) -q tests/fuzz
@@ -70,7 +81,7 @@ tables: $(VENV)/.models ## write docs/models.md and the list in docs/what-it-tak
 	@$(BIN)/python -m tests.write_tables build/tables
 
 clean: ## remove everything that the other targets made
-	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -79,13 +90,24 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.created pyproject.toml
+$(VENV)/.package: $(VENV)/.created pyproject.toml requirements/constraints.txt
 	@echo "setting up, once: kraken-compiler and what it needs (torch is the bulk of it; a few minutes)"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --constraint requirements/constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Only torch is installed there. A path in a .pth file is searched after the environment's own packages, and .pth files
+# found there are not read, so this repository is named, too.
+$(NEWEST)/.torch: $(VENV)/.package
+	@echo "setting up, once: the newest torch in $(NEWEST) (3 GB, most of it CUDA's libraries)"
+	@$(BIN)/python -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install -qq \
+		"$$($(BIN)/python -c 'import tomllib; print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))')"
+	@for python in $(NEWEST) $(VENV); do $$python/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
+		{ read own; read others; printf '%s\n%s\n' "$(CURDIR)" "$$others" > "$$own/others.pth"; }
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package
-	@$(PIP) --editable '.[bench]'
+	@$(PIP) --constraint requirements/constraints.txt --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.models: $(VENV)/.package requirements/models.txt

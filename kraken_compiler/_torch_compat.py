@@ -1,4 +1,4 @@
-"""Every private torch API we use, in one place. Holds for torch 2.11 to 2.13; `tests/test_capture_torch_compat.py`."""
+"""Every private torch API we use, in one place. Holds for torch 2.11 to 2.14; `tests/test_capture_torch_compat.py`."""
 
 from __future__ import annotations
 
