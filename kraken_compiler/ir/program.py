@@ -196,7 +196,7 @@ class CachedProgram:
 
 def parameter_count(program: Program) -> int:
     """Number of parameters one lane holds."""
-    dequantized = (node for node in program.graph.nodes if node.target is torch.ops.kraken.dequantize.default)
-    per_element = {node.args[0].name: 8 // node.args[3] for node in dequantized}
+    dequantize_nodes = (node for node in program.graph.nodes if node.target is torch.ops.kraken.dequantize.default)
+    per_element = {node.args[0].name: 8 // node.args[3] for node in dequantize_nodes}
     parameters = (spec for spec in program.weights.values() if spec.kind == "parameter")
     return sum(torch.Size(spec.shape).numel() * per_element.get(spec.name, 1) for spec in parameters)

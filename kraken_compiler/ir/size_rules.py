@@ -99,7 +99,7 @@ def in_words(rule: str) -> str:
     expression = parse_rule(rule)
     if isinstance(expression, ast.Compare) and len(expression.ops) == 1:
         left, right = expression.left, expression.comparators[0]
-        clause = _of_one_size(left, expression.ops[0], right) or _of_one_size(right, _mirrored(expression.ops[0]), left)
+        clause = _of_one_size(left, expression.ops[0], right) or _of_one_size(right, _mirror(expression.ops[0]), left)
         if clause:
             return clause
     names = sorted(names_in(rule))
@@ -230,7 +230,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
 _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
 
 
-def _mirrored(comparison: ast.cmpop) -> ast.cmpop:
+def _mirror(comparison: ast.cmpop) -> ast.cmpop:
     return _MIRRORED.get(type(comparison), type(comparison))()
 
 
@@ -240,10 +240,10 @@ def _of_one_size(left: ast.expr, comparison: ast.cmpop, right: ast.expr) -> str:
     if limit is None:
         return ""
     if isinstance(left, ast.UnaryOp) and isinstance(left.op, ast.USub):
-        return _of_one_size(left.operand, _mirrored(comparison), ast.Constant(-limit))
+        return _of_one_size(left.operand, _mirror(comparison), ast.Constant(-limit))
     factor = _whole_number(left.left) if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mult) else None
     if factor == -1 and isinstance(left, ast.BinOp):  # torch writes -x as (-1)*x
-        return _of_one_size(left.right, _mirrored(comparison), ast.Constant(-limit))
+        return _of_one_size(left.right, _mirror(comparison), ast.Constant(-limit))
     if isinstance(left, ast.Name):
         bounds = {ast.Lt: limit - 1, ast.LtE: limit, ast.Gt: limit + 1, ast.GtE: limit, ast.Eq: limit, ast.NotEq: limit}
         relation = {ast.Lt: "at most", ast.LtE: "at most", ast.Gt: "at least", ast.GtE: "at least"}.get(

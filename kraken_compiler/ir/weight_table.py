@@ -104,7 +104,7 @@ class WeightSpec:
                 pad_shape[shard.dim] = padding
                 pieces.append(local.new_zeros(pad_shape))
             local = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
-        return self._scaled(local)
+        return self._apply_scale(local)
 
     @property
     def is_cut_by_rows(self) -> bool:
@@ -131,9 +131,9 @@ class WeightSpec:
         ]
         if padding and stop == last:
             pieces.append(rows.new_zeros((padding, *rows.shape[1:])))
-        return self._scaled(pieces[0] if len(pieces) == 1 else torch.cat([rows[:0], *pieces]))
+        return self._apply_scale(pieces[0] if len(pieces) == 1 else torch.cat([rows[:0], *pieces]))
 
-    def _scaled(self, local: Tensor) -> Tensor:
+    def _apply_scale(self, local: Tensor) -> Tensor:
         return (local if self.scale == 1.0 else local * self.scale).contiguous()
 
 

@@ -52,10 +52,10 @@ def structure_modules(value: Any) -> Iterator[tuple[str, bool]]:
             yield item.partition(":")[0], True
         elif item[:1] in ("[", "{", '"'):
             try:
-                nested = json.loads(item)
+                structure = json.loads(item)
             except ValueError:
                 continue
-            yield from structure_modules({key: nested} if isinstance(nested, str) else nested)
+            yield from structure_modules({key: structure} if isinstance(structure, str) else structure)
 
 
 def items_of(value: Any) -> Iterator[tuple[str, Any]]:

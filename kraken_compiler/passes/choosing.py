@@ -52,7 +52,7 @@ def _all_of(first: Tensor, *others: Tensor) -> Tensor:
 _HUGE = 1e6
 
 
-def _cast(x: Tensor, dtype: torch.dtype, *rest: Any, **named: Any) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype, *rest: Any, **options: Any) -> Tensor:
     return x if dtype == torch.bool and x.is_floating_point() else x.to(dtype)
 
 

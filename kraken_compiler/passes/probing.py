@@ -23,10 +23,10 @@ from kraken_compiler.passes.shapes import Concretizer
 
 _SMOOTH: dict[Any, Any] = {
     aten.relu.default: F.softplus,
-    aten.clamp.default: lambda x, *bounds, **named: x,
-    aten.clamp_min.default: lambda x, *bounds, **named: x,
-    aten.clamp_max.default: lambda x, *bounds, **named: x,
-    aten.hardtanh.default: lambda x, *bounds, **named: x,
+    aten.clamp.default: lambda x, *bounds, **options: x,
+    aten.clamp_min.default: lambda x, *bounds, **options: x,
+    aten.clamp_max.default: lambda x, *bounds, **options: x,
+    aten.hardtanh.default: lambda x, *bounds, **options: x,
     aten.relu6.default: F.softplus,
     aten.hardswish.default: F.silu,
     aten.hardsigmoid.default: torch.sigmoid,

@@ -212,8 +212,8 @@ def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node
     for operand in args_of(node)[:2]:
         if not isinstance(operand, fx.Node):
             return [node]
-        nested = operand is not stream and operand in hidden and len(operand.users) == 1
-        terms += _terms(operand, stream, hidden) if nested else [operand]
+        is_nested = operand is not stream and operand in hidden and len(operand.users) == 1
+        terms += _terms(operand, stream, hidden) if is_nested else [operand]
     return terms
 
 
