@@ -1,4 +1,4 @@
-"""What a program with a KV cache needs besides its graph: its caches and its tables."""
+"""The caches and tables that a program with a KV cache has besides its graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How a step graph is fed.
+    """The cached inputs of a step graph: its caches and its tables.
 
     Attributes:
         caches: One per attention, in graph order.

@@ -1,11 +1,11 @@
-"""How a program is called: its inputs, and the source model's signature around them. Imports no torch."""
+"""The calling convention of a program: its inputs, and the source model's signature around them. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 INPUT_IDS, DECODER_IDS = "input_ids", "decoder_input_ids"
-"""What transformers calls the tokens that a model reads, and those of an encoder-decoder's decoder."""
+"""Names in transformers for the tokens that a model reads, and for those of an encoder-decoder's decoder."""
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class CallSpec:
 
     @property
     def logits(self) -> int:
-        """Which of the graph's outputs a language model's logits are; the first if none is called so."""
+        """Index of a language model's logits among the graph's outputs; 0 if none is called so."""
         return next((index for index, name in enumerate(self.output_names) if name.endswith("logits")), 0)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lag:
-    """How many branches late a read is: on the lane's `own` contributions and on its `peers`'."""
+    """Number of branches by which a read is late: on the lane's `own` contributions and on its `peers`'."""
 
     own: int
     peers: int

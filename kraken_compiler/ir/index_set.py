@@ -1,4 +1,4 @@
-"""Index sets: which positions of one tensor dimension belong to one lane, kept as half-open ranges."""
+"""Index sets: the positions of one tensor dimension that belong to one lane, as half-open ranges."""
 
 from __future__ import annotations
 

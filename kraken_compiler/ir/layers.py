@@ -1,4 +1,4 @@
-"""What recognition finds: the layers and branches of a Transformer, as frozen records that can be printed and saved."""
+"""The layers and branches of a Transformer that recognition finds, as frozen records to be printed and saved."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ class LayerTable:
         """The table with other nodes in some branches."""
         layers = []
         for layer in self.layers:
-            branches = tuple(replace(one, nodes=nodes.get(one, one.nodes)) for one in layer.branches)
+            branches = tuple(replace(branch, nodes=nodes.get(branch, branch.nodes)) for branch in layer.branches)
             layers.append(replace(layer, branches=branches))
         return replace(self, layers=tuple(layers))

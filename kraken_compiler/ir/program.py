@@ -71,7 +71,7 @@ class Program:
         return replace(self, module=module, weights=dict(self.weights), constants=dict(self.constants))
 
     def check(self) -> None:
-        """Hold the records against the graph: an `AssertionError` names what is in one and not in the other.
+        """Check the records against the graph: an `AssertionError` names what is in one and not in the other.
 
         Tests let the runner call this after every pass.
         """
@@ -132,7 +132,7 @@ class Split(Recognized):
     shards: tuple[BranchShards, ...]
 
     def _names(self) -> dict[str, Iterable[str]]:
-        shards = (name for one in self.shards for name in (*one.inputs, one.output, *one.region))
+        shards = (name for branch in self.shards for name in (*branch.inputs, branch.output, *branch.region))
         return super()._names() | {"shards": shards}
 
 
@@ -196,7 +196,7 @@ class CachedProgram:
 
 def parameter_count(program: Program) -> int:
     """Number of parameters one lane holds."""
-    dequantized = (node for node in program.graph.nodes if node.target is torch.ops.kraken.dequantize.default)
-    per_element = {node.args[0].name: 8 // node.args[3] for node in dequantized}
-    held = (spec for spec in program.weights.values() if spec.kind == "parameter")
-    return sum(torch.Size(spec.shape).numel() * per_element.get(spec.name, 1) for spec in held)
+    dequantize_nodes = (node for node in program.graph.nodes if node.target is torch.ops.kraken.dequantize.default)
+    per_element = {node.args[0].name: 8 // node.args[3] for node in dequantize_nodes}
+    parameters = (spec for spec in program.weights.values() if spec.kind == "parameter")
+    return sum(torch.Size(spec.shape).numel() * per_element.get(spec.name, 1) for spec in parameters)

@@ -1,4 +1,4 @@
-"""What a form means for a model: every branch's read, every reduce, its start, its wait and its window."""
+"""The schedule of a model's forms: every branch's read, every reduce, its start, its wait and its window."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FormPlan:
 
 @dataclass(frozen=True)
 class Window:
-    """What really lies between a reduce's start and its wait in a program.
+    """The operations that lie between a reduce's start and its wait in a program.
 
     Attributes:
         reduce: Number of the reduce.
@@ -90,7 +90,7 @@ class RanNode:
 
 @dataclass(frozen=True)
 class RanWindow:
-    """What one rank ran in a reduce's window.
+    """The operations that one rank ran in a reduce's window.
 
     Attributes:
         window: What the program promises.
@@ -112,7 +112,7 @@ class RanWindow:
         return sum(node.microseconds for node in (*self.products, *self.attentions))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """The window as plain values."""
         return {
             "start_us": self.start_us,
             "products": [asdict(node) for node in self.products],

@@ -22,8 +22,8 @@ class BranchShards:
         inputs: Names of the projections that are split by output column.
         output: Name of the projection that is split by input column.
         region: Names of the nodes between them, in graph order.
-        kept: For every tensor of the branch that is not whole on every lane: its kept sets, by node name. Covers the
-            projections' outputs, the region, and what the region reads from outside.
+        kept_sets: For every tensor of the branch that is not whole on every lane: its kept sets, by node name.
+            Covers the projections' outputs, the region, and what the region reads from outside.
         columns: The columns of the output projection's input that each lane computes, equally many on all lanes.
         owned: Those of them that count, the first of `columns`; the others are another lane's, and multiplied by zero.
         structure: Number of the branch's structure; branches with the same number are split alike, node by node.
@@ -33,7 +33,7 @@ class BranchShards:
     inputs: tuple[str, ...]
     output: str
     region: tuple[str, ...]
-    kept: dict[str, Kept]
+    kept_sets: dict[str, Kept]
     columns: tuple[IndexSet, ...]
     owned: tuple[IndexSet, ...]
     structure: int = 0

@@ -1,4 +1,4 @@
-"""Sizes held against a program's rules, where it is called and before it generates. Imports no torch."""
+"""Checks of sizes against a program's rules, where it is called and before it generates. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sizes_of(call: CallSpec, inputs: Sequence[InputSpec], shapes: Sequence[Seque
         UsageError: One dim's size is not that of another of the same name, or is 0.
     """
     sizes: dict[str, int] = {}
-    where: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for spec, shape in zip(inputs, shapes, strict=True):
         for name, size in zip(spec.shape, shape):
             if not isinstance(name, str):
@@ -35,10 +35,10 @@ def sizes_of(call: CallSpec, inputs: Sequence[InputSpec], shapes: Sequence[Seque
                 raise UsageError(f"argument '{spec.parameter}' of {_model(call)} is empty: its {name} size is {size}")
             if sizes.setdefault(name, size) != size:
                 raise UsageError(
-                    f"the {name} size of {_model(call)} is {sizes[name]} in argument '{where[name]}' and {size} in "
-                    f"'{spec.parameter}'; both must be the same"
+                    f"the {name} size of {_model(call)} is {sizes[name]} in argument '{parameters[name]}' and {size} "
+                    f"in '{spec.parameter}'; both must be the same"
                 )
-            where.setdefault(name, spec.parameter)
+            parameters.setdefault(name, spec.parameter)
     return sizes
 
 
@@ -49,19 +49,19 @@ def require_sizes(call: CallSpec, inputs: Sequence[InputSpec], shapes: Sequence[
         UsageError: They do not; names the rule.
     """
     sizes = sizes_of(call, inputs, shapes)
-    broken = broken_rule(call.sizes, sizes)
-    if broken is not None:
-        clear = broken_rule(clearest(call.sizes), sizes) or broken
-        raise UsageError(refusal(_model(call), sizes, clear))
+    rule = broken_rule(call.sizes, sizes)
+    if rule is not None:
+        clear_rule = broken_rule(clearest(call.sizes), sizes) or rule
+        raise UsageError(refusal(_model(call), sizes, clear_rule))
 
 
 def refusal(model: str, sizes: Mapping[str, int], rule: str) -> str:
-    """Why a call is refused, in one line."""
+    """The reason for which a call is refused, in one line."""
     names = names_in(rule)
-    given = ", ".join(f"{name} {size}" for name, size in sizes.items() if name in names)
+    sizes_in_words = ", ".join(f"{name} {size}" for name, size in sizes.items() if name in names)
     return (
-        f"{model} was compiled for other sizes than {given}: {in_words(rule)}, because its code computes otherwise, or "
-        "asks for it, at other sizes; compile it again with example inputs of such sizes"
+        f"{model} was compiled for other sizes than {sizes_in_words}: {in_words(rule)}, because its code computes "
+        "otherwise, or asks for it, at other sizes; compile it again with example inputs of such sizes"
     )
 
 
@@ -73,11 +73,11 @@ def token_rules(call: CallSpec, inputs: Sequence[InputSpec]) -> tuple[str, ...]:
     ids = next((spec for spec in inputs if len(spec.shape) == 2), None)
     if ids is None:
         return ()
-    own = {name: new for name, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(name, str)}
-    fixed = [f"{new} == {size}" for size, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(size, int)]
-    known = {rule for rule in call.sizes if names_in(rule) <= own.keys()}
-    renamed = [_renamed(rule, own) for rule in call.sizes if rule in known]
-    return tuple(dict.fromkeys((*fixed, *renamed)))
+    token_names = {name: new for name, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(name, str)}
+    fixed_sizes = [f"{new} == {size}" for size, new in zip(ids.shape, (BATCH, SEQUENCE)) if isinstance(size, int)]
+    rules_of_ids = {rule for rule in call.sizes if names_in(rule) <= token_names.keys()}
+    renamed_rules = [_rename_sizes(rule, token_names) for rule in call.sizes if rule in rules_of_ids]
+    return tuple(dict.fromkeys((*fixed_sizes, *renamed_rules)))
 
 
 def require_lengths(call: CallSpec, rules: Sequence[str], batch: int, lengths: Iterable[int]) -> None:
@@ -94,16 +94,16 @@ def require_lengths(call: CallSpec, rules: Sequence[str], batch: int, lengths: I
     """
     if not rules:
         return
-    tried = chain([{BATCH: batch}], ({BATCH: batch, SEQUENCE: length} for length in lengths))
-    sizes = next((sizes for sizes in tried if broken_rule(rules, sizes) is not None), None)
+    candidates = chain([{BATCH: batch}], ({BATCH: batch, SEQUENCE: length} for length in lengths))
+    sizes = next((sizes for sizes in candidates if broken_rule(rules, sizes) is not None), None)
     if sizes is None:
         return
-    broken = broken_rule(clearest(rules), sizes) or broken_rule(rules, sizes)
-    assert broken is not None
-    what = f"{sizes[SEQUENCE]} tokens" if SEQUENCE in names_in(broken) else f"{batch} sequence{'s' * (batch != 1)}"
-    also = f" in {batch} sequences" if BATCH in names_in(broken) and SEQUENCE in names_in(broken) else ""
+    rule = broken_rule(clearest(rules), sizes) or broken_rule(rules, sizes)
+    assert rule is not None
+    amount = f"{sizes[SEQUENCE]} tokens" if SEQUENCE in names_in(rule) else f"{batch} sequence{'s' * (batch != 1)}"
+    suffix = f" in {batch} sequences" if BATCH in names_in(rule) and SEQUENCE in names_in(rule) else ""
     raise UsageError(
-        f"cannot generate: {_model(call)} would read {what}{also}, and {in_words(broken)}, because its code computes "
+        f"cannot generate: {_model(call)} would read {amount}{suffix}, and {in_words(rule)}, because its code computes "
         "otherwise, or asks for it, at other sizes; change the prompts or the number of new tokens "
         "(--max-new-tokens), or compile it again with example inputs of such sizes"
     )
@@ -127,7 +127,7 @@ def require_generation(
 
 
 def lengths_read(prompts: Iterable[int], new_tokens: int) -> Iterator[int]:
-    """How many tokens a model reads at once, over all steps of generating: the last new one is not read.
+    """Numbers of tokens that a model reads at once, over all steps of generating: the last new one is not read.
 
     Args:
         prompts: Length of every prompt.
@@ -136,11 +136,11 @@ def lengths_read(prompts: Iterable[int], new_tokens: int) -> Iterator[int]:
     Yields:
         Each length once, in order.
     """
-    done = 0
+    previous_end = 0
     for prompt in sorted(set(prompts)):
         end = prompt + max(new_tokens, 1)
-        yield from range(max(prompt, done), end)
-        done = end
+        yield from range(max(prompt, previous_end), end)
+        previous_end = end
 
 
 def longest_allowed(rules: Sequence[str], most: int) -> int:
@@ -149,7 +149,7 @@ def longest_allowed(rules: Sequence[str], most: int) -> int:
     return next((length for length in range(most, 0, -1) if broken_rule(bounds, {SEQUENCE: length}) is None), most)
 
 
-def _renamed(rule: str, names: Mapping[str, str]) -> str:
+def _rename_sizes(rule: str, names: Mapping[str, str]) -> str:
     if not any(names.get(name, name) != name for name in names_in(rule)):
         return rule
     tree = ast.parse(ast.unparse(parse_rule(rule)), mode="eval").body

@@ -1,4 +1,4 @@
-"""Which sizes a program is right for: comparisons of sizes by name, as text that is read and never executed.
+"""Rules for the sizes that a program is right for: comparisons of sizes by name, as text that is never executed.
 
 `sequence % 2 == 0`, `sequence <= 32`, `batch * sequence <= 40`: what the source model's code asked of its sizes while
 it was captured. A rule comes out of an artifact, which may be tampered with, so it is parsed into a few kinds of
@@ -67,22 +67,22 @@ def parse_rule(text: str) -> ast.expr:
     if len(text) > _LONGEST:
         raise ValueError("a rule for sizes is too long")
     try:
-        parsed = ast.parse(text.strip(), mode="eval").body
-        _check(parsed, _DEEPEST)
+        expression = ast.parse(text.strip(), mode="eval").body
+        _check(expression, _DEEPEST)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text[:80]!r} is no rule for sizes") from error
-    return parsed
+    return expression
 
 
 def names_in(rule: str) -> frozenset[str]:
-    """The sizes that a rule speaks of."""
+    """Names of the sizes in a rule."""
     functions = {"math", "torch", *_FUNCTIONS}
-    found = {node.id for node in ast.walk(parse_rule(rule)) if isinstance(node, ast.Name)}
-    return frozenset(found - functions)
+    names = {node.id for node in ast.walk(parse_rule(rule)) if isinstance(node, ast.Name)}
+    return frozenset(names - functions)
 
 
 def holds(rule: str, sizes: Mapping[str, int]) -> bool:
-    """Whether sizes keep to a rule; one whose numbers cannot be computed, as in a division by 0, does not hold."""
+    """True if sizes keep to a rule; one whose numbers cannot be computed, as in a division by 0, does not hold."""
     try:
         return bool(_value(parse_rule(rule), sizes))
     except (ArithmeticError, ValueError, TypeError):
@@ -96,40 +96,40 @@ def broken_rule(rules: Iterable[str], sizes: Mapping[str, int]) -> str | None:
 
 def in_words(rule: str) -> str:
     """A rule as a clause, e.g. "the sequence size must be even"."""
-    parsed = parse_rule(rule)
-    if isinstance(parsed, ast.Compare) and len(parsed.ops) == 1:
-        left, right = parsed.left, parsed.comparators[0]
-        said = _of_one_size(left, parsed.ops[0], right) or _of_one_size(right, _mirrored(parsed.ops[0]), left)
-        if said:
-            return said
+    expression = parse_rule(rule)
+    if isinstance(expression, ast.Compare) and len(expression.ops) == 1:
+        left, right = expression.left, expression.comparators[0]
+        clause = _of_one_size(left, expression.ops[0], right) or _of_one_size(right, _mirror(expression.ops[0]), left)
+        if clause:
+            return clause
     names = sorted(names_in(rule))
-    said = _steps_in_words(names[0], [rule]) if len(names) == 1 else ""
-    if said:
-        return said
-    which = f"the {names[0]} size" if len(names) == 1 else f"the sizes {', '.join(names)}"
-    return f"{which} must satisfy {ast.unparse(parsed)}"
+    clause = _steps_in_words(names[0], [rule]) if len(names) == 1 else ""
+    if clause:
+        return clause
+    subject = f"the {names[0]} size" if len(names) == 1 else f"the sizes {', '.join(names)}"
+    return f"{subject} must satisfy {ast.unparse(expression)}"
 
 
 def all_in_words(rules: Sequence[str]) -> tuple[str, ...]:
-    """What rules say together, one clause each, without what follows from the rest."""
-    kept = clearest(rules)
+    """The clauses that rules come to together, without what follows from the rest."""
+    clear_rules = clearest(rules)
     clauses: list[str] = []
-    for name in sorted({name for rule in kept for name in names_in(rule)}):
-        own = [rule for rule in kept if names_in(rule) == {name}]
-        together = _steps_in_words(name, own)
-        clauses += [together] if together else map(in_words, own)
-    return (*clauses, *(in_words(rule) for rule in kept if len(names_in(rule)) > 1))
+    for name in sorted({name for rule in clear_rules for name in names_in(rule)}):
+        own_rules = [rule for rule in clear_rules if names_in(rule) == {name}]
+        clause = _steps_in_words(name, own_rules)
+        clauses += [clause] if clause else map(in_words, own_rules)
+    return (*clauses, *(in_words(rule) for rule in clear_rules if len(names_in(rule)) > 1))
 
 
 def _steps_in_words(name: str, rules: Sequence[str]) -> str:
     """Rules that come to "a multiple of a number from somewhere on"; "" if they do not."""
-    allowed = [size for size in range(1, _STEPS) if all(holds(rule, {name: size}) for rule in rules)]
-    if len(allowed) < 3:
+    allowed_sizes = [size for size in range(1, _STEPS) if all(holds(rule, {name: size}) for rule in rules)]
+    if len(allowed_sizes) < 3:
         return ""
-    first, step = allowed[0], allowed[1] - allowed[0]
-    if first == 1 and len(allowed) == allowed[-1] < _STEPS - 1:
-        return f"the {name} size must be at most {allowed[-1]}"
-    if allowed != list(range(first, _STEPS, step)) or first % step or (first, step) == (1, 1):
+    first, step = allowed_sizes[0], allowed_sizes[1] - allowed_sizes[0]
+    if first == 1 and len(allowed_sizes) == allowed_sizes[-1] < _STEPS - 1:
+        return f"the {name} size must be at most {allowed_sizes[-1]}"
+    if allowed_sizes != list(range(first, _STEPS, step)) or first % step or (first, step) == (1, 1):
         return ""
     even = "even" if step == 2 else f"divisible by {step}"
     least = f" and at least {first}" if first > step else ""
@@ -138,18 +138,18 @@ def _steps_in_words(name: str, rules: Sequence[str]) -> str:
 
 def clearest(rules: Sequence[str]) -> tuple[str, ...]:
     """The rules without those that say nothing new for the sizes that are tried; the shortest come first."""
-    ordered = sorted(dict.fromkeys(rules), key=lambda rule: (sum(1 for _ in ast.walk(parse_rule(rule))), rule))
-    told: list[str] = []
-    for rule in ordered:
+    sorted_rules = sorted(dict.fromkeys(rules), key=lambda rule: (sum(1 for _ in ast.walk(parse_rule(rule))), rule))
+    clear_rules: list[str] = []
+    for rule in sorted_rules:
         names = names_in(rule)
-        before = [known for known in told if names_in(known) <= names]
-        if len(names) > 2 or any(_matters(rule, before, sizes) for sizes in _grid(sorted(names))):
-            told.append(rule)
-    return tuple(told)
+        earlier_rules = [earlier for earlier in clear_rules if names_in(earlier) <= names]
+        if len(names) > 2 or any(_matters(rule, earlier_rules, sizes) for sizes in _grid(sorted(names))):
+            clear_rules.append(rule)
+    return tuple(clear_rules)
 
 
-def _matters(rule: str, before: Sequence[str], sizes: Mapping[str, int]) -> bool:
-    return not holds(rule, sizes) and all(holds(known, sizes) for known in before)
+def _matters(rule: str, earlier_rules: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    return not holds(rule, sizes) and all(holds(earlier, sizes) for earlier in earlier_rules)
 
 
 def _grid(names: Sequence[str]) -> Iterator[dict[str, int]]:
@@ -163,7 +163,7 @@ def _grid(names: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def _check(node: ast.expr, depth: int) -> None:
-    """Only what `_value` can compute."""
+    """Make sure that `_value` can compute an expression."""
     if depth == 0:
         raise ValueError("a rule for sizes is nested too deeply")
     if isinstance(node, ast.Name):
@@ -208,10 +208,10 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.BinOp):
-        made = _OPERATORS[type(node.op)](_value(node.left, sizes), _value(node.right, sizes))
-        if isinstance(made, int) and made.bit_length() > _MOST_BITS:
+        number = _OPERATORS[type(node.op)](_value(node.left, sizes), _value(node.right, sizes))
+        if isinstance(number, int) and number.bit_length() > _MOST_BITS:
             raise OverflowError("a number in a rule for sizes is too large")
-        return made
+        return number
     if isinstance(node, ast.UnaryOp):
         operand = _value(node.operand, sizes)
         return -operand if isinstance(node.op, ast.USub) else not operand
@@ -230,31 +230,33 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
 _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
 
 
-def _mirrored(one: ast.cmpop) -> ast.cmpop:
-    return _MIRRORED.get(type(one), type(one))()
+def _mirror(comparison: ast.cmpop) -> ast.cmpop:
+    return _MIRRORED.get(type(comparison), type(comparison))()
 
 
-def _of_one_size(left: ast.expr, one: ast.cmpop, right: ast.expr) -> str:
+def _of_one_size(left: ast.expr, comparison: ast.cmpop, right: ast.expr) -> str:
     """A comparison of a size, or of its remainder, with a number in words; "" if it is none."""
     limit = _whole_number(right)
     if limit is None:
         return ""
     if isinstance(left, ast.UnaryOp) and isinstance(left.op, ast.USub):
-        return _of_one_size(left.operand, _mirrored(one), ast.Constant(-limit))
+        return _of_one_size(left.operand, _mirror(comparison), ast.Constant(-limit))
     factor = _whole_number(left.left) if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mult) else None
     if factor == -1 and isinstance(left, ast.BinOp):  # torch writes -x as (-1)*x
-        return _of_one_size(left.right, _mirrored(one), ast.Constant(-limit))
+        return _of_one_size(left.right, _mirror(comparison), ast.Constant(-limit))
     if isinstance(left, ast.Name):
         bounds = {ast.Lt: limit - 1, ast.LtE: limit, ast.Gt: limit + 1, ast.GtE: limit, ast.Eq: limit, ast.NotEq: limit}
-        said = {ast.Lt: "at most", ast.LtE: "at most", ast.Gt: "at least", ast.GtE: "at least"}.get(type(one), "")
-        must = "must not be" if isinstance(one, ast.NotEq) else "must be"
-        return f"the {left.id} size {must} {said}{' ' * bool(said)}{bounds[type(one)]}"
+        relation = {ast.Lt: "at most", ast.LtE: "at most", ast.Gt: "at least", ast.GtE: "at least"}.get(
+            type(comparison), ""
+        )
+        must = "must not be" if isinstance(comparison, ast.NotEq) else "must be"
+        return f"the {left.id} size {must} {relation}{' ' * bool(relation)}{bounds[type(comparison)]}"
     if not (isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mod) and isinstance(left.left, ast.Name)):
         return ""
     step = _whole_number(left.right)
-    if step is None or not isinstance(one, ast.Eq | ast.NotEq):
+    if step is None or not isinstance(comparison, ast.Eq | ast.NotEq):
         return ""
-    must = f"the {left.left.id} size must {'not ' * isinstance(one, ast.NotEq)}"
+    must = f"the {left.left.id} size must {'not ' * isinstance(comparison, ast.NotEq)}"
     if step == 2 and limit in (0, 1):
         return f"{must}be {'odd' if limit else 'even'}"
     return f"{must}be divisible by {step}" if limit == 0 else f"{must}leave {limit} when divided by {step}"

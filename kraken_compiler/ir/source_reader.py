@@ -25,7 +25,7 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class SourceReader:
-    """The one way to a source's tensors: called with a name it gives the whole of one.
+    """Reader of a source's tensors: called with a name it gives the whole of one.
 
     It is called for one tensor at a time, perhaps in another thread, and nothing read is to be kept.
 

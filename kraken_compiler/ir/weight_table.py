@@ -32,7 +32,7 @@ class DimShard:
 
     @property
     def local_size(self) -> int:
-        return max(size(kept) for kept in self.lanes)
+        return max(size(index_set) for index_set in self.lanes)
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class WeightSpec:
         local = source
         for shard in self.shards:
             pieces = [local.narrow(shard.dim, start, stop - start) for start, stop in shard.lanes[lane]]
-            missing = shard.local_size - size(shard.lanes[lane])
-            if missing:
+            padding = shard.local_size - size(shard.lanes[lane])
+            if padding:
                 pad_shape = list(local.shape)
-                pad_shape[shard.dim] = missing
+                pad_shape[shard.dim] = padding
                 pieces.append(local.new_zeros(pad_shape))
             local = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
-        return self._scaled(local)
+        return self._apply_scale(local)
 
     @property
     def is_cut_by_rows(self) -> bool:
@@ -112,7 +112,7 @@ class WeightSpec:
         return bool(self.source_shape) and [shard.dim for shard in self.shards] in ([], [0])
 
     def take_rows(self, rows: Tensor, start: int, lane: int) -> Tensor:
-        """What of lane `lane`'s part some rows of the source tensor hold; all rows in their order give `take`.
+        """Cut lane `lane`'s part out of some rows of the source tensor; all rows in their order give `take`.
 
         Args:
             rows: Rows `start`, `start + 1`, ... of the source tensor.
@@ -122,18 +122,18 @@ class WeightSpec:
         import torch
 
         stop, last = start + len(rows), self.source_shape[0]
-        kept = self.shards[0].lanes[lane] if self.shards else ((0, last),)
-        missing = self.shape[0] - size(kept)
+        index_set = self.shards[0].lanes[lane] if self.shards else ((0, last),)
+        padding = self.shape[0] - size(index_set)
         pieces = [
             rows[max(first, start) - start : min(end, stop) - start]
-            for first, end in kept
+            for first, end in index_set
             if first < stop and start < end
         ]
-        if missing and stop == last:
-            pieces.append(rows.new_zeros((missing, *rows.shape[1:])))
-        return self._scaled(pieces[0] if len(pieces) == 1 else torch.cat([rows[:0], *pieces]))
+        if padding and stop == last:
+            pieces.append(rows.new_zeros((padding, *rows.shape[1:])))
+        return self._apply_scale(pieces[0] if len(pieces) == 1 else torch.cat([rows[:0], *pieces]))
 
-    def _scaled(self, local: Tensor) -> Tensor:
+    def _apply_scale(self, local: Tensor) -> Tensor:
         return (local if self.scale == 1.0 else local * self.scale).contiguous()
 
 

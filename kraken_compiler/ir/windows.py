@@ -1,4 +1,4 @@
-"""What lies between every reduce's start and its wait in a graph.
+"""Windows of a graph: the operations that lie between every reduce's start and its wait.
 
 The plan says what should lie there; passes, compilers and exporters move nodes, so a graph is measured, not trusted.
 """
@@ -54,16 +54,16 @@ def measure_windows(
     waits = {torch.ops.kraken.wait.default, *more_waits}
     place = {node: number for number, node in enumerate(graph.nodes)}
     gemms = [node for node in graph.nodes if is_gemm(node)]
-    launched = [node for node in graph.nodes if node.target in starts]
-    if plan is not None and len(plan.reduces) != len(launched):
-        raise ValueError(f"the plan has {len(plan.reduces)} reduces, the program {len(launched)}")
+    launches = [node for node in graph.nodes if node.target in starts]
+    if plan is not None and len(plan.reduces) != len(launches):
+        raise ValueError(f"the plan has {len(plan.reduces)} reduces, the program {len(launches)}")
     windows = []
-    for index, start in enumerate(launched):
-        awaiting = [user for user in start.users if user.target in waits]
-        if not awaiting or len(awaiting) != len(start.users):
+    for index, start in enumerate(launches):
+        wait_nodes = [user for user in start.users if user.target in waits]
+        if not wait_nodes or len(wait_nodes) != len(start.users):
             raise ValueError(f"the handle of reduce {index} (node {start.name}) must go to its wait and only there")
-        wait = min(awaiting, key=place.__getitem__)
-        between = tuple(node.name for node in gemms if place[start] < place[node] < place[wait])
-        promised = plan.reduces[index].window if plan is not None else ()
-        windows.append(Window(index, start.name, wait.name, between, promised))
+        wait = min(wait_nodes, key=place.__getitem__)
+        window_gemms = tuple(node.name for node in gemms if place[start] < place[node] < place[wait])
+        branches = plan.reduces[index].window if plan is not None else ()
+        windows.append(Window(index, start.name, wait.name, window_gemms, branches))
     return tuple(windows)

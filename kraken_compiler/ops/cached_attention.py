@@ -73,14 +73,14 @@ def cached_attention(
         value_cache[:, :, before:length] = value
     if softcap or sinks is not None:
         bias = _bias(positions, slots, slopes, window, query.dtype)
-        seen = key_cache[:, :, :length], value_cache[:, :, :length]
-        return capped_attention(query, *seen, bias, scale=scale, softcap=softcap, sinks=sinks)
+        visible = key_cache[:, :, :length], value_cache[:, :, :length]
+        return capped_attention(query, *visible, bias, scale=scale, softcap=softcap, sinks=sinks)
     if before + tokens != length:
         bias = _bias(positions, slots, slopes, window, query.dtype)
         return _attend(query, key_cache[:, :, :length], value_cache[:, :, :length], bias, scale)
     whole = not window or window >= length
     if before == 0 and whole and slopes is None:
-        return _grouped(query, key, value, scale=scale, is_causal=tokens > 1)
+        return _grouped_attention(query, key, value, scale=scale, is_causal=tokens > 1)
     first = length - window if tokens == 1 and not whole else 0
     keys, values, slots = key_cache[:, :, first:length], value_cache[:, :, first:length], slots[first:]
     if tokens == 1 and slopes is None:
@@ -90,23 +90,23 @@ def cached_attention(
 
 
 def _bias(positions: Tensor, slots: Tensor, slopes: Tensor | None, window: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, [1 or B, 1 or H, T, L]: minus infinity for what a query does not see."""
+    """The bias that is added to the scores, [1 or B, 1 or H, T, L]: minus infinity for what a query does not see."""
     places = positions[:, None, :, None]
-    seen = slots <= places
+    visible = slots <= places
     if window:
-        seen = seen & (slots > places - window)
+        visible = visible & (slots > places - window)
     if slopes is None:
-        added = torch.zeros((), dtype=dtype, device=slots.device)
+        bias = torch.zeros((), dtype=dtype, device=slots.device)
     else:
-        added = ((slots - places) * slopes[:, None, None]).to(dtype)
-    return added.masked_fill(~seen, -torch.inf)
+        bias = ((slots - places) * slopes[:, None, None]).to(dtype)
+    return bias.masked_fill(~visible, -torch.inf)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     batch, heads, tokens, dim = query.shape
     kv_heads = keys.shape[1]
     if tokens > 1 or heads == kv_heads:
-        return _grouped(query, keys, values, bias, scale=scale)
+        return _grouped_attention(query, keys, values, bias, scale=scale)
     # The heads of a group are like so many queries of their KV head, and no key has to be repeated.
     group = heads // kv_heads
     if bias is not None and bias.shape[1] != 1:
@@ -117,7 +117,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sc
     return out.reshape(batch, heads, 1, -1)
 
 
-def _grouped(
+def _grouped_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -137,10 +137,10 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: An
     return query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
 
 
-def _laid_out(*operands: Any, **options: Any) -> Tensor:
-    """The same in the one layout that compiled code may rely on: tokens before heads, as the next layer wants them."""
+def _tokens_first_attention(*operands: Any, **options: Any) -> Tensor:
+    """`cached_attention` in the one layout that compiled code may rely on: tokens before heads, as the next layer's."""
     return cached_attention(*operands, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-_library.impl("cached_attention", _laid_out, "CompositeExplicitAutograd")
+_library.impl("cached_attention", _tokens_first_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("kraken::cached_attention", _fake, lib=_library)

@@ -1,4 +1,4 @@
-"""`kraken::capped_attention`: attention with what scaled_dot_product_attention does not know.
+"""`kraken::capped_attention`: attention with soft-capping and sinks, which scaled_dot_product_attention lacks.
 
     scores = softcap * tanh(scale * q k^T / softcap) + mask          (soft-capping, Gemma 2, arXiv 2408.00118)
     y = softmax([scores, sink])[without the sink] v                  (attention sinks, gpt-oss, arXiv 2508.10925)
@@ -43,7 +43,7 @@ def capped_attention(
         dropout_p: Must be 0.
         is_causal: Whether query t sees keys up to t only.
         scale: Factor on the scores, 1/sqrt(D) if None.
-        softcap: What no score's magnitude exceeds; 0 means no cap.
+        softcap: Bound on the magnitude of every score; 0 means no cap.
         sinks: [H], a score for each head that takes probability from the keys and has no value.
 
     Returns:
@@ -57,8 +57,8 @@ def capped_attention(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, float("-inf"))
+        causal_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal_mask, float("-inf"))
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask

@@ -1,4 +1,4 @@
-"""The collective ops of the lane program, and what they mean when all lanes live in one process.
+"""The collective ops of the lane program, and their meaning when all lanes live in one process.
 
 `kraken::all_reduce_start(x) -> h` and `kraken::wait(h) -> y` sum a tensor over the lanes; `kraken::all_gather(x, dim)`
 concatenates the lanes' parts. In a graph they are opaque, and what runs it replaces them: with a sum or a concatenation
@@ -48,7 +48,7 @@ def _same_shape(x: Tensor) -> Tensor:
 
 
 @all_gather.register_fake
-def _gathered(x: Tensor, dim: int, degree: int) -> Tensor:
+def _gathered_shape(x: Tensor, dim: int, degree: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = shape[dim] * degree
     return x.new_empty(shape)

@@ -61,10 +61,10 @@ def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """What `pack` packed."""
+    """Unpack the integers that `pack` packed, two from every byte."""
     return torch.stack(_halves(packed), dim=-1).flatten(-2)
 
 
 def grain(columns: int, groups: int, bits: int) -> int:
-    """How many columns stay together when columns are divided: those of a scale, and those of a byte."""
+    """Number of columns that stay together when columns are divided: those of a scale, and those of a byte."""
     return math.lcm(columns // groups if groups > 1 else 1, 8 // bits)

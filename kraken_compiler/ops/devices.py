@@ -15,20 +15,20 @@ def retarget(module: fx.GraphModule, device: torch.device | str) -> bool:
         True if the graph changed (it is then recompiled).
     """
     target = torch.device(device)
-    changed = False
+    is_changed = False
 
     def rewrite(argument: Any) -> Any:
-        nonlocal changed
+        nonlocal is_changed
         if isinstance(argument, torch.device) and argument != target:
-            changed = True
+            is_changed = True
             return target
         return argument
 
     for node in module.graph.nodes:
         args = fx.node.map_aggregate(node.args, rewrite)
         kwargs = fx.node.map_aggregate(node.kwargs, rewrite)
-        if changed:
+        if is_changed:
             node.args, node.kwargs = args, kwargs
-    if changed:
+    if is_changed:
         module.recompile()
-    return changed
+    return is_changed

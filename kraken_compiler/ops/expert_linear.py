@@ -29,35 +29,35 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tenso
     Returns:
         [*, O].
     """
-    rows, picked = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
+    rows, indices = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
     if rows.is_cuda and len(rows) <= len(weight):
         # A copy of each row's weight, because counting the rows of an expert would wait for the device.
-        out = torch.bmm(weight[picked], rows.unsqueeze(-1)).squeeze(-1)
+        out = torch.bmm(weight[indices], rows.unsqueeze(-1)).squeeze(-1)
     else:
         out = rows.new_empty(len(rows), weight.shape[1])
-        for expert, mine in _rows_of_experts(picked, len(weight)):
-            out[mine] = F.linear(rows[mine], weight[expert])
+        for expert, row_numbers in _rows_of_experts(indices, len(weight)):
+            out[row_numbers] = F.linear(rows[row_numbers], weight[expert])
     if bias is not None:
-        out = out + bias[picked]
+        out = out + bias[indices]
     return out.reshape(*experts.shape, weight.shape[1])
 
 
 def autocast_expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
     """`kraken::expert_linear` in the element type of products under autocast, which does not know ops of ours."""
-    made: Tensor
+    product: Tensor
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        made = torch.ops.kraken.expert_linear(x, weight, bias, experts)
-        return made
+        product = torch.ops.kraken.expert_linear(x, weight, bias, experts)
+        return product
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         own_bias = bias.to(dtype) if bias is not None else None
-        made = torch.ops.kraken.expert_linear(x.to(dtype), weight.to(dtype), own_bias, experts)
-    return made
+        product = torch.ops.kraken.expert_linear(x.to(dtype), weight.to(dtype), own_bias, experts)
+    return product
 
 
-def _rows_of_experts(picked: Tensor, count: int) -> list[tuple[int, Tensor]]:
+def _rows_of_experts(indices: Tensor, count: int) -> list[tuple[int, Tensor]]:
     """The experts that are picked, each with the numbers of its rows."""
-    order, stops = picked.argsort(stable=True), torch.bincount(picked, minlength=count).cumsum(0).tolist()
+    order, stops = indices.argsort(stable=True), torch.bincount(indices, minlength=count).cumsum(0).tolist()
     bounds = enumerate(itertools.pairwise([0, *stops]))
     return [(expert, order[start:stop]) for expert, (start, stop) in bounds if stop > start]
 
@@ -96,16 +96,16 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, weight, experts = ctx.saved_tensors
-    rows, grads, picked = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), experts.reshape(-1)
+    rows, grads, indices = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), experts.reshape(-1)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.kraken.expert_linear(grad, weight.transpose(1, 2), None, experts)
     if ctx.needs_input_grad[1]:
         grad_weight = torch.zeros_like(weight)
-        for expert, mine in _rows_of_experts(picked, len(weight)):
-            grad_weight[expert] = grads[mine].t() @ rows[mine]
+        for expert, row_numbers in _rows_of_experts(indices, len(weight)):
+            grad_weight[expert] = grads[row_numbers].t() @ rows[row_numbers]
     if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grads.new_zeros(len(weight), grads.shape[-1]).index_add_(0, picked, grads)
+        grad_bias = grads.new_zeros(len(weight), grads.shape[-1]).index_add_(0, indices, grads)
     return grad_x, grad_weight, grad_bias, None
 
 

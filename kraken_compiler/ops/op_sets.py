@@ -35,4 +35,4 @@ SHAPE_ONLY = frozenset(
         aten.new_empty.default,
     }
 )
-"""Operators that ask their operand for its shape and not for its values."""
+"""Operators that read their operand's shape and not its values."""

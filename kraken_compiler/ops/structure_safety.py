@@ -1,4 +1,4 @@
-"""What texts of a file would make torch run or import. Imports no torch.
+"""Checks of a file's texts that could make torch run or import something. Imports no torch.
 
 Names of values become names in Python source that torch writes and runs. Restoring a serialized structure (a pytree of
 `torch.utils._pytree`) imports the modules that it names, and a module may be any file that Python finds.
@@ -30,10 +30,10 @@ def require_safe_structure(text: str) -> None:
         ValueError: It is no JSON, or it would import a module outside of `MODULES_ALLOWED`.
     """
     try:
-        found = list(structure_modules(json.loads(text)))
+        modules = list(structure_modules(json.loads(text)))
     except RecursionError:
         raise ValueError("a structure in it is nested too deeply") from None
-    for module, imported_by_torch in found:
+    for module, imported_by_torch in modules:
         if imported_by_torch and module.partition(".")[0] not in MODULES_ALLOWED:
             raise ValueError(f"it imports the module {module!r}")
 
@@ -52,10 +52,10 @@ def structure_modules(value: Any) -> Iterator[tuple[str, bool]]:
             yield item.partition(":")[0], True
         elif item[:1] in ("[", "{", '"'):
             try:
-                nested = json.loads(item)
+                structure = json.loads(item)
             except ValueError:
                 continue
-            yield from structure_modules({key: nested} if isinstance(nested, str) else nested)
+            yield from structure_modules({key: structure} if isinstance(structure, str) else structure)
 
 
 def items_of(value: Any) -> Iterator[tuple[str, Any]]:

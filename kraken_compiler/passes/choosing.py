@@ -20,7 +20,7 @@ COMPARISONS = frozenset(
 )
 WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 _TAKE_NUMBERS = frozenset({*WHERE, aten.masked_fill.Scalar, aten.mul.Tensor, aten.to.dtype})
-"""What takes a number in a condition's place."""
+"""Operators that take a number in a condition's place."""
 
 
 def compare(node: fx.Node, left: Any, right: Any) -> Tensor:
@@ -52,7 +52,7 @@ def _all_of(first: Tensor, *others: Tensor) -> Tensor:
 _HUGE = 1e6
 
 
-def _cast(x: Tensor, dtype: torch.dtype, *rest: Any, **named: Any) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype, *rest: Any, **options: Any) -> Tensor:
     return x if dtype == torch.bool and x.is_floating_point() else x.to(dtype)
 
 
@@ -74,8 +74,8 @@ def _sort(x: Tensor, dim: int = -1, *rest: Any) -> tuple[Tensor, Tensor]:
     return values + x.double().mean(dim, keepdim=True), places
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """Not x itself: in `(x / step).round() * step` the step would cancel out."""
+def _round(x: Tensor) -> Tensor:
+    """A smooth stand-in for rounding. Not x itself: in `(x / step).round() * step` the step would cancel out."""
     return x + torch.sin(x) / 2
 
 
@@ -99,7 +99,7 @@ LOOKUPS: dict[Any, tuple[int, int]] = {
 
 
 def lookup(node: fx.Node, args: Any, kwargs: Any) -> Tensor:
-    """What is picked by numbers that are computed, plus a mean: all that could have been picked is needed."""
+    """The elements picked by numbers that are computed, plus a mean: all that could have been picked is needed."""
     assert callable(node.target)
     elements, numbers = LOOKUPS[node.target]
     table: Tensor = args[elements]
@@ -134,10 +134,10 @@ CHOOSING: dict[Any, Any] = {
     aten.topk.default: _topk,
     aten.sort.default: _sort,
     **dict.fromkeys(
-        (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten.sign.default), _rounded
+        (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten.sign.default), _round
     ),
     **dict.fromkeys(
-        (aten.threshold.default, aten.softshrink.default, aten.hardshrink.default), lambda x, *bounds: _rounded(x)
+        (aten.threshold.default, aten.softshrink.default, aten.hardshrink.default), lambda x, *bounds: _round(x)
     ),
 }
 """Stand-ins by operator; they are given and give float64 where the operator has floating-point numbers."""

@@ -1,4 +1,4 @@
-"""What a pass is.
+"""The interface of passes.
 
 A pass is a frozen dataclass whose fields are its options. It says which stage of a program it works on, changes the
 program it is given, and returns a `PassResult`. It neither prints nor times nor raises for an unsupported model: a
@@ -18,7 +18,7 @@ from kraken_compiler.ir.program import Program
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did.
+    """The outcome of a pass.
 
     Attributes:
         matches: How many places it changed, or found if it is an analysis.
@@ -33,10 +33,13 @@ class PassResult:
     near: tuple[Rejection, ...] = ()
 
     @classmethod
-    def of(cls, found: Iterable[bool | Rejection]) -> PassResult:
-        """What a matcher gave, place by place: whether it fired, or why it nearly did."""
-        every = tuple(found)
-        return cls(sum(one is True for one in every), near=tuple(one for one in every if isinstance(one, Rejection)))
+    def of(cls, outcomes: Iterable[bool | Rejection]) -> PassResult:
+        """The result of a matcher from its outcomes, place by place: whether it fired, or why it nearly did."""
+        every = tuple(outcomes)
+        return cls(
+            sum(outcome is True for outcome in every),
+            near=tuple(outcome for outcome in every if isinstance(outcome, Rejection)),
+        )
 
 
 ProgramT = TypeVar("ProgramT", bound=Program, contravariant=True)

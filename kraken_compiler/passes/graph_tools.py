@@ -1,4 +1,4 @@
-"""Small questions that many passes ask of a graph."""
+"""Small queries and changes of a graph that many passes need."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def value_descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that depend on `roots`, the roots included; who only asks a root for its shape does not."""
-    found = set(roots)
-    return found | descendants(user for root in found for user in root.users if user.target not in SHAPE_ONLY)
+    """All nodes that depend on `roots`, the roots included; one that only reads a root's shape does not."""
+    nodes = set(roots)
+    return nodes | descendants(user for root in nodes for user in root.users if user.target not in SHAPE_ONLY)
 
 
 def ancestors(
@@ -85,13 +85,13 @@ def in_order(place: Mapping[fx.Node, int], nodes: set[fx.Node]) -> list[fx.Node]
 
 
 def grain_of(weight: fx.Node) -> int:
-    """How many columns of a dequantised weight stay together when it is cut."""
+    """Number of columns of a dequantised weight that stay together when it is cut."""
     scale, bits = args_of(weight)[1], args_of(weight)[3]
     return grain(weight.meta["val"].shape[-1], scale.meta["val"].shape[-1], bits)
 
 
 def near_miss(reason: str, node: fx.Node) -> Rejection:
-    """Why a matcher that expected something else at `node` does not fire."""
+    """The reason for which a matcher that expected something else at `node` does not fire."""
     return Rejection(reason, (node.name,), module_path(node))
 
 

@@ -1,4 +1,4 @@
-"""From a captured model to a scheduled lane program: options checked, passes run."""
+"""The lowering of a captured model to a scheduled lane program: options checked, passes run."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _rows(form: FormChoice) -> Form | tuple[Form, ...]:
 def forms_of_layers(form: Form | tuple[Form, ...], layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:
     """The form of every layer; a selection that does not fit the layers is a `UsageError`."""
     if isinstance(form, Form):
-        chosen = find_layers(layers, count)
-        return tuple(form if chosen is None or index in chosen else STANDARD for index in range(count))
+        selection = find_layers(layers, count)
+        return tuple(form if selection is None or index in selection else STANDARD for index in range(count))
     if layers is not None:
         raise UsageError("give one form and the layers that take it, or a form for every layer, not both")
     if len(form) != count:
@@ -125,33 +125,33 @@ def find_degree(degree: int | None, layers: LayerTable) -> int:
     valid = valid_degrees(layers)
     if len(valid) == 1 and degree is None:
         raise UnsupportedModelError([Rejection("it has one attention head, so there is nothing to divide among lanes")])
-    wanted = degree
-    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool)):
-        raise UsageError(f"the degree must be a whole number, got {wanted!r}")
-    if wanted is None:
+    lanes = degree
+    if lanes is not None and (not isinstance(lanes, int) or isinstance(lanes, bool)):
+        raise UsageError(f"the degree must be a whole number, got {lanes!r}")
+    if lanes is None:
         visible = torch.accelerator.device_count()
-        wanted = visible if visible > 1 else smallest_degree(layers)
-    if wanted in valid:
-        return wanted
+        lanes = visible if visible > 1 else smallest_degree(layers)
+    if lanes in valid:
+        return lanes
     branches = layers.branches
-    coarse = [branch for branch in branches if branch.unit > 1 and count(branch) // branch.unit < wanted]
-    if coarse and wanted <= min(map(count, branches)):
-        raise UnsupportedModelError([_too_coarse(branch, wanted, valid[-1]) for branch in coarse[:1]])
+    coarse_branches = [branch for branch in branches if branch.unit > 1 and count(branch) // branch.unit < lanes]
+    if coarse_branches and lanes <= min(map(count, branches)):
+        raise UnsupportedModelError([_too_coarse(branch, lanes, valid[-1]) for branch in coarse_branches[:1]])
     attention = next(branch for branch in branches if branch.kind == "attention")
     columns = sorted({branch.columns for branch in branches if branch.kind == "ffn"})
     raise UsageError(
-        f"the model cannot be divided among {wanted} lanes ({attention.heads} heads, {attention.kv_heads} KV heads, "
+        f"the model cannot be divided among {lanes} lanes ({attention.heads} heads, {attention.kv_heads} KV heads, "
         f"FFN columns {', '.join(map(str, columns))}); valid degrees: 1 to {valid[-1]}, "
         f"without padding: {', '.join(map(str, even_degrees(layers)))}"
     )
 
 
 def _too_coarse(branch: Branch, degree: int, most: int) -> Rejection:
-    """Why a degree that leaves no lane without a head or a column is one too many for the scales."""
-    what = "columns" if branch.kind == "ffn" else "heads"
+    """The rejection of a degree that leaves no lane without a head or a column, but is too high for the scales."""
+    parts = "columns" if branch.kind == "ffn" else "heads"
     width = branch.unit * branch.columns // count(branch)
     reason = (
-        f"its output projection is quantised in groups that keep {branch.unit} {what} ({width} columns) together, and "
-        f"{count(branch)} {what} have too few of them for {degree} lanes of {branch.columns / degree:g} columns"
+        f"its output projection is quantised in groups that keep {branch.unit} {parts} ({width} columns) together, and "
+        f"{count(branch)} {parts} have too few of them for {degree} lanes of {branch.columns / degree:g} columns"
     )
     return Rejection(reason, (branch.output,), branch.path, f"{HINT} Valid degrees: 1 to {most}.")

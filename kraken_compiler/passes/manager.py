@@ -66,7 +66,7 @@ class PassRunner:
         assert isinstance(program, step.requires), f"pass '{step.name}' needs a {step.requires.__name__}, not a {stage}"
         if self.progress is not None:
             self.progress(step.name)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         result = step.run(program)
         if result.rejections:
             raise UnsupportedModelError(result.rejections)
@@ -76,7 +76,7 @@ class PassRunner:
         refresh_shapes(program.graph)
         if self.checks:
             program.check()
-        record = PassRecord(step.name, result.matches, len(program.graph.nodes), time.perf_counter() - started)
+        record = PassRecord(step.name, result.matches, len(program.graph.nodes), time.perf_counter() - start_time)
         logger.info("%-22s %5d matches %6d nodes %7.2f s", *vars(record).values())
         for reason, misses in _by_reason(result.near).items():
             place = f"node {misses[0].nodes[0]} of module '{misses[0].path}'"
@@ -88,10 +88,10 @@ class PassRunner:
 
 
 def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:
-    found: dict[str, list[Rejection]] = {}
-    for one in near:
-        found.setdefault(one.reason, []).append(one)
-    return found
+    by_reason: dict[str, list[Rejection]] = {}
+    for rejection in near:
+        by_reason.setdefault(rejection.reason, []).append(rejection)
+    return by_reason
 
 
 def _dump(program: Program, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How many tokens the lookups in a graph have rows for, found by computing which rows they take.
+"""The number of tokens for which the lookups in a graph have rows, found by computing which rows they take.
 
 A lookup by position ends with its table: `embedding(%table, arange(%s))`. One that takes the same row for every token
 (token types), or one of a few (relative distances in buckets), ends nowhere.
@@ -50,13 +50,13 @@ def longest_sequence(program: Program, index: fx.Node, rows: int, *, embedded: b
     nodes = _origins(index)
     if len(nodes) > _MOST_NODES or any(_is_unknown(program, node) for node in nodes):
         return None
-    found = [_reach(program, nodes, rows, token, embedded) for token in (0, 1)]
-    return min((one for one in found if one is not None), default=None)
+    limits = [_reach(program, nodes, rows, token, embedded) for token in (0, 1)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int, embedded: bool) -> int | None:
     three, four = (_shapes(_values(program, nodes, length, token)) for length in (3, 4))
-    growing = [
+    growing_dims = [
         [dim for dim, (short, long) in enumerate(zip(one, other)) if (short, long) == (3, 4)]
         for one, other in zip(three, four, strict=True)
     ]
@@ -66,13 +66,13 @@ def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int, embedd
             index = _values(program, nodes, length, token)[nodes[-1]]
         except (RuntimeError, IndexError, ValueError):
             return False  # stored positions end here
-        if not all(index.shape[dim] == length for dim in growing[-1]):
+        if not all(index.shape[dim] == length for dim in growing_dims[-1]):
             return False  # a stored index is cut where it ends
         # Only an embedding has no rows that are counted from its end.
         first = 0 if embedded else -rows
         return bool(((index >= first) & (index < rows)).all())
 
-    low, high = 0, (_MOST_OF_PAIRS if any(len(dims) > 1 for dims in growing) else _MOST) + 1
+    low, high = 0, (_MOST_OF_PAIRS if any(len(dims) > 1 for dims in growing_dims) else _MOST) + 1
     if fits(high - 1):
         return None
     while high - low > 1:
@@ -83,13 +83,13 @@ def _reach(program: Program, nodes: list[fx.Node], rows: int, token: int, embedd
 
 def _origins(node: fx.Node) -> list[fx.Node]:
     """Everything that `node` is computed from, itself last."""
-    found, todo = {node}, [node]
-    while todo and len(found) <= _MOST_NODES:
+    origins, todo = {node}, [node]
+    while todo and len(origins) <= _MOST_NODES:
         for operand in todo.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
+            if operand not in origins:
+                origins.add(operand)
                 todo.append(operand)
-    return [other for other in node.graph.nodes if other in found]
+    return [other for other in node.graph.nodes if other in origins]
 
 
 def _is_unknown(program: Program, node: fx.Node) -> bool:
@@ -121,7 +121,7 @@ def _values(program: Program, nodes: list[fx.Node], length: int, token: int) -> 
 
 
 def _input(spec: InputSpec, length: int, token: int) -> Tensor:
-    """What a model is usually given: ones in a mask, positions where that is what an input is called."""
+    """The usual value of an input: ones in a mask, positions where that is what an input is called."""
     sizes = [1 if size == "batch" else length if isinstance(size, str) else size for size in spec.shape]
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if "position" in spec.parameter and sizes:

@@ -23,10 +23,10 @@ from kraken_compiler.passes.shapes import Concretizer
 
 _SMOOTH: dict[Any, Any] = {
     aten.relu.default: F.softplus,
-    aten.clamp.default: lambda x, *bounds, **named: x,
-    aten.clamp_min.default: lambda x, *bounds, **named: x,
-    aten.clamp_max.default: lambda x, *bounds, **named: x,
-    aten.hardtanh.default: lambda x, *bounds, **named: x,
+    aten.clamp.default: lambda x, *bounds, **options: x,
+    aten.clamp_min.default: lambda x, *bounds, **options: x,
+    aten.clamp_max.default: lambda x, *bounds, **options: x,
+    aten.hardtanh.default: lambda x, *bounds, **options: x,
     aten.relu6.default: F.softplus,
     aten.hardswish.default: F.silu,
     aten.hardsigmoid.default: torch.sigmoid,
@@ -46,28 +46,30 @@ class Region:
     Args:
         nodes: The nodes to run, in graph order.
         leaves: Nodes whose value is replaced by a random tensor; one of `nodes` among them is not run.
-        known: Values of constants, by node name.
+        constants: Values of constants, by node name.
         seed: Seed of the random numbers.
     """
 
     def __init__(
-        self, nodes: Iterable[fx.Node], leaves: Iterable[fx.Node], known: Mapping[str, Tensor], seed: int = 0
+        self, nodes: Iterable[fx.Node], leaves: Iterable[fx.Node], constants: Mapping[str, Tensor], seed: int = 0
     ) -> None:
         self.leaves = list(leaves)
-        region, cut = list(nodes), set(self.leaves)
-        self.nodes = [node for node in region if node not in cut]
-        inside = set(region) | cut
+        region, leaf_set = list(nodes), set(self.leaves)
+        self.nodes = [node for node in region if node not in leaf_set]
+        inside = set(region) | leaf_set
         self.externals = list(
             dict.fromkeys(operand for node in region for operand in node.all_input_nodes if operand not in inside)
         )
         generator = torch.Generator().manual_seed(seed)
         sizes = Concretizer()
         # Autograd takes no tensors of inference mode, not even as indices, but copies of them.
-        known = {name: value.clone() if value.is_inference() else value for name, value in known.items()}
+        constants = {name: value.clone() if value.is_inference() else value for name, value in constants.items()}
         self.inputs: dict[fx.Node, Any] = {}
         try:
-            known = {**known, **_whole_numbers(self.externals, known, sizes)}
-            self.inputs.update((node, sizes.value(node, generator, known)) for node in (*self.leaves, *self.externals))
+            constants = {**constants, **_whole_numbers(self.externals, constants, sizes)}
+            self.inputs.update(
+                (node, sizes.value(node, generator, constants)) for node in (*self.leaves, *self.externals)
+            )
         except ZeroDivisionError as error:
             # Blocks of tokens, of which a few tokens fill none.
             reason = (
@@ -75,17 +77,17 @@ class Region:
             )
             at = next(iter(region))
             raise UnsupportedModelError([Rejection(reason, (at.name,), module_path(at), _HINT)]) from error
-        self._known = set(known)
+        self._constant_names = set(constants)
 
-    def run(self, changed: Mapping[fx.Node, Tensor] | None = None, gradients: bool = False) -> dict[fx.Node, Any]:
+    def run(self, replacements: Mapping[fx.Node, Tensor] | None = None, gradients: bool = False) -> dict[fx.Node, Any]:
         """Values of all nodes.
 
         Args:
-            changed: Values to use instead of the region's own inputs.
+            replacements: Values to use instead of the region's own inputs.
             gradients: Whether the inputs should require gradients.
         """
         values: dict[fx.Node, Any] = dict(self.inputs)
-        values.update(changed or {})
+        values.update(replacements or {})
         if gradients:
             for node, value in values.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
@@ -93,7 +95,9 @@ class Region:
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((args_of(node), node.kwargs), values.__getitem__)
             try:
-                values[node] = lookup(node, *_widened(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
+                values[node] = (
+                    lookup(node, *_widen_arguments(args, kwargs)) if self._picks(node) else _call(node, args, kwargs)
+                )
             except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
                 # Deep inside a pass, and for the user: the operator does not run on a few random numbers.
                 reason = f"what lanes need of it cannot be found out: {first_line(error)}"
@@ -106,33 +110,35 @@ class Region:
             return False
         numbers = args_of(node)[LOOKUPS[node.target][1]]
         several = numbers if isinstance(numbers, (list, tuple)) else [numbers]
-        return any(one.name not in self._known for one in several if one is not None)
+        return any(one.name not in self._constant_names for one in several if one is not None)
 
 
-def _whole_numbers(externals: list[fx.Node], known: Mapping[str, Tensor], sizes: Concretizer) -> dict[str, Tensor]:
+def _whole_numbers(externals: list[fx.Node], constants: Mapping[str, Tensor], sizes: Concretizer) -> dict[str, Tensor]:
     """Values of whole numbers that are computed from constants and sizes alone: positions, powers, bucket numbers."""
-    found: dict[str, Tensor] = {}
+    numbers: dict[str, Tensor] = {}
     for node in externals:
         value = node.meta["val"]
-        if node.name in known or not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        if node.name in constants or not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
             continue
-        computed = _computed(node, known, sizes, {})
-        if computed is not None:
-            found[node.name] = computed
-    return found
+        number = _value_without_inputs(node, constants, sizes, {})
+        if number is not None:
+            numbers[node.name] = number
+    return numbers
 
 
-def _computed(node: fx.Node, known: Mapping[str, Tensor], sizes: Concretizer, values: dict[fx.Node, Any]) -> Any:
-    """What a node is without the program's inputs and weights; None if it needs them."""
+def _value_without_inputs(
+    node: fx.Node, constants: Mapping[str, Tensor], sizes: Concretizer, values: dict[fx.Node, Any]
+) -> Any:
+    """The value of a node without the program's inputs and weights; None if it needs them."""
     if node not in values:
-        if node.name in known:
-            values[node] = known[node.name]
+        if node.name in constants:
+            values[node] = constants[node.name]
         elif not isinstance(node.meta["val"], (Tensor, list, tuple)):
             values[node] = sizes.size(node.meta["val"])
         elif node.op == "placeholder":
             values[node] = None
         else:
-            operands = [_computed(operand, known, sizes, values) for operand in node.all_input_nodes]
+            operands = [_value_without_inputs(operand, constants, sizes, values) for operand in node.all_input_nodes]
             values[node] = None
             if all(operand is not None for operand in operands):
                 assert callable(node.target)
@@ -141,14 +147,14 @@ def _computed(node: fx.Node, known: Mapping[str, Tensor], sizes: Concretizer, va
     return values[node]
 
 
-def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _widen_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return _widen(args), _widen(dict(kwargs))
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]]
-    args, kwargs = _widened(args, kwargs)
+    args, kwargs = _widen_arguments(args, kwargs)
     if node.target in _SMOOTH:
         return _SMOOTH[node.target](*args, **kwargs)
     if node.target in COMPARISONS:

@@ -19,7 +19,7 @@ _RESHAPES = frozenset(
     getattr(torch.ops.aten, name).default
     for name in ("view", "reshape", "_unsafe_view", "unsqueeze", "expand", "alias", "contiguous", "clone", "_to_copy")
 )
-"""What a model may do to token ids before it looks them up (GPT-2 flattens them)."""
+"""Operators that a model may apply to token ids before it looks them up (GPT-2 flattens them)."""
 
 
 def sample_inputs(
@@ -47,7 +47,7 @@ def sample_inputs(
 
 
 def all_sizes(program: Program, batch: int, sequence: int) -> dict[str, int] | None:
-    """What every named size is at a batch and a sequence size, or None if the program's rules allow none.
+    """The value of every named size at a batch and a sequence size, or None if the program's rules allow none.
 
     A size that follows from these two by a rule is what the rule says, any other one is that of its like.
     """
@@ -59,12 +59,12 @@ def all_sizes(program: Program, batch: int, sequence: int) -> dict[str, int] | N
     for name in names:
         if name in sizes:
             continue
-        likely = (batch, sequence) if name.startswith("batch") else (sequence, batch)
-        tried = ({**sizes, name: size} for size in (*likely, *range(1, 4 * max(sequence, batch) + 4)))
-        found = next((one for one in tried if broken_rule(rules, one) is None), None)
-        if found is None:
+        likely_sizes = (batch, sequence) if name.startswith("batch") else (sequence, batch)
+        candidates = ({**sizes, name: size} for size in (*likely_sizes, *range(1, 4 * max(sequence, batch) + 4)))
+        solution = next((candidate for candidate in candidates if broken_rule(rules, candidate) is None), None)
+        if solution is None:
             return None
-        sizes = found
+        sizes = solution
     return sizes
 
 
@@ -132,14 +132,14 @@ def _index(lookup: fx.Node) -> str:
 
 def token_input(program: Program) -> InputSpec | None:
     """The input that carries token ids: the one whole-number input that indexes an embedding."""
-    found = _token_inputs(program)
-    return found[0] if len(found) == 1 else None
+    inputs = _token_inputs(program)
+    return inputs[0] if len(inputs) == 1 else None
 
 
 def text_input(program: Program) -> InputSpec | None:
     """The input that carries the text whose next tokens are predicted: an encoder-decoder's is its decoder's."""
-    found = _token_inputs(program)
-    return next((spec for spec in found if spec.parameter == DECODER_IDS), token_input(program))
+    inputs = _token_inputs(program)
+    return next((spec for spec in inputs if spec.parameter == DECODER_IDS), token_input(program))
 
 
 def vocabulary(program: Program) -> int:

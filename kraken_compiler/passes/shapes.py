@@ -28,11 +28,11 @@ def refresh_shapes(graph: fx.Graph, skip: Container[fx.Node] = ()) -> None:
         skip: Nodes that stay without.
     """
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    missing = [node for node in calls if "val" not in node.meta and node not in skip]
-    if not missing:
+    shapeless_calls = [node for node in calls if "val" not in node.meta and node not in skip]
+    if not shapeless_calls:
         return
     mode = fake_mode_of(graph)
-    for node in missing:
+    for node in shapeless_calls:
         compute_shape(node, mode)
 
 
@@ -105,16 +105,16 @@ class Concretizer:
         """A shape of plain numbers for what `node` computes."""
         return tuple(self.size(size) for size in shape_of(node))
 
-    def value(self, node: fx.Node, generator: torch.Generator, known: Mapping[str, Tensor]) -> Any:
-        """Something to stand for what `node` computes: a number for a size, a random float64 tensor for a float one.
+    def value(self, node: fx.Node, generator: torch.Generator, constants: Mapping[str, Tensor]) -> Any:
+        """A stand-in for what `node` computes: a number for a size, a random float64 tensor for a float one.
 
         Integer tensors get their known value or zeros, boolean ones are all true.
         """
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             return self.size(value)
-        if node.name in known:
-            tensor = known[node.name]
+        if node.name in constants:
+            tensor = constants[node.name]
             return tensor.double() if tensor.is_floating_point() else tensor
         shape = self.shape(node)
         if value.is_floating_point():

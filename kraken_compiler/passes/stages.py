@@ -35,7 +35,7 @@ def recognize(captured: Program, runner: PassRunner | None = None) -> Recognized
     Raises:
         UnsupportedModelError: It is no Transformer, or has parts of another kind.
     """
-    return _staged(Recognized, captured, RECOGNIZE, runner)
+    return _run_pipeline(Recognized, captured, RECOGNIZE, runner)
 
 
 def split(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> Split:
@@ -45,13 +45,16 @@ def split(recognized: Recognized, degree: int, runner: PassRunner | None = None)
         UnsupportedModelError: A branch cannot be cut so; the hint names another degree only if that was found to work.
     """
     try:
-        return _staged(Split, recognized, split_over(degree), runner)
+        return _run_pipeline(Split, recognized, split_over(degree), runner)
     except UnsupportedModelError as error:
         if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
             raise
-        hint = _tried_hint(recognized, degree)
-        hinted = [replace(one, hint=hint) if one.hint == DEGREE_HINT else one for one in error.rejections]
-        raise UnsupportedModelError(hinted) from None
+        hint = _degree_hint(recognized, degree)
+        rejections = [
+            replace(rejection, hint=hint) if rejection.hint == DEGREE_HINT else rejection
+            for rejection in error.rejections
+        ]
+        raise UnsupportedModelError(rejections) from None
 
 
 def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | None = None) -> LaneProgram:
@@ -60,30 +63,32 @@ def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | 
     Raises:
         UnsupportedModelError: Nothing would run while a reduce is under way that a form hides.
     """
-    return _staged(LaneProgram, split, schedule_as(forms), runner)
+    return _run_pipeline(LaneProgram, split, schedule_as(forms), runner)
 
 
 def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:
     """Add the program with a KV cache, or why there is none. It takes as long as all the rest."""
-    return _staged(LaneProgram, lane, CACHE, runner)
+    return _run_pipeline(LaneProgram, lane, CACHE, runner)
 
 
-def _staged(stage: type[Stage], program: Program, pipeline: Sequence[Pass[Any]], runner: PassRunner | None) -> Stage:
+def _run_pipeline(
+    stage: type[Stage], program: Program, pipeline: Sequence[Pass[Any]], runner: PassRunner | None
+) -> Stage:
     result = (runner or PassRunner()).run(program.copy(), pipeline)
     assert isinstance(result, stage)
     return result
 
 
-def _tried_hint(recognized: Recognized, degree: int) -> str:
+def _degree_hint(recognized: Recognized, degree: int) -> str:
     degrees = dict.fromkeys((*even_degrees(recognized.layers), *valid_degrees(recognized.layers)))
     others = [other for other in degrees if other not in (1, degree)][:_MOST_TRIES]
-    works = next((other for other in others if _splits(recognized, other)), None)
-    return _NO_DEGREE_HINT if works is None else f"Degree {works} works."
+    working_degree = next((other for other in others if _splits(recognized, other)), None)
+    return _NO_DEGREE_HINT if working_degree is None else f"Degree {working_degree} works."
 
 
 def _splits(recognized: Recognized, degree: int) -> bool:
     try:
-        _staged(Split, recognized, split_over(degree), None)
+        _run_pipeline(Split, recognized, split_over(degree), None)
     except UnsupportedModelError:
         return False
     return True

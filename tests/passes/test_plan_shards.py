@@ -145,7 +145,7 @@ def test_what_enters_from_the_side_is_cut_to_the_lanes_heads() -> None:
     program = check_analysis(PlanShards(2), program, "shards")
     sides = {
         name: sets
-        for name, sets in program.shards[0].kept.items()
+        for name, sets in program.shards[0].kept_sets.items()
         if name not in (*program.shards[0].inputs, *program.shards[0].region)
     }
     (bias,) = sides.values()

@@ -27,7 +27,7 @@ from kraken_compiler.passes.sample_inputs import token_input
 from kraken_compiler.passes.shapes import shape_of
 
 _LENGTHS, _RUN = 1 << 12, 4
-"""Lengths that are looked at, and how many in a row a text must be able to take."""
+"""Number of lengths that are tried, and of successive ones that a text must be able to have."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class CacheAttention(Pass[LaneProgram]):
     def run(self, program: LaneProgram) -> PassResult:
         if program.cached is not None:
             return PassResult()
-        found = _cannot_grow(program) or _derive(program)
-        if isinstance(found, CachedProgram):
-            return PassResult(len(found.plan.caches), program=replace(program, cached=found))
-        return PassResult(program=replace(program, no_cache=str(found)))
+        outcome = _growth_obstacle(program) or _derive(program)
+        if isinstance(outcome, CachedProgram):
+            return PassResult(len(outcome.plan.caches), program=replace(program, cached=outcome))
+        return PassResult(program=replace(program, no_cache=str(outcome)))
 
 
-def _cannot_grow(program: Program) -> str:
-    """Why a program's texts cannot grow token by token, which a KV cache is for; "" if they can."""
+def _growth_obstacle(program: Program) -> str:
+    """The reason why a program's texts cannot grow token by token, as a KV cache needs; "" if they can."""
     rules = [rule for rule in token_rules(program.call, program.inputs) if names_in(rule) == {SEQUENCE}]
     if not rules:
         return ""
-    allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
-    runs = (all(allowed[start : start + _RUN]) for start in range(len(allowed) - _RUN))
+    is_allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
+    runs = (all(is_allowed[start : start + _RUN]) for start in range(len(is_allowed) - _RUN))
     return "" if any(runs) else f"a text cannot grow token by token ({'; '.join(all_in_words(rules))})"
 
 

@@ -1,4 +1,4 @@
-"""What an attention mask lets a query see: causal, with a sliding window, with ALiBi slopes, or something else.
+"""Classification of what a mask lets a query see: causal, with a sliding window, with ALiBi slopes, or another.
 
 A mask that depends on no input is a function of two positions, and perhaps of how many there are. It is computed for
 all pairs up to a length, on every lane, and compared number by number with the rule it seems to follow: nothing is read
@@ -17,13 +17,13 @@ from kraken_compiler.errors import Rejection, first_line
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.cache.compare_lengths import lengths_to_try, numbers_in, same_beginning, size_bound
 from kraken_compiler.passes.cache.length_independence import LengthIndependence
-from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate, origins, stored
+from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate, origins, stored_weights
 from kraken_compiler.passes.graph_tools import argument, module_path
 from kraken_compiler.passes.shapes import value_of
 
 _SHORTEST, _LONGEST = 64, 8192
 _MOST_ELEMENTS = 1 << 21
-"""Of a mask that is computed for many lengths."""
+"""Number of elements of a mask that is computed for many lengths."""
 _NOT_CAUSAL = "its attention is not causal: tokens see what follows them, as in an encoder"
 _OTHER_RULE = "its mask is not causal with at most a sliding window and ALiBi slopes"
 
@@ -44,7 +44,7 @@ class MaskRule:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _LengthRule:
     """The rule of one mask of one length.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Seen:
     slopes: Tensor
     length: int
 
-    def agrees(self, other: _Seen) -> bool:
+    def agrees(self, other: _LengthRule) -> bool:
         """True if one rule explains both."""
         longer, shorter = (self, other) if self.length >= other.length else (other, self)
         same_window = longer.window == shorter.window or (not shorter.window and longer.window >= shorter.length)
@@ -79,43 +79,49 @@ def classify_mask(program: Program, attention: fx.Node, proofs: LengthIndependen
     if mask is None:
         return MaskRule() if argument(attention, 5, "is_causal", False) else _no_rule(attention, _NOT_CAUSAL)
     nodes = origins(program, mask)
-    whole_numbers = [node for node in stored(program, nodes) if not value_of(node).is_floating_point()]
+    whole_numbers = [node for node in stored_weights(program, nodes) if not value_of(node).is_floating_point()]
     if whole_numbers:
         return _no_rule(whole_numbers[0], "its mask is stored among the weights")
     length, limit = _length(program, nodes)
-    found: list[_Seen] = []
+    rules: list[_LengthRule] = []
     for draw in draws(program, nodes):
-        seen = _rule_at(program, attention, nodes, length, draw)
-        if isinstance(seen, Rejection):
-            return seen
-        found.append(seen)
-    if any(seen.window != found[0].window or bool(seen.slopes.any()) != _slopes(found) for seen in found):
+        rule = _rule_at(program, attention, nodes, length, draw)
+        if isinstance(rule, Rejection):
+            return rule
+        rules.append(rule)
+    if any(rule.window != rules[0].window or bool(rule.slopes.any()) != _has_slopes(rules) for rule in rules):
         return _no_rule(attention, _OTHER_RULE)
     if proofs.may_differ_by_row(mask) and _differs_by_row(program, nodes):
         return _no_rule(attention, "its mask differs between the rows of a batch")
     if not proofs.is_shifted(mask):
-        tried = lengths_to_try(program, nodes, most_elements=_MOST_ELEMENTS)
-        differing = _differing_length(program, attention, nodes, found, tried)
-        if differing is not None:
+        lengths = lengths_to_try(program, nodes, most_elements=_MOST_ELEMENTS)
+        other_length = _differing_length(program, attention, nodes, rules, lengths)
+        if other_length is not None:
             reason = "its mask depends on the total length"
-            return _no_rule(proofs.culprit(mask), f"{reason}: it is another with {differing} tokens than with {length}")
-    return MaskRule(found[0].window, _slopes(found), limit)
+            return _no_rule(
+                proofs.culprit(mask), f"{reason}: it is another with {other_length} tokens than with {length}"
+            )
+    return MaskRule(rules[0].window, _has_slopes(rules), limit)
 
 
-def _slopes(found: Sequence[_Seen]) -> bool:
-    return bool(found[0].slopes.any())
+def _has_slopes(rules: Sequence[_LengthRule]) -> bool:
+    return bool(rules[0].slopes.any())
 
 
 def _differing_length(
-    program: Program, attention: fx.Node, nodes: Sequence[fx.Node], found: Sequence[_Seen], lengths: Sequence[int]
+    program: Program,
+    attention: fx.Node,
+    nodes: Sequence[fx.Node],
+    references: Sequence[_LengthRule],
+    lengths: Sequence[int],
 ) -> int | None:
-    """One of `lengths` at which a mask follows another rule than what was found; None if there is none."""
-    for draw, reference in zip(draws(program, nodes), found, strict=True):
+    """One of `lengths` at which a mask follows another rule than its reference; None if there is none."""
+    for draw, reference in zip(draws(program, nodes), references, strict=True):
         for length in lengths:
-            seen = _rule_at(program, attention, nodes, length, draw)
-            if isinstance(seen, Rejection) and length > reference.length:
+            rule = _rule_at(program, attention, nodes, length, draw)
+            if isinstance(rule, Rejection) and length > reference.length:
                 break  # stored positions end here
-            if isinstance(seen, Rejection) or not seen.agrees(reference):
+            if isinstance(rule, Rejection) or not rule.agrees(reference):
                 return length
     return None
 
@@ -127,56 +133,56 @@ def _differs_by_row(program: Program, nodes: Sequence[fx.Node]) -> bool:
 
 def _rule_at(
     program: Program, attention: fx.Node, nodes: Sequence[fx.Node], length: int, draw: tuple[int, int]
-) -> _Seen | Rejection:
+) -> _LengthRule | Rejection:
     try:
         mask = evaluate(program, nodes, length, *draw)
     except RuntimeError as error:
         return _no_rule(attention, f"its mask cannot be computed for {length} tokens ({first_line(error)})")
-    seen = _rule(mask)
-    if seen is None:
-        return _no_rule(attention, _NOT_CAUSAL if bool(_allowed(mask).triu(1).any()) else _OTHER_RULE)
-    return seen
+    rule = _rule(mask)
+    if rule is None:
+        return _no_rule(attention, _NOT_CAUSAL if bool(_visible_keys(mask).triu(1).any()) else _OTHER_RULE)
+    return rule
 
 
 def _length(program: Program, nodes: Sequence[fx.Node]) -> tuple[int, int | None]:
-    """How long a sequence must be to show the whole rule, and how far what it shows holds."""
+    """The length of a sequence that shows the whole rule, and the length up to which that rule holds."""
     bound = size_bound(program)
     numbers = numbers_in(program, nodes)
-    wanted = _SHORTEST
+    shortest = _SHORTEST
     for node in nodes:
         constant = constant_of(program, node)
         if constant is not None and sum(size > 1 for size in constant.shape) > 1:
             # A stored mask may hold any rule, so all of it is looked at.
             bound = min(bound or _LONGEST, constant.shape[-1])
-            wanted = max(wanted, bound)
+            shortest = max(shortest, bound)
     small = [number for number in numbers if number + 2 <= _LONGEST]
     large = [number for number in numbers if number + 2 > _LONGEST and number < 2**31 - 1]
-    length = min(max(wanted, max(small, default=0) + 2), _LONGEST, bound or _LONGEST)
+    length = min(max(shortest, max(small, default=0) + 2), _LONGEST, bound or _LONGEST)
     limits = [*large, *([bound] if bound else [])]
     return length, min(limits, default=None)
 
 
-def _rule(mask: Tensor) -> _Seen | None:
-    """What a mask [..., S, S] lets see; None if it follows no such rule."""
+def _rule(mask: Tensor) -> _LengthRule | None:
+    """The rule of a mask [..., S, S]; None if it follows no such rule."""
     length = mask.shape[-1]
-    allowed, bias = _allowed(mask), torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
-    allowed, bias = (tensor.reshape(-1, length, length) for tensor in (allowed, bias))
+    visible, bias = _visible_keys(mask), torch.zeros(mask.shape) if mask.dtype == torch.bool else mask.float()
+    visible, bias = (tensor.reshape(-1, length, length) for tensor in (visible, bias))
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = int(allowed[0, -1].sum())
-    expected = (distance >= 0) & (distance < seen)
-    if seen == 0 or not bool((allowed == expected).all()):
+    window = int(visible[0, -1].sum())
+    window_mask = (distance >= 0) & (distance < window)
+    if window == 0 or not bool((visible == window_mask).all()):
         return None
-    own = bias.diagonal(dim1=-2, dim2=-1)[:, :, None]
-    slopes = (own - bias)[:, 1, 0, None, None] if seen > 1 else torch.zeros(len(bias), 1, 1)
-    error = torch.where(expected, bias - own + slopes * distance, 0.0).abs().amax((1, 2))
+    diagonal = bias.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    slopes = (diagonal - bias)[:, 1, 0, None, None] if window > 1 else torch.zeros(len(bias), 1, 1)
+    error = torch.where(window_mask, bias - diagonal + slopes * distance, 0.0).abs().amax((1, 2))
     rounding = 4 * (torch.finfo(mask.dtype).eps if mask.is_floating_point() else 0.0)
-    if bool((error > rounding * bias.masked_fill(~expected, 0.0).abs().amax((1, 2))).any()):
+    if bool((error > rounding * bias.masked_fill(~window_mask, 0.0).abs().amax((1, 2))).any()):
         return None
-    return _Seen(0 if seen == length else seen, slopes.flatten(), length)
+    return _LengthRule(0 if window == length else window, slopes.flatten(), length)
 
 
-def _allowed(mask: Tensor) -> Tensor:
-    """Which key every query sees."""
+def _visible_keys(mask: Tensor) -> Tensor:
+    """The keys that every query sees, as booleans."""
     # A large negative number stands for minus infinity; how large depends on what the element type holds.
     return mask if mask.dtype == torch.bool else mask > (-5e3 if mask.dtype == torch.float16 else -1e9)
 

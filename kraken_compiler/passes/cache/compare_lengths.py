@@ -1,4 +1,4 @@
-"""Whether what a graph computes from positions alone keeps its rows when the sequence grows, by computing it.
+"""Comparison at many lengths of what a graph computes from positions alone: whether longer sequences keep its rows.
 
 For what `LengthIndependence` does not prove: the value is computed for many lengths, below and beyond every number that
 occurs in the graph, and for several rows; what a longer sequence has in common with a shorter one must be the same.
@@ -27,7 +27,7 @@ _LONGEST = 1 << 17
 _MOST_ELEMENTS = 1 << 25
 _ROWS = 3
 RUN_ERRORS = (RuntimeError, IndexError, ValueError)
-"""What operators raise where stored or learned positions end."""
+"""Exceptions that operators raise where stored or learned positions end."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Common:
 
 
 def compare_lengths(program: Program, nodes: Sequence[fx.Node]) -> Common | str:
-    """How far the rows of a value agree.
+    """Compare the rows of a value at many lengths.
 
     Args:
         program: A lane program whose only input is its tokens.
@@ -55,13 +55,13 @@ def compare_lengths(program: Program, nodes: Sequence[fx.Node]) -> Common | str:
     Returns:
         What was found, or why nothing could be computed.
     """
-    found = []
+    comparisons = []
     for draw in draws(program, nodes):
-        one = _compare(program, nodes, *draw)
-        if isinstance(one, str) or one.by_row:
-            return one
-        found.append(one)
-    return min(found, key=lambda one: (one.beyond is None, one.limit))
+        comparison = _compare(program, nodes, *draw)
+        if isinstance(comparison, str) or comparison.by_row:
+            return comparison
+        comparisons.append(comparison)
+    return min(comparisons, key=lambda comparison: (comparison.beyond is None, comparison.limit))
 
 
 def lengths_to_try(program: Program, nodes: Sequence[fx.Node], most_elements: int = _MOST_ELEMENTS) -> list[int]:
@@ -73,24 +73,24 @@ def lengths_to_try(program: Program, nodes: Sequence[fx.Node], most_elements: in
         most_elements: That any value may have, so that the compile has the memory for it.
     """
     powers = [1 << power for power in range(1, _LONGEST.bit_length())]
-    tried = {*range(2, 19), *(part * power for power in powers for part in (1, 3)), 100, 1000, 10000, 100000}
-    tried |= {int(number * part) for number in numbers_in(program, nodes) for part in (0.5, 1, 2)}
-    around = {number + step for number in tried for step in (-1, 0, 1, 2)}
+    numbers = {*range(2, 19), *(part * power for power in powers for part in (1, 3)), 100, 1000, 10000, 100000}
+    numbers |= {int(number * part) for number in numbers_in(program, nodes) for part in (0.5, 1, 2)}
+    around = {number + step for number in numbers for step in (-1, 0, 1, 2)}
     bound = min(_LONGEST, size_bound(program) or _LONGEST)
     lengths = sorted(length for length in around | {bound} if 2 <= length <= bound)
-    affordable = bisect.bisect_right(lengths, most_elements, key=lambda length: _elements(program, nodes, length))
-    return lengths[: max(affordable, 2)]
+    count = bisect.bisect_right(lengths, most_elements, key=lambda length: _elements(program, nodes, length))
+    return lengths[: max(count, 2)]
 
 
 def numbers_in(program: Program, nodes: Iterable[fx.Node]) -> set[int]:
     """The numbers among the arguments of operators and the values of small constants, as whole ones, without signs."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for node in nodes:
-        found |= {abs(number) for number in _numbers((*node.args, *node.kwargs.values()))}
+        numbers |= {abs(number) for number in _numbers((*node.args, *node.kwargs.values()))}
         constant = constant_of(program, node)
         if constant is not None and constant.numel() == 1 and bool(torch.isfinite(constant.double()).all()):
-            found.add(abs(int(constant)))
-    return found
+            numbers.add(abs(int(constant)))
+    return numbers
 
 
 def size_bound(program: Program) -> int | None:

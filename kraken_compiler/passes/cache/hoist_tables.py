@@ -36,7 +36,7 @@ class Tables:
     graph: fx.Graph = field(default_factory=fx.Graph)
     outputs: list[fx.Node] = field(default_factory=list)
     _new: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    _known: dict[Any, fx.Node] = field(default_factory=dict)
+    _nodes_by_key: dict[Any, fx.Node] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Copy the placeholders."""
@@ -59,26 +59,26 @@ class Tables:
         batch, sequence = shape_of(self.tokens)
         shape = (1,) * (rank - len(shape_of(node))) + shape_of(node)
         along = [dim for dim, size in enumerate(shape) if same_size(size, sequence)]
-        varying = [dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-        copied = self._copy(node)
-        if not varying:
-            return self._output(copied), -1
+        dynamic_dims = [dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+        table = self._copy(node)
+        if not dynamic_dims:
+            return self._output(table), -1
         of_batch = same_size(shape[0], batch)
-        if not along and of_batch and varying == [0]:
-            return self._output(self._call(aten.slice.Tensor, copied, 0, 0, 1)), -1
+        if not along and of_batch and dynamic_dims == [0]:
+            return self._output(self._call(aten.slice.Tensor, table, 0, 0, 1)), -1
         first = (isinstance(shape[0], int) and shape[0] == 1) or of_batch
-        if len(along) != 1 or not first or set(varying) - {0, along[0]}:
+        if len(along) != 1 or not first or set(dynamic_dims) - {0, along[0]}:
             reason = f"it depends on positions in a way that no table holds (shape {list(map(str, shape_of(node)))})"
             return Rejection(reason, (node.name,), module_path(node))
         if len(shape_of(node)) == rank:
-            copied = self._call(aten.select.int, copied, 0, 0)
-        own = len(shape_of(copied))
-        dim, missing = along[0] - (rank - own), rank - 1 - own
+            table = self._call(aten.select.int, table, 0, 0)
+        own = len(shape_of(table))
+        dim, new_dims = along[0] - (rank - own), rank - 1 - own
         if dim:
-            copied = self._call(aten.movedim.int, copied, dim, 0)
-        for _ in range(missing):
-            copied = self._call(aten.unsqueeze.default, copied, 1)
-        return self._output(self._call(aten.contiguous.default, copied)), along[0]
+            table = self._call(aten.movedim.int, table, dim, 0)
+        for _ in range(new_dims):
+            table = self._call(aten.unsqueeze.default, table, 1)
+        return self._output(self._call(aten.contiguous.default, table)), along[0]
 
     def add_slopes(self, mask: fx.Node) -> int:
         """Compute the ALiBi slopes of a mask here, [heads]: what one step of distance adds, seen on two tokens.
@@ -99,7 +99,7 @@ class Tables:
         return self._output(self._call(aten.to.dtype, flat, torch.float32))
 
     def finish(self) -> fx.Graph:
-        """The graph."""
+        """Finish the graph and return it."""
         self.graph.output(tuple(self.outputs))
         self.graph.lint()
         return self.graph
@@ -122,9 +122,9 @@ class Tables:
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         key = (target, _hashable(args), _hashable(kwargs))
-        if key not in self._known:
-            self._known[key] = compute_shape(self.graph.call_function(target, args, kwargs), self.mode)
-        return self._known[key]
+        if key not in self._nodes_by_key:
+            self._nodes_by_key[key] = compute_shape(self.graph.call_function(target, args, kwargs), self.mode)
+        return self._nodes_by_key[key]
 
 
 def gather(graph: fx.Graph, table: fx.Node, positions: fx.Node, along: int, rank: int, mode: FakeTensorMode) -> fx.Node:

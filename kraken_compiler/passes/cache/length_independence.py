@@ -1,4 +1,4 @@
-"""Whether what a graph computes from positions alone keeps its rows when the sequence grows, by rules on its operators.
+"""Proofs, by rules on operators, that what a graph computes from positions alone keeps its rows in longer sequences.
 
     %r = arange(%s)                       row i is i, however long the sequence is: proven
     %n = mul(%ones, %s)                   a number that is the length: not proven
@@ -100,7 +100,7 @@ _MATRIX_PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.def
 
 
 class LengthIndependence:
-    """Proves values of one graph; what has been asked before is remembered.
+    """Proofs about the values of one graph; earlier answers are remembered.
 
     Args:
         tokens: The token input, [batch, sequence].
@@ -109,7 +109,7 @@ class LengthIndependence:
     def __init__(self, tokens: fx.Node) -> None:
         self._tokens = tokens
         batch, self._sequence = shape_of(tokens)
-        self._counted = symbols_of(batch) | symbols_of(self._sequence)
+        self._count_symbols = symbols_of(batch) | symbols_of(self._sequence)
         self._steady: dict[fx.Node, bool] = {tokens: False}
         self._shifted: dict[fx.Node, bool] = {}
 
@@ -119,11 +119,11 @@ class LengthIndependence:
         todo = [node]
         while todo:
             current = todo[-1]
-            waiting = [one for one in current.all_input_nodes if is_tensor_or_tuple(one) and one not in self._steady]
+            operands = [one for one in current.all_input_nodes if is_tensor_or_tuple(one) and one not in self._steady]
             if current in self._steady:
                 todo.pop()
-            elif waiting:
-                todo += waiting
+            elif operands:
+                todo += operands
             else:
                 self._steady[current] = self._follows(current)
                 todo.pop()
@@ -144,34 +144,36 @@ class LengthIndependence:
 
     def numbers_of_tokens(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The sizes among the operands of `node` that it takes as numbers, not as the shape of something."""
-        found: list[fx.Node] = []
+        sizes: list[fx.Node] = []
         schema = getattr(node.target, "_schema", None)
         names = [entry.name for entry in schema.arguments] if schema is not None else []
-        named = [(names[place] if place < len(names) else "", value) for place, value in enumerate(args_of(node))]
-        for name, value in (*named, *node.kwargs.items()):
+        arguments = [(names[place] if place < len(names) else "", value) for place, value in enumerate(args_of(node))]
+        for name, value in (*arguments, *node.kwargs.items()):
             if name not in _SHAPE_ARGUMENTS:
-                fx.node.map_arg(value, lambda operand: found.append(operand) if self._counts(operand) else None)
-        return tuple(found)
+                fx.node.map_arg(value, lambda operand: sizes.append(operand) if self._counts(operand) else None)
+        return tuple(sizes)
 
     def culprit(self, node: fx.Node) -> fx.Node:
         """The operator at which the proof of `node` ends: all that it reads is proven."""
         assert not self.is_steady(node)
         while True:
-            unproven = [one for one in node.all_input_nodes if self._steady.get(one) is False and one != self._tokens]
-            if not unproven:
+            unproven_operands = [
+                one for one in node.all_input_nodes if self._steady.get(one) is False and one != self._tokens
+            ]
+            if not unproven_operands:
                 return node
-            node = unproven[0]
+            node = unproven_operands[0]
 
     def _counts(self, operand: fx.Node) -> bool:
         """True for a size, or a number computed of sizes, that says how many tokens or rows there are."""
-        return not is_tensor_or_tuple(operand) and bool(symbols_of(operand.meta.get("val")) & self._counted)
+        return not is_tensor_or_tuple(operand) and bool(symbols_of(operand.meta.get("val")) & self._count_symbols)
 
     def _varies(self, node: fx.Node, dim: int) -> bool:
         shape = shape_of(node)
-        return bool(shape) and bool(symbols_of(shape[dim % len(shape)]) & self._counted)
+        return bool(shape) and bool(symbols_of(shape[dim % len(shape)]) & self._count_symbols)
 
     def _follows(self, node: fx.Node) -> bool:
-        """Whether the result is steady if its operands are as they were found."""
+        """True if the result is steady, given which of its operands are."""
         if node.op == "placeholder":
             return True
         target = node.target
@@ -202,14 +204,14 @@ class LengthIndependence:
         if target in _RANGES:
             start, _, step = _range(node)
             return not isinstance(start, fx.Node) and not isinstance(step, fx.Node)
-        shapes = {one for name in _SHAPE_ARGUMENTS for one in _nodes(_named(node, name))}
-        read = set(node.all_input_nodes) - shapes
+        shapes = {one for name in _SHAPE_ARGUMENTS for one in _nodes(_argument_by_name(node, name))}
+        operands = set(node.all_input_nodes) - shapes
         # What only lends its shape may be anything, the token ids too.
-        values = [one for one in read if self._counts(one)]
-        return not values and all(not is_tensor_or_tuple(one) or target in SHAPE_ONLY for one in read)
+        values = [one for one in operands if self._counts(one)]
+        return not values and all(not is_tensor_or_tuple(one) or target in SHAPE_ONLY for one in operands)
 
     def _is_repeated(self, node: fx.Node) -> bool:
-        """What is repeated ends at the same place at every length; how often does not matter."""
+        """True if what is repeated ends at the same place at every length; how often does not matter."""
         operand, repeats = args_of(node)[:2]
         own = repeats[len(repeats) - len(shape_of(operand)) :]
         return all(count == 1 or not self._varies(operand, dim) for dim, count in enumerate(own))
@@ -241,9 +243,9 @@ class LengthIndependence:
             return not self._varies(args_of(node)[0], 0)
         if target is aten.index.Tensor:
             table, indices = args_of(node)[:2]
-            taken = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+            indexed_dims = [(dim, index) for dim, index in enumerate(indices) if index is not None]
             # A negative index counts from an end that moves.
-            return all(_counts_up(index) or not self._varies(table, dim) for dim, index in taken)
+            return all(_counts_up(index) or not self._varies(table, dim) for dim, index in indexed_dims)
         if target is LINEAR:
             return not self._varies(operand, -1)
         if target in _MATRIX_PRODUCTS:
@@ -268,8 +270,8 @@ class LengthIndependence:
         if target in (aten.neg.default, *_ELEMENTS_KEPT) and target not in _MOVING:
             operand = node.all_input_nodes[0]
             # What is rounded to whole numbers is not shifted by what it was shifted by before.
-            rounded = value_of(operand).is_floating_point() and not value_of(node).is_floating_point()
-            return not rounded and self.is_shifted(operand)
+            is_rounding = value_of(operand).is_floating_point() and not value_of(node).is_floating_point()
+            return not is_rounding and self.is_shifted(operand)
         if target in _RESHAPES:
             operand = values[0]
             same_end = bool(shape_of(operand)) and same_size(shape_of(operand)[-1], shape[-1])
@@ -316,7 +318,7 @@ _MOVING = frozenset(
         DEQUANTIZE,
     }
 )
-"""What may put another dim last, or other elements into it."""
+"""Operators that may put another dim last, or other elements into it."""
 
 
 def is_tensor_or_tuple(node: fx.Node) -> bool:
@@ -349,9 +351,9 @@ def _hides(value: Any) -> bool:
 
 
 def _nodes(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return nodes
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -360,7 +362,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [one for one in first if is_tensor(one)] if isinstance(first, (list, tuple)) else [first]
 
 
-def _named(node: fx.Node, name: str) -> Any:
+def _argument_by_name(node: fx.Node, name: str) -> Any:
     schema = getattr(node.target, "_schema", None)
     for place, entry in enumerate(schema.arguments if schema is not None else ()):
         if entry.name == name and place < len(args_of(node)):
@@ -381,10 +383,10 @@ def _same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
 
 
 def _groups(shape: Sequence[Any]) -> list[Any]:
-    found: list[Any] = [1]
+    groups: list[Any] = [1]
     for size in shape:
         if symbols_of(size):
-            found += [str(size.node.expr), 1]
+            groups += [str(size.node.expr), 1]
         else:
-            found[-1] *= int(size)
-    return found
+            groups[-1] *= int(size)
+    return groups

@@ -1,4 +1,4 @@
-"""Whether an operator lets one token see another. Only attention may, or a cache of keys and values is not enough."""
+"""Detection of operators that let one token see another. Only attention may, or a KV cache is not enough."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
 
 def mixes_tokens(node: fx.Node, sequence: Any) -> str:
-    """Why `node` may mix tokens; "" if it does not.
+    """The reason why `node` may mix tokens; "" if it does not.
 
     Args:
         node: An operator that is no attention.
@@ -95,8 +95,8 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
     if target is aten.batch_norm.default:
         return f"{name} takes the statistics of its batch" if args_of(node)[5] else ""
     if target is aten.group_norm.default:
-        merged = shape_of(operand)[1:]
-        return f"{name} normalises over the sequence" if any(same_size(size, sequence) for size in merged) else ""
+        merged_sizes = shape_of(operand)[1:]
+        return f"{name} normalises over the sequence" if any(same_size(size, sequence) for size in merged_sizes) else ""
     if target in NORMS:
         shape = argument(node, 1, "normalized_shape")
         return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"
@@ -104,17 +104,17 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         shape = shape_of(operand)
         rank = len(shape) + (target is aten.stack.default)
         along = [shape[dim] for dim in dims_along(node, _ALONG_DIM[target], rank) if dim < len(shape)]
-        mixed = same_size if target in _ROW_BY_ROW else _holds
-        return f"{name} works along the sequence" if any(mixed(size, sequence) for size in along) else ""
+        is_mixed = same_size if target in _ROW_BY_ROW else _holds
+        return f"{name} works along the sequence" if any(is_mixed(size, sequence) for size in along) else ""
     if target is aten.flatten.using_ints:
         shape = shape_of(operand)
         first, last = (int(argument(node, place, name_, value)) % len(shape) for place, name_, value in _FLATTENED)
-        merged = shape[first : last + 1]
-        together = len(merged) > 1 and any(_holds(size, sequence) for size in merged)
-        return f"{name} merges the sequence with another dim" if together else ""
+        merged_sizes = shape[first : last + 1]
+        is_merged = len(merged_sizes) > 1 and any(_holds(size, sequence) for size in merged_sizes)
+        return f"{name} merges the sequence with another dim" if is_merged else ""
     if target is aten.index.Tensor:
-        picked = [size for size, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
-        return f"{name} picks tokens" if any(_holds(size, sequence) for size in picked) else ""
+        indexed_sizes = [size for size, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
+        return f"{name} picks tokens" if any(_holds(size, sequence) for size in indexed_sizes) else ""
     return f"{name} may mix tokens, which a KV cache does not allow"
 
 

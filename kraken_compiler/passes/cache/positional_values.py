@@ -24,7 +24,7 @@ def constant_of(program: Program, node: fx.Node) -> Tensor | None:
     return program.constants.get(spec.source) if spec is not None else None
 
 
-def stored(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+def stored_weights(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The weights among `nodes` whose values are not at hand."""
     return [node for node in nodes if node.name in program.weights and constant_of(program, node) is None]
 
@@ -36,7 +36,7 @@ def draws(program: Program, nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """
     specs = [program.weights[node.name] for node in nodes if node.name in program.weights]
     lanes = program.degree if any(spec.shards for spec in specs) else 1
-    return [(lane, seed) for lane in range(lanes) for seed in range(1 + bool(stored(program, nodes)))]
+    return [(lane, seed) for lane in range(lanes) for seed in range(1 + bool(stored_weights(program, nodes)))]
 
 
 def evaluate(

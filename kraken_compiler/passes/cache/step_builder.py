@@ -1,4 +1,4 @@
-"""Builds the step graph: every node of a lane graph that depends on tokens, on new tokens only and with caches."""
+"""Builder of the step graph: every node of a lane graph that depends on tokens, on new tokens only and with caches."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class StepBuilder:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.table_inputs: list[fx.Node] = []
-        self.looked_up: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+        self.lookups: dict[tuple[fx.Node, int, bool], fx.Node] = {}
         self.rows: dict[tuple[Any, ...], fx.Node] = {}
-        self.expanded: dict[fx.Node, fx.Node] = {}
+        self.expansions: dict[fx.Node, fx.Node] = {}
         self.caches: list[CacheSpec] = []
         self.rules: dict[fx.Node | None, MaskRule] = {}
         self.inputs: list[InputSpec] = []
@@ -67,8 +67,8 @@ class StepBuilder:
 
     def build(self) -> CachedProgram | Rejection:
         """The step program, or why there is none."""
-        needed = ancestors(self.logits)
-        on_tokens = self.on_tokens = value_descendants([self.tokens]) & needed
+        needed_nodes = ancestors(self.logits)
+        on_tokens = self.on_tokens = value_descendants([self.tokens]) & needed_nodes
         if self.final not in on_tokens or len(shape_of(self.final)) != 3:
             return Rejection("its residual stream does not reach the logits", (self.logits.name,))
         for node in self.program.graph.nodes:
@@ -85,7 +85,7 @@ class StepBuilder:
             if rejection is not None:
                 return rejection
             if node is self.final:
-                self.new[node] = self._picked(self.new[node])
+                self.new[node] = self._pick_tokens(self.new[node])
         self.graph.output((self.new[self.logits],))
         # The runtime writes into inputs; a placeholder that nothing reads is still part of the calling convention.
         self.graph.lint()
@@ -143,7 +143,7 @@ class StepBuilder:
         if reason:
             return Rejection(reason, (node.name,), module_path(node))
         if is_tensor(node) and self.proofs.numbers_of_tokens(node):
-            return self._counts(node)
+            return self._reject_count(node)
         for operand in node.all_input_nodes:
             if operand in self.new:
                 continue
@@ -153,7 +153,7 @@ class StepBuilder:
         values: dict[fx.Node, fx.Node] = {}
         for operand in node.all_input_nodes:
             if operand not in self.new:
-                values[operand] = self._looked_up(operand, node, in_tail)
+                values[operand] = self._lookup(operand, node, in_tail)
             elif in_tail and not is_tensor(operand):
                 values[operand] = self._size_in_tail(operand)
             else:
@@ -161,15 +161,15 @@ class StepBuilder:
         self.new[node] = self.graph.node_copy(node, values.__getitem__)
         new = self.new[node]
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
-        looked_up = any(operand not in self.new for operand in node.all_input_nodes)
-        if in_tail or looked_up:
+        has_lookups = any(operand not in self.new for operand in node.all_input_nodes)
+        if in_tail or has_lookups:
             return self._refresh(new, node, in_tail)
         # Same operands, same shape: to compute it again would be most of this pass's time.
         new.meta["val"] = node.meta["val"]
         return None
 
-    def _counts(self, node: fx.Node) -> Rejection:
-        """In the step graph the size would be the number of new tokens."""
+    def _reject_count(self, node: fx.Node) -> Rejection:
+        """The rejection of a node that takes a size as a number: in the step graph that counts new tokens only."""
         return Rejection("it depends on the total length, which it takes as a number", (node.name,), module_path(node))
 
     def _operand(self, operand: fx.Node, node: fx.Node, in_tail: bool) -> Rejection | None:
@@ -186,11 +186,14 @@ class StepBuilder:
         compute_shape(new, self.mode)
         if in_tail or not is_tensor(like):
             return None
-        have, want = value_of(new), value_of(like)
-        same = len(have.shape) == len(want.shape) and all(map(same_size, have.shape, want.shape))
-        if same and have.dtype == want.dtype:
+        actual, expected = value_of(new), value_of(like)
+        same = len(actual.shape) == len(expected.shape) and all(map(same_size, actual.shape, expected.shape))
+        if same and actual.dtype == expected.dtype:
             return None
-        reason = f"with a cache it would be {have.dtype} {list(have.shape)} instead of {want.dtype} {list(want.shape)}"
+        reason = (
+            f"with a cache it would be {actual.dtype} {list(actual.shape)} instead of "
+            f"{expected.dtype} {list(expected.shape)}"
+        )
         return Rejection(reason, (like.name,), module_path(like))
 
     def _size(self, node: fx.Node) -> Rejection | None:
@@ -221,61 +224,61 @@ class StepBuilder:
 
     def _table(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> Rejection | None:
         rank = used_rank(operand, user)
-        if (operand, rank, in_tail) in self.looked_up:
+        if (operand, rank, in_tail) in self.lookups:
             return None
-        changing = self._changes(operand)
-        if changing is not None:
-            return changing
-        found = self.tables.add(operand, rank)
-        if isinstance(found, Rejection):
-            return found
-        number, along = found
+        rejection = self._length_dependence(operand)
+        if rejection is not None:
+            return rejection
+        entry = self.tables.add(operand, rank)
+        if isinstance(entry, Rejection):
+            return entry
+        number, along = entry
         table = self._table_input(number)
         if along >= 0:
-            known = (number, along, rank, in_tail)
-            if known not in self.rows:
+            key = (number, along, rank, in_tail)
+            if key not in self.rows:
                 positions = self._picked_positions() if in_tail else self.positions
-                self.rows[known] = gather(self.graph, table, positions, along, rank, self.mode)
-            table = self.rows[known]
-        self.looked_up[operand, rank, in_tail] = table
+                self.rows[key] = gather(self.graph, table, positions, along, rank, self.mode)
+            table = self.rows[key]
+        self.lookups[operand, rank, in_tail] = table
         return None
 
-    def _changes(self, operand: fx.Node) -> Rejection | None:
-        """Why a value cannot be computed once for the capacity; None if its rows are those of any length."""
+    def _length_dependence(self, operand: fx.Node) -> Rejection | None:
+        """The rejection of a value that cannot be computed once for the capacity; None if its rows fit any length."""
         steady = self.tokens not in ancestors(operand) or self.proofs.is_steady(operand)
         if steady and not self.proofs.may_differ_by_row(operand):
             return None
         culprit = operand if steady else self.proofs.culprit(operand)
-        found = compare_lengths(self.program, origins(self.program, operand))
-        if isinstance(found, str):
-            return Rejection(found, (culprit.name,), module_path(culprit))
-        if found.by_row:
+        comparison = compare_lengths(self.program, origins(self.program, operand))
+        if isinstance(comparison, str):
+            return Rejection(comparison, (culprit.name,), module_path(culprit))
+        if comparison.by_row:
             reason = "what it computes from no token differs between the rows of a batch"
             return Rejection(reason, (culprit.name,), module_path(culprit))
-        if found.beyond is not None:
+        if comparison.beyond is not None:
             reason = (
                 "what it computes from no token depends on the total length: "
-                f"with {found.beyond} tokens it is other than with {found.limit}"
+                f"with {comparison.beyond} tokens it is other than with {comparison.limit}"
             )
             return Rejection(reason, (culprit.name,), module_path(culprit))
         if not steady:
-            self.limits.append(found.limit)
+            self.limits.append(comparison.limit)
         return None
 
-    def _looked_up(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> fx.Node:
+    def _lookup(self, operand: fx.Node, user: fx.Node, in_tail: bool) -> fx.Node:
         """A table's rows, for every row of the batch where the user does not broadcast."""
-        found = self.looked_up[operand, used_rank(operand, user), in_tail]
+        table = self.lookups[operand, used_rank(operand, user), in_tail]
         shape = shape_of(operand)
         broadcasts = is_tensor(user) and torch.Tag.pointwise in user.target.tags  # type: ignore[union-attr]
         if broadcasts or not shape or not same_size(shape[0], shape_of(self.tokens)[0]):
-            return found
+            return table
         # Positions have a single row where all rows of the batch are at the same place.
-        if found not in self.expanded:
+        if table not in self.expansions:
             batch = compute_shape(self.graph.call_function(aten.sym_size.int, (self.new[self.tokens], 0)), self.mode)
             size: list[Any] = [batch, *(-1 for _ in shape[1:])]
-            call = self.graph.call_function(aten.expand.default, (found, size))
-            self.expanded[found] = compute_shape(call, self.mode)
-        return self.expanded[found]
+            call = self.graph.call_function(aten.expand.default, (table, size))
+            self.expansions[table] = compute_shape(call, self.mode)
+        return self.expansions[table]
 
     def _picked_positions(self) -> fx.Node:
         def call(target: Any, *args: Any) -> fx.Node:
@@ -291,7 +294,7 @@ class StepBuilder:
         mask, rule = argument(node, 3, "attn_mask"), self._rule(node)
         assert isinstance(rule, MaskRule), "build has asked before"
         if self.proofs.numbers_of_tokens(node):
-            return self._counts(node)
+            return self._reject_count(node)
         batch, sequence = shape_of(self.tokens)
         for part in (query, key, value):
             shape = shape_of(part)
@@ -330,7 +333,7 @@ class StepBuilder:
         return self._refresh(self.new[node], node, in_tail=False)
 
     def _rule(self, attention: fx.Node) -> MaskRule | Rejection:
-        """What the mask of an attention lets a query see."""
+        """The rule of an attention's mask."""
         mask = argument(attention, 3, "attn_mask")
         if mask is not None and mask in self.on_tokens:
             return Rejection("its mask depends on the inputs", (attention.name,), module_path(attention))
@@ -367,7 +370,7 @@ class StepBuilder:
             self.table_inputs.append(self._input(name, shape, value.dtype, symbols))
         return self.table_inputs[number]
 
-    def _picked(self, stream: fx.Node) -> fx.Node:
+    def _pick_tokens(self, stream: fx.Node) -> fx.Node:
         """The tokens whose logits are wanted; nothing after the last layer is computed for the others."""
 
         def call(target: Any, *args: Any) -> fx.Node:

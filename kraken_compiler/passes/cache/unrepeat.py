@@ -42,10 +42,15 @@ def unrepeated(node: fx.Node) -> fx.Node:
 
 
 def _smaller(part: fx.Node, whole: fx.Node) -> bool:
-    have, want = shape_of(part), shape_of(whole)
-    if len(have) != 4 or not all(same_size(have[dim], want[dim]) for dim in (0, 2, 3)):
+    part_shape, whole_shape = shape_of(part), shape_of(whole)
+    if len(part_shape) != 4 or not all(same_size(part_shape[dim], whole_shape[dim]) for dim in (0, 2, 3)):
         return False
-    return isinstance(have[1], int) and isinstance(want[1], int) and have[1] < want[1] and want[1] % have[1] == 0
+    return (
+        isinstance(part_shape[1], int)
+        and isinstance(whole_shape[1], int)
+        and part_shape[1] < whole_shape[1]
+        and whole_shape[1] % part_shape[1] == 0
+    )
 
 
 def _repeats(chain: list[fx.Node], source: fx.Node) -> bool:

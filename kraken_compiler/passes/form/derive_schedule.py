@@ -1,4 +1,4 @@
-"""From forms to reads, reduces, starts and waits: the arithmetic of the forms table, without a graph.
+"""Derivation of reads, reduces, starts and waits from forms: the arithmetic of the forms table, without a graph.
 
 Legend: a *point* m means "after m branches have contributed"; branch k runs after k - 1 others.
 """
@@ -34,8 +34,8 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
     slots = _slots(branches)
     reads = tuple(_read(branch, forms[branch.layer], slots) for branch in branches)
     total = len(branches)
-    needed = sorted({read.peers for read in reads} | {total})
-    points = [point for point in needed if point > 0]
+    read_points = sorted({read.peers for read in reads} | {total})
+    points = [point for point in read_points if point > 0]
     reduces = []
     for index, last in enumerate(points):
         first = points[index - 1] + 1 if index else 1
@@ -47,7 +47,7 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
 
 
 def sums_of(branches: Sequence[Branch], first: int, last: int) -> tuple[tuple[int, int], ...]:
-    """Which outputs of the branches first..last (1-based, inclusive) may be summed before they join the stream.
+    """Groups of the branches first..last (1-based, inclusive) whose outputs may be summed before they join the stream.
 
     Neighbours that are only added share one sum. A norm needs its operand's sum apart from all others.
 
@@ -102,7 +102,7 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     Raises:
         ValueError: The text is no selection, or names a layer the model does not have.
     """
-    chosen: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None:
@@ -110,8 +110,8 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         first, last = (_resolve(number, count) for number in (match[1], match[2] or match[1]))
         if first > last:
             raise ValueError(f"the layer range '{part.strip()}' is empty")
-        chosen.update(range(first, last + 1))
-    return tuple(sorted(chosen))
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
 
 
 def _resolve(number: str, count: int) -> int:

@@ -45,7 +45,7 @@ class RewireStream(Pass[Planned]):
             return PassResult()
         builder = _Builder(program)
         program.module = fx.GraphModule(program.module, builder.build())
-        program.layers = builder.renamed()
+        program.layers = builder.renamed_layers()
         return PassResult(len(program.plan.reduces))
 
 
@@ -90,12 +90,12 @@ class _Builder:
         return self.layers.branches[-1].base
 
     def _embeddings(self) -> dict[int, fx.Node]:
-        """Where the streams begin, by their first points."""
+        """The nodes where the streams begin, by their first points."""
         encoder, embedding = self.layers.encoder, self.old[self.layers.embedding]
         return {self._base: embedding} | ({} if encoder is None else {0: self.old[encoder.embedding]})
 
     def _finish_encoder(self) -> None:
-        """What lies between the encoder's last branch and the branches that read it; computed once."""
+        """Build what lies between the encoder's last branch and the branches that read it, once."""
         encoder = self.layers.encoder
         if encoder is None or self.old[encoder.final] in self.new:
             return
@@ -107,7 +107,7 @@ class _Builder:
             if node in between:
                 self.new[node] = self._copy(node, self.new)
 
-    def renamed(self) -> LayerTable:
+    def renamed_layers(self) -> LayerTable:
         """The layer table with the new graph's node names."""
         layers = []
         for layer in self.layers.layers:
@@ -135,7 +135,7 @@ class _Builder:
         )
 
     def _renamed_replay(self, replay: Replay | None) -> Replay | None:
-        """The one that works on what all lanes have summed."""
+        """The replay of what all lanes have summed, with the new graph's node names."""
         if replay is None:
             return None
         source = self.whole[replay]
@@ -169,50 +169,50 @@ class _Builder:
         )
 
     def _read(self, branch: Branch) -> fx.Node:
-        """G[peers] + (O[own] - O[peers]): the landed sum plus the lane's own parts since."""
+        """G[peers] + (O[own] - O[peers]): the whole stream plus the lane's own parts since."""
         read = self.plan.reads[branch.index - 1]
-        landed = self._point(read.peers, branch.base)
+        stream = self._point(read.peers, branch.base)
         for first, last in sums_of(self.layers.branches, read.peers + 1, read.own):
-            landed = self._joined(landed, last, self._sum(first, last))
-        return landed
+            stream = self._join(stream, last, self._sum(first, last))
+        return stream
 
     def _point(self, point: int, base: int) -> fx.Node:
         """The whole stream that begins at `base` after `point` branches; waits for reduces that are under way."""
         if (base, point) not in self.stream:
             reduce = self._reduce_ending_at(point)
             value = self._point(reduce.first - 1, base)
-            arrived = self._like(_WAIT, self.handles[reduce.index])
-            for (_, last), whole in zip(self._sums(reduce), self._unpacked(arrived, reduce), strict=True):
-                value = self.stream[base, last] = self._joined(value, last, whole, is_whole=True)
+            total = self._like(_WAIT, self.handles[reduce.index])
+            for (_, last), whole in zip(self._sums(reduce), self._unpack(total, reduce), strict=True):
+                value = self.stream[base, last] = self._join(value, last, whole, is_whole=True)
         return self.stream[base, point]
 
     def _sums(self, reduce: Reduce) -> tuple[tuple[int, int], ...]:
         return sums_of(self.layers.branches, reduce.first, reduce.last)
 
     def _payload(self, reduce: Reduce) -> fx.Node:
-        """What a reduce sums over the lanes: one sum of parts, or several side by side."""
+        """The operand of a reduce: one sum of parts, or several side by side."""
         parts = [self._sum(first, last) for first, last in self._sums(reduce)]
         return parts[0] if len(parts) == 1 else self.graph.call_function(aten.cat.default, (parts, self._last_dim))
 
-    def _unpacked(self, arrived: fx.Node, reduce: Reduce) -> list[fx.Node]:
+    def _unpack(self, total: fx.Node, reduce: Reduce) -> list[fx.Node]:
         count = len(self._sums(reduce))
         if count == 1:
-            return [arrived]
+            return [total]
         width = int(shape_of(self.old[self.layers.branches[reduce.first - 1].stream])[-1])
         ranges = [(place * width, (place + 1) * width) for place in range(count)]
-        return [self.graph.call_function(aten.slice.Tensor, (arrived, self._last_dim, *ends)) for ends in ranges]
+        return [self.graph.call_function(aten.slice.Tensor, (total, self._last_dim, *ends)) for ends in ranges]
 
     @property
     def _last_dim(self) -> int:
         return len(shape_of(self.old[self.layers.embedding])) - 1
 
-    def _joined(self, stream: fx.Node, number: int, summed: fx.Node, *, is_whole: bool = False) -> fx.Node:
-        """The stream after branch `number`, whose output (with that of those it shares a sum with) is `summed`."""
+    def _join(self, stream: fx.Node, number: int, branch_sum: fx.Node, *, is_whole: bool = False) -> fx.Node:
+        """The stream after branch `number`, whose output (with that of those it shares a sum with) is `branch_sum`."""
         branch = self.layers.branches[number - 1]
-        joined = self._add(stream, self._replayed(branch.post, summed, is_whole))
-        return self._replayed(branch.after, joined, is_whole)
+        total = self._add(stream, self._apply_replay(branch.post, branch_sum, is_whole))
+        return self._apply_replay(branch.after, total, is_whole)
 
-    def _replayed(self, replay: Replay | None, value: fx.Node, is_whole: bool) -> fx.Node:
+    def _apply_replay(self, replay: Replay | None, value: fx.Node, is_whole: bool) -> fx.Node:
         if replay is None:
             return value
         if is_whole:

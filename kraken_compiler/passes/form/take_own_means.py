@@ -32,8 +32,8 @@ class TakeOwnMeans(Pass[Planned]):
             if not means or read.own == read.peers == branch.reads:
                 continue
             matches += len(means)
-            made = {name: own_mean(nodes[name]) for name in branch.nodes if name in means}
-            branches[branch] = tuple(new for name in branch.nodes for new in made.get(name, [name]))
+            replacements = {name: own_mean(nodes[name]) for name in branch.nodes if name in means}
+            branches[branch] = tuple(new for name in branch.nodes for new in replacements.get(name, [name]))
         program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
         return PassResult(matches)

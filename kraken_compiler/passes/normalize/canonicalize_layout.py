@@ -51,7 +51,7 @@ class CanonicalizeLayout(Pass[Program]):
                 with program.graph.inserting_before(node):
                     replace(node, program.graph.call_function(_PERMUTE, (args_of(node)[0], permutation)))
                 matches += 1
-        matches += sum(_undone(node) for node in calls(program.graph, aten.squeeze.dim))
+        matches += sum(_drop_squeeze(node) for node in calls(program.graph, aten.squeeze.dim))
         matches += sum(_cut_out(node) for node in calls(program.graph, aten.narrow.default))
         matches += sum(_cut_up(node) for node in calls(program.graph, *_TENSOR_SPLITS))
         matches += sum(_broadcast(node) for node in calls(program.graph, aten.expand_as.default))
@@ -73,8 +73,8 @@ def _permutation(node: fx.Node) -> list[int] | None:
     if node.target is _PERMUTE:
         return [int(dim) % rank for dim in args_of(node)[1]]
     if node.target in _MOVES:
-        moved = args_of(node)[1:3]
-        source, target = ([dim] if isinstance(dim, int) else list(dim) for dim in moved)
+        dim_lists = args_of(node)[1:3]
+        source, target = ([dim] if isinstance(dim, int) else list(dim) for dim in dim_lists)
         places = dict(zip((dim % rank for dim in target), (dim % rank for dim in source)))
         rest = iter(dim for dim in dims if dim not in places.values())
         return [places[dim] if dim in places else next(rest) for dim in dims]
@@ -100,7 +100,7 @@ def _merge(node: fx.Node) -> bool:
     """Merge `node` with an operand of its own kind, or drop it if nothing changes."""
     operand = args_of(node)[0]
     assert isinstance(operand, fx.Node)
-    merged = False
+    is_merged = False
     while operand.target is node.target:
         if node.target is _PERMUTE:
             inner, outer = _permutation(operand), _permutation(node)
@@ -110,19 +110,19 @@ def _merge(node: fx.Node) -> bool:
         else:
             node.args = (args_of(operand)[0], argument(node, 1, "shape"))
         operand = args_of(node)[0]
-        merged = True
+        is_merged = True
     if node.target is _PERMUTE:
-        identity = _permutation(node) == list(range(len(shape_of(node))))
+        is_identity = _permutation(node) == list(range(len(shape_of(node))))
     else:
-        identity = same_shape(node, operand)
-    if identity:
+        is_identity = same_shape(node, operand)
+    if is_identity:
         node.replace_all_uses_with(operand)
         node.graph.erase_node(node)
-    return merged or identity
+    return is_merged or is_identity
 
 
-def _undone(node: fx.Node) -> bool:
-    """Drop a squeeze of what was unsqueezed; whoever writes in place through a squeezed view leaves such pairs."""
+def _drop_squeeze(node: fx.Node) -> bool:
+    """Drop a squeeze of what was unsqueezed; in-place writes through a squeezed view leave such pairs."""
     operand = args_of(node)[0]
     assert isinstance(operand, fx.Node)
     if operand.target is not aten.unsqueeze.default:
@@ -144,7 +144,7 @@ _UNSAFE: dict[Any, Any] = {
 
 
 def _resize(node: fx.Node) -> None:
-    """A view of another tensor's shape, whose sizes are read from that."""
+    """Rewrite a view of another tensor's shape as a reshape to sizes that are read from that."""
     operand, like = args_of(node)
     sizes: list[int | fx.Node] = []
     with node.graph.inserting_before(node):
@@ -152,14 +152,14 @@ def _resize(node: fx.Node) -> None:
             if isinstance(size, int):
                 sizes.append(size)
                 continue
-            read = node.graph.call_function(aten.sym_size.int, (like, dim))
-            read.meta["val"] = size
-            sizes.append(read)
+            size_node = node.graph.call_function(aten.sym_size.int, (like, dim))
+            size_node.meta["val"] = size
+            sizes.append(size_node)
         replace(node, node.graph.call_function(_RESHAPE, (operand, sizes)))
 
 
 def _cut_out(node: fx.Node) -> bool:
-    """A `narrow` between fixed places as the slice that it is."""
+    """Rewrite a `narrow` between fixed places as the slice that it is."""
     operand, dim, start, length = args_of(node)
     if not isinstance(start, int) or not isinstance(length, int) or isinstance(shape_of(operand)[dim], torch.SymInt):
         return False
@@ -173,12 +173,12 @@ _TENSOR_SPLITS = (aten.tensor_split.indices, aten.tensor_split.sections)
 
 
 def _cut_up(node: fx.Node) -> bool:
-    """The pieces of a `tensor_split` of a fixed size as the slices that they are."""
-    operand, where, dim = args_of(node)[0], args_of(node)[1], int(argument(node, 2, "dim", 0))
+    """Rewrite the pieces of a `tensor_split` of a fixed size as the slices that they are."""
+    operand, sections, dim = args_of(node)[0], args_of(node)[1], int(argument(node, 2, "dim", 0))
     whole = shape_of(operand)[dim]
     if not isinstance(whole, int) or not all(user.target is operator.getitem for user in node.users):
         return False
-    ends = [0, *_ends(where, whole), whole]
+    ends = [0, *_ends(sections, whole), whole]
     for piece in list(node.users):
         start, stop, _ = slice(*list(itertools.pairwise(ends))[args_of(piece)[1]]).indices(whole)
         with node.graph.inserting_before(piece):
@@ -187,12 +187,12 @@ def _cut_up(node: fx.Node) -> bool:
     return True
 
 
-def _ends(where: int | Iterable[int], whole: int) -> list[int]:
-    """Where all pieces but the last end; of a number of pieces, the first ones are one longer."""
-    if not isinstance(where, int):
-        return list(where)
-    length, longer = divmod(whole, where)
-    return list(itertools.accumulate(length + (piece < longer) for piece in range(where - 1)))
+def _ends(sections: int | Iterable[int], whole: int) -> list[int]:
+    """The ends of all pieces but the last; of a number of pieces, the first ones are one longer."""
+    if not isinstance(sections, int):
+        return list(sections)
+    length, longer = divmod(whole, sections)
+    return list(itertools.accumulate(length + (piece < longer) for piece in range(sections - 1)))
 
 
 _ELEMENTWISE = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})

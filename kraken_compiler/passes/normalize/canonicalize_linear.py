@@ -53,8 +53,8 @@ def _from_product(node: fx.Node, weights: set[fx.Node]) -> bool:
     if node.target is aten.addmm.default and any(argument(node, 9, name, 1) != 1 for name in ("beta", "alpha")):
         return False
     with node.graph.inserting_before(node):
-        turned = node.graph.call_function(aten.permute.default, (weight, [1, 0]))
-        operands = (x, turned) if bias is None else (x, turned, bias)
+        permuted_weight = node.graph.call_function(aten.permute.default, (weight, [1, 0]))
+        operands = (x, permuted_weight) if bias is None else (x, permuted_weight, bias)
         replace(node, node.graph.call_function(LINEAR, operands))
     return True
 

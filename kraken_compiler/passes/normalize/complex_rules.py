@@ -1,4 +1,4 @@
-"""How every operator on complex tensors is written with their real and imaginary parts.
+"""Rules that write every operator on complex tensors with their real and imaginary parts.
 
 A rule takes the arithmetic and a node, and gives a `Pair` for a complex result, a node for a real one, or None if the
 node's arguments are of a kind that it does not know.
@@ -89,8 +89,8 @@ class Arithmetic:
 
     def tensors(self, pair: Pair) -> tuple[fx.Node, fx.Node]:
         """Both parts as tensors of one shape."""
-        real, imag = self._filled(pair.real, pair.imag), self._filled(pair.imag, pair.real)
-        return self._widened(real, imag), self._widened(imag, real)
+        real, imag = self._fill(pair.real, pair.imag), self._fill(pair.imag, pair.real)
+        return self._broadcast(real, imag), self._broadcast(imag, real)
 
     def both(self, pair: Pair, like: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Both parts as tensors; of a number, as tensors of no dims in the element type of `like`."""
@@ -100,7 +100,7 @@ class Arithmetic:
         real, imag = (self.call(aten.full.default, [], part, dtype=dtype) for part in (pair.real, pair.imag))
         return real, imag
 
-    def finished(self, pair: Pair, like: fx.Node) -> Pair | None:
+    def parts_like(self, pair: Pair, like: fx.Node) -> Pair | None:
         """Parts of the shape and the element type of the complex tensor; None if they cannot be brought to it."""
         dtype = REAL_OF[value_of(like).dtype]
         if not isinstance(pair.real, fx.Node) and not isinstance(pair.imag, fx.Node):
@@ -116,13 +116,13 @@ class Arithmetic:
                 parts[place] = self.call(aten.to.dtype, part, dtype)
         return Pair(*parts)
 
-    def _filled(self, part: Part, other: Part) -> fx.Node:
+    def _fill(self, part: Part, other: Part) -> fx.Node:
         if isinstance(part, fx.Node):
             return part
         assert isinstance(other, fx.Node)
         return self.call(aten.full_like.default, other, part)
 
-    def _widened(self, part: fx.Node, other: fx.Node) -> fx.Node:
+    def _broadcast(self, part: fx.Node, other: fx.Node) -> fx.Node:
         """`part` broadcast to the shape that both have together."""
         both = torch.broadcast_shapes(shape_of(part), shape_of(other))  # type: ignore[no-untyped-call]
         if len(both) == len(shape_of(part)) and all(a is b or a == b for a, b in zip(both, shape_of(part))):
@@ -214,7 +214,7 @@ def _power(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
     return result
 
 
-def _turned(arithmetic: Arithmetic, length: Part, angle: Part) -> Pair | None:
+def _from_polar(arithmetic: Arithmetic, length: Part, angle: Part) -> Pair | None:
     if not isinstance(angle, fx.Node):
         return Pair(length, 0.0) if angle == 0.0 else None
     cos, sin = (arithmetic.call(function, angle) for function in (aten.cos.default, aten.sin.default))
@@ -224,13 +224,13 @@ def _turned(arithmetic: Arithmetic, length: Part, angle: Part) -> Pair | None:
 
 
 def _polar(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
-    return _turned(arithmetic, *args_of(node)[:2])
+    return _from_polar(arithmetic, *args_of(node)[:2])
 
 
 def _exp(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
     pair = arithmetic.pair(args_of(node)[0])
     length = arithmetic.call(aten.exp.default, pair.real) if isinstance(pair.real, fx.Node) else 1.0
-    return _turned(arithmetic, length, pair.imag)
+    return _from_polar(arithmetic, length, pair.imag)
 
 
 def _complex(arithmetic: Arithmetic, node: fx.Node) -> Pair:
@@ -266,7 +266,7 @@ def _angle(arithmetic: Arithmetic, node: fx.Node) -> fx.Node:
 
 
 def _cast(arithmetic: Arithmetic, node: fx.Node) -> Pair | fx.Node:
-    """To another complex type, from a real one, or to a real one, which drops the imaginary part."""
+    """A cast to another complex type, from a real one, or to a real one, which drops the imaginary part."""
     pair, dtype = arithmetic.pair(args_of(node)[0]), value_of(node).dtype
     return pair if dtype.is_complex else arithmetic.call(aten.to.dtype, arithmetic.tensors(pair)[0], dtype)
 
@@ -290,10 +290,10 @@ def _part_by_part(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
     )
 
 
-def _joined(arithmetic: Arithmetic, node: fx.Node) -> Pair:
+def _join(arithmetic: Arithmetic, node: fx.Node) -> Pair:
     tensors, *rest = args_of(node)
     parts = [arithmetic.tensors(arithmetic.pair(tensor)) for tensor in tensors]
-    real, imag = (arithmetic.call(node.target, list(mine), *rest, **node.kwargs) for mine in zip(*parts))
+    real, imag = (arithmetic.call(node.target, list(group), *rest, **node.kwargs) for group in zip(*parts))
     return Pair(real, imag)
 
 
@@ -316,7 +316,7 @@ def _bilinear(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
     )
 
 
-def _expanded(arithmetic: Arithmetic, node: fx.Node) -> Pair:
+def _expand_as(arithmetic: Arithmetic, node: fx.Node) -> Pair:
     """`expand_as`: to the shape of a tensor whose numbers do not count."""
     like = arithmetic.pair(args_of(node)[1])
     shape = like.real if isinstance(like.real, fx.Node) else like.imag
@@ -331,11 +331,11 @@ def _expanded(arithmetic: Arithmetic, node: fx.Node) -> Pair:
 def _where(arithmetic: Arithmetic, node: fx.Node) -> Pair:
     condition, *choices = args_of(node)
     parts = [arithmetic.both(arithmetic.pair(choice), node) for choice in choices]
-    real, imag = (arithmetic.call(aten.where.self, condition, *mine) for mine in zip(*parts))
+    real, imag = (arithmetic.call(aten.where.self, condition, *group) for group in zip(*parts))
     return Pair(real, imag)
 
 
-def _created(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
+def _create(arithmetic: Arithmetic, node: fx.Node) -> Pair | None:
     """Ones, zeros, or a number everywhere."""
     args = list(args_of(node))
     number = complex(args.pop()) if node.target in (aten.full.default, aten.full_like.default) else None
@@ -386,17 +386,17 @@ def _rules() -> dict[Any, Rule]:
             *(aten._to_copy.default, aten.type_as.default),
         ),
         _size: (aten.sym_size.int,),
-        _joined: (aten.cat.default, aten.stack.default),
+        _join: (aten.cat.default, aten.stack.default),
         _where: (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
         _bilinear: (aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.outer.default),
-        _expanded: (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default),
-        _created: (
+        _expand_as: (aten.expand_as.default, aten.view_as.default, aten.reshape_as.default),
+        _create: (
             *(aten.ones.default, aten.zeros.default, aten.full.default),
             *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
         ),
         _part_by_part: _LINEAR,
     }
-    return {target: rule for rule, mine in rules.items() for target in mine}
+    return {target: rule for rule, targets in rules.items() for target in targets}
 
 
 _LINEAR = (

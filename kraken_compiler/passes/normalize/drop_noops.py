@@ -111,21 +111,21 @@ def _drop_empty_operands(node: fx.Node) -> bool:
     torch also lets an empty tensor of one dim stand among tensors of any shape: caches that hold nothing yet.
     """
     tensors, dim, rank = args_of(node)[0], int(argument(node, 1, "dim", 0)), len(shape_of(node))
-    shaped = [tensor for tensor in tensors if len(shape_of(tensor)) == rank]
-    full = [tensor for tensor in shaped if not same_size(shape_of(tensor)[dim], 0)] or shaped[:1]
+    same_rank = [tensor for tensor in tensors if len(shape_of(tensor)) == rank]
+    full = [tensor for tensor in same_rank if not same_size(shape_of(tensor)[dim], 0)] or same_rank[:1]
     if len(full) == len(tensors):
         return False
     with node.graph.inserting_before(node):
-        kept = full[0] if len(full) == 1 else node.graph.call_function(aten.cat.default, (full, dim))
+        new = full[0] if len(full) == 1 else node.graph.call_function(aten.cat.default, (full, dim))
         # An empty tensor has a say in the element type.
         dtype = functools.reduce(torch.promote_types, (value_of(tensor).dtype for tensor in full))
         if dtype != value_of(node).dtype:
-            kept = node.graph.call_function(aten.to.dtype, (kept, value_of(node).dtype))
-    if kept in full:
-        node.replace_all_uses_with(kept)
+            new = node.graph.call_function(aten.to.dtype, (new, value_of(node).dtype))
+    if new in full:
+        node.replace_all_uses_with(new)
         node.graph.erase_node(node)
     else:
-        replace(node, kept)
+        replace(node, new)
     return True
 
 

@@ -109,8 +109,8 @@ def _follow(softmax: fx.Node) -> fx.Node | Rejection | None:
             is_product_near = any(one.target in _PRODUCTS for one in user.users)
             return near_miss(f"'{user.target}' changes the probabilities", user) if is_product_near else None
         node = user
-    read = any(user.target in _PRODUCTS for user in node.users)
-    return near_miss("probabilities are read by more than one product", node) if read else None
+    has_product = any(user.target in _PRODUCTS for user in node.users)
+    return near_miss("probabilities are read by more than one product", node) if has_product else None
 
 
 def _sink_column(softmax: fx.Node) -> fx.Node | None:
@@ -127,15 +127,15 @@ def _sink_column(softmax: fx.Node) -> fx.Node | None:
     rank = len(shape_of(softmax))
     along = (int(dim or 0) % rank, int(argument(node, 1, "dim", 0)) % rank)
     columns = [shape_of(part)[-1] for part in args_of(node)[0]]
-    whole = along == (rank - 1, rank - 1) and start in (None, 0) and end == -1
-    return node if whole and len(columns) == 2 and same_size(columns[1], 1) else None
+    is_cut_off = along == (rank - 1, rank - 1) and start in (None, 0) and end == -1
+    return node if is_cut_off and len(columns) == 2 and same_size(columns[1], 1) else None
 
 
 def _parse_sinks(column: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
-    scored, sinks = args_of(column)[0]
+    scores_node, sinks = args_of(column)[0]
     while sinks.target in (aten.expand.default, aten.reshape.default, aten.unsqueeze.default, *_CASTS):
         sinks = args_of(sinks)[0]
-    scores = _parse(scored, graph)
+    scores = _parse(scores_node, graph)
     if isinstance(scores, Rejection):
         return scores
     if scores.sizes is not None or sinks.op != "placeholder":
@@ -182,8 +182,8 @@ def _parse(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _parse_computed_scale(node, graph)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        for scored, bias in (args_of(node)[:2], args_of(node)[1::-1]):
-            scores = _parse(scored, graph) if _is_tensor(scored) else near_miss("a number", node)
+        for scores_node, bias in (args_of(node)[:2], args_of(node)[1::-1]):
+            scores = _parse(scores_node, graph) if _is_tensor(scores_node) else near_miss("a number", node)
             if not isinstance(scores, Rejection):
                 old = scores.bias
                 scores.bias = bias if old is None else graph.call_function(aten.add.Tensor, (old, bias))
@@ -197,14 +197,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _parse_computed_scale(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
-    """A number that the graph computes, or one for all keys (a learned temperature per head), scales the queries."""
+    """Scale the queries by a number that the graph computes, or one for all keys (a learned temperature per head)."""
     pairs = [args_of(node)[:2]] if node.target is aten.div.Tensor else [args_of(node)[:2], args_of(node)[1::-1]]
-    for scored, factor in pairs:
+    for scores_node, factor in pairs:
         shape = shape_of(factor) if isinstance(factor, fx.Node) and is_tensor(factor) else ()
         is_for_all_keys = isinstance(factor, fx.Node) and not (shape and not same_size(shape[-1], 1))
-        if not is_for_all_keys or not _is_tensor(scored):
+        if not is_for_all_keys or not _is_tensor(scores_node):
             continue
-        scores = _parse(scored, graph)
+        scores = _parse(scores_node, graph)
         if isinstance(scores, Rejection):
             continue
         if scores.softcap or (shape and scores.sizes is not None):
@@ -235,14 +235,14 @@ def _parse_softcap(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
 def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     """where(keep, scores, low) and masked_fill(scores, drop, low), `low` a number or a tensor of one number."""
     if node.target in (aten.where.self, aten.where.ScalarOther):
-        condition, scored, low = args_of(node)[:3]
+        condition, scores_node, low = args_of(node)[:3]
         keep = True
     elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        scored, condition, low = args_of(node)[:3]
+        scores_node, condition, low = args_of(node)[:3]
         keep = False
     else:
         return near_miss(f"'{node.target}' is between the softmax and a product of queries and keys", node)
-    scores = _parse(scored, graph) if _is_tensor(scored) else near_miss("what is masked is a number", node)
+    scores = _parse(scores_node, graph) if _is_tensor(scores_node) else near_miss("what is masked is a number", node)
     if isinstance(scores, Rejection):
         return scores
     dtype = value_of(scores.query).dtype
@@ -255,21 +255,21 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
 
 
 def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
-    bias, (query, turned) = None, args_of(node)[:2]
+    bias, (query, transposed_key) = None, args_of(node)[:2]
     scale = 1.0
     if node.target is aten.baddbmm.default:
-        bias, query, turned = args_of(node)[:3]
+        bias, query, transposed_key = args_of(node)[:3]
         options: dict[str, Any] = dict(node.kwargs)
         scale, beta = float(options.get("alpha", 1.0)), options.get("beta", 1.0)
         if beta == 0:
             bias = None
         elif beta != 1:
             bias = graph.call_function(aten.mul.Tensor, (bias, beta))
-    rank = len(shape_of(turned))
+    rank = len(shape_of(transposed_key))
     if len(shape_of(query)) not in (3, 4) or rank != len(shape_of(query)):
         return near_miss("queries and keys are not both of three or of four dims", node)
     swap = [*range(rank - 2), rank - 1, rank - 2]
-    return _Scores(query, graph.call_function(aten.permute.default, (turned, swap)), scale, bias)
+    return _Scores(query, graph.call_function(aten.permute.default, (transposed_key, swap)), scale, bias)
 
 
 def _cast(node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:

@@ -29,8 +29,10 @@ class FuseExperts(Pass[Program]):
 
     def run(self, program: Program) -> PassResult:
         weights = weight_derived(program)
-        found = [_fuse(node, weights) for node in calls(program.graph, aten.squeeze.dim)]
-        return PassResult.of([*found, *(_absorb_bias(node, weights) for node in calls(program.graph, EXPERT_LINEAR))])
+        outcomes = [_fuse(node, weights) for node in calls(program.graph, aten.squeeze.dim)]
+        return PassResult.of(
+            [*outcomes, *(_absorb_bias(node, weights) for node in calls(program.graph, EXPERT_LINEAR))]
+        )
 
 
 def _fuse(node: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
@@ -38,18 +40,18 @@ def _fuse(node: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
     if product.target not in (aten.bmm.default, aten.matmul.default) or len(shape_of(product)) != 3:
         return False
     left, right = args_of(product)[:2]
-    squeezed = int(args_of(node)[1]) % 3
+    squeeze_dim = int(args_of(node)[1]) % 3
     # W x with a column x, or x W with a row x.
-    picked, column, transposed = (left, right, False) if squeezed == 2 else (right, left, True)
-    found = _picked(picked, weights, rank=3)
-    if squeezed == 0 or found is None:
+    weight, column, transposed = (left, right, False) if squeeze_dim == 2 else (right, left, True)
+    lookup = _stack_lookup(weight, weights, rank=3)
+    if squeeze_dim == 0 or lookup is None:
         return False
     if column.target is not aten.unsqueeze.default:
         return near_miss("what is multiplied with the weights of experts is no row made a column", product)
     x = args_of(column)[0]
-    if len(shape_of(x)) != 2 or int(args_of(column)[1]) % 3 != squeezed:
+    if len(shape_of(x)) != 2 or int(args_of(column)[1]) % 3 != squeeze_dim:
         return near_miss("what is multiplied with the weights of experts is not one row for each", product)
-    stack, experts = found
+    stack, experts = lookup
     with node.graph.inserting_before(node):
         if transposed:
             stack = node.graph.call_function(aten.permute.default, (stack, [0, 2, 1]))
@@ -63,17 +65,17 @@ def _absorb_bias(node: fx.Node, weights: set[fx.Node]) -> bool:
     (user,) = node.users
     if user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
         return False
-    found = _picked(args_of(user)[1] if args_of(user)[0] is node else args_of(user)[0], weights, rank=2)
+    lookup = _stack_lookup(args_of(user)[1] if args_of(user)[0] is node else args_of(user)[0], weights, rank=2)
     x, stack, _, experts = args_of(node)
-    if found is None or found[1] is not experts:
+    if lookup is None or lookup[1] is not experts:
         return False
     with node.graph.inserting_before(user):
-        replace(user, node.graph.call_function(EXPERT_LINEAR, (x, stack, found[0], experts)))
+        replace(user, node.graph.call_function(EXPERT_LINEAR, (x, stack, lookup[0], experts)))
     node.graph.erase_node(node)
     return True
 
 
-def _picked(node: object, weights: set[fx.Node], rank: int) -> tuple[fx.Node, fx.Node] | None:
+def _stack_lookup(node: object, weights: set[fx.Node], rank: int) -> tuple[fx.Node, fx.Node] | None:
     """The stack and the row numbers that `node` picks of it by its first dim."""
     if not isinstance(node, fx.Node) or not is_tensor(node) or len(shape_of(node)) != rank:
         return None

@@ -52,12 +52,12 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
         x, last = narrow, cast
     width = shape_of(x)[-1]
     weight = None
-    scaled = _only_user(last)
-    if scaled is not None and scaled.target is aten.mul.Tensor:
-        other = args_of(scaled)[1] if args_of(scaled)[0] is last else args_of(scaled)[0]
+    product = _only_user(last)
+    if product is not None and product.target is aten.mul.Tensor:
+        other = args_of(product)[1] if args_of(product)[0] is last else args_of(product)[0]
         if isinstance(other, fx.Node) and other in weights and shape_of(other) == (width,):
-            same_dtype = value_of(other).dtype == value_of(x).dtype == value_of(scaled).dtype
-            weight, last = (other, scaled) if same_dtype else (None, last)
+            same_dtype = value_of(other).dtype == value_of(x).dtype == value_of(product).dtype
+            weight, last = (other, product) if same_dtype else (None, last)
     with last.graph.inserting_before(last):
         replace(last, last.graph.call_function(aten.rms_norm.default, (x, [width], weight, epsilon)))
     return True
@@ -65,14 +65,14 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
 
 def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | Rejection | None:
     """x and eps of rsqrt(mean(x * x, -1, keepdim) + eps); None if it is no root of a mean."""
-    shifted = args_of(rsqrt)[0]
-    if not isinstance(shifted, fx.Node) or shifted.target is not aten.add.Tensor:
+    radicand = args_of(rsqrt)[0]
+    if not isinstance(radicand, fx.Node) or radicand.target is not aten.add.Tensor:
         return None
-    mean, epsilon = args_of(shifted)[:2]
+    mean, epsilon = args_of(radicand)[:2]
     if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
         return None
     if not isinstance(epsilon, float):
-        return near_miss("the epsilon of a norm is no plain number", shifted)
+        return near_miss("the epsilon of a norm is no plain number", radicand)
     square, dims = args_of(mean)[:2]
     rank = len(shape_of(mean))
     if [dim % rank for dim in dims] != [rank - 1] or argument(mean, 2, "keepdim", False) is not True:

@@ -24,36 +24,36 @@ class HoistSizes(Pass[Program]):
     name: ClassVar[str] = "hoist-sizes"
 
     def run(self, program: Program) -> PassResult:
-        homes = _homes(program)
-        hoisted: dict[Any, fx.Node] = {}
+        sources = _size_sources(program)
+        size_nodes: dict[Any, fx.Node] = {}
         matches = 0
         last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
         for node in calls(program.graph, aten.sym_size.int):
             size = node.meta["val"]
             expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            if expression not in homes:
+            if expression not in sources:
                 continue
-            if expression not in hoisted:
-                if args_of(node) == homes[expression]:
+            if expression not in size_nodes:
+                if args_of(node) == sources[expression]:
                     last.append(node)
-                    last = hoisted[expression] = node
+                    last = size_nodes[expression] = node
                     continue
                 with program.graph.inserting_after(last):
-                    last = hoisted[expression] = program.graph.call_function(aten.sym_size.int, homes[expression])
+                    last = size_nodes[expression] = program.graph.call_function(aten.sym_size.int, sources[expression])
                 last.meta["val"] = size
-            node.replace_all_uses_with(hoisted[expression])
+            node.replace_all_uses_with(size_nodes[expression])
             program.graph.erase_node(node)
             matches += 1
         return PassResult(matches)
 
 
-def _homes(program: Program) -> dict[Any, tuple[fx.Node, int]]:
-    """For every symbolic size, the first input and dim that has it."""
+def _size_sources(program: Program) -> dict[Any, tuple[fx.Node, int]]:
+    """The first input and dim that has each symbolic size."""
     names = {spec.name for spec in program.inputs}
-    homes: dict[Any, tuple[fx.Node, int]] = {}
+    sources: dict[Any, tuple[fx.Node, int]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names:
             for dim, size in enumerate(shape_of(node)):
                 if isinstance(size, torch.SymInt):
-                    homes.setdefault(size.node.expr, (node, dim))
-    return homes
+                    sources.setdefault(size.node.expr, (node, dim))
+    return sources

@@ -37,8 +37,8 @@ class InlineRegions(Pass[Program]):
                     return PassResult(matches, (Rejection(reason, (region.name,), module_path(region), hint),))
                 _inline(program.module, region)
                 matches += 1
-        branching = [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]
-        return PassResult(matches, tuple(map(_reject, branching[:1])))
+        branching_nodes = [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]
+        return PassResult(matches, tuple(map(_reject, branching_nodes[:1])))
 
 
 def _reject(node: fx.Node) -> Rejection:

@@ -36,26 +36,26 @@ def _lower(norm: fx.Node) -> None:
     x, weight, bias, mean, variance, _, _, epsilon = args_of(norm)[:8]
     graph, mode, dtype = norm.graph, fake_mode_of(norm.graph), value_of(norm).dtype
     # As in the norm's own kernel, half-precision values are scaled in float32.
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    along = [-1, *[1] * (len(shape_of(norm)) - 2)]
+    wide_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    channel_shape = [-1, *[1] * (len(shape_of(norm)) - 2)]
 
     def call(target: Any, *args: object) -> fx.Node:
         node = graph.call_function(target, args)  # type: ignore[arg-type]
         node.meta["nn_module_stack"] = norm.meta.get("nn_module_stack", {})
         return compute_shape(node, mode)
 
-    def widened(node: fx.Node) -> fx.Node:
-        return node if value_of(node).dtype == wide else call(aten.to.dtype, node, wide)
+    def widen(node: fx.Node) -> fx.Node:
+        return node if value_of(node).dtype == wide_dtype else call(aten.to.dtype, node, wide_dtype)
 
     with graph.inserting_before(norm):
-        factor = call(aten.rsqrt.default, call(aten.add.Tensor, widened(variance), epsilon))
+        factor = call(aten.rsqrt.default, call(aten.add.Tensor, widen(variance), epsilon))
         if weight is not None:
-            factor = call(aten.mul.Tensor, factor, widened(weight))
-        summand = call(aten.neg.default, call(aten.mul.Tensor, widened(mean), factor))
+            factor = call(aten.mul.Tensor, factor, widen(weight))
+        summand = call(aten.neg.default, call(aten.mul.Tensor, widen(mean), factor))
         if bias is not None:
-            summand = call(aten.add.Tensor, widened(bias), summand)
-        result = call(aten.mul.Tensor, widened(x), call(aten.reshape.default, factor, along))
-        result = call(aten.add.Tensor, result, call(aten.reshape.default, summand, along))
-        if wide != dtype:
+            summand = call(aten.add.Tensor, widen(bias), summand)
+        result = call(aten.mul.Tensor, widen(x), call(aten.reshape.default, factor, channel_shape))
+        result = call(aten.add.Tensor, result, call(aten.reshape.default, summand, channel_shape))
+        if wide_dtype != dtype:
             result = call(aten.to.dtype, result, dtype)
     replace(norm, result)

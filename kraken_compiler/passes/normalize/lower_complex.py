@@ -31,15 +31,17 @@ class LowerComplex(Pass[Program]):
 
     def run(self, program: Program) -> PassResult:
         graph = program.graph
-        needed = ancestors(graph.output_node())
-        nodes = [node for node in graph.nodes if node in needed]
+        needed_nodes = ancestors(graph.output_node())
+        nodes = [node for node in graph.nodes if node in needed_nodes]
         if not any(is_complex(node.meta.get("val")) for node in nodes):
             return PassResult()
         arithmetic = Arithmetic(graph, fake_mode_of(graph), graph.output_node())
         matches = 0
         for node in nodes:
-            lowered = is_complex(node.meta.get("val")) or any(one in arithmetic.pairs for one in node.all_input_nodes)
-            if not lowered:
+            is_affected = is_complex(node.meta.get("val")) or any(
+                one in arithmetic.pairs for one in node.all_input_nodes
+            )
+            if not is_affected:
                 continue
             fault = _weight(program, node, arithmetic) if node.op == "placeholder" else _lower(node, arithmetic)
             if fault is not None:
@@ -65,8 +67,8 @@ def _lower(node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:
         )
     arithmetic.node = node
     if node.target is operator.getitem:
-        several, place = arithmetic.pairs[args_of(node)[0]], args_of(node)[1]
-        parts = (several.real, several.imag)
+        pair, place = arithmetic.pairs[args_of(node)[0]], args_of(node)[1]
+        parts = (pair.real, pair.imag)
         result: Pair | fx.Node | None = Pair(
             *(arithmetic.call(operator.getitem, part, place) if isinstance(part, fx.Node) else part for part in parts)
         )
@@ -78,7 +80,7 @@ def _lower(node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:
         arithmetic.graph.erase_node(node)
         return None
     if result is not None and isinstance(node.meta["val"], torch.Tensor):
-        result = arithmetic.finished(result, node)
+        result = arithmetic.parts_like(result, node)
     if result is None:
         return _reject(f"it computes with complex numbers, and '{node.target}' has no form in real ones here", node)
     arithmetic.pairs[node] = result
@@ -86,7 +88,7 @@ def _lower(node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:
 
 
 def _weight(program: Program, node: fx.Node, arithmetic: Arithmetic) -> Rejection | None:
-    """Two real constants in the place of a complex one."""
+    """Put two real constants in the place of a complex one."""
     spec = program.weights.get(node.name)
     if spec is None:
         return _reject("it takes a complex input", node)
@@ -95,8 +97,8 @@ def _weight(program: Program, node: fx.Node, arithmetic: Arithmetic) -> Rejectio
         return _reject(f"its {spec.kind} '{spec.source}' is complex, and only real weights can be divided", node, hint)
     value = program.constants[spec.source].resolve_conj()
     parts = {"real": value.real.contiguous(), "imag": value.imag.resolve_neg().contiguous()}
-    made = [_part(program, node, spec, name, part) for name, part in parts.items()]
-    arithmetic.pairs[node] = Pair(*made)
+    placeholders = [_part(program, node, spec, name, part) for name, part in parts.items()]
+    arithmetic.pairs[node] = Pair(*placeholders)
     return None
 
 
@@ -106,14 +108,16 @@ def _part(program: Program, node: fx.Node, spec: WeightSpec, name: str, value: t
     while source in {other.source for other in program.weights.values()}:
         source += "_part"
     with program.graph.inserting_before(node):
-        made = program.graph.placeholder(f"{node.name}_{name}")
-    made.target = made.name
+        placeholder = program.graph.placeholder(f"{node.name}_{name}")
+    placeholder.target = placeholder.name
     with fake_mode_of(program.graph):
-        made.meta["val"] = torch.empty(spec.shape, dtype=dtype)
+        placeholder.meta["val"] = torch.empty(spec.shape, dtype=dtype)
     program.constants[source] = value
-    own = replace(spec, name=made.name, source=source, dtype=str(dtype).removeprefix("torch."), kind="constant")
-    _insert_before(program.weights, node.name, own)
-    return made
+    part_spec = replace(
+        spec, name=placeholder.name, source=source, dtype=str(dtype).removeprefix("torch."), kind="constant"
+    )
+    _insert_before(program.weights, node.name, part_spec)
+    return placeholder
 
 
 def _insert_before(table: dict[str, WeightSpec], name: str, spec: WeightSpec) -> None:

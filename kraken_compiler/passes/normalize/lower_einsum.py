@@ -39,8 +39,8 @@ class LowerEinsum(Pass[Program]):
                 (x, left), (other, right) = (other, right), (x, left)
             with program.graph.inserting_before(node):
                 builder = _Builder(program.graph, dict(zip(left, x_sizes(x))) | dict(zip(right, x_sizes(other))))
-                lowered = builder.linear if other in weights else builder.matmul
-                new = lowered(x, left, other, right, out)
+                build = builder.linear if other in weights else builder.matmul
+                new = build(x, left, other, right, out)
             if new is not None:
                 replace(node, new)
                 matches += 1
@@ -58,19 +58,21 @@ class _Builder:
     sizes: dict[str, Any]
 
     def linear(self, x: fx.Node, left: str, weight: fx.Node, right: str, out: str) -> fx.Node | None:
-        """x and a weight that share only contracted letters."""
+        """Write x and a weight that share only contracted letters as a linear."""
         contracted = [letter for letter in left if letter in right]
-        kept = [letter for letter in left if letter not in right]
-        made = [letter for letter in right if letter not in left]
-        if any(letter in out for letter in contracted) or set(kept + made) != set(out):
+        free_left = [letter for letter in left if letter not in right]
+        free_right = [letter for letter in right if letter not in left]
+        if any(letter in out for letter in contracted) or set(free_left + free_right) != set(out):
             return None
-        x = self._reshaped(self._permuted(x, left, kept + contracted), [*kept, tuple(contracted)])
-        matrix = self._reshaped(self._permuted(weight, right, made + contracted), [tuple(made), tuple(contracted)])
+        x = self._reshape(self._permute(x, left, free_left + contracted), [*free_left, tuple(contracted)])
+        matrix = self._reshape(
+            self._permute(weight, right, free_right + contracted), [tuple(free_right), tuple(contracted)]
+        )
         product = self.graph.call_function(LINEAR, (x, matrix))
-        return self._permuted(self._reshaped(product, kept + made), "".join(kept + made), list(out))
+        return self._permute(self._reshape(product, free_left + free_right), "".join(free_left + free_right), list(out))
 
     def matmul(self, x: fx.Node, left: str, other: fx.Node, right: str, out: str) -> fx.Node | None:
-        """Two activations with shared batch letters, one contracted letter, and one free letter each."""
+        """Write two activations with shared batch letters, one contracted and one free letter each as a matmul."""
         shared = [letter for letter in left if letter in right and letter in out]
         contracted = [letter for letter in left if letter in right and letter not in out]
         rows = [letter for letter in left if letter not in right]
@@ -80,17 +82,17 @@ class _Builder:
         product = self.graph.call_function(
             aten.matmul.default,
             (
-                self._permuted(x, left, shared + rows + contracted),
-                self._permuted(other, right, shared + contracted + columns),
+                self._permute(x, left, shared + rows + contracted),
+                self._permute(other, right, shared + contracted + columns),
             ),
         )
-        return self._permuted(product, "".join(shared + rows + columns), list(out))
+        return self._permute(product, "".join(shared + rows + columns), list(out))
 
-    def _permuted(self, node: fx.Node, have: str, want: list[str]) -> fx.Node:
-        order = [have.index(letter) for letter in want]
+    def _permute(self, node: fx.Node, source: str, target: list[str]) -> fx.Node:
+        order = [source.index(letter) for letter in target]
         return self.graph.call_function(aten.permute.default, (node, order))
 
-    def _reshaped(self, node: fx.Node, dims: list[Any]) -> fx.Node:
+    def _reshape(self, node: fx.Node, dims: list[Any]) -> fx.Node:
         return self.graph.call_function(aten.reshape.default, (node, [self._size(dim) for dim in dims]))
 
     def _size(self, dim: Any) -> Any:

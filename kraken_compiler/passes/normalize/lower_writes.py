@@ -35,10 +35,10 @@ class LowerWrites(Pass[Program]):
 
     def run(self, program: Program) -> PassResult:
         mode = fake_mode_of(program.graph)
-        written: dict[fx.Node, tuple[Any, fx.Node]] = {}
-        matches = sum(_Write(node, mode, written).lower() for node in calls(program.graph, *_WRITES))
+        writes: dict[fx.Node, tuple[Any, fx.Node]] = {}
+        matches = sum(_Write(node, mode, writes).lower() for node in calls(program.graph, *_WRITES))
         return PassResult(
-            matches + sum(_Write(node, mode, written).read() for node in calls(program.graph, aten.slice.Tensor))
+            matches + sum(_Write(node, mode, writes).read() for node in calls(program.graph, aten.slice.Tensor))
         )
 
 
@@ -49,31 +49,31 @@ class _Write:
     Attributes:
         node: The operator.
         mode: The mode of the graph's fake tensors.
-        written: Which part of a concatenation that replaced a write was written, and what stands there.
+        writes: By concatenation that replaced a write, the part of it that was written, and what stands there.
     """
 
     node: fx.Node
     mode: FakeTensorMode
-    written: dict[fx.Node, tuple[Any, fx.Node]]
+    writes: dict[fx.Node, tuple[Any, fx.Node]]
 
     def lower(self) -> bool:
         node, target = self.node, self.node.target
         new: fx.Node | None
         if target in (aten.copy.default, aten.fill.Scalar, aten.fill.Tensor):
-            new = self._filled(*args_of(node)[:2])
+            new = self._fill(*args_of(node)[:2])
         elif target is aten.zero.default:
-            new = self._filled(args_of(node)[0], 0)
+            new = self._fill(args_of(node)[0], 0)
         elif target is aten.index_put.default:
             into, indices, value = args_of(node)[:3]
-            new = self._chosen(into, indices, value, bool(argument(node, 3, "accumulate", False)))
+            new = self._choose(into, indices, value, bool(argument(node, 3, "accumulate", False)))
         elif target is aten.select_scatter.default:
             into, source, dim, index = args_of(node)[:4]
-            new = self._selected(into, source, int(dim) % len(shape_of(node)), index)
+            new = self._select(into, source, int(dim) % len(shape_of(node)), index)
         else:
             into, source = args_of(node)[:2]
             dim = int(argument(node, 2, "dim", 0)) % len(shape_of(node))
             start, end, step = argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1)
-            new = self._scattered(into, source, dim, start, end, step)
+            new = self._scatter(into, source, dim, start, end, step)
         if new is None:
             return False
         replace(node, new)
@@ -84,8 +84,8 @@ class _Write:
         node = self.node
         into, dim = args_of(node)[0], int(argument(node, 1, "dim", 0)) % len(shape_of(node))
         part = _part(dim, *(argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))))
-        if into in self.written and self.written[into][0] == part:
-            self._read_as(self.written[into][1])
+        if into in self.writes and self.writes[into][0] == part:
+            self._read_as(self.writes[into][1])
             return True
         whole = into.target is aten.cat.default and int(argument(into, 1, "dim", 0)) % len(shape_of(into)) == dim
         size = shape_of(into)[dim]
@@ -113,8 +113,8 @@ class _Write:
     def _cast(self, source: fx.Node, dtype: torch.dtype) -> fx.Node:
         return source if value_of(source).dtype == dtype else self._call(aten.to.dtype, source, dtype)
 
-    def _filled(self, into: fx.Node, source: fx.Node | float) -> fx.Node:
-        """Everything of `into` becomes `source`, broadcast."""
+    def _fill(self, into: fx.Node, source: fx.Node | float) -> fx.Node:
+        """Overwrite everything of `into` with `source`, broadcast."""
         if not isinstance(source, fx.Node):
             return self._call(aten.full_like.default, into, source)
         source = self._cast(source, value_of(into).dtype)
@@ -126,8 +126,8 @@ class _Write:
             for dim, size in enumerate(shape_of(node))
         ]
 
-    def _chosen(self, into: fx.Node, indices: list[Any], value: fx.Node, accumulate: bool) -> fx.Node | None:
-        """One value, or one for every place of the dims behind the mask's, wherever the mask is true."""
+    def _choose(self, into: fx.Node, indices: list[Any], value: fx.Node, accumulate: bool) -> fx.Node | None:
+        """Write one value, or one for every place of the dims behind the mask's, wherever the mask is true."""
         *before, mask = indices
         if accumulate or any(index is not None for index in before) or value_of(mask).dtype != torch.bool:
             return None
@@ -140,20 +140,20 @@ class _Write:
             value = self._call(aten.reshape.default, value, [])
         return self._call(aten.where.self, mask, self._cast(value, value_of(into).dtype), into)
 
-    def _selected(self, into: fx.Node, source: fx.Node, dim: int, index: Any) -> fx.Node | None:
+    def _select(self, into: fx.Node, source: fx.Node, dim: int, index: Any) -> fx.Node | None:
         size = shape_of(into)[dim]
         if not isinstance(index, int) or (index < 0 and not isinstance(size, int)):
             return None
         index = index % int(size) if index < 0 else index
-        return self._scattered(into, self._call(aten.unsqueeze.default, source, dim), dim, index, index + 1, 1)
+        return self._scatter(into, self._call(aten.unsqueeze.default, source, dim), dim, index, index + 1, 1)
 
-    def _scattered(self, into: fx.Node, source: fx.Node, dim: int, start: Any, end: Any, step: Any) -> fx.Node | None:
+    def _scatter(self, into: fx.Node, source: fx.Node, dim: int, start: Any, end: Any, step: Any) -> fx.Node | None:
         size = shape_of(into)[dim]
         source = self._cast(source, value_of(into).dtype)
         if same_shape(source, into):
             return source
         if isinstance(size, int) and step != 1:
-            return self._strided(into, source, dim, int(start or 0), end, step)
+            return self._scatter_strided(into, source, dim, int(start or 0), end, step)
         if step != 1:
             return None
         part = _part(dim, start, end, step)
@@ -168,11 +168,13 @@ class _Write:
         pieces += [source]
         pieces += [] if stop else [self._slice(into, dim, end, None)]
         new = self._call(aten.cat.default, pieces, dim)
-        self.written[new] = (part, source)
+        self.writes[new] = (part, source)
         return new
 
-    def _strided(self, into: fx.Node, source: fx.Node, dim: int, start: int, end: Any, step: int) -> fx.Node | None:
-        """Every `step`-th element of all: a column of a table with `step` columns."""
+    def _scatter_strided(
+        self, into: fx.Node, source: fx.Node, dim: int, start: int, end: Any, step: int
+    ) -> fx.Node | None:
+        """Write every `step`-th element of all: a column of a table with `step` columns."""
         shape = self._sizes(into)
         size = int(shape[dim])
         column = slice(start, end).indices(size)[0]
@@ -180,13 +182,13 @@ class _Write:
             return None
         table = self._call(aten.reshape.default, into, [*shape[:dim], size // step, step, *shape[dim + 1 :]])
         # What was written before, by the same rule, is read from there.
-        written = args_of(into)[0] if into.target is aten.reshape.default else None
-        if isinstance(written, fx.Node) and same_shape(written, table):
-            table = written
-        filled = self._scattered(
+        previous_table = args_of(into)[0] if into.target is aten.reshape.default else None
+        if isinstance(previous_table, fx.Node) and same_shape(previous_table, table):
+            table = previous_table
+        scatter = self._scatter(
             table, self._call(aten.unsqueeze.default, source, dim + 1), dim + 1, column, column + 1, 1
         )
-        return None if filled is None else self._call(aten.reshape.default, filled, shape)
+        return None if scatter is None else self._call(aten.reshape.default, scatter, shape)
 
     def _slice(self, node: fx.Node, dim: int, start: Any, end: Any) -> fx.Node:
         """A slice, taken from the operands of a concatenation where it ends between them."""

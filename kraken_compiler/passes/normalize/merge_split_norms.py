@@ -48,20 +48,20 @@ def _merge(cat: fx.Node) -> bool | Rejection:
     is_layer_norm = first.target is aten.layer_norm.default
     with graph.inserting_before(cat):
         rest = (None, None, *args_of(first)[4:]) if is_layer_norm else (None, *args_of(first)[3:])
-        merged = graph.call_function(first.target, (source, args_of(first)[1], *rest))
+        new = graph.call_function(first.target, (source, args_of(first)[1], *rest))
         for position, combine in ((2, aten.mul.Tensor), (3, aten.add.Tensor)):
             weights = [argument(norm, position, "weight" if position == 2 else "bias") for norm in norms]
             if (position == 3 and not is_layer_norm) or any(weight is None for weight in weights):
                 continue
-            stacked = graph.call_function(aten.stack.default, (weights,))
+            stack = graph.call_function(aten.stack.default, (weights,))
             sizes = [len(norms), *[1] * (len(shape_of(cat)) - dim - 2), shape_of(cat)[-1]]
-            merged = graph.call_function(combine, (merged, graph.call_function(aten.reshape.default, (stacked, sizes))))
-    replace(cat, merged)
+            new = graph.call_function(combine, (new, graph.call_function(aten.reshape.default, (stack, sizes))))
+    replace(cat, new)
     return True
 
 
 def _signature(norm: fx.Node) -> tuple[Any, ...]:
-    """What norms that can be merged have in common: everything but their operands' values."""
+    """The key that norms which can be merged share: everything but their operands' values."""
     return (norm.target, *(type(value) if isinstance(value, fx.Node) else value for value in args_of(norm)[1:]))
 
 

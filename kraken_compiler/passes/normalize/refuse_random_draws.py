@@ -26,20 +26,20 @@ class RefuseRandomDraws(Pass[Program]):
     name: ClassVar[str] = "refuse-random-draws"
 
     def run(self, program: Program) -> PassResult:
-        needed = ancestors(program.graph.output_node())
+        needed_nodes = ancestors(program.graph.output_node())
         matches = 0
         for node in reversed(list(program.graph.nodes)):
             # The runner keeps it: torch takes a draw for an effect, as it moves the generator on.
-            if node not in needed and _is_tagged(node):
+            if node not in needed_nodes and _is_tagged(node):
                 program.graph.erase_node(node)
                 matches += 1
         for node in [node for node in program.graph.nodes if node.target is aten.rrelu.default and _is_off(node)]:
-            given = arguments_by_name(node)
+            arguments = arguments_by_name(node)
             node.target = aten.leaky_relu.default
-            node.args, node.kwargs = (given["self"], (given["lower"] + given["upper"]) / 2), {}
+            node.args, node.kwargs = (arguments["self"], (arguments["lower"] + arguments["upper"]) / 2), {}
             matches += 1
-        drawing = [node for node in program.graph.nodes if _is_tagged(node) and not _is_off(node)]
-        return PassResult(matches, tuple(map(_reject, drawing[:1])))
+        draws = [node for node in program.graph.nodes if _is_tagged(node) and not _is_off(node)]
+        return PassResult(matches, tuple(map(_reject, draws[:1])))
 
 
 _SWITCHES = ("train", "training")
@@ -54,9 +54,9 @@ def _is_tagged(node: fx.Node) -> bool:
 
 def _is_off(node: fx.Node) -> bool:
     """True if an argument keeps the operator from drawing."""
-    given = arguments_by_name(node)
-    off = any(given.get(name, True) is False for name in _SWITCHES)
-    return off or any(given.get(name, 1.0) == 0.0 for name in _RATES)
+    arguments = arguments_by_name(node)
+    is_off = any(arguments.get(name, True) is False for name in _SWITCHES)
+    return is_off or any(arguments.get(name, 1.0) == 0.0 for name in _RATES)
 
 
 def _reject(node: fx.Node) -> Rejection:

@@ -41,12 +41,16 @@ class SeparateHeads(Pass[Program]):
 
 
 def _heads_from_batch(out: fx.Node) -> bool:
-    turned = args_of(out)[0]
-    merged = args_of(turned)[0] if turned.target is _PERMUTE and list(args_of(turned)[1]) == [1, 0, 2] else None
-    if merged is None or merged.target is not _RESHAPE:
+    permutation = args_of(out)[0]
+    merge = (
+        args_of(permutation)[0]
+        if permutation.target is _PERMUTE and list(args_of(permutation)[1]) == [1, 0, 2]
+        else None
+    )
+    if merge is None or merge.target is not _RESHAPE:
         return False
-    x = args_of(merged)[0]
-    whole, before, after = shape_of(x), shape_of(merged), shape_of(out)
+    x = args_of(merge)[0]
+    whole, before, after = shape_of(x), shape_of(merge), shape_of(out)
     if len(whole) != 3 or len(after) != 4 or not all(isinstance(size, int) for size in (whole[2], *after[1::2])):
         return False
     same = ((whole[0], before[0]), (whole[0], after[2]), (whole[1], after[0]), (before[2], after[3]))
@@ -57,8 +61,8 @@ def _heads_from_batch(out: fx.Node) -> bool:
     if sizes is None:
         return False
     with out.graph.inserting_before(out):
-        apart = out.graph.call_function(_RESHAPE, (x, sizes))
-        replace(out, out.graph.call_function(_PERMUTE, (apart, [1, 2, 0, 3])))
+        heads_apart = out.graph.call_function(_RESHAPE, (x, sizes))
+        replace(out, out.graph.call_function(_PERMUTE, (heads_apart, [1, 2, 0, 3])))
     return True
 
 

@@ -53,17 +53,17 @@ class SeparateParallel(Pass[Program]):
 
 def _nearest(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """The first attentions and projections on every way from `starts`, which may be some themselves."""
-    found, seen, todo = set[fx.Node](), set[fx.Node](), list(starts)
+    nearest, seen, todo = set[fx.Node](), set[fx.Node](), list(starts)
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
         if node.target in ATTENTIONS or node.target in PROJECTIONS:
-            found.add(node)
+            nearest.add(node)
         else:
             todo += step(node)
-    return found
+    return nearest
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
@@ -91,7 +91,7 @@ def _separate_output(linear: fx.Node) -> bool:
     if not is_last or not all(isinstance(width, int) for width in widths):
         return False
     sources = [_sources(part) for part in parts]
-    if len({_has_attention(found) for found in sources}) < 2 or not all(sources):
+    if len({_has_attention(nodes) for nodes in sources}) < 2 or not all(sources):
         return False
     bias, terms = argument(linear, 2, "bias"), list[fx.Node]()
     for part, (start, stop) in zip(parts, _bounds(map(int, widths))):
@@ -146,9 +146,9 @@ def _separate_input(linear: fx.Node) -> bool:
                 for whole in (weight, bias)
                 if whole is not None
             ]
-            own = linear.graph.call_function(LINEAR, (x, *rows))
-        own.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
-        replace(piece, own)
+            product = linear.graph.call_function(LINEAR, (x, *rows))
+        product.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
+        replace(piece, product)
     return True
 
 
@@ -163,7 +163,7 @@ def _is_of_attention(piece: fx.Node) -> bool:
 
 
 def _pieces(linear: fx.Node) -> list[tuple[fx.Node, int, int]]:
-    """What a projection's columns are cut into: nodes, first columns and ends; empty if it is also read otherwise."""
+    """The pieces of a projection's columns: nodes, first columns and ends; empty if it is also read otherwise."""
     rank, width = len(shape_of(linear)), int(shape_of(linear)[-1])
     pieces: list[tuple[fx.Node, int, int]] = []
     for user in linear.users:

@@ -44,7 +44,7 @@ _ALONG_DIM: dict[Any, tuple[int, str, Any]] = {
 
 @dataclass(frozen=True)
 class _Twin:
-    """What a flat tensor was before flattening: its dim 0 holds the first `leading` dims of `node`."""
+    """The tensor `node` that was flattened: dim 0 of the flat one holds its first `leading` dims."""
 
     node: fx.Node
     leading: int
@@ -66,9 +66,9 @@ class UnflattenTokens(Pass[Program]):
                     node.replace_all_uses_with(twins[source].node)
                     program.graph.erase_node(node)
                     matches += 1
-                elif source in twins and (leading := _flattened(twins[source].node, node)):
+                elif source in twins and (leading := _leading_dims(twins[source].node, node)):
                     twins[node] = _Twin(twins[source].node, leading)
-                elif len(shape_of(node)) == 2 and (leading := _flattened(source, node)) > 1:
+                elif len(shape_of(node)) == 2 and (leading := _leading_dims(source, node)) > 1:
                     twins[node] = _Twin(source, leading)
             elif any(operand in twins for operand in node.all_input_nodes):
                 twin = _per_token(node, twins)
@@ -77,8 +77,8 @@ class UnflattenTokens(Pass[Program]):
         return PassResult(matches)
 
 
-def _flattened(source: fx.Node, node: fx.Node) -> int:
-    """How many leading dims of `source` are dim 0 of `node`, the others as they are; 0 if `node` is something else."""
+def _leading_dims(source: fx.Node, node: fx.Node) -> int:
+    """Number of leading dims of `source` that are dim 0 of `node`, the others as they are; 0 if they are not."""
     before, after = shape_of(source), shape_of(node)
     leading = len(before) - len(after) + 1
     if leading < 1 or not after or not all(map(same_size, before[leading:], after[1:])):
@@ -91,15 +91,15 @@ def _per_token(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
     operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
     flat = [operand for operand in operands if operand in twins]
     if node.target is operator.getitem:
-        return _copied(node, twins, args_of(node))
+        return _copy_unflat(node, twins, args_of(node))
     if not flat or args_of(node)[0] not in operands or not _same_tokens(flat, twins):
         return None
     source = args_of(node)[0]
     if node.target is aten.repeat_interleave.self_int:
-        return _repeated(node, twins)
+        return _repeat(node, twins)
     if node.target in _ALONG_DIM:
         dims = _moved_dims(node, twins[source].leading - 1)
-        return None if dims is None else _copied(node, twins, dims)
+        return None if dims is None else _copy_unflat(node, twins, dims)
     if node.target in _LAST_DIM:
         alike = flat == [source] and len(shape_of(source)) > 1
     elif node.target is EXPERT_LINEAR:
@@ -112,7 +112,7 @@ def _per_token(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
             len(shape_of(operand)) == rank if operand in twins else len(shape_of(operand)) < min(rank, 2)
             for operand in operands
         )
-    return _copied(node, twins, args_of(node)) if alike else None
+    return _copy_unflat(node, twins, args_of(node)) if alike else None
 
 
 def _same_tokens(flat: list[fx.Node], twins: dict[fx.Node, _Twin]) -> bool:
@@ -129,18 +129,18 @@ def _moved_dims(node: fx.Node, shift: int) -> tuple[Any, ...] | None:
     """Arguments for a tensor that has `shift` more dims in front; None if the operator works along dim 0."""
     place, name, default = _ALONG_DIM[node.target]
     rank = len(shape_of(args_of(node)[0])) + (node.target is aten.unsqueeze.default)
-    given = argument(node, place, name, default)
-    dims = [int(dim) % rank for dim in (given if isinstance(given, (list, tuple)) else [given])]
+    value = argument(node, place, name, default)
+    dims = [int(dim) % rank for dim in (value if isinstance(value, (list, tuple)) else [value])]
     if 0 in dims or name in node.kwargs or not dims:
         return None
     args = list(args_of(node))
-    moved = [dim + shift for dim in dims]
-    args[place:] = [moved if isinstance(given, (list, tuple)) else moved[0], *args[place + 1 :]]
+    new_dims = [dim + shift for dim in dims]
+    args[place:] = [new_dims if isinstance(value, (list, tuple)) else new_dims[0], *args[place + 1 :]]
     return tuple(args)
 
 
-def _copied(node: fx.Node, twins: dict[fx.Node, _Twin], args: tuple[Any, ...]) -> _Twin:
-    """The same operation on the tensors before flattening."""
+def _copy_unflat(node: fx.Node, twins: dict[fx.Node, _Twin], args: tuple[Any, ...]) -> _Twin:
+    """Copy an operation to the tensors before flattening."""
 
     def unflat(operand: fx.Node) -> fx.Node:
         return twins[operand].node if operand in twins else operand
@@ -153,8 +153,8 @@ def _copied(node: fx.Node, twins: dict[fx.Node, _Twin], args: tuple[Any, ...]) -
     return _Twin(compute_shape(twin, fake_mode_of(node.graph)), leading)
 
 
-def _repeated(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
-    """A token several times in a row: one more dim."""
+def _repeat(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
+    """Repeat a token several times in a row: one more dim."""
     source, times, dim = args_of(node)[0], args_of(node)[1], argument(node, 2, "dim")
     if dim != 0 or not isinstance(times, int):
         return None
@@ -163,6 +163,6 @@ def _repeated(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
     sizes = [-1] * (len(shape_of(twin.node)) + 1)
     sizes[twin.leading] = times
     with graph.inserting_before(node):
-        apart = compute_shape(graph.call_function(aten.unsqueeze.default, (twin.node, twin.leading)), mode)
-        repeated = compute_shape(graph.call_function(aten.expand.default, (apart, sizes)), mode)
-    return _Twin(repeated, twin.leading + 1)
+        column = compute_shape(graph.call_function(aten.unsqueeze.default, (twin.node, twin.leading)), mode)
+        expansion = compute_shape(graph.call_function(aten.expand.default, (column, sizes)), mode)
+    return _Twin(expansion, twin.leading + 1)

@@ -19,7 +19,7 @@ from kraken_compiler.passes.shapes import is_tensor, same_shape
 
 @dataclass(frozen=True)
 class _Sum:
-    """`after` is `before` and what has been computed from it."""
+    """A sum `after` of `before` and what has been computed from it."""
 
     before: fx.Node
     after: fx.Node
@@ -59,10 +59,10 @@ def _longest_chain(graph: fx.Graph, hidden: Set[fx.Node]) -> list[_Sum]:
     """The sums that follow from each other, first to last, two of them at least."""
     sums: dict[fx.Node, _Sum] = {}
     for node in graph.nodes:
-        found = _sum(node, sums, hidden) if node.target is aten.add.Tensor and node in hidden else None
-        if found is not None:
-            sums[node] = found
-    last = max(sums.values(), key=lambda one: one.depth, default=None)
+        link = _sum(node, sums, hidden) if node.target is aten.add.Tensor and node in hidden else None
+        if link is not None:
+            sums[node] = link
+    last = max(sums.values(), key=lambda link: link.depth, default=None)
     chain: list[_Sum] = []
     while last is not None:
         chain.append(last)

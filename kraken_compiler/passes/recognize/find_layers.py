@@ -51,10 +51,10 @@ class FindLayers(Pass[Program]):
     name: ClassVar[str] = "find-layers"
 
     def run(self, program: Program) -> PassResult:
-        found = find_layers(program)
-        if isinstance(found, Rejection):
-            return PassResult(rejections=(found,))
-        return PassResult(len(found.layers), program=program.at(Recognized, layers=found))
+        table = find_layers(program)
+        if isinstance(table, Rejection):
+            return PassResult(rejections=(table,))
+        return PassResult(len(table.layers), program=program.at(Recognized, layers=table))
 
 
 def find_layers(program: Program) -> LayerTable | Rejection:
@@ -90,7 +90,7 @@ def _layer_table(program: Program, streams: tuple[Stream, ...]) -> LayerTable | 
 
 
 def _no_attention(program: Program, stream: Stream) -> Rejection:
-    """Blames what looks most like one: a softmax, else a product of two activations, in a branch."""
+    """The rejection of what looks most like one: a softmax, else a product of two activations, in a branch."""
     inside = {node for join in stream.joins for term in join.terms for node in ancestors(term, {join.before})}
     weights = weight_derived(program)
     for targets in ((aten.softmax.int, aten._softmax.default), (aten.matmul.default, aten.bmm.default)):
@@ -122,17 +122,17 @@ def _branches(
     afters = [_replay(left.after, right.before, hidden, place) for left, right in itertools.pairwise(joins)]
     for join, after in zip(joins, [*afters, None], strict=True):
         reads = len(branches)
-        measured = []
-        rejection = _nested(join, hidden)
+        new_branches = []
+        rejection = _reject_nested(join, hidden)
         if rejection is not None:
             return rejection
         for term in join.terms:
-            found = _measure(term, join, stream, place, weights, program)
-            if isinstance(found, Rejection):
-                return found
-            measured.append(found)
+            new_branch = _measure(term, join, stream, place, weights, program)
+            if isinstance(new_branch, Rejection):
+                return new_branch
+            new_branches.append(new_branch)
         # Where attention and FFN are parallel, attention goes first: a form may let the FFN read it.
-        for branch in sorted(measured, key=lambda one: one.kind):
+        for branch in sorted(new_branches, key=lambda branch: branch.kind):
             is_cross = stream.context is not None and _reads(stream.context, branch)
             if layer == first_layer or (branch.kind == "attention" and not is_cross):
                 layer += 1
@@ -142,8 +142,8 @@ def _branches(
     return None
 
 
-def _nested(join: Join, hidden: frozenset[fx.Node]) -> Rejection | None:
-    """Terms of one sum are computed side by side: lanes have only parts of one when they need it for another."""
+def _reject_nested(join: Join, hidden: frozenset[fx.Node]) -> Rejection | None:
+    """The rejection of a term that reads another one, of which lanes have only parts then; None if there is none."""
     for term, other in itertools.permutations(join.terms, 2):
         for node in ancestors(term, {join.before}, hidden):
             if other in node.all_input_nodes:
@@ -175,24 +175,24 @@ def _measure(
     attentions = [node for node in nodes if node.target in ATTENTIONS]
     if len(attentions) > 1:
         return _reject("a branch holds more than one attention", attentions[1], _BRANCH_HINT)
-    found = find_projections(part, nodes, weights, join.before)
-    if isinstance(found, Rejection):
-        return found
-    heads, columns = _heads(attentions[0]) if attentions else 0, int(shape_of(args_of(found.output)[0])[-1])
+    projections = find_projections(part, nodes, weights, join.before)
+    if isinstance(projections, Rejection):
+        return projections
+    heads, columns = _heads(attentions[0]) if attentions else 0, int(shape_of(args_of(projections.output)[0])[-1])
     return Branch(
         index=0,
         layer=0,
         kind="attention" if attentions else "ffn",
-        path=_branch_path(found.output, attentions),
+        path=_branch_path(projections.output, attentions),
         stream=join.before.name,
         reads=0,
         output=part.name,
         nodes=tuple(node.name for node in nodes),
         heads=heads,
-        kv_heads=found.kv_heads(attentions[0], program) if attentions else 0,
+        kv_heads=projections.kv_heads(attentions[0], program) if attentions else 0,
         columns=columns,
         post=_replay(part, term, hidden, place),
-        unit=_unit(found.output, heads, columns),
+        unit=_unit(projections.output, heads, columns),
     )
 
 
@@ -202,7 +202,7 @@ def _reads(context: fx.Node, branch: Branch) -> bool:
 
 
 def _replay(source: fx.Node, result: fx.Node, hidden: frozenset[fx.Node], place: dict[fx.Node, int]) -> Replay | None:
-    """What makes `result` out of `source`; None if they are the same."""
+    """The nodes that make `result` out of `source`; None if they are the same."""
     nodes = in_order(place, ancestors(result, {source}, hidden))
     return Replay(source.name, tuple(node.name for node in nodes)) if nodes else None
 
@@ -220,12 +220,12 @@ def _heads(attention: fx.Node) -> int:
 
 
 def _unit(output: fx.Node, heads: int, columns: int) -> int:
-    """How many heads, or columns if there are none, stay together for the output projection's weight to be cut."""
+    """Number of heads, or columns if there are none, that a cut of the output projection's weight leaves together."""
     weight = args_of(output)[1]
-    together = math.lcm(*(grain_of(node) for node in ancestors(weight) if node.target is DEQUANTIZE))
+    grain = math.lcm(*(grain_of(node) for node in ancestors(weight) if node.target is DEQUANTIZE))
     width = columns // heads if heads else 1
     # Where heads have no columns of their own, no number of them has.
-    return math.lcm(together, width) // width if not heads or columns % heads == 0 else 1
+    return math.lcm(grain, width) // width if not heads or columns % heads == 0 else 1
 
 
 def _branch_path(output: fx.Node, attentions: list[fx.Node]) -> str:
@@ -237,11 +237,11 @@ def _branch_path(output: fx.Node, attentions: list[fx.Node]) -> str:
 def _group(branches: list[Branch]) -> tuple[Layer, ...]:
     layers = []
     for index in range(branches[-1].layer + 1):
-        mine = tuple(branch for branch in branches if branch.layer == index)
-        path = mine[0].path
-        for branch in mine[1:]:
+        layer_branches = tuple(branch for branch in branches if branch.layer == index)
+        path = layer_branches[0].path
+        for branch in layer_branches[1:]:
             path = _common_path(path, branch.path)
-        layers.append(Layer(index, path if len(mine) > 1 else path.rpartition(".")[0], mine))
+        layers.append(Layer(index, path if len(layer_branches) > 1 else path.rpartition(".")[0], layer_branches))
     return tuple(layers)
 
 

@@ -34,7 +34,7 @@ from kraken_compiler.passes.shapes import same_shape, value_of
 
 @dataclass(frozen=True)
 class Join:
-    """`after` is the sum of the stream `before` and the outputs of `terms`."""
+    """The sum `after` of the stream `before` and the outputs of `terms`."""
 
     before: fx.Node
     after: fx.Node
@@ -58,10 +58,10 @@ class Stream:
 
 def find_streams(program: Program) -> tuple[Stream, ...] | Rejection:
     """The residual streams in order of execution: one, or the encoder's and the decoder's."""
-    found = _one_stream(program)
-    if isinstance(found, Stream):
-        return (found,)
-    return _encoder_and_decoder(program) or found
+    stream = _one_stream(program)
+    if isinstance(stream, Stream):
+        return (stream,)
+    return _encoder_and_decoder(program) or stream
 
 
 def _one_stream(program: Program) -> Stream | Rejection:
@@ -83,9 +83,9 @@ def _one_stream(program: Program) -> Stream | Rejection:
         if len(own_joins) > len(joins) and fault is None:
             return _reject(_BETWEEN, more[0], "Return only what follows the last layer (no hidden states).")
     if not joins:
-        strayed = next((node for node in graph.nodes if node.target in ATTENTIONS), None)
+        attention = next((node for node in graph.nodes if node.target in ATTENTIONS), None)
         reason = "no residual stream was found: no sum of a stream and a branch lies on every path to the output"
-        return find_bypass(graph, hidden, _HINT) or _reject(reason, strayed, _HINT)
+        return find_bypass(graph, hidden, _HINT) or _reject(reason, attention, _HINT)
     fault = _check_stream(chain, joins, hidden)
     if fault is None and (stray := _stray_attention([joins], [hidden], graph)) is not None:
         fault = find_bypass(graph, hidden, _HINT) or stray
@@ -112,40 +112,40 @@ def _encoder_and_decoder(program: Program) -> tuple[Stream, Stream] | Rejection 
         chain = _dominator_chain(late, hidden, [output])
         joins = _find_joins(chain, hidden)
         source = value_descendants(early) - hidden
-        read = {operand for node in hidden for operand in node.all_input_nodes if operand in source}
+        context_nodes = {operand for node in hidden for operand in node.all_input_nodes if operand in source}
         branches = _inside(joins, hidden)
-        if not any(operand in read for node in branches for operand in node.all_input_nodes):
+        if not any(operand in context_nodes for node in branches for operand in node.all_input_nodes):
             continue
-        results = _dominator_chain(early, source, sorted(read))
-        before = _find_joins(results, source)
-        if not before:
+        encoder_chain = _dominator_chain(early, source, sorted(context_nodes))
+        encoder_joins = _find_joins(encoder_chain, source)
+        if not encoder_joins:
             reason = "what the decoder reads of the other inputs does not come from one residual stream"
-            return _reject(reason, min(read), _HINT)
-        fault = _check_stream(chain, joins, hidden) or _check_stream(results, before, source)
-        fault = fault or _stray_attention([before, joins], [source, hidden], graph)
-        context = results[-1]
+            return _reject(reason, min(context_nodes), _HINT)
+        fault = _check_stream(chain, joins, hidden) or _check_stream(encoder_chain, encoder_joins, source)
+        fault = fault or _stray_attention([encoder_joins, joins], [source, hidden], graph)
+        context = encoder_chain[-1]
         behind = descendants([context]) & source
         inside = _inside(joins, hidden | behind - {context})
-        returned = next((node for node in output.all_input_nodes if node in inside), None)
-        if fault is None and returned is not None:
+        inner_output = next((node for node in output.all_input_nodes if node in inside), None)
+        if fault is None and inner_output is not None:
             fault = _reject(
-                _BETWEEN, returned, "Return only what follows the last layer (no hidden states, no caches)."
+                _BETWEEN, inner_output, "Return only what follows the last layer (no hidden states, no caches)."
             )
         if fault is not None:
             return fault
-        encoder = Stream(tuple(before), frozenset(source - set(early)))
+        encoder = Stream(tuple(encoder_joins), frozenset(source - set(early)))
         return encoder, Stream(tuple(joins), frozenset((hidden | behind) - {context, *late}), context)
     return None
 
 
 def _embeddings(program: Program) -> list[fx.Node]:
-    """Where the stream begins: weight lookups by the user's indices, or else the user's floating-point inputs."""
+    """The roots of the stream: weight lookups by the user's indices, or else the user's floating-point inputs."""
     inputs = _inputs(program)
     return _lookups(program, inputs) or [node for node in inputs if value_of(node).is_floating_point()]
 
 
 def _roots_by_input(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """For every input the weight lookups by it, or itself if its values are used as they are."""
+    """The weight lookups by every input, or the input itself if its values are used as they are."""
     inputs = _inputs(program)
     groups = {node: [node] if value_of(node).is_floating_point() else _lookups(program, [node]) for node in inputs}
     return {node: roots for node, roots in groups.items() if roots}
@@ -212,13 +212,13 @@ def _terms(node: fx.Node, stream: fx.Node, hidden: set[fx.Node]) -> list[fx.Node
     for operand in args_of(node)[:2]:
         if not isinstance(operand, fx.Node):
             return [node]
-        nested = operand is not stream and operand in hidden and len(operand.users) == 1
-        terms += _terms(operand, stream, hidden) if nested else [operand]
+        is_nested = operand is not stream and operand in hidden and len(operand.users) == 1
+        terms += _terms(operand, stream, hidden) if is_nested else [operand]
     return terms
 
 
 def _check_stream(chain: list[fx.Node], joins: list[Join], hidden: set[fx.Node]) -> Rejection | None:
-    """Everything between the first and the last join must be joins and what is done to the whole stream."""
+    """The rejection of a stream with links other than joins and what is done to the whole of it; None without any."""
     for left, right in itertools.pairwise(joins):
         if left.after is not right.before:
             between = ancestors(right.before, {left.after}, hidden) & hidden
@@ -230,7 +230,7 @@ def _check_stream(chain: list[fx.Node], joins: list[Join], hidden: set[fx.Node])
 
 
 def _stray_attention(joins: Sequence[list[Join]], hidden: Sequence[set[fx.Node]], graph: fx.Graph) -> Rejection | None:
-    """All attention must be inside the branches of the streams."""
+    """The rejection of an attention outside the branches of the streams; None if there is none."""
     inside = {node for own, around in zip(joins, hidden, strict=True) for node in _inside(own, around)}
     for node in graph.nodes:
         if node.target in ATTENTIONS and node not in inside:

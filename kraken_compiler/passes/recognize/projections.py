@@ -1,4 +1,4 @@
-"""The projections of one branch: where the stream enters it and the one linear through which it leaves."""
+"""The projections of one branch: those where the stream enters it and the one linear through which it leaves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Projections:
     shared: tuple[fx.Node, ...] = ()
 
     def kv_heads(self, attention: fx.Node, program: Program) -> int:
-        """How many different key heads reach `attention`: repeated ones hold equal values, so they are counted once."""
+        """Number of different key heads that reach `attention`: repeated ones hold equal values, so they count once."""
         key = args_of(attention)[1]
         assert isinstance(key, fx.Node)
         leaves = (*self.inputs, *self.whole)
@@ -84,21 +84,21 @@ def find_projections(
         stream: What the branch reads, if that must not meet the output again.
     """
     inside = set(nodes)
-    found = _output_projection(term, inside, weights, stream)
-    if isinstance(found, Rejection):
-        return found
-    output, factors = found
+    projection = _output_projection(term, inside, weights, stream)
+    if isinstance(projection, Rejection):
+        return projection
+    output, factors = projection
     source = args_of(output)[0]
     assert isinstance(source, fx.Node)
-    linears = _leaving_stream(
+    linears = _cuttable_linears(
         {node for node in nodes if node.target in PROJECTIONS and node is not output}, term, inside
     )
     attentions = [node for node in nodes if node.target in ATTENTIONS]
     leaves: set[fx.Node] = set()
     cores = [source, *(operand for node in attentions for operand in node.all_input_nodes)]
     for core in cores:
-        reached = ancestors(core, linears | set(attentions), inside) & inside
-        leaves |= {operand for node in reached for operand in node.all_input_nodes if operand in linears}
+        core_ancestors = ancestors(core, linears | set(attentions), inside) & inside
+        leaves |= {operand for node in core_ancestors for operand in node.all_input_nodes if operand in linears}
         leaves |= {core} & linears
     # What follows from the stream without a projection in between is there in full, to be cut where it is read.
     between = ancestors(source, leaves, inside) & descendants(leaves) & inside
@@ -115,10 +115,10 @@ def find_projections(
         if inputs & ancestors(factor, within=inside):
             reason = "the branch's output is multiplied by what depends on the columns that would be divided"
             return Rejection(reason, (factor.name,), module_path(factor), _HINT)
-    returned = next((node for node in shared & between if node.target in ATTENTIONS), None)
-    if returned is not None:
+    shared_attention = next((node for node in shared & between if node.target in ATTENTIONS), None)
+    if shared_attention is not None:
         reason = "what its attention gives is also read from outside the branch"
-        return Rejection(reason, (returned.name,), module_path(returned), f"{_HINT} {_ADAPTER}")
+        return Rejection(reason, (shared_attention.name,), module_path(shared_attention), f"{_HINT} {_ADAPTER}")
     inputs_in_order, between_in_order, whole_in_order, shared_in_order = (
         tuple(node for node in nodes if node in some) for some in (inputs, between, whole, shared & between)
     )
@@ -134,8 +134,8 @@ def _read_elsewhere(nodes: Sequence[fx.Node], readers: Set[fx.Node]) -> set[fx.N
     return shared
 
 
-def _leaving_stream(linears: set[fx.Node], term: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """Without those before the attention that work on every head alone, with the same weights: nothing to cut."""
+def _cuttable_linears(linears: set[fx.Node], term: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """The linears without those before the attention that work on every head alone, with the same weights."""
     rank = len(shape_of(term))
     deep = {node for node in linears if node.target is LINEAR and len(shape_of(node)) > rank}
     above = {node: ancestors(node, within=inside) for node in deep}
@@ -163,11 +163,11 @@ def find_part(term: fx.Node, nodes: list[fx.Node], stream: fx.Node, weights: set
     if not isinstance(_output_projection(term, inside, weights), Rejection):
         return term
     for place, last in reversed(list(enumerate(nodes))):
-        found = _output_projection(last, inside, weights)
-        if isinstance(found, Rejection) or not _all_through(last, term, inside, stream):
+        projection = _output_projection(last, inside, weights)
+        if isinstance(projection, Rejection) or not _all_through(last, term, inside, stream):
             continue
         # Casts and factors that follow are the norm's to repeat: what is reduced stays as narrow as it was.
-        for node in nodes[nodes.index(found[0]) : place]:
+        for node in nodes[nodes.index(projection[0]) : place]:
             if is_tensor(node) and same_shape(node, stream) and _all_through(node, term, inside, stream):
                 return node
         return last
@@ -199,18 +199,18 @@ def _output_projection(
     while node.target not in PROJECTIONS or args_of(node)[1] not in weights:
         operands = [operand for operand in node.all_input_nodes if operand in inside or operand is stream]
         if node.target is aten.mul.Tensor and len(operands) == 2 and stream not in operands:
-            ways = [_output_projection(operand, inside, weights, stream) for operand in operands]
-            found = [way for way in ways if not isinstance(way, Rejection)]
-            if len(found) != 1:
+            outcomes = [_output_projection(operand, inside, weights, stream) for operand in operands]
+            projections = [outcome for outcome in outcomes if not isinstance(outcome, Rejection)]
+            if len(projections) != 1:
                 reason = "the branch's output is a product of two projections"
-                return Rejection(reason, (node.name,), module_path(node), _HINT) if found else ways[0]
-            factor = operands[1] if ways[0] is found[0] else operands[0]
-            return found[0][0], (factor, *found[0][1])
+                return Rejection(reason, (node.name,), module_path(node), _HINT) if projections else outcomes[0]
+            factor = operands[1] if outcomes[0] is projections[0] else operands[0]
+            return projections[0][0], (factor, *projections[0][1])
         commutes = node.target is aten.mul.Tensor or (operands and args_of(node)[0] is operands[0])
         # An operand that is read twice is listed once.
         is_square = node.target in (aten.mul.Tensor, aten.div.Tensor) and args_of(node)[0] is args_of(node)[1]
         if node.target not in _LINEAR_OPS or len(operands) != 1 or not commutes or is_square:
-            return Rejection(_why_not_linear(node), (node.name,), module_path(node), _HINT)
+            return Rejection(_nonlinear_reason(node), (node.name,), module_path(node), _HINT)
         node = operands[0]
     if args_of(node)[0] not in inside:
         reason = "the branch is a single projection of the stream, with nothing to split between lanes"
@@ -224,6 +224,6 @@ _HINT = "A branch must leave through one linear projection, so that its output i
 _ADAPTER = "If it is a low-rank adapter, merge it into the weight first (peft: merge_and_unload())."
 
 
-def _why_not_linear(node: fx.Node) -> str:
+def _nonlinear_reason(node: fx.Node) -> str:
     name = str(node.target).removeprefix("aten.").removesuffix(".default")
     return f"'{name}' stands between the branch's output projection and the residual stream (mixture of experts?)"

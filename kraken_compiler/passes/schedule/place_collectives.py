@@ -29,15 +29,15 @@ class PlaceCollectives(Pass[Planned]):
 
     def run(self, program: Planned) -> PassResult:
         place = {node: number for number, node in enumerate(program.graph.nodes)}
-        moved = 0
+        moves = 0
         for node in list(program.graph.nodes):
             if node.target is _START:
                 operand = args_of(node)[0]
-                moved += operand.next is not node
+                moves += operand.next is not node
                 operand.append(node)
             elif node.target is _WAIT:
                 first = min(node.users, key=place.__getitem__)
-                moved += node.next is not first
+                moves += node.next is not first
                 first.prepend(node)
         windows = measure_windows(program.graph, program.plan)
         faults = [
@@ -49,4 +49,4 @@ class PlaceCollectives(Pass[Planned]):
             for window in windows
             if window.promised and not window.gemms
         ]
-        return PassResult(moved, tuple(faults), program.at(LaneProgram, windows=windows))
+        return PassResult(moves, tuple(faults), program.at(LaneProgram, windows=windows))

@@ -51,8 +51,8 @@ class ReduceMeans(Pass[Planned]):
                 reduces[start] = Reduce(0, branch.index, branch.index, branch.index, (), payload)
             branches[branch] = _names(branch, inside)
         starts = [node for node in program.graph.nodes if node.target is _START]
-        numbered = tuple(replace(reduces[start], index=index) for index, start in enumerate(starts))
-        program.plan = replace(program.plan, reduces=numbered)
+        all_reduces = tuple(replace(reduces[start], index=index) for index, start in enumerate(starts))
+        program.plan = replace(program.plan, reduces=all_reduces)
         program.layers = program.layers.with_nodes(branches)
         return PassResult(matches)
 
@@ -66,7 +66,7 @@ def _names(branch: Branch, inside: list[fx.Node]) -> tuple[str, ...]:
 
 
 def _levels(means: list[fx.Node], inside: set[fx.Node]) -> list[list[fx.Node]]:
-    """The means that do not depend on each other together, those they depend on before them."""
+    """Groups of means that do not depend on each other; those that they depend on come before them."""
     levels: dict[fx.Node, int] = {}
     for mean in means:
         above = ancestors(mean, within=inside) - {mean}
@@ -78,39 +78,39 @@ def _reduce(group: list[fx.Node], inside: list[fx.Node]) -> tuple[list[fx.Node],
     """Replace the means of a group; returns the branch's nodes and the start."""
     graph, within = group[0].graph, set(inside)
     first = _hoist(group, within)
-    made: list[fx.Node] = []
+    new_nodes: list[fx.Node] = []
 
     def call(target: object, *args: object) -> fx.Node:
-        made.append(graph.call_function(target, args))  # type: ignore[arg-type]
-        return made[-1]
+        new_nodes.append(graph.call_function(target, args))  # type: ignore[arg-type]
+        return new_nodes[-1]
 
     with graph.inserting_before(first):
         shares = [_share(mean, call) for mean in group]
         operand = shares[0] if len(shares) == 1 else call(aten.cat.default, shares, -1)
         start = call(_START, operand)
-        made_before = len(made)
+        wait_index = len(new_nodes)
         wait = call(_WAIT, start)
         last = len(shape_of(group[0])) - 1
         for place, mean in enumerate(group):
             whole = wait if len(group) == 1 else call(aten.slice.Tensor, wait, last, place, place + 1)
             replace_node(mean, whole)
-    _hide(start, made[made_before], within - set(group))
-    return [*(node for node in inside if node not in set(group)), *made], start
+    _hide(start, new_nodes[wait_index], within - set(group))
+    return [*(node for node in inside if node not in set(group)), *new_nodes], start
 
 
 def _hoist(group: list[fx.Node], within: set[fx.Node]) -> fx.Node:
     """Move the means and what they need in front of the first node that reads one of them; returns that node."""
     place = {node: number for number, node in enumerate(group[0].graph.nodes)}
     first = min((user for mean in group for user in mean.users), key=place.__getitem__)
-    needed = {node for mean in group for node in ancestors(mean, within=within)}
-    for node in sorted(needed, key=place.__getitem__):
+    needed_nodes = {node for mean in group for node in ancestors(mean, within=within)}
+    for node in sorted(needed_nodes, key=place.__getitem__):
         if place[node] > place[first]:
             first.prepend(node)
     return first
 
 
 def _share(mean: fx.Node, call: object) -> fx.Node:
-    """What a lane adds to a mean."""
+    """The share of a mean that a lane adds."""
     assert callable(call)
     x, power, width, share = args_of(mean)
     value = x if power == 1 else call(aten.mul.Tensor, x, x)
@@ -122,13 +122,13 @@ def _share(mean: fx.Node, call: object) -> fx.Node:
 
 def _hide(start: fx.Node, wait: fx.Node, within: set[fx.Node]) -> None:
     """Move the projections that need no mean (the one of the values) between start and wait."""
-    needed = ancestors(start)
+    start_ancestors = ancestors(start)
     order = list(start.graph.nodes)
     place = {node: number for number, node in enumerate(order)}
-    early = [node for node in order if node in within and node.target is LINEAR and node not in needed]
+    early = [node for node in order if node in within and node.target is LINEAR and node not in start_ancestors]
     if early and place[early[0]] < place[start]:
         for node in order[place[early[0]] :]:
-            if node in needed:
+            if node in start_ancestors:
                 early[0].prepend(node)
     place = {node: number for number, node in enumerate(start.graph.nodes)}
     late = [node for node in within if node.target is LINEAR and place[node] > place[wait]]

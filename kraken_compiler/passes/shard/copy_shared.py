@@ -39,31 +39,34 @@ class CopyShared(Pass[Split]):
         branches: dict[Branch, tuple[str, ...]] = {}
         matches = 0
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
-            found = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
-            assert isinstance(found, Projections)
-            is_cut = any(node.name in plan.kept for node in (*found.whole, *found.shared))
-            copies = _copy(found) if is_cut else {}
+            projections = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
+            assert isinstance(projections, Projections)
+            is_cut = any(node.name in plan.kept_sets for node in (*projections.whole, *projections.shared))
+            copies = _copy(projections) if is_cut else {}
             matches += len(copies)
             names = {old.name: new.name for old, new in copies.items()}
-            plans.append(_renamed(plan, names))
+            plans.append(_rename(plan, names))
             # What only others read by now may be cut otherwise for them.
-            needed = {node.name for node in ancestors(nodes[branch.output])} if copies else set(branch.nodes)
+            needed_names = {node.name for node in ancestors(nodes[branch.output])} if copies else set(branch.nodes)
             branches[branch] = tuple(
-                one for name in branch.nodes for one in dict.fromkeys((name, names.get(name, name))) if one in needed
+                one
+                for name in branch.nodes
+                for one in dict.fromkeys((name, names.get(name, name)))
+                if one in needed_names
             )
         program.shards = tuple(plans)
         program.layers = program.layers.with_nodes(branches)
         return PassResult(matches)
 
 
-def _copy(found: Projections) -> dict[fx.Node, fx.Node]:
+def _copy(projections: Projections) -> dict[fx.Node, fx.Node]:
     """Copies of the shared nodes, which the rest of the branch's region reads in place of them."""
     copies: dict[fx.Node, fx.Node] = {}
-    for node in found.shared:
+    for node in projections.shared:
         with node.graph.inserting_after(node):
             copies[node] = node.graph.node_copy(node, lambda operand: copies.get(operand, operand))
         copies[node].meta = dict(node.meta)
-    own = {node for node in (*found.region, found.output) if node not in copies}
+    own = {node for node in (*projections.region, projections.output) if node not in copies}
     for node, copy in copies.items():
         for user in list(node.users):
             if user in own:
@@ -71,12 +74,12 @@ def _copy(found: Projections) -> dict[fx.Node, fx.Node]:
     return copies
 
 
-def _renamed(plan: BranchShards, names: dict[str, str]) -> BranchShards:
+def _rename(plan: BranchShards, names: dict[str, str]) -> BranchShards:
     """The plan with the copies' names in its region; what its branch's own projections are called stays."""
     if not names:
         return plan
     return replace(
         plan,
         region=tuple(names.get(name, name) for name in plan.region),
-        kept={names.get(name, name): kept for name, kept in plan.kept.items()},
+        kept_sets={names.get(name, name): sets for name, sets in plan.kept_sets.items()},
     )

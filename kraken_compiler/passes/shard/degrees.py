@@ -1,4 +1,4 @@
-"""How heads and FFN columns are spread over lanes, and which degrees need no padding for it.
+"""The spread of heads and FFN columns over lanes, and the degrees that need no padding for it.
 
 What a degree does not divide is padded: all lanes compute equally many heads or columns, some of them copies of the
 next lane's, which the lane's output projection multiplies by zero.
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from kraken_compiler.ir.layers import Branch, LayerTable
 
 DEGREE_HINT = "Try another degree; one that divides the heads, the KV heads and the FFN columns is the least demanding."
-"""What to try where a degree asks for parts that a lane cannot compute by itself."""
+"""The hint where a degree asks for parts that a lane cannot compute by itself."""
 
 KV_HEAD_OF = "kraken.kv_head_of"
-"""Begins the names of constants that say which KV head every head reads."""
+"""Prefix of the names of constants that say which KV head every head reads."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a lane has of a number of heads or columns: it computes start..stop, and start..owned count.
+    """The share that a lane has of a number of heads or columns: it computes start..stop, and start..owned count.
 
     Legend: 8 heads on 3 lanes are 0..2, 2..5 and 5..8 (owned), and the first lane computes 0..3.
     """
@@ -57,9 +57,9 @@ def shared_groups(heads: int, kv_heads: int, degree: int, unit: int = 1) -> bool
 def kv_shares(heads: int, kv_heads: int, degree: int, unit: int = 1) -> tuple[tuple[int, int], ...]:
     """The KV heads start..stop that every lane's heads read, equally many on all lanes."""
     group = heads // kv_heads
-    needed = [(share.start // group, (share.stop - 1) // group + 1) for share in spread(heads, degree, unit)]
-    size = max(stop - start for start, stop in needed)
-    starts = [min(start, kv_heads - size) for start, _ in needed]
+    ranges = [(share.start // group, (share.stop - 1) // group + 1) for share in spread(heads, degree, unit)]
+    size = max(stop - start for start, stop in ranges)
+    starts = [min(start, kv_heads - size) for start, _ in ranges]
     return tuple((start, start + size) for start in starts)
 
 
@@ -82,13 +82,13 @@ def smallest_degree(layers: LayerTable) -> int:
 
 def padding(layers: LayerTable, degree: int, kind: str) -> float:
     """Heads (kind "attention") or columns ("ffn") that are computed beyond the model's own, as a share of those."""
-    mine = [branch for branch in layers.branches if branch.kind == kind]
-    computed = sum(-(-_units(branch) // degree) * degree * branch.unit for branch in mine)
-    return computed / max(1, sum(map(count, mine))) - (1 if mine else 0)
+    branches = [branch for branch in layers.branches if branch.kind == kind]
+    padded_count = sum(-(-_units(branch) // degree) * degree * branch.unit for branch in branches)
+    return padded_count / max(1, sum(map(count, branches))) - (1 if branches else 0)
 
 
 def count(branch: Branch) -> int:
-    """What is divided among the lanes: an attention's heads, an FFN's columns."""
+    """Number of heads of an attention, or of columns of an FFN: what is divided among the lanes."""
     return branch.columns if branch.kind == "ffn" else branch.heads
 
 

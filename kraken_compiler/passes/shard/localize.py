@@ -27,29 +27,29 @@ _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chun
 
 
 def localize(
-    node: fx.Node, kept: dict[str, Kept], shapes: dict[str, tuple[Any, ...]], known: dict[str, Tensor]
+    node: fx.Node, kept_sets: dict[str, Kept], shapes: dict[str, tuple[Any, ...]], constants: dict[str, Tensor]
 ) -> Rejection | dict[fx.Node, Tensor]:
     """Change `node`'s literals in place.
 
     Args:
         node: A node between a branch's projections.
-        kept: Kept sets by node name.
+        kept_sets: Kept sets by node name.
         shapes: Shapes before the split, by node name.
-        known: Values of constants, by node name.
+        constants: Values of constants, by node name.
 
     Returns:
         Constants that must take new values for this node (positions that moved), or a rejection. A value with one more
         dim than its constant has a row for every lane.
     """
-    out = kept.get(node.name)
+    out = kept_sets.get(node.name)
     operand = args_of(node)[0] if args_of(node) and isinstance(args_of(node)[0], fx.Node) else None
-    into = kept.get(operand.name) if operand is not None else None
+    into = kept_sets.get(operand.name) if operand is not None else None
     if node.target in _SIZED and out is not None:
         return _resize(node, out)
     if node.target in _REPEATS and (out is not None or into is not None):
         return _repeat(node, shapes, into, out)
     if node.target is aten.index_select.default and operand is not None and (into is not None or out is not None):
-        return _pick(node, shapes[operand.name], into, out, known)
+        return _pick(node, shapes[operand.name], into, out, constants)
     if operand is None or into is None:
         return {}
     before = shapes[operand.name]
@@ -66,13 +66,13 @@ def localize(
         dim = int(args_of(node)[1]) % len(before)
         rank = _rank(into[dim], int(args_of(node)[2]) % int(before[dim])) if into[dim] else int(args_of(node)[2])
         if rank is None:
-            return _moved(node)
+            return _reject_positions(node)
         node.args = (operand, dim, rank)
         return {}
     if node.target in _SPLITS:
         return _split(node, operand, before, into)
     if node.target is aten.index.Tensor:
-        return _index(node, before, into, known)
+        return _index(node, before, into, constants)
     if node.target in _GROUPED:
         return _regroup(node, into, int(before[1]))
     return {}
@@ -86,16 +86,16 @@ def _regroup(node: fx.Node, into: Kept, channels: int) -> Rejection | dict[fx.No
         return {}
     width = channels // groups
     if any(start % width or stop % width for lane in lanes for start, stop in lane):
-        return _moved(node)
-    mine = size(lanes[0]) // width
+        return _reject_positions(node)
+    local_groups = size(lanes[0]) // width
     if name in node.kwargs:
-        node.kwargs = {**node.kwargs, name: mine}
+        node.kwargs = {**node.kwargs, name: local_groups}
     else:
-        node.args = (*args_of(node)[:place], mine, *args_of(node)[place + 1 :])
+        node.args = (*args_of(node)[:place], local_groups, *args_of(node)[place + 1 :])
     return {}
 
 
-def _moved(node: fx.Node) -> Rejection:
+def _reject_positions(node: fx.Node) -> Rejection:
     reason = "it picks fixed positions of a split dimension that are not at the same place on every lane"
     return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
 
@@ -141,8 +141,8 @@ def _rank(lanes: KeptDim, position: int) -> int | None:
     """The local place of a global position, if it is the same on every lane."""
     assert lanes is not None
     places = set()
-    for kept in lanes:
-        indices = to_indices(kept)
+    for index_set in lanes:
+        indices = to_indices(index_set)
         places.add(indices.index(position) if position in indices else None)
     return places.pop() if len(places) == 1 else None
 
@@ -152,20 +152,20 @@ def _slice(node: fx.Node, dim: int, before: Any, lanes: KeptDim) -> Rejection | 
         return {}
     start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     if any(isinstance(bound, fx.Node) for bound in (start, stop)):
-        return _moved(node)
-    chosen = set(range(*slice(start, stop, step).indices(int(before))))
-    local = {tuple(_places(kept, chosen)) for kept in lanes}
+        return _reject_positions(node)
+    positions = set(range(*slice(start, stop, step).indices(int(before))))
+    local = {tuple(_places(index_set, positions)) for index_set in lanes}
     places = local.pop() if len(local) == 1 else ()
     strides = {later - earlier for earlier, later in itertools.pairwise(places)} or {1}
     if not places or len(strides) > 1:
-        return _moved(node)
+        return _reject_positions(node)
     node.args = (args_of(node)[0], dim, places[0], places[-1] + 1, strides.pop())
     node.kwargs = {}
     return {}
 
 
-def _places(kept: IndexSet, chosen: set[int]) -> list[int]:
-    return [place for place, index in enumerate(to_indices(kept)) if index in chosen]
+def _places(index_set: IndexSet, positions: set[int]) -> list[int]:
+    return [place for place, index in enumerate(to_indices(index_set)) if index in positions]
 
 
 def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept) -> Rejection | dict[fx.Node, Tensor]:
@@ -185,11 +185,13 @@ def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept)
         sizes = [min(length, total - start) for start in range(0, total, length)]
     bounds = [sum(sizes[:position]) for position in range(len(sizes) + 1)]
     local = {
-        tuple(sum(start <= index < stop for index in to_indices(kept)) for start, stop in itertools.pairwise(bounds))
-        for kept in lanes
+        tuple(
+            sum(start <= index < stop for index in to_indices(index_set)) for start, stop in itertools.pairwise(bounds)
+        )
+        for index_set in lanes
     }
     if len(local) > 1:
-        return _moved(node)
+        return _reject_positions(node)
     node.target = aten.split_with_sizes.default
     node.args = (operand, list(local.pop()), dim)
     node.kwargs = {}
@@ -197,43 +199,45 @@ def _split(node: fx.Node, operand: fx.Node, before: tuple[Any, ...], into: Kept)
 
 
 def _pick(
-    node: fx.Node, before: tuple[Any, ...], into: Kept | None, out: Kept | None, known: dict[str, Tensor]
+    node: fx.Node, before: tuple[Any, ...], into: Kept | None, out: Kept | None, constants: dict[str, Tensor]
 ) -> Rejection | dict[fx.Node, Tensor]:
     """index_select: every lane picks for its own positions of the result, from where it holds what they need."""
     dim = int(args_of(node)[1]) % len(before)
     numbers = args_of(node)[2]
-    held, made = (sets[dim] if sets is not None else None for sets in (into, out))
-    if held is None and made is None:
+    in_sets, out_sets = (sets[dim] if sets is not None else None for sets in (into, out))
+    if in_sets is None and out_sets is None:
         return {}
-    values = known.get(numbers.name)
+    values = constants.get(numbers.name)
     if values is None:
-        return _moved(node)
-    wanted = values.tolist()
+        return _reject_positions(node)
+    picks = values.tolist()
     rows = []
-    for lane in range(len(held or made or ())):
-        have = to_indices(held[lane]) if held is not None else list(range(int(before[dim])))
-        mine = [wanted[place] for place in (to_indices(made[lane]) if made is not None else range(len(wanted)))]
-        if not set(mine) <= set(have):
-            return _moved(node)
-        rows.append([have.index(number) for number in mine])
+    for lane in range(len(in_sets or out_sets or ())):
+        local_positions = to_indices(in_sets[lane]) if in_sets is not None else list(range(int(before[dim])))
+        lane_picks = [
+            picks[place] for place in (to_indices(out_sets[lane]) if out_sets is not None else range(len(picks)))
+        ]
+        if not set(lane_picks) <= set(local_positions):
+            return _reject_positions(node)
+        rows.append([local_positions.index(number) for number in lane_picks])
     alike = all(row == rows[0] for row in rows)
     return {numbers: torch.tensor(rows[0] if alike else rows, dtype=values.dtype)}
 
 
 def _index(
-    node: fx.Node, before: tuple[Any, ...], into: Kept, known: dict[str, Tensor]
+    node: fx.Node, before: tuple[Any, ...], into: Kept, constants: dict[str, Tensor]
 ) -> Rejection | dict[fx.Node, Tensor]:
     """x[..., positions]: the positions move to where the lane holds those elements."""
-    constants: dict[fx.Node, Tensor] = {}
+    new_values: dict[fx.Node, Tensor] = {}
     for dim, positions in enumerate(args_of(node)[1]):
         lanes = into[dim]
         if positions is None or lanes is None:
             continue
-        values = known.get(positions.name)
+        values = constants.get(positions.name)
         if values is None or values.dtype == torch.bool:
-            return _moved(node)
+            return _reject_positions(node)
         places = [_rank(lanes, int(value) % int(before[dim])) for value in values.flatten().tolist()]
         if any(place is None for place in places):
-            return _moved(node)
-        constants[positions] = torch.tensor(places, dtype=values.dtype).reshape(values.shape)
-    return constants
+            return _reject_positions(node)
+        new_values[positions] = torch.tensor(places, dtype=values.dtype).reshape(values.shape)
+    return new_values

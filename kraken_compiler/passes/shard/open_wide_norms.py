@@ -32,7 +32,7 @@ _MEAN = torch.ops.kraken.mean_power.default
 
 @dataclass(frozen=True)
 class OpenWideNorms(Pass[Recognized]):
-    """Before the split over `degree` lanes."""
+    """The pass before the split over `degree` lanes."""
 
     degree: int = 1
 
@@ -47,21 +47,21 @@ class OpenWideNorms(Pass[Recognized]):
         matches = 0
         branches = []
         for branch in program.layers.branches:
-            found = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
-            assert isinstance(found, Projections)
-            opened = {norm.name: _open(norm) for norm in _wide_norms(branch, found)}
-            matches += len(opened)
-            names = [new for name in branch.nodes for new in opened.get(name, [name])]
+            projections = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
+            assert isinstance(projections, Projections)
+            replacements = {norm.name: _open(norm) for norm in _wide_norms(branch, projections)}
+            matches += len(replacements)
+            names = [new for name in branch.nodes for new in replacements.get(name, [name])]
             branches.append((branch, tuple(names)))
         program.layers = program.layers.with_nodes(dict(branches))
         return PassResult(matches)
 
 
-def _wide_norms(branch: Branch, found: Projections) -> list[fx.Node]:
+def _wide_norms(branch: Branch, projections: Projections) -> list[fx.Node]:
     """The norms between a branch's projections that are not over single heads."""
-    attention = next((node for node in found.region if node.target in ATTENTIONS), None)
+    attention = next((node for node in projections.region if node.target in ATTENTIONS), None)
     head = None if attention is None else shape_of(args_of(attention)[0])[-1]
-    return [node for node in found.region if node.target in _NORMS and shape_of(node)[-1] != head]
+    return [node for node in projections.region if node.target in _NORMS and shape_of(node)[-1] != head]
 
 
 def _open(norm: fx.Node) -> list[str]:
@@ -74,12 +74,12 @@ def _open(norm: fx.Node) -> list[str]:
     width = int(sizes[-1])
     if epsilon is None:
         epsilon = 1e-5 if is_layer_norm else torch.finfo(dtype).eps
-    graph, made = norm.graph, []
+    graph, new_nodes = norm.graph, []
 
     def call(target: object, *args: object) -> fx.Node:
-        made.append(graph.call_function(target, args))  # type: ignore[arg-type]
-        made[-1].meta["nn_module_stack"] = norm.meta.get("nn_module_stack", {})
-        return made[-1]
+        new_nodes.append(graph.call_function(target, args))  # type: ignore[arg-type]
+        new_nodes[-1].meta["nn_module_stack"] = norm.meta.get("nn_module_stack", {})
+        return new_nodes[-1]
 
     with graph.inserting_before(norm):
         # As in the norm's own kernel, the statistics of half-precision values are float32.
@@ -96,4 +96,4 @@ def _open(norm: fx.Node) -> list[str]:
         for operand, target in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
             result = result if operand is None else call(target, result, operand)
     replace(norm, result)
-    return [node.name for node in made]
+    return [node.name for node in new_nodes]

@@ -1,4 +1,4 @@
-"""Where lanes have different shares of the heads that read one KV head, pick every head's KV head by number.
+"""Pick every head's KV head by number where lanes have different shares of the heads that read one KV head.
 
 %r = reshape(expand(unsqueeze(%k, 2), [.., 4, ..]), [.., 8, ..])
                                                  ->     %r = index_select(%k, 1, [0, 0, 0, 0, 1, 1, 1, 1])
@@ -29,13 +29,13 @@ from kraken_compiler.passes.shard.split_weights import WeightSplitter
 
 
 def kv_head_numbers(splitter: WeightSplitter, heads: int, kv_heads: int) -> fx.Node:
-    """Which KV head every head reads, as a constant of the graph."""
+    """The numbers of the KV heads that every head reads, as a constant of the graph."""
     return splitter.add_constant(f"{KV_HEAD_OF}.{heads}.{kv_heads}", torch.arange(heads) // (heads // kv_heads))
 
 
 @dataclass(frozen=True)
 class PickKvHeads(Pass[Recognized]):
-    """For a split over `degree` lanes."""
+    """The pass for a split over `degree` lanes."""
 
     degree: int = 1
 
@@ -51,10 +51,10 @@ class PickKvHeads(Pass[Recognized]):
         if not matches:
             return PassResult()
         sort_weights(program)
-        found = find_layers(program)
-        if isinstance(found, Rejection):
-            return PassResult(matches, (found,))
-        program.layers = found
+        layers = find_layers(program)
+        if isinstance(layers, Rejection):
+            return PassResult(matches, (layers,))
+        program.layers = layers
         return PassResult(matches)
 
     def _pick(self, attention: fx.Node, splitter: WeightSplitter, unit: int) -> int:

@@ -35,14 +35,14 @@ class PlanShards(Pass[Recognized]):
         nodes = {node.name: node for node in program.graph.nodes}
         weights = weight_derived(program)
         constants = known_constants(program)
-        probed: dict[Any, tuple[list[str], BranchShards]] = {}
+        plans_by_structure: dict[Any, tuple[list[str], BranchShards]] = {}
         plans: list[BranchShards] = []
         for branch in program.layers.branches:
             projections = find_projections(nodes[branch.output], [nodes[name] for name in branch.nodes], weights)
             assert isinstance(projections, Projections)
             names, structure = _structure(projections, branch, constants)
-            if structure in probed:
-                twin_names, twin = probed[structure]
+            if structure in plans_by_structure:
+                twin_names, twin = plans_by_structure[structure]
                 plans.append(_translate(twin, dict(zip(twin_names, names, strict=True)), branch))
                 continue
             plan = probe_branch(branch, projections, program, self.degree)
@@ -51,10 +51,10 @@ class PlanShards(Pass[Recognized]):
             rejection = cut_of_scales(projections.output, plan.owned)
             if rejection is not None:
                 return PassResult(len(plans), (rejection,))
-            plan = replace(plan, structure=len(probed))
-            probed[structure] = (names, plan)
+            plan = replace(plan, structure=len(plans_by_structure))
+            plans_by_structure[structure] = (names, plan)
             plans.append(plan)
-        return PassResult(len(probed), program=program.at(Split, shards=tuple(plans)))
+        return PassResult(len(plans_by_structure), program=program.at(Split, shards=tuple(plans)))
 
 
 def _structure(
@@ -68,8 +68,8 @@ def _structure(
         if isinstance(argument, fx.Node):
             if argument not in numbers:
                 numbers[argument] = len(numbers)
-                known = constants.get(argument.name)
-                key.append((str(_shape(argument)), None if known is None else str(known.flatten().tolist())))
+                constant = constants.get(argument.name)
+                key.append((str(_shape(argument)), None if constant is None else str(constant.flatten().tolist())))
             return ("node", numbers[argument])
         if isinstance(argument, (list, tuple)):
             return tuple(describe(element) for element in argument)
@@ -78,8 +78,8 @@ def _structure(
     for leaf in projections.inputs:
         describe(leaf)
     for node in projections.region:
-        named = tuple((name, describe(argument)) for name, argument in sorted(node.kwargs.items()))
-        key.append((str(node.target), describe(args_of(node)), named, describe(node)))
+        keywords = tuple((name, describe(argument)) for name, argument in sorted(node.kwargs.items()))
+        key.append((str(node.target), describe(args_of(node)), keywords, describe(node)))
     describe(args_of(projections.output)[0])
     describe(projections.output)
     return [node.name for node in numbers], tuple(key)
@@ -97,5 +97,5 @@ def _translate(twin: BranchShards, names: dict[str, str], branch: Branch) -> Bra
         inputs=tuple(names[name] for name in twin.inputs),
         output=names[twin.output],
         region=tuple(names[name] for name in twin.region),
-        kept={names[name]: sets for name, sets in twin.kept.items()},
+        kept_sets={names[name]: sets for name, sets in twin.kept_sets.items()},
     )

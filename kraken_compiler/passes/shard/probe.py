@@ -53,10 +53,10 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
     owned = [list(range(share.start, share.owned)) for share in shares]
     columns = groups
     if attention is not None:
-        columns = [_reached(region, attention, group, source) for group in groups]
+        columns = [_dependent_columns(region, attention, group, source) for group in groups]
         owned = [
-            mine if heads == group else _reached(region, attention, heads, source)
-            for mine, heads, group in zip(columns, owned, groups)
+            lane_columns if heads == group else _dependent_columns(region, attention, heads, source)
+            for lane_columns, heads, group in zip(columns, owned, groups)
         ]
         if sorted(index for lane in owned for index in lane) != list(range(branch.columns)):
             mixer = mixer_of_heads(region, attention, [list(range(share.start, share.owned)) for share in shares])
@@ -66,60 +66,62 @@ def probe_branch(branch: Branch, projections: Projections, program: Program, deg
             return Rejection(reason, (source.name,), module_path(attention), DEGREE_HINT)
 
     picks = [node for node in projections.region if _picks_kv_heads(node, program)]
-    marked = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
-    marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked}
+    marked_nodes = [node for node, value in values.items() if isinstance(value, Tensor) and value.requires_grad]
+    marks: dict[fx.Node, list[Tensor]] = {node: [] for node in marked_nodes}
     for lane in range(degree):
         seeds = [values[source][..., columns[lane]]]
         if attention is not None:
             seeds += _attention_operands(attention, values, groups[lane], branch.heads)
             seeds += [part for pick in picks for part in _picked_heads(pick, values, lane, degree, branch.unit)]
         loss = sum((seed * torch.rand_like(seed).add(0.5)).sum() for seed in seeds if seed.requires_grad)
-        tensors = [values[node] for node in marked]
+        tensors = [values[node] for node in marked_nodes]
         try:
             gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             return _no_derivative(projections.region, source, error)
-        for node, tensor, gradient in zip(marked, tensors, gradients):
+        for node, tensor, gradient in zip(marked_nodes, tensors, gradients):
             mark = torch.zeros_like(tensor, dtype=torch.bool) if gradient is None else gradient != 0
             marks[node].append(_of_all_tokens(mark, node))
 
-    found = {node: _kept_sets(lanes) for node, lanes in marks.items()}
-    broken = {node: sets for node, sets in found.items() if isinstance(sets, str)}
-    kept: dict[str, Kept] = {
+    sets_by_node = {node: _kept_sets(lanes) for node, lanes in marks.items()}
+    reasons = {node: sets for node, sets in sets_by_node.items() if isinstance(sets, str)}
+    kept_sets: dict[str, Kept] = {
         node.name: sets
-        for node, sets in found.items()
+        for node, sets in sets_by_node.items()
         if not isinstance(sets, str) and any(d is not None for d in sets)
     }
-    _keep_filled(projections.region, kept)
-    mixer = mixer_of_columns(projections.region, kept) if attention is None or broken else None
+    _keep_filled(projections.region, kept_sets)
+    mixer = mixer_of_columns(projections.region, kept_sets) if attention is None or reasons else None
     if mixer is not None:
         return mixing(mixer, "heads" if attention is not None else "columns")
-    if broken:
-        return breaking(projections.region, kept, broken)
+    if reasons:
+        return breaking(projections.region, kept_sets, reasons)
     return BranchShards(
         branch=branch.index,
         inputs=tuple(node.name for node in projections.inputs),
         output=projections.output.name,
         region=tuple(node.name for node in projections.region),
-        kept=kept,
+        kept_sets=kept_sets,
         columns=tuple(from_indices(lane) for lane in columns),
         owned=tuple(from_indices(lane) for lane in owned),
     )
 
 
-def _keep_filled(region: Sequence[fx.Node], kept: dict[str, Kept]) -> None:
-    """Of what is one number everywhere, a lane has as much as of the tensor that lends it the shape."""
-    filled: set[fx.Node] = set()
+def _keep_filled(region: Sequence[fx.Node], kept_sets: dict[str, Kept]) -> None:
+    """Keep as much of a tensor filled with one number as of the tensor that lends it the shape."""
+    filled_nodes: set[fx.Node] = set()
     for node in region:
         operands = [operand for operand in node.all_input_nodes if is_tensor(operand)]
-        alike = node.target in _FILLED or (operands and filled.issuperset(operands) and same_shape(operands[0], node))
-        if alike and node.name not in kept and operands[0].name in kept:
-            kept[node.name] = kept[operands[0].name]
-            filled.add(node)
+        alike = node.target in _FILLED or (
+            operands and filled_nodes.issuperset(operands) and same_shape(operands[0], node)
+        )
+        if alike and node.name not in kept_sets and operands[0].name in kept_sets:
+            kept_sets[node.name] = kept_sets[operands[0].name]
+            filled_nodes.add(node)
 
 
 def _no_derivative(region: Sequence[fx.Node], source: fx.Node, error: RuntimeError) -> Rejection:
-    """Some operators cannot be differentiated; torch says which, as `aten::name`."""
+    """The rejection of an operator that cannot be differentiated; torch says which, as `aten::name`."""
     reason = first_line(error)
     node = next((node for node in region if str(node.target).rpartition(".")[0].replace(".", "::") in reason), source)
     return Rejection(
@@ -127,11 +129,11 @@ def _no_derivative(region: Sequence[fx.Node], source: fx.Node, error: RuntimeErr
     )
 
 
-def _reached(region: Region, attention: fx.Node, heads: list[int], source: fx.Node) -> list[int]:
+def _dependent_columns(region: Region, attention: fx.Node, heads: list[int], source: fx.Node) -> list[int]:
     """Columns of `source` that change when the attention's output changes on `heads`."""
-    moved = region.inputs[attention].clone()
-    moved[:, heads] += torch.rand_like(moved[:, heads]).add(0.5)
-    change = region.run({attention: moved})[source] != region.run()[source]
+    noisy = region.inputs[attention].clone()
+    noisy[:, heads] += torch.rand_like(noisy[:, heads]).add(0.5)
+    change = region.run({attention: noisy})[source] != region.run()[source]
     return torch.nonzero(change.flatten(0, -2).any(0)).flatten().tolist()
 
 
@@ -144,13 +146,13 @@ def _attention_operands(
         if not isinstance(operand, fx.Node):
             continue
         tensor = values[operand]
-        have = tensor.shape[-3] if tensor.dim() >= 3 else 1
-        if have == 1:
+        head_count = tensor.shape[-3] if tensor.dim() >= 3 else 1
+        if head_count == 1:
             parts.append(tensor)
             continue
-        group = count // have
-        needed = sorted({head // group for head in heads})
-        parts.append(tensor.movedim(-3, 0)[needed])
+        group = count // head_count
+        kv_heads = sorted({head // group for head in heads})
+        parts.append(tensor.movedim(-3, 0)[kv_heads])
     sinks = attention.kwargs.get("sinks")
     return [*parts, values[sinks][heads]] if isinstance(sinks, fx.Node) else parts
 
@@ -181,7 +183,7 @@ def _of_all_tokens(marks: Tensor, node: fx.Node) -> Tensor:
 
 
 def _lines(marks: Tensor) -> list[Tensor]:
-    """For every dim, which of its positions hold a mark. One pass a dim, over ever smaller tensors."""
+    """The positions of every dim that hold a mark. One pass a dim, over ever smaller tensors."""
     lines = []
     # amax over bytes, because `any` over booleans is ten times slower on CPUs.
     rest = marks.to(torch.uint8)
@@ -202,11 +204,11 @@ def _kept_sets(lanes: Sequence[Tensor]) -> Kept | str:
         if elements == 0 or elements != torch.count_nonzero(marks):
             return "a lane needs a part of its operand that is no block of it"
         per_lane.append(sets)
-    kept: list[KeptDim] = []
+    kept_dims: list[KeptDim] = []
     for dim in range(lanes[0].dim()):
-        mine = tuple(sets[dim] for sets in per_lane)
-        if len(set(map(size, mine))) > 1:
+        dim_sets = tuple(sets[dim] for sets in per_lane)
+        if len(set(map(size, dim_sets))) > 1:
             return "lanes need unequal parts of its operand"
         # What all lanes need alike is not divided, be it all or some of it.
-        kept.append(None if all(one == mine[0] for one in mine) else mine)
-    return tuple(kept)
+        kept_dims.append(None if all(one == dim_sets[0] for one in dim_sets) else dim_sets)
+    return tuple(kept_dims)

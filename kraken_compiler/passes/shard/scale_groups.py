@@ -1,4 +1,4 @@
-"""Whether a quantised weight can be cut where a plan cuts it: its scales are for groups of columns."""
+"""The check that a quantised weight can be cut where a plan cuts it: its scales are for groups of columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EVEN_HINT = (
 
 
 def cut_of_scales(output: fx.Node, owned: Sequence[IndexSet]) -> Rejection | None:
-    """Why an output projection's weight cannot be cut; None if it can, or is not quantised.
+    """The rejection of an output projection's weight that cannot be cut; None if it can, or is not quantised.
 
     Args:
         output: The projection.

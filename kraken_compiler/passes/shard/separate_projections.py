@@ -59,7 +59,7 @@ _LAYOUT = frozenset(
 
 @dataclass(frozen=True)
 class SeparateProjections(Pass[Recognized]):
-    """For a split over `degree` lanes; nothing changes where no lane cuts a group."""
+    """The pass for a split over `degree` lanes; nothing changes where no lane cuts a group."""
 
     degree: int = 1
 
@@ -69,64 +69,66 @@ class SeparateProjections(Pass[Recognized]):
     def run(self, program: Recognized) -> PassResult:
         if program.degree == self.degree:
             return PassResult()
-        uneven = [
+        uneven_branches = [
             branch
             for branch in program.layers.branches
             if branch.kind == "attention" and _is_uneven(branch, self.degree)
         ]
-        if not uneven:
+        if not uneven_branches:
             return PassResult()
         splitter = WeightSplitter(program, {})
-        known = known_constants(program)
+        constants = known_constants(program)
         nodes = {node.name: node for node in program.graph.nodes}
         matches = 0
-        for branch in uneven:
+        for branch in uneven_branches:
             for name in branch.nodes:
                 node = nodes[name]
                 if node.target is LINEAR and args_of(node)[1].name in program.weights:
-                    matches += self._separate(node, branch, splitter, known)
+                    matches += self._separate(node, branch, splitter, constants)
         if not matches:
             return PassResult()
         refresh_shapes(program.graph)
         sort_weights(program)
-        found = find_layers(program)
-        if isinstance(found, Rejection):
-            return PassResult(matches, (found,))
-        program.layers = found
+        layers = find_layers(program)
+        if isinstance(layers, Rejection):
+            return PassResult(matches, (layers,))
+        program.layers = layers
         return PassResult(matches)
 
-    def _separate(self, linear: fx.Node, branch: Branch, splitter: WeightSplitter, known: Mapping[str, Tensor]) -> bool:
+    def _separate(
+        self, linear: fx.Node, branch: Branch, splitter: WeightSplitter, constants: Mapping[str, Tensor]
+    ) -> bool:
         view = next(iter(linear.users))
         if len(linear.users) != 1 or view.target is not aten.reshape.default or _is_by_head(view, branch):
             return False
         sizes, parts = argument(view, 1, "shape")[:2], _parts(linear, branch)
-        rows = _rows(linear, parts, known) if parts else None
+        rows = _rows(linear, parts, constants) if parts else None
         if rows is None or any(isinstance(size, int) for size in sizes):
             return False
         x, weight, bias = args_of(linear)[0], args_of(linear)[1], argument(linear, 2, "bias")
-        for part, of_part in zip(parts, rows):
-            shard = DimShard(0, (from_indices(of_part),) * self.degree)
+        for part, part_rows in zip(parts, rows):
+            shard = DimShard(0, (from_indices(part_rows),) * self.degree)
             operands = [
                 splitter.add_weight(replace(splitter.program.weights[whole.name], shards=(shard,)), near=whole)
                 for whole in (weight, bias)
                 if whole is not None
             ]
-            repeated = _repeated(part, branch.heads)
-            shape = [*sizes, *(size for size in shape_of(part)[2:] if repeated is None or size != 1)]
+            repetition = _repetition(part, branch.heads)
+            shape = [*sizes, *(size for size in shape_of(part)[2:] if repetition is None or size != 1)]
             with linear.graph.inserting_before(linear):
-                own = linear.graph.call_function(LINEAR, (x, *operands))
-                made = linear.graph.call_function(aten.reshape.default, (own, shape))
-                if repeated is not None:
+                projection = linear.graph.call_function(LINEAR, (x, *operands))
+                heads = linear.graph.call_function(aten.reshape.default, (projection, shape))
+                if repetition is not None:
                     index = kv_head_numbers(splitter, branch.heads, branch.kv_heads)
-                    made = linear.graph.call_function(aten.index_select.default, (made, 2, index))
-            for new in (own, made):
+                    heads = linear.graph.call_function(aten.index_select.default, (heads, 2, index))
+            for new in (projection, heads):
                 new.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
-            replace_node(repeated or part, made)
+            replace_node(repetition or part, heads)
         return True
 
 
-def _repeated(part: fx.Node, heads: int) -> fx.Node | None:
-    """Where a part's KV heads are repeated before anything else happens to them: [B, S, heads, D]."""
+def _repetition(part: fx.Node, heads: int) -> fx.Node | None:
+    """The node that repeats a part's KV heads before anything else happens to them: [B, S, heads, D]."""
     users = list(part.users)
     if len(users) != 1 or users[0].target is not aten.expand.default or len(users[0].users) != 1:
         return None
@@ -154,7 +156,7 @@ def _between(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _parts(linear: fx.Node, branch: Branch) -> list[fx.Node]:
-    """Where the heads of a projection's queries, keys and values lie in one dim; empty if that is not everywhere."""
+    """The nodes where the heads of queries, keys and values lie in one dim each; empty if that is not everywhere."""
     parts: list[fx.Node] = []
     todo = [linear]
     while todo:
@@ -171,23 +173,25 @@ def _parts(linear: fx.Node, branch: Branch) -> list[fx.Node]:
     return sorted(parts) if len(parts) > 1 else []
 
 
-def _rows(linear: fx.Node, parts: list[fx.Node], known: Mapping[str, Tensor]) -> list[list[int]] | None:
+def _rows(linear: fx.Node, parts: list[fx.Node], constants: Mapping[str, Tensor]) -> list[list[int]] | None:
     """The rows of the projection's weight that every part is made of, in order; None if they are in no order."""
-    region = Region([linear, *sorted(_inner(linear, parts))], [linear], known)
+    region = Region([linear, *sorted(_inner(linear, parts))], [linear], constants)
     batch, sequence, width = region.inputs[linear].shape
     numbers = torch.arange(width, dtype=torch.float64)
     tokens = torch.arange(batch * sequence, dtype=torch.float64).reshape(batch, sequence, 1)
     rows, places = (region.run({linear: tensor.expand(batch, sequence, width)}) for tensor in (numbers, tokens))
-    found = []
+    rows_of_parts = []
     for part in parts:
-        lie: Tensor = places[part]
-        if lie.shape[:2] != (batch, sequence) or not torch.equal(lie.flatten(2), tokens.expand(lie.flatten(2).shape)):
+        token_places: Tensor = places[part]
+        if token_places.shape[:2] != (batch, sequence) or not torch.equal(
+            token_places.flatten(2), tokens.expand(token_places.flatten(2).shape)
+        ):
             return None
-        mine = rows[part][0, 0].flatten().long().tolist()
-        if sorted(set(mine)) != mine:
+        part_rows = rows[part][0, 0].flatten().long().tolist()
+        if sorted(set(part_rows)) != part_rows:
             return None
-        found.append(mine)
-    return found
+        rows_of_parts.append(part_rows)
+    return rows_of_parts
 
 
 def _inner(linear: fx.Node, parts: list[fx.Node]) -> set[fx.Node]:

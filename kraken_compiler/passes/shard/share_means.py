@@ -40,18 +40,20 @@ class ShareMeans(Pass[Split]):
         matches = 0
         branches, shards = {}, []
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
-            made: dict[str, list[str]] = {}
+            replacements: dict[str, list[str]] = {}
             for name in branch.nodes:
                 if nodes[name].target is not MEAN or len(nodes[name].args) > 3:
                     continue
                 matches += 1
-                kept = plan.kept.get(args_of(nodes[name])[0].name)
-                if kept and kept[-1] is not None:
-                    _weigh(nodes[name], kept[-1], splitter)
+                kept_sets = plan.kept_sets.get(args_of(nodes[name])[0].name)
+                if kept_sets and kept_sets[-1] is not None:
+                    _weigh(nodes[name], kept_sets[-1], splitter)
                 else:
-                    made[name] = own_mean(nodes[name])
-            branches[branch] = tuple(new for name in branch.nodes for new in made.get(name, [name]))
-            shards.append(replace(plan, region=tuple(new for name in plan.region for new in made.get(name, [name]))))
+                    replacements[name] = own_mean(nodes[name])
+            branches[branch] = tuple(new for name in branch.nodes for new in replacements.get(name, [name]))
+            shards.append(
+                replace(plan, region=tuple(new for name in plan.region for new in replacements.get(name, [name])))
+            )
         program.shards = tuple(shards)
         program.layers = program.layers.with_nodes(branches)
         sort_weights(program)
@@ -61,11 +63,11 @@ class ShareMeans(Pass[Split]):
 def _weigh(mean: fx.Node, lanes: tuple[IndexSet, ...], splitter: WeightSplitter) -> None:
     """Let columns that several lanes hold (of a replicated KV head) count once."""
     x, power, width = args_of(mean)
-    held = Counter(index for lane in lanes for index in to_indices(lane))
-    share = torch.tensor([1.0 / max(1, held[column]) for column in range(width)])
-    source = f"kraken.share.{'.'.join(str(held[column]) for column in range(width))}"
-    if len(set(held.values())) == 1 and len(held) == width:
-        mean.args = (x, power, width * held[0], None)
+    lane_counts = Counter(index for lane in lanes for index in to_indices(lane))
+    share = torch.tensor([1.0 / max(1, lane_counts[column]) for column in range(width)])
+    source = f"kraken.share.{'.'.join(str(lane_counts[column]) for column in range(width))}"
+    if len(set(lane_counts.values())) == 1 and len(lane_counts) == width:
+        mean.args = (x, power, width * lane_counts[0], None)
     else:
         mean.args = (x, power, width, splitter.add_constant(source, share, (DimShard(0, lanes),)))
 
@@ -75,8 +77,8 @@ def own_mean(mean: fx.Node) -> list[str]:
     x, power = args_of(mean)[:2]
     graph = mean.graph
     with graph.inserting_before(mean):
-        made = [x] if power == 1 else [x, graph.call_function(aten.mul.Tensor, (x, x))]
-        made.append(graph.call_function(aten.sum.dim_IntList, (made[-1], [-1], True)))
-        made.append(graph.call_function(aten.mul.Tensor, (made[-1], 1.0 / int(shape_of(x)[-1]))))
-    replace_node(mean, made[-1])
-    return [node.name for node in made[1:]]
+        new_nodes = [x] if power == 1 else [x, graph.call_function(aten.mul.Tensor, (x, x))]
+        new_nodes.append(graph.call_function(aten.sum.dim_IntList, (new_nodes[-1], [-1], True)))
+        new_nodes.append(graph.call_function(aten.mul.Tensor, (new_nodes[-1], 1.0 / int(shape_of(x)[-1]))))
+    replace_node(mean, new_nodes[-1])
+    return [node.name for node in new_nodes[1:]]

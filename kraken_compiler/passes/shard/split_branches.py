@@ -85,22 +85,22 @@ def _split(
     check: _Check | None,
 ) -> Rejection | dict[str, tuple[str, ...]]:
     """Cut one branch; returns the nodes that cut a lane's part out of what is computed, by the name of that."""
-    known = known_constants(splitter.program)
+    constants = known_constants(splitter.program)
     parts: dict[str, tuple[str, ...]] = {}
     degree = len(plan.columns)
     for name in plan.inputs:
-        _split_input(nodes[name], plan.kept.get(name), shapes, splitter)
+        _split_input(nodes[name], plan.kept_sets.get(name), shapes, splitter)
     inside = {*plan.inputs, *plan.region}
     for name in plan.region:
         node = nodes[name]
-        moved = localize(node, plan.kept, shapes, known)
-        if isinstance(moved, Rejection):
-            return moved
-        for constant, value in moved.items():
+        new_values = localize(node, plan.kept_sets, shapes, constants)
+        if isinstance(new_values, Rejection):
+            return new_values
+        for constant, value in new_values.items():
             _use(node, constant, _add_numbers(constant, value, splitter), check)
         for operand in node.all_input_nodes:
-            if operand.name not in inside and operand.name in plan.kept:
-                part = splitter.part(operand, plan.kept[operand.name])
+            if operand.name not in inside and operand.name in plan.kept_sets:
+                part = splitter.part(operand, plan.kept_sets[operand.name])
                 calls = (step for step in ancestors(part, {operand}) if step.op == "call_function")
                 parts[operand.name] = tuple(step.name for step in sorted(calls))
                 _use(node, operand, part, check)
@@ -108,10 +108,10 @@ def _split(
     weight, bias = args_of(output)[1], argument(output, 2, "bias")
     assert isinstance(weight, fx.Node)
     rank = len(shapes[weight.name])
-    kept = weight_kept(rank, rank - 1, plan.owned, int(shapes[weight.name][-1]))
+    kept_sets = weight_kept(rank, rank - 1, plan.owned, int(shapes[weight.name][-1]))
     # Every lane adds its N-th, so that the sum over lanes adds the bias once.
     share = splitter.part(bias, (None,) * (rank - 1), scale=1.0 / degree) if bias is not None else None
-    _rebind(output, splitter.part(weight, kept), share)
+    _rebind(output, splitter.part(weight, kept_sets), share)
     return parts
 
 
@@ -127,9 +127,9 @@ def _add_numbers(constant: fx.Node, value: Tensor, splitter: WeightSplitter) -> 
 
 
 def _split_input(
-    node: fx.Node, kept: Kept | None, shapes: dict[str, tuple[Any, ...]], splitter: WeightSplitter
+    node: fx.Node, kept_sets: Kept | None, shapes: dict[str, tuple[Any, ...]], splitter: WeightSplitter
 ) -> None:
-    lanes = kept[-1] if kept else None
+    lanes = kept_sets[-1] if kept_sets else None
     if lanes is None:
         return
     weight, bias = args_of(node)[1], argument(node, 2, "bias")
@@ -146,7 +146,7 @@ def _rebind(projection: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
 def _use(node: fx.Node, old: fx.Node, new: fx.Node, check: _Check | None) -> None:
     node.replace_input_with(old, new)
     if check is not None:
-        check.replaced[new] = old
+        check.originals[new] = old
 
 
 def _refresh(
@@ -160,30 +160,32 @@ def _refresh(
             del nodes[name].meta["val"]
             if plan is not first:
                 twins[nodes[name]] = nodes[of_first]
-    expected = {}
+    expected_sizes = {}
     for plan in firsts.values():
         for name in (*plan.inputs, *plan.region):
             if name in shapes:
-                whole, sets = shapes[name], plan.kept.get(name)
-                expected[name] = [
+                whole, sets = shapes[name], plan.kept_sets.get(name)
+                expected_sizes[name] = [
                     sum(stop - start for start, stop in lanes[0]) if lanes else length
                     for length, lanes in zip(whole, sets or (None,) * len(whole))
                 ]
-    failed: fx.Node | None = None
+    failed_node: fx.Node | None = None
     try:
         with compat.silent_log("torch._subclasses.fake_tensor"):
             refresh_shapes(program.graph, skip=twins)
     except (RuntimeError, ValueError, IndexError):
-        missing = (node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta)
-        failed = next(node for node in missing if node not in twins)
-    for name, sizes in expected.items():
-        if nodes[name] is failed or "val" not in nodes[name].meta:
+        shapeless_calls = (
+            node for node in program.graph.nodes if node.op == "call_function" and "val" not in node.meta
+        )
+        failed_node = next(node for node in shapeless_calls if node not in twins)
+    for name, sizes in expected_sizes.items():
+        if nodes[name] is failed_node or "val" not in nodes[name].meta:
             continue
-        have = shape_of(nodes[name])
-        if len(have) != len(sizes) or not all(map(same_size, have, sizes)):
+        shape = shape_of(nodes[name])
+        if len(shape) != len(sizes) or not all(map(same_size, shape, sizes)):
             return nodes[name]
-    if failed is not None:
-        return failed
+    if failed_node is not None:
+        return failed_node
     for twin, model in twins.items():
         twin.meta["val"] = model.meta["val"]
     return None
@@ -196,8 +198,8 @@ def _not_by_parts(node: fx.Node) -> Rejection:
     return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
 
 
-def _agree(have: Tensor, want: Tensor) -> bool:
-    return have.shape == want.shape and torch.allclose(have, want, rtol=1e-9, atol=1e-9)
+def _agree(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 class _Check:
@@ -207,49 +209,49 @@ class _Check:
         self, plan: BranchShards, leaves: list[fx.Node], region: list[fx.Node], output: fx.Node, program: Program
     ) -> None:
         self.plan, self.leaves, self.region, self.output = plan, leaves, region, output
-        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.originals: dict[fx.Node, fx.Node] = {}
         self._program = program
         whole = Region(region, leaves, known_constants(program), seed=1)
         self._inputs = whole.inputs
         self._whole = whole.run()
-        self._mixer = mixer_of_columns(region, plan.kept)
-        self._what = "heads" if any(leaf.target in ATTENTIONS for leaf in region) else "columns"
+        self._mixer = mixer_of_columns(region, plan.kept_sets)
+        self._parts = "heads" if any(leaf.target in ATTENTIONS for leaf in region) else "columns"
 
     def run(self) -> Rejection | None:
         for lane in range(self._program.degree):
             local = Region(self.region, self.leaves, known_constants(self._program, lane), seed=1)
             values = {}
             for node in (*self.leaves, *local.externals):
-                source = self.replaced.get(node, node)
-                if source is not node and source.name not in self.plan.kept:
+                source = self.originals.get(node, node)
+                if source is not node and source.name not in self.plan.kept_sets:
                     continue
                 values[node] = self._cut(self._inputs[source], source.name, lane)
             source = args_of(self.output)[0]
             parts = local.run(values)
-            want = self._whole[source][..., to_indices(self.plan.columns[lane])]
-            if not _agree(parts[source], want):
-                return self.rejection(self._first_that_differs(parts, lane), lane)
+            expected = self._whole[source][..., to_indices(self.plan.columns[lane])]
+            if not _agree(parts[source], expected):
+                return self.rejection(self._first_difference(parts, lane), lane)
         return None
 
     def rejection(self, node: fx.Node, lane: int = 0) -> Rejection:
-        """Why the branch cannot be split, which shows at `node`."""
+        """The rejection of the branch, which cannot be split as shows at `node`."""
         if node is self.output:
             reason = f"lane {lane}'s part of the branch differs from the same part of the whole branch"
             return Rejection(reason, (node.name,), module_path(node), DEGREE_HINT)
-        return mixing(self._mixer, self._what) if self._mixer is not None else _not_by_parts(node)
+        return mixing(self._mixer, self._parts) if self._mixer is not None else _not_by_parts(node)
 
-    def _first_that_differs(self, parts: dict[fx.Node, Any], lane: int) -> fx.Node:
+    def _first_difference(self, parts: dict[fx.Node, Any], lane: int) -> fx.Node:
         """The first node whose value on a lane is not the lane's part of its value on all."""
         for node in self.region:
             part = parts.get(node)
-            if not isinstance(part, Tensor) or node.name not in self.plan.kept:
+            if not isinstance(part, Tensor) or node.name not in self.plan.kept_sets:
                 continue
             if not _agree(part, self._cut(self._whole[node], node.name, lane)):
                 return node
         return self.output
 
     def _cut(self, value: Any, name: str, lane: int) -> Any:
-        for dim, lanes in enumerate(self.plan.kept.get(name, ())):
+        for dim, lanes in enumerate(self.plan.kept_sets.get(name, ())):
             if lanes is not None and isinstance(value, Tensor):
                 value = value.index_select(dim, torch.tensor(to_indices(lanes[lane])))
         return value

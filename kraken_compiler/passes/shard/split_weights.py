@@ -34,60 +34,62 @@ class WeightSplitter:
     shapes: dict[str, tuple[Any, ...]]
 
     def __post_init__(self) -> None:
-        self._made: dict[Any, fx.Node] = {}
+        self._nodes_by_key: dict[Any, fx.Node] = {}
         self._fake_mode = fake_mode_of(self.program.graph)
 
-    def part(self, node: fx.Node, kept: Kept, scale: float = 1.0) -> fx.Node:
-        """The part `kept` of what `node` computes, as a node placed before all users of `node`.
+    def part(self, node: fx.Node, kept_sets: Kept, scale: float = 1.0) -> fx.Node:
+        """The part `kept_sets` of what `node` computes, as a node placed before all users of `node`.
 
         Args:
             node: A weight, a reshape or permute of one, or any tensor that is whole on every lane.
-            kept: The part.
+            kept_sets: The part.
             scale: Factor on the values.
         """
-        if all(lanes is None for lanes in kept) and scale == 1.0:
+        if all(lanes is None for lanes in kept_sets) and scale == 1.0:
             return node
-        key = (node, kept, scale)
-        if key not in self._made:
-            self._made[key] = self._make(node, kept, scale)
-        return self._made[key]
+        key = (node, kept_sets, scale)
+        if key not in self._nodes_by_key:
+            self._nodes_by_key[key] = self._make(node, kept_sets, scale)
+        return self._nodes_by_key[key]
 
-    def _make(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+    def _make(self, node: fx.Node, kept_sets: Kept, scale: float) -> fx.Node:
         if scale != 1.0 and self._rounds(node):
-            return self._insert(aten.mul.Tensor, (self.part(node, kept), scale))
+            return self._insert(aten.mul.Tensor, (self.part(node, kept_sets), scale))
         if node.name in self.program.weights:
-            return self._weight(node, kept, scale)
-        if node.target is DEQUANTIZE and self._is_cut_between_groups(node, kept[1]):
-            return self._dequantized(node, kept, scale)
+            return self._weight(node, kept_sets, scale)
+        if node.target is DEQUANTIZE and self._is_cut_between_groups(node, kept_sets[1]):
+            return self._dequantize_part(node, kept_sets, scale)
         if node.target is aten.permute.default:
-            inner: list[KeptDim] = [None] * len(kept)
+            inner: list[KeptDim] = [None] * len(kept_sets)
             for dim, source in enumerate(args_of(node)[1]):
-                inner[source] = kept[dim]
+                inner[source] = kept_sets[dim]
             part = self.part(args_of(node)[0], tuple(inner), scale)
             return self._insert(aten.permute.default, (part, args_of(node)[1]))
-        if node.target is aten.reshape.default and (inner_kept := self._before_reshape(node, kept)) is not None:
+        if node.target is aten.reshape.default and (inner_kept := self._before_reshape(node, kept_sets)) is not None:
             part = self.part(args_of(node)[0], inner_kept, scale)
             # The largest part: smaller ones are padded to it.
-            sizes = [max(map(size, lanes)) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept)]
+            sizes = [
+                max(map(size, lanes)) if lanes else whole for whole, lanes in zip(self.shapes[node.name], kept_sets)
+            ]
             return self._insert(aten.reshape.default, (part, sizes))
-        if (found := operand_part(node, kept, self.shapes)) is not None:
-            part = self.part(found.operand, found.kept, scale)
-            return part if found.target is None else self._insert(found.target, (part, *found.rest), found.kwargs)
+        if (origin := operand_part(node, kept_sets, self.shapes)) is not None:
+            part = self.part(origin.operand, origin.kept_sets, scale)
+            return part if origin.target is None else self._insert(origin.target, (part, *origin.rest), origin.kwargs)
         part = node
-        for dim, lanes in enumerate(kept):
+        for dim, lanes in enumerate(kept_sets):
             if lanes is not None:
-                part = self._selected(part, dim, lanes, self.shapes[node.name])
+                part = self._select(part, dim, lanes, self.shapes[node.name])
         if scale != 1.0:
             part = self._insert(aten.mul.Tensor, (part, scale))
         return part
 
     def _rounds(self, node: fx.Node) -> bool:
-        """Whether a factor must come after `node`, for it holds whole numbers or makes coarser ones of its operand."""
+        """True if a factor must come after `node`, for it holds whole numbers or makes coarser ones of its operand."""
         if node.name in self.program.weights:
             return not self.program.weights[node.name].torch_dtype.is_floating_point
         return node.target in CASTS
 
-    def _selected(self, node: fx.Node, dim: int, lanes: tuple[IndexSet, ...], shape: tuple[Any, ...]) -> fx.Node:
+    def _select(self, node: fx.Node, dim: int, lanes: tuple[IndexSet, ...], shape: tuple[Any, ...]) -> fx.Node:
         """The positions that each lane keeps of one dim of a tensor that is whole on every lane.
 
         Like `WeightSpec.take`, a lane that keeps fewer than others is padded with zeros at the end. They are picked as
@@ -109,47 +111,47 @@ class WeightSplitter:
         unit = grain_of(node)
         return all(start % unit == stop % unit == 0 for lane in columns or () for start, stop in lane)
 
-    def _dequantized(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+    def _dequantize_part(self, node: fx.Node, kept_sets: Kept, scale: float) -> fx.Node:
         """Cut integers, scales and zero points alike; what a lane is padded with has a scale of 0."""
         data, scales, zero_points, bits, dtype = args_of(node)
-        rows, columns = kept
+        rows, columns = kept_sets
         whole, groups = int(self.shapes[node.name][1]), int(self.shapes[scales.name][1])
-        held = None if columns is None else tuple(in_units(lane, 8 // bits) for lane in columns)
+        data_columns = None if columns is None else tuple(in_units(lane, 8 // bits) for lane in columns)
         of_groups = None
         if columns is not None and groups > 1:
             of_groups = tuple(in_units(lane, whole // groups) for lane in columns)
-        part = self.part(data, (rows, held))
+        part = self.part(data, (rows, data_columns))
         part_scales = self.part(scales, (rows, of_groups), scale)
         part_zeros = self.part(zero_points, (rows, of_groups)) if zero_points is not None else None
         # Where the whole was: computed earlier, all weights of a model would be there at once.
         with node.graph.inserting_before(node):
-            made = node.graph.call_function(DEQUANTIZE, (part, part_scales, part_zeros, bits, dtype))
-        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-        return made
+            weight = node.graph.call_function(DEQUANTIZE, (part, part_scales, part_zeros, bits, dtype))
+        weight.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        return weight
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
         """A call placed as early as its operands allow, so that every later user of the same part can read it."""
-        computed = [arg for arg in args if isinstance(arg, fx.Node) and arg.op != "placeholder"]
+        computed_args = [arg for arg in args if isinstance(arg, fx.Node) and arg.op != "placeholder"]
         graph = self.program.graph
-        if computed:
-            assert len(computed) == 1
-            with graph.inserting_after(computed[0]):
+        if computed_args:
+            assert len(computed_args) == 1
+            with graph.inserting_after(computed_args[0]):
                 return graph.call_function(target, args, dict(kwargs or {}))
         first = next(node for node in graph.nodes if node.op != "placeholder")
         with graph.inserting_before(first):
             return graph.call_function(target, args, dict(kwargs or {}))
 
-    def _weight(self, node: fx.Node, kept: Kept, scale: float) -> fx.Node:
+    def _weight(self, node: fx.Node, kept_sets: Kept, scale: float) -> fx.Node:
         spec = self.program.weights[node.name]
-        shards = tuple(shard for dim, lanes in enumerate(kept) if (shard := _cut(spec, dim, lanes)) is not None)
+        shards = tuple(shard for dim, lanes in enumerate(kept_sets) if (shard := _cut(spec, dim, lanes)) is not None)
         return self.add_weight(replace(spec, shards=shards, scale=scale), near=node)
 
     def add_weight(self, spec: WeightSpec, near: fx.Node | None = None) -> fx.Node:
         """A placeholder for a new row of the weight table."""
         graph = self.program.graph
         key = (spec.source, spec.shards, spec.scale)
-        if key in self._made:
-            return self._made[key]
+        if key in self._nodes_by_key:
+            return self._nodes_by_key[key]
         first = near if near is not None else next(iter(graph.nodes))
         with graph.inserting_before(first):
             placeholder = graph.placeholder(f"{spec.name}_lane" if near is not None else spec.name)
@@ -157,7 +159,7 @@ class WeightSplitter:
         with self._fake_mode:
             placeholder.meta["val"] = torch.empty(spec.shape, dtype=spec.torch_dtype)
         self.program.weights[placeholder.name] = replace(spec, name=placeholder.name)
-        self._made[key] = placeholder
+        self._nodes_by_key[key] = placeholder
         return placeholder
 
     def add_constant(self, source: str, value: Tensor, shards: tuple[DimShard, ...] = ()) -> fx.Node:
@@ -171,7 +173,7 @@ class WeightSplitter:
         """The positions each lane keeps, as a weight of whole numbers."""
         return self.add_constant(source, positions, (DimShard(0, lanes),))
 
-    def _before_reshape(self, node: fx.Node, kept: Kept) -> Kept | None:
+    def _before_reshape(self, node: fx.Node, kept_sets: Kept) -> Kept | None:
         """Kept sets of a reshape's operand, group of dims by group of dims; None if they are no product."""
         operand = args_of(node)[0]
         before, after = self.shapes[operand.name], self.shapes[node.name]
@@ -179,9 +181,9 @@ class WeightSplitter:
             return None
         inner: list[KeptDim] = [None] * len(before)
         for source, target in _groups(before, after):
-            if all(kept[dim] is None for dim in target):
+            if all(kept_sets[dim] is None for dim in target):
                 continue
-            lanes = [_unravel(lane, kept, source, target, before, after) for lane in range(self._lanes(kept))]
+            lanes = [_unravel(lane, kept_sets, source, target, before, after) for lane in range(self._lanes(kept_sets))]
             if any(lane is None for lane in lanes):
                 return None
             for place, dim in enumerate(source):
@@ -189,17 +191,17 @@ class WeightSplitter:
                 inner[dim] = None if all(one == ((0, before[dim]),) for one in sets) else sets
         return tuple(inner)
 
-    def _lanes(self, kept: Kept) -> int:
-        return next(len(lanes) for lanes in kept if lanes is not None)
+    def _lanes(self, kept_sets: Kept) -> int:
+        return next(len(lanes) for lanes in kept_sets if lanes is not None)
 
 
 def _cut(spec: WeightSpec, dim: int, lanes: KeptDim) -> DimShard | None:
-    """What lanes keep of one dim of a weight, which may be a part of its source itself."""
-    held = next((shard for shard in spec.shards if shard.dim == dim), None)
-    if held is None or lanes is None:
-        return held if lanes is None else DimShard(dim, lanes)
-    within = zip(map(to_indices, held.lanes), map(to_indices, lanes))
-    return DimShard(dim, tuple(from_indices(whole[place] for place in mine) for whole, mine in within))
+    """The part that lanes keep of one dim of a weight, which may be a part of its source itself."""
+    shard = next((shard for shard in spec.shards if shard.dim == dim), None)
+    if shard is None or lanes is None:
+        return shard if lanes is None else DimShard(dim, lanes)
+    within = zip(map(to_indices, shard.lanes), map(to_indices, lanes))
+    return DimShard(dim, tuple(from_indices(whole[place] for place in positions) for whole, positions in within))
 
 
 def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -226,12 +228,12 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
 
 
 def _unravel(
-    lane: int, kept: Kept, source: list[int], target: list[int], before: tuple[int, ...], after: tuple[int, ...]
+    lane: int, kept_sets: Kept, source: list[int], target: list[int], before: tuple[int, ...], after: tuple[int, ...]
 ) -> list[IndexSet] | None:
-    """What a lane keeps of the dims `source`, given what it keeps of the dims `target` they were reshaped to."""
+    """The positions a lane keeps of the dims `source`, given those of the dims `target` they were reshaped to."""
     mask = torch.ones([after[dim] for dim in target], dtype=torch.bool)
     for place, dim in enumerate(target):
-        lanes = kept[dim]
+        lanes = kept_sets[dim]
         if lanes is not None:
             line = torch.zeros(after[dim], dtype=torch.bool)
             line[to_indices(lanes[lane])] = True

@@ -1,4 +1,4 @@
-"""What of its operand the part of a computed weight is made of, where that is a part as well.
+"""The part of an operand that the part of a computed weight is made of.
 
     part of select(%stack, 0, 3)         ->     select(part of %stack, 0, 3)
     part of slice(%fused, 0, 64, 128)    ->     part of %fused, 64 further on
@@ -23,7 +23,7 @@ from kraken_compiler.ir.shards import Kept, KeptDim
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 
 CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
-"""What may round."""
+"""Operators that may round."""
 
 _FACTORS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
@@ -31,45 +31,45 @@ _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chun
 
 @dataclass(frozen=True)
 class OperandPart:
-    """A part of an operand, and the call that makes the wanted part of it; without a target it is that part.
+    """A part of an operand, and the call that makes a part of the weight from it; without a target it is that part.
 
     Attributes:
         operand: The operand.
-        kept: The part of it.
+        kept_sets: The part of it.
         target: What is called with the part and `rest`.
         rest: The other positional arguments.
         kwargs: The named ones.
     """
 
     operand: fx.Node
-    kept: Kept
+    kept_sets: Kept
     target: Any = None
     rest: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
 
 
-def operand_part(node: fx.Node, kept: Kept, shapes: Mapping[str, tuple[Any, ...]]) -> OperandPart | None:
-    """What the part `kept` of `node` is made of; None if it takes more of an operand than a part.
+def operand_part(node: fx.Node, kept_sets: Kept, shapes: Mapping[str, tuple[Any, ...]]) -> OperandPart | None:
+    """The part of an operand that `kept_sets` of `node` is made of; None if it takes more of it than a part.
 
     Args:
         node: A tensor computed from one other.
-        kept: The part.
+        kept_sets: The part.
         shapes: Shapes of whole tensors, by node name.
     """
     args = args_of(node)
     if node.target in CASTS or node.target is aten.neg.default or (node.target in _FACTORS and _is_factor(args[1])):
-        return OperandPart(args[0], kept, node.target, args[1:], node.kwargs)
+        return OperandPart(args[0], kept_sets, node.target, args[1:], node.kwargs)
     if node.target is aten.select.int:
-        dim = int(args[1]) % (len(kept) + 1)
-        return OperandPart(args[0], (*kept[:dim], None, *kept[dim:]), aten.select.int, (dim, args[2]))
+        dim = int(args[1]) % (len(kept_sets) + 1)
+        return OperandPart(args[0], (*kept_sets[:dim], None, *kept_sets[dim:]), aten.select.int, (dim, args[2]))
     if node.target is aten.slice.Tensor and argument(node, 4, "step", 1) == 1:
-        dim = int(argument(node, 1, "dim", 0)) % len(kept)
+        dim = int(argument(node, 1, "dim", 0)) % len(kept_sets)
         bounds = argument(node, 2, "start"), argument(node, 3, "end")
         if not any(isinstance(bound, fx.Node) for bound in bounds) and isinstance(shapes[args[0].name][dim], int):
             start, stop, _ = slice(*bounds).indices(shapes[args[0].name][dim])
-            return _range(args[0], kept, dim, start, stop)
+            return _range(args[0], kept_sets, dim, start, stop)
     if node.target is operator.getitem:
-        return _piece(args[0], int(args[1]), kept, shapes)
+        return _piece(args[0], int(args[1]), kept_sets, shapes)
     return None
 
 
@@ -77,24 +77,24 @@ def _is_factor(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value != 0
 
 
-def _piece(split: fx.Node, number: int, kept: Kept, shapes: Mapping[str, tuple[Any, ...]]) -> OperandPart | None:
+def _piece(split: fx.Node, number: int, kept_sets: Kept, shapes: Mapping[str, tuple[Any, ...]]) -> OperandPart | None:
     """One of the tensors that an operator cuts its operand into."""
     operand = args_of(split)[0]
     if split.target is aten.unbind.int:
-        dim = int(argument(split, 1, "dim", 0)) % (len(kept) + 1)
-        return OperandPart(operand, (*kept[:dim], None, *kept[dim:]), aten.select.int, (dim, number))
+        dim = int(argument(split, 1, "dim", 0)) % (len(kept_sets) + 1)
+        return OperandPart(operand, (*kept_sets[:dim], None, *kept_sets[dim:]), aten.select.int, (dim, number))
     if split.target not in _SPLITS:
         return None
-    dim = int(argument(split, 2, "dim", 0)) % len(kept)
+    dim = int(argument(split, 2, "dim", 0)) % len(kept_sets)
     lengths = [int(piece.shape[dim]) for piece in split.meta["val"]]
     start, stop = list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))[number]
-    return _range(operand, kept, dim, start, stop)
+    return _range(operand, kept_sets, dim, start, stop)
 
 
-def _range(operand: fx.Node, kept: Kept, dim: int, start: int, stop: int) -> OperandPart:
+def _range(operand: fx.Node, kept_sets: Kept, dim: int, start: int, stop: int) -> OperandPart:
     """Positions `start` to `stop` of a dim, of which lanes keep a part."""
-    lanes = kept[dim]
+    lanes = kept_sets[dim]
     if lanes is None:
-        return OperandPart(operand, kept, aten.slice.Tensor, (dim, start, stop))
-    moved: KeptDim = tuple(tuple((first + start, last + start) for first, last in lane) for lane in lanes)
-    return OperandPart(operand, (*kept[:dim], moved, *kept[dim + 1 :]))
+        return OperandPart(operand, kept_sets, aten.slice.Tensor, (dim, start, stop))
+    operand_lanes: KeptDim = tuple(tuple((first + start, last + start) for first, last in lane) for lane in lanes)
+    return OperandPart(operand, (*kept_sets[:dim], operand_lanes, *kept_sets[dim + 1 :]))
