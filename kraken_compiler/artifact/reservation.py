@@ -208,8 +208,8 @@ def _require_own(work: Path) -> None:
     if work.is_dir() and not work.is_symlink():
         names = {path.name for path in work.iterdir()}
         # Made before and removed after all others.
-        own = {_LOCK, _KEY, _NEW_KEY, _ARTIFACT, _OLD} if _LOCK in names else set()
-        others = sorted(names - own)
+        own_names = {_LOCK, _KEY, _NEW_KEY, _ARTIFACT, _OLD} if _LOCK in names else set()
+        others = sorted(names - own_names)
     if others:
         raise UsageError(
             f"{work} is needed while the artifact is written, and no compile made {', '.join(others[:3])}; move it away"
@@ -218,9 +218,9 @@ def _require_own(work: Path) -> None:
 
 def _free_name(target: Path) -> Path:
     number = 1
-    while os.path.lexists(beside := target.with_name(f"{target.name}.{number}")):
+    while os.path.lexists(candidate := target.with_name(f"{target.name}.{number}")):
         number += 1
-    return beside
+    return candidate
 
 
 def _is_open(path: Path, descriptor: int) -> bool:

@@ -108,7 +108,7 @@ def _unread_writes(exported: ExportedProgram) -> list[ExportOutput]:
     Rotary frequencies of the kind `longrope` lie in such a buffer.
     """
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    unread = {
+    unread_buffers = {
         spec.target
         for spec in exported.graph_signature.input_specs
         if spec.kind is InputKind.BUFFER and not placeholders[spec.arg.name].users
@@ -116,7 +116,7 @@ def _unread_writes(exported: ExportedProgram) -> list[ExportOutput]:
     return [
         spec
         for spec in exported.graph_signature.output_specs
-        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in unread
+        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in unread_buffers
     ]
 
 

@@ -44,7 +44,7 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> CheckpointMap:
     """
     model_tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     renamer = _Renamer(model, model_tensors)
-    whole: dict[str, list[str]] = defaultdict(list)
+    whole_keys: dict[str, list[str]] = defaultdict(list)
     pieces: dict[str, list[tuple[str, str]]] = defaultdict(list)
     unused = []
     for key in renamer.in_order(checkpoint.names()):
@@ -52,13 +52,13 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> CheckpointMap:
         if name not in model_tensors:
             unused.append(key)
         elif pattern is None:
-            whole[name].append(key)
+            whole_keys[name].append(key)
         else:
             pieces[name].append((pattern, key))
     sources: dict[str, TensorSource] = {}
     for name, parts in pieces.items():
         sources.update(_conversion_sources(model, renamer.converters[parts[0][0]], name, parts, model_tensors))
-    for name, keys in whole.items():
+    for name, keys in whole_keys.items():
         if name in sources:
             raise _duplicate_error(name, [keys[0], sources[name].keys[0]], checkpoint)
         first = Rows.of(checkpoint, keys[0])

@@ -59,7 +59,7 @@ class CallExample:
 
     @contextmanager
     def spelled_out(self, model: nn.Module) -> Iterator[dict[str, Any]]:
-        """Inside, the module's signature has one parameter for every argument of this call.
+        """Give the module's signature, inside, one parameter for every argument of this call.
 
         `torch.export` finds arguments by the names in the signature, and what `*args` and `**kwargs` take has none.
 

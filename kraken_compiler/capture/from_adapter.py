@@ -97,16 +97,16 @@ def _merge(model: nn.Module, adapter: Path) -> None:
             if isinstance(module, BaseTunerLayer):
                 _unshare_parameters(model, module.get_base_layer())
             if hasattr(module, "unload_and_optionally_merge_module"):
-                merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+                replacement = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
             else:
                 module.merge(safe_merge=True)
-                merged = module.get_base_layer()
+                replacement = module.get_base_layer()
         except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             raise UnsupportedModelError(
                 [Rejection(f"the adapter in {adapter} cannot be merged: {first_line(error)}", path=path)]
             ) from error
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, merged)
+        setattr(model.get_submodule(parent), name, replacement)
 
 
 def _unshare_parameters(model: nn.Module, layer: nn.Module) -> None:

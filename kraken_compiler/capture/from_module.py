@@ -77,11 +77,11 @@ def capture_module(
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     """Names that `forward` accepts, in positional order; those that only a name can give come last."""
     kinds = inspect.Parameter
-    fixed = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    named_kinds = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
         return ()
-    return tuple(p.name for p in parameters if p.kind in fixed)
+    return tuple(p.name for p in parameters if p.kind in named_kinds)
 
 
 def class_name(model: nn.Module) -> str:

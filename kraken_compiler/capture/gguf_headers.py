@@ -31,11 +31,11 @@ def headers_read_once() -> Iterator[None]:
 
         @property
         def data(self) -> NDArray[Any]:
-            return self._plain
+            return self._plain_array
 
         @data.setter
         def data(self, array: NDArray[Any]) -> None:
-            self._plain = array.view(np.ndarray)
+            self._plain_array = array.view(np.ndarray)
 
     readers, tables = functools.cache(PlainReader), functools.cache(gguf.get_tensor_name_map)
     with (

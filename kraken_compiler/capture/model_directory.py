@@ -109,9 +109,9 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
     def rows(name: str) -> Rows:
         by_rows = store.read.rows_of(name) if expected[name].shape else None
         if by_rows is None:
-            whole = store.read(name)
+            tensor = store.read(name)
             return Rows(
-                whole.dtype, tuple(whole.shape), lambda start, stop: whole[start:stop] if whole.dim() else whole
+                tensor.dtype, tuple(tensor.shape), lambda start, stop: tensor[start:stop] if tensor.dim() else tensor
             )
         return Rows(expected[name].dtype, by_rows.shape, by_rows.read)
 
@@ -147,10 +147,10 @@ def require_complete(model: nn.Module, names: Iterable[str], reading: Reading, c
     if not missing:
         return
     files = checkpoint.files
-    where = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {files[0].parent}"
+    place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {files[0].parent}"
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise InputFileError(
-        f"tensor '{missing[0]}'{more} of the model is missing from {where}{_why_missing(model, missing[0], reading)}"
+        f"tensor '{missing[0]}'{more} of the model is missing from {place}{_why_missing(model, missing[0], reading)}"
     )
 
 

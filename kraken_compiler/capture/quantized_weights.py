@@ -112,7 +112,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _set_weight(module: nn.Module, attribute: str, weight: QuantizedWeight) -> None:
-    """Let a module hold a weight's parts, and compute the weight when it reads it."""
+    """Make a module hold a weight's parts, and compute the weight when it reads it."""
     module._parameters.pop(attribute, None)
     module._buffers.pop(attribute, None)
     data, scale, zero_point = (f"{attribute}_{part}" for part in ("data", "scale", "zero_point"))
@@ -175,7 +175,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @torch.no_grad()
 def _same_product(tensor: Any, parts: QuantizedWeight) -> bool:
-    """Whether torchao multiplies with what we take a weight for: its formats may change."""
+    """True if torchao multiplies with what we take a weight for: its formats may change."""
     x = torch.randn(2, tensor.shape[1], generator=torch.Generator().manual_seed(0))
     x = x.to(device=tensor.device, dtype=parts.dtype)
     actual, expected = F.linear(x, parts.value()).float(), F.linear(x, tensor).float()
@@ -187,10 +187,10 @@ def _from_bytes(tensor: Any) -> QuantizedWeight:
     columns = tensor.shape[1]
     scale, zero_point = (_by_row(part, tensor) for part in (tensor.scale, tensor.zero_point))
     assert scale is not None
-    whole = QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 8, tensor.dtype)
+    weight = QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 8, tensor.dtype)
     bits = int(str(getattr(tensor, "target_dtype", torch.int8)).removeprefix("torch.int"))
     even = columns // scale.shape[1] % 2 == 0
-    return replace(whole, data=pack(tensor.qdata), bits=4) if bits <= 4 and even else whole
+    return replace(weight, data=pack(tensor.qdata), bits=4) if bits <= 4 and even else weight
 
 
 def _by_row(part: Tensor | None, tensor: Any) -> Tensor | None:

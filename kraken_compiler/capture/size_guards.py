@@ -66,8 +66,8 @@ def _places(arguments: Arguments) -> dict[str, str]:
             for root in (f"['args'][{number}]", f"['{name}']"):
                 places[_canonical(f"L{root}{path}")] = placeholder
             leaves.append(placeholder)
-    flat = {_canonical(f"L['flat_args'][{index}]"): leaf for index, leaf in enumerate(leaves)}
-    return flat | places
+    flat_places = {_canonical(f"L['flat_args'][{index}]"): leaf for index, leaf in enumerate(leaves)}
+    return flat_places | places
 
 
 def _canonical(source: str) -> str:
@@ -143,26 +143,26 @@ def _bound(limit: Any) -> int | None:
 
 def _relations(expressions: Mapping[str, Any]) -> list[str]:
     """Rules by which sizes follow from each other, or from one that no input shows: `mask_1 == sequence + 1`."""
-    plain = {expression: name for name, expression in expressions.items() if expression.is_symbol}
+    symbol_names = {expression: name for name, expression in expressions.items() if expression.is_symbol}
     rules: list[str] = []
-    hidden: dict[Any, tuple[str, int, int]] = {}
+    hidden_sizes: dict[Any, tuple[str, int, int]] = {}
     for name, expression in expressions.items():
         if expression.is_symbol:
             continue
-        if expression.free_symbols <= plain.keys():
-            rules.append(_rule_of(f"{name} == ({_text(expression, plain)})", str(expression)))
+        if expression.free_symbols <= symbol_names.keys():
+            rules.append(_rule_of(f"{name} == ({_text(expression, symbol_names)})", str(expression)))
             continue
         symbol, *others = sorted(expression.free_symbols, key=str)
         slope = expression.diff(symbol)
         if others or not slope.is_Integer or int(slope) < 1:
             raise _unsupported(f"the size '{name}' is computed from others in a way that cannot be said ({expression})")
-        step, rest = int(slope), int(expression.subs(symbol, 0))
+        step, offset = int(slope), int(expression.subs(symbol, 0))
         if step > 1:
-            rules.append(f"({name} - {rest}) % {step} == 0")
-        if symbol in hidden:
-            other, other_step, other_rest = hidden[symbol]
-            rules.append(f"({name} - {rest}) * {other_step} == ({other} - {other_rest}) * {step}")
-        hidden.setdefault(symbol, (name, step, rest))
+            rules.append(f"({name} - {offset}) % {step} == 0")
+        if symbol in hidden_sizes:
+            other, other_step, other_offset = hidden_sizes[symbol]
+            rules.append(f"({name} - {offset}) * {other_step} == ({other} - {other_offset}) * {step}")
+        hidden_sizes.setdefault(symbol, (name, step, offset))
     return [_plain_signs(rule) for rule in rules]
 
 

@@ -18,7 +18,7 @@ GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _EOS = "eos_token_id"
 _NESTED = ("decoder", "generator", "text_config")
-"""Where the config of a model of several parts keeps that of its language model, in transformers' order."""
+"""Fields of a config of several parts that hold that of the language model, in transformers' order."""
 
 
 def read_tokenizer(directory: str | Path, gguf_file: str | None = None) -> Any:

@@ -107,8 +107,10 @@ class _State:
         if isinstance(value, Tensor):
             self._tensors.append((value, place))
             self._keep_values(value)
-            own = getattr(value, "__dict__", None)
-            return self._keep_dict(own, place) if own and not compat.is_traced(value) else []
+            tensor_attributes = getattr(value, "__dict__", None)
+            return (
+                self._keep_dict(tensor_attributes, place) if tensor_attributes and not compat.is_traced(value) else []
+            )
         if isinstance(value, dict):
             return self._keep_dict(value, place)
         if isinstance(value, list | set | deque):
@@ -140,8 +142,8 @@ class _State:
 
     def _keep_values(self, tensor: Tensor) -> None:
         """Keep the values of small tensors that are no parameters: counters and running sums, written in place."""
-        plain = type(tensor) is Tensor and tensor.layout is torch.strided and not compat.is_fake(tensor)
-        if not plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
+        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not compat.is_fake(tensor)
+        if not is_plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
             return
         with torch.no_grad():
             saved = tensor.detach().clone()
@@ -189,8 +191,8 @@ class _State:
 
         self._restorers.append(restore)
         inner = ("_parameters", "_buffers", "_modules")
-        named = ((str(key) if isinstance(key, str | int) else "...", item) for key, item in saved.items())
-        return [(item, place if key in inner else f"{place}.{key}") for key, item in named]
+        entries = ((str(key) if isinstance(key, str | int) else "...", item) for key, item in saved.items())
+        return [(item, place if key in inner else f"{place}.{key}") for key, item in entries]
 
     def _keep_items(self, container: Any, place: str) -> list[tuple[Any, str]]:
         saved = list(container)
@@ -333,7 +335,7 @@ def _is_library(module: str) -> bool:
 
 
 def _is_internal(value: Any) -> bool:
-    """Whether an object is a part of torch or Python that has no business with a model's own state."""
+    """True for a part of torch or Python that has no business with a model's own state."""
     top = type(value).__module__.partition(".")[0]
     return (
         not isinstance(value, (nn.Module, *_HOLDERS)) and top != "transformers" and _is_library(type(value).__module__)
@@ -342,5 +344,5 @@ def _is_internal(value: Any) -> bool:
 
 def _is_plain(value: Any) -> bool:
     """True for numbers, texts and what else holds nothing."""
-    plain = (str, bytes, int, float, complex, torch.dtype, torch.device, types.BuiltinFunctionType)
-    return value is None or isinstance(value, plain)
+    plain_types = (str, bytes, int, float, complex, torch.dtype, torch.device, types.BuiltinFunctionType)
+    return value is None or isinstance(value, plain_types)

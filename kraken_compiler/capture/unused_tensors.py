@@ -65,19 +65,19 @@ def _unscaled_float8(checkpoint: Checkpoint, used: Iterable[str]) -> list[str]:
     return sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
 
 
-def float8_note(checkpoint: Checkpoint, used: Iterable[str], beside: Sequence[str]) -> tuple[str, ...]:
+def float8_note(checkpoint: Checkpoint, used: Iterable[str], unread_files: Sequence[str]) -> tuple[str, ...]:
     """A note about weights that are float8 and nothing else.
 
     Raises:
-        InputFileError: Files that are not read lie `beside` them, which may hold their scales.
+        InputFileError: Files that are not read, which may hold their scales, lie beside them.
     """
     unscaled = _unscaled_float8(checkpoint, used)
     if not unscaled:
         return ()
-    if beside:
+    if unread_files:
         raise InputFileError(
             f"{checkpoint.file_of(unscaled[0])}: '{unscaled[0]}' is float8 without a scale, "
-            f"and {first_names(list(beside))} beside it, which may hold scales, is not read: name it in the "
+            f"and {first_names(list(unread_files))} beside it, which may hold scales, is not read: name it in the "
             "index, or move it away"
         )
     return (f"{len(unscaled)} weights are float8 without scales: their numbers are taken as they are",)

@@ -188,7 +188,7 @@ class Rows:
 
 
 def same_values(one: Rows, other: Rows) -> bool:
-    """Whether two tensors are equal, bit by bit but for the sign of zeros; a few rows at a time are in memory."""
+    """True if two tensors are equal, bit by bit but for the sign of zeros; a few rows at a time are in memory."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if 0 in one.shape:

@@ -126,6 +126,6 @@ class CheckpointStore:
         if self._checkpoint is None:
             return InputFileError(f"{self._location} has no weight files (*.safetensors), only a config")
         files = self._checkpoint.files
-        where = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {self._location}"
+        place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {self._location}"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return InputFileError(f"tensor '{missing[0]}'{more} of the model is missing from {where}")
+        return InputFileError(f"tensor '{missing[0]}'{more} of the model is missing from {place}")
