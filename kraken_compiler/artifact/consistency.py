@@ -1,4 +1,4 @@
-"""Whether the parts of a manifest fit each other: what its fields' types alone cannot say. Imports no torch."""
+"""Checks that the parts of a manifest fit each other, beyond its fields' types. Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def check_weights(weights: Iterable[WeightSpec], degree: int) -> None:
         for shard in spec.shards:
             if not 0 <= shard.dim < len(spec.source_shape) or len(shard.lanes) != degree:
                 raise ValueError(f"weight {spec.name!r} is not split over {degree} lanes along one of its dims")
-            if not any(stop > start for kept in shard.lanes for start, stop in kept):
+            if not any(stop > start for intervals in shard.lanes for start, stop in intervals):
                 raise ValueError(f"no lane has a part of weight {spec.name!r}")
             size = spec.source_shape[shard.dim]
-            if not all(0 <= start <= stop <= size for kept in shard.lanes for start, stop in kept):
+            if not all(0 <= start <= stop <= size for intervals in shard.lanes for start, stop in intervals):
                 raise ValueError(f"a lane's part of weight {spec.name!r} lies outside of it")
 
 

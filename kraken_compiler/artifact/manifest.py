@@ -1,4 +1,4 @@
-"""What `manifest.json` says. Unknown keys are errors: a manifest that is not understood is not run."""
+"""The schema of `manifest.json`. Unknown keys are errors: a manifest that is not understood is not run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ REPORT_FILE = "report.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
-def _inside(name: str) -> str:
+def _inner_path(name: str) -> str:
     """Accept a plain relative path only: whatever a manifest says, nothing outside its directory is opened."""
     path = PurePosixPath(name)
-    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts and name != "."
-    if not plain or "\\" in name or "\0" in name or ":" in name:
+    is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts and name != "."
+    if not is_plain or "\\" in name or "\0" in name or ":" in name:
         raise ValueError(f"'{name}' is not a path inside the artifact")
     return name
 
@@ -35,14 +35,14 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A file as it was written."""
+    """Hash and size of a file as it was written."""
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
 
 
 class Source(_Record):
-    """Where the model came from.
+    """The origin of the model.
 
     Attributes:
         kind: E.g. "huggingface", "gguf", "export", "pickle", "module".
@@ -101,7 +101,7 @@ class HealingRecord(_Record):
 
 
 class Manifest(_Record):
-    """Everything about an artifact but the numbers.
+    """The description of an artifact: everything but the numbers.
 
     Attributes:
         format_version: Version of this layout.
@@ -141,7 +141,7 @@ class Manifest(_Record):
     options: Mapping[str, JsonValue] = {}
     has_tokenizer: bool
     healed: tuple[HealingRecord, ...] = ()
-    files: Mapping[Annotated[str, AfterValidator(_inside)], FileRecord]
+    files: Mapping[Annotated[str, AfterValidator(_inner_path)], FileRecord]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -1,4 +1,4 @@
-"""Opens an artifact: understands its manifest, and trusts a file only when its size and hash are the manifest's."""
+"""Reader of artifacts: parses the manifest, and trusts a file only when its size and hash are the manifest's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
 MAX_MANIFEST_BYTES = 256 << 20
-"""Far more than any model's; reading stops before memory does."""
+"""Largest manifest that is read: far more than any model's, and less than memory."""
 
-_COMPUTED = {"format_version", "degree", "forms", "inputs", "call", "weights", "plan", "cache"}
+_COMPUTATION_FIELDS = {"format_version", "degree", "forms", "inputs", "call", "weights", "plan", "cache"}
 """The fields of a manifest that say what is computed, beside the files."""
 
 
@@ -41,7 +41,7 @@ class Artifact:
     manifest: Manifest
 
     def path(self, name: str) -> Path:
-        """Where a file of the artifact is.
+        """The path of a file of the artifact.
 
         Raises:
             InputFileError: The manifest does not list it.
@@ -82,7 +82,7 @@ class Artifact:
         Artifacts that differ in it must not be run together. It rests on the hashes in the manifest: the files
         themselves are checked by whoever reads them.
         """
-        content = self.manifest.model_dump(mode="json", include=_COMPUTED)
+        content = self.manifest.model_dump(mode="json", include=_COMPUTATION_FIELDS)
         files = self.manifest.files.items()
         content["files"] = {name: record.sha256 for name, record in files if name.startswith(f"{LANES_DIRECTORY}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -105,17 +105,17 @@ class Artifact:
         for name in names or tuple(self.manifest.files):
             self._verify_size(name)
             with os_errors_as(f"{self.directory / name}: cannot be read"), self.path(name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != self.manifest.files[name].sha256:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != self.manifest.files[name].sha256:
                 raise InputFileError(f"{self.directory / name}: changed since it was written (its hash differs)")
 
     def _verify_size(self, name: str) -> None:
         path = self.path(name)
         expected = self.manifest.files[name].bytes
-        found = _size(self.directory, path)
-        if found != expected:
-            what = "truncated" if found < expected else "longer than written"
-            raise InputFileError(f"{path}: {what} ({found:,} bytes, the manifest says {expected:,})")
+        size = _size(self.directory, path)
+        if size != expected:
+            fault = "truncated" if size < expected else "longer than written"
+            raise InputFileError(f"{path}: {fault} ({size:,} bytes, the manifest says {expected:,})")
 
 
 def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
@@ -164,14 +164,14 @@ def _size(directory: Path, path: Path) -> int:
         InputFileError: It is missing, or no plain file.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise InputFileError(f"{path}: missing from the artifact ({error.strerror or error})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise InputFileError(f"{path}: refused: no plain file")
     if Path(os.path.realpath(path)) != Path(os.path.realpath(directory)) / path.relative_to(directory):
         raise InputFileError(f"{path}: refused: a link, or behind one; an artifact holds its own files")
-    return found.st_size
+    return status.st_size
 
 
 def _first_problem(error: ValidationError) -> str:

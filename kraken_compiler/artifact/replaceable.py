@@ -1,4 +1,4 @@
-"""Which directory a new artifact may take the place of: an empty one, or an artifact that holds nothing else."""
+"""Check that a new artifact may replace a directory: an empty one, or an artifact that holds nothing else."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def resolved(directory: Path | str) -> Path:
     """
     try:
         target = Path(os.path.realpath(directory))
-        looped = target.is_symlink()
+        is_loop = target.is_symlink()
     except ValueError as error:  # a NUL character
         raise UsageError(f"{str(directory)!r} is no path: {error}") from error
     except OSError as error:
         raise InputFileError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    if looped:
+    if is_loop:
         raise UsageError(f"{directory}: a link that leads back to itself; choose another directory")
     return target
 
@@ -46,12 +46,12 @@ def require_replaceable(directory: Path, inputs: Sequence[Path]) -> None:
         UsageError: Something would be; names it.
         OSError: It cannot be looked into.
     """
-    own = directory.stat()
+    status = directory.stat()
     advice = "choose another directory"
     for path in inputs:
-        if _holds(own, path):
+        if _holds(status, path):
             raise UsageError(f"{directory} is or holds {path}, which is read, and is not replaced; {advice}")
-    if _holds(own, Path()):
+    if _holds(status, Path()):
         raise UsageError(f"{directory} is or holds the working directory, and is not replaced; {advice}")
     if directory.is_mount():
         raise UsageError(f"{directory} is a mount point, and cannot be replaced; choose a directory in it")
@@ -63,24 +63,24 @@ def require_replaceable(directory: Path, inputs: Sequence[Path]) -> None:
 
 
 def foreign_entries(directory: Path) -> list[str]:
-    """What a directory holds beside the files of an artifact, by its path in there; folders end in a slash.
+    """Entries of a directory beside the files of an artifact, by path inside it; folders end in a slash.
 
     Raises:
         OSError: It cannot be looked into.
     """
     files = _files_of_artifact(directory / MANIFEST_FILE)
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
-    found = []
+    entries = []
     for folder, subfolders, names in os.walk(directory, onerror=_raise):
         inside = Path(folder).relative_to(directory)
         for name in list(subfolders):
             if (inside / name).as_posix() not in folders or Path(folder, name).is_symlink():
                 subfolders.remove(name)
-                found.append(f"{(inside / name).as_posix()}/")
+                entries.append(f"{(inside / name).as_posix()}/")
         for name in names:
             if (inside / name).as_posix() not in files or not stat.S_ISREG(Path(folder, name).lstat().st_mode):
-                found.append((inside / name).as_posix())
-    return sorted(found)
+                entries.append((inside / name).as_posix())
+    return sorted(entries)
 
 
 def _raise(error: OSError) -> None:

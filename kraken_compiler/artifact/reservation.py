@@ -1,4 +1,4 @@
-"""Who may write an artifact, and where it grows until it is complete.
+"""The reservation of an artifact's path by one writer, and the directory where it grows until it is complete.
 
 Beside `model.kraken` lies, as long as somebody writes it,
 
@@ -29,8 +29,8 @@ from kraken_compiler.weights.shard_journal import JOURNAL
 
 _LOCK, _KEY, _ARTIFACT, _OLD = "lock", "key", "artifact", "old"
 _NEW_KEY = f"{_KEY}.new"
-_RESUMED = (JOURNAL, ".safetensors")
-"""Ends of the names of files that a later compile can go on with: shards, and what is known of them."""
+_RESUMABLE_SUFFIXES = (JOURNAL, ".safetensors")
+"""Suffixes of the names of files that a later compile can go on with: shards, and what is known of them."""
 
 
 def check_target(directory: Path | str, force: bool = False, inputs: Sequence[Path] = ()) -> None:
@@ -74,7 +74,7 @@ class Reservation:
 
     @property
     def partial(self) -> Path:
-        """Where the artifact grows."""
+        """The directory where the artifact grows."""
         return self.work / _ARTIFACT
 
     @property
@@ -85,7 +85,7 @@ class Reservation:
             return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def note_key(self, key: str) -> None:
-        """Say which values the shards hold, should this compile be killed."""
+        """Record which values the shards hold, should this compile be killed."""
         path = self.work / _KEY
         with naming(path):
             # In one step, so that a killed compile leaves no half of it.
@@ -113,7 +113,7 @@ class Reservation:
         return self.partial
 
     def put_in_place(self) -> None:
-        """Let the complete artifact take its place.
+        """Move the complete artifact to its target.
 
         Raises:
             UsageError: Somebody put something there meanwhile, which is untouched; the artifact is beside it.
@@ -124,9 +124,9 @@ class Reservation:
         try:
             check_target(self.target, self.force, self.inputs)
         except UsageError as error:
-            beside = _free_name(self.target)
-            self.partial.rename(beside)
-            raise UsageError(f"{error} (what was compiled meanwhile is in {beside})") from None
+            fallback = _free_name(self.target)
+            self.partial.rename(fallback)
+            raise UsageError(f"{error} (what was compiled meanwhile is in {fallback})") from None
         if not self.target.exists():
             self.partial.rename(self.target)
         elif not exchange(self.partial, self.target):
@@ -142,7 +142,7 @@ class Reservation:
 
 @contextmanager
 def reserved(directory: Path | str, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Reservation]:
-    """Be the only one that writes an artifact here.
+    """Reserve an artifact's path for this writer alone.
 
     What was written and not put in place is removed at the end, also after Ctrl-C.
 
@@ -159,7 +159,7 @@ def reserved(directory: Path | str, force: bool = False, inputs: Sequence[Path] 
     work = target.parent / f".{target.name}.partial"
     with os_errors_as(f"{target}: cannot be written"):
         _require_own(work)
-        made = [parent for parent in target.parents if not parent.exists()]
+        new_parents = [parent for parent in target.parents if not parent.exists()]
         lock = _lock(work)
     if lock is None:
         raise UsageError(f"{target}: another compile is writing it; wait for that one, or choose another directory")
@@ -170,7 +170,7 @@ def reserved(directory: Path | str, force: bool = False, inputs: Sequence[Path] 
         yield Reservation(target, work, force, tuple(inputs))
     finally:
         _clear(work)
-        for parent in made:
+        for parent in new_parents:
             _remove_if_empty(parent)
         os.close(lock)
 
@@ -208,8 +208,8 @@ def _require_own(work: Path) -> None:
     if work.is_dir() and not work.is_symlink():
         names = {path.name for path in work.iterdir()}
         # Made before and removed after all others.
-        own = {_LOCK, _KEY, _NEW_KEY, _ARTIFACT, _OLD} if _LOCK in names else set()
-        others = sorted(names - own)
+        own_names = {_LOCK, _KEY, _NEW_KEY, _ARTIFACT, _OLD} if _LOCK in names else set()
+        others = sorted(names - own_names)
     if others:
         raise UsageError(
             f"{work} is needed while the artifact is written, and no compile made {', '.join(others[:3])}; move it away"
@@ -218,9 +218,9 @@ def _require_own(work: Path) -> None:
 
 def _free_name(target: Path) -> Path:
     number = 1
-    while os.path.lexists(beside := target.with_name(f"{target.name}.{number}")):
+    while os.path.lexists(candidate := target.with_name(f"{target.name}.{number}")):
         number += 1
-    return beside
+    return candidate
 
 
 def _is_open(path: Path, descriptor: int) -> bool:
@@ -262,7 +262,7 @@ def _remove_all_but_shards(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
             path = Path(folder, name)
-            if path.is_symlink() or not name.endswith(_RESUMED):
+            if path.is_symlink() or not name.endswith(_RESUMABLE_SUFFIXES):
                 path.unlink()
 
 

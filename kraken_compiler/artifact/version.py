@@ -1,4 +1,4 @@
-"""Which version of this package runs. Imports no torch."""
+"""The version of this package. Imports no torch."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def inspect_archive(file: IO[bytes], path: Path, *, trust_pickle: bool) -> tuple
 
 
 def _dangers(name: str, read: Callable[[], bytes], modules: set[str]) -> Iterator[str]:
-    """Why an entry could run code; collects the modules of known classes on the way."""
+    """Reasons why an entry could run code; collects the modules of known classes on the way."""
     if name.startswith("data/aotinductor/"):
         yield "it holds machine code"
     elif name.startswith("data/sample_inputs/"):

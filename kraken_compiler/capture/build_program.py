@@ -44,8 +44,8 @@ def build_program(
         UnsupportedModelError: The model has inputs or outputs that are no tensors, or writes to its buffers.
     """
     signature = exported.graph_signature
-    overwritten = _overwritten(exported)
-    specs = [spec for spec in signature.output_specs if spec not in overwritten]
+    unread_writes = _unread_writes(exported)
+    specs = [spec for spec in signature.output_specs if spec not in unread_writes]
     outputs, none_outputs = _check_outputs(specs, exported)
     names = compat.tree_leaf_names(compat.out_spec(exported))
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
@@ -71,7 +71,7 @@ def build_program(
     call_inputs = _call_inputs(exported)
     inputs = _tensor_inputs(exported, placeholders, user_specs, call_inputs)
     symbols = _name_symbols([placeholders[name] for name, _ in inputs])
-    _drop_outputs(exported.graph, [spec in overwritten for spec in signature.output_specs])
+    _drop_outputs(exported.graph, [spec in unread_writes for spec in signature.output_specs])
     _flatten_output(exported.graph, none_outputs)
     exported.graph_module.recompile()
 
@@ -102,13 +102,13 @@ def build_program(
     return program, _notes(input_specs, rules)
 
 
-def _overwritten(exported: ExportedProgram) -> list[ExportOutput]:
-    """What is written to buffers that no call reads before it writes them: nobody can see what they hold.
+def _unread_writes(exported: ExportedProgram) -> list[ExportOutput]:
+    """Outputs written to buffers that no call reads before it writes them: nobody can see what they hold.
 
     Rotary frequencies of the kind `longrope` lie in such a buffer.
     """
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    unread = {
+    unread_buffers = {
         spec.target
         for spec in exported.graph_signature.input_specs
         if spec.kind is InputKind.BUFFER and not placeholders[spec.arg.name].users
@@ -116,15 +116,15 @@ def _overwritten(exported: ExportedProgram) -> list[ExportOutput]:
     return [
         spec
         for spec in exported.graph_signature.output_specs
-        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in unread
+        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in unread_buffers
     ]
 
 
-def _drop_outputs(graph: fx.Graph, dropped: Sequence[bool]) -> None:
+def _drop_outputs(graph: fx.Graph, mask: Sequence[bool]) -> None:
     output = graph.output_node()
     (results,) = output.args
     assert isinstance(results, (tuple, list))
-    output.args = (tuple(result for result, drop in zip(results, dropped, strict=True) if not drop),)
+    output.args = (tuple(result for result, drop in zip(results, mask, strict=True) if not drop),)
 
 
 def _check_outputs(specs: Sequence[ExportOutput], exported: ExportedProgram) -> tuple[list[str], tuple[int, ...]]:
@@ -133,17 +133,17 @@ def _check_outputs(specs: Sequence[ExportOutput], exported: ExportedProgram) -> 
     nones: list[int] = []
     for index, spec in enumerate(specs):
         if spec.kind is not OutputKind.USER_OUTPUT:
-            what = str(spec.target or spec.arg.name)
-            raise _unsupported(f"its forward writes to '{what}' ({spec.kind.name.lower()})", what)
+            target = str(spec.target or spec.arg.name)
+            raise _unsupported(f"its forward writes to '{target}' ({spec.kind.name.lower()})", target)
         if isinstance(spec.arg, TensorArgument):
             tensors.append(spec.arg.name)
         elif isinstance(spec.arg, ConstantArgument) and spec.arg.value is None:
             nones.append(index)
         else:
             name = compat.tree_leaf_names(compat.out_spec(exported))[index]
-            shown = getattr(spec.arg, "value", "a number")
+            value = getattr(spec.arg, "value", "a number")
             raise _unsupported(
-                f"its output '{name}' is {shown!r}, and only tensors and None can be returned", spec.arg.name
+                f"its output '{name}' is {value!r}, and only tensors and None can be returned", spec.arg.name
             )
     return tensors, tuple(nones)
 
@@ -162,10 +162,13 @@ def _weight(spec: ExportInput, node: fx.Node) -> WeightSpec:
 
 def _require_plain(exported: ExportedProgram, spec: ExportInput) -> None:
     """Refuse an archive whose graph looks into quantised tensors: their parts have no names in it."""
-    held = exported.state_dict.get(spec.target or "")
-    if held is not None and compat.is_packed(held):
-        path, _, own = str(spec.target).rpartition(".")
-        reason = f"its {own} was exported as a {type(held).__name__}, and only plain tensors can be divided among lanes"
+    value = exported.state_dict.get(spec.target or "")
+    if value is not None and compat.is_packed(value):
+        path, _, attribute = str(spec.target).rpartition(".")
+        reason = (
+            f"its {attribute} was exported as a {type(value).__name__}, "
+            "and only plain tensors can be divided among lanes"
+        )
         raise UnsupportedModelError([Rejection(reason, (spec.arg.name,), path, _PACKED_HINT)])
 
 
@@ -190,10 +193,10 @@ def _call_inputs(exported: ExportedProgram) -> dict[str, tuple[compat.TreeSpec, 
     """Every captured argument: its structure and the signature's entries for its leaves."""
     positional, keyword = compat.tree_children(compat.in_spec(exported))
     trees = compat.tree_children(positional) + compat.tree_children(keyword)
-    known = compat.forward_arg_names(exported)
+    parameter_names = compat.forward_arg_names(exported)
     keywords = list(keyword.context or ())
     positional_count = len(trees) - len(keywords)
-    names = [known[i] if i < len(known) else f"arg_{i}" for i in range(positional_count)] + keywords
+    names = [parameter_names[i] if i < len(parameter_names) else f"arg_{i}" for i in range(positional_count)] + keywords
     leaves = iter([s.arg for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT])
     return {name: (tree, [next(leaves) for _ in range(tree.num_leaves)]) for name, tree in zip(names, trees)}
 

@@ -1,4 +1,4 @@
-"""The front door: decide what a source is, and hand it to the file that captures it."""
+"""The entry point of capture: detects the kind of a source and calls the module that captures it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def capture(
     if isinstance(source, nn.Module):
         return capture_module(source, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype)
     if isinstance(source, ExportedProgram):
-        given = example_inputs is not None or bool(input_specs)
-        example = CallExample(*source.example_inputs) if source.example_inputs and not given else example_inputs
+        has_inputs = example_inputs is not None or bool(input_specs)
+        example = CallExample(*source.example_inputs) if source.example_inputs and not has_inputs else example_inputs
         return capture_module(source.module(), example_inputs=example, input_specs=input_specs, dtype=dtype)
     if not isinstance(source, str | os.PathLike):
         raise UsageError(what_to_pass(source))

@@ -1,4 +1,4 @@
-"""What capture returns."""
+"""The captured model: its program, weight store, origin and tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DIGEST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the model's tokenizer is.
+    """The location of the model's tokenizer.
 
     Attributes:
         directory: Directory of the tokenizer files, or of the GGUF file.
@@ -58,7 +58,7 @@ class TokenizerSource:
         return self._contents[0]
 
     def check(self) -> tuple[tuple[str, ...], Any]:
-        """Find what is wrong before anything that takes long.
+        """Check that the tokenizer can be read and saved, before anything that takes long.
 
         Returns:
             What a user should know, and the tokenizer.
@@ -107,7 +107,7 @@ class TokenizerSource:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a program came from.
+    """The origin of a program.
 
     Attributes:
         kind: "huggingface", "gguf", "export", "pickle" or "module".
@@ -173,7 +173,7 @@ def digest_files(files: tuple[Path, ...]) -> str:
 
 
 def files_digester(files: tuple[Path, ...], *, early: bool) -> Callable[[], str]:
-    """What computes `digest_files`.
+    """A function that computes `digest_files`.
 
     Args:
         files: The files.
@@ -181,17 +181,17 @@ def files_digester(files: tuple[Path, ...], *, early: bool) -> Callable[[], str]
     """
     if not early:
         return lambda: digest_files(files)
-    result: Future[str] = Future()
+    digest: Future[str] = Future()
 
     def compute() -> None:
         try:
-            result.set_result(digest_files(files))
+            digest.set_result(digest_files(files))
         except BaseException as error:  # whoever asks for the hash gets it
-            result.set_exception(error)
+            digest.set_exception(error)
 
     # A daemon: a capture that fails does not wait for the hash of what nobody will use.
     threading.Thread(target=compute, name="hash-source", daemon=True).start()
-    return result.result
+    return digest.result
 
 
 def digest_tensors(store: WeightStore) -> str:
@@ -211,8 +211,8 @@ def _file_digest(path: Path, direct: bool, pieces: list[memoryview], pool: Threa
     with LargeFile(path, direct=direct) as file:
         reading = pool.submit(file.read, pieces[0], next(starts))
         while count := reading.result():
-            done = pieces[0][:count]
+            piece = pieces[0][:count]
             pieces.reverse()
             reading = pool.submit(file.read, pieces[0], next(starts))
-            total.update(done)
+            total.update(piece)
     return total.hexdigest()

@@ -1,4 +1,4 @@
-"""Find every tensor of a Hugging Face model in its checkpoint: renamed, prefixed, tied, or converted.
+"""The map from a Hugging Face model's tensors to its checkpoint's: renamed, prefixed, tied, or converted.
 
 transformers knows how the names (and for some models the layout) in old checkpoints differ from its classes; we ask it
 rather than keep a table of our own.
@@ -21,7 +21,7 @@ from kraken_compiler.weights.checkpoint_store import TensorSource
 
 @dataclass(frozen=True)
 class CheckpointMap:
-    """Which tensors of a checkpoint make which of a model.
+    """The tensors of a checkpoint that each tensor of a model is made from.
 
     Attributes:
         sources: Name in the model -> what it is made from; ties are not followed.
@@ -42,29 +42,29 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> CheckpointMap:
     Raises:
         InputFileError: Several tensors of the checkpoint are the same one of the model, and differ.
     """
-    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    renamer = _Renamer(model, wanted)
-    whole: dict[str, list[str]] = defaultdict(list)
+    model_tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    renamer = _Renamer(model, model_tensors)
+    whole_keys: dict[str, list[str]] = defaultdict(list)
     pieces: dict[str, list[tuple[str, str]]] = defaultdict(list)
     unused = []
     for key in renamer.in_order(checkpoint.names()):
         name, pattern = renamer.rename(key)
-        if name not in wanted:
+        if name not in model_tensors:
             unused.append(key)
         elif pattern is None:
-            whole[name].append(key)
+            whole_keys[name].append(key)
         else:
             pieces[name].append((pattern, key))
     sources: dict[str, TensorSource] = {}
     for name, parts in pieces.items():
-        sources.update(_converted(model, renamer.converters[parts[0][0]], name, parts, wanted))
-    for name, keys in whole.items():
+        sources.update(_conversion_sources(model, renamer.converters[parts[0][0]], name, parts, model_tensors))
+    for name, keys in whole_keys.items():
         if name in sources:
-            raise _doubled(name, [keys[0], sources[name].keys[0]], checkpoint)
+            raise _duplicate_error(name, [keys[0], sources[name].keys[0]], checkpoint)
         first = Rows.of(checkpoint, keys[0])
         differing = [key for key in keys[1:] if not same_values(first, Rows.of(checkpoint, key))]
         if differing:
-            raise _doubled(name, [keys[0], differing[0]], checkpoint)
+            raise _duplicate_error(name, [keys[0], differing[0]], checkpoint)
         sources[name] = TensorSource((keys[0],))
     return CheckpointMap(sources, tuple(unused))
 
@@ -72,18 +72,18 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> CheckpointMap:
 class _Renamer:
     """The names that transformers gives a checkpoint's tensors while it loads them."""
 
-    def __init__(self, model: Any, wanted: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, model_tensors: dict[str, Tensor]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         transforms = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        self._prefix, self._wanted = model.base_model_prefix, wanted
+        self._prefix, self._model_tensors = model.base_model_prefix, model_tensors
         self.converters = {pattern: one for one in self._converters for pattern in one.source_patterns}
 
     def in_order(self, keys: Sequence[str]) -> list[str]:
-        """The order in which transformers looks at them."""
+        """The keys in the order in which transformers looks at them."""
         from transformers.core_model_loading import dot_natural_key
 
         return sorted(keys, key=dot_natural_key)
@@ -92,14 +92,14 @@ class _Renamer:
         """The name in the model, and the pattern of the conversion that the tensor is a piece of."""
         from transformers.core_model_loading import rename_source_key
 
-        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._wanted)
-        if name not in self._wanted and key in self._wanted:
-            name, pattern = rename_source_key(key, [], [], self._prefix, self._wanted)
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._model_tensors)
+        if name not in self._model_tensors and key in self._model_tensors:
+            name, pattern = rename_source_key(key, [], [], self._prefix, self._model_tensors)
         return name, pattern
 
 
-def _converted(
-    model: Any, converter: Any, first: str, pieces: list[tuple[str, str]], wanted: dict[str, Tensor]
+def _conversion_sources(
+    model: Any, converter: Any, first: str, pieces: list[tuple[str, str]], model_tensors: dict[str, Tensor]
 ) -> dict[str, TensorSource]:
     """Sources of the tensors that one conversion makes (merged experts, split fused projections)."""
     keys = tuple(key for _, key in pieces)
@@ -110,7 +110,7 @@ def _converted(
             for pattern, key in pieces:
                 job.add_tensor(first, key, pattern, lambda key=key: read(key))
             try:
-                made = job.convert(first, model=model, config=model.config)[name]
+                output = job.convert(first, model=model, config=model.config)[name]
             except InputFileError:
                 raise
             except Exception as error:
@@ -119,17 +119,17 @@ def _converted(
                 raise InputFileError(
                     f"tensor '{name}' cannot be put together from its {len(keys)} pieces ({keys[0]}): {reason}"
                 ) from error
-            tensor = made[0] if isinstance(made, list) else made
+            tensor = output[0] if isinstance(output, list) else output
             assert isinstance(tensor, Tensor)
             return tensor
 
         return convert
 
     targets = [first.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
-    return {name: TensorSource(keys, convert_for(name)) for name in targets if name in wanted}
+    return {name: TensorSource(keys, convert_for(name)) for name in targets if name in model_tensors}
 
 
-def _doubled(name: str, keys: list[str], checkpoint: Checkpoint) -> InputFileError:
+def _duplicate_error(name: str, keys: list[str], checkpoint: Checkpoint) -> InputFileError:
     places = ", ".join(f"'{key}' in {checkpoint.file_of(key).name}" for key in keys)
     return InputFileError(
         f"{checkpoint.file_of(keys[0]).parent}: tensor '{name}' of the model is in the files more than once, with "

@@ -59,7 +59,7 @@ class CallExample:
 
     @contextmanager
     def spelled_out(self, model: nn.Module) -> Iterator[dict[str, Any]]:
-        """Inside, the module's signature has one parameter for every argument of this call.
+        """Give the module's signature, inside, one parameter for every argument of this call.
 
         `torch.export` finds arguments by the names in the signature, and what `*args` and `**kwargs` take has none.
 
@@ -69,10 +69,10 @@ class CallExample:
         names = _positional_names(model, len(self.args))
         dims = {name: compat.tree_map(_dynamic_dims, value) for name, value in zip(names, self.args)}
         dims |= {name: compat.tree_map(_dynamic_dims, value) for name, value in self.kwargs.items()}
-        if not self.args and set(self.kwargs) <= set(_named(model)):
+        if not self.args and set(self.kwargs) <= set(_keyword_names(model)):
             yield dims
             return
-        forward, own = model.forward, "forward" in vars(model)
+        forward, has_own_forward = model.forward, "forward" in vars(model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)
@@ -86,7 +86,7 @@ class CallExample:
             yield dims
         finally:
             del model.forward
-            if own:
+            if has_own_forward:
                 model.forward = forward
 
 
@@ -117,7 +117,7 @@ def parse_input_spec(text: str) -> tuple[str, Tensor]:
     if 0 in sizes:
         raise UsageError(f"--input {text}: {match[1]} would be empty; give sizes of at least 1")
     try:
-        return match[1], _filled(dtype, sizes)
+        return match[1], _example_tensor(dtype, sizes)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = first_line(error)
         raise UsageError(f"--input {text}: {match[1]} cannot be made as {match[2]}: {reason}") from error
@@ -129,13 +129,13 @@ def parse_input_specs(texts: Sequence[str]) -> dict[str, Tensor]:
     Raises:
         UsageError: One is not of this form, or two are of the same name.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for text in texts:
         name, value = parse_input_spec(text)
-        if name in found:
+        if name in tensors:
             raise UsageError(f"--input {text}: there are two inputs called {name}")
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs: Sequence[str]) -> CallExample:
@@ -154,7 +154,7 @@ def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs:
         example = CallExample(kwargs=_infer(model))
     example = _by_name(model, example)
     _check_sizes(example)
-    return _without_cache(model, _each_its_own(example))
+    return _without_cache(model, _with_distinct_tensors(example))
 
 
 def refuse_unread(program: Program, model: nn.Module, example: CallExample) -> None:
@@ -163,14 +163,14 @@ def refuse_unread(program: Program, model: nn.Module, example: CallExample) -> N
     Raises:
         UsageError: There is one.
     """
-    named = _named(model)
-    open_names = [name for name in example.kwargs if name not in named]
+    keyword_names = _keyword_names(model)
+    open_names = [name for name in example.kwargs if name not in keyword_names]
     users = {node.name: len(node.users) for node in program.graph.find_nodes(op="placeholder")}
-    read = {spec.parameter for spec in program.inputs if users[spec.name]}
+    read_parameters = {spec.parameter for spec in program.inputs if users[spec.name]}
     for name in open_names:
-        if any(spec.parameter == name for spec in program.inputs) and name not in read:
-            takes = f" beside {', '.join(named)}" if named else ""
-            raise UsageError(f"'{name}' is no argument of the model: {type(model).__name__} reads none of it{takes}")
+        if any(spec.parameter == name for spec in program.inputs) and name not in read_parameters:
+            others = f" beside {', '.join(keyword_names)}" if keyword_names else ""
+            raise UsageError(f"'{name}' is no argument of the model: {type(model).__name__} reads none of it{others}")
 
 
 def is_huggingface(model: nn.Module) -> bool:
@@ -180,34 +180,36 @@ def is_huggingface(model: nn.Module) -> bool:
     )
 
 
-def _filled(dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
+def _example_tensor(dtype: torch.dtype, sizes: Sequence[int]) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(*sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
     return torch.ones(*sizes, dtype=dtype) if dtype == torch.bool else torch.zeros(*sizes, dtype=dtype)
 
 
-def _normalize(given: ExampleInputs) -> CallExample:
-    if isinstance(given, CallExample):
-        return given
-    if isinstance(given, Tensor):
-        return CallExample(args=(given,))
-    if isinstance(given, Mapping):
-        return CallExample(kwargs=dict(given))
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return CallExample(args=tuple(given))
-    raise UsageError(f"example_inputs must be a tuple of arguments or a dict of them, got a {type(given).__name__}")
+def _normalize(example_inputs: ExampleInputs) -> CallExample:
+    if isinstance(example_inputs, CallExample):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return CallExample(args=(example_inputs,))
+    if isinstance(example_inputs, Mapping):
+        return CallExample(kwargs=dict(example_inputs))
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return CallExample(args=tuple(example_inputs))
+    raise UsageError(
+        f"example_inputs must be a tuple of arguments or a dict of them, got a {type(example_inputs).__name__}"
+    )
 
 
 def _infer(model: nn.Module) -> dict[str, Any]:
     name = type(model).__name__
-    found = _huggingface_inside(model)
-    if found is None:
+    inner = _huggingface_inside(model)
+    if inner is None:
         raise UsageError(f"{name} needs example inputs to be captured: {HOW_TO}")
-    main_input: str = getattr(found, "main_input_name", "")
-    main = _main_input(found, main_input)
+    main_input: str = getattr(inner, "main_input_name", "")
+    main = _main_input(inner, main_input)
     if main is None:
         raise UsageError(f"the inputs of {name} cannot be inferred (its main input is '{main_input}'): {HOW_TO}")
-    if not _has_decoder_of_its_own(found):
+    if not _has_decoder_of_its_own(inner):
         return {main_input: main}
     return {main_input: main, DECODER_IDS: torch.zeros(BATCH, DECODER_SEQUENCE, dtype=torch.int64)}
 
@@ -220,18 +222,18 @@ def _main_input(model: nn.Module, name: str) -> Tensor | None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if name == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
-        return _filled(dtype, (BATCH, channels, size, size))
+        return _example_tensor(dtype, (BATCH, channels, size, size))
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     if name == "input_features" and isinstance(bins, int) and isinstance(frames, int):
-        return _filled(dtype, (BATCH, bins, FRAMES_PER_POSITION * frames))
+        return _example_tensor(dtype, (BATCH, bins, FRAMES_PER_POSITION * frames))
     return None
 
 
 def _has_decoder_of_its_own(model: nn.Module) -> bool:
     """True for encoder-decoders, whose decoder reads tokens of its own (and not all: T5's encoder alone has none)."""
     config: Any = model.config
-    takes = DECODER_IDS in inspect.signature(model.forward).parameters
-    return bool(getattr(config, "is_encoder_decoder", False)) and takes
+    takes_ids = DECODER_IDS in inspect.signature(model.forward).parameters
+    return bool(getattr(config, "is_encoder_decoder", False)) and takes_ids
 
 
 def _huggingface_inside(model: nn.Module) -> nn.Module | None:
@@ -239,34 +241,38 @@ def _huggingface_inside(model: nn.Module) -> nn.Module | None:
     if is_huggingface(model):
         return model
     outermost = [module for module in model.modules() if is_huggingface(module)][:1]
-    takes = _named(model)
-    return next((found for found in outermost if getattr(found, "main_input_name", None) in takes), None)
+    keyword_names = _keyword_names(model)
+    return next((inner for inner in outermost if getattr(inner, "main_input_name", None) in keyword_names), None)
 
 
 def _by_name(model: nn.Module, example: CallExample) -> CallExample:
     """Name positional arguments where they have names, so that only one spelling is left; check the names."""
     kinds = inspect.Parameter
     parameters = inspect.signature(model.forward).parameters
-    taken = {p.kind for p in parameters.values()}
-    named = _named(model)
-    takes = f"{type(model).__name__} takes {', '.join(named) or 'no named arguments'}"
-    unknown = [name for name in example.kwargs if name not in named]
-    if unknown and kinds.VAR_KEYWORD not in taken:
-        if named or kinds.VAR_POSITIONAL not in taken:
-            raise UsageError(f"'{unknown[0]}' is no argument of the model: {takes}")
+    parameter_kinds = {p.kind for p in parameters.values()}
+    keyword_names = _keyword_names(model)
+    signature = f"{type(model).__name__} takes {', '.join(keyword_names) or 'no named arguments'}"
+    unknown = [name for name in example.kwargs if name not in keyword_names]
+    if unknown and kinds.VAR_KEYWORD not in parameter_kinds:
+        if keyword_names or kinds.VAR_POSITIONAL not in parameter_kinds:
+            raise UsageError(f"'{unknown[0]}' is no argument of the model: {signature}")
         # It takes nothing by name: the names are the user's own, the order counts.
         example = CallExample(args=(*example.args, *example.kwargs.values()))
-    if not example.args or taken & {kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL} or _called_by_position(model):
+    if (
+        not example.args
+        or parameter_kinds & {kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL}
+        or _called_by_position(model)
+    ):
         return example
     positional = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
-    if not named:
+    if not keyword_names:
         raise UsageError(f"{type(model).__name__} takes arguments by name only: give example_inputs as a dict")
     if len(example.args) > len(positional):
-        raise UsageError(f"{len(example.args)} example inputs were given, but {takes}")
+        raise UsageError(f"{len(example.args)} example inputs were given, but {signature}")
     return CallExample(kwargs=dict(zip(positional, example.args)) | example.kwargs)
 
 
-def _named(model: nn.Module) -> list[str]:
+def _keyword_names(model: nn.Module) -> list[str]:
     """Names by which the module takes arguments."""
     kinds = inspect.Parameter
     parameters = inspect.signature(model.forward).parameters
@@ -283,21 +289,21 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     kinds = inspect.Parameter
     parameters = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), "args")
-    return [*names, *(f"{rest}_{place}" for place in range(count - len(names)))][:count]
+    variadic = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), "args")
+    return [*names, *(f"{variadic}_{place}" for place in range(count - len(names)))][:count]
 
 
-def _each_its_own(example: CallExample) -> CallExample:
+def _with_distinct_tensors(example: CallExample) -> CallExample:
     """The call with a tensor of its own for every argument: tracing takes arguments that are one tensor for one."""
     seen: set[int] = set()
 
-    def own(tensor: Tensor) -> Tensor:
+    def distinct(tensor: Tensor) -> Tensor:
         if id(tensor) in seen:
             return tensor.clone()
         seen.add(id(tensor))
         return tensor
 
-    return example.map_tensors(own)
+    return example.map_tensors(distinct)
 
 
 def _check_sizes(example: CallExample) -> None:
@@ -333,8 +339,8 @@ def _required_dynamic(tensor: Tensor) -> range:
 def _dynamic_dims(leaf: Any) -> dict[int, Any] | None:
     if not isinstance(leaf, Tensor):
         return None
-    wanted = set(_required_dynamic(leaf))
+    dims = set(_required_dynamic(leaf))
     if leaf.dim() > 3:
         # The sizes of an attention mask follow the sequence; torch.export finds out which of them do.
-        wanted |= {dim for dim in range(1, leaf.dim()) if leaf.shape[dim] >= 2}
-    return dict.fromkeys(sorted(wanted), Dim.AUTO)
+        dims |= {dim for dim in range(1, leaf.dim()) if leaf.shape[dim] >= 2}
+    return dict.fromkeys(sorted(dims), Dim.AUTO)

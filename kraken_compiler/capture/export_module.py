@@ -16,7 +16,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.capture.example_inputs import CallExample
 from kraken_compiler.capture.quantized_weights import with_plain_weights
 from kraken_compiler.capture.quiet import quiet_torch
-from kraken_compiler.capture.training_mode import EVALUATION, in_evaluation, left_out, module_path
+from kraken_compiler.capture.training_mode import EVALUATION, in_evaluation, module_path, training_only_notes
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.untraceable import why_untraceable
 from kraken_compiler.capture.unwrap import without_caches
@@ -48,7 +48,7 @@ def export_module(model: nn.Module, example: CallExample, *, allow_strict: bool 
         return functionalize(exported)
 
 
-def left_out_of_training(model: nn.Module, example: CallExample) -> tuple[str, ...]:
+def training_mode_notes(model: nn.Module, example: CallExample) -> tuple[str, ...]:
     """Notes about what a module in training mode does that evaluation mode leaves out; none for any other module."""
     if not model.training:
         return ()
@@ -60,7 +60,7 @@ def left_out_of_training(model: nn.Module, example: CallExample) -> tuple[str, .
         except Exception as error:
             # In training a model may do what nothing can trace, e.g. skip layers at random.
             return (f"{EVALUATION}: its dropout is left out ({_summary(error)})",)
-    return left_out(_graphs(exported.graph_module))
+    return training_only_notes(_graphs(exported.graph_module))
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
@@ -75,15 +75,15 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
                 node.target = torch.ops.aten.detach.default
     _refuse_written_constants(exported)
     if any(compat.is_mutating(node) for graph in _graphs(exported.graph_module) for node in graph.nodes):
-        known, before = compat.noted_guards(exported), compat.guards_of(exported)
+        noted_guards, earlier_guards = compat.noted_guards(exported), compat.guards_of(exported)
         with quiet_torch():
             try:
                 functional: ExportedProgram = exported.run_decompositions({})
             except RuntimeError as error:
                 reason = f"torch.export cannot take its in-place writes out: {_summary(error)}"
                 raise UnsupportedModelError([Rejection(reason)]) from error
-        found = [guard for guard in compat.traced_guards(functional) if guard not in before]
-        compat.note_guards(functional, (*known, *found))
+        new_guards = [guard for guard in compat.traced_guards(functional) if guard not in earlier_guards]
+        compat.note_guards(functional, (*noted_guards, *new_guards))
         return functional
     exported.graph_module.recompile()
     return exported
@@ -96,12 +96,12 @@ def _refuse_written_constants(exported: ExportedProgram) -> None:
         for operand in compat.written_operands(node):
             name = constants.get(compat.viewed(operand).name)
             if name is not None:
-                reason = f"its forward writes to {_what_is_kept(name)}, and a program keeps nothing between calls"
+                reason = f"its forward writes to {_written_tensor(name)}, and a program keeps nothing between calls"
                 hint = "Return what is to be kept, or write to a copy."
                 raise UnsupportedModelError([Rejection(reason, (node.name,), module_path(node), hint)])
 
 
-def _what_is_kept(name: str) -> str:
+def _written_tensor(name: str) -> str:
     # torch makes up a name for what it does not find again in the module.
     return "a tensor of its own" if "lifted_tensor" in name else f"the tensor '{name}'"
 
@@ -114,13 +114,13 @@ def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> Exp
                 return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dims, strict=strict)
         except Exception as error:
             # torch.export passes on whatever the model's own code raises, so there is no narrower class to name.
-            known = why_untraceable(model, error)
-            if known is not None:
-                raise UnsupportedModelError([known]) from error
+            rejection = why_untraceable(model, error)
+            if rejection is not None:
+                raise UnsupportedModelError([rejection]) from error
             failures.append(_summary(error))
-    kept = _CACHE_RETURNED.search(failures[0])
-    if kept is not None:
-        reason = f"its forward returns a {kept[1]}, and only tensors and None can be returned"
+    cache_match = _CACHE_RETURNED.search(failures[0])
+    if cache_match is not None:
+        reason = f"its forward returns a {cache_match[1]}, and only tensors and None can be returned"
         raise UnsupportedModelError([Rejection(reason, path=type(model).__name__, hint=_RETURN_TENSORS)])
     reason = f"torch.export cannot trace it: {failures[0]}"
     if len(failures) > 1 and failures[1] != failures[0]:
@@ -146,13 +146,13 @@ def _capture_state(model: nn.Module, *, evaluation: bool = True) -> Iterator[Non
     """Evaluation mode and no cache inside, everything as it was afterwards."""
     experts = _experts_implementations(model)
     try:
-        for own, _ in experts:
-            own._experts_implementation = "batched_mm"
+        for config, _ in experts:
+            config._experts_implementation = "batched_mm"
         with without_caches(model), in_evaluation(model) if evaluation else nullcontext():
             yield
     finally:
-        for own, implementation in experts:
-            own._experts_implementation = implementation
+        for config, implementation in experts:
+            config._experts_implementation = implementation
 
 
 def _experts_implementations(model: nn.Module) -> list[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""A model that was built without values, given those of a store: all of it in memory."""
+"""Filling a model that was built without values with those of a store, all of it in memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def fill(model: nn.Module, store: WeightStore) -> None:
         model: A module whose parameters are on the meta device; it is changed.
         store: The values of its parameters and persistent buffers.
     """
-    state, held = named_state(model), set(store.names())
-    sources = {id(tensor): name for name, tensor in state.items() if name in held}
+    state, names = named_state(model), set(store.names())
+    sources = {id(tensor): name for name, tensor in state.items() if name in names}
     values: dict[int, Tensor] = {}
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
@@ -25,6 +25,8 @@ def fill(model: nn.Module, store: WeightStore) -> None:
                     continue
                 key = id(tensor)
                 if key not in values:
-                    read = store.read(sources[key])
-                    values[key] = nn.Parameter(read, requires_grad=False) if isinstance(tensor, nn.Parameter) else read
+                    value = store.read(sources[key])
+                    values[key] = (
+                        nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+                    )
                 setattr(module, name, values[key])

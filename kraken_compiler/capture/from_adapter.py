@@ -13,7 +13,7 @@ from torch import nn
 from kraken_compiler.capture.filled_model import fill
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line, missing_packages
-from kraken_compiler.weights.checkpoint_files import ADAPTER, PICKLED_ADAPTER, shown
+from kraken_compiler.weights.checkpoint_files import ADAPTER, PICKLED_ADAPTER, first_names
 from kraken_compiler.weights.store import WeightStore
 
 
@@ -48,11 +48,11 @@ def _load(model: Any, adapter: Path) -> None:
     try:
         with quiet_transformers():
             if (adapter / ADAPTER).is_file():
-                found = model.load_adapter(str(adapter), adapter_kwargs={"local_files_only": True})
+                loading_info = model.load_adapter(str(adapter), adapter_kwargs={"local_files_only": True})
             else:
                 state = torch.load(pickled, map_location="cpu", weights_only=True)
                 config = PeftConfig.from_pretrained(str(adapter))
-                found = model.load_adapter(peft_config=config, adapter_state_dict=state)
+                loading_info = model.load_adapter(peft_config=config, adapter_state_dict=state)
     except (
         OSError,
         ValueError,
@@ -66,15 +66,18 @@ def _load(model: Any, adapter: Path) -> None:
     ) as error:
         raise InputFileError(f"{adapter}: its adapter cannot be applied to the model: {first_line(error)}") from error
     # Older releases of transformers raise for keys that they do not expect, and return nothing.
-    for what, keys in (
-        ("does not find {} tensors of the adapter in its file", getattr(found, "missing_keys", ())),
-        ("finds no place for {} tensors of the adapter's file", getattr(found, "unexpected_keys", ())),
-        ("finds {} tensors of the adapter in another shape", [k for k, *_ in getattr(found, "mismatched_keys", ())]),
+    for problem, keys in (
+        ("does not find {} tensors of the adapter in its file", getattr(loading_info, "missing_keys", ())),
+        ("finds no place for {} tensors of the adapter's file", getattr(loading_info, "unexpected_keys", ())),
+        (
+            "finds {} tensors of the adapter in another shape",
+            [k for k, *_ in getattr(loading_info, "mismatched_keys", ())],
+        ),
     ):
         if keys:
             raise InputFileError(
-                f"{adapter}: transformers {what.format(len(keys))} ({shown(sorted(keys))}): merge it with peft "
-                "(merge_and_unload) and save the model"
+                f"{adapter}: transformers {problem.format(len(keys))} ({first_names(sorted(keys))}): merge it with "
+                "peft (merge_and_unload) and save the model"
             )
 
 
@@ -84,29 +87,29 @@ def _merge(model: nn.Module, adapter: Path) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     model.eval()
-    put_in = {
+    adapter_modules = {
         path: one for path, one in model.named_modules() if isinstance(one, BaseTunerLayer | AuxiliaryTrainingWrapper)
     }
-    for path, module in put_in.items():
-        if any(path.startswith(f"{outer}.") for outer in put_in):
+    for path, module in adapter_modules.items():
+        if any(path.startswith(f"{outer}.") for outer in adapter_modules):
             continue  # the outer one merges what is in it
         try:
             if isinstance(module, BaseTunerLayer):
-                _own_parameters(model, module.get_base_layer())
+                _unshare_parameters(model, module.get_base_layer())
             if hasattr(module, "unload_and_optionally_merge_module"):
-                merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+                replacement = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
             else:
                 module.merge(safe_merge=True)
-                merged = module.get_base_layer()
+                replacement = module.get_base_layer()
         except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             raise UnsupportedModelError(
                 [Rejection(f"the adapter in {adapter} cannot be merged: {first_line(error)}", path=path)]
             ) from error
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, merged)
+        setattr(model.get_submodule(parent), name, replacement)
 
 
-def _own_parameters(model: nn.Module, layer: nn.Module) -> None:
+def _unshare_parameters(model: nn.Module, layer: nn.Module) -> None:
     """Give a layer copies of the parameters that it shares: an update of a tied head is none of the embedding."""
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, parameter in list(layer.named_parameters(recurse=False)):

@@ -34,9 +34,9 @@ def capture_archive(path: Path, *, trust_pickle: bool = False) -> Capture:
         for module in inspect_archive(file, path, trust_pickle=trust_pickle):
             _import(module, path)
         file.seek(0)
-        saved = _load(file, path)
-    reference = exported_reference(saved)
-    exported = functionalize(saved)
+        original = _load(file, path)
+    reference = exported_reference(original)
+    exported = functionalize(original)
     model_class = _model_class(exported)
     program, notes = build_program(exported, model_class=model_class)
     origin = Origin("export", str(path), model_class, digest=lambda: digest_files((path,)))

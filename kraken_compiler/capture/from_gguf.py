@@ -54,10 +54,10 @@ def capture_gguf(
         with headers_read_once():
             file = GgufFile.open(path)
             file.require_whole()
-            model, found = _load(path, dtype or torch.float32)
-            file.require_sizes(found["mismatched_keys"])
-            file.require_complete(found["missing_keys"])
-            notes = file.settle_unread(model, found["unexpected_keys"])
+            model, loading_info = _load(path, dtype or torch.float32)
+            file.require_sizes(loading_info["mismatched_keys"])
+            file.require_complete(loading_info["missing_keys"])
+            notes = file.settle_unread(model, loading_info["unexpected_keys"])
     except ImportError as error:
         raise missing_packages(f"reading the GGUF file {path}", error) from error
     except NotImplementedError as error:
@@ -68,7 +68,7 @@ def capture_gguf(
         raise InputFileError(f"{path} is truncated, damaged or no model: {first_line(error)}") from error
     if not file.has_tokenizer:
         notes = (*notes, f"{path.name} holds no tokenizer: give token ids, not text (--input-ids)")
-    captured = capture_module(
+    capture = capture_module(
         model,
         example_inputs=example_inputs,
         input_specs=input_specs,
@@ -77,7 +77,7 @@ def capture_gguf(
         digest=digest,
         tokenizer=TokenizerSource(str(path.parent), path.name) if file.has_tokenizer else None,
     )
-    return replace(captured, notes=(*captured.notes, *notes))
+    return replace(capture, notes=(*capture.notes, *notes))
 
 
 def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
@@ -86,7 +86,7 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
 
     automatic: Any = transformers.AutoModelForCausalLM
     with quiet_transformers():
-        model, found = automatic.from_pretrained(
+        model, loading_info = automatic.from_pretrained(
             str(path.parent),
             gguf_file=path.name,
             dtype=dtype,
@@ -95,7 +95,7 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in what is returned
         )
-    return model, found
+    return model, loading_info
 
 
 def _unreadable(path: Path, error: Exception) -> UnsupportedModelError:

@@ -84,29 +84,29 @@ def capture_directory(
         UsageError: The packages that read it are not installed.
         UnsupportedModelError: transformers does not know the architecture, or it is of a kind we do not take.
     """
-    opened = _open(path, trust_pickle=trust_pickle, require_weights=require_weights, hash_early=hash_early)
-    if opened.quantization == "torchao":
+    contents = _open(path, trust_pickle=trust_pickle, require_weights=require_weights, hash_early=hash_early)
+    if contents.quantization == "torchao":
         return capture_quantized_directory(
             path,
-            architecture_of(opened.config),
+            architecture_of(contents.config),
             example_inputs=example_inputs,
             input_specs=input_specs,
             dtype=dtype,
-            digest=opened.digest,
-            tokenizer=opened.tokenizer,
+            digest=contents.digest,
+            tokenizer=contents.tokenizer,
         )
-    built = _build(opened, dtype or own_dtype(opened.config, opened.checkpoint))
-    adapter = opened.parts.adapter
-    if adapter and built.checkpoint is not None and require_weights:
-        return _with_adapter(opened, built, example_inputs, input_specs)
-    captured = _traced(opened, built, example_inputs, input_specs)
+    meta = _build(contents, dtype or own_dtype(contents.config, contents.checkpoint))
+    adapter = contents.parts.adapter
+    if adapter and meta.checkpoint is not None and require_weights:
+        return _capture_with_adapter(contents, meta, example_inputs, input_specs)
+    capture = _capture_without_values(contents, meta, example_inputs, input_specs)
     notes = (f"the adapter in {path} will be merged into the weights",) if adapter else ()
-    return replace(captured, notes=(*captured.notes, *notes))
+    return replace(capture, notes=(*capture.notes, *notes))
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A model directory of which everything is read but the weights.
+class _DirectoryContents:
+    """Everything that is read of a model directory but the weights.
 
     Attributes:
         path: The directory, which may hold an adapter only.
@@ -130,7 +130,7 @@ class _Opened:
 
 
 @dataclass(frozen=True)
-class _Built:
+class _MetaModel:
     """The model of a directory, its parameters on the meta device, and where their values are.
 
     Attributes:
@@ -148,16 +148,16 @@ class _Built:
     notes: tuple[str, ...]
 
 
-def _open(path: Path, *, trust_pickle: bool, require_weights: bool, hash_early: bool) -> _Opened:
+def _open(path: Path, *, trust_pickle: bool, require_weights: bool, hash_early: bool) -> _DirectoryContents:
     """Read what a directory says of its model."""
     parts = ModelDirectory.at(path, trust_pickle=trust_pickle)
     base = parts.base
     fields = read_fields(base)
     files = find_weight_files(base, fields.get("transformers_weights"))
     checkpoint = open_checkpoint(base, files, trust_pickle=trust_pickle)
-    digested = (base / "config.json", *parts.adapter, *(checkpoint.files if checkpoint is not None else ()))
+    source_files = (base / "config.json", *parts.adapter, *(checkpoint.files if checkpoint is not None else ()))
     # Before anything that takes seconds.
-    digest = files_digester(digested, early=hash_early)
+    digest = files_digester(source_files, early=hash_early)
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -170,91 +170,97 @@ def _open(path: Path, *, trust_pickle: bool, require_weights: bool, hash_early: 
     if quantization == "torchao" and parts.adapter:
         raise unsupported("it holds an adapter beside quantized weights", "Merge it before they are quantized.")
     tokenizer = _tokenizer(path) or _tokenizer(base)
-    return _Opened(path, parts, files, checkpoint, config, quantization, digest, tokenizer)
+    return _DirectoryContents(path, parts, files, checkpoint, config, quantization, digest, tokenizer)
 
 
-def _build(opened: _Opened, dtype: torch.dtype) -> _Built:
+def _build(contents: _DirectoryContents, dtype: torch.dtype) -> _MetaModel:
     """Make the model, and find its tensors in the files."""
-    config, checkpoint = opened.config, opened.checkpoint
+    config, checkpoint = contents.config, contents.checkpoint
     notes: tuple[str, ...] = ()
     if checkpoint is not None:
-        known = opened.quantization if isinstance(opened.quantization, Float8Config) else None
-        checkpoint, notes = ScaledCheckpoint.over(checkpoint, known)
-    if opened.quantization is not None:
+        float8 = contents.quantization if isinstance(contents.quantization, Float8Config) else None
+        checkpoint, notes = ScaledCheckpoint.over(checkpoint, float8)
+    if contents.quantization is not None:
         del config.quantization_config  # what is read are plain numbers
-    model = build(config, opened.parts.base, dtype)
+    model = build(config, contents.parts.base, dtype)
     reading = Reading({})
-    if checkpoint is not None and opened.files is not None:
-        reading = read_as(model, checkpoint, opened.files, opened.parts.base)
-    return _Built(model, dtype, checkpoint, reading, (*notes, *reading.notes))
+    if checkpoint is not None and contents.files is not None:
+        reading = read_as(model, checkpoint, contents.files, contents.parts.base)
+    return _MetaModel(model, dtype, checkpoint, reading, (*notes, *reading.notes))
 
 
-def _with_adapter(
-    opened: _Opened, built: _Built, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
+def _capture_with_adapter(
+    contents: _DirectoryContents, meta: _MetaModel, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
 ) -> Capture:
     """Capture the model with its values in memory, the adapter merged into them."""
-    path, model, checkpoint = opened.path, built.model, built.checkpoint
+    path, model, checkpoint = contents.path, meta.model, meta.checkpoint
     assert checkpoint is not None
     names = model.state_dict()
-    require_complete(model, names, built.reading, checkpoint)
+    require_complete(model, names, meta.reading, checkpoint)
     expected = expected_tensors(model, names)
-    store = CheckpointStore(checkpoint, built.reading.sources, expected, opened.parts.base)
-    captured = capture_module(
+    store = CheckpointStore(checkpoint, meta.reading.sources, expected, contents.parts.base)
+    capture = capture_module(
         with_adapter(model, store, path),
         example_inputs=example_inputs,
         input_specs=input_specs,
         kind="huggingface",
         path=str(path),
-        digest=opened.digest,
-        tokenizer=opened.tokenizer,
+        digest=contents.digest,
+        tokenizer=contents.tokenizer,
     )
-    merged = f"the adapter in {path} is merged into the weights"
-    return replace(captured, notes=(*captured.notes, *built.notes, merged))
+    merge_note = f"the adapter in {path} is merged into the weights"
+    return replace(capture, notes=(*capture.notes, *meta.notes, merge_note))
 
 
-def _traced(
-    opened: _Opened, built: _Built, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
+def _capture_without_values(
+    contents: _DirectoryContents, meta: _MetaModel, example_inputs: ExampleInputs | None, input_specs: Sequence[str]
 ) -> Capture:
     """Capture the model without its values."""
-    model, checkpoint = built.model, built.checkpoint
+    model, checkpoint = meta.model, meta.checkpoint
     example = resolve(model, example_inputs, input_specs)
     with fake_parameters(model) as mode:
         # The inputs must belong to the parameters' fake mode, or torch.export makes a second one.
         exported = export_module(model, example.map_tensors(mode.from_tensor), allow_strict=False)
     program, notes = build_program(exported, parameters=forward_parameters(model), model_class=class_name(model))
     expected = expected_tensors(model, exported.state_dict)
-    store = CheckpointStore(checkpoint, built.reading.sources, expected, opened.parts.base)
+    store = CheckpointStore(checkpoint, meta.reading.sources, expected, contents.parts.base)
     if checkpoint is not None:
-        require_complete(model, expected, built.reading, checkpoint)
+        require_complete(model, expected, meta.reading, checkpoint)
         store.validate()
     origin = Origin(
         kind="huggingface",
-        path=str(opened.path),
+        path=str(contents.path),
         model_class=class_name(model),
-        digest=opened.digest,
-        tokenizer=opened.tokenizer,
+        digest=contents.digest,
+        tokenizer=contents.tokenizer,
     )
-    reference = _reference(opened, built, store, example, program.inputs)
-    return Capture(program, store, origin, config_dict(model), (*notes, *built.notes), reference)
+    reference = _reference(contents, meta, store, example, program.inputs)
+    return Capture(program, store, origin, config_dict(model), (*notes, *meta.notes), reference)
 
 
 def _reference(
-    opened: _Opened, built: _Built, store: CheckpointStore, example: CallExample, inputs: Sequence[InputSpec]
+    contents: _DirectoryContents,
+    meta: _MetaModel,
+    store: CheckpointStore,
+    example: CallExample,
+    inputs: Sequence[InputSpec],
 ) -> OpenModel | None:
-    """How the model itself is run; None if it cannot be, and then what was captured stands for it."""
-    checkpoint = built.checkpoint
+    """The function that opens the model itself; None if it cannot be run, and then the capture stands for it."""
+    checkpoint = meta.checkpoint
     if checkpoint is None:
         return None
     if isinstance(checkpoint, ScaledCheckpoint):
         # transformers runs float8 on GPUs, or takes the numbers for the weights where no config says what they are. A
         # model of the products is all in memory.
         small = sum(file.stat().st_size for file in checkpoint.files) <= _FILLED_BYTES
-        return partial(filled_reference, built.model, store, example, inputs) if small else None
-    if opened.parts.adapter:
+        return partial(filled_reference, meta.model, store, example, inputs) if small else None
+    if contents.parts.adapter:
         return None
-    return partial(directory_reference, opened.parts.base, architecture_of(opened.config), built.dtype, example, inputs)
+    return partial(
+        directory_reference, contents.parts.base, architecture_of(contents.config), meta.dtype, example, inputs
+    )
 
 
 def _tokenizer(directory: Path) -> TokenizerSource | None:
-    there = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    return TokenizerSource(str(directory)) if there else None
+    has_files = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    return TokenizerSource(str(directory)) if has_files else None

@@ -13,7 +13,7 @@ from torch import nn
 from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, refuse_unread, resolve
-from kraken_compiler.capture.export_module import export_module, left_out_of_training
+from kraken_compiler.capture.export_module import export_module, training_mode_notes
 from kraken_compiler.capture.live_weights import offloaded_weights, require_weights
 from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.run_source import module_reference
@@ -57,7 +57,7 @@ def capture_module(
             model.to(dtype)
         example = resolve(model, example_inputs, input_specs)
         exported = export_module(model, example)
-        training = left_out_of_training(model, example)
+        training_notes = training_mode_notes(model, example)
     parameters = forward_parameters(model)
     program, notes = build_program(exported, parameters=parameters, model_class=class_name(model))
     refuse_unread(program, model, example)
@@ -70,18 +70,18 @@ def capture_module(
         tokenizer=tokenizer,
     )
     frozen = frozenset(name for name, tensor in exported.state_dict.items() if not tensor.requires_grad)
-    opened = partial(module_reference, model, example, program.inputs)
-    return Capture(program, store, origin, config_dict(model), (*notes, *training), opened, frozen)
+    open_model = partial(module_reference, model, example, program.inputs)
+    return Capture(program, store, origin, config_dict(model), (*notes, *training_notes), open_model, frozen)
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     """Names that `forward` accepts, in positional order; those that only a name can give come last."""
     kinds = inspect.Parameter
-    fixed = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    named_kinds = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
         return ()
-    return tuple(p.name for p in parameters if p.kind in fixed)
+    return tuple(p.name for p in parameters if p.kind in named_kinds)
 
 
 def class_name(model: nn.Module) -> str:

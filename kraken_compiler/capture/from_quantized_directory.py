@@ -15,7 +15,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError, first_line, missing_packages
-from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.checkpoint_files import first_names
 
 
 def capture_quantized_directory(
@@ -28,7 +28,7 @@ def capture_quantized_directory(
     digest: Callable[[], str],
     tokenizer: TokenizerSource | None = None,
 ) -> Capture:
-    """Capture it; unlike plain weights, the quantised ones are all in memory, as integers.
+    """Capture a directory of quantised weights; unlike plain ones, they are all in memory, as integers.
 
     Args:
         path: The directory.
@@ -43,7 +43,7 @@ def capture_quantized_directory(
         UnsupportedModelError: The weights are of a kind that cannot be divided.
     """
     model, notes = _load(path, architecture)
-    captured = capture_module(
+    capture = capture_module(
         model,
         example_inputs=example_inputs,
         input_specs=input_specs,
@@ -53,7 +53,7 @@ def capture_quantized_directory(
         digest=digest,
         tokenizer=tokenizer,
     )
-    return replace(captured, notes=(*captured.notes, *notes))
+    return replace(capture, notes=(*capture.notes, *notes))
 
 
 def _load(path: Path, architecture: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -62,7 +62,7 @@ def _load(path: Path, architecture: Any) -> tuple[nn.Module, tuple[str, ...]]:
 
     try:
         with quiet_transformers():
-            model, found = architecture.from_pretrained(
+            model, loading_info = architecture.from_pretrained(
                 str(path),
                 attn_implementation="sdpa",
                 local_files_only=True,
@@ -75,9 +75,9 @@ def _load(path: Path, architecture: Any) -> tuple[nn.Module, tuple[str, ...]]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise InputFileError(f"{path}: transformers cannot read its quantised weights: {reason}") from error
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise InputFileError(f"{path}: {len(missing)} tensors are in none of its files ({missing[0]})")
     assert isinstance(model, nn.Module)
-    unread = sorted(found["unexpected_keys"])
-    return model, (f"{len(unread)} tensors of the files are not read: {shown(unread)}",) if unread else ()
+    unread = sorted(loading_info["unexpected_keys"])
+    return model, (f"{len(unread)} tensors of the files are not read: {first_names(unread)}",) if unread else ()

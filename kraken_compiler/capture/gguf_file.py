@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, and which of its tensors a model was made from."""
+"""A GGUF file's header, and the checks that a model was made from all of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.checkpoint_files import first_names
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FACTORS = {
@@ -24,7 +24,7 @@ _FACTORS = {
     "residual_scale": ("residual_multiplier",),
     "embedding_scale": ("embedding_multiplier",),
 }
-"""Fields of numbers that a model multiplies with or keeps below, and what configs call them."""
+"""Fields of numbers that a model multiplies with or keeps below, with their names in configs."""
 
 _SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
@@ -68,9 +68,9 @@ class GgufFile:
         """
         count, number = self._value("split.count"), self._value("split.no")
         if isinstance(count, int) and count > 1:
-            which = f"piece {number + 1} of {count}" if isinstance(number, int) else f"one of {count} pieces"
+            piece = f"piece {number + 1} of {count}" if isinstance(number, int) else f"one of {count} pieces"
             raise InputFileError(
-                f"{self.path} is {which} of a split GGUF file, and transformers reads one file: join the pieces first "
+                f"{self.path} is {piece} of a split GGUF file, and transformers reads one file: join the pieces first "
                 "(llama-gguf-split --merge FIRST_PIECE OUTPUT)"
             )
 
@@ -86,7 +86,7 @@ class GgufFile:
         hint = f"; by its name it is one of {int(split[1])} pieces, join them first" if split else ""
         raise InputFileError(
             f"{self.path} is incomplete: {len(missing)} tensors of the model are not in it "
-            f"({shown(sorted(missing))}){hint}"
+            f"({first_names(sorted(missing))}){hint}"
         )
 
     def require_sizes(self, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]]) -> None:
@@ -97,11 +97,11 @@ class GgufFile:
         """
         if not mismatched:
             return
-        name, held, wanted = min(mismatched)
+        name, shape, expected_shape = min(mismatched)
         more = f" (and {len(mismatched) - 1} other tensors)" if len(mismatched) > 1 else ""
         raise InputFileError(
-            f"{self.path}: '{name}'{more} has shape {list(held)}, and by the fields that transformers reads of it "
-            f"should have {list(wanted)}"
+            f"{self.path}: '{name}'{more} has shape {list(shape)}, and by the fields that transformers reads of it "
+            f"should have {list(expected_shape)}"
         )
 
     def settle_unread(self, model: nn.Module, unexpected: Collection[str]) -> tuple[str, ...]:
@@ -133,8 +133,8 @@ class GgufFile:
                 )
         if not unread:
             return ()
-        what = "1 tensor of the file is not" if len(unread) == 1 else f"{len(unread)} tensors of the file are not"
-        return (f"{what} part of the model and not read: {shown(unread)}",)
+        subject = "1 tensor of the file is not" if len(unread) == 1 else f"{len(unread)} tensors of the file are not"
+        return (f"{subject} part of the model and not read: {first_names(unread)}",)
 
     def _unread(self, model: nn.Module, unexpected: Collection[str]) -> list[str]:
         if getattr(getattr(model, "hf_quantizer", None), "supported", False):
@@ -147,9 +147,11 @@ class GgufFile:
         )
 
         processors: Any = TENSOR_PROCESSORS
-        read = get_gguf_hf_weights_map(model, processors.get(self.architecture, TensorProcessor)(config={}))
+        weights_map = get_gguf_hf_weights_map(model, processors.get(self.architecture, TensorProcessor)(config={}))
         names = [str(tensor.name) for tensor in self.reader.tensors]
-        return sorted(name for name in names if name not in read and name.removesuffix(".weight") not in read)
+        return sorted(
+            name for name in names if name not in weights_map and name.removesuffix(".weight") not in weights_map
+        )
 
     def _require_rope_scaling(self, model: Any) -> None:
         kind = self._value(f"{self.architecture}.rope.scaling.type")
@@ -167,11 +169,11 @@ class GgufFile:
 
     def _require_rotated_dims(self, model: nn.Module) -> None:
         count = self._value(f"{self.architecture}.rope.dimension_count")
-        rotated = {2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-        if count and rotated and count not in rotated:
+        rotated_dims = {2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+        if count and rotated_dims and count not in rotated_dims:
             raise InputFileError(
                 f"{self.path}: it rotates {count} dims of each head, and transformers, which does not read that from "
-                f"GGUF, {max(rotated)}: use the model's safetensors"
+                f"GGUF, {max(rotated_dims)}: use the model's safetensors"
             )
 
     def _require_factors(self, model: Any) -> None:
@@ -182,8 +184,8 @@ class GgufFile:
                 continue
             # Configs have some of them as divisors, and that of the scores as the number of dims it stands for.
             spellings = (value, 1 / value, value**-2)
-            known = [getattr(config, name, None) or 0.0 for name in names]
-            if not any(math.isclose(one, number, rel_tol=1e-4) for one in spellings for number in known):
+            config_values = [getattr(config, name, None) or 0.0 for name in names]
+            if not any(math.isclose(one, number, rel_tol=1e-4) for one in spellings for number in config_values):
                 raise InputFileError(
                     f"{self.path}: its {field} ({value:g}) is not read by transformers: use the model's safetensors"
                 )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @contextmanager
 def headers_read_once() -> Iterator[None]:
-    """Inside, `gguf` gives the same reader for the same path, and the same table of names for the same architecture.
+    """Share GGUF readers by path, and tables of names by architecture, inside the block.
 
     transformers asks for the table once a module of the model, which takes longer than to convert the weights. Whoever
     reads such files meanwhile in another thread only shares what is read.
@@ -31,11 +31,11 @@ def headers_read_once() -> Iterator[None]:
 
         @property
         def data(self) -> NDArray[Any]:
-            return self._plain
+            return self._plain_array
 
         @data.setter
-        def data(self, mapped: NDArray[Any]) -> None:
-            self._plain = mapped.view(np.ndarray)
+        def data(self, array: NDArray[Any]) -> None:
+            self._plain_array = array.view(np.ndarray)
 
     readers, tables = functools.cache(PlainReader), functools.cache(gguf.get_tensor_name_map)
     with (

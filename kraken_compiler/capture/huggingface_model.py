@@ -16,7 +16,7 @@ from kraken_compiler.weights.scaled_checkpoint import Float8Config
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """What a directory's `config.json` holds.
+    """The fields of a directory's `config.json`.
 
     Raises:
         InputFileError: It is missing or damaged.
@@ -59,7 +59,7 @@ def read_config(path: Path, fields: dict[str, Any]) -> Any:
 
 
 def quantization_of(fields: dict[str, Any]) -> Float8Config | str | None:
-    """How a model's weights are quantised: float8 with scales, or the name of a library that reads them.
+    """The quantisation of a model's weights: float8 with scales, or the name of a library that reads them.
 
     Raises:
         UnsupportedModelError: In a way that cannot be read.
@@ -77,12 +77,12 @@ def quantization_of(fields: dict[str, Any]) -> Float8Config | str | None:
         if block is not None and not is_block:
             raise unsupported(f"the weight_block_size of its float8 weights is {block!r}, not two sizes")
         return Float8Config("fp8", (block[0], block[1]) if is_block else None, settings.get("scale_fmt") == "ue8m0")
-    if method == "compressed-tensors" and (obstacle := _not_float8(settings)) is None:
+    if method == "compressed-tensors" and (obstacle := _float8_obstacle(settings)) is None:
         return Float8Config("compressed-tensors", _block_of_groups(settings["config_groups"]))
-    named = f" by {method}" if method else ""
-    because = f" ({obstacle})" if method == "compressed-tensors" else ""
+    by_method = f" by {method}" if method else ""
+    detail = f" ({obstacle})" if method == "compressed-tensors" else ""
     raise unsupported(
-        f"its weights are quantized{named}{because}",
+        f"its weights are quantized{by_method}{detail}",
         "Weight-only integers of torchao and float8 weights with scales can be read; save it unquantized, or as those.",
     )
 
@@ -112,14 +112,14 @@ def build(config: Any, path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def architecture_of(config: Any) -> Any:
-    """The class that the config names, or the one that finds out which it is."""
+    """The class that the config names, or else the automatic class of its kind of model."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, named):
+    class_name = (getattr(config, "architectures", None) or [""])[0]
+    if class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not hasattr(transformers, class_name):
         return _automatic(config)
-    return getattr(transformers, named)
+    return getattr(transformers, class_name)
 
 
 def _automatic(config: Any) -> Any:
@@ -149,8 +149,8 @@ def _known_type(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _not_float8(settings: dict[str, Any]) -> str | None:
-    """Why weights of compressed-tensors are not floats of 8 bits with a scale."""
+def _float8_obstacle(settings: dict[str, Any]) -> str | None:
+    """The reason why weights of compressed-tensors are not floats of 8 bits with a scale; None if they are."""
     groups = settings.get("config_groups")
     if settings.get("format") not in ("float-quantized", "naive-quantized"):
         return f"format {settings.get('format')}"
@@ -196,17 +196,17 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Give float32 to the parameters that loading leaves in it (routers' biases, some output projections)."""
     from transformers.core_model_loading import build_glob_alternation
 
-    kept = model._get_dtype_plan(dtype)
-    if not kept:
+    dtype_plan = model._get_dtype_plan(dtype)
+    if not dtype_plan:
         return
-    pattern, globs, _ = build_glob_alternation(list(kept))
+    pattern, globs, _ = build_glob_alternation(list(dtype_plan))
     for name, tensor in named_state(model).items():
         match = pattern.search(name)
         if match is None or match.lastgroup is None or name not in model.state_dict():
             continue
-        wanted = kept[globs[match.lastgroup]]
-        if tensor.dtype != wanted and tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted)
+        plan_dtype = dtype_plan[globs[match.lastgroup]]
+        if tensor.dtype != plan_dtype and tensor.is_floating_point():
+            tensor.data = tensor.data.to(plan_dtype)
 
 
 def _not_buildable(path: Path, error: Exception) -> InputFileError:

@@ -1,4 +1,4 @@
-"""Whether a live module's weights are there, whole and plain, before anything is traced.
+"""Checks, before anything is traced, that a live module's weights are present, whole and plain.
 
 Weights that accelerate keeps elsewhere (`cpu_offload`, `disk_offload`, `dispatch_model`) are put in place while the
 module is captured, and its hooks, which move them in and out at every call, are left out meanwhile.
@@ -40,31 +40,31 @@ def require_weights(model: nn.Module) -> None:
 
 @contextmanager
 def offloaded_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, weights that accelerate's hooks keep elsewhere are the module's own and the hooks do nothing.
+    """Put weights that accelerate's hooks keep elsewhere into the module; inside, the hooks do nothing.
 
     Raises:
         UnsupportedModelError: A weight is kept in another form than it has when the module runs.
     """
-    hooked = [(module, found) for module in model.modules() if (found := _placements(module))]
-    weights: list[tuple[nn.Module, str, Tensor]] = []
+    module_hooks = [(module, device_hooks) for module in model.modules() if (device_hooks := _device_hooks(module))]
+    originals: list[tuple[nn.Module, str, Tensor]] = []
     forwards: list[tuple[nn.Module, Any]] = []
-    loaded: dict[tuple[int, torch.Size], nn.Parameter] = {}
+    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
     try:
-        for module, hooks in hooked:
+        for module, hooks in module_hooks:
             forwards.append((module, module.forward))
             setattr(module, "forward", module._old_forward)  # noqa: B010 (its type is any attribute's)
             for hook in hooks:
                 if hook.offload:
-                    _put_in_place(module, hook, loaded, weights)
+                    _load_offloaded(module, hook, parameters, originals)
         yield
     finally:
-        for module, name, tensor in weights:
-            _hold(module, name, tensor)
+        for module, name, tensor in originals:
+            _set_tensor(module, name, tensor)
         for module, forward in forwards:
             module.forward = forward
 
 
-def _placements(module: nn.Module) -> list[Any]:
+def _device_hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks on a module if all they do is to move weights and inputs to a device."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None or not hasattr(module, "_old_forward"):
@@ -73,13 +73,13 @@ def _placements(module: nn.Module) -> list[Any]:
     return hooks if all(type(one).__name__ == "AlignDevicesHook" for one in hooks) else []
 
 
-def _put_in_place(
+def _load_offloaded(
     root: nn.Module,
     hook: Any,
-    loaded: dict[tuple[int, torch.Size], nn.Parameter],
-    replaced: list[tuple[nn.Module, str, Tensor]],
+    parameters: dict[tuple[int, torch.Size], nn.Parameter],
+    originals: list[tuple[nn.Module, str, Tensor]],
 ) -> None:
-    """Replace what a hook moved away; adds the module, name and former value of everything to `replaced`."""
+    """Replace what a hook moved away; adds the module, name and former value of everything to `originals`."""
     for path, module in root.named_modules() if hook.place_submodules else (("", root),):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = f"{path}.{name}" if path else name
@@ -92,15 +92,15 @@ def _put_in_place(
                 raise UnsupportedModelError([Rejection(reason, (name,), path or type(root).__name__, hint)])
             if isinstance(tensor, nn.Parameter):
                 # One parameter for all modules that share it: offloading has made several of it.
-                own = nn.Parameter(value.detach(), requires_grad=tensor.requires_grad)
-                value = loaded.setdefault((value.data_ptr(), value.shape), own)
-            replaced.append((module, name, tensor))
-            _hold(module, name, value)
+                parameter = nn.Parameter(value.detach(), requires_grad=tensor.requires_grad)
+                value = parameters.setdefault((value.data_ptr(), value.shape), parameter)
+            originals.append((module, name, tensor))
+            _set_tensor(module, name, value)
 
 
-def _hold(module: nn.Module, name: str, value: Tensor) -> None:
-    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-    held[name] = value
+def _set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    slots: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    slots[name] = value
 
 
 def _form(tensor: Tensor) -> str:
@@ -116,31 +116,31 @@ def _rejection(path: str, module: nn.Module) -> Rejection | None:
     if is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel") or is_a(
         module, "torch.distributed.fsdp", "FSDPModule"
     ):
-        return Rejection("FSDP keeps one rank's piece of its weights in it", path=path, hint=_WHOLE)
-    packed = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
-    if packed:
+        return Rejection("FSDP keeps one rank's piece of its weights in it", path=path, hint=_WHOLE_HINT)
+    packed_names = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
+    if packed_names:
         reason = f"its weights are packed in a {kind}, and only plain tensors can be divided among lanes"
-        return Rejection(reason, (packed[0],), path, _UNQUANTIZED)
+        return Rejection(reason, (packed_names[0],), path, _UNQUANTIZED_HINT)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue
         if is_a(tensor, "torch.distributed.tensor", "DTensor"):
-            return Rejection(f"its {name} is a DTensor, one rank's piece of a weight", (name,), path, _WHOLE)
+            return Rejection(f"its {name} is a DTensor, one rank's piece of a weight", (name,), path, _WHOLE_HINT)
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             reason = f"its {name} has no shape yet: a {kind} makes its weights when it is first called"
             return Rejection(reason, (name,), path, "Call the model once, or load its weights, and pass it then.")
         if tensor.is_quantized:
             return Rejection(
-                f"its {name} is a quantised {_form(tensor)} tensor of torch.ao", (name,), path, _UNQUANTIZED
+                f"its {name} is a quantised {_form(tensor)} tensor of torch.ao", (name,), path, _UNQUANTIZED_HINT
             )
     return None
 
 
-_WHOLE = (
+_WHOLE_HINT = (
     "Pass the module with whole weights: build it anew and load what "
     "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True."
 )
-_UNQUANTIZED = (
+_UNQUANTIZED_HINT = (
     "Pass the model as it was before it was quantised; of quantised weights, torchao's weight-only integers can be "
     "compiled."
 )

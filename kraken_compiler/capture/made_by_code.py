@@ -31,21 +31,21 @@ def made_by_code(model: nn.Module, missing: Iterable[str]) -> dict[str, TensorSo
     for name in missing:
         if any(re.search(pattern, name) for pattern in patterns):
             by_owner.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, TensorSource] = {}
+    sources: dict[str, TensorSource] = {}
     for owner, names in by_owner.items():
-        first, second = (_initialized(model, owner, seed) for seed in (0, 1))
+        first, second = (_initial_values(model, owner, seed) for seed in (0, 1))
         for name in names:
-            own = name.rpartition(".")[2]
-            if own in first and torch.equal(first[own], second[own]):
-                found[name] = TensorSource((), _constant(first[own]))
-    return found
+            attribute = name.rpartition(".")[2]
+            if attribute in first and torch.equal(first[attribute], second[attribute]):
+                sources[name] = TensorSource((), _constant(first[attribute]))
+    return sources
 
 
 def _constant(value: Tensor) -> Any:
     return lambda read: value
 
 
-def _initialized(model: nn.Module, owner: str, seed: int) -> dict[str, Tensor]:
+def _initial_values(model: nn.Module, owner: str, seed: int) -> dict[str, Tensor]:
     """The own tensors of a module as the model's code fills them from other numbers for every seed."""
     module = model.get_submodule(owner)
     # Not the modules within: they may be large, and what is missing of them has them as its owner.

@@ -1,4 +1,4 @@
-"""What is read of a model directory: the one place that decides, as transformers' `from_pretrained` does.
+"""The reading of a model directory: the one place that decides on it, as transformers' `from_pretrained` does.
 
 The model is that of `config.json`; its weights are those of the files that transformers would take; an adapter beside
 them is applied. A directory that holds only an adapter names the directory of its model.
@@ -27,8 +27,8 @@ from kraken_compiler.weights.checkpoint_files import (
     ADAPTER_CONFIG,
     PICKLED_ADAPTER,
     WeightFiles,
+    first_names,
     placements,
-    shown,
     unread_weights,
 )
 from kraken_compiler.weights.checkpoint_store import CheckpointStore, ExpectedTensor, TensorSource
@@ -75,7 +75,7 @@ class ModelDirectory:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model's tensors are read.
+    """The sources of a model's tensors, with notes.
 
     Attributes:
         sources: Tensor name -> what it is made from.
@@ -102,35 +102,37 @@ def read_as(model: nn.Module, checkpoint: Checkpoint, files: WeightFiles, direct
         InputFileError: A tensor is in the files more than once and differs, or one that is not read belongs to one that
             is.
     """
-    found = map_checkpoint(model, checkpoint)
-    expected = expected_tensors(model, found.sources)
-    store = CheckpointStore(checkpoint, found.sources, expected, directory)
+    checkpoint_map = map_checkpoint(model, checkpoint)
+    expected = expected_tensors(model, checkpoint_map.sources)
+    store = CheckpointStore(checkpoint, checkpoint_map.sources, expected, directory)
 
     def rows(name: str) -> Rows:
         by_rows = store.read.rows_of(name) if expected[name].shape else None
         if by_rows is None:
-            whole = store.read(name)
+            tensor = store.read(name)
             return Rows(
-                whole.dtype, tuple(whole.shape), lambda start, stop: whole[start:stop] if whole.dim() else whole
+                tensor.dtype, tuple(tensor.shape), lambda start, stop: tensor[start:stop] if tensor.dim() else tensor
             )
         return Rows(expected[name].dtype, by_rows.shape, by_rows.read)
 
-    ties = settle_ties(model, set(found.sources), lambda one, other: same_values(rows(one), rows(other)), directory)
-    sources = {name: found.sources[holder] for name, holder in ties.held.items()}
+    ties = settle_ties(
+        model, set(checkpoint_map.sources), lambda one, other: same_values(rows(one), rows(other)), directory
+    )
+    sources = {name: checkpoint_map.sources[holder] for name, holder in ties.stored_names.items()}
     sources |= made_by_code(model, [name for name in model.state_dict() if name not in sources])
     used = {key for source in sources.values() for key in source.keys}
     notes = (
         *files.notes(directory),
         *_misplaced(directory, files, checkpoint),
         *ties.notes(),
-        *settle_unused(model, checkpoint, found.unused, used),
+        *settle_unused(model, checkpoint, checkpoint_map.unused, used),
         *float8_note(checkpoint, used, files.beside(directory)),
     )
-    return Reading(sources, notes, found.unused)
+    return Reading(sources, notes, checkpoint_map.unused)
 
 
 def expected_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, ExpectedTensor]:
-    """What the model says about some of its tensors."""
+    """Element types and shapes of some of the model's tensors."""
     state = named_state(model)
     return {name: ExpectedTensor(state[name].dtype, tuple(state[name].shape)) for name in names if name in state}
 
@@ -145,10 +147,10 @@ def require_complete(model: nn.Module, names: Iterable[str], reading: Reading, c
     if not missing:
         return
     files = checkpoint.files
-    where = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {files[0].parent}"
+    place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {files[0].parent}"
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise InputFileError(
-        f"tensor '{missing[0]}'{more} of the model is missing from {where}{_why_missing(model, missing[0], reading)}"
+        f"tensor '{missing[0]}'{more} of the model is missing from {place}{_why_missing(model, missing[0], reading)}"
     )
 
 
@@ -163,38 +165,40 @@ def without_weights(directory: Path, files: WeightFiles | None) -> InputFileErro
     if others:
         return InputFileError(
             f"{directory} has no weight files that transformers reads (model.safetensors, or its index), only "
-            f"{shown(others)}: rename it, or save the model again"
+            f"{first_names(others)}: rename it, or save the model again"
         )
     return InputFileError(f"{directory} has no weight files (*.safetensors), only a config")
 
 
 def own_dtype(config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     """The config's element type, else that of the first file's first floating-point tensor, as transformers does."""
-    named = getattr(config, "dtype", None)
-    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    config_dtype = getattr(config, "dtype", None)
+    dtype = getattr(torch, config_dtype, None) if isinstance(config_dtype, str) else config_dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     if checkpoint is None:
         return torch.float32
-    first = [key for key in sorted(checkpoint.names()) if checkpoint.file_of(key) == checkpoint.files[0]]
-    held = (checkpoint.describe(key)[0] for key in first)
-    return next((one for one in held if one is not None and one.is_floating_point and one.itemsize > 1), torch.float32)
+    keys = [key for key in sorted(checkpoint.names()) if checkpoint.file_of(key) == checkpoint.files[0]]
+    dtypes = (checkpoint.describe(key)[0] for key in keys)
+    return next(
+        (one for one in dtypes if one is not None and one.is_floating_point and one.itemsize > 1), torch.float32
+    )
 
 
 def _base_of(config: Path) -> Path:
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-        named = fields["base_model_name_or_path"]
+        base_name = fields["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputFileError(
             f"{config.parent} holds an adapter, not a model, and {config.name} names no base model: merge the adapter "
             "into its model and save that"
         ) from error
-    base = Path(str(named))
+    base = Path(str(base_name))
     if not (base / "config.json").is_file():
         raise InputFileError(
-            f"{config.parent} holds an adapter, not a model, and its base model '{named}' is no model directory here: "
-            "put the adapter's two files beside the model, or merge it and save that"
+            f"{config.parent} holds an adapter, not a model, and its base model '{base_name}' is no model directory "
+            "here: put the adapter's two files beside the model, or merge it and save that"
         )
     return base
 
@@ -203,20 +207,25 @@ def _misplaced(directory: Path, files: WeightFiles, checkpoint: Checkpoint) -> t
     """A note about tensors that are in other files than the index says; they are read from where they are."""
     if files.index is None:
         return ()
-    said = placements(files.index)
+    index_files = placements(files.index)
     names = set(checkpoint.names())
-    wrong = [key for key, name in said.items() if key in names and checkpoint.file_of(key) != directory / name]
-    if not wrong:
+    misplaced = [
+        key for key, name in index_files.items() if key in names and checkpoint.file_of(key) != directory / name
+    ]
+    if not misplaced:
         return ()
-    return (f"{files.index.name} names other files than those that hold {len(wrong)} tensors ({shown(wrong)})",)
+    return (
+        f"{files.index.name} names other files than those that hold {len(misplaced)} tensors "
+        f"({first_names(misplaced)})",
+    )
 
 
 def _why_missing(model: Any, name: str, reading: Reading) -> str:
     module = name.rpartition(".")[0]
-    there = [key for key in reading.unused if (key.startswith(f"{module}.") and module) or key.endswith(f".{name}")]
-    if there:
-        return f"; instead they hold {shown(there)}"
-    tied = model._tied_weights_keys
-    if isinstance(tied, dict) and name in tied:
-        return f", and the config does not tie it to '{tied[name]}' (tie_word_embeddings)"
+    similar = [key for key in reading.unused if (key.startswith(f"{module}.") and module) or key.endswith(f".{name}")]
+    if similar:
+        return f"; instead they hold {first_names(similar)}"
+    tied_keys = model._tied_weights_keys
+    if isinstance(tied_keys, dict) and name in tied_keys:
+        return f", and the config does not tie it to '{tied_keys[name]}' (tie_word_embeddings)"
     return ""

@@ -50,33 +50,33 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: A weight is of a kind that cannot be taken apart, or the module cannot be copied.
     """
-    if not any(True for _ in _packed(model)):
+    if not any(True for _ in _packed_tensors(model)):
         return model
-    apart: dict[int, QuantizedWeight] = {}
-    tried: set[Any] = set()
-    for path, own, tensor in _packed(model):
-        found = apart.get(id(tensor)) or _take_apart(tensor, tried)
-        if isinstance(found, str):
-            raise UnsupportedModelError([Rejection(found.format(own), (own,), path, _HINT)])
-        apart[id(tensor)] = found
-    copied = _copy(model)
-    for path, own, tensor in list(_packed(copied)):
-        _hold(copied.get_submodule(path), own, apart[id(tensor)])
-    return copied
+    weights: dict[int, QuantizedWeight] = {}
+    checked_kinds: set[Any] = set()
+    for path, attribute, tensor in _packed_tensors(model):
+        weight = weights.get(id(tensor)) or _take_apart(tensor, checked_kinds)
+        if isinstance(weight, str):
+            raise UnsupportedModelError([Rejection(weight.format(attribute), (attribute,), path, _HINT)])
+        weights[id(tensor)] = weight
+    plain_model = _copy(model)
+    for path, attribute, tensor in list(_packed_tensors(plain_model)):
+        _set_weight(plain_model.get_submodule(path), attribute, weights[id(tensor)])
+    return plain_model
 
 
 def refuse_conversion(model: nn.Module, dtype: torch.dtype) -> None:
-    """Quantised weights stay of the type they were made for, and would meet activations of another.
+    """Refuse to convert quantised weights: they keep their type, and would meet activations of another.
 
     Raises:
         UsageError: A quantised weight is not of this type.
     """
-    other = next((found for found in _packed(model) if found[2].dtype != dtype), None)
-    if other is not None:
-        path, own, tensor = other
+    mismatch = next((entry for entry in _packed_tensors(model) if entry[2].dtype != dtype), None)
+    if mismatch is not None:
+        path, attribute, tensor = mismatch
         raise UsageError(
-            f"the {own} of module '{path}' was quantised as {str(tensor.dtype).removeprefix('torch.')}, and cannot be "
-            f"converted to {str(dtype).removeprefix('torch.')}: convert the model before it is quantised"
+            f"the {attribute} of module '{path}' was quantised as {str(tensor.dtype).removeprefix('torch.')}, and "
+            f"cannot be converted to {str(dtype).removeprefix('torch.')}: convert the model before it is quantised"
         )
 
 
@@ -87,12 +87,12 @@ _HINT = (
 )
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+def _packed_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Module path, name and value of every tensor that is made of others, by every name it has."""
     for path, module in model.named_modules():
-        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and compat.is_packed(tensor):
-                yield path, own, tensor
+                yield path, attribute, tensor
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -106,14 +106,16 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return (tensor for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None)
+    return (
+        tensor for slots in (module._parameters, module._buffers) for tensor in slots.values() if tensor is not None
+    )
 
 
-def _hold(module: nn.Module, own: str, weight: QuantizedWeight) -> None:
-    """Let a module hold a weight's parts, and compute the weight when it reads it."""
-    module._parameters.pop(own, None)
-    module._buffers.pop(own, None)
-    data, scale, zero_point = (f"{own}_{part}" for part in ("data", "scale", "zero_point"))
+def _set_weight(module: nn.Module, attribute: str, weight: QuantizedWeight) -> None:
+    """Make a module hold a weight's parts, and compute the weight when it reads it."""
+    module._parameters.pop(attribute, None)
+    module._buffers.pop(attribute, None)
+    data, scale, zero_point = (f"{attribute}_{part}" for part in ("data", "scale", "zero_point"))
     module.register_parameter(data, nn.Parameter(weight.data, requires_grad=False))
     module.register_buffer(scale, weight.scale)
     if weight.zero_point is not None:
@@ -121,28 +123,28 @@ def _hold(module: nn.Module, own: str, weight: QuantizedWeight) -> None:
 
     def compute(self: nn.Module) -> Tensor:
         zero = getattr(self, zero_point) if weight.zero_point is not None else None
-        made = torch.ops.kraken.dequantize(getattr(self, data), getattr(self, scale), zero, weight.bits, weight.dtype)
-        assert isinstance(made, Tensor)
-        return made
+        value = torch.ops.kraken.dequantize(getattr(self, data), getattr(self, scale), zero, weight.bits, weight.dtype)
+        assert isinstance(value, Tensor)
+        return value
 
     # Attributes can be computed by classes only; this one stands for the module's own wherever one asks.
     base = type(module)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    module.__class__ = type(base.__name__, (base,), {own: property(compute), **names})
+    module.__class__ = type(base.__name__, (base,), {attribute: property(compute), **names})
 
 
-def _take_apart(tensor: Any, tried: set[Any]) -> QuantizedWeight | str:
+def _take_apart(tensor: Any, checked_kinds: set[Any]) -> QuantizedWeight | str:
     """The parts of a weight, or why it has none that can be divided; `{}` stands for its name.
 
     Args:
         tensor: The weight.
-        tried: The kinds of weights whose parts were seen to give their product; added to.
+        checked_kinds: The kinds of weights whose parts were seen to give their product; added to.
     """
     kind = type(tensor)
     if kind.__module__.partition(".")[0] != "torchao" or kind.__name__ not in _READERS:
         return f"its {{}} is a {kind.__name__}, and only plain tensors can be divided among lanes"
-    changed = [name for name in _ON_ACTIVATIONS if getattr(tensor, name, None) is not None]
-    if changed or getattr(tensor, "activation_dtype", None) in _FLOAT8:
+    activation_fields = [name for name in _ON_ACTIVATIONS if getattr(tensor, name, None) is not None]
+    if activation_fields or getattr(tensor, "activation_dtype", None) in _FLOAT8:
         # Rounded with others than the whole's, a lane's columns of an activation would be others.
         return "its {} also asks for rounded or scaled activations, and a lane's columns would be rounded otherwise"
     if tensor.dim() != 2:
@@ -153,9 +155,9 @@ def _take_apart(tensor: Any, tried: set[Any]) -> QuantizedWeight | str:
         return "its {} has a scale that is no finite number"
     if parts.zero_point is not None and not bool(torch.isfinite(parts.zero_point.float()).all()):
         return "its {} has a zero point that is no finite number"
-    sort = (kind, tuple(tensor.shape), parts.scale.shape, parts.bits, parts.dtype)
-    if runs_anywhere and sort not in tried:
-        tried.add(sort)
+    variant = (kind, tuple(tensor.shape), parts.scale.shape, parts.bits, parts.dtype)
+    if runs_anywhere and variant not in checked_kinds:
+        checked_kinds.add(variant)
         if not _same_product(tensor, parts):
             return f"its {{}} is a {kind.__name__} whose product is not the one of its integers, scales and zero points"
     return parts
@@ -173,11 +175,11 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @torch.no_grad()
 def _same_product(tensor: Any, parts: QuantizedWeight) -> bool:
-    """Whether torchao multiplies with what we take a weight for: its formats may change."""
+    """True if torchao multiplies with what we take a weight for: its formats may change."""
     x = torch.randn(2, tensor.shape[1], generator=torch.Generator().manual_seed(0))
     x = x.to(device=tensor.device, dtype=parts.dtype)
-    have, want = F.linear(x, parts.value()).float(), F.linear(x, tensor).float()
-    return bool((have - want).norm() <= 8 * torch.finfo(parts.dtype).eps * want.norm())
+    actual, expected = F.linear(x, parts.value()).float(), F.linear(x, tensor).float()
+    return bool((actual - expected).norm() <= 8 * torch.finfo(parts.dtype).eps * expected.norm())
 
 
 def _from_bytes(tensor: Any) -> QuantizedWeight:
@@ -185,10 +187,10 @@ def _from_bytes(tensor: Any) -> QuantizedWeight:
     columns = tensor.shape[1]
     scale, zero_point = (_by_row(part, tensor) for part in (tensor.scale, tensor.zero_point))
     assert scale is not None
-    whole = QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 8, tensor.dtype)
+    weight = QuantizedWeight(tensor.qdata.contiguous(), scale, zero_point, 8, tensor.dtype)
     bits = int(str(getattr(tensor, "target_dtype", torch.int8)).removeprefix("torch.int"))
     even = columns // scale.shape[1] % 2 == 0
-    return replace(whole, data=pack(tensor.qdata), bits=4) if bits <= 4 and even else whole
+    return replace(weight, data=pack(tensor.qdata), bits=4) if bits <= 4 and even else weight
 
 
 def _by_row(part: Tensor | None, tensor: Any) -> Tensor | None:
@@ -212,4 +214,4 @@ _READERS: dict[str, tuple[Callable[[Any], QuantizedWeight], bool]] = {
     "IntxUnpackedToInt8Tensor": (_from_bytes, True),
     "Int4Tensor": (_from_packed, False),
 }
-"""torchao's classes: who reads one, and whether its product runs on any device, so that the reading can be checked."""
+"""torchao's classes: the reader of each, and whether its product runs on any device, so that it can be checked."""

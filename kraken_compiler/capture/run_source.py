@@ -30,9 +30,9 @@ RunModel = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 """The program's flat inputs -> the model's outputs in the order of the program's."""
 
 OpenModel = Callable[[], AbstractContextManager[RunModel]]
-"""Makes the model ready to run; what that takes is let go at the end."""
+"""Function that makes the model ready to run; what that takes is let go at the end."""
 
-_HELD_BYTES = 256 << 20
+_IN_MEMORY_BYTES = 256 << 20
 """Weights of up to this many bytes are held while a directory's model runs; more stay on the disk."""
 
 
@@ -45,20 +45,22 @@ def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[In
 
 
 def _run(
-    model: nn.Module, example: CallExample, inputs: Sequence[InputSpec], given: Sequence[Tensor]
+    model: nn.Module, example: CallExample, inputs: Sequence[InputSpec], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     device = next((tensor.device for tensor in model.parameters() if tensor.device.type != "meta"), None)
     groups: dict[str, list[Tensor]] = defaultdict(list)
-    for spec, tensor in zip(inputs, given, strict=True):
+    for spec, tensor in zip(inputs, tensors, strict=True):
         groups[spec.parameter].append(tensor if device is None else tensor.to(device))
-    named = CallExample(kwargs={name: _filled(value, groups.pop(name, [])) for name, value in example.kwargs.items()})
-    positional = _filled(example.args, [tensor for group in groups.values() for tensor in group])
+    keyword_example = CallExample(
+        kwargs={name: _with_tensors(value, groups.pop(name, [])) for name, value in example.kwargs.items()}
+    )
+    positional_arguments = _with_tensors(example.args, [tensor for group in groups.values() for tensor in group])
     with torch.no_grad(), quiet_torch():
-        output = model(*positional, **named.kwargs)
+        output = model(*positional_arguments, **keyword_example.kwargs)
     return tuple(leaf.detach() for leaf in compat.tree_leaves(output) if isinstance(leaf, Tensor))
 
 
-def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
     """An argument with other tensors in the places of its own."""
     remaining = iter(tensors)
     return compat.tree_map(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, value)
@@ -72,9 +74,9 @@ def directory_reference(
 
     Weights of more than a few hundred megabytes are left where they are: each module reads its own when it runs.
     """
-    with tempfile.TemporaryDirectory(prefix="kraken-reference-") as offloaded:
-        large = sum(file.stat().st_size for file in path.glob("*.safetensors")) > _HELD_BYTES
-        places = {"device_map": {"": "disk"}, "offload_folder": offloaded} if large else {}
+    with tempfile.TemporaryDirectory(prefix="kraken-reference-") as offload_folder:
+        is_large = sum(file.stat().st_size for file in path.glob("*.safetensors")) > _IN_MEMORY_BYTES
+        places = {"device_map": {"": "disk"}, "offload_folder": offload_folder} if is_large else {}
         with quiet_transformers():
             model = architecture.from_pretrained(
                 str(path), dtype=dtype, local_files_only=True, trust_remote_code=False, **places
@@ -88,9 +90,9 @@ def filled_reference(
     model: nn.Module, store: WeightStore, example: CallExample, inputs: Sequence[InputSpec]
 ) -> Iterator[RunModel]:
     """A model that was built without values, given those that its store reads: all of it in memory."""
-    filled = copy.deepcopy(model)
-    fill(filled, store)
-    with module_reference(filled, example, inputs) as run:
+    filled_model = copy.deepcopy(model)
+    fill(filled_model, store)
+    with module_reference(filled_model, example, inputs) as run:
         yield run
 
 
@@ -103,7 +105,7 @@ def exported_reference(exported: ExportedProgram) -> OpenModel:
     graph.output(graph.graph_copy(exported.graph, {}))
     signature, constants = exported.graph_signature, exported.constants
     module = fx.GraphModule(exported.graph_module, graph)
-    held = [
+    values = [
         (exported.state_dict if spec.target in exported.state_dict else constants)[spec.target]
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target
         else None
@@ -112,23 +114,23 @@ def exported_reference(exported: ExportedProgram) -> OpenModel:
         for spec in signature.input_specs
     ]
     kinds = [spec.kind for spec in signature.input_specs]
-    fixed = [getattr(spec.arg, "value", None) for spec in signature.input_specs]
+    constant_inputs = [getattr(spec.arg, "value", None) for spec in signature.input_specs]
 
-    def run(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        tensors = iter(given)
+    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        tensors = iter(inputs)
         operands = [
             value if kind is not InputKind.USER_INPUT else constant if _is_constant(spec) else next(tensors)
-            for value, kind, constant, spec in zip(held, kinds, fixed, signature.input_specs)
+            for value, kind, constant, spec in zip(values, kinds, constant_inputs, signature.input_specs)
         ]
         with torch.no_grad():
             outputs = fx.Interpreter(module).run(*operands, enable_io_processing=False)
         return tuple(leaf for leaf in compat.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
     @contextmanager
-    def opened() -> Iterator[RunModel]:
+    def open_model() -> Iterator[RunModel]:
         yield run
 
-    return opened
+    return open_model
 
 
 def _is_constant(spec: Any) -> bool:

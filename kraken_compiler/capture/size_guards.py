@@ -1,4 +1,4 @@
-"""What a trace took for granted about sizes, as rules of the program: torch.export's guards, ranges and equalities.
+"""A trace's assumptions about sizes, as rules of the program: torch.export's guards, ranges and equalities.
 
 An `if` on a size keeps one branch; for which sizes it is the right one, torch writes down as a guard in Python text.
 Here the text is read, never executed, and spoken of in the program's own names of sizes.
@@ -28,7 +28,7 @@ Shapes = Mapping[str, Sequence[int | str]]
 def size_rules(
     exported: ExportedProgram, shapes: Shapes, placeholders: Mapping[str, fx.Node], arguments: Arguments
 ) -> tuple[str, ...]:
-    """Everything that the sizes of a program's inputs must keep to.
+    """The rules that the sizes of a program's inputs must keep to.
 
     Args:
         exported: The program, with its guards noted (`_torch_compat.note_guards`).
@@ -40,16 +40,16 @@ def size_rules(
         UnsupportedModelError: A guard asks for something that cannot be said as a rule.
     """
     places = _places(arguments)
-    rules = [_translated(guard, places, shapes) for guard in compat.noted_guards(exported)]
-    named = _named_expressions(shapes, placeholders)
-    rules += _ranges(exported, named) + _derived(named)
+    rules = [_translate(guard, places, shapes) for guard in compat.noted_guards(exported)]
+    expressions = _named_expressions(shapes, placeholders)
+    rules += _ranges(exported, expressions) + _relations(expressions)
     for rule in rules:
         if not names_in(rule) and not holds(rule, {}):
             raise _unsupported(f"its code asks for sizes that its own example does not have ({rule})")
-    return tuple(dict.fromkeys(rule for rule in rules if names_in(rule) and not _says_nothing(rule)))
+    return tuple(dict.fromkeys(rule for rule in rules if names_in(rule) and not _is_trivial(rule)))
 
 
-def _says_nothing(rule: str) -> bool:
+def _is_trivial(rule: str) -> bool:
     """True of `sequence == sequence`, which is left of two dims of one size: a name says that already."""
     parsed = parse_rule(rule)
     if not isinstance(parsed, ast.Compare) or not isinstance(parsed.ops[0], ast.Eq):
@@ -64,24 +64,24 @@ def _places(arguments: Arguments) -> dict[str, str]:
     for number, (name, (tree, placeholders)) in enumerate(arguments.items()):
         for path, placeholder in zip(compat.tree_leaf_paths(tree), placeholders, strict=True):
             for root in (f"['args'][{number}]", f"['{name}']"):
-                places[_spelled(f"L{root}{path}")] = placeholder
+                places[_canonical(f"L{root}{path}")] = placeholder
             leaves.append(placeholder)
-    flat = {_spelled(f"L['flat_args'][{index}]"): leaf for index, leaf in enumerate(leaves)}
-    return flat | places
+    flat_places = {_canonical(f"L['flat_args'][{index}]"): leaf for index, leaf in enumerate(leaves)}
+    return flat_places | places
 
 
-def _spelled(source: str) -> str:
+def _canonical(source: str) -> str:
     try:
         return ast.unparse(ast.parse(source, mode="eval"))
     except SyntaxError:
         return source
 
 
-def _translated(guard: str, places: Mapping[str, str], sizes: Shapes) -> str:
+def _translate(guard: str, places: Mapping[str, str], sizes: Shapes) -> str:
     """A guard in the program's names of sizes."""
     try:
-        translated = _Sizes(places, sizes).visit(ast.parse(guard.strip(), mode="eval"))
-        rule = ast.unparse(translated)
+        tree = _Sizes(places, sizes).visit(ast.parse(guard.strip(), mode="eval"))
+        rule = ast.unparse(tree)
         parse_rule(rule)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unsupported(f"its code asks for '{guard[:200]}', which cannot be said as a rule about sizes") from error
@@ -96,8 +96,8 @@ class _Sizes(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         call = node.value
-        asks = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "size"
-        if not asks or not isinstance(node.slice, ast.Constant):
+        is_size_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "size"
+        if not is_size_call or not isinstance(node.slice, ast.Constant):
             raise ValueError(f"{ast.unparse(node)} is no size")
         assert isinstance(call, ast.Call)
         assert isinstance(call.func, ast.Attribute)
@@ -111,17 +111,17 @@ class _Sizes(ast.NodeTransformer):
 
 def _named_expressions(shapes: Shapes, placeholders: Mapping[str, fx.Node]) -> dict[str, Any]:
     """The symbolic expression of every named size."""
-    named: dict[str, Any] = {}
+    expressions: dict[str, Any] = {}
     for placeholder, shape in shapes.items():
         for name, size in zip(shape, placeholders[placeholder].meta["val"].shape):
             if isinstance(name, str):
-                named.setdefault(name, size.node.expr)
-    return named
+                expressions.setdefault(name, size.node.expr)
+    return expressions
 
 
-def _ranges(exported: ExportedProgram, named: Mapping[str, Any]) -> list[str]:
+def _ranges(exported: ExportedProgram, expressions: Mapping[str, Any]) -> list[str]:
     """Bounds; torch takes sizes for at least 2 whether the model's code cares or not, so that one says nothing."""
-    names = {str(expression): name for name, expression in named.items()}
+    names = {str(expression): name for name, expression in expressions.items()}
     rules = []
     for expression, bounds in exported.range_constraints.items():
         name = names.get(str(expression))
@@ -141,28 +141,28 @@ def _bound(limit: Any) -> int | None:
     return value if abs(value) < sys.maxsize - 1 else None
 
 
-def _derived(named: Mapping[str, Any]) -> list[str]:
-    """How sizes follow from each other, or from one that no input shows: `mask_1 == sequence + 1`."""
-    plain = {expression: name for name, expression in named.items() if expression.is_symbol}
+def _relations(expressions: Mapping[str, Any]) -> list[str]:
+    """Rules by which sizes follow from each other, or from one that no input shows: `mask_1 == sequence + 1`."""
+    symbol_names = {expression: name for name, expression in expressions.items() if expression.is_symbol}
     rules: list[str] = []
-    hidden: dict[Any, tuple[str, int, int]] = {}
-    for name, expression in named.items():
+    hidden_sizes: dict[Any, tuple[str, int, int]] = {}
+    for name, expression in expressions.items():
         if expression.is_symbol:
             continue
-        if expression.free_symbols <= plain.keys():
-            rules.append(_rule_of(f"{name} == ({_text(expression, plain)})", str(expression)))
+        if expression.free_symbols <= symbol_names.keys():
+            rules.append(_rule_of(f"{name} == ({_text(expression, symbol_names)})", str(expression)))
             continue
         symbol, *others = sorted(expression.free_symbols, key=str)
         slope = expression.diff(symbol)
         if others or not slope.is_Integer or int(slope) < 1:
             raise _unsupported(f"the size '{name}' is computed from others in a way that cannot be said ({expression})")
-        step, rest = int(slope), int(expression.subs(symbol, 0))
+        step, offset = int(slope), int(expression.subs(symbol, 0))
         if step > 1:
-            rules.append(f"({name} - {rest}) % {step} == 0")
-        if symbol in hidden:
-            other, other_step, other_rest = hidden[symbol]
-            rules.append(f"({name} - {rest}) * {other_step} == ({other} - {other_rest}) * {step}")
-        hidden.setdefault(symbol, (name, step, rest))
+            rules.append(f"({name} - {offset}) % {step} == 0")
+        if symbol in hidden_sizes:
+            other, other_step, other_offset = hidden_sizes[symbol]
+            rules.append(f"({name} - {offset}) * {other_step} == ({other} - {other_offset}) * {step}")
+        hidden_sizes.setdefault(symbol, (name, step, offset))
     return [_plain_signs(rule) for rule in rules]
 
 
@@ -173,11 +173,13 @@ def _text(expression: Any, names: Mapping[Any, str]) -> str:
     return str(renamed)
 
 
-def _rule_of(text: str, shown: str) -> str:
+def _rule_of(text: str, expression: str) -> str:
     try:
         parse_rule(text)
     except ValueError as error:
-        raise _unsupported(f"one of its sizes is computed in a way that is no rule about sizes ({shown})") from error
+        raise _unsupported(
+            f"one of its sizes is computed in a way that is no rule about sizes ({expression})"
+        ) from error
     return text
 
 

@@ -1,4 +1,4 @@
-"""Decide what a path holds, by content and not by name."""
+"""The kind of source that a path holds, by content and not by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_ACCEPTED = (
+_ACCEPTED_SOURCES = (
     "a Hugging Face directory, a GGUF file, a torch.export archive "
     "or (with --trust-pickle) a module saved by torch.save"
 )
 
 
 class SourceKind(Enum):
-    """What can be captured from a path."""
+    """The kinds of sources that can be captured from a path."""
 
     HUGGINGFACE = "huggingface"
     GGUF = "gguf"
@@ -26,7 +26,7 @@ class SourceKind(Enum):
 
 
 def detect(path: Path) -> SourceKind:
-    """What `path` holds.
+    """The kind of source that `path` holds.
 
     Raises:
         InputFileError: Nothing that can be captured; the message says what to give instead.
@@ -53,7 +53,7 @@ def detect(path: Path) -> SourceKind:
         )
     if path.name == "config.json":
         raise InputFileError(f"{path} is only a config: give its directory, {path.parent}")
-    raise InputFileError(f"{path} is not a model file: expected {_ACCEPTED}")
+    raise InputFileError(f"{path} is not a model file: expected {_ACCEPTED_SOURCES}")
 
 
 def _detect_directory(path: Path) -> SourceKind:
@@ -64,7 +64,9 @@ def _detect_directory(path: Path) -> SourceKind:
         raise InputFileError(f"{path} has no config.json but a GGUF file: give the file itself, {gguf[0]}")
     if (path / ADAPTER_CONFIG).is_file():
         return SourceKind.HUGGINGFACE
-    raise InputFileError(f"{path} has no config.json, so it is no Hugging Face model directory; expected {_ACCEPTED}")
+    raise InputFileError(
+        f"{path} has no config.json, so it is no Hugging Face model directory; expected {_ACCEPTED_SOURCES}"
+    )
 
 
 def _detect_zip(path: Path) -> SourceKind:
@@ -86,4 +88,4 @@ def _detect_zip(path: Path) -> SourceKind:
         raise InputFileError(f"{path} is a TorchScript archive: save the model with torch.export.save instead")
     if "data.pkl" in inner:
         return SourceKind.PICKLE
-    raise InputFileError(f"{path} is a zip archive, but no model: expected {_ACCEPTED}")
+    raise InputFileError(f"{path} is a zip archive, but no model: expected {_ACCEPTED_SOURCES}")

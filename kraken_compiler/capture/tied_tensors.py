@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face model are one: what its config ties, unless the checkpoint holds different values.
+"""The tied tensors of a Hugging Face model: those its config ties, unless the checkpoint holds different values.
 
 transformers ties by the config where a tensor is missing, in either direction, and unties where both are there and
 differ. The model is changed accordingly before it is traced, so that the graph has one weight or two.
@@ -18,23 +18,23 @@ from kraken_compiler.capture.huggingface_model import named_state
 from kraken_compiler.errors import InputFileError
 
 SameValues = Callable[[str, str], bool]
-"""Whether two tensors of the model, which the checkpoint holds both, have the same values there."""
+"""Test whether two tensors of the model, which the checkpoint holds both, have the same values there."""
 
 
 @dataclass(frozen=True)
 class Ties:
-    """What a checkpoint's tensors stand for.
+    """The ties between a model's tensors, as its checkpoint has them.
 
     Attributes:
-        held: Name of a tensor of the model -> name under which the checkpoint holds its values.
+        stored_names: Name of a tensor of the model -> name under which the checkpoint holds its values.
         untied: Pairs of tensors that the config ties and the checkpoint does not.
     """
 
-    held: Mapping[str, str]
+    stored_names: Mapping[str, str]
     untied: tuple[tuple[str, str], ...]
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know, one sentence each."""
+        """Notes about the untied pairs, one sentence each."""
         return tuple(
             f"the config ties '{target}' to '{source}', but the files hold different values for the two: they are not "
             "tied, as in transformers"
@@ -54,51 +54,53 @@ def settle_ties(model: nn.Module, present: set[str], same: SameValues, location:
     Raises:
         InputFileError: Tensors that are one by the model's code have different values.
     """
-    config: Any = model
-    ties = _as_loaded(dict(config.all_tied_weights_keys), present, same)
+    pretrained: Any = model
+    ties = _loading_ties(dict(pretrained.all_tied_weights_keys), present, same)
     for target, _ in ties.untied:
         _untie(model, target)
-    held = dict(ties.held)
+    stored_names = dict(ties.stored_names)
     for names in _shared(model):
-        holders = list(dict.fromkeys(held[name] for name in names if name in held))
+        holders = list(dict.fromkeys(stored_names[name] for name in names if name in stored_names))
         for other in holders[1:]:
             if not same(holders[0], other):
                 raise InputFileError(
                     f"{location}: '{holders[0]}' and '{other}' are one tensor of the model, and have different values"
                 )
-        held.update((name, holders[0]) for name in names if holders)
-    return Ties(held, ties.untied)
+        stored_names.update((name, holders[0]) for name in names if holders)
+    return Ties(stored_names, ties.untied)
 
 
-def _as_loaded(tied: Mapping[str, str], present: set[str], same: SameValues) -> Ties:
+def _loading_ties(tied: Mapping[str, str], present: set[str], same: SameValues) -> Ties:
     """The ties that loading makes. One after the other, as in transformers: each may give the next its values."""
-    held = {name: name for name in present}
+    stored_names = {name: name for name in present}
     untied = []
     for target, source in tied.items():
-        if target in held and source in held:
-            if not same(held[source], held[target]):
+        if target in stored_names and source in stored_names:
+            if not same(stored_names[source], stored_names[target]):
                 untied.append((target, source))
                 continue
-            held[target] = held[source]
-        elif source in held:
-            held[target] = held[source]
-        elif target in held:
-            held[source] = held[target]
+            stored_names[target] = stored_names[source]
+        elif source in stored_names:
+            stored_names[target] = stored_names[source]
+        elif target in stored_names:
+            stored_names[source] = stored_names[target]
         else:
-            siblings = (other for other, their in tied.items() if their == source and other in held)
+            siblings = (other for other, tied_source in tied.items() if tied_source == source and other in stored_names)
             sibling = next(siblings, None)
             if sibling is not None:
-                held[target] = held[sibling]
-    return Ties(held, tuple(untied))
+                stored_names[target] = stored_names[sibling]
+    return Ties(stored_names, tuple(untied))
 
 
 def _untie(model: nn.Module, name: str) -> None:
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    tensor = getattr(module, own)
+    tensor = getattr(module, attribute)
     assert isinstance(tensor, Tensor)
     separate = torch.empty_like(tensor.detach())
-    setattr(module, own, nn.Parameter(separate, tensor.requires_grad) if own in module._parameters else separate)
+    setattr(
+        module, attribute, nn.Parameter(separate, tensor.requires_grad) if attribute in module._parameters else separate
+    )
 
 
 def _shared(model: nn.Module) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Reads a tokenizer's files, and what those beside them say of the tokens that end a text. Imports no torch."""
+"""Reading of a tokenizer's files, and of the stop tokens in the files beside them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _EOS = "eos_token_id"
 _NESTED = ("decoder", "generator", "text_config")
-"""Where the config of a model of several parts keeps that of its language model, in transformers' order."""
+"""Fields of a config of several parts that hold that of the language model, in transformers' order."""
 
 
 def read_tokenizer(directory: str | Path, gguf_file: str | None = None) -> Any:
@@ -34,7 +34,7 @@ def read_tokenizer(directory: str | Path, gguf_file: str | None = None) -> Any:
         UsageError: The packages that read them are not installed.
     """
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with _damage_named(directory, "loaded"):
+    with _damage_as_input_file_error(directory, "loaded"):
         try:
             from transformers import AutoTokenizer
 
@@ -45,18 +45,18 @@ def read_tokenizer(directory: str | Path, gguf_file: str | None = None) -> Any:
 
 def read_without_templates(directory: Path) -> Any:
     """The tokenizer of a directory without its chat templates; None if it cannot be read without them either."""
-    bare = TemporaryDirectory(prefix="kraken-tokenizer-")
+    stripped_directory = TemporaryDirectory(prefix="kraken-tokenizer-")
     for path in directory.iterdir():
         if path.name not in _TEMPLATES:
-            (Path(bare.name) / path.name).symlink_to(path.absolute())
+            (Path(stripped_directory.name) / path.name).symlink_to(path.absolute())
     try:
-        _drop_template(Path(bare.name) / "tokenizer_config.json")
-        tokenizer = read_tokenizer(bare.name)
+        _drop_template(Path(stripped_directory.name) / "tokenizer_config.json")
+        tokenizer = read_tokenizer(stripped_directory.name)
     except InputFileError:
-        bare.cleanup()
+        stripped_directory.cleanup()
         return None
     # Some tokenizers copy their files when they are saved.
-    weakref.finalize(tokenizer, bare.cleanup)
+    weakref.finalize(tokenizer, stripped_directory.cleanup)
     return tokenizer
 
 
@@ -105,18 +105,18 @@ def generation_config(directory: Path, *, of_config: bool = True) -> dict[str, A
     Raises:
         InputFileError: A file is damaged.
     """
-    own, model = directory / GENERATION_CONFIG, directory / "config.json"
-    found = _object(own) if own.is_file() else None
-    if not of_config or (found is not None and _ids(found.get(_EOS), own)):
-        return found
-    config = _object(model) if model.is_file() else {}
+    own_path, model_path = directory / GENERATION_CONFIG, directory / "config.json"
+    settings = _object(own_path) if own_path.is_file() else None
+    if not of_config or (settings is not None and _ids(settings.get(_EOS), own_path)):
+        return settings
+    config = _object(model_path) if model_path.is_file() else {}
     parts = (config, *(config[name] for name in _NESTED if isinstance(config.get(name), dict)))
     eos = next((part[_EOS] for part in parts if part.get(_EOS) is not None), None)
-    return {**(found or {}), _EOS: eos} if _ids(eos, model) else found
+    return {**(settings or {}), _EOS: eos} if _ids(eos, model_path) else settings
 
 
 def _save(tokenizer: Any, directory: Path, source: str) -> None:
-    with _damage_named(source, "saved"):
+    with _damage_as_input_file_error(source, "saved"):
         try:
             tokenizer.save_pretrained(directory)
         except OSError as error:
@@ -152,7 +152,7 @@ def _drop_template(path: Path) -> None:
 
 
 @contextmanager
-def _damage_named(directory: str | Path, done: str) -> Iterator[None]:
+def _damage_as_input_file_error(directory: str | Path, action: str) -> Iterator[None]:
     """Make an InputFileError of whatever goes wrong with a tokenizer's files.
 
     Python code raises what it likes over broken files, and Rust code bare exceptions and panics.
@@ -166,8 +166,8 @@ def _damage_named(directory: str | Path, done: str) -> Iterator[None]:
             raise
         first, *more = (str(error).strip() or type(error).__name__).splitlines()
         reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
-        speaks_for_itself = isinstance(error, OSError | ValueError) or type(error) is Exception
-        kind = "" if speaks_for_itself else f"{type(error).__name__}: "
+        is_clear = isinstance(error, OSError | ValueError) or type(error) is Exception
+        kind = "" if is_clear else f"{type(error).__name__}: "
         # How the Rust code says that it does not know a kind.
         newer = "; a newer tokenizers package may know its kind" if "variant of untagged enum" in reason else ""
-        raise InputFileError(f"{directory}: the tokenizer cannot be {done}: {kind}{reason}{newer}") from error
+        raise InputFileError(f"{directory}: the tokenizer cannot be {action}: {kind}{reason}{newer}") from error

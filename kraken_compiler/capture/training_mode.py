@@ -1,4 +1,4 @@
-"""What a module in training mode computes that its lanes do not: they are captured in evaluation mode."""
+"""Evaluation mode for capture, and notes about what a module computes in training mode only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+def training_only_notes(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
     """One note for each thing that a module does in training only, with its number of places and the first of them.
 
     Args:
@@ -40,22 +40,22 @@ def left_out(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
     """
     places: dict[str, list[str]] = {}
     for node in (node for graph in graphs for node in graph.nodes):
-        what = _only_in_training(node)
-        if what is not None:
-            places.setdefault(what, []).append(module_path(node))
+        operation = _training_operation(node)
+        if operation is not None:
+            places.setdefault(operation, []).append(module_path(node))
     return tuple(
-        f"{EVALUATION}: without {what} at {len(paths)} place{'s' if len(paths) > 1 else ''}, first in '{paths[0]}'"
-        for what, paths in places.items()
+        f"{EVALUATION}: without {operation} at {len(paths)} place{'s' if len(paths) > 1 else ''}, first in '{paths[0]}'"
+        for operation, paths in places.items()
     )
 
 
-def _only_in_training(node: fx.Node) -> str | None:
+def _training_operation(node: fx.Node) -> str | None:
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return None
-    given = arguments_by_name(node)
-    if not given.get("train", given.get("training", True)):
+    arguments = arguments_by_name(node)
+    if not arguments.get("train", arguments.get("training", True)):
         return None
-    probability = given.get("p", given.get("dropout_p"))
+    probability = arguments.get("p", arguments.get("dropout_p"))
     if probability is not None and op_name(node.target).endswith(("dropout", "dropout_", "attention")):
         return f"dropout (p = {probability:g})" if probability > 0 else None
     if node.target is aten.batch_norm.default:

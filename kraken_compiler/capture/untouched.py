@@ -1,4 +1,4 @@
-"""Leaves a module as it was, whatever its code writes down while it runs.
+"""Restoration of a module's state, whatever its code writes down while it runs.
 
 Modules build tables at their first call, count calls and fill caches: in attributes, buffers, lists and dicts, in their
 classes, in variables of their files, in what their functions close over. While a model is traced these are tensors
@@ -29,7 +29,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
 _LIBRARIES = frozenset({"torch", "numpy", "transformers", "builtins", "kraken_compiler", "pytest", "_pytest"})
-"""Whose files' variables are not looked at: they hold no model's state, and no end of other things."""
+"""Packages whose files' variables are not looked at: they hold no model's state, and no end of other things."""
 
 _HOLDERS = (
     types.SimpleNamespace,
@@ -46,7 +46,7 @@ _HOLDERS = (
 """Python's own classes in whose objects a model keeps what it likes."""
 
 _MOST_BYTES = 1 << 16
-"""Of a tensor whose values are remembered."""
+"""Largest size of a tensor whose values are remembered."""
 
 _MISSING = object()
 
@@ -63,9 +63,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         state.restore()
-    left = _State(model).traced_since(state)
-    if left:
-        reason = f"its code keeps what it computed while it was traced in {left}, which cannot be restored"
+    places = _State(model).traced_since(state)
+    if places:
+        reason = f"its code keeps what it computed while it was traced in {places}, which cannot be restored"
         raise UnsupportedModelError([Rejection(reason, path=type(model).__name__, hint="Compute it in __init__.")])
 
 
@@ -74,30 +74,32 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         self._restorers: list[Callable[[], None]] = []
-        self._cached: list[Any] = []
+        self._cached_functions: list[Any] = []
         self._tensors: list[tuple[Tensor, str]] = []
         self._seen: set[int] = set()
-        self._kept: list[Any] = []  # so that no id is given to another object meanwhile
+        self._references: list[Any] = []  # so that no id is given to another object meanwhile
         waiting: deque[tuple[Any, str]] = deque([(model, type(model).__name__)])
         while waiting:
             value, place = waiting.popleft()
             if id(value) not in self._seen:
                 self._seen.add(id(value))
-                self._kept.append(value)
+                self._references.append(value)
                 waiting.extend(self._look(value, place))
 
     def restore(self) -> None:
-        for function in self._cached:
+        for function in self._cached_functions:
             if any(_is_traced(part) for part in _inside(function)):
                 function.cache_clear()
         for restorer in self._restorers:
             restorer()
 
     def traced_since(self, before: _State) -> str:
-        """Where something stayed that a trace made since then; "" if nothing did."""
-        known = {id(tensor) for tensor, _ in before._tensors}
-        places = [place for tensor, place in self._tensors if compat.is_traced(tensor) and id(tensor) not in known]
-        places += [function.__qualname__ for function in self._cached if any(map(_is_traced, _inside(function)))]
+        """Places where something stayed that a trace made since then; "" if nothing did."""
+        known_ids = {id(tensor) for tensor, _ in before._tensors}
+        places = [place for tensor, place in self._tensors if compat.is_traced(tensor) and id(tensor) not in known_ids]
+        places += [
+            function.__qualname__ for function in self._cached_functions if any(map(_is_traced, _inside(function)))
+        ]
         return ", ".join(places[:3])
 
     def _look(self, value: Any, place: str) -> list[tuple[Any, str]]:
@@ -105,8 +107,10 @@ class _State:
         if isinstance(value, Tensor):
             self._tensors.append((value, place))
             self._keep_values(value)
-            own = getattr(value, "__dict__", None)
-            return self._keep_dict(own, place) if own and not compat.is_traced(value) else []
+            tensor_attributes = getattr(value, "__dict__", None)
+            return (
+                self._keep_dict(tensor_attributes, place) if tensor_attributes and not compat.is_traced(value) else []
+            )
         if isinstance(value, dict):
             return self._keep_dict(value, place)
         if isinstance(value, list | set | deque):
@@ -120,7 +124,7 @@ class _State:
         if isinstance(value, types.FunctionType):
             return self._look_at_function(value, place)
         if callable(value) and hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
-            self._cached.append(value)
+            self._cached_functions.append(value)
             return [(value.__wrapped__, place)]
         if isinstance(value, type):
             return self._keep_attributes(value, dict(vars(value)), place) if _is_foreign(value) else []
@@ -131,15 +135,15 @@ class _State:
             return self._keep_variable(value)
         if isinstance(value, types.ModuleType) or _is_plain(value) or _is_internal(value):
             return []
-        held = getattr(value, "__dict__", None)
-        found: list[tuple[Any, str]] = [(one, place) for one in type(value).__mro__]
-        found += self._keep_slots(value, place)
-        return found + (self._keep_dict(held, place) if isinstance(held, dict) else [])
+        attributes = getattr(value, "__dict__", None)
+        parts: list[tuple[Any, str]] = [(one, place) for one in type(value).__mro__]
+        parts += self._keep_slots(value, place)
+        return parts + (self._keep_dict(attributes, place) if isinstance(attributes, dict) else [])
 
     def _keep_values(self, tensor: Tensor) -> None:
-        """Of small tensors that are no parameters: counters and running sums, which code writes in place."""
-        plain = type(tensor) is Tensor and tensor.layout is torch.strided and not compat.is_fake(tensor)
-        if not plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
+        """Keep the values of small tensors that are no parameters: counters and running sums, written in place."""
+        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not compat.is_fake(tensor)
+        if not is_plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
             return
         with torch.no_grad():
             saved = tensor.detach().clone()
@@ -176,27 +180,27 @@ class _State:
         self._restorers.append(lambda: variable.reset(token))
         return [(saved, variable.name)]
 
-    def _keep_dict(self, held: dict[Any, Any], place: str) -> list[tuple[Any, str]]:
+    def _keep_dict(self, mapping: dict[Any, Any], place: str) -> list[tuple[Any, str]]:
         # The items themselves: a dict of its own class may make something else of them when it is asked.
-        saved = dict(dict.items(held))
+        saved = dict(dict.items(mapping))
 
         def restore() -> None:
-            if not _same(dict.items(held), saved.items()):
-                held.clear()
-                held.update(saved)
+            if not _same(dict.items(mapping), saved.items()):
+                mapping.clear()
+                mapping.update(saved)
 
         self._restorers.append(restore)
         inner = ("_parameters", "_buffers", "_modules")
-        named = ((str(key) if isinstance(key, str | int) else "...", item) for key, item in saved.items())
-        return [(item, place if key in inner else f"{place}.{key}") for key, item in named]
+        entries = ((str(key) if isinstance(key, str | int) else "...", item) for key, item in saved.items())
+        return [(item, place if key in inner else f"{place}.{key}") for key, item in entries]
 
-    def _keep_items(self, held: Any, place: str) -> list[tuple[Any, str]]:
-        saved = list(held)
+    def _keep_items(self, container: Any, place: str) -> list[tuple[Any, str]]:
+        saved = list(container)
 
         def restore() -> None:
-            if len(held) != len(saved) or any(now is not then for now, then in zip(held, saved)):
-                held.clear()
-                (held.update if isinstance(held, set) else held.extend)(saved)
+            if len(container) != len(saved) or any(now is not then for now, then in zip(container, saved)):
+                container.clear()
+                (container.update if isinstance(container, set) else container.extend)(saved)
 
         self._restorers.append(restore)
         return [(item, place) for item in saved]
@@ -204,7 +208,7 @@ class _State:
     def _keep_attributes(
         self, owner: Any, saved: dict[str, Any], place: str, *, only_traced: bool = False
     ) -> list[tuple[Any, str]]:
-        """Of a class or a file: name by name, because they cannot be emptied."""
+        """Keep the attributes of a class or a file: name by name, because they cannot be emptied."""
 
         def restore() -> None:
             now = dict(vars(owner))
@@ -223,23 +227,25 @@ class _State:
         return [(item, f"{place}.{name}") for name, item in saved.items() if not name.startswith("__")]
 
     def _look_at_function(self, function: types.FunctionType, place: str) -> list[tuple[Any, str]]:
-        found: list[tuple[Any, str]] = [(function.__dict__, place), (function.__defaults__, place)]
-        found.append((function.__kwdefaults__, place))
+        parts: list[tuple[Any, str]] = [(function.__dict__, place), (function.__defaults__, place)]
+        parts.append((function.__kwdefaults__, place))
         for cell in function.__closure__ or ():
-            found += self._keep_cell(cell, f"what {function.__qualname__} closes over")
+            parts += self._keep_cell(cell, f"what {function.__qualname__} closes over")
         file = sys.modules.get(function.__module__ or "")
         if file is not None and id(file) not in self._seen and not _is_library(function.__module__):
             self._seen.add(id(file))
             # Classes and functions in the file: only those that the model uses, which are found by themselves.
-            held = {name: value for name, value in vars(file).items() if not name.startswith("__")}
+            variables = {name: value for name, value in vars(file).items() if not name.startswith("__")}
             # Other threads may be at work in a file; what has nothing to do with a trace is theirs.
-            self._keep_attributes(file, held, file.__name__, only_traced=True)
-            used = (dict, list, set, deque, Tensor, tuple)
-            named = {
-                name: value for name, value in held.items() if isinstance(value, used) or hasattr(value, "cache_clear")
+            self._keep_attributes(file, variables, file.__name__, only_traced=True)
+            container_types = (dict, list, set, deque, Tensor, tuple)
+            containers = {
+                name: value
+                for name, value in variables.items()
+                if isinstance(value, container_types) or hasattr(value, "cache_clear")
             }
-            found += [(value, f"{file.__name__}.{name}") for name, value in named.items()]
-        return found + [(value, place) for value in _named_in(function)]
+            parts += [(value, f"{file.__name__}.{name}") for name, value in containers.items()]
+        return parts + [(value, place) for value in _referenced_values(function)]
 
     def _keep_cell(self, cell: types.CellType, place: str) -> list[tuple[Any, str]]:
         saved = _content(cell)
@@ -256,13 +262,13 @@ class _State:
         return [] if saved is _MISSING else [(saved, place)]
 
 
-def _named_in(function: types.FunctionType) -> Iterator[Any]:
-    """What a function's code names of its file, and of the files that it names: `tables.of(x)` names `tables.of`."""
+def _referenced_values(function: types.FunctionType) -> Iterator[Any]:
+    """Values that a function's code names in its file, and in the files it names: `tables.of(x)` names `tables.of`."""
     names = {name for code in _codes(function.__code__) for name in code.co_names}
     files, seen = deque[dict[str, Any]]([function.__globals__]), set[int]()
     while files:
-        held = files.popleft()
-        for value in [held[name] for name in names if name in held]:
+        variables = files.popleft()
+        for value in [variables[name] for name in names if name in variables]:
             if not isinstance(value, types.ModuleType):
                 if not isinstance(value, types.FunctionType | type) or _is_foreign(value):
                     yield value
@@ -300,7 +306,7 @@ def _holds_traced(value: Any) -> bool:
 
 
 def _inside(function: Any) -> Iterator[Any]:
-    """What a function remembers of its calls, or a container holds, and what lies in that."""
+    """The objects that a function remembers of its calls, or a container holds, and those in them."""
     waiting, seen = deque([function]), {id(function)}
     while waiting:
         for part in gc.get_referents(waiting.popleft()):
@@ -319,7 +325,7 @@ def _slots(kind: type) -> Iterator[str]:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether somebody wrote it who is neither Python nor a library whose state is its own."""
+    """True for what belongs neither to Python nor to a library whose state is its own."""
     return not _is_library(getattr(value, "__module__", None) or "builtins")
 
 
@@ -329,7 +335,7 @@ def _is_library(module: str) -> bool:
 
 
 def _is_internal(value: Any) -> bool:
-    """Whether an object is a part of torch or Python that has no business with a model's own state."""
+    """True for a part of torch or Python that has no business with a model's own state."""
     top = type(value).__module__.partition(".")[0]
     return (
         not isinstance(value, (nn.Module, *_HOLDERS)) and top != "transformers" and _is_library(type(value).__module__)
@@ -337,6 +343,6 @@ def _is_internal(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, texts and what else holds nothing."""
-    plain = (str, bytes, int, float, complex, torch.dtype, torch.device, types.BuiltinFunctionType)
-    return value is None or isinstance(value, plain)
+    """True for numbers, texts and what else holds nothing."""
+    plain_types = (str, bytes, int, float, complex, torch.dtype, torch.device, types.BuiltinFunctionType)
+    return value is None or isinstance(value, plain_types)

@@ -1,4 +1,4 @@
-"""Why a module cannot be traced, in our words where the tracer's are about itself."""
+"""The reason why a module cannot be traced, in our words where the tracer's are about itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kraken_compiler.errors import Rejection
 
 
 def why_untraceable(model: nn.Module, error: BaseException) -> Rejection | None:
-    """What the module's code does that no captured graph can; None if the tracer's own words must do.
+    """The rejection of code that no captured graph can follow; None if the tracer's own words must do.
 
     Args:
         model: The module.

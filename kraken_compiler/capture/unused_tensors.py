@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that no tensor of the model is made from: passed over, told, or refused."""
+"""Tensors of a checkpoint that no tensor of the model is made from: ignored, noted, or refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint import Checkpoint
-from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.checkpoint_files import first_names
 from kraken_compiler.weights.scaled_checkpoint import FLOAT8
 
-_OF_PEFT = "base_model.model."
-"""What peft puts before the names of a model's tensors."""
+_PEFT_PREFIX = "base_model.model."
+"""Prefix that peft puts before the names of a model's tensors."""
 
 
 def settle_unused(
@@ -34,11 +34,11 @@ def settle_unused(
     Raises:
         InputFileError: A tensor that is not read belongs to one that is.
     """
-    ignored = _ignored(model)
-    left = [key for key in unused if ignored is None or not ignored.search(key)]
+    pattern = _ignored_pattern(model)
+    unexpected = [key for key in unused if pattern is None or not pattern.search(key)]
     used = set(used)
     weights = {key for key in used if key.endswith(".weight")}
-    owners = {key: owner for key in left if (owner := _owner(key, weights, used)) is not None}
+    owners = {key: owner for key in unexpected if (owner := _owner(key, weights, used)) is not None}
     if owners:
         first, owner = next(iter(owners.items()))
         more = f" (and {len(owners) - 1} more such tensors)" if len(owners) > 1 else ""
@@ -46,42 +46,45 @@ def settle_unused(
             f"{checkpoint.file_of(first)}: tensor '{first}' belongs to '{owner}', and nothing of the model reads "
             f"it{more}: merge it into the weight, or remove it"
         )
-    if not left:
+    if not unexpected:
         return ()
-    bare = _bare_float8(checkpoint, used)
-    if bare:
+    unscaled = _unscaled_float8(checkpoint, used)
+    if unscaled:
         raise InputFileError(
-            f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale that we know, and {len(left)} "
-            f"tensors of the files are not read ({shown(left)})"
+            f"{checkpoint.file_of(unscaled[0])}: '{unscaled[0]}' is float8 without a scale that we know, and "
+            f"{len(unexpected)} tensors of the files are not read ({first_names(unexpected)})"
         )
-    what = "1 tensor of the files is not" if len(left) == 1 else f"{len(left)} tensors of the files are not"
-    return (f"{what} part of the model and not read: {shown(left)}",)
+    subject = (
+        "1 tensor of the files is not" if len(unexpected) == 1 else f"{len(unexpected)} tensors of the files are not"
+    )
+    return (f"{subject} part of the model and not read: {first_names(unexpected)}",)
 
 
-def _bare_float8(checkpoint: Checkpoint, used: Iterable[str]) -> list[str]:
+def _unscaled_float8(checkpoint: Checkpoint, used: Iterable[str]) -> list[str]:
     """The tensors that are read as float8, with no scale."""
     return sorted(key for key in used if checkpoint.describe(key)[0] in FLOAT8)
 
 
-def float8_note(checkpoint: Checkpoint, used: Iterable[str], beside: Sequence[str]) -> tuple[str, ...]:
+def float8_note(checkpoint: Checkpoint, used: Iterable[str], unread_files: Sequence[str]) -> tuple[str, ...]:
     """A note about weights that are float8 and nothing else.
 
     Raises:
-        InputFileError: Files that are not read lie `beside` them, which may hold their scales.
+        InputFileError: Files that are not read, which may hold their scales, lie beside them.
     """
-    bare = _bare_float8(checkpoint, used)
-    if not bare:
+    unscaled = _unscaled_float8(checkpoint, used)
+    if not unscaled:
         return ()
-    if beside:
+    if unread_files:
         raise InputFileError(
-            f"{checkpoint.file_of(bare[0])}: '{bare[0]}' is float8 without a scale, and {shown(list(beside))} beside "
-            "it, which may hold scales, is not read: name it in the index, or move it away"
+            f"{checkpoint.file_of(unscaled[0])}: '{unscaled[0]}' is float8 without a scale, "
+            f"and {first_names(list(unread_files))} beside it, which may hold scales, is not read: name it in the "
+            "index, or move it away"
         )
-    return (f"{len(bare)} weights are float8 without scales: their numbers are taken as they are",)
+    return (f"{len(unscaled)} weights are float8 without scales: their numbers are taken as they are",)
 
 
-def _ignored(model: Any) -> re.Pattern[str] | None:
-    """What transformers does not count as unexpected: what the class says, and buffers that moved."""
+def _ignored_pattern(model: Any) -> re.Pattern[str] | None:
+    """Pattern of what transformers does not count as unexpected: what the class says, and buffers that moved."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -93,10 +96,10 @@ def _ignored(model: Any) -> re.Pattern[str] | None:
 
 def _owner(key: str, weights: set[str], used: set[str]) -> str | None:
     """The tensor that is read and that `key` belongs to: the weight of a module around it, or one it is named after."""
-    key = key.removeprefix(_OF_PEFT)
+    key = key.removeprefix(_PEFT_PREFIX)
     parts = key.split(".")
-    around = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-    for module in around:
+    prefixes = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    for module in prefixes:
         if f"{module}.weight" in weights:
             return f"{module}.weight"
         if module in used:

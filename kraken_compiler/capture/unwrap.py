@@ -1,4 +1,4 @@
-"""What stands between a caller and the module that computes: wrappers that pass every call on, and no modules at all.
+"""The module that computes, inside wrappers that pass every call on; the message for what is no module at all.
 
 A wrapper is taken off only where a call of it is a call of the module inside, word for word; every other module around
 a model is traced as the function that it is.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kraken_compiler.errors import Rejection, UnsupportedModelError
 
-_PASS_ON = {
+_WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
@@ -32,7 +32,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: A wrapper computes in another precision than the module inside.
     """
-    while (inner := _passed_on(model)) is not None:
+    while (inner := _inner_module(model)) is not None:
         model = inner
     return model
 
@@ -53,23 +53,23 @@ def is_a(value: object, module: str, name: str) -> bool:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Inside, Hugging Face models, also those inside other modules, return no cache unless they are asked for one."""
+    """Turn caches off inside: Hugging Face models, also in other modules, return one only if asked for it."""
     models: list[Any] = [module for module in model.modules() if is_a(module, "transformers", "PreTrainedModel")]
     configs = {id(inner.config): inner.config for inner in models}
-    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    settings = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     try:
-        for config, use_cache in before:
+        for config, use_cache in settings:
             if use_cache is not None:
                 config.use_cache = False
         yield
     finally:
-        for config, use_cache in before:
+        for config, use_cache in settings:
             config.use_cache = use_cache
 
 
 def what_to_pass(source: object) -> str:
-    """Why something cannot be compiled, and what to pass instead, for what is neither a module nor a path."""
-    expected = f"a model must be an nn.Module or a path, got {_a_kind(source)}"
+    """The message about a source that is neither a module nor a path, with what to pass instead."""
+    expected = f"a model must be an nn.Module or a path, got {_kind_text(source)}"
     if isinstance(source, type):
         instance = f"pass an instance of {source.__name__}, with its weights loaded"
         return f"{expected}: {instance}" if issubclass(source, nn.Module) else expected
@@ -78,35 +78,39 @@ def what_to_pass(source: object) -> str:
     owner = _owner(source)
     if owner is not None:
         return f"{expected} of a {type(owner).__name__}: pass the module itself"
-    held = [name for name in ("model", "module") if isinstance(getattr(source, name, None), nn.Module)]
-    if held:
-        return f"{expected}: pass its .{held[0]}"
+    attributes = [name for name in ("model", "module") if isinstance(getattr(source, name, None), nn.Module)]
+    if attributes:
+        return f"{expected}: pass its .{attributes[0]}"
     if inspect.isroutine(source) or isinstance(source, functools.partial | torch.jit.ScriptFunction):
         return f"{expected}: pass the module that it calls, or an nn.Module whose forward does what it does"
     return expected
 
 
-def _passed_on(model: nn.Module) -> nn.Module | None:
-    for (module, name), attribute in _PASS_ON.items():
-        own: Any = next((cls for cls in type(model).__mro__ if (cls.__module__, cls.__name__) == (module, name)), None)
-        if own is None or type(model).forward is not own.forward or _has_hooks(model):
+def _inner_module(model: nn.Module) -> nn.Module | None:
+    for (module, name), attribute in _WRAPPERS.items():
+        wrapper_class: Any = next(
+            (cls for cls in type(model).__mro__ if (cls.__module__, cls.__name__) == (module, name)), None
+        )
+        if wrapper_class is None or type(model).forward is not wrapper_class.forward or _has_hooks(model):
             continue
         if getattr(model, "mixed_precision", None) is not None:
-            raise UnsupportedModelError([Rejection(_MIXED.format(name), path=name, hint=f"Pass its .{attribute}.")])
+            raise UnsupportedModelError(
+                [Rejection(_MIXED_PRECISION.format(name), path=name, hint=f"Pass its .{attribute}.")]
+            )
         inner = getattr(model, attribute)
         assert isinstance(inner, nn.Module)
         return inner
     return None
 
 
-_MIXED = "{} with mixed_precision computes in another element type than the module inside"
+_MIXED_PRECISION = "{} with mixed_precision computes in another element type than the module inside"
 
 
 def _has_hooks(model: nn.Module) -> bool:
     return bool(model._forward_hooks or model._forward_pre_hooks)
 
 
-def _a_kind(source: object) -> str:
+def _kind_text(source: object) -> str:
     if isinstance(source, type):
         return f"the class {source.__name__}"
     return f"a {type(source).__name__}"

@@ -1,4 +1,4 @@
-"""Weight files next to a `config.json`: which tensors they hold, and one tensor at a time."""
+"""Readers of the weight files next to a `config.json`: names and shapes first, values one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kraken_compiler.weights.io.buffers import Buffers
 from kraken_compiler.weights.io.direct_io import would_flood_the_cache
 from kraken_compiler.weights.io.safetensors_format import TensorEntry, read_header, read_tensor
 
-_COMPARED = 16 << 20
-"""Elements of a tensor that are compared at a time."""
+_COMPARED_ELEMENTS = 16 << 20
+"""Number of a tensor's elements that are compared at a time."""
 
 
 class Checkpoint(Protocol):
@@ -38,7 +38,7 @@ class Checkpoint(Protocol):
         ...
 
     def file_of(self, key: str) -> Path:
-        """The file that holds it."""
+        """The file that holds the tensor."""
         ...
 
     def read(self, key: str) -> Tensor:
@@ -46,7 +46,7 @@ class Checkpoint(Protocol):
         ...
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Those along the first dim from `start` to before `stop`."""
+        """The values along the first dim from `start` to before `stop`."""
         ...
 
     def release(self) -> None:
@@ -61,8 +61,8 @@ class SafetensorsCheckpoint:
         self.files = files
         self._entries = dict(entries)
         self._buffers = Buffers()
-        self._flooding = would_flood_the_cache(files)
-        self._read: set[TensorEntry] = set()
+        self._floods_cache = would_flood_the_cache(files)
+        self._past_reads: set[TensorEntry] = set()
 
     @classmethod
     def open(cls, files: tuple[Path, ...]) -> SafetensorsCheckpoint:
@@ -72,16 +72,16 @@ class SafetensorsCheckpoint:
             InputFileError: A file is missing, truncated or damaged, or two files hold a tensor with different values.
         """
         entries: dict[str, TensorEntry] = {}
-        doubled: list[tuple[str, TensorEntry]] = []
+        duplicates: list[tuple[str, TensorEntry]] = []
         for path in files:
             header = read_header(path)
-            doubled += [(key, entries[key]) for key in header if key in entries]
+            duplicates += [(key, entries[key]) for key in header if key in entries]
             entries.update(header)
         checkpoint = cls(files, entries)
-        for key, other in doubled:
+        for key, other in duplicates:
             copy = cls((other.path,), {key: other})
             if not same_values(Rows.of(checkpoint, key), Rows.of(copy, key)):
-                raise _ambiguous(key, other.path, entries[key].path)
+                raise _conflict_error(key, other.path, entries[key].path)
         return checkpoint
 
     def names(self) -> tuple[str, ...]:
@@ -105,9 +105,9 @@ class SafetensorsCheckpoint:
 
     def _read_entry(self, key: str, entry: TensorEntry) -> Tensor:
         # Whoever reads something again may read it many times.
-        once = entry not in self._read
-        self._read.add(entry)
-        return read_tensor(key, entry, self._buffers, direct=self._flooding and once)
+        is_first_read = entry not in self._past_reads
+        self._past_reads.add(entry)
+        return read_tensor(key, entry, self._buffers, direct=self._floods_cache and is_first_read)
 
 
 class PickledCheckpoint:
@@ -133,12 +133,12 @@ class PickledCheckpoint:
                 raise InputFileError(f"cannot read {path}: {first_line(error)}") from error
             if not isinstance(state, Mapping):
                 raise InputFileError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
-            found = {key: (path, value) for key, value in state.items() if isinstance(value, Tensor)}
-            for key in found.keys() & tensors.keys():
-                (other, earlier), (_, value) = tensors[key], found[key]
+            file_tensors = {key: (path, value) for key, value in state.items() if isinstance(value, Tensor)}
+            for key in file_tensors.keys() & tensors.keys():
+                (other, earlier), (_, value) = tensors[key], file_tensors[key]
                 if earlier.dtype != value.dtype or not torch.equal(earlier, value):
-                    raise _ambiguous(key, other, path)
-            tensors.update(found)
+                    raise _conflict_error(key, other, path)
+            tensors.update(file_tensors)
         return cls(files, tensors)
 
     def names(self) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ class PickledCheckpoint:
         return self._tensors[key][1][start:stop].detach().clone()
 
     def release(self) -> None:
-        """What is mapped is the system's to drop."""
+        """Do nothing: the system drops mapped pages itself."""
 
 
 @dataclass(frozen=True)
@@ -178,23 +178,23 @@ class Rows:
     @classmethod
     def of(cls, checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Rows:
         """A tensor of a checkpoint, as `dtype` if one is given."""
-        held, shape = checkpoint.describe(key)
+        file_dtype, shape = checkpoint.describe(key)
 
         def read(start: int, stop: int) -> Tensor:
             values = checkpoint.read_rows(key, start, stop) if shape else checkpoint.read(key)
             return values if dtype is None else values.to(dtype)
 
-        return cls(dtype or held, shape, read)
+        return cls(dtype or file_dtype, shape, read)
 
 
 def same_values(one: Rows, other: Rows) -> bool:
-    """Whether two tensors are equal, bit by bit but for the sign of zeros; a few rows at a time are in memory."""
+    """True if two tensors are equal, bit by bit but for the sign of zeros; a few rows at a time are in memory."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if 0 in one.shape:
         return True
     count = one.shape[0] if one.shape else 1
-    step = max(1, _COMPARED // math.prod(one.shape[1:]))
+    step = max(1, _COMPARED_ELEMENTS // math.prod(one.shape[1:]))
     return all(
         torch.equal(_comparable(one.read(start, stop)), _comparable(other.read(start, stop)))
         for start, stop in ((start, min(start + step, count)) for start in range(0, count, step))
@@ -206,7 +206,7 @@ def _comparable(values: Tensor) -> Tensor:
     return values.float() if values.is_floating_point() and values.itemsize == 1 else values
 
 
-def _ambiguous(key: str, first: Path, second: Path) -> InputFileError:
+def _conflict_error(key: str, first: Path, second: Path) -> InputFileError:
     return InputFileError(
         f"tensor '{key}' is in two files with different values, {first} and {second.name}: they are of different saves"
     )

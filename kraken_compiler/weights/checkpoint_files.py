@@ -1,4 +1,4 @@
-"""Which weight files of a model directory are read: those that transformers reads, in its order of preference."""
+"""The choice of a model directory's weight files: those that transformers reads, in its order of preference."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ class WeightFiles:
 
     def beside(self, directory: Path) -> list[str]:
         """Names of files that look like weights and are not read."""
-        read = {*self.files, self.index}
+        own_files = {*self.files, self.index}
         return [
             path.name
             for pattern in _WEIGHTS
             for path in sorted(directory.glob(pattern))
-            if path not in read and path.name != ADAPTER
+            if path not in own_files and path.name != ADAPTER
         ]
 
     def notes(self, directory: Path) -> tuple[str, ...]:
-        """What lies beside the files and is not read, and what their names say, one sentence each."""
-        beside = self.beside(directory)
-        chosen = self.index or self.files[0]
+        """Notes about weight files that are not read, and about shards of several saves, one sentence each."""
+        unread = self.beside(directory)
+        primary = self.index or self.files[0]
         notes = []
-        if beside:
-            notes.append(f"not read: {shown(beside)}; {chosen.name} comes first, as in transformers")
+        if unread:
+            notes.append(f"not read: {first_names(unread)}; {primary.name} comes first, as in transformers")
         saves = {match[1] for path in self.files if (match := _SHARD.search(path.name))}
         if len(saves) > 1:
             counts = " and ".join(sorted(saves))
-            notes.append(f"{chosen.name} names shards of {len(saves)} saves (of {counts} files)")
+            notes.append(f"{primary.name} names shards of {len(saves)} saves (of {counts} files)")
         return tuple(notes)
 
 
-def find_weight_files(directory: Path, named: object = None) -> WeightFiles | None:
+def find_weight_files(directory: Path, transformers_weights: object = None) -> WeightFiles | None:
     """The files that hold a directory's weights, None if there are none under a name that transformers reads.
 
     A single file goes before an index, safetensors before pickles. Files that no such name or index leads to (variants,
@@ -64,13 +64,13 @@ def find_weight_files(directory: Path, named: object = None) -> WeightFiles | No
 
     Args:
         directory: The model directory.
-        named: What its `config.json` says in `transformers_weights`: a file that goes before all others.
+        transformers_weights: What its `config.json` says under that name: a file that goes before all others.
 
     Raises:
         InputFileError: An index is damaged or names a file that is not there.
     """
-    if named is not None:
-        return _named_by_config(directory, named)
+    if transformers_weights is not None:
+        return _config_weight_files(directory, transformers_weights)
     for single, index, pickled in ((SINGLE, INDEX, False), (PICKLED_SINGLE, PICKLED_INDEX, True)):
         if (directory / single).is_file():
             return WeightFiles((directory / single,), pickled=pickled)
@@ -96,7 +96,7 @@ def weight_files(directory: Path, index: Path) -> tuple[Path, ...]:
     missing = [name for name, path in zip(names, paths) if not path.is_file()]
     if missing:
         raise InputFileError(
-            f"{directory}: {len(missing)} of {len(paths)} weight files are missing ({shown(missing)}), "
+            f"{directory}: {len(missing)} of {len(paths)} weight files are missing ({first_names(missing)}), "
             f"{index.name} names them"
         )
     if not paths:
@@ -121,19 +121,21 @@ def unread_weights(directory: Path) -> list[str]:
     return [path.name for pattern in _WEIGHTS for path in sorted(directory.glob(pattern))]
 
 
-def shown(names: list[str], most: int = 3) -> str:
+def first_names(names: list[str], most: int = 3) -> str:
     """The first names of a list, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _named_by_config(directory: Path, named: object) -> WeightFiles:
-    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
-        raise InputFileError(f"{directory / 'config.json'}: transformers_weights {named!r} is no safetensors file")
-    path = directory / named
+def _config_weight_files(directory: Path, file_name: object) -> WeightFiles:
+    if not isinstance(file_name, str) or not file_name.endswith((".safetensors", ".safetensors.index.json")):
+        raise InputFileError(f"{directory / 'config.json'}: transformers_weights {file_name!r} is no safetensors file")
+    path = directory / file_name
     if not _is_inside(path, directory):
-        raise InputFileError(f"{directory / 'config.json'}: transformers_weights '{named}' is outside of the directory")
+        raise InputFileError(
+            f"{directory / 'config.json'}: transformers_weights '{file_name}' is outside of the directory"
+        )
     if not path.is_file():
-        raise InputFileError(f"{directory}: {named} is missing, config.json names it as transformers_weights")
+        raise InputFileError(f"{directory}: {file_name} is missing, config.json names it as transformers_weights")
     return WeightFiles((path,)) if path.suffix == ".safetensors" else WeightFiles(weight_files(directory, path), path)
 
 

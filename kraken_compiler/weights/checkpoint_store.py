@@ -16,7 +16,7 @@ from kraken_compiler.weights.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class TensorSource:
-    """How one tensor of the model is made from the checkpoint.
+    """The tensors of a checkpoint, and the conversion, that one tensor of the model is made from.
 
     Attributes:
         keys: The checkpoint's tensors that it needs.
@@ -29,7 +29,7 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class ExpectedTensor:
-    """What the model's graph says about a tensor."""
+    """A tensor's element type and shape in the model's graph."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class CheckpointStore:
     Args:
         checkpoint: The files; None if there are none, and then only `names` works.
         sources: Tensor name -> what it is made from; a name that is missing here has no values in the files.
-        expected: Tensor name -> what the model wants; floating-point values are cast to its element type.
+        expected: Tensor name -> what the model needs; floating-point values are cast to its element type.
         location: Where the weights are or should be, for messages.
     """
 
@@ -72,7 +72,7 @@ class CheckpointStore:
         """
         missing = [name for name in self._expected if name not in self._sources]
         if self._checkpoint is None or missing:
-            raise self._absent(missing)
+            raise self._missing_error(missing)
         for name, expected in self._expected.items():
             source = self._sources[name]
             if source.convert is None:
@@ -80,7 +80,7 @@ class CheckpointStore:
 
     @property
     def read(self) -> SourceReader:
-        return SourceReader(self._whole, self._rows_of)
+        return SourceReader(self._read_whole, self._rows_of)
 
     def _rows_of(self, name: str) -> SourceRows | None:
         source = self._sources.get(name)
@@ -91,10 +91,10 @@ class CheckpointStore:
         self._check(name, expected, checkpoint, key)
         return SourceRows(expected.shape, lambda start, stop: checkpoint.read_rows(key, start, stop).to(expected.dtype))
 
-    def _whole(self, name: str) -> Tensor:
+    def _read_whole(self, name: str) -> Tensor:
         source = self._sources.get(name)
         if self._checkpoint is None or source is None:
-            raise self._absent([name])
+            raise self._missing_error([name])
         expected = self._expected[name]
         if source.convert is None:
             self._check(name, expected, self._checkpoint, source.keys[0])
@@ -102,28 +102,30 @@ class CheckpointStore:
         else:
             tensor = source.convert(self._checkpoint.read)
         if tuple(tensor.shape) != expected.shape:
-            raise self._misfit(name, expected, tuple(tensor.shape), self._checkpoint.file_of(source.keys[0]))
+            raise self._shape_error(name, expected, tuple(tensor.shape), self._checkpoint.file_of(source.keys[0]))
         return tensor.to(expected.dtype)
 
     def _check(self, name: str, expected: ExpectedTensor, checkpoint: Checkpoint, key: str) -> None:
         dtype, shape = checkpoint.describe(key)
         if shape != expected.shape:
-            raise self._misfit(name, expected, shape, checkpoint.file_of(key))
+            raise self._shape_error(name, expected, shape, checkpoint.file_of(key))
         if dtype is None or dtype.is_floating_point != expected.dtype.is_floating_point:
-            held = "an unknown element type" if dtype is None else str(dtype).removeprefix("torch.")
-            wanted = str(expected.dtype).removeprefix("torch.")
-            raise InputFileError(f"{checkpoint.file_of(key)}: tensor '{key}' is {held}, the model needs {wanted}")
+            file_type = "an unknown element type" if dtype is None else str(dtype).removeprefix("torch.")
+            model_type = str(expected.dtype).removeprefix("torch.")
+            raise InputFileError(
+                f"{checkpoint.file_of(key)}: tensor '{key}' is {file_type}, the model needs {model_type}"
+            )
 
     @staticmethod
-    def _misfit(name: str, expected: ExpectedTensor, shape: tuple[int, ...], path: Path) -> InputFileError:
+    def _shape_error(name: str, expected: ExpectedTensor, shape: tuple[int, ...], path: Path) -> InputFileError:
         return InputFileError(
             f"{path}: tensor '{name}' has shape {list(shape)}, the model's config needs {list(expected.shape)}"
         )
 
-    def _absent(self, missing: list[str]) -> InputFileError:
+    def _missing_error(self, missing: list[str]) -> InputFileError:
         if self._checkpoint is None:
             return InputFileError(f"{self._location} has no weight files (*.safetensors), only a config")
         files = self._checkpoint.files
-        where = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {self._location}"
+        place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files of {self._location}"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return InputFileError(f"tensor '{missing[0]}'{more} of the model is missing from {where}")
+        return InputFileError(f"tensor '{missing[0]}'{more} of the model is missing from {place}")

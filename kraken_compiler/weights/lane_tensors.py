@@ -17,13 +17,13 @@ from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 
 PREFIX = "lanes/"
-"""What the source names of such weights begin with; no model's own names do."""
+"""Prefix of such weights' source names; no model's own names have it."""
 
 ReadLane = Callable[[WeightSpec, int], Tensor]
-"""Gives the local tensor of one weight on one lane."""
+"""Function that gives the local tensor of one weight on one lane."""
 
 Row = tuple[str, tuple[DimShard, ...], float]
-"""What tells weights apart: source, shards, scale. The programs with a KV cache have names of their own for them."""
+"""Key of a weight: source, shards, scale. The programs with a KV cache have names of their own for them."""
 
 
 def with_lane_tensors(program: LaneProgram, names: Collection[str]) -> LaneProgram:
@@ -36,11 +36,13 @@ def with_lane_tensors(program: LaneProgram, names: Collection[str]) -> LaneProgr
         names: Names in its weight table.
     """
     rows = {_row(program.weights[name]): PREFIX + name for name in names}
-    moved = _moved(program, rows)
+    main = _with_lane_sources(program, rows)
     cached = program.cached
     if cached is not None:
-        cached = CachedProgram(_moved(cached.step, rows), _moved(cached.tables, rows), cached.plan)
-    return replace(moved, cached=cached)
+        cached = CachedProgram(
+            _with_lane_sources(cached.step, rows), _with_lane_sources(cached.tables, rows), cached.plan
+        )
+    return replace(main, cached=cached)
 
 
 def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:
@@ -51,7 +53,7 @@ def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:
 def lane_tensor_reader(
     table: Mapping[str, WeightSpec], degree: int, read_lane: ReadLane, read: SourceReader
 ) -> SourceReader:
-    """What gives the source tensors of a program made by `with_lane_tensors`.
+    """The reader of the source tensors of a program made by `with_lane_tensors`.
 
     Args:
         table: Its weight table.
@@ -59,28 +61,28 @@ def lane_tensor_reader(
         read_lane: Gives the lanes' tensors.
         read: Gives the tensors that still are the source's.
     """
-    own = {spec.source: spec for spec in table.values() if spec.source.startswith(PREFIX)}
+    lane_specs = {spec.source: spec for spec in table.values() if spec.source.startswith(PREFIX)}
 
     def read_source(source: str) -> Tensor:
-        spec = own.get(source)
+        spec = lane_specs.get(source)
         if spec is None:
             return read(source)
         if spec.shared:
             return read_lane(spec, 0)
         return torch.cat([read_lane(spec, lane) for lane in range(degree)])
 
-    return SourceReader(read_source, lambda source: None if source in own else read.rows_of(source))
+    return SourceReader(read_source, lambda source: None if source in lane_specs else read.rows_of(source))
 
 
-def _moved(program: Stage, rows: Mapping[Row, str]) -> Stage:
+def _with_lane_sources(program: Stage, rows: Mapping[Row, str]) -> Stage:
     table = {
-        name: _own(spec, rows[_row(spec)], program.degree) if _row(spec) in rows else spec
+        name: _lane_spec(spec, rows[_row(spec)], program.degree) if _row(spec) in rows else spec
         for name, spec in program.weights.items()
     }
     return replace(program, weights=table)
 
 
-def _own(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
+def _lane_spec(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
     if spec.shared:
         return replace(spec, source=source, source_shape=spec.shape, scale=1.0)
     size, *rest = spec.shape

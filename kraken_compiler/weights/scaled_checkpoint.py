@@ -16,23 +16,23 @@ from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.weights.checkpoint import Checkpoint
-from kraken_compiler.weights.checkpoint_files import shown
+from kraken_compiler.weights.checkpoint_files import first_names
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 """Element types of weights that a scale belongs to."""
 
 _SCALES = ("{}_scale_inv", "{}_scale")
-_RELEASED_SCALES = ("{}.scale", "{}.qscale_weight")
-"""What some releases of DeepSeek and Mistral call them; too plain a name unless the config says float8."""
-_OF_ACTIVATIONS = ("{}.input_scale", "{}.activation_scale", "{}.output_scale", "{}.k_scale", "{}.v_scale")
-"""Scales of what a layer reads and gives; they are for kernels and caches that compute in float8."""
-_PRODUCTS = 16 << 20
-"""Elements of a weight that are multiplied at a time."""
+_RELEASE_SCALES = ("{}.scale", "{}.qscale_weight")
+"""Names of scales in some releases of DeepSeek and Mistral; too plain unless the config says float8."""
+_ACTIVATION_SCALES = ("{}.input_scale", "{}.activation_scale", "{}.output_scale", "{}.k_scale", "{}.v_scale")
+"""Scales of a layer's inputs and outputs; they are for kernels and caches that compute in float8."""
+_PRODUCT_ELEMENTS = 16 << 20
+"""Number of a weight's elements that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
 class Float8Config:
-    """What a `config.json` says about float8 weights.
+    """The float8 settings of a `config.json`.
 
     Attributes:
         method: Name of the quantisation method.
@@ -64,74 +64,77 @@ class ScaledCheckpoint:
     """A checkpoint in which a float8 weight and its scale are one float32 tensor."""
 
     def __init__(
-        self, held: Checkpoint, scales: Mapping[str, Scale], consumed: frozenset[str], exponents: bool
+        self, checkpoint: Checkpoint, scales: Mapping[str, Scale], scale_names: frozenset[str], exponents: bool
     ) -> None:
-        self.files = held.files
-        self._held = held
+        self.files = checkpoint.files
+        self._checkpoint = checkpoint
         self._scales = dict(scales)
-        self._consumed = consumed
+        self._scale_names = scale_names
         self._exponents = exponents
-        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+        self._last_factors: tuple[str, Tensor] = ("", torch.empty(0))
 
     @classmethod
-    def over(cls, held: Checkpoint, config: Float8Config | None) -> tuple[Checkpoint, tuple[str, ...]]:
+    def over(cls, checkpoint: Checkpoint, config: Float8Config | None) -> tuple[Checkpoint, tuple[str, ...]]:
         """The checkpoint with its float8 weights multiplied by their scales, and notes; itself if it has none.
 
         Args:
-            held: The files.
+            checkpoint: The files.
             config: What the config says; None if it is silent about float8.
 
         Raises:
             InputFileError: A weight has no scale, or one whose blocks cannot be told.
         """
-        names = set(held.names())
-        weights = [key for key in held.names() if held.describe(key)[0] in FLOAT8]
-        found = {key: scale for key in weights if (scale := _scale_of(key, names, held, config)) is not None}
-        bare = [key for key in weights if key not in found and key not in {scale.key for scale in found.values()}]
-        if bare and (found or config is not None):
-            raise InputFileError(f"{held.file_of(bare[0])}: {_count(bare)} float8 without a scale ({shown(bare)})")
-        if not found:
-            return held, ()
+        names = set(checkpoint.names())
+        weights = [key for key in checkpoint.names() if checkpoint.describe(key)[0] in FLOAT8]
+        scales = {key: scale for key in weights if (scale := _scale_of(key, names, checkpoint, config)) is not None}
+        unscaled = [key for key in weights if key not in scales and key not in {scale.key for scale in scales.values()}]
+        if unscaled and (scales or config is not None):
+            raise InputFileError(
+                f"{checkpoint.file_of(unscaled[0])}: {_count(unscaled)} float8 without a scale "
+                f"({first_names(unscaled)})"
+            )
+        if not scales:
+            return checkpoint, ()
         if config is None or config.block is None:
-            _require_one_size(found, held)
-        modules = {key.rpartition(".")[0] for key in found}
-        of_activations = {pattern.format(module) for module in modules for pattern in _OF_ACTIVATIONS} & names
+            _require_one_size(scales, checkpoint)
+        modules = {key.rpartition(".")[0] for key in scales}
+        activation_scales = {pattern.format(module) for module in modules for pattern in _ACTIVATION_SCALES} & names
         exponents = config is not None and config.bytes_are_exponents
-        consumed = frozenset(of_activations | {scale.key for scale in found.values()})
-        return cls(held, found, consumed, exponents), (
-            f"{len(found)} weights are float8 with scales: they are read as their products; activations are not "
+        scale_names = frozenset(activation_scales | {scale.key for scale in scales.values()})
+        return cls(checkpoint, scales, scale_names, exponents), (
+            f"{len(scales)} weights are float8 with scales: they are read as their products; activations are not "
             "rounded to float8 (GPU kernels may)",
         )
 
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in self._held.names() if name not in self._consumed)
+        return tuple(name for name in self._checkpoint.names() if name not in self._scale_names)
 
     def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
-        dtype, shape = self._held.describe(key)
+        dtype, shape = self._checkpoint.describe(key)
         return (torch.float32 if key in self._scales else dtype), shape
 
     def file_of(self, key: str) -> Path:
-        return self._held.file_of(key)
+        return self._checkpoint.file_of(key)
 
     def read(self, key: str) -> Tensor:
         if key not in self._scales:
-            return self._held.read(key)
-        values = self._held.read(key)
+            return self._checkpoint.read(key)
+        values = self._checkpoint.read(key)
         product = torch.empty(values.shape)
-        step = max(1, _PRODUCTS // max(1, math.prod(values.shape[1:])))
+        step = max(1, _PRODUCT_ELEMENTS // max(1, math.prod(values.shape[1:])))
         for start in range(0, len(values), step):
             rows = slice(start, start + step)
-            product[rows] = self._multiplied(key, values[rows], start)
+            product[rows] = self._rows_product(key, values[rows], start)
         return product
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        rows = self._held.read_rows(key, start, stop)
-        return self._multiplied(key, rows, start) if key in self._scales else rows
+        rows = self._checkpoint.read_rows(key, start, stop)
+        return self._rows_product(key, rows, start) if key in self._scales else rows
 
     def release(self) -> None:
-        self._held.release()
+        self._checkpoint.release()
 
-    def _multiplied(self, key: str, rows: Tensor, start: int) -> Tensor:
+    def _rows_product(self, key: str, rows: Tensor, start: int) -> Tensor:
         """Rows of a weight, of which the first is number `start`, times their scales."""
         scale = self._scales[key]
         factors = self._factors(scale)
@@ -141,42 +144,44 @@ class ScaledCheckpoint:
         return factors.mul_(rows.float())
 
     def _factors(self, scale: Scale) -> Tensor:
-        key, factors = self._last
+        key, factors = self._last_factors
         if key != scale.key:
-            held = self._held.read(scale.key)
+            values = self._checkpoint.read(scale.key)
             # An exponent of 8 bits counts from 127, as a float32's does.
-            exponents = self._exponents and held.dtype == torch.uint8
-            factors = (held.float() - 127).exp2() if exponents else held.float()
+            exponents = self._exponents and values.dtype == torch.uint8
+            factors = (values.float() - 127).exp2() if exponents else values.float()
             factors = factors.reshape(scale.shape)
-            self._last = (scale.key, factors)
+            self._last_factors = (scale.key, factors)
         return factors
 
 
-def _scale_of(key: str, names: set[str], held: Checkpoint, config: Float8Config | None) -> Scale | None:
-    weight = held.describe(key)[1]
+def _scale_of(key: str, names: set[str], checkpoint: Checkpoint, config: Float8Config | None) -> Scale | None:
+    weight = checkpoint.describe(key)[1]
     if not weight:
         return None
     module = key.rpartition(".")[0]
     candidates = [pattern.format(key) for pattern in _SCALES]
     if config is not None and key.endswith(".weight"):
-        candidates += [pattern.format(module) for pattern in _RELEASED_SCALES]
-    present = [name for name in candidates if name in names]
-    if not present:
+        candidates += [pattern.format(module) for pattern in _RELEASE_SCALES]
+    matches = [name for name in candidates if name in names]
+    if not matches:
         return None
-    if len(present) > 1:
-        raise InputFileError(f"{held.file_of(key)}: '{key}' has {len(present)} scales ({shown(present)})")
-    dtype, shape = held.describe(present[0])
+    if len(matches) > 1:
+        raise InputFileError(f"{checkpoint.file_of(key)}: '{key}' has {len(matches)} scales ({first_names(matches)})")
+    dtype, shape = checkpoint.describe(matches[0])
     exponents = config is not None and config.bytes_are_exponents and dtype == torch.uint8
     if dtype is None or not (dtype.is_floating_point or exponents):
-        raise InputFileError(f"{held.file_of(present[0])}: the scale '{present[0]}' is of a type that is not supported")
-    whole = _as_many_dims(shape, weight)
-    blocks = _blocks(weight, whole, config.block if config is not None else None) if whole is not None else None
-    if whole is None or blocks is None:
         raise InputFileError(
-            f"{held.file_of(key)}: the scale '{present[0]}' of shape {list(shape)} does not say which parts of the "
-            f"weight of shape {list(weight)} it is for"
+            f"{checkpoint.file_of(matches[0])}: the scale '{matches[0]}' is of a type that is not supported"
         )
-    return Scale(present[0], whole, blocks)
+    sizes = _as_many_dims(shape, weight)
+    blocks = _blocks(weight, sizes, config.block if config is not None else None) if sizes is not None else None
+    if sizes is None or blocks is None:
+        raise InputFileError(
+            f"{checkpoint.file_of(key)}: the scale '{matches[0]}' of shape {list(shape)} does not say which parts of "
+            f"the weight of shape {list(weight)} it is for"
+        )
+    return Scale(matches[0], sizes, blocks)
 
 
 def _as_many_dims(scale: Sequence[int], weight: Sequence[int]) -> tuple[int, ...] | None:
@@ -189,22 +194,22 @@ def _as_many_dims(scale: Sequence[int], weight: Sequence[int]) -> tuple[int, ...
 
 
 def _blocks(weight: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None) -> tuple[int, ...] | None:
-    given = (None,) * (len(weight) - 2) + (block or (None, None)) if len(weight) > 1 else (None,)
-    sizes = [_block(*dim) for dim in zip(weight, scale, given)]
+    config_sizes = (None,) * (len(weight) - 2) + (block or (None, None)) if len(weight) > 1 else (None,)
+    sizes = [_block(*dim) for dim in zip(weight, scale, config_sizes)]
     return tuple(size for size in sizes if size is not None) if None not in sizes else None
 
 
-def _block(size: int, count: int, given: int | None) -> int | None:
-    """How many of `size` positions share each of `count` numbers.
+def _block(size: int, count: int, config_size: int | None) -> int | None:
+    """The number of positions, of `size`, that share each of `count` numbers; None if it cannot be told.
 
-    Without a word of the config it is the power of two that makes so many blocks, for the last of them may be short;
+    Where the config does not say, it is the power of two that makes so many blocks, for the last of them may be short;
     there is at most one. Else the number that divides the size.
     """
     if count in (1, size):
         return size if count == 1 else 1
-    if given is not None and -(-size // given) == count:
-        return given
-    if given is not None or not 1 < count < size:
+    if config_size is not None and -(-size // config_size) == count:
+        return config_size
+    if config_size is not None or not 1 < count < size:
         return None
     power: int = 1 << (-(-size // count) - 1).bit_length()
     if -(-size // power) == count:
@@ -212,7 +217,7 @@ def _block(size: int, count: int, given: int | None) -> int | None:
     return size // count if size % count == 0 else None
 
 
-def _require_one_size(scales: Mapping[str, Scale], held: Checkpoint) -> None:
+def _require_one_size(scales: Mapping[str, Scale], checkpoint: Checkpoint) -> None:
     """Check that where the sizes of blocks were told from how many there are, all weights have the same.
 
     Raises:
@@ -224,8 +229,8 @@ def _require_one_size(scales: Mapping[str, Scale], held: Checkpoint) -> None:
             first, size = firsts.setdefault(dim, (key, block)) if count > 1 and block > 1 else (key, block)
             if size != block:
                 raise InputFileError(
-                    f"{held.file_of(key)}: by their scales, '{first}' has blocks of {size} and '{key}' of {block}: the "
-                    "config must say how large they are (weight_block_size)"
+                    f"{checkpoint.file_of(key)}: by their scales, '{first}' has blocks of {size} and '{key}' of "
+                    f"{block}: the config must say how large they are (weight_block_size)"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What is known of shards while they grow, so that a killed compile need not be begun anew.
+"""The journal of shards while they are written, so that a killed compile need not begin anew.
 
 One line of JSON for every source tensor whose parts are in the files, and one at the end:
 
@@ -24,7 +24,7 @@ JOURNAL = "shards.journal"
 
 @dataclass(frozen=True)
 class Mark:
-    """A point up to which a file is known.
+    """A position in a file, and the hash of the bytes before it.
 
     Attributes:
         end: Number of bytes before it.
@@ -39,7 +39,7 @@ class ShardJournal:
     """The journal of the shards of one directory.
 
     Args:
-        directory: Theirs.
+        directory: The shards' directory.
 
     Raises:
         OSError: It cannot be read or written; names it (from every method).
@@ -49,7 +49,7 @@ class ShardJournal:
         self._path = directory / JOURNAL
 
     def marks(self, files: int) -> list[tuple[Mark, ...]]:
-        """What an earlier writer noted: for every source tensor that it finished, a mark for each file."""
+        """Marks of an earlier writer: one for each file, for every source tensor that it finished."""
         lines = []
         for line in _lines(self._path):
             ends, hashes = line.get("ends"), line.get("sha256")
@@ -61,11 +61,11 @@ class ShardJournal:
         return lines
 
     def restart(self, sources: Sequence[str], marks: Sequence[tuple[Mark, ...]]) -> None:
-        """Begin with what was found to hold."""
+        """Begin anew with the marks that still match the files."""
         with naming(self._path):
             self._path.write_text("", encoding="utf-8")
-        for source, of_files in zip(sources, marks):
-            self.add(source, of_files)
+        for source, file_marks in zip(sources, marks):
+            self.add(source, file_marks)
 
     def add(self, source: str, marks: Sequence[Mark]) -> None:
         """Note that a source tensor's parts are in the files."""
@@ -83,11 +83,11 @@ class ShardJournal:
 
 def finished_files(directory: Path) -> dict[Path, Mark]:
     """The files of a directory whose hashes are known from their writing."""
-    found: dict[Path, Mark] = {}
+    marks: dict[Path, Mark] = {}
     for line in _lines(directory / JOURNAL):
         for name, record in line.get("finished", {}).items():
-            found[directory / name] = Mark(record["bytes"], record["sha256"])
-    return found
+            marks[directory / name] = Mark(record["bytes"], record["sha256"])
+    return marks
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where weight values come from: the seam between capture, which knows the files, and everything that needs numbers."""
+"""Weight stores: the interface between capture, which knows the files, and everything that needs numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class WeightStore(Protocol):
 
     @property
     def read(self) -> SourceReader:
-        """Gives tensors on the CPU.
+        """The reader of the tensors, on the CPU.
 
-        What it gives raises InputFileError where the file that holds a tensor is missing, truncated or lacks it.
+        It raises InputFileError where the file that holds a tensor is missing, truncated or lacks it.
         """
         ...
 
@@ -56,7 +56,7 @@ class MemoryStore:
         return tuple(self._tensors)
 
     def release(self) -> None:
-        """Reading keeps nothing."""
+        """Do nothing: reading keeps no memory."""
 
     def validate(self) -> None:
-        """Tensors in memory are what the model was captured with."""
+        """Check nothing: the tensors are those that the model was captured with."""

@@ -28,9 +28,9 @@ FORMAT = {"format": "pt", "kraken_weights": "2"}
 READ_AHEAD_BYTES = 256 << 20
 """A source tensor up to this size is read while the ones before it are written; a larger one is read by rows."""
 _PIECES_IN_FLIGHT = 2
-"""So many tensors, or parts of large ones, are written at once."""
+"""Number of tensors, or parts of large ones, that are written at once."""
 _ROWS_BYTES = 64 << 20
-"""How much is read at once of a large tensor."""
+"""Number of bytes of a large tensor that are read at once."""
 
 
 def write_lane_shards(
@@ -59,24 +59,24 @@ def write_lane_shards(
         InputFileError: A source tensor cannot be read, or is not of the shape that the program needs.
         OSError: A file cannot be written; names it.
     """
-    grouped = by_source(program.weights.values())
-    sources = list(grouped)
+    specs_by_source = by_source(program.weights.values())
+    sources = list(specs_by_source)
     with ExitStack() as stack:
-        shards = [_Shard.open(stack, directory, grouped, lane) for lane in (*range(program.degree), None)]
+        shards = [_Shard.open(stack, directory, specs_by_source, lane) for lane in (*range(program.degree), None)]
         files = [shard.file for shard in shards]
         journal = ShardJournal(directory)
-        kept = _resume(files, sources, journal)
+        finished_count = _resume(files, sources, journal)
         reader = program.reader(read)
-        pieces = [piece for source in sources[kept:] for piece in _pieces(grouped[source], reader)]
-        writing: deque[tuple[_Piece, list[Future[Mark]]]] = deque()
-        done = kept
+        pieces = [piece for source in sources[finished_count:] for piece in _pieces(specs_by_source[source], reader)]
+        pending_writes: deque[tuple[_Piece, list[Future[Mark]]]] = deque()
+        done = finished_count
 
         def finish_oldest() -> None:
             nonlocal done
-            piece, marks = writing.popleft()
-            noted = [mark.result() for mark in marks]
+            piece, futures = pending_writes.popleft()
+            marks = [future.result() for future in futures]
             if piece.last:
-                journal.add(piece.source, noted)
+                journal.add(piece.source, marks)
                 done += 1
                 if progress is not None:
                     progress(done, len(sources), piece.source)
@@ -84,12 +84,12 @@ def write_lane_shards(
         for piece, tensor in _read_ahead(pieces):
             if piece.rows is None:
                 _check_shape(piece.specs, tuple(tensor.shape))
-            writing.append((piece, [shard.submit(piece, tensor) for shard in shards]))
-            allowed = _PIECES_IN_FLIGHT - 1 if piece.nbytes <= READ_AHEAD_BYTES else 0
+            pending_writes.append((piece, [shard.submit(piece, tensor) for shard in shards]))
+            most_pending = _PIECES_IN_FLIGHT - 1 if piece.nbytes <= READ_AHEAD_BYTES else 0
             del tensor
-            while len(writing) > allowed:
+            while len(pending_writes) > most_pending:
                 finish_oldest()
-        while writing:
+        while pending_writes:
             finish_oldest()
         journal.finish({file.path.name: file.mark for file in files})
     return [file.path for file in files]
@@ -109,22 +109,22 @@ def lane_files_with(
     Raises:
         InputFileError, OSError: See `write_lane_shards`.
     """
-    finished = finished_files(directory)
-    if not _hold(finished, program, directory):
+    marks = finished_files(directory)
+    if not _are_complete(marks, program, directory):
         write_lane_shards(program, read, directory, progress)
-        finished = finished_files(directory)
-    return finished
+        marks = finished_files(directory)
+    return marks
 
 
-def _hold(files: Mapping[Path, Mark], program: Program, directory: Path) -> bool:
+def _are_complete(files: Mapping[Path, Mark], program: Program, directory: Path) -> bool:
     """True if files are whole, hash for hash, and lanes find all their weights in them."""
-    grouped = by_source(program.weights.values())
+    specs_by_source = by_source(program.weights.values())
     for lane in (*range(program.degree), None):
         path = directory / _file_name(lane)
         if path not in files or not path.is_file():
             return False
         entries = read_header(path)
-        for spec in (spec for specs in grouped.values() for spec in _held(specs, lane)):
+        for spec in (spec for specs in specs_by_source.values() for spec in _file_specs(specs, lane)):
             entry = entries.get(spec.name)
             if entry is None or (entry.dtype, entry.shape) != (spec.torch_dtype, spec.shape):
                 return False
@@ -155,25 +155,25 @@ def lane_parts(
     Raises:
         InputFileError: A source tensor cannot be read, or is not of the shape that the program needs.
     """
-    grouped = by_source(specs)
+    specs_by_source = by_source(specs)
     reader = program.reader(read)
-    for done, (source, of_source) in enumerate(grouped.items(), start=1):
+    for done, (source, source_specs) in enumerate(specs_by_source.items(), start=1):
         tensor = reader(source)
-        _check_shape(of_source, tuple(tensor.shape))
-        for spec in of_source:
+        _check_shape(source_specs, tuple(tensor.shape))
+        for spec in source_specs:
             for lane in range(program.degree):
                 yield spec, lane, spec.take(tensor, lane).to(spec.torch_dtype)
         del tensor
         if progress is not None:
-            progress(done, len(grouped), source)
+            progress(done, len(specs_by_source), source)
 
 
 def by_source(specs: Iterable[WeightSpec]) -> dict[str, list[WeightSpec]]:
     """Rows of a weight table by the source tensor they are made of, in order of first appearance."""
-    grouped: dict[str, list[WeightSpec]] = defaultdict(list)
+    specs_by_source: dict[str, list[WeightSpec]] = defaultdict(list)
     for spec in specs:
-        grouped[spec.source].append(spec)
-    return dict(grouped)
+        specs_by_source[spec.source].append(spec)
+    return dict(specs_by_source)
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,10 @@ class _Shard:
 
     @classmethod
     def open(
-        cls, stack: ExitStack, directory: Path, grouped: Mapping[str, Sequence[WeightSpec]], lane: int | None
+        cls, stack: ExitStack, directory: Path, specs_by_source: Mapping[str, Sequence[WeightSpec]], lane: int | None
     ) -> Self:
         name = _file_name(lane)
-        specs = [spec for specs in grouped.values() for spec in _held(specs, lane)]
+        specs = [spec for specs in specs_by_source.values() for spec in _file_specs(specs, lane)]
         contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs}
         metadata = FORMAT | {"lane": "all" if lane is None else str(lane)}
         file = stack.enter_context(closing(SafetensorsWriter(directory / name, contents, metadata)))
@@ -207,7 +207,7 @@ class _Shard:
 
     def _write(self, piece: _Piece, tensor: Tensor) -> Mark:
         lane = self.lane or 0
-        for spec in _held(piece.specs, self.lane):
+        for spec in _file_specs(piece.specs, self.lane):
             if piece.rows is None:
                 self.file.append(spec.name, spec.take(tensor, lane).to(spec.torch_dtype))
             else:
@@ -215,14 +215,14 @@ class _Shard:
         return self.file.mark
 
 
-def _held(specs: Iterable[WeightSpec], lane: int | None) -> list[WeightSpec]:
-    """Those of some weights that a lane's file holds; the shared file's if there is no lane."""
+def _file_specs(specs: Iterable[WeightSpec], lane: int | None) -> list[WeightSpec]:
+    """The weights that a lane's file holds; those of the shared file if there is no lane."""
     return [spec for spec in specs if spec.shared == (lane is None)]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is read at once: a source tensor, or some rows of a large one.
+    """A unit of reading: a source tensor, or some rows of a large one.
 
     Attributes:
         specs: What is made of the tensor.
@@ -248,7 +248,7 @@ class _Piece:
 
 
 def _pieces(specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piece]:
-    """What is read of the source tensor that weights are made of, in order."""
+    """The pieces of the source tensor that weights are made of, in order."""
     source, shape = specs[0].source, specs[0].source_shape
     nbytes = math.prod(shape) * specs[0].torch_dtype.itemsize
     # A file's tensors lie one behind the other, so of two that are made of the same source none can be written by rows.
@@ -268,18 +268,18 @@ def _pieces(specs: Sequence[WeightSpec], reader: SourceReader) -> Iterator[_Piec
 
 def _resume(files: Sequence[SafetensorsWriter], sources: Sequence[str], journal: ShardJournal) -> int:
     """Keep what an earlier writer finished; returns how many source tensors that are."""
-    noted = journal.marks(len(files))[: len(sources)]
+    marks_by_source = journal.marks(len(files))[: len(sources)]
     with ThreadPoolExecutor(len(files), "hash-shard") as pool:
-        of_files = [[marks[at] for marks in noted] for at in range(len(files))]
-        kept = min(pool.map(SafetensorsWriter.matching, files, of_files))
-    journal.restart(sources, noted[:kept])
+        marks_by_file = [[marks[at] for marks in marks_by_source] for at in range(len(files))]
+        finished_count = min(pool.map(SafetensorsWriter.matching, files, marks_by_file))
+    journal.restart(sources, marks_by_source[:finished_count])
     for file in files:
-        file.cut(kept)
-    return kept
+        file.cut(finished_count)
+    return finished_count
 
 
 def _read_ahead(pieces: Sequence[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
-    """What is read, in order; the next piece is read while the caller works, unless it is large."""
+    """The pieces and their tensors, in order; the next piece is read while the caller works, unless it is large."""
     with ThreadPoolExecutor(1, "read-source") as pool:
         pending = pool.submit(pieces[0].read) if pieces else None
         for piece, following in zip(pieces, [*pieces[1:], None]):

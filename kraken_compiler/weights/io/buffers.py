@@ -7,10 +7,10 @@ import sys
 import threading
 from contextlib import suppress
 
-_LARGE = 2 << 20
+_LARGE_PAGE = 2 << 20
 """The size of a large page."""
-_MOST_KEPT, _MOST_BUFFERS = 256 << 20, 4
-"""What `Buffers` keep: one that is read into, two that are written from, one for whoever is late."""
+_LARGEST_BUFFER, _MOST_BUFFERS = 256 << 20, 4
+"""Limits of what `Buffers` keep: one that is read into, two that are written from, one for whoever is late."""
 _OWN_REFERENCES = 2
 """`sys.getrefcount` of what only a list holds: the list, and the call."""
 
@@ -23,7 +23,7 @@ def aligned_buffer(size: int) -> mmap.mmap:
     # Private, for memory that could be shared is given in small pages.
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None and size >= _LARGE:
+    if advice is not None and size >= _LARGE_PAGE:
         with suppress(OSError):  # a kernel without them: the memory is the same
             buffer.madvise(advice)
     return buffer
@@ -38,25 +38,27 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._held: list[mmap.mmap] = []
+        self._buffers: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
     def release(self) -> None:
         """Keep nothing; what is in use goes with its last user."""
         with self._lock:
-            self._held.clear()
+            self._buffers.clear()
 
     def take(self, size: int) -> mmap.mmap:
         """A buffer of at least this size, with anything in it."""
-        if not _LARGE <= size <= _MOST_KEPT:
+        if not _LARGE_PAGE <= size <= _LARGEST_BUFFER:
             return aligned_buffer(size)
         with self._lock:
-            free = [place for place in range(len(self._held)) if sys.getrefcount(self._held[place]) <= _OWN_REFERENCES]
-            fitting = [place for place in free if len(self._held[place]) >= size]
+            free = [
+                place for place in range(len(self._buffers)) if sys.getrefcount(self._buffers[place]) <= _OWN_REFERENCES
+            ]
+            fitting = [place for place in free if len(self._buffers[place]) >= size]
             if fitting:
-                return self._held[min(fitting, key=lambda place: len(self._held[place]))]
+                return self._buffers[min(fitting, key=lambda place: len(self._buffers[place]))]
             # One that is too small goes; else the oldest, which whoever uses it keeps.
-            if len(self._held) == _MOST_BUFFERS:
-                del self._held[free[0] if free else 0]
-            self._held.append(aligned_buffer(size))
-            return self._held[-1]
+            if len(self._buffers) == _MOST_BUFFERS:
+                del self._buffers[free[0] if free else 0]
+            self._buffers.append(aligned_buffer(size))
+            return self._buffers[-1]

@@ -21,7 +21,7 @@ from typing import Self
 from kraken_compiler.errors import naming
 
 BLOCK = 4096
-"""What direct reads and writes begin at, in the file and in memory; a multiple of every common disk's blocks."""
+"""Alignment of direct reads and writes, in the file and in memory; a multiple of every common disk's blocks."""
 
 _SHARE_OF_MEMORY = 0.5
 _FIRST_SAFE_LINUX = (5, 12)

@@ -51,7 +51,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a file.
+    """The location of one tensor in a file.
 
     Attributes:
         path: The file.
@@ -68,15 +68,15 @@ class TensorEntry:
     nbytes: int
 
     def rows(self, start: int, stop: int) -> TensorEntry:
-        """Where the part lies that goes from `start` to before `stop` along the first dim."""
+        """The location of the rows from `start` to before `stop` along the first dim."""
         count, *rest = self.shape
         assert 0 <= start < stop <= count, f"rows {start} to {stop} of {count}"
         size = self.nbytes // count
         return replace(self, shape=(stop - start, *rest), start=self.start + start * size, nbytes=(stop - start) * size)
 
 
-class _NameTwiceError(ValueError):
-    """A name that stands twice in a JSON object."""
+class _DuplicateNameError(ValueError):
+    """Error for a name that stands twice in a JSON object."""
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -92,10 +92,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputFileError(f"{path} is truncated or no safetensors file: its header is incomplete")
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+            header = json.loads(file.read(length), object_pairs_hook=_unique_fields)
     except OSError as error:
         raise InputFileError(f"cannot read {path}: {error.strerror or error}") from error
-    except _NameTwiceError as error:
+    except _DuplicateNameError as error:
         raise InputFileError(f"{path} is damaged: its header has '{error}' twice") from error
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
@@ -111,11 +111,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise _NameTwiceError(name)
+            raise _DuplicateNameError(name)
         fields[name] = value
     return fields
 

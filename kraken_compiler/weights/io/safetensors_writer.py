@@ -22,11 +22,11 @@ from kraken_compiler.weights.io.safetensors_format import byte_view, encode_head
 from kraken_compiler.weights.shard_journal import Mark
 
 _CHUNK = 4 << 20
-"""What is hashed and written at a time."""
+"""Number of bytes that are hashed and written at a time."""
 
 
 def file_mark(path: Path) -> Mark:
-    """The whole of a file: its length and its hash.
+    """The mark at a file's end: its length and its hash.
 
     Raises:
         OSError: It cannot be read; names it.
@@ -88,12 +88,12 @@ class SafetensorsWriter:
 
     @property
     def mark(self) -> Mark:
-        """How far the file is written."""
+        """The position up to which the file is written, and the hash so far."""
         return Mark(self._end, self._hash.hexdigest())
 
     def matching(self, marks: Sequence[Mark]) -> int:
-        """How many of an earlier writer's marks, from the first one on, are true of what is in the file."""
-        state, position, matched = hashlib.sha256(), 0, 0
+        """Count the marks of an earlier writer, from the first one on, that are true of what is in the file."""
+        state, position, count = hashlib.sha256(), 0, 0
         self._states = []
         with naming(self.path):
             if os.pread(self._file, len(self._head), 0) != self._head:
@@ -102,14 +102,14 @@ class SafetensorsWriter:
                 while position < mark.end:
                     piece = os.pread(self._file, min(_CHUNK, mark.end - position), position)
                     if not piece:
-                        return matched
+                        return count
                     state.update(piece)
                     position += len(piece)
                 if position != mark.end or state.hexdigest() != mark.sha256:
-                    return matched
+                    return count
                 self._states.append((position, state.copy()))
-                matched += 1
-        return matched
+                count += 1
+        return count
 
     def cut(self, marks: int) -> None:
         """Keep the file up to the last of so many matching marks, and begin anew if there are none."""
@@ -156,30 +156,30 @@ class SafetensorsWriter:
     def _append(self, data: memoryview) -> None:
         # Piece by piece, each of which is written while the next one is hashed; whole blocks of the file go to the disk
         # directly.
-        writing: Future[None] | None = None
+        pending: Future[None] | None = None
         while data:
             before = -self._end % BLOCK
             size = before or min(_CHUNK, len(data) - len(data) % BLOCK) or len(data)
             piece = data[:size]
             self._hash.update(piece)
-            if writing is not None:
-                writing.result()
-            writing = self._writer.submit(self._write, piece, self._end)
+            if pending is not None:
+                pending.result()
+            pending = self._writer.submit(self._write, piece, self._end)
             self._end += len(piece)
             data = data[size:]
-        if writing is not None:
-            writing.result()
+        if pending is not None:
+            pending.result()
 
     def _write(self, piece: memoryview, start: int) -> None:
         with naming(self.path):
             done = 0
             if self._direct is not None and len(piece) % BLOCK == 0:
-                done = self._written_directly(piece, start, self._direct)
+                done = self._write_directly(piece, start, self._direct)
             while done < len(piece):
                 done += os.pwrite(self._file, piece[done:], start + done)
 
-    def _written_directly(self, blocks: memoryview, start: int, file: int) -> int:
-        """How much of whole blocks went past the page cache."""
+    def _write_directly(self, blocks: memoryview, start: int, file: int) -> int:
+        """Write whole blocks past the page cache; returns how many bytes of them."""
         aligned = memoryview(self._block)[: len(blocks)]
         # Other threads run in the meantime, which they do not while memoryviews are copied.
         np.copyto(np.frombuffer(aligned, np.uint8), np.frombuffer(blocks, np.uint8))
