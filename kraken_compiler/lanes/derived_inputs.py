@@ -103,9 +103,9 @@ def logits_function(
     make_inputs = inputs_of or inputs_function(inputs)
 
     def logits_of(ids: Any, source: Any = None) -> Any:
-        given = make_inputs(ids, source)
-        require_sizes(call, inputs, [array.shape for array in given.values()])
-        outputs = run(given)
+        arrays = make_inputs(ids, source)
+        require_sizes(call, inputs, [array.shape for array in arrays.values()])
+        outputs = run(arrays)
         logits = outputs[call.logits] if len(outputs) > 1 else outputs[0]
         if logits.ndim != 3:
             raise UsageError(

@@ -27,7 +27,7 @@ def logits_function(
         run_flat: Runs the program on its flat inputs, on the device of the ids.
     """
     return derived_inputs.logits_function(
-        inputs, call, lambda given: run_flat(list(given.values())), _tensors_function(inputs)
+        inputs, call, lambda tensors: run_flat(list(tensors.values())), _tensors_function(inputs)
     )
 
 

@@ -57,9 +57,9 @@ class Place:
                 f"{error.args[0]} is not set; start this through kraken-run or torchrun, or set RANK and WORLD_SIZE"
             ) from None
         except ValueError:
-            given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-            shown = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-            raise UsageError(f"{shown} are no whole numbers") from None
+            variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+            assignments = " and ".join(f"{name}={value}" for name, value in variables.items() if value is not None)
+            raise UsageError(f"{assignments} are no whole numbers") from None
         if not 0 <= rank < degree:
             raise UsageError(f"RANK={rank} is none of WORLD_SIZE={degree} ranks, which are numbered from 0")
         return cls(rank, degree, local_rank, local_degree)

@@ -162,15 +162,15 @@ class StatusWriter:
         _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
 
     def _keep_beating(self) -> None:
-        beaten, used = time.monotonic(), _main_thread_seconds()
+        last_time, last_total = time.monotonic(), _main_thread_seconds()
         while not self._stop.wait(_BEAT_SECONDS):
             if os.getppid() != self._parent:
                 # The launcher is gone without having ended us; nobody is left to talk to.
                 os._exit(1)
             now, total = time.monotonic(), _main_thread_seconds()
-            if self.computes_here and total - used > _LEAST_SHARE_OF_A_CORE * (now - beaten):
+            if self.computes_here and total - last_total > _LEAST_SHARE_OF_A_CORE * (now - last_time):
                 self._computed = time.time()
-            beaten, used = now, total
+            last_time, last_total = now, total
             self._beat()
 
     def _beat(self) -> None:
@@ -212,8 +212,8 @@ def is_of_peer(error: BaseException) -> bool:
 
 def read_failures(directory: Path) -> dict[int, Failure]:
     """Every failure that was recorded, by rank."""
-    found = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
-    return {failure.rank: failure for failure in found}
+    failures = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
+    return {failure.rank: failure for failure in failures}
 
 
 def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:

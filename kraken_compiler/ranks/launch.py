@@ -145,18 +145,18 @@ def _explain(directory: Path, exit_codes: Mapping[int, int], verdict: Verdict | 
     if verdict is not None:
         stack = f"\n{verdict.stack}" if verdict.stack else ""
         return RankFailedError(f"rank {verdict.rank} hangs: it {verdict.reason}{stack}")
-    own = [failure for failure in failures.values() if not failure.of_peer]
-    if own:
-        return _as_error(min(own, key=lambda failure: failure.time))
+    own_failures = [failure for failure in failures.values() if not failure.of_peer]
+    if own_failures:
+        return _as_error(min(own_failures, key=lambda failure: failure.time))
     # The launcher ends the others with SIGTERM, so any other end without a record came from elsewhere.
-    unexplained = [rank for rank in sorted(exit_codes) if rank not in failures]
-    for rank in sorted(unexplained, key=lambda rank: exit_codes[rank] == -signal.SIGTERM):
+    unexplained_ranks = [rank for rank in sorted(exit_codes) if rank not in failures]
+    for rank in sorted(unexplained_ranks, key=lambda rank: exit_codes[rank] == -signal.SIGTERM):
         if exit_codes[rank] != -signal.SIGTERM or failures:
-            return RankFailedError(_died(directory, rank, exit_codes[rank]))
+            return RankFailedError(_death_message(directory, rank, exit_codes[rank]))
     if failures:
         return _as_error(min(failures.values(), key=lambda failure: failure.time))
     rank = min(exit_codes)
-    return RankFailedError(_died(directory, rank, exit_codes[rank]))
+    return RankFailedError(_death_message(directory, rank, exit_codes[rank]))
 
 
 def _as_error(failure: Failure) -> KrakenError:
@@ -167,14 +167,14 @@ def _as_error(failure: Failure) -> KrakenError:
     return RankFailedError(f"rank {failure.rank} failed: {failure.summary}\n{failure.traceback.rstrip()}")
 
 
-def _died(directory: Path, rank: int, exit_code: int) -> str:
+def _death_message(directory: Path, rank: int, exit_code: int) -> str:
     beat = read_heartbeats(directory).get(rank)
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with code {exit_code}"
+    end = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with code {exit_code}"
     if exit_code == -signal.SIGTERM:
-        how = "stopped answering its peers"
+        end = "stopped answering its peers"
     while_ = f" while {beat.stage}" if beat is not None else ""
     tail = _log_tail(directory, rank)
-    return f"rank {rank} {how}{while_}" + (f"\n{tail}" if tail else "")
+    return f"rank {rank} {end}{while_}" + (f"\n{tail}" if tail else "")
 
 
 def _log_tail(directory: Path, rank: int) -> str:
@@ -204,8 +204,8 @@ def _signals_restored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in handled}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in signals}
     try:
         yield
     finally:

@@ -26,14 +26,14 @@ _LOOK_SECONDS = 0.5
 
 def end_with_launcher(launcher: int) -> None:
     """Let this process end when the launcher does, which started it; at once if that has ended already."""
-    if not _signalled_by_the_system():
+    if not _request_death_signal():
         threading.Thread(target=_watch, args=(launcher,), name="kraken-launcher", daemon=True).start()
     # Behind the request: a launcher that ended before it sends no signal any more.
     if os.getppid() != launcher:
         os._exit(1)
 
 
-def _signalled_by_the_system() -> bool:
+def _request_death_signal() -> bool:
     """Ask for SIGKILL at the parent's end (Linux, prctl(2)); False where there is no such thing."""
     if sys.platform != "linux":
         return False

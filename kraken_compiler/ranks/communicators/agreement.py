@@ -61,12 +61,12 @@ def require_agreement(claims: Claims, swap: Callable[[dict[str, Any]], list[dict
     Raises:
         InputFileError, UsageError, RankFailedError: They do not; this rank's own trouble is raised as it is.
     """
-    told = swap(claims.to_dict())
+    claims_of_ranks = swap(claims.to_dict())
     if claims.trouble is not None:
         raise claims.trouble
-    found = disagreement({rank: Claims.from_dict(values) for rank, values in enumerate(told)})
-    if found is not None:
-        raise found
+    error = disagreement({rank: Claims.from_dict(values) for rank, values in enumerate(claims_of_ranks)})
+    if error is not None:
+        raise error
 
 
 def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:
@@ -83,10 +83,10 @@ def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:
         for rank, claim in sorted(claims.items()):
             ranks_by_value.setdefault(claim.same.get(name, "unknown"), []).append(rank)
         if len(ranks_by_value) > 1:
-            found = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+            differences = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items())
             if name == THE_ARTIFACT:
-                return InputFileError(f"the ranks do not fit together: {name} is {found}; copy one to all hosts")
-            return UsageError(f"the ranks do not fit together: {name} is {found}")
+                return InputFileError(f"the ranks do not fit together: {name} is {differences}; copy one to all hosts")
+            return UsageError(f"the ranks do not fit together: {name} is {differences}")
     return None
 
 

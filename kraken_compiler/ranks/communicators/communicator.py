@@ -78,7 +78,7 @@ class Communicator(ABC):
         if _OPEN.get(self.name) is self:
             del _OPEN[self.name]
 
-    def sent(self, x: Tensor) -> Tensor:
+    def part_to_send(self, x: Tensor) -> Tensor:
         """A part as it is sent: contiguous, and rounded to `reduce_dtype` if that is the smaller type."""
         dtype = self.reduce_dtype
         if dtype is not None and dtype.itemsize < x.dtype.itemsize and x.is_floating_point():
@@ -92,7 +92,7 @@ class Communicator(ABC):
 _OPEN: dict[str, Communicator] = {}
 
 
-def named(name: str) -> Communicator:
+def communicator_named(name: str) -> Communicator:
     """The open communicator of that name.
 
     Raises:

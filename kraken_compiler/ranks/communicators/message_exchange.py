@@ -25,7 +25,7 @@ class Sending(NamedTuple):
     """
 
     numbers: list[int]
-    own: list[int]
+    own_numbers: list[int]
     sizes: Sequence[int]
     trackers: list[zmq.MessageTracker]
 
@@ -39,7 +39,7 @@ class Answering(NamedTuple):
         trackers: See `Sending`.
     """
 
-    own: list[int]
+    own_numbers: list[int]
     sizes: Sequence[int]
     trackers: list[zmq.MessageTracker]
 
@@ -86,9 +86,9 @@ class MessageExchange:
             RankFailedError: A peer is gone.
         """
         numbers = [peer.expect() for peer in self._peers]
-        own: list[int] = []
-        trackers = self._send_all(contents, lambda peer, content, copy: own.append(peer.send(content, copy)))
-        return Sending(numbers, own, sizes, trackers)
+        own_numbers: list[int] = []
+        trackers = self._send_all(contents, lambda peer, content, copy: own_numbers.append(peer.send(content, copy)))
+        return Sending(numbers, own_numbers, sizes, trackers)
 
     def receive(self, sending: Sending) -> list[memoryview]:
         """What came from the peers, in the order of their ranks, in the memory of their messages.
@@ -125,11 +125,11 @@ class MessageExchange:
         trackers = self._send_all(
             [content] * len(self._peers), lambda peer, part, copy: peer.answer(numbers[peer], part, copy)
         )
-        return Answering(sending.own, sizes, trackers)
+        return Answering(sending.own_numbers, sizes, trackers)
 
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
-        frames = [peer.answered(number) for peer, number in zip(self._peers, answering.own)]
+        frames = [peer.answer_frame(number) for peer, number in zip(self._peers, answering.own_numbers)]
         return self._sized(frames, answering.sizes)
 
     def require_sent(self, sending: Sending | Answering) -> None:

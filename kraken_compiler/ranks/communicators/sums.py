@@ -153,9 +153,9 @@ class MessageSums(ABC, Generic[A]):
         if self.degree <= 2 or len(content) < SHARED_BYTES:
             return Handle(self._send(content), part, dtype)
         shares = self._shares(part)
-        own = len(content[shares[self.rank]])
+        share_bytes = len(content[shares[self.rank]])
         parts = [content[share] for rank, share in enumerate(shares) if rank != self.rank]
-        shared = SharedSum(self._open().send(parts, [own] * len(parts)), part, dtype)
+        shared = SharedSum(self._open().send(parts, [share_bytes] * len(parts)), part, dtype)
         self._unanswered.append(shared)
         return Handle(shared, part, dtype)
 
@@ -177,7 +177,7 @@ class MessageSums(ABC, Generic[A]):
         total = self._empty(part, dtype) if out is None else out
         if isinstance(sending, SharedSum):
             self._settle(sending)
-            self._put_together(sending, total)
+            self._join_shares(sending, total)
             return total
         self._add(self._all_parts(sending, part), self._flat(total))
         if sending is not None:
@@ -220,10 +220,10 @@ class MessageSums(ABC, Generic[A]):
         peers = self.degree - 1
         return self._open().send([content] * peers, [len(content)] * peers)
 
-    def _all_parts(self, sending: Any, own: A) -> list[A]:
+    def _all_parts(self, sending: Any, own_part: A) -> list[A]:
         """All ranks' parts, flat, rank 0's first; one's own alone if nothing was sent."""
-        others = [] if sending is None else [self._view(memory, own) for memory in self._open().receive(sending)]
-        return [*others[: self.rank], self._flat(own), *others[self.rank :]]
+        others = [] if sending is None else [self._view(memory, own_part) for memory in self._open().receive(sending)]
+        return [*others[: self.rank], self._flat(own_part), *others[self.rank :]]
 
     def _flat(self, x: A) -> A:
         return self._view(self._bytes(x), x)
@@ -251,13 +251,13 @@ class MessageSums(ABC, Generic[A]):
             sizes = [share.stop - share.start for rank, share in enumerate(shares) if rank != self.rank]
             shared.answering = self._open().answer(shared.sending, self._bytes(shared.share), sizes)
 
-    def _put_together(self, shared: SharedSum[A], total: A) -> None:
+    def _join_shares(self, shared: SharedSum[A], total: A) -> None:
         """Put all ranks' shares of a sum one behind the other."""
-        own = shared.share
-        assert own is not None, "it was settled"
-        others = [self._view(memory, own) for memory in self._open().answers(shared.answering)]
+        own_share = shared.share
+        assert own_share is not None, "it was settled"
+        others = [self._view(memory, own_share) for memory in self._open().answers(shared.answering)]
         into, begins = self._flat(total), 0
-        for share in (*others[: self.rank], own, *others[self.rank :]):
+        for share in (*others[: self.rank], own_share, *others[self.rank :]):
             ends = begins + len(share)  # type: ignore[arg-type]
             self._add([share], into[begins:ends])  # type: ignore[index]
             begins = ends
