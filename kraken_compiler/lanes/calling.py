@@ -1,4 +1,4 @@
-"""How a program is called: the source model's arguments to the graph's inputs, and its outputs back.
+"""The calling convention: the source model's arguments to the graph's inputs, and its outputs back.
 
 Every runtime uses these two functions, so that a rewritten model has the source model's signature everywhere.
 """
@@ -107,7 +107,9 @@ def _tensors_of(call: CallSpec, name: str, value: Any) -> list[Tensor]:
     nones = call.none_inputs.get(name, ())
     matches = captured_spec is None or spec == captured_spec
     if not matches or any(isinstance(leaf, Tensor) == (index in nones) for index, leaf in enumerate(leaves)):
-        raise UsageError(f"argument '{name}' of {_model(call)} must be {_structure_of(call, name)}, got {_brief(value)}")
+        raise UsageError(
+            f"argument '{name}' of {_model(call)} must be {_structure_of(call, name)}, got {_brief(value)}"
+        )
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -123,7 +125,7 @@ def _check_shape(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
 
 
 def _check_kind(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
-    """Flags, whole numbers and fractions are told apart by models; how many bits they have is not."""
+    """Require a flag, a whole number or a fraction as captured: models tell these apart, but not by their bits."""
     captured_dtype: torch.dtype = getattr(torch, spec.dtype)
     if _kind(tensor.dtype) != _kind(captured_dtype):
         raise UsageError(

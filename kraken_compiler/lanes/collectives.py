@@ -15,7 +15,7 @@ from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 class Collectives(Protocol):
-    """What a lane program's collectives do."""
+    """The collectives of a lane program."""
 
     def start(self, x: Tensor, differs: bool) -> Any:
         """Begin a sum over the lanes; `differs` tells whether their parts differ. Returns what `wait` takes."""
@@ -31,7 +31,7 @@ class Collectives(Protocol):
 
 
 class InOneProcess:
-    """All lanes are here; a value that differs between them has them as its first dim."""
+    """Collectives of lanes in one process; a value that differs between lanes has them as its first dim."""
 
     def __init__(self, degree: int) -> None:
         self._degree = degree
@@ -47,7 +47,7 @@ class InOneProcess:
 
 
 class OnRanks:
-    """Every rank has its own lane.
+    """Collectives of ranks that run a lane each.
 
     A sum of the backward pass starts where the forward pass waits, so what hides one hides the other too.
     """

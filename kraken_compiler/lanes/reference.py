@@ -23,7 +23,7 @@ from kraken_compiler.weights.lane_tensors import ReadLane as ReadLane
 
 
 def read_from_source(program: Program, read: SourceReader) -> ReadLane:
-    """Local tensors cut out of the source's tensors; the last source tensor is kept, for the next lane wants it too."""
+    """Local tensors cut out of the source's tensors; the last source tensor is kept for the next lane."""
     read = program.reader(read)
     last: dict[str, Tensor] = {}
 
@@ -60,7 +60,7 @@ class StreamingProgram(fx.Interpreter):
 
     Args:
         program: The program; its graph is not changed.
-        read_lane: Where weights come from.
+        read_lane: Gives the weights.
         reverse_sums: Add the lanes' parts last lane first. Any order is right; the difference between two is the
             rounding noise that the program has of its own.
     """

@@ -20,7 +20,7 @@ from kraken_compiler.lanes.segments import Collective, Segment, Step, cut, nodes
 from kraken_compiler.ops.devices import retarget
 
 _NO_BATCHING = ("Batching rule not implemented", "vmap: ")
-"""How torch begins to say that an operator cannot be batched."""
+"""The beginnings of torch's messages for operators that cannot be batched."""
 
 _LaneDims = tuple[int | None, ...]
 
@@ -130,11 +130,12 @@ class LaneRunner:
         )
 
     def _dims_of(self, step: Step) -> tuple[_LaneDims, _LaneDims] | None:
-        """Which dims of a segment's inputs and outputs are the lanes'; None if it is the same for all lanes."""
+        """The lane dims of a segment's inputs and outputs; None if it is the same for all lanes."""
         if not isinstance(step, Segment) or self._differing_names.isdisjoint(step.inputs):
             return None
         inputs, outputs = (
-            tuple(0 if name in self._differing_names else None for name in names) for names in (step.inputs, step.outputs)
+            tuple(0 if name in self._differing_names else None for name in names)
+            for names in (step.inputs, step.outputs)
         )
         return inputs, outputs
 

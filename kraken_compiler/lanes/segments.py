@@ -113,7 +113,7 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:
 
 
 def _inputs(group: list[fx.Node]) -> list[fx.Node]:
-    """What a segment reads from outside, sizes looked through."""
+    """The values that a segment reads from outside, sizes looked through."""
     inside = set(group)
     inputs: dict[fx.Node, None] = {}
 

@@ -1,4 +1,4 @@
-"""Starts local ranks through torch's elastic launcher, and says what went wrong when one fails."""
+"""Starts local ranks through torch's elastic launcher, and explains the failure of one."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """The elastic launcher installs signal handlers and leaves them; put the old ones back."""
+    """Put back the signal handlers that the elastic launcher replaces and leaves."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -63,8 +63,8 @@ class Ranks(ArraySums):
     def rendezvous(cls, place: Place, status: StatusWriter, timeout: float, reduce_dtype: str | None = None) -> Ranks:
         """Meet the ranks that were started with this one; all must do so together.
 
-        Where they meet says `KRAKEN_MEET` as HOST:PORT; under torchrun it is its store, and else where `MASTER_ADDR`
-        and `MASTER_PORT` say. A single rank meets nobody.
+        They meet at `KRAKEN_MEET`, HOST:PORT; else under torchrun in its store, and otherwise at `MASTER_ADDR` and
+        `MASTER_PORT`. A single rank meets nobody.
 
         Args:
             place: This rank.

@@ -1,6 +1,7 @@
-"""What the launcher starts as every rank: `python -P THIS_FILE MODULE ARGUMENTS...`, with its process id in a variable.
+"""The script that the launcher starts as every rank: `python -P THIS_FILE MODULE ARGUMENTS...`.
 
-Run as a file, since `python -m` would look for our package in the working directory. Before anything that takes long to
+The launcher's process id comes in an environment variable. Run as a file, since `python -m` would look for our package
+in the working directory. Before anything that takes long to
 import, the rank is tied to the launcher: however that one ends, and whenever, the rank ends with it.
 """
 

@@ -24,13 +24,13 @@ _STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
 _LULL_SECONDS = 10.0
-"""How long a rank that computes may get no processor on a crowded machine."""
+"""The longest that a computing rank may get no processor on a crowded machine."""
 _WAITING_PLACES = ("/zmq/", "ranks/communicators/")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rank hangs.
+    """The rank that hangs, and the reason.
 
     Attributes:
         rank: The one to blame.

@@ -1,4 +1,4 @@
-"""Which communicator a program uses, and that the programs of one process group share theirs."""
+"""The choice of a program's communicator, which the programs of one process group share."""
 
 from __future__ import annotations
 

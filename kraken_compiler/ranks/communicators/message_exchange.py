@@ -11,7 +11,7 @@ from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators.peers import Peer, Swap, connect_peers
 
 COPY_BYTES = 128 << 10
-"""Below this a part is copied into the message; from here on it is sent from where it lies."""
+"""The size from which a part is sent from where it lies; smaller ones are copied into the message."""
 
 
 class Sending(NamedTuple):
@@ -19,7 +19,7 @@ class Sending(NamedTuple):
 
     Attributes:
         numbers: Of the peers' messages, in the order of the peers.
-        own: Of one's own messages to them.
+        own_numbers: Of one's own messages to them.
         sizes: Bytes that come from each of them.
         trackers: Know whether the parts' memory is still read, in the order of the peers; none if it was copied.
     """
@@ -34,7 +34,7 @@ class Answering(NamedTuple):
     """Answers on their way to all peers, and theirs in return; see `Sending`.
 
     Attributes:
-        own: Numbers of one's own messages, which the peers answer.
+        own_numbers: Of one's own messages, which the peers answer.
         sizes: Bytes of the peers' answers.
         trackers: See `Sending`.
     """
@@ -91,7 +91,7 @@ class MessageExchange:
         return Sending(numbers, own_numbers, sizes, trackers)
 
     def receive(self, sending: Sending) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks, in the memory of their messages.
+        """The parts that the peers sent, in the order of their ranks, in the memory of their messages.
 
         Raises:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
@@ -150,7 +150,7 @@ class MessageExchange:
         self._to_all([content] * len(self._peers), lambda peer, part: peer.send(part))
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer sent with `send_only`.
+        """The bytes that a peer sent with `send_only`.
 
         Raises:
             RankFailedError: The peer is gone, or sent nothing in time.
@@ -182,7 +182,7 @@ class MessageExchange:
             raise failure
 
     def close(self) -> None:
-        """Send what is left and disconnect. It cannot be used afterwards."""
+        """Send the rest and disconnect. It cannot be used afterwards."""
         in_failure = any(peer.failed for peer in self._peers)
         for peer in self._peers:
             peer.close(in_failure)

@@ -1,4 +1,4 @@
-"""One message socket to every peer: who they are, where they are, and what has come from them. Knows no torch."""
+"""The connections to a rank's peers: one message socket to each. Knows no torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.ranks.communicators.addresses import is_loopback, network_id
 
 _LOOK_MILLISECONDS = 200
-"""How often a rank that waits looks whether its peer is still connected."""
+"""The interval at which a waiting rank looks whether its peer is still connected."""
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LINGER_MILLISECONDS = 10_000
-"""How long closing waits for a peer to take what is left."""
+"""The longest that closing waits for a peer to take the rest."""
 _LINGER_MILLISECONDS_IN_FAILURE = 1_000
 _NEVER_MILLISECONDS = 10**9
 _NUMBER_BYTES = 8
 
 RankInfo = dict[str, Any]
-"""What a rank says of itself, as plain values."""
+"""A rank's description of itself, as plain values."""
 Swap = Callable[[RankInfo], list[RankInfo]]
 """Gives a rank's info to all ranks; returns everybody's, rank 0's first."""
 
@@ -64,7 +64,7 @@ class Peer:
         self._events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def bind(self, host: str) -> str:
-        """Be there for the peer at a free port; returns the endpoint.
+        """Listen for the peer at a free port; returns the endpoint.
 
         Raises:
             UsageError: This machine has no such address or interface.
@@ -79,7 +79,7 @@ class Peer:
         return self._socket.get_string(zmq.LAST_ENDPOINT)
 
     def connect(self, endpoint: str) -> None:
-        """Connect to where the peer is."""
+        """Connect to the peer's endpoint."""
         self._socket.connect(endpoint)
 
     def send(self, content: Any, copy: bool = True) -> int:
@@ -116,7 +116,9 @@ class Peer:
         Raises:
             RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
         """
-        assert number >= self._next or number in self._messages, f"message {number} of rank {self.rank} was taken before"
+        assert number >= self._next or number in self._messages, (
+            f"message {number} of rank {self.rank} was taken before"
+        )
         return self._take(self._messages, number)
 
     def answer_frame(self, number: int) -> zmq.Frame:
@@ -155,13 +157,16 @@ class Peer:
                 )
             if time.monotonic() > deadline:
                 self._fail(
-                    f"rank {self._own_rank} timed out waiting for rank {self.rank} to take its part, for {self._timeout:g} s"
+                    f"rank {self._own_rank} timed out waiting for rank {self.rank} to take its part, "
+                    f"for {self._timeout:g} s"
                 )
 
     def _require_alive(self, deadline: float) -> float:
-        """Look at a connection on which nothing happens; returns when to give up."""
+        """Check an idle connection; returns the time to give up."""
         if self._events.poll(0) and not self._socket.poll(0):
-            self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part")
+            self._fail(
+                f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part"
+            )
         if deadline and time.monotonic() > deadline:
             self._fail(
                 f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
@@ -174,7 +179,7 @@ class Peer:
         raise RankFailedError(reason)
 
     def close(self, in_failure: bool = False) -> None:
-        """Send what is left and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
+        """Send the rest and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
         if not self.failed:
             linger = _LINGER_MILLISECONDS_IN_FAILURE if in_failure else _LINGER_MILLISECONDS
             self._socket.setsockopt(zmq.LINGER, linger)
@@ -184,7 +189,7 @@ class Peer:
 
 
 def reason_of(error: zmq.ZMQError) -> str:
-    """What went wrong, without the address that pyzmq puts behind it."""
+    """The reason of an error, without the address that pyzmq puts behind it."""
     return zmq.strerror(error.errno or 0)
 
 

@@ -1,4 +1,4 @@
-"""How ranks find each other without torch: rank 0 listens where all know to call, and tells everybody of the others.
+"""The rendezvous of ranks without torch: rank 0 listens at an address that all know, and tells each of the others.
 
 A call is one message: who is calling, of how many, and the rank's info. When all have called, or it is clear that they
 will not, rank 0 answers all callers alike: with everybody's info, or with what is wrong. torchrun has a store for that,
@@ -26,7 +26,7 @@ RENDEZVOUS = "KRAKEN_MEET"
 """Environment variable with HOST:PORT of the rendezvous."""
 
 GRACE_SECONDS = 3.0
-"""When something is wrong, how long rank 0 listens on, to tell those who call a little later."""
+"""Seconds that rank 0 listens on when something is wrong, to tell those who call a little later."""
 
 _VERSION = 4
 _MOST_BYTES = 1 << 20
@@ -36,14 +36,14 @@ _HINT = f"set {RENDEZVOUS} to rank 0's host and a free port there, HOST:PORT, th
 
 @dataclass(frozen=True)
 class RendezvousPoint:
-    """Where rank 0 listens. As text, HOST:PORT."""
+    """The address at which rank 0 listens. As text, HOST:PORT."""
 
     host: str
     port: int
 
     @classmethod
     def from_environment(cls) -> RendezvousPoint:
-        """What `KRAKEN_MEET` says, or else `MASTER_ADDR` and `MASTER_PORT`.
+        """The point that `KRAKEN_MEET` names, or else `MASTER_ADDR` and `MASTER_PORT`.
 
         Raises:
             UsageError: Neither is set, or it is no host and port.
@@ -63,7 +63,7 @@ class RendezvousPoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def listen_endpoints(self) -> list[str]:
-        """Endpoints to listen at; the first that this machine has is to be taken.
+        """The endpoints at which rank 0 may listen; it takes the first that this machine has.
 
         What a name stands for here need not be what it stands for on other hosts, and behind a forwarded address there
         may be no interface of it; so then rank 0 listens on all interfaces.
@@ -114,17 +114,17 @@ def rendezvous_in_store(rank: int, degree: int, info: RankInfo, *, timeout: floa
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     prefix = f"kraken/{_VERSION}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    awaited_rank = rank
+    peer = rank
     try:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         store.set(f"{prefix}/{rank}", json.dumps(info))
         infos = []
-        for awaited_rank in range(degree):
-            infos.append(json.loads(store.get(f"{prefix}/{awaited_rank}")))
+        for peer in range(degree):
+            infos.append(json.loads(store.get(f"{prefix}/{peer}")))
     except DistError as error:
         reason = first_line(error)
         raise RankFailedError(
-            f"rank {awaited_rank} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
+            f"rank {peer} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
             "the same version, and --timeout SECONDS allows more"
         ) from error
     return infos
@@ -222,7 +222,7 @@ class _Host:
 def _call(
     context: zmq.Context[zmq.Socket[bytes]], point: RendezvousPoint, call: dict[str, Any], timeout: float
 ) -> list[RankInfo]:
-    """Any other rank at the rendezvous."""
+    """Meet as any other rank than 0."""
     rank = call["rank"]
     with context.socket(zmq.DEALER) as dealer:
         _prepare(dealer)

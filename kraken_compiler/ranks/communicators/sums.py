@@ -12,17 +12,17 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 A = TypeVar("A")
 
 SHARED_BYTES = 4 << 20
-"""From here on more than two ranks add a share of a sum each."""
+"""The size from which more than two ranks add a share of a sum each."""
 
 
 class Exchange(Protocol):
-    """Bytes from every rank to every other; see `exchange.MessageExchange`."""
+    """Bytes from every rank to every other; see `message_exchange.MessageExchange`."""
 
     def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> Any:
         """Send every peer a part of its own; `sizes` are the bytes that will come from each in return."""
 
     def receive(self, sending: Any) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks."""
+        """The parts that the peers sent, in the order of their ranks."""
 
     def answer(self, sending: Any, content: memoryview, sizes: Sequence[int]) -> Any:
         """Answer all peers' parts alike; `sizes` are the bytes of each peer's answer."""
@@ -37,10 +37,10 @@ class Exchange(Protocol):
         """Send bytes to every peer; nothing comes in return."""
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer sent with `send_only`."""
+        """The bytes that a peer sent with `send_only`."""
 
     def close(self) -> None:
-        """Send what is left and disconnect."""
+        """Send the rest and disconnect."""
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class MessageSums(ABC, Generic[A]):
     identical_on_all_ranks = True
 
     def __init__(self, rank: int, degree: int, exchange: Exchange | None, reduce_dtype: Any = None) -> None:
-        """Use connections that are there.
+        """Use existing connections.
 
         Args:
             rank: This one.
@@ -252,7 +252,7 @@ class MessageSums(ABC, Generic[A]):
             shared.answering = self._open().answer(shared.sending, self._bytes(shared.share), sizes)
 
     def _join_shares(self, shared: SharedSum[A], total: A) -> None:
-        """Put all ranks' shares of a sum one behind the other."""
+        """Concatenate all ranks' shares of a sum."""
         own_share = shared.share
         assert own_share is not None, "it was settled"
         others = [self._view(memory, own_share) for memory in self._open().answers(shared.answering)]

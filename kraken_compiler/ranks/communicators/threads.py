@@ -18,7 +18,7 @@ _PART, _ANSWER = "part", "answer"
 
 @dataclass
 class Mailboxes:
-    """Where the threads leave what they send each other.
+    """The messages that threads have left for each other.
 
     Attributes:
         degree: How many threads there are.
@@ -32,13 +32,13 @@ class Mailboxes:
     condition: threading.Condition = field(default_factory=threading.Condition)
 
     def leave(self, key: Hashable, content: bytes) -> None:
-        """Leave something for another thread."""
+        """Leave a message for another thread."""
         with self.condition:
             self.contents[key] = content
             self.condition.notify_all()
 
     def take(self, key: Hashable) -> bytes:
-        """What another thread leaves, or has left.
+        """Take a message of another thread, which may still have to leave it.
 
         Raises:
             RankFailedError: A thread has failed.
@@ -50,14 +50,14 @@ class Mailboxes:
             return self.contents.pop(key)
 
     def fail(self) -> None:
-        """Let nobody wait any longer."""
+        """End all waits with an error."""
         with self.condition:
             self.failed = True
             self.condition.notify_all()
 
 
 class ThreadSending(NamedTuple):
-    """Parts that were left for the peers, and what they leave in return; see `exchange.Sending`."""
+    """Parts that were left for the peers, and what they leave in return; see `message_exchange.Sending`."""
 
     numbers: list[int]
     own_numbers: list[int]
@@ -65,7 +65,7 @@ class ThreadSending(NamedTuple):
 
 
 class ThreadExchange:
-    """One thread's end, as `exchange.MessageExchange` is a process's."""
+    """The exchange of one thread, as `message_exchange.MessageExchange` is a process's."""
 
     def __init__(self, mailboxes: Mailboxes, rank: int) -> None:
         self._mailboxes, self._rank = mailboxes, rank
@@ -80,7 +80,7 @@ class ThreadExchange:
         return ThreadSending(numbers, own_numbers, sizes)
 
     def receive(self, sending: ThreadSending) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks.
+        """The parts that the peers left, in the order of their ranks.
 
         Raises:
             RankFailedError: A thread has failed, or left something of another size.
@@ -98,7 +98,9 @@ class ThreadExchange:
         return self._take(_ANSWER, answering.own_numbers, answering.sizes)
 
     def _take(self, kind: str, numbers: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        contents = [self._mailboxes.take((peer, self._rank, kind, number)) for peer, number in zip(self._peers, numbers)]
+        contents = [
+            self._mailboxes.take((peer, self._rank, kind, number)) for peer, number in zip(self._peers, numbers)
+        ]
         for peer, content, size in zip(self._peers, contents, sizes):
             if len(content) != size:
                 raise RankFailedError(f"rank {peer} sent {len(content)} bytes where rank {self._rank} has {size}")
@@ -113,7 +115,7 @@ class ThreadExchange:
             self._leave(peer, content)
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer left with `send_only`."""
+        """The bytes that a peer left with `send_only`."""
         return self._mailboxes.take((rank, self._rank, _PART, self._next(rank)))
 
     def close(self) -> None:

@@ -89,8 +89,8 @@ def write_devices(
 
 
 def _require_runnable(program: LaneProgram) -> None:
-    found = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
-    foreign = [dtype for dtype in found if dtype not in RUNNABLE]
+    dtypes = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
+    foreign = [dtype for dtype in dtypes if dtype not in RUNNABLE]
     if foreign:
         raise UsageError(
             f"the onnx backend writes {' and '.join(RUNNABLE)}, and this model is {', '.join(foreign)}; "
