@@ -42,7 +42,7 @@ def derived_input(spec: InputSpec, inputs: Sequence[InputSpec]) -> Derived:
 
 
 def find_derived(spec: InputSpec, inputs: Sequence[InputSpec]) -> Derived | None:
-    """The same; None if it does not follow from the ids."""
+    """The contents of an input as in `derived_input`; None if they do not follow from the ids."""
     if spec.parameter == DECODER_IDS or (len(inputs) == 1 and "float" not in spec.dtype):
         return Derived.IDS
     if spec.parameter == INPUT_IDS:

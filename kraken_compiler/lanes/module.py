@@ -73,7 +73,7 @@ class LaneModule(nn.Module):
         return self._runner.run_flat(weights, inputs, batched=batched)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the runner: it follows from the program, and its functions cannot be written to a file."""
+        """The state without the runner, which follows from the program and cannot be written to a file."""
         return {name: value for name, value in self.__dict__.items() if name != "_runner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ class MessageCommunicator(Communicator):
         *,
         timeout: float | None = None,
     ) -> Self:
-        """For the ranks of a process group, which is not kept alive; it tells them where they are.
+        """The communicator of a process group, which is not kept alive; the ranks exchange their addresses in it.
 
         Args:
             group: The ranks that run the lanes.

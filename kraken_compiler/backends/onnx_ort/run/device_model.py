@@ -131,7 +131,7 @@ class DeviceModel:
         return model
 
     def with_exact_products(self) -> DeviceModel:
-        """The same with products that round quantized weights only, as slow as that may be."""
+        """The model with products that round quantized weights only, as slow as that may be."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         for node in proto.graph.node:

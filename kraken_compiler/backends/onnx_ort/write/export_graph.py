@@ -132,7 +132,7 @@ def _drop_unused_outputs(graph: onnx_ir.Graph) -> None:
 
 
 def _required_outputs(node: onnx_ir.Node) -> int:
-    """The number of outputs a node must name, read or not: a top-k's values beside its indices, all pieces of a split."""
+    """The number of outputs a node must name, read or not: also a top-k's values, and all pieces of a split."""
     if not onnx.defs.has(node.op_type, node.domain):
         return 1
     schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)

@@ -28,7 +28,7 @@ _GEMM = re.compile(
 
 @dataclass(frozen=True)
 class _Call:
-    """A call that matters here.
+    """A start, a wait or a matrix product in the code.
 
     Attributes:
         kind: "start", "wait" or "gemm".

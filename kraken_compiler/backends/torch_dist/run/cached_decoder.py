@@ -86,7 +86,7 @@ class CachedDecoder:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens every sequence has."""
+        """The number of tokens of every sequence."""
         return tuple(self._lengths)
 
     def reset(self) -> None:
