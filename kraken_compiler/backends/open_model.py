@@ -59,14 +59,14 @@ def open_model(
 @contextmanager
 def _agreement(ranks: Ranks) -> Iterator[dict[str, str]]:
     """Raise on all ranks what goes wrong on one, and let them go on together; gives what must be the same on all."""
-    same: dict[str, str] = {}
+    claims: dict[str, str] = {}
     try:
-        yield same
+        yield claims
     except KrakenError as error:
         if not ranks.status.has_launcher:  # it ends the others
             ranks.agree(Claims(trouble=error))
         raise
-    ranks.agree(Claims(same))
+    ranks.agree(Claims(claims))
 
 
 def require_degree(degree: int, ranks: int) -> None:

@@ -114,8 +114,8 @@ def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None
         except UsageError as error:
             raise InputFileError(f"{artifact.directory}: {error}") from error
         if not compile_options.keys() <= known_options.keys():
-            foreign = ", ".join(sorted(compile_options.keys() - known_options.keys()))
-            raise InputFileError(f"{artifact.directory}: the {name} backend has no options {foreign}")
+            unknown_options = ", ".join(sorted(compile_options.keys() - known_options.keys()))
+            raise InputFileError(f"{artifact.directory}: the {name} backend has no options {unknown_options}")
         backends.append(backend_named(name, {**compile_options, **run_values}))
     return backends
 

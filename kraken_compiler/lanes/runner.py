@@ -152,11 +152,11 @@ def _differing_names(program: Program, steps: Sequence[Segment | Collective]) ->
     names = {name for name, spec in program.weights.items() if spec.shards}
     for step in steps:
         if isinstance(step, Segment):
-            inside: set[fx.Node] = set()
+            differing_nodes: set[fx.Node] = set()
             for node in step.module.graph.nodes:
-                if node.name in names or any(operand in inside for operand in node.all_input_nodes):
-                    inside.add(node)
-            names |= {node.name for node in nodes_of(step) if node in inside and node.name in step.outputs}
+                if node.name in names or any(operand in differing_nodes for operand in node.all_input_nodes):
+                    differing_nodes.add(node)
+            names |= {node.name for node in nodes_of(step) if node in differing_nodes and node.name in step.outputs}
     return frozenset(names)
 
 

@@ -89,8 +89,8 @@ def is_size(node: fx.Node) -> bool:
     if node.target in _SIZES:
         return True
     plain = callable(node.target) and not isinstance(node.target, torch._ops.OpOverload)
-    computed = plain and node.target is not operator.getitem and bool(node.all_input_nodes)
-    return computed and all(map(is_size, node.all_input_nodes))
+    is_computed = plain and node.target is not operator.getitem and bool(node.all_input_nodes)
+    return is_computed and all(map(is_size, node.all_input_nodes))
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:

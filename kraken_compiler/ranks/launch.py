@@ -186,12 +186,12 @@ def _log_tail(directory: Path, rank: int) -> str:
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for child processes; the elastic launcher passes on ours and takes no others."""
-    before = {name: os.environ.get(name) for name in values}
+    old_values = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in old_values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -205,11 +205,11 @@ def _signals_restored() -> Iterator[None]:
         yield
         return
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in signals}
+    old_handlers: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
@@ -221,11 +221,11 @@ def _quiet_elastic() -> Iterator[None]:
         for name in list(logging.root.manager.loggerDict)
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher"))
     ]
-    before = [logger.level for logger in loggers]
+    old_levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before):
+        for logger, level in zip(loggers, old_levels):
             logger.setLevel(level)

@@ -119,10 +119,10 @@ class Watchdog:
         end = time.monotonic() + _ANSWER_SECONDS
         stacks: dict[int, str] = {}
         while time.monotonic() < end:
-            before = stacks
+            last_stacks = stacks
             stacks = {rank: read_stack(self._directory, rank, beat) for rank, beat in beats.items()}
             # Twice the same: none is still being written.
-            if (all(stacks.values()) and stacks == before) or self._stop.wait(_POLL_SECONDS):
+            if (all(stacks.values()) and stacks == last_stacks) or self._stop.wait(_POLL_SECONDS):
                 break
         return stacks
 

@@ -205,9 +205,9 @@ def _require_name(name: object) -> str:
 
 
 def _require_members(entry: dict[str, Any], members: set[str]) -> None:
-    unknown = sorted(entry.keys() - members)
-    if unknown:
-        raise UnknownGraphError(f"unknown member {unknown[0][:60]!r}")
+    unknown_members = sorted(entry.keys() - members)
+    if unknown_members:
+        raise UnknownGraphError(f"unknown member {unknown_members[0][:60]!r}")
 
 
 def _refuse_number(text: str) -> float:

@@ -27,8 +27,8 @@ def lane_file(lane: int) -> str:
 
 def rank_files(artifact: Artifact, lane: int) -> tuple[str, ...]:
     """Paths inside an artifact of the files that the rank of a lane reads."""
-    cached = [name for name in (STEP_FILE, TABLES_FILE) if name in artifact.manifest.files]
-    return GRAPH_FILE, *cached, lane_file(lane), SHARED_WEIGHTS
+    cache_files = [name for name in (STEP_FILE, TABLES_FILE) if name in artifact.manifest.files]
+    return GRAPH_FILE, *cache_files, lane_file(lane), SHARED_WEIGHTS
 
 
 def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:

@@ -97,9 +97,9 @@ class MessageExchange:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
         """
         frames = [peer.frame(number) for peer, number in zip(self._peers, sending.numbers)]
-        return self._sized(frames, sending.sizes)
+        return self._buffers(frames, sending.sizes)
 
-    def _sized(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
+    def _buffers(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
         """The memory of messages that must have sizes.
 
         Raises:
@@ -130,7 +130,7 @@ class MessageExchange:
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
         frames = [peer.answer_frame(number) for peer, number in zip(self._peers, answering.own_numbers)]
-        return self._sized(frames, answering.sizes)
+        return self._buffers(frames, answering.sizes)
 
     def require_sent(self, sending: Sending | Answering) -> None:
         """Wait until the part's memory is not read any more.

@@ -109,7 +109,7 @@ class MessageSums(ABC, Generic[A]):
         assert (exchange is None) == (degree == 1), "ranks need connections if there are several"
         self.rank, self.degree, self.reduce_dtype = rank, degree, reduce_dtype
         self._exchange = exchange
-        self._unanswered: deque[SharedSum[A]] = deque()
+        self._unanswered_sums: deque[SharedSum[A]] = deque()
 
     @abstractmethod
     def _contiguous(self, x: A, dtype: Any = None) -> A:
@@ -156,7 +156,7 @@ class MessageSums(ABC, Generic[A]):
         share_bytes = len(content[shares[self.rank]])
         parts = [content[share] for rank, share in enumerate(shares) if rank != self.rank]
         shared = SharedSum(self._open().send(parts, [share_bytes] * len(parts)), part, dtype)
-        self._unanswered.append(shared)
+        self._unanswered_sums.append(shared)
         return Handle(shared, part, dtype)
 
     def wait(self, handle: Handle[A], out: A | None = None) -> A:
@@ -241,13 +241,13 @@ class MessageSums(ABC, Generic[A]):
         Args:
             last: Up to this one, which may be settled; None settles all.
         """
-        while self._unanswered and (last is None or last.share is None):
-            shared = self._unanswered.popleft()
+        while self._unanswered_sums and (last is None or last.share is None):
+            shared = self._unanswered_sums.popleft()
             shares = self._shares(shared.part)
-            mine = self._view(self._bytes(shared.part)[shares[self.rank]], shared.part)
-            added = self._empty(mine, shared.dtype)
-            self._add(self._all_parts(shared.sending, mine), added)
-            shared.share = self._contiguous(added, self.reduce_dtype)
+            own_part = self._view(self._bytes(shared.part)[shares[self.rank]], shared.part)
+            own_share = self._empty(own_part, shared.dtype)
+            self._add(self._all_parts(shared.sending, own_part), own_share)
+            shared.share = self._contiguous(own_share, self.reduce_dtype)
             sizes = [share.stop - share.start for rank, share in enumerate(shares) if rank != self.rank]
             shared.answering = self._open().answer(shared.sending, self._bytes(shared.share), sizes)
 
@@ -256,10 +256,10 @@ class MessageSums(ABC, Generic[A]):
         own_share = shared.share
         assert own_share is not None, "it was settled"
         others = [self._view(memory, own_share) for memory in self._open().answers(shared.answering)]
-        into, begins = self._flat(total), 0
+        flat_total, begins = self._flat(total), 0
         for share in (*others[: self.rank], own_share, *others[self.rank :]):
             ends = begins + len(share)  # type: ignore[arg-type]
-            self._add([share], into[begins:ends])  # type: ignore[index]
+            self._add([share], flat_total[begins:ends])  # type: ignore[index]
             begins = ends
         self._open().require_sent(shared.sending)
         self._open().require_sent(shared.answering)

@@ -32,9 +32,9 @@ def read_as_quantized(model: DeviceModel, read_lane: ReadLane) -> ReadLane:
         local = read_lane(spec, lane)
         if spec.name not in quantizations:
             return local
-        quantization, transposed = quantizations[spec.name]
-        matrix = local.t() if transposed else local
+        quantization, is_transposed = quantizations[spec.name]
+        matrix = local.t() if is_transposed else local
         weight = dequantize(quantize(matrix.to(spec.torch_dtype), quantization), matrix.shape[0], quantization)
-        return (weight.t() if transposed else weight).contiguous()
+        return (weight.t() if is_transposed else weight).contiguous()
 
     return read

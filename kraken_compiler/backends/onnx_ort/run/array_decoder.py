@@ -140,8 +140,8 @@ class ArrayDecoder:
         }
         feeds = {name: value for name, value in feeds.items() if name in self._program.inputs}
         feeds |= dict(zip(self._past, self._views(0, self._length), strict=True))
-        into = dict(zip(self._present, self._views(1, total), strict=True))
-        logits = self._program.run(feeds, into)[LOGITS]
+        destinations = dict(zip(self._present, self._views(1, total), strict=True))
+        logits = self._program.run(feeds, destinations)[LOGITS]
         self._sides.reverse()
         self._length = total
         return logits[:, 0]

@@ -179,9 +179,9 @@ def _operand_names(node: onnx.NodeProto) -> Iterable[str]:
     yield from node.input
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-            inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-            inside |= {name for inner in graph.node for name in inner.output}
-            yield from (name for inner in graph.node for name in _operand_names(inner) if name not in inside)
+            inner_names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            inner_names |= {name for inner in graph.node for name in inner.output}
+            yield from (name for inner in graph.node for name in _operand_names(inner) if name not in inner_names)
 
 
 def _check_order(steps: Iterable[Step], inputs: set[str], outputs: set[str]) -> None:

@@ -184,7 +184,7 @@ def _check_description(model: DeviceModel) -> None:
 
 def _check_places(path: Path, proto: onnx.ModelProto) -> None:
     """Make sure that only weights of the graph itself lie in another file: nobody looks where others would lie."""
-    inside = [node for function in proto.functions for node in function.node]
+    nodes = [node for function in proto.functions for node in function.node]
     graphs = [proto.graph, *(part.initialization for part in proto.training_info)]
     graphs += [part.algorithm for part in proto.training_info]
     tensors: list[onnx.TensorProto] = []
@@ -193,9 +193,9 @@ def _check_places(path: Path, proto: onnx.ModelProto) -> None:
         if graph is not proto.graph:
             tensors += graph.initializer
         tensors += (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
-        inside += graph.node
-        while inside:
-            for attribute in inside.pop().attribute:
+        nodes += graph.node
+        while nodes:
+            for attribute in nodes.pop().attribute:
                 tensors += (attribute.t, *attribute.tensors)
                 sparse_tensors = (attribute.sparse_tensor, *attribute.sparse_tensors)
                 tensors += (part for sparse in sparse_tensors for part in (sparse.values, sparse.indices))
@@ -226,8 +226,8 @@ def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> 
         except (KeyError, ValueError):
             raise InputFileError(f"{path}: damaged, weight '{tensor.name}' is nowhere") from None
         if name not in weight_files(model.lane):
-            where = "outside its folder" if Path(name).name != name else "which is no file of this device's"
-            raise InputFileError(f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', {where}")
+            reason = "outside its folder" if Path(name).name != name else "which is no file of this device's"
+            raise InputFileError(f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', {reason}")
         ends[name] = max(ends.get(name, 0), offset + length)
     for name, end in ends.items():
         data = path.parent / name

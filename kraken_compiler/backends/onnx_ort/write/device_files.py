@@ -141,9 +141,9 @@ def _inline(exported: ExportedGraph, program: Program, read: SourceReader) -> tu
     Shapes follow from them. And it takes one for a constant of the graph that has the same value, wherever that is.
     """
     specs = [program.weights[name] for name in exported.sources]
-    small = [spec for spec in specs if spec.torch_dtype in _INDEX_DTYPES and spec.nbytes <= _INLINE_BYTES]
+    small_specs = [spec for spec in specs if spec.torch_dtype in _INDEX_DTYPES and spec.nbytes <= _INLINE_BYTES]
     devices: tuple[dict[str, onnx.TensorProto], ...] = tuple({} for _ in range(program.degree))
-    for spec, lane, local in lane_parts(program, small, read):
+    for spec, lane, local in lane_parts(program, small_specs, read):
         tensor = _stored_tensor(exported, spec.name, local).contiguous()
         devices[lane][spec.name] = onnx.numpy_helper.from_array(tensor.numpy(), spec.name)
     return devices

@@ -66,7 +66,7 @@ def prepare_step(cached: CachedProgram) -> PreparedGraph:
     ids = nodes[cached.step.inputs[0].name]
     slots, past = nodes[SLOTS], nodes[PAST]
     fake = ids.meta["val"].fake_mode
-    batch, total, before = ids.meta["val"].shape[0], slots.meta["val"].shape[0], past.meta["val"].shape[0]
+    batch, total, past_size = ids.meta["val"].shape[0], slots.meta["val"].shape[0], past.meta["val"].shape[0]
     with graph.inserting_before(slots):
         mask_input = graph.placeholder(ATTENTION_MASK)
     with fake:
@@ -74,7 +74,7 @@ def prepare_step(cached: CachedProgram) -> PreparedGraph:
         for cache in plan.caches:
             for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
                 old: Tensor = nodes[name].meta["val"]
-                nodes[name].meta["val"] = torch.empty((batch, cache.heads, before, dim), dtype=old.dtype)
+                nodes[name].meta["val"] = torch.empty((batch, cache.heads, past_size, dim), dtype=old.dtype)
     if cached.step.degree == 1:
         _drop_collectives(graph)
     presents = _replace_attentions(graph, mask_input, ids, fake)
@@ -101,7 +101,7 @@ def prepare_step(cached: CachedProgram) -> PreparedGraph:
     for name in {*weights, *plan.tables}.difference(used_names):
         graph.erase_node(nodes[name])
     _order_placeholders(graph, [*used_names, *inputs])
-    sizes = (*ids.meta["val"].shape, total, before, nodes[PICKS].meta["val"].shape[1])
+    sizes = (*ids.meta["val"].shape, total, past_size, nodes[PICKS].meta["val"].shape[1])
     dims = dict(zip(map(str, sizes), (BATCH, SEQUENCE, TOTAL, PAST_DIM, PICKS_DIM), strict=True))
     return PreparedGraph(
         graph,
@@ -202,9 +202,9 @@ def _element(graph: fx.Graph, results: fx.Node, number: int) -> fx.Node:
     return node
 
 
-def _return(graph: fx.Graph, more: list[fx.Node]) -> None:
+def _return(graph: fx.Graph, values: list[fx.Node]) -> None:
     output = graph.output_node()
-    output.args = ((*output.args[0], *more),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *values),)  # type: ignore[misc]
 
 
 def _order_placeholders(graph: fx.Graph, names: list[str]) -> None:

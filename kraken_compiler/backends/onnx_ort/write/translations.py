@@ -96,8 +96,8 @@ def _capped_attention(
         cap = op.CastLike(op.Constant(value_float=softcap), scores)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     if by_head:
-        grouped = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
-        scores = op.Add(scores, op.Reshape(mask, grouped))
+        grouped_shape = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
+        scores = op.Add(scores, op.Reshape(mask, grouped_shape))
     else:
         scores = op.Add(scores, op.Unsqueeze(mask, group_axis))
     if sinks is None:
@@ -109,8 +109,8 @@ def _capped_attention(
         weights = op.Exp(op.Sub(scores, largest))
         total = op.Add(op.ReduceSum(weights, last, keepdims=1), op.Exp(op.Sub(sink, largest)))
         shares = op.Div(weights, total)
-    mixed = op.MatMul(shares, op.Unsqueeze(values, group_axis))
-    return op.Reshape(mixed, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
+    product = op.MatMul(shares, op.Unsqueeze(values, group_axis))
+    return op.Reshape(product, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
 
 
 def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int = 0, dtype: int = 1) -> Any:

@@ -112,9 +112,9 @@ def replace_collectives(module: fx.GraphModule, start: Replace, wait: Replace, g
         if replacement is None:
             continue
         with graph.inserting_before(node):
-            new = replacement(graph, node)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
+            new_node = replacement(graph, node)
+        new_node.meta = dict(node.meta)
+        node.replace_all_uses_with(new_node)
         graph.erase_node(node)
     module.recompile()
     return module
