@@ -214,9 +214,9 @@ def test_an_answer_from_somebody_else_is_told(point: RendezvousPoint) -> None:
 
 
 def test_an_address_that_is_not_here_is_listened_for_everywhere(port: int) -> None:
-    assert RendezvousPoint("192.0.2.1", port).listening() == [f"tcp://192.0.2.1:{port}", f"tcp://*:{port}"]
-    assert RendezvousPoint("localhost", port).listening()[0] == f"tcp://127.0.0.1:{port}"
-    assert RendezvousPoint("host-7", port).listening() == [f"tcp://*:{port}"]
+    assert RendezvousPoint("192.0.2.1", port).listen_endpoints() == [f"tcp://192.0.2.1:{port}", f"tcp://*:{port}"]
+    assert RendezvousPoint("localhost", port).listen_endpoints()[0] == f"tcp://127.0.0.1:{port}"
+    assert RendezvousPoint("host-7", port).listen_endpoints() == [f"tcp://*:{port}"]
     with zmq.Context() as context:
         host = meeting._Host(context, 2, RendezvousPoint("192.0.2.1", port), {})
         with host._listen() as router:

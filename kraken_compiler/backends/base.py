@@ -1,6 +1,6 @@
-"""What a backend is: it writes the programs that run a lane program, one per rank, opens them, and shows what they do.
+"""The interface of backends, which write the programs of a lane program, one per rank, open them, and show their runs.
 
-Imports neither torch nor what a backend is made of: ranks import it, and some have nothing else.
+Imports neither torch nor any backend's packages: ranks import it, and some have nothing else.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What can be chosen of a backend. A field is an option of the command line; its annotation is its help.
+    """The options of a backend. A field is an option of the command line; its annotation is its help.
 
     A field with `AT_RUN` in its annotation is an option of a run, any other one of a compile, which the manifest notes.
     """
 
     def check(self) -> None:
-        """Find what is wrong with the values.
+        """Check the values.
 
         Raises:
             UsageError: One is none that the option takes.
@@ -42,7 +42,7 @@ class BackendOptions:
 
 
 AT_RUN = "at run"
-"""In the annotation of an option: it is chosen when a program is run."""
+"""The mark in the annotation of an option that is chosen when a program is run."""
 
 
 def annotations_of(options: type[BackendOptions], *, at_run: bool) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def annotations_of(options: type[BackendOptions], *, at_run: bool) -> dict[str, 
     return {name: hint for name, hint in hints.items() if (AT_RUN in getattr(hint, "__metadata__", ())) == at_run}
 
 
-Chosen = TypeVar("Chosen", bound=BackendOptions)
+OptionsKind = TypeVar("OptionsKind", bound=BackendOptions)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a backend's programs must compute: a lane program and the lanes' weights."""
+    """The reference for a backend's programs: a lane program and the lanes' weights."""
 
     program: LaneProgram
     read_lane: ReadLane
@@ -64,7 +64,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a rank computed, and how.
+    """The results of a rank's run, and its record.
 
     Attributes:
         outputs: The graph's outputs, in order; of a program with a KV cache perhaps the logits alone.
@@ -105,7 +105,7 @@ class RankModel(ABC):
         """
 
     def decoder(self, batch: int, capacity: int) -> Decoder | None:
-        """Room for a batch of sequences, to be generated with the KV cache; not called if the artifact has none.
+        """A decoder for a batch of sequences with the KV cache; not called if the artifact has none.
 
         Args:
             batch: Number of sequences.
@@ -120,7 +120,7 @@ class RankModel(ABC):
         return None
 
     def observe(self, inputs: Mapping[str, Array], *, last: bool) -> Observation:
-        """Run, and tell more about it.
+        """Run, and observe the run.
 
         Args:
             inputs: See `run`.
@@ -129,7 +129,7 @@ class RankModel(ABC):
         return Observation(self.run(inputs))
 
 
-class Backend(ABC, Generic[Chosen]):
+class Backend(ABC, Generic[OptionsKind]):
     """Turns a lane program into files, and files into what runs.
 
     Attributes:
@@ -148,11 +148,11 @@ class Backend(ABC, Generic[Chosen]):
     ranks_are: ClassVar[str] = "ranks"
     computes_in: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, options: Chosen | None = None) -> None:
-        chosen: Any = self.Options() if options is None else options
-        if not isinstance(chosen, self.Options):
-            raise TypeError(f"{type(chosen).__name__} are options of another backend")
-        self.options: Chosen = cast(Any, chosen)
+    def __init__(self, options: OptionsKind | None = None) -> None:
+        settings: Any = self.Options() if options is None else options
+        if not isinstance(settings, self.Options):
+            raise TypeError(f"{type(settings).__name__} are options of another backend")
+        self.options: OptionsKind = cast(Any, settings)
 
     @abstractmethod
     def write(
@@ -177,7 +177,7 @@ class Backend(ABC, Generic[Chosen]):
 
     @abstractmethod
     def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
-        """Paths inside an artifact of what a rank reads; they are checked before it is opened."""
+        """Paths inside an artifact of the files that a rank reads; they are checked before it is opened."""
 
     @abstractmethod
     def open(self, artifact: Artifact, ranks: Ranks, *, checking: bool = False) -> RankModel:
@@ -195,7 +195,7 @@ class Backend(ABC, Generic[Chosen]):
         """
 
     def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference | None:
-        """The lane program and its weights as this backend stores them: what its ranks are compared with.
+        """The lane program and its weights as this backend stores them, with which its ranks are compared.
 
         Args:
             artifact: An open artifact.
@@ -211,12 +211,12 @@ class Backend(ABC, Generic[Chosen]):
 
     @property
     def gives_reference(self) -> bool:
-        """False if what its ranks compute can be compared with nothing."""
+        """False if there is nothing to compare its ranks with."""
         return type(self).reference is not Backend.reference
 
     @abstractmethod
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        """What lies between every reduce's start and its wait in the programs that will run, in launch order.
+        """The windows between every reduce's start and its wait in the programs that will run, in launch order.
 
         Raises:
             InputFileError: A file is damaged, or the ranks' programs do not belong together.
@@ -224,7 +224,7 @@ class Backend(ABC, Generic[Chosen]):
         """
 
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
-        """What a rank ran in its windows; nothing if it does not tell.
+        """The windows as a rank ran them; nothing if it does not tell.
 
         Args:
             record: `Observation.record` of a rank.
@@ -237,17 +237,17 @@ class Backend(ABC, Generic[Chosen]):
 
     @property
     def noted_options(self) -> dict[str, Any]:
-        """What was chosen for a compile, by field name: what the manifest notes."""
+        """The options chosen for a compile, by field name, for the manifest."""
         default = self.Options()
-        chosen = {name: getattr(self.options, name) for name in annotations_of(self.Options, at_run=False)}
-        return {name: value for name, value in chosen.items() if value != getattr(default, name)}
+        values = {name: getattr(self.options, name) for name in annotations_of(self.Options, at_run=False)}
+        return {name: value for name, value in values.items() if value != getattr(default, name)}
 
     @property
     def cannot_run(self) -> str:
-        """Why nothing here runs the programs, which are then not compared; "" if something does."""
+        """The reason that nothing here runs the programs, which are then not compared; "" if something does."""
         return ""
 
     @property
     def rounded_weights(self) -> str | None:
-        """What the stored weights are rounded to, which costs quality; None if they are the lanes'."""
+        """The type to which the stored weights are rounded, which costs quality; None if they are the lanes'."""
         return None

@@ -38,18 +38,18 @@ def open_model(
             different artifacts.
         UsageError: There are more or fewer ranks than lanes, or the ranks do not fit together.
     """
-    with _told_to_all(ranks) as claims:
+    with _agreement(ranks) as claims:
         artifact = open_artifact(directory, verify=False)
         backend = choose(artifact)
         require_degree(artifact.manifest.degree, ranks.degree)
         claims |= rank_claims(artifact, backend.name, ranks.reduce_dtype)
     files = backend.rank_files(artifact, ranks.rank)
-    there = artifact.manifest.files
-    seconds = sum(there[name].bytes for name in files if name in there) / SLOWEST_DISK
+    records = artifact.manifest.files
+    seconds = sum(records[name].bytes for name in files if name in records) / SLOWEST_DISK
     ranks.status.computes_in = backend.computes_in
     ranks.status.progress("loading the program", extra=seconds)
     # Here and not at the first reduce, where waiting for a slow disk would look like a hang.
-    with _told_to_all(ranks):
+    with _agreement(ranks):
         artifact.verify(*files)
         model = backend.open(artifact, ranks, checking=checking)
     ranks.status.progress("running")
@@ -57,16 +57,16 @@ def open_model(
 
 
 @contextmanager
-def _told_to_all(ranks: Ranks) -> Iterator[dict[str, str]]:
+def _agreement(ranks: Ranks) -> Iterator[dict[str, str]]:
     """Raise on all ranks what goes wrong on one, and let them go on together; gives what must be the same on all."""
-    same: dict[str, str] = {}
+    claims: dict[str, str] = {}
     try:
-        yield same
+        yield claims
     except KrakenError as error:
         if not ranks.status.has_launcher:  # it ends the others
             ranks.agree(Claims(trouble=error))
         raise
-    ranks.agree(Claims(same))
+    ranks.agree(Claims(claims))
 
 
 def require_degree(degree: int, ranks: int) -> None:
@@ -76,14 +76,14 @@ def require_degree(degree: int, ranks: int) -> None:
         UsageError: There are more or fewer.
     """
     if ranks != degree:
-        started = "1 rank was" if ranks == 1 else f"{ranks} ranks were"
+        subject = "1 rank was" if ranks == 1 else f"{ranks} ranks were"
         raise UsageError(
-            f"the program has {degree} lanes and {started} started; start {degree}, or compile for degree {ranks}"
+            f"the program has {degree} lanes and {subject} started; start {degree}, or compile for degree {ranks}"
         )
 
 
 def rank_claims(artifact: Artifact, backend: str, reduce_dtype: object = None) -> dict[str, str]:
-    """What must be the same on all ranks, by a name for the error message.
+    """The claims that must be the same on all ranks, by a name for the error message.
 
     Args:
         artifact: This rank's.

@@ -1,4 +1,4 @@
-"""The backends there are. Imports none of them."""
+"""The table of the backends. Imports none of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend, BackendOptions, Reference, annotations_of
 from kraken_compiler.errors import InputFileError, UsageError
 
-_OWN = {
+_OWN_ROWS = {
     "torch": "kraken_compiler.backends.torch_dist.backend:TorchBackend",
     "onnx": "kraken_compiler.backends.onnx_ort.backend:OnnxBackend",
 }
 """A row for every backend of this package; a run takes the first one that an artifact has."""
 
-DEFAULT_BACKEND = next(iter(_OWN))
-"""What writes programs where nobody names a backend; it keeps the lanes themselves, too."""
+DEFAULT_BACKEND = next(iter(_OWN_ROWS))
+"""The backend where nobody names one; it keeps the lanes themselves, too."""
 
 GROUP = "kraken_compiler.backends"
 """The entry points of other packages' backends."""
@@ -28,9 +28,9 @@ GROUP = "kraken_compiler.backends"
 
 @cache
 def backend_rows() -> Mapping[str, str]:
-    """Where every backend's class is, as MODULE:CLASS, by name."""
+    """The path of every backend's class, as MODULE:CLASS, by name."""
     others = {point.name: point.value for point in entry_points(group=GROUP)}
-    return {**_OWN, **{name: others[name] for name in sorted(others) if name not in _OWN}}
+    return {**_OWN_ROWS, **{name: others[name] for name in sorted(others) if name not in _OWN_ROWS}}
 
 
 def backend_class(name: str) -> type[Backend[Any]]:
@@ -45,8 +45,8 @@ def backend_class(name: str) -> type[Backend[Any]]:
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
         raise UsageError(f"unknown backend '{name}' (known: {', '.join(rows)}){hint}")
     module, _, attribute = rows[name].partition(":")
-    found: type[Backend[Any]] = getattr(import_module(module), attribute)
-    return found
+    kind: type[Backend[Any]] = getattr(import_module(module), attribute)
+    return kind
 
 
 def backend_named(name: str, options: Mapping[str, Any] | None = None) -> Backend[Any]:
@@ -60,9 +60,9 @@ def backend_named(name: str, options: Mapping[str, Any] | None = None) -> Backen
         UsageError: There is none, or an option has no such value.
     """
     kind = backend_class(name)
-    chosen: BackendOptions = kind.Options(**(options or {}))
-    chosen.check()
-    return kind(chosen)
+    settings: BackendOptions = kind.Options(**(options or {}))
+    settings.check()
+    return kind(settings)
 
 
 def chosen_backends(names: Sequence[str], options: Mapping[str, Any]) -> list[Backend[Any]]:
@@ -75,19 +75,22 @@ def chosen_backends(names: Sequence[str], options: Mapping[str, Any]) -> list[Ba
     Raises:
         UsageError: There is no such backend or none at all, an option is none of theirs or has no such value.
     """
-    chosen = dict.fromkeys([names] if isinstance(names, str) else names)
-    if not chosen:
+    unique_names = dict.fromkeys([names] if isinstance(names, str) else names)
+    if not unique_names:
         raise UsageError(f"no backend is named that writes programs; give at least one of {', '.join(backend_rows())}")
-    own = {name: options_of(name, at_run=False) for name in chosen}
+    own_options = {name: options_of(name, at_run=False) for name in unique_names}
     for option, value in options.items():
-        if any(option in known for known in own.values()):
+        if any(option in known_options for known_options in own_options.values()):
             continue
         owners = [name for name in backend_rows() if option in options_of(name, at_run=False)]
         flag = f"--{option.replace('_', '-')}"
         if not owners:
             raise UsageError(f"there is no option {flag}")
         raise UsageError(f"{flag} {value} is an option of the {owners[0]} backend; add --backend {owners[0]}")
-    return [backend_named(name, {key: options[key] for key in known if key in options}) for name, known in own.items()]
+    return [
+        backend_named(name, {key: options[key] for key in known_options if key in options})
+        for name, known_options in own_options.items()
+    ]
 
 
 def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None) -> list[Backend[Any]]:
@@ -101,18 +104,20 @@ def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None
         InputFileError: The artifact was written by a backend that is not here, or with options that are not its own.
         UsageError: An option has no such value.
     """
-    found = []
-    for name, noted in artifact.manifest.backends.items():
+    backends = []
+    for name, compile_options in artifact.manifest.backends.items():
         try:
-            known = options_of(name, at_run=False)
-            chosen = {key: value for key, value in (run_options or {}).items() if key in options_of(name, at_run=True)}
+            known_options = options_of(name, at_run=False)
+            run_values = {
+                key: value for key, value in (run_options or {}).items() if key in options_of(name, at_run=True)
+            }
         except UsageError as error:
             raise InputFileError(f"{artifact.directory}: {error}") from error
-        if not noted.keys() <= known.keys():
-            foreign = ", ".join(sorted(noted.keys() - known.keys()))
-            raise InputFileError(f"{artifact.directory}: the {name} backend has no options {foreign}")
-        found.append(backend_named(name, {**noted, **chosen}))
-    return found
+        if not compile_options.keys() <= known_options.keys():
+            unknown_options = ", ".join(sorted(compile_options.keys() - known_options.keys()))
+            raise InputFileError(f"{artifact.directory}: the {name} backend has no options {unknown_options}")
+        backends.append(backend_named(name, {**compile_options, **run_values}))
+    return backends
 
 
 def keeper_of_lanes(artifact: Artifact) -> Backend[Any] | None:
@@ -135,7 +140,7 @@ def lanes_in(artifact: Artifact) -> Reference | None:
 
 
 def require_lanes(artifact: Artifact) -> Reference:
-    """The same of an artifact that must have it.
+    """The lane program of an artifact that must hold it.
 
     Raises:
         UsageError: It does not.

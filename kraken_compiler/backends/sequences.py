@@ -1,4 +1,4 @@
-"""What a batch of sequences with a KV cache must keep to, whatever computes it. Imports no torch."""
+"""The limits of a batch of sequences with a KV cache, whatever computes it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -74,26 +74,26 @@ def require_prompts(ids: Array, lengths: Array, batch: int) -> None:
         raise UsageError(f"every sequence must bring 1 to {ids.shape[1]} tokens, got {lengths.tolist()}")
 
 
-def require_space(needed: int, capacity: int) -> None:
+def require_space(tokens: int, capacity: int) -> None:
     """Make sure that a cache is not full.
 
     Raises:
         UsageError: It holds fewer tokens than are needed.
     """
-    if needed > capacity:
+    if tokens > capacity:
         raise UsageError(
-            f"the KV cache is full: it holds {capacity} tokens and {needed} are needed; "
+            f"the KV cache is full: it holds {capacity} tokens and {tokens} are needed; "
             "ask for fewer new tokens or a larger capacity"
         )
 
 
-def require_memory(needed: int, capacity: int, memory: int | None = None) -> None:
+def require_memory(cache_bytes: int, capacity: int, memory: int | None = None) -> None:
     """Make sure that the caches of one rank are not larger than all the memory there is.
 
     A processor's memory is handed out before it is there.
 
     Args:
-        needed: Their bytes.
+        cache_bytes: Their bytes.
         capacity: Tokens that they are for, for the message.
         memory: Bytes of the device; None takes this machine's.
 
@@ -102,8 +102,8 @@ def require_memory(needed: int, capacity: int, memory: int | None = None) -> Non
     """
     if memory is None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
+    if cache_bytes > memory:
         raise UsageError(
-            f"room for {capacity:,} tokens takes {needed / 1e9:,.1f} GB on every rank, the device has "
+            f"room for {capacity:,} tokens takes {cache_bytes / 1e9:,.1f} GB on every rank, the device has "
             f"{memory / 1e9:,.1f} GB; ask for fewer new tokens (--max-new-tokens) or less context (--max-context)"
         )

@@ -95,52 +95,54 @@ def write_artifact(
         UsageError: The target is not empty and `force` is not given, is no directory, or somebody else is writing it.
         InputFileError: A file cannot be written: read-only, full, or no directory can be there.
     """
-    with nullcontext(reservation) if reservation is not None else reserved(directory, force) as held:
+    with nullcontext(reservation) if reservation is not None else reserved(directory, force) as target_reservation:
         try:
-            kept = dict(report or {})
-            with _source_with_hash(held, program, source, digest, backends, resumable) as hashed:
+            report_values = dict(report or {})
+            with _source_with_hash(target_reservation, program, source, digest, backends, resumable) as pending_source:
                 manifest = _fill(
-                    held.partial,
+                    target_reservation.partial,
                     program,
                     read,
-                    hashed,
+                    pending_source,
                     backends,
                     tokenizer_saver,
-                    kept,
+                    report_values,
                     healed,
                     options or {},
                     progress,
                 )
             if check is not None:
-                kept["verification"] = check(held.partial)
-                _write_report(held.partial, kept, manifest)
-            held.put_in_place()
+                report_values["verification"] = check(target_reservation.partial)
+                _write_report(target_reservation.partial, report_values, manifest)
+            target_reservation.put_in_place()
         except (OSError, SafetensorError) as error:
-            raise _cannot_write(held, error) from error
-        return held.target
+            raise _write_error(target_reservation, error) from error
+        return target_reservation.target
 
 
-def _cannot_write(held: Reservation, error: OSError | SafetensorError) -> InputFileError:
-    """What a user is told: the file by the name it would have had."""
+def _write_error(reservation: Reservation, error: OSError | SafetensorError) -> InputFileError:
+    """The error of a failed write, with the name that the file would have had."""
     if not isinstance(error, OSError):
-        return InputFileError(f"{held.target}: cannot be written: {error}")
+        return InputFileError(f"{reservation.target}: cannot be written: {error}")
     reason = error.strerror or error
-    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else held.partial
-    if named.is_relative_to(held.partial):
-        return InputFileError(f"{held.target / named.relative_to(held.partial)}: cannot be written: {reason}")
-    return InputFileError(f"{held.target}: cannot be written: {named}: {reason}")
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else reservation.partial
+    if path.is_relative_to(reservation.partial):
+        return InputFileError(
+            f"{reservation.target / path.relative_to(reservation.partial)}: cannot be written: {reason}"
+        )
+    return InputFileError(f"{reservation.target}: cannot be written: {path}: {reason}")
 
 
 @contextmanager
 def _source_with_hash(
-    held: Reservation,
+    reservation: Reservation,
     program: LaneProgram,
     source: Source,
     digest: Callable[[], str] | None,
     backends: Sequence[Backend[Any]],
     resumable: bool,
 ) -> Iterator[Callable[[], Source]]:
-    """Prepare the directory, and hash the source while the block writes; gives what waits for the hash.
+    """Prepare the directory, and hash the source while the block writes; gives a function that waits for the hash.
 
     Only what a killed compile left is not looked at before the hash is known.
     """
@@ -149,13 +151,13 @@ def _source_with_hash(
         return source if digest is None else source.model_copy(update={"sha256": digest()})
 
     def complete_and_note() -> Source:
-        found = complete()
-        if resumable and found.sha256:
-            held.note_key(_resume_key(program, found, backends))
-        return found
+        hashed_source = complete()
+        if resumable and hashed_source.sha256:
+            reservation.note_key(_resume_key(program, hashed_source, backends))
+        return hashed_source
 
-    left = held.left_key if resumable else ""
-    held.prepare(keep_shards=bool(left) and left == _resume_key(program, complete(), backends))
+    left_key = reservation.left_key if resumable else ""
+    reservation.prepare(keep_shards=bool(left_key) and left_key == _resume_key(program, complete(), backends))
     with ThreadPoolExecutor(1, "hash-source") as pool:
         pending = pool.submit(complete_and_note)
         yield pending.result
@@ -163,7 +165,7 @@ def _source_with_hash(
 
 
 def _resume_key(program: LaneProgram, source: Source, backends: Sequence[Backend[Any]]) -> str:
-    """Says which values the files will hold: what a killed compile of the same key finished need not be made again."""
+    """A key of the values in the files: what a killed compile of the same key finished need not be made again."""
     total = hashlib.sha256()
     parts = (FORMAT_VERSION, own_version(), torch.__version__, source, program.degree)
     weights = tuple(program.weights.values())
@@ -193,13 +195,13 @@ def _fill(
     for backend in sorted(backends, key=lambda backend: not backend.writes_all_weights):
         windows = backend.write(program, read, lanes, progress) or windows
     if tokenizer_saver is not None:
-        own = directory / TOKENIZER_DIRECTORY
-        own.mkdir(exist_ok=True)
-        tokenizer_saver(own)
+        tokenizer_directory = directory / TOKENIZER_DIRECTORY
+        tokenizer_directory.mkdir(exist_ok=True)
+        tokenizer_saver(tokenizer_directory)
     _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
-    known = finished_files(lanes)
+    marks = finished_files(lanes)
     files = {
-        path.relative_to(directory).as_posix(): _record(path, known.get(path))
+        path.relative_to(directory).as_posix(): _record(path, marks.get(path))
         for path in sorted(directory.rglob("*"))
         if not path.is_dir() and path.name != JOURNAL
     }
@@ -238,12 +240,12 @@ def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest
     _write_durably(directory / MANIFEST_FILE, _as_json(manifest.model_copy(update={"files": files})))
 
 
-def _record(path: Path, known: Mark | None = None) -> FileRecord:
+def _record(path: Path, mark: Mark | None = None) -> FileRecord:
     with naming(path), path.open("rb") as file:
-        digest = known.sha256 if known is not None else hashlib.file_digest(file, "sha256").hexdigest()
+        digest = mark.sha256 if mark is not None else hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-    assert known is None or size == known.end, f"{path}: {size} bytes, {known.end} were written"
+    assert mark is None or size == mark.end, f"{path}: {size} bytes, {mark.end} were written"
     return FileRecord(sha256=digest, bytes=size)
 
 
@@ -259,7 +261,7 @@ def _as_json(model: BaseModel) -> str:
 
 
 def _main_dtype(program: LaneProgram) -> str:
-    counted: Counter[str] = Counter()
+    nbytes_by_dtype: Counter[str] = Counter()
     for spec in program.weights.values():
-        counted[spec.dtype] += spec.nbytes
-    return counted.most_common(1)[0][0] if counted else ""
+        nbytes_by_dtype[spec.dtype] += spec.nbytes
+    return nbytes_by_dtype.most_common(1)[0][0] if nbytes_by_dtype else ""

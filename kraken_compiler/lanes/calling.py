@@ -1,4 +1,4 @@
-"""How a program is called: the source model's arguments to the graph's inputs, and its outputs back.
+"""The calling convention: the source model's arguments to the graph's inputs, and its outputs back.
 
 Every runtime uses these two functions, so that a rewritten model has the source model's signature everywhere.
 """
@@ -19,7 +19,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import CallSpec, InputSpec
 from kraken_compiler.ir.size_checks import require_sizes
 
-_missing = object()
+_NO_VALUE = object()
 
 
 def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -38,21 +38,21 @@ def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwarg
         UsageError: An argument is missing, unknown, was not captured, or has another structure or a size that the
             program was not compiled for.
     """
-    given = _by_name(call, args, kwargs)
-    for name, value in given.items():
+    arguments = _by_name(call, args, kwargs)
+    for name, value in arguments.items():
         if name not in call.trees:
             _check_constant(call, name, value)
-    by_argument = {name: _tensors_of(call, name, given.get(name, _missing)) for name in call.trees}
-    taken = dict.fromkeys(call.trees, 0)
-    bound: list[Tensor] = []
+    by_argument = {name: _tensors_of(call, name, arguments.get(name, _NO_VALUE)) for name in call.trees}
+    next_index = dict.fromkeys(call.trees, 0)
+    tensors: list[Tensor] = []
     for spec in inputs:
-        tensor = by_argument[spec.parameter][taken[spec.parameter]]
-        taken[spec.parameter] += 1
+        tensor = by_argument[spec.parameter][next_index[spec.parameter]]
+        next_index[spec.parameter] += 1
         _check_shape(call, spec, tensor)
         _check_kind(call, spec, tensor)
-        bound.append(tensor)
-    require_sizes(call, inputs, [tensor.shape for tensor in bound])
-    return bound
+        tensors.append(tensor)
+    require_sizes(call, inputs, [tensor.shape for tensor in tensors])
+    return tensors
 
 
 def unflatten_output(call: CallSpec, tensors: Sequence[Tensor]) -> Any:
@@ -72,23 +72,23 @@ def unflatten_output(call: CallSpec, tensors: Sequence[Tensor]) -> Any:
 def _by_name(call: CallSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if len(args) > len(call.parameters):
         raise UsageError(f"{_model(call)} takes {len(call.parameters)} positional arguments, {len(args)} were given")
-    given = dict(zip(call.parameters, args))
+    arguments = dict(zip(call.parameters, args))
     for name, value in kwargs.items():
-        if name in given:
+        if name in arguments:
             raise UsageError(f"{_model(call)} got two values for argument '{name}'")
-        given[name] = value
-    return given
+        arguments[name] = value
+    return arguments
 
 
 def _check_constant(call: CallSpec, name: str, value: Any) -> None:
     if value is None:
         return
     if name in call.constants:
-        fixed = call.constants[name]
-        if type(value) is type(fixed) and value == fixed:
+        constant = call.constants[name]
+        if type(value) is type(constant) and value == constant:
             return
         raise UsageError(
-            f"{_model(call)} was compiled with {name}={fixed!r} and cannot be called with another value; "
+            f"{_model(call)} was compiled with {name}={constant!r} and cannot be called with another value; "
             f"compile it again with example_inputs that hold {name}={_brief(value)}"
         )
     if name in call.parameters:
@@ -100,14 +100,16 @@ def _check_constant(call: CallSpec, name: str, value: Any) -> None:
 
 
 def _tensors_of(call: CallSpec, name: str, value: Any) -> list[Tensor]:
-    if value is _missing:
+    if value is _NO_VALUE:
         raise UsageError(f"{_model(call)} needs the argument '{name}'; it takes {', '.join(call.trees)}")
     leaves, spec = compat.tree_flatten(value)
-    captured = _load_tree(call.trees[name])
+    captured_spec = _load_tree(call.trees[name])
     nones = call.none_inputs.get(name, ())
-    matches = captured is None or spec == captured
+    matches = captured_spec is None or spec == captured_spec
     if not matches or any(isinstance(leaf, Tensor) == (index in nones) for index, leaf in enumerate(leaves)):
-        raise UsageError(f"argument '{name}' of {_model(call)} must be {_expected(call, name)}, got {_brief(value)}")
+        raise UsageError(
+            f"argument '{name}' of {_model(call)} must be {_structure_of(call, name)}, got {_brief(value)}"
+        )
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -123,9 +125,9 @@ def _check_shape(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
 
 
 def _check_kind(call: CallSpec, spec: InputSpec, tensor: Tensor) -> None:
-    """Flags, whole numbers and fractions are told apart by models; how many bits they have is not."""
-    captured: torch.dtype = getattr(torch, spec.dtype)
-    if _kind(tensor.dtype) != _kind(captured):
+    """Require a flag, a whole number or a fraction as captured: models tell these apart, but not by their bits."""
+    captured_dtype: torch.dtype = getattr(torch, spec.dtype)
+    if _kind(tensor.dtype) != _kind(captured_dtype):
         raise UsageError(
             f"argument '{spec.parameter}' of {_model(call)} was compiled for {spec.dtype}, got "
             f"{str(tensor.dtype).removeprefix('torch.')}: its code may do something else with that; convert it"
@@ -142,13 +144,13 @@ def _model(call: CallSpec) -> str:
     return call.model_class or "the model"
 
 
-def _expected(call: CallSpec, name: str) -> str:
+def _structure_of(call: CallSpec, name: str) -> str:
     spec = _load_tree(call.trees[name])
     if spec is None or spec.is_leaf():
         return "a tensor"
     nones = call.none_inputs.get(name, ())
-    shown = [None if leaf in nones else "tensor" for leaf in range(spec.num_leaves)]
-    return f"structured as {compat.tree_unflatten(shown, spec)!r}"
+    leaves = [None if leaf in nones else "tensor" for leaf in range(spec.num_leaves)]
+    return f"structured as {compat.tree_unflatten(leaves, spec)!r}"
 
 
 def _brief(value: Any) -> str:
@@ -169,19 +171,19 @@ def _load_tree(text: str) -> compat.TreeSpec | None:
     if "transformers." not in text:
         return None
     try:
-        for module in sorted(_modules_named(json.loads(text))):
+        for module in sorted(_transformers_modules(json.loads(text))):
             importlib.import_module(module)
         return compat.tree_loads(text)
     except (ImportError, NotImplementedError):
         return None
 
 
-def _modules_named(schema: Any) -> set[str]:
+def _transformers_modules(schema: Any) -> set[str]:
     """Modules of the transformers classes in a serialized structure."""
     if isinstance(schema, list):
-        return set().union(*map(_modules_named, schema))
+        return set().union(*map(_transformers_modules, schema))
     if not isinstance(schema, dict):
         return set()
     name = schema.get("type")
-    own = {name.rpartition(".")[0]} if isinstance(name, str) and name.startswith("transformers.") else set()
-    return own | _modules_named(schema.get("children_spec", []))
+    modules = {name.rpartition(".")[0]} if isinstance(name, str) and name.startswith("transformers.") else set()
+    return modules | _transformers_modules(schema.get("children_spec", []))

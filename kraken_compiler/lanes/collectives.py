@@ -15,7 +15,7 @@ from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 class Collectives(Protocol):
-    """What a lane program's collectives do."""
+    """The collectives of a lane program."""
 
     def start(self, x: Tensor, differs: bool) -> Any:
         """Begin a sum over the lanes; `differs` tells whether their parts differ. Returns what `wait` takes."""
@@ -31,7 +31,7 @@ class Collectives(Protocol):
 
 
 class InOneProcess:
-    """All lanes are here; a value that differs between them has them as its first dim."""
+    """Collectives of lanes in one process; a value that differs between lanes has them as its first dim."""
 
     def __init__(self, degree: int) -> None:
         self._degree = degree
@@ -47,7 +47,7 @@ class InOneProcess:
 
 
 class OnRanks:
-    """Every rank has its own lane.
+    """Collectives of ranks that run a lane each.
 
     A sum of the backward pass starts where the forward pass waits, so what hides one hides the other too.
     """
@@ -56,17 +56,17 @@ class OnRanks:
         self._communicator = communicator
 
     def start(self, x: Tensor, differs: bool) -> _Sum:
-        made = _Sum(self._communicator)
-        made.part = _Start.apply(x, made)  # type: ignore[no-untyped-call]
-        return made
+        handle = _Sum(self._communicator)
+        handle.part = _Start.apply(x, handle)  # type: ignore[no-untyped-call]
+        return handle
 
     def wait(self, handle: _Sum) -> Tensor:
         total: Tensor = _Wait.apply(handle.part, handle)  # type: ignore[no-untyped-call]
         return total
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        gathered: Tensor = _Gather.apply(x, dim, self._communicator)  # type: ignore[no-untyped-call]
-        return gathered
+        whole: Tensor = _Gather.apply(x, dim, self._communicator)  # type: ignore[no-untyped-call]
+        return whole
 
 
 class _Sum:
@@ -82,28 +82,28 @@ class _Sum:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, made: _Sum) -> Tensor:
-        ctx.made = made
-        made.forward = made.communicator.start(x)
+    def forward(ctx: Any, x: Tensor, handle: _Sum) -> Tensor:
+        ctx.handle = handle
+        handle.forward = handle.communicator.start(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        made: _Sum = ctx.made
-        return made.communicator.wait(made.backward), None
+        handle: _Sum = ctx.handle
+        return handle.communicator.wait(handle.backward), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, made: _Sum) -> Tensor:
-        ctx.made = made
-        return made.communicator.wait(made.forward)
+    def forward(ctx: Any, part: Tensor, handle: _Sum) -> Tensor:
+        ctx.handle = handle
+        return handle.communicator.wait(handle.forward)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        made: _Sum = ctx.made
+        handle: _Sum = ctx.handle
         (gradient,) = gradients
-        made.backward = made.communicator.start(gradient.contiguous())
+        handle.backward = handle.communicator.start(gradient.contiguous())
         # The gradient itself comes with the sum; autograd only needs to know that there is one.
         return gradient.new_zeros(()).expand_as(gradient), None
 

@@ -1,4 +1,4 @@
-"""A program as a language model: which of its inputs follow from token ids, and how. Imports no torch."""
+"""A program as a language model: the inputs that follow from token ids, and the logits. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 class Derived(Enum):
-    """What an input holds."""
+    """The contents of an input that follows from token ids."""
 
     IDS = "the token ids"
     SOURCE = "the token ids of the text that an encoder reads"
@@ -26,7 +26,7 @@ class Derived(Enum):
 
 
 def derived_input(spec: InputSpec, inputs: Sequence[InputSpec]) -> Derived:
-    """What an input holds when nothing but token ids is known.
+    """The contents of an input when nothing but token ids is known.
 
     Args:
         spec: The input.
@@ -42,7 +42,7 @@ def derived_input(spec: InputSpec, inputs: Sequence[InputSpec]) -> Derived:
 
 
 def find_derived(spec: InputSpec, inputs: Sequence[InputSpec]) -> Derived | None:
-    """The same; None if it does not follow from the ids."""
+    """The contents of an input as in `derived_input`; None if they do not follow from the ids."""
     if spec.parameter == DECODER_IDS or (len(inputs) == 1 and "float" not in spec.dtype):
         return Derived.IDS
     if spec.parameter == INPUT_IDS:
@@ -87,7 +87,7 @@ def logits_function(
 
     Args:
         inputs: The program's inputs.
-        call: Says what its outputs are.
+        call: Names its outputs.
         run: Runs the program on inputs by name; gives its outputs, or the logits alone.
         inputs_of: Makes the inputs out of ids in another way than `inputs_function` does.
 
@@ -103,9 +103,9 @@ def logits_function(
     make_inputs = inputs_of or inputs_function(inputs)
 
     def logits_of(ids: Any, source: Any = None) -> Any:
-        given = make_inputs(ids, source)
-        require_sizes(call, inputs, [array.shape for array in given.values()])
-        outputs = run(given)
+        arrays = make_inputs(ids, source)
+        require_sizes(call, inputs, [array.shape for array in arrays.values()])
+        outputs = run(arrays)
         logits = outputs[call.logits] if len(outputs) > 1 else outputs[0]
         if logits.ndim != 3:
             raise UsageError(

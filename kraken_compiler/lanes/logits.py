@@ -23,11 +23,11 @@ def logits_function(
 
     Args:
         inputs: The program's inputs.
-        call: Says what its outputs are.
+        call: Names its outputs.
         run_flat: Runs the program on its flat inputs, on the device of the ids.
     """
     return derived_inputs.logits_function(
-        inputs, call, lambda given: run_flat(list(given.values())), _tensors_function(inputs)
+        inputs, call, lambda tensors: run_flat(list(tensors.values())), _tensors_function(inputs)
     )
 
 
@@ -56,6 +56,6 @@ def lane_logits(program: Program, read_lane: ReadLane) -> LogitsOf:
 
 
 def recorded(logits: Sequence[Tensor]) -> LogitsOf:
-    """A model that says again what it said to the same batches in the same order."""
+    """A model that repeats its earlier logits of the same batches in the same order."""
     following = iter(logits)
     return lambda ids: next(following)

@@ -51,7 +51,7 @@ class LaneModule(nn.Module):
         module = cls(program)
         read = program.reader(read)
         for spec in program.weights.values():
-            value = _stacked(spec, read(spec.source), program.degree)
+            value = _stack(spec, read(spec.source), program.degree)
             module._set_weight(spec, value, spec.source not in frozen)
         return module
 
@@ -73,7 +73,7 @@ class LaneModule(nn.Module):
         return self._runner.run_flat(weights, inputs, batched=batched)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the runner: it follows from the program, and its functions cannot be written to a file."""
+        """The state without the runner, which follows from the program and cannot be written to a file."""
         return {name: value for name, value in self.__dict__.items() if name != "_runner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,12 +90,12 @@ class LaneModule(nn.Module):
         return self
 
 
-def _stacked(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
+def _stack(spec: WeightSpec, source: Tensor, degree: int) -> Tensor:
     """All lanes' parts, [degree, *local shape], or the whole tensor if lanes do not differ. Owns its memory."""
     if not spec.shards:
         whole = spec.take(source, 0)
         return whole.clone() if whole.data_ptr() == source.data_ptr() else whole
-    stacked = source.new_empty((degree, *spec.shape))
+    parts = source.new_empty((degree, *spec.shape))
     for lane in range(degree):
-        stacked[lane] = spec.take(source, lane)
-    return stacked
+        parts[lane] = spec.take(source, lane)
+    return parts

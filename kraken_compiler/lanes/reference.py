@@ -23,7 +23,7 @@ from kraken_compiler.weights.lane_tensors import ReadLane as ReadLane
 
 
 def read_from_source(program: Program, read: SourceReader) -> ReadLane:
-    """Local tensors cut out of the source's tensors; the last source tensor is kept, for the next lane wants it too."""
+    """Local tensors cut out of the source's tensors; the last source tensor is kept for the next lane."""
     read = program.reader(read)
     last: dict[str, Tensor] = {}
 
@@ -60,7 +60,7 @@ class StreamingProgram(fx.Interpreter):
 
     Args:
         program: The program; its graph is not changed.
-        read_lane: Where weights come from.
+        read_lane: Gives the weights.
         reverse_sums: Add the lanes' parts last lane first. Any order is right; the difference between two is the
             rounding noise that the program has of its own.
     """
@@ -106,7 +106,7 @@ class StreamingProgram(fx.Interpreter):
         if target is torch.ops.kraken.wait.default:
             return args[0]
         if target is torch.ops.kraken.all_reduce_start.default:
-            return _for_each_run(self._reduced, args[0])
+            return _for_each_run(self._reduce, args[0])
         if target is torch.ops.kraken.all_gather.default:
             return _for_each_run(lambda parts: torch.cat(parts, dim=args[1]), args[0])
         if not self._differs((args, kwargs)):
@@ -120,7 +120,7 @@ class StreamingProgram(fx.Interpreter):
         call = super().call_function
         return _for_each_run(lambda operands: call(target, *operands), (args, kwargs))
 
-    def _reduced(self, value: Any) -> Tensor:
+    def _reduce(self, value: Any) -> Tensor:
         if not isinstance(value, Lanes):
             assert isinstance(value, Tensor)
             return value * self._program.degree if self._program.degree > 1 else value

@@ -20,7 +20,7 @@ from kraken_compiler.lanes.segments import Collective, Segment, Step, cut, nodes
 from kraken_compiler.ops.devices import retarget
 
 _NO_BATCHING = ("Batching rule not implemented", "vmap: ")
-"""How torch begins to say that an operator cannot be batched."""
+"""The beginnings of torch's messages for operators that cannot be batched."""
 
 _LaneDims = tuple[int | None, ...]
 
@@ -55,15 +55,15 @@ class LaneRunner:
         self._stacked = collectives is None and any(spec.shards for spec in program.weights.values())
         self._collectives = collectives or InOneProcess(program.degree)
         self._names = (*program.weights, *(spec.name for spec in program.inputs))
-        self._differing = _differing(program, self._steps) if self._stacked else frozenset()
+        self._differing_names = _differing_names(program, self._steps) if self._stacked else frozenset()
         self._last_reads = _last_reads(self._steps, self._outputs)
         # What follows the last sum is needed at once by the backward pass, so nothing is won by dropping it.
-        self._recomputed = max(
+        self._recompute_end = max(
             (n for n, step in enumerate(self._steps) if isinstance(step, Collective) and step.kind == "wait"),
             default=-1,
         )
         self._lane_dims = [self._dims_of(step) for step in self._steps]
-        self._not_batched: set[int] = set()
+        self._unbatched_steps: set[int] = set()
         self.to(device)
 
     def to(self, device: torch.device | str) -> None:
@@ -101,7 +101,7 @@ class LaneRunner:
         run: Any = segment.module.forward
         if self._lane_dims[number] is not None:
             run = partial(self._on_all_lanes, number, run, batched)
-        if self._recompute and number < self._recomputed and torch.is_grad_enabled():
+        if self._recompute and number < self._recompute_end and torch.is_grad_enabled():
             # Nothing is drawn at random in a captured model, so there is no generator to wind back.
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         results: tuple[Tensor, ...] = run(*operands)
@@ -111,15 +111,15 @@ class LaneRunner:
         dims = self._lane_dims[number]
         assert dims is not None
         in_dims, out_dims = dims
-        if batched and number not in self._not_batched:
+        if batched and number not in self._unbatched_steps:
             try:
-                at_once: tuple[Tensor, ...] = torch.vmap(run, in_dims, out_dims)(*operands)  # type: ignore[arg-type]
+                outputs: tuple[Tensor, ...] = torch.vmap(run, in_dims, out_dims)(*operands)  # type: ignore[arg-type]
             except RuntimeError as error:
                 if not str(error).startswith(_NO_BATCHING):
                     raise
-                self._not_batched.add(number)  # It has an operator that vmap will not know next time either.
+                self._unbatched_steps.add(number)  # It has an operator that vmap will not know next time either.
             else:
-                return at_once
+                return outputs
         lanes = [
             run(*(value if dim is None else value[lane] for value, dim in zip(operands, in_dims, strict=True)))
             for lane in range(self.program.degree)
@@ -130,33 +130,34 @@ class LaneRunner:
         )
 
     def _dims_of(self, step: Step) -> tuple[_LaneDims, _LaneDims] | None:
-        """Which dims of a segment's inputs and outputs are the lanes'; None if it is the same for all lanes."""
-        if not isinstance(step, Segment) or self._differing.isdisjoint(step.inputs):
+        """The lane dims of a segment's inputs and outputs; None if it is the same for all lanes."""
+        if not isinstance(step, Segment) or self._differing_names.isdisjoint(step.inputs):
             return None
         inputs, outputs = (
-            tuple(0 if name in self._differing else None for name in names) for names in (step.inputs, step.outputs)
+            tuple(0 if name in self._differing_names else None for name in names)
+            for names in (step.inputs, step.outputs)
         )
         return inputs, outputs
 
     def _run_collective(self, call: Collective, operand: Any) -> Any:
         if call.kind == "start":
-            return self._collectives.start(operand, call.operand in self._differing)
+            return self._collectives.start(operand, call.operand in self._differing_names)
         if call.kind == "wait":
             return self._collectives.wait(operand)
         return self._collectives.all_gather(operand, call.dim)
 
 
-def _differing(program: Program, steps: Sequence[Segment | Collective]) -> frozenset[str]:
+def _differing_names(program: Program, steps: Sequence[Segment | Collective]) -> frozenset[str]:
     """Names of the values that differ between lanes; what a collective gives never does."""
-    found = {name for name, spec in program.weights.items() if spec.shards}
+    names = {name for name, spec in program.weights.items() if spec.shards}
     for step in steps:
         if isinstance(step, Segment):
-            inside: set[fx.Node] = set()
+            differing_nodes: set[fx.Node] = set()
             for node in step.module.graph.nodes:
-                if node.name in found or any(operand in inside for operand in node.all_input_nodes):
-                    inside.add(node)
-            found |= {node.name for node in nodes_of(step) if node in inside and node.name in step.outputs}
-    return frozenset(found)
+                if node.name in names or any(operand in differing_nodes for operand in node.all_input_nodes):
+                    differing_nodes.add(node)
+            names |= {node.name for node in nodes_of(step) if node in differing_nodes and node.name in step.outputs}
+    return frozenset(names)
 
 
 def _last_reads(steps: Sequence[Segment | Collective], outputs: Sequence[str]) -> list[list[str]]:
@@ -165,8 +166,8 @@ def _last_reads(steps: Sequence[Segment | Collective], outputs: Sequence[str]) -
     for number, step in enumerate(steps):
         names = (*step.inputs, *step.outputs) if isinstance(step, Segment) else (step.operand, step.name)
         last.update(dict.fromkeys(names, number))
-    found: list[list[str]] = [[] for _ in steps]
+    reads: list[list[str]] = [[] for _ in steps]
     for name, number in last.items():
         if name not in outputs:
-            found[number].append(name)
-    return found
+            reads[number].append(name)
+    return reads

@@ -71,14 +71,14 @@ def cut(graph: fx.Graph) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     Returns:
         The steps in the order of the graph, and the names of the graph's outputs.
     """
-    groups = _grouped(graph)
+    groups = _groups(graph)
     (output,) = next(node for node in graph.nodes if node.op == "output").args
     assert isinstance(output, list | tuple)
     outputs = tuple(node.name for node in output if isinstance(node, fx.Node))
     inputs = [_inputs(group) if isinstance(group, list) else group.all_input_nodes for group in groups]
-    read = {node.name for nodes in inputs for node in nodes} | set(outputs)
+    read_names = {node.name for nodes in inputs for node in nodes} | set(outputs)
     steps = [
-        _segment(group, nodes, read) if isinstance(group, list) else _collective(group)
+        _segment(group, nodes, read_names) if isinstance(group, list) else _collective(group)
         for group, nodes in zip(groups, inputs, strict=True)
     ]
     return tuple(steps), outputs
@@ -89,14 +89,14 @@ def is_size(node: fx.Node) -> bool:
     if node.target in _SIZES:
         return True
     plain = callable(node.target) and not isinstance(node.target, torch._ops.OpOverload)
-    computed = plain and node.target is not operator.getitem and bool(node.all_input_nodes)
-    return computed and all(map(is_size, node.all_input_nodes))
+    is_computed = plain and node.target is not operator.getitem and bool(node.all_input_nodes)
+    return is_computed and all(map(is_size, node.all_input_nodes))
 
 
-def _grouped(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:
+def _groups(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:
     """The graph's calls: lists of those between collectives, and the collectives."""
     groups: list[list[fx.Node] | fx.Node] = []
-    home: dict[fx.Node, list[fx.Node]] = {}
+    group_of: dict[fx.Node, list[fx.Node]] = {}
     current: list[fx.Node] = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or is_size(node):
@@ -106,16 +106,16 @@ def _grouped(graph: fx.Graph) -> list[list[fx.Node] | fx.Node]:
             current = []
             continue
         # What a call with several results gives leaves its segment as single values.
-        group = home[node.args[0]] if node.target is operator.getitem and node.args[0] in home else current
+        group = group_of[node.args[0]] if node.target is operator.getitem and node.args[0] in group_of else current
         group.append(node)
-        home[node] = group
+        group_of[node] = group
     return [group for group in [*groups, current] if group != []]
 
 
 def _inputs(group: list[fx.Node]) -> list[fx.Node]:
-    """What a segment reads from outside, sizes looked through."""
+    """The values that a segment reads from outside, sizes looked through."""
     inside = set(group)
-    found: dict[fx.Node, None] = {}
+    inputs: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
         for operand in node.all_input_nodes:
@@ -124,14 +124,14 @@ def _inputs(group: list[fx.Node]) -> list[fx.Node]:
             if is_size(operand):
                 visit(operand)
             else:
-                found[operand] = None
+                inputs[operand] = None
 
     for node in group:
         visit(node)
-    return list(found)
+    return list(inputs)
 
 
-def _segment(group: list[fx.Node], inputs: list[fx.Node], read: set[str]) -> Segment:
+def _segment(group: list[fx.Node], inputs: list[fx.Node], read_names: set[str]) -> Segment:
     graph = fx.Graph()
     values = {node: graph.placeholder(node.name) for node in inputs}
 
@@ -139,13 +139,13 @@ def _segment(group: list[fx.Node], inputs: list[fx.Node], read: set[str]) -> Seg
         if node not in values:
             for operand in node.all_input_nodes:
                 copy(operand)
-            made = graph.node_copy(node, values.__getitem__)
-            made.target = BATCHED_AS.get(node.target, node.target)
-            made.meta = {}
-            values[node] = made
+            duplicate = graph.node_copy(node, values.__getitem__)
+            duplicate.target = BATCHED_AS.get(node.target, node.target)
+            duplicate.meta = {}
+            values[node] = duplicate
         return values[node]
 
-    outputs = [node for node in group if node.name in read]
+    outputs = [node for node in group if node.name in read_names]
     for node in group:
         copy(node)
     graph.output(tuple(values[node] for node in outputs))

@@ -1,4 +1,4 @@
-"""What every rank of `run_ranks` runs, with the arguments MODULE:FUNCTION DIRECTORY FOLDER."""
+"""The program of every rank of `run_ranks`; its arguments are MODULE:FUNCTION DIRECTORY FOLDER."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kraken_compiler.ranks.session import joined
 def main() -> None:
     """Call the function as this rank; arguments and result are JSON files in the directory.
 
-    The folder is where the launcher has the function's package from; what is in there is imported last.
+    The folder is the one that the launcher imports the function's package from; it comes last on the import path.
     """
     function_path, name, folder = sys.argv[1:]
     directory = Path(name)

@@ -1,4 +1,4 @@
-"""What a launcher tells a rank through the environment: which one it is, and how long it may wait. Imports no torch."""
+"""A rank's settings in the environment: its place among the ranks, and its timeout. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BACKSTOP_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the ranks.
+    """The place of this process among the ranks.
 
     Attributes:
         rank: Number among all ranks.
@@ -57,9 +57,11 @@ class Place:
                 f"{error.args[0]} is not set; start this through kraken-run or torchrun, or set RANK and WORLD_SIZE"
             ) from None
         except ValueError:
-            given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-            shown = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-            raise UsageError(f"{shown} are no whole numbers") from None
+            variables = {
+                name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            }
+            assignments = " and ".join(f"{name}={value}" for name, value in variables.items() if value is not None)
+            raise UsageError(f"{assignments} are no whole numbers") from None
         if not 0 <= rank < degree:
             raise UsageError(f"RANK={rank} is none of WORLD_SIZE={degree} ranks, which are numbered from 0")
         return cls(rank, degree, local_rank, local_degree)

@@ -1,4 +1,4 @@
-"""What a rank tells its launcher: that it lives, how far it is, and how it failed.
+"""The reports of a rank to its launcher: that it lives, how far it is, and how it failed.
 
 Ranks write small files into a directory that the launcher made. Files outlive their writer, which is what is needed
 of the reports of processes that die.
@@ -21,14 +21,14 @@ from kraken_compiler.errors import RankFailedError, typed_line
 from kraken_compiler.standard_streams import tell
 
 RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
-"""Environment variable: where a local launcher wants the reports; unset under plain torchrun."""
+"""Environment variable: the directory of the reports to a local launcher; unset under plain torchrun."""
 RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 """Environment variable: seconds without progress after which a run is given up."""
 
 _NOTES = "notes.txt"
 _BEAT_SECONDS = 0.5
 _LEAST_SHARE_OF_A_CORE = 0.05
-"""Of the processor time between two beats: more than waiting takes, less than computing on a crowded machine."""
+"""The share of the time between two beats that tells computing on a crowded machine from waiting."""
 _START_SECONDS = 90.0
 _PEER_SIGNS = (
     *("connection closed by peer", "connection reset", "connection refused", "broken pipe", "socket timeout"),
@@ -40,7 +40,7 @@ _PEER_SIGNS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed.
+    """The failure of a rank.
 
     Attributes:
         rank: Which one.
@@ -85,7 +85,7 @@ class Heartbeat:
 
 
 class StatusWriter:
-    """A rank's side. Without a run directory it does nothing.
+    """The writer of a rank's reports. Without a run directory it does nothing.
 
     Attributes:
         computes_here: False once an accelerator computes, for which the main thread waits at full speed: then its
@@ -162,15 +162,15 @@ class StatusWriter:
         _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
 
     def _keep_beating(self) -> None:
-        beaten, used = time.monotonic(), _main_thread_seconds()
+        last_time, last_total = time.monotonic(), _main_thread_seconds()
         while not self._stop.wait(_BEAT_SECONDS):
             if os.getppid() != self._parent:
                 # The launcher is gone without having ended us; nobody is left to talk to.
                 os._exit(1)
             now, total = time.monotonic(), _main_thread_seconds()
-            if self.computes_here and total - used > _LEAST_SHARE_OF_A_CORE * (now - beaten):
+            if self.computes_here and total - last_total > _LEAST_SHARE_OF_A_CORE * (now - last_time):
                 self._computed = time.time()
-            beaten, used = now, total
+            last_time, last_total = now, total
             self._beat()
 
     def _beat(self) -> None:
@@ -212,8 +212,8 @@ def is_of_peer(error: BaseException) -> bool:
 
 def read_failures(directory: Path) -> dict[int, Failure]:
     """Every failure that was recorded, by rank."""
-    found = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
-    return {failure.rank: failure for failure in found}
+    failures = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
+    return {failure.rank: failure for failure in failures}
 
 
 def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
@@ -223,13 +223,13 @@ def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
 
 
 def read_notes(directory: Path) -> list[str]:
-    """What ranks want a user to know."""
+    """The notes of the ranks for the user."""
     path = directory / _NOTES
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def stacks_file(directory: Path, rank: int) -> Path:
-    """Where a rank writes its stacks when it is asked to."""
+    """The file in which a rank writes its stacks on request."""
     return directory / f"stacks-{rank}.txt"
 
 

@@ -1,4 +1,4 @@
-"""Where a rank's modules come from: never from the working directory, which is the user's. Imports next to nothing."""
+"""A rank's import path, without the working directory, which is the user's. Imports next to nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 
 def leave_working_directory_out() -> None:
-    """Take back that `python -m` looks for modules in the working directory first.
+    """Remove the working directory from the import path, where `python -m` puts it first.
 
     A script there may be called like a module that a rank imports, and would run in every rank.
     """
@@ -37,7 +37,7 @@ def load_package(name: str, folder: str) -> None:
 
 
 def folder_of(name: str) -> str:
-    """Where this process has a top-level module or package from; what another one needs for `load_package`."""
+    """The folder from which this process imports a top-level module or package; for `load_package` in another one."""
     spec = importlib.util.find_spec(name)
     assert spec is not None, f"there is no module '{name}'"
     places = list(spec.submodule_search_locations or [])

@@ -1,4 +1,4 @@
-"""Starts local ranks through torch's elastic launcher, and says what went wrong when one fails."""
+"""Starts local ranks through torch's elastic launcher, and explains the failure of one."""
 
 from __future__ import annotations
 
@@ -145,18 +145,18 @@ def _explain(directory: Path, exit_codes: Mapping[int, int], verdict: Verdict | 
     if verdict is not None:
         stack = f"\n{verdict.stack}" if verdict.stack else ""
         return RankFailedError(f"rank {verdict.rank} hangs: it {verdict.reason}{stack}")
-    own = [failure for failure in failures.values() if not failure.of_peer]
-    if own:
-        return _as_error(min(own, key=lambda failure: failure.time))
+    own_failures = [failure for failure in failures.values() if not failure.of_peer]
+    if own_failures:
+        return _as_error(min(own_failures, key=lambda failure: failure.time))
     # The launcher ends the others with SIGTERM, so any other end without a record came from elsewhere.
-    unexplained = [rank for rank in sorted(exit_codes) if rank not in failures]
-    for rank in sorted(unexplained, key=lambda rank: exit_codes[rank] == -signal.SIGTERM):
+    unexplained_ranks = [rank for rank in sorted(exit_codes) if rank not in failures]
+    for rank in sorted(unexplained_ranks, key=lambda rank: exit_codes[rank] == -signal.SIGTERM):
         if exit_codes[rank] != -signal.SIGTERM or failures:
-            return RankFailedError(_died(directory, rank, exit_codes[rank]))
+            return RankFailedError(_death_message(directory, rank, exit_codes[rank]))
     if failures:
         return _as_error(min(failures.values(), key=lambda failure: failure.time))
     rank = min(exit_codes)
-    return RankFailedError(_died(directory, rank, exit_codes[rank]))
+    return RankFailedError(_death_message(directory, rank, exit_codes[rank]))
 
 
 def _as_error(failure: Failure) -> KrakenError:
@@ -167,14 +167,14 @@ def _as_error(failure: Failure) -> KrakenError:
     return RankFailedError(f"rank {failure.rank} failed: {failure.summary}\n{failure.traceback.rstrip()}")
 
 
-def _died(directory: Path, rank: int, exit_code: int) -> str:
+def _death_message(directory: Path, rank: int, exit_code: int) -> str:
     beat = read_heartbeats(directory).get(rank)
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with code {exit_code}"
+    end = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exited with code {exit_code}"
     if exit_code == -signal.SIGTERM:
-        how = "stopped answering its peers"
+        end = "stopped answering its peers"
     while_ = f" while {beat.stage}" if beat is not None else ""
     tail = _log_tail(directory, rank)
-    return f"rank {rank} {how}{while_}" + (f"\n{tail}" if tail else "")
+    return f"rank {rank} {end}{while_}" + (f"\n{tail}" if tail else "")
 
 
 def _log_tail(directory: Path, rank: int) -> str:
@@ -186,12 +186,12 @@ def _log_tail(directory: Path, rank: int) -> str:
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for child processes; the elastic launcher passes on ours and takes no others."""
-    before = {name: os.environ.get(name) for name in values}
+    old_values = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in old_values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -200,16 +200,16 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """The elastic launcher installs signal handlers and leaves them; put the old ones back."""
+    """Put back the signal handlers that the elastic launcher replaces and leaves."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in handled}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    old_handlers: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
@@ -221,11 +221,11 @@ def _quiet_elastic() -> Iterator[None]:
         for name in list(logging.root.manager.loggerDict)
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher"))
     ]
-    before = [logger.level for logger in loggers]
+    old_levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before):
+        for logger, level in zip(loggers, old_levels):
             logger.setLevel(level)

@@ -63,8 +63,8 @@ class Ranks(ArraySums):
     def rendezvous(cls, place: Place, status: StatusWriter, timeout: float, reduce_dtype: str | None = None) -> Ranks:
         """Meet the ranks that were started with this one; all must do so together.
 
-        Where they meet says `KRAKEN_MEET` as HOST:PORT; under torchrun it is its store, and else where `MASTER_ADDR`
-        and `MASTER_PORT` say. A single rank meets nobody.
+        They meet at `KRAKEN_MEET`, HOST:PORT; else under torchrun in its store, and otherwise at `MASTER_ADDR` and
+        `MASTER_PORT`. A single rank meets nobody.
 
         Args:
             place: This rank.
@@ -83,14 +83,14 @@ class Ranks(ArraySums):
         if has_store() and RENDEZVOUS not in os.environ:
             master = os.environ["MASTER_ADDR"]
 
-            def swap(own: RankInfo) -> list[RankInfo]:
-                return rendezvous_in_store(rank, degree, own, timeout=timeout)
+            def swap(info: RankInfo) -> list[RankInfo]:
+                return rendezvous_in_store(rank, degree, info, timeout=timeout)
         else:
             point = RendezvousPoint.from_environment()
             master = point.host
 
-            def swap(own: RankInfo) -> list[RankInfo]:
-                return rendezvous(rank, degree, point, own, timeout=timeout)
+            def swap(info: RankInfo) -> list[RankInfo]:
+                return rendezvous(rank, degree, point, info, timeout=timeout)
 
         host = bind_host(master)
         exchange = MessageExchange(rank, degree, host, swap, timeout)
@@ -142,8 +142,8 @@ class Ranks(ArraySums):
             InputFileError, UsageError, RankFailedError: They do not; this rank's own trouble is raised as it is.
         """
 
-        def swap(own: dict[str, Any]) -> list[dict[str, Any]]:
-            return [json.loads(told) for told in self.gather(json.dumps(own).encode())]
+        def swap(values: dict[str, Any]) -> list[dict[str, Any]]:
+            return [json.loads(content) for content in self.gather(json.dumps(values).encode())]
 
         require_agreement(claims, swap)
 

@@ -1,6 +1,7 @@
-"""What the launcher starts as every rank: `python -P THIS_FILE MODULE ARGUMENTS...`, with its process id in a variable.
+"""The script that the launcher starts as every rank: `python -P THIS_FILE MODULE ARGUMENTS...`.
 
-Run as a file, since `python -m` would look for our package in the working directory. Before anything that takes long to
+The launcher's process id comes in an environment variable. Run as a file, since `python -m` would look for our package
+in the working directory. Before anything that takes long to
 import, the rank is tied to the launcher: however that one ends, and whenever, the rank ends with it.
 """
 
@@ -26,14 +27,14 @@ _LOOK_SECONDS = 0.5
 
 def end_with_launcher(launcher: int) -> None:
     """Let this process end when the launcher does, which started it; at once if that has ended already."""
-    if not _signalled_by_the_system():
+    if not _request_death_signal():
         threading.Thread(target=_watch, args=(launcher,), name="kraken-launcher", daemon=True).start()
     # Behind the request: a launcher that ended before it sends no signal any more.
     if os.getppid() != launcher:
         os._exit(1)
 
 
-def _signalled_by_the_system() -> bool:
+def _request_death_signal() -> bool:
     """Ask for SIGKILL at the parent's end (Linux, prctl(2)); False where there is no such thing."""
     if sys.platform != "linux":
         return False

@@ -24,13 +24,13 @@ _STALE_SECONDS = 1.5
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 5.0
 _LULL_SECONDS = 10.0
-"""How long a rank that computes may get no processor on a crowded machine."""
+"""The longest that a computing rank may get no processor on a crowded machine."""
 _WAITING_PLACES = ("/zmq/", "ranks/communicators/")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rank hangs.
+    """The rank that hangs, and the reason.
 
     Attributes:
         rank: The one to blame.
@@ -55,7 +55,7 @@ class Watchdog:
         self._directory = directory
         self._degree = degree
         self._timeout = timeout
-        self._started = time.time()
+        self._start_time = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kraken-watchdog", daemon=True)
 
@@ -70,17 +70,17 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_SECONDS):
             beats = read_heartbeats(self._directory)
-            late = [rank for rank in range(self._degree) if self._is_late(beats.get(rank))]
-            if late and not any(map(self._computes, beats.values())):
-                self.verdict = self._judge(beats, late)
-                for rank in {self.verdict.rank, *late}:
+            late_ranks = [rank for rank in range(self._degree) if self._is_late(beats.get(rank))]
+            if late_ranks and not any(map(self._computes, beats.values())):
+                self.verdict = self._judge(beats, late_ranks)
+                for rank in {self.verdict.rank, *late_ranks}:
                     _signal(beats.get(rank), signal.SIGKILL)
                 return
 
     def _is_late(self, beat: Heartbeat | None) -> bool:
         now = time.time()
         if beat is None:
-            return now - self._started > self._timeout + _START_SECONDS
+            return now - self._start_time > self._timeout + _START_SECONDS
         if beat.done:
             return False
         return now - max(beat.progress, beat.computed) > self._timeout + beat.extra
@@ -89,23 +89,23 @@ class Watchdog:
         """True if a rank was seen to compute just now."""
         return not beat.done and time.time() - beat.computed < min(self._timeout, _LULL_SECONDS)
 
-    def _judge(self, beats: dict[int, Heartbeat], late: list[int]) -> Verdict:
-        silent = [rank for rank in range(self._degree) if rank not in beats]
-        if silent:
-            return Verdict(silent[0], "never started", "")
-        asked = time.time()
-        stopped = [
-            rank for rank, beat in sorted(beats.items()) if not beat.done and asked - beat.alive > _STALE_SECONDS
+    def _judge(self, beats: dict[int, Heartbeat], late_ranks: list[int]) -> Verdict:
+        silent_ranks = [rank for rank in range(self._degree) if rank not in beats]
+        if silent_ranks:
+            return Verdict(silent_ranks[0], "never started", "")
+        now = time.time()
+        stopped_ranks = [
+            rank for rank, beat in sorted(beats.items()) if not beat.done and now - beat.alive > _STALE_SECONDS
         ]
         for beat in beats.values():
             _signal(beat, signal.SIGUSR1)
             # A stopped process answers only once it goes on; it is killed right after.
             _signal(beat, signal.SIGCONT)
         stacks = self._stacks(beats)
-        elsewhere = [rank for rank in late if stacks[rank] and not _is_waiting(stacks[rank], beats[rank])]
-        rank = (stopped or elsewhere or late)[0]
-        state = "stopped answering" if rank in stopped else "made no progress"
-        if not stopped and not elsewhere and len(late) > 1:
+        ranks_elsewhere = [rank for rank in late_ranks if stacks[rank] and not _is_waiting(stacks[rank], beats[rank])]
+        rank = (stopped_ranks or ranks_elsewhere or late_ranks)[0]
+        state = "stopped answering" if rank in stopped_ranks else "made no progress"
+        if not stopped_ranks and not ranks_elsewhere and len(late_ranks) > 1:
             state = "and its peers made no progress"
         return Verdict(
             rank,
@@ -119,10 +119,10 @@ class Watchdog:
         end = time.monotonic() + _ANSWER_SECONDS
         stacks: dict[int, str] = {}
         while time.monotonic() < end:
-            before = stacks
+            last_stacks = stacks
             stacks = {rank: read_stack(self._directory, rank, beat) for rank, beat in beats.items()}
             # Twice the same: none is still being written.
-            if (all(stacks.values()) and stacks == before) or self._stop.wait(_POLL_SECONDS):
+            if (all(stacks.values()) and stacks == last_stacks) or self._stop.wait(_POLL_SECONDS):
                 break
         return stacks
 

@@ -113,7 +113,7 @@ RANK = """
 import os, sys, time
 from kraken_compiler.ranks import start_rank
 if sys.argv[1] == "without":
-    start_rank._signalled_by_the_system = lambda: False
+    start_rank._request_death_signal = lambda: False
 start_rank.end_with_launcher(int(sys.argv[2]) or os.getppid())
 print("alive", flush=True)
 time.sleep(60)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions(BackendOptions):
-    """What can be chosen of the ONNX backend."""
+    """The options of the ONNX backend."""
 
     collectives: Annotated[
         str,

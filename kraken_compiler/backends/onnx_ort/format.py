@@ -1,4 +1,4 @@
-"""What a device file says, in names: the ops of the collectives, the inputs and outputs, the metadata.
+"""The names in a device file: ops of the collectives, inputs and outputs, metadata.
 
 Imports neither torch nor onnx, because everyone who writes, checks or runs device files needs it.
 
@@ -21,13 +21,13 @@ START, WAIT, GATHER = "AllReduceStart", "AllReduceWait", "AllGather"
 COLLECTIVES = (START, WAIT, GATHER)
 
 DEQUANTIZE = "Dequantize"
-"""On the way to a file: `kraken::dequantize`, which no file holds."""
+"""The op of `kraken::dequantize` on the way to a file; no file holds it."""
 
 MICROSOFT_DOMAIN, MICROSOFT_VERSION = "com.microsoft", 1
 """ONNX Runtime's own ops."""
 
 NCCL_DOMAIN, NCCL_VERSION, NCCL_REDUCE, NCCL_GATHER = MICROSOFT_DOMAIN, MICROSOFT_VERSION, "AllReduce", "AllGather"
-"""What ONNX Runtime builds with NCCL run themselves."""
+"""The collectives that ONNX Runtime builds with NCCL run themselves."""
 
 OPSET = 23
 """The first one that keeps attention as one node."""
@@ -61,10 +61,10 @@ META_WEIGHTS = "kraken.weights"
 
 OWN, ORT_NCCL = "kraken", "ort-nccl"
 COLLECTIVE_KINDS = (OWN, ORT_NCCL)
-"""Whose collectives a file holds: ours, which our runtime runs, or those of ONNX Runtime builds with NCCL."""
+"""The kinds of collectives in a file: ours, which our runtime runs, or those of ONNX Runtime builds with NCCL."""
 
 WEIGHT_KINDS = ("int8", "int4")
-"""What the weights of the products can be quantized to."""
+"""The types to which the weights of the products can be quantized."""
 
 QUANTIZED_PRODUCT, PRODUCT_ACCURACY = "MatMulNBits", "accuracy_level"
 """The product with quantized weights, and its attribute that says what the other operand is rounded to."""
@@ -104,7 +104,7 @@ PAST_PREFIX = "past_key_values."
 
 
 def past_name(layer: int, part: str) -> str:
-    """Input that holds what attention `layer` kept; `part` is "key" or "value". [batch, heads, past, dim]."""
+    """Input that holds the cache of attention `layer`; `part` is "key" or "value". [batch, heads, past, dim]."""
     return f"{PAST_PREFIX}{layer}.{part}"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchOptions(BackendOptions):
-    """What can be chosen of the torch backend."""
+    """The options of the torch backend."""
 
     device: Annotated[
         str | None,

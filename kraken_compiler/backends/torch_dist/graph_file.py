@@ -32,9 +32,9 @@ def save_graph(program: Program, path: Path) -> fx.GraphModule:
     text = graph_to_json(program.graph)
     with naming(path):
         path.write_text(text, encoding="utf-8")
-    written = load_graph(path)
-    assert graph_to_json(written.graph) == text, f"{path}: reading changed the graph"
-    return written
+    module = load_graph(path)
+    assert graph_to_json(module.graph) == text, f"{path}: reading changed the graph"
+    return module
 
 
 def load_graph(path: Path) -> fx.GraphModule:

@@ -49,7 +49,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = (
     }
     | {"math.trunc": math.trunc}
 )
-"""What a graph calls beside operators: arithmetic of sizes, and the elements of a result."""
+"""The functions that a graph calls beside operators: arithmetic of sizes, and the elements of a result."""
 _NAMES_OF_FUNCTIONS = {function: name for name, function in _FUNCTIONS.items()}
 
 _CONSTANTS: dict[str, dict[str, Any]] = {
@@ -83,15 +83,15 @@ def graph_to_json(graph: fx.Graph) -> str:
     calls = []
     for node in graph.nodes:
         if node.op == "call_function":
-            call = {"name": node.name, "call": _call_name(node.target), "args": _written(node.args)}
+            call = {"name": node.name, "call": _call_name(node.target), "args": _to_json(node.args)}
             if node.kwargs:
-                call["kwargs"] = {name: _written(value) for name, value in node.kwargs.items()}
-            calls.append(_dumped(call))
+                call["kwargs"] = {name: _to_json(value) for name, value in node.kwargs.items()}
+            calls.append(_dump(call))
         else:
             assert node.op in ("placeholder", "output"), f"a lane graph holds calls only, found {node.format_node()}"
     lines = ",\n".join(calls)
-    output = _dumped(_written(graph.output_node().args[0]))
-    head = f'{{"{_VERSION_KEY}": {VERSION},\n"inputs": {_dumped(inputs)},\n"nodes": [\n'
+    output = _dump(_to_json(graph.output_node().args[0]))
+    head = f'{{"{_VERSION_KEY}": {VERSION},\n"inputs": {_dump(inputs)},\n"nodes": [\n'
     return f'{head}{lines}\n],\n"output": {output}}}\n'
 
 
@@ -112,7 +112,7 @@ def graph_from_json(text: str) -> fx.Graph:
     _require_members(content, {_VERSION_KEY, "inputs", "nodes", "output"})
     reader = _Reader()
     for name in content["inputs"]:
-        reader.add(name, reader.graph.placeholder(_checked(name)))
+        reader.add(name, reader.graph.placeholder(_require_name(name)))
     for call in content["nodes"]:
         reader.call(call)
     reader.graph.output(tuple(reader.argument(value) for value in content["output"]))
@@ -124,11 +124,11 @@ def _call_name(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else _NAMES_OF_FUNCTIONS[target]
 
 
-def _dumped(value: Any) -> str:
+def _dump(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _written(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return value.name
     if value is None or type(value) in (bool, int):
@@ -138,7 +138,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, str):
         return {"str": value}
     if isinstance(value, list | tuple):
-        return [_written(element) for element in value]
+        return [_to_json(element) for element in value]
     if isinstance(value, torch.device):
         return {"device": str(value)}
     assert type(value) in _KINDS, f"no lane program has an argument like {value!r}"
@@ -152,9 +152,9 @@ class _Reader:
 
     def call(self, entry: dict[str, Any]) -> None:
         _require_members(entry, {"name", "call", "args", "kwargs"})
-        name = _checked(entry["name"])
+        name = _require_name(entry["name"])
         args = tuple(self.argument(value) for value in entry["args"])
-        kwargs = {_checked(key): self.argument(value) for key, value in entry.get("kwargs", {}).items()}
+        kwargs = {_require_name(key): self.argument(value) for key, value in entry.get("kwargs", {}).items()}
         self.add(name, self.graph.create_node("call_function", _target(entry["call"]), args, kwargs, name))
 
     def add(self, name: str, node: fx.Node) -> None:
@@ -197,17 +197,17 @@ def _target(name: str) -> Callable[..., Any]:
     raise UnknownGraphError(f"it calls '{name}', which no lane program calls")
 
 
-def _checked(name: object) -> str:
-    """A name of the file, after making sure that it is one."""
+def _require_name(name: object) -> str:
+    """Return a name of the file, after making sure that it is one."""
     if not isinstance(name, str) or not is_value_name(name):
         raise UnknownGraphError(f"{str(name)[:60]!r} is no name of a value")
     return name
 
 
-def _require_members(entry: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(entry.keys() - known)
-    if unknown:
-        raise UnknownGraphError(f"unknown member {unknown[0][:60]!r}")
+def _require_members(entry: dict[str, Any], members: set[str]) -> None:
+    unknown_members = sorted(entry.keys() - members)
+    if unknown_members:
+        raise UnknownGraphError(f"unknown member {unknown_members[0][:60]!r}")
 
 
 def _refuse_number(text: str) -> float:

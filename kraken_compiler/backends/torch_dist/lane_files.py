@@ -1,4 +1,4 @@
-"""The torch backend's files inside an artifact: what they are called, and the lanes' weights as tensors."""
+"""The torch backend's files inside an artifact: their names, and the lanes' weights as tensors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def lane_file(lane: int) -> str:
 
 
 def rank_files(artifact: Artifact, lane: int) -> tuple[str, ...]:
-    """Paths inside an artifact of what the rank that runs a lane reads."""
-    cached = [name for name in (STEP_FILE, TABLES_FILE) if name in artifact.manifest.files]
-    return GRAPH_FILE, *cached, lane_file(lane), SHARED_WEIGHTS
+    """Paths inside an artifact of the files that the rank of a lane reads."""
+    cache_files = [name for name in (STEP_FILE, TABLES_FILE) if name in artifact.manifest.files]
+    return GRAPH_FILE, *cache_files, lane_file(lane), SHARED_WEIGHTS
 
 
 def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
@@ -39,10 +39,10 @@ def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightS
     Raises:
         InputFileError: A file is missing or damaged, or lacks a weight of the table.
     """
-    own = {name: spec for name, spec in table.items() if not spec.shared}
-    shared = {name: spec for name, spec in table.items() if spec.shared}
-    tensors = map_weights(artifact.path(lane_file(lane)), own)
-    tensors |= map_weights(artifact.path(SHARED_WEIGHTS), shared)
+    own_specs = {name: spec for name, spec in table.items() if not spec.shared}
+    shared_specs = {name: spec for name, spec in table.items() if spec.shared}
+    tensors = map_weights(artifact.path(lane_file(lane)), own_specs)
+    tensors |= map_weights(artifact.path(SHARED_WEIGHTS), shared_specs)
     return {name: tensors[name] for name in table}
 
 
@@ -56,18 +56,18 @@ def map_weights(path: Path, table: Mapping[str, WeightSpec]) -> dict[str, Tensor
 
     try:
         with safe_open(path, framework="pt") as file:
-            held = set(file.keys())
-            missing = [name for name in table if name not in held]
-            if missing:
-                raise InputFileError(f"{path}: lacks {len(missing)} weights, the first is '{missing[0]}'")
+            keys = set(file.keys())
+            missing_names = [name for name in table if name not in keys]
+            if missing_names:
+                raise InputFileError(f"{path}: lacks {len(missing_names)} weights, the first is '{missing_names[0]}'")
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in table}
     except (OSError, SafetensorError, ValueError, AttributeError, RuntimeError) as error:
         raise InputFileError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     for name, spec in table.items():
-        found = tensors[name]
-        if tuple(found.shape) != spec.shape or found.dtype != spec.torch_dtype:
+        tensor = tensors[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
             raise InputFileError(
-                f"{path}: weight '{name}' is {found.dtype} {list(found.shape)}, the manifest says "
+                f"{path}: weight '{name}' is {tensor.dtype} {list(tensor.shape)}, the manifest says "
                 f"{spec.dtype} {list(spec.shape)}"
             )
     return tensors

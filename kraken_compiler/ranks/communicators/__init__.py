@@ -1,1 +1,1 @@
-"""How ranks add up what they computed: one seam, `Communicator`, and its kinds."""
+"""Sums over ranks: one interface, `Communicator`, and its kinds."""

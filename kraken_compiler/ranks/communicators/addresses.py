@@ -1,4 +1,4 @@
-"""Where a rank can be reached by its peers. Knows no torch."""
+"""The addresses at which peers reach a rank. Knows no torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _address_of(interface: str) -> str:
 
 
 def network_id() -> str:
-    """The same for two processes only if they share their network interfaces, so that loopback connects them."""
+    """An identifier that two processes share only if they share their network interfaces: loopback connects them."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/net")

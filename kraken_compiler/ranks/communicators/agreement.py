@@ -1,6 +1,6 @@
-"""What must be the same on all ranks: otherwise each adds up parts of another program, and nobody notices.
+"""The check that ranks run the same program: otherwise each adds up parts of another one, and nobody notices.
 
-Every rank says what it has, as text by name, and also if it cannot take part at all; then all come to the same verdict.
+Every rank claims what it has, as text by name, and also if it cannot take part at all; then all get the same verdict.
 Knows no torch.
 """
 
@@ -13,14 +13,14 @@ from typing import Any, Self
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
 
 THE_ARTIFACT = "the compiled model (a hash of its program and weights)"
-"""Ranks that differ in this have other files, which is no wrong usage."""
+"""The claim whose difference is an error of the files, not of the usage."""
 
 _KINDS: dict[str, type[KrakenError]] = {kind.__name__: kind for kind in (UsageError, InputFileError, RankFailedError)}
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a rank says of itself.
+    """The claims of a rank about itself.
 
     Attributes:
         same: What must be the same on all ranks, by a name for the error message.
@@ -36,7 +36,7 @@ class Claims:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` made."""
+        """The inverse of `to_dict`."""
         trouble = values["trouble"]
         return cls(values["same"], None if trouble is None else error_from_dict(trouble))
 
@@ -47,7 +47,7 @@ def error_as_dict(error: KrakenError) -> dict[str, str]:
 
 
 def error_from_dict(values: Mapping[str, Any]) -> KrakenError:
-    """What `error_as_dict` made, as the same kind if peers may meet with it."""
+    """The inverse of `error_as_dict`, of the same class if peers may meet with it."""
     return _KINDS.get(values["kind"], RankFailedError)(values["message"])
 
 
@@ -61,16 +61,16 @@ def require_agreement(claims: Claims, swap: Callable[[dict[str, Any]], list[dict
     Raises:
         InputFileError, UsageError, RankFailedError: They do not; this rank's own trouble is raised as it is.
     """
-    told = swap(claims.to_dict())
+    claims_of_ranks = swap(claims.to_dict())
     if claims.trouble is not None:
         raise claims.trouble
-    found = disagreement({rank: Claims.from_dict(values) for rank, values in enumerate(told)})
-    if found is not None:
-        raise found
+    error = disagreement({rank: Claims.from_dict(values) for rank, values in enumerate(claims_of_ranks)})
+    if error is not None:
+        raise error
 
 
 def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:
-    """Why ranks cannot work together, the same on all of them; None if they can.
+    """The error that keeps ranks from working together, the same on all of them; None if there is none.
 
     Args:
         claims: By rank.
@@ -83,10 +83,10 @@ def disagreement(claims: Mapping[int, Claims]) -> KrakenError | None:
         for rank, claim in sorted(claims.items()):
             ranks_by_value.setdefault(claim.same.get(name, "unknown"), []).append(rank)
         if len(ranks_by_value) > 1:
-            found = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items())
+            differences = " and ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items())
             if name == THE_ARTIFACT:
-                return InputFileError(f"the ranks do not fit together: {name} is {found}; copy one to all hosts")
-            return UsageError(f"the ranks do not fit together: {name} is {found}")
+                return InputFileError(f"the ranks do not fit together: {name} is {differences}; copy one to all hosts")
+            return UsageError(f"the ranks do not fit together: {name} is {differences}")
     return None
 
 

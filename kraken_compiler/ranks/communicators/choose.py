@@ -1,4 +1,4 @@
-"""Which communicator a program uses, and that the programs of one process group share theirs."""
+"""The choice of a program's communicator, which the programs of one process group share."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def default_communicator(
     if kind == "message" and device.type not in ("cpu", "meta"):
         raise UsageError(f"the message communicator sends from main memory, not from {device.type}; use 'group'")
     name = f"{group.group_name}/{kind}/{reduce_dtype}"
-    made = find(name)
-    if made is not None:
-        return made
+    open_communicator = find(name)
+    if open_communicator is not None:
+        return open_communicator
     if kind == "none":
         communicator: Communicator = NoCommunication(dist.get_rank(group), dist.get_world_size(group), name)
     elif kind == "group":

@@ -19,7 +19,7 @@ class Communicator(ABC):
         kind: Its name on command lines.
         rank: This rank's number, which is its lane's.
         degree: Number of ranks.
-        name: Under which compiled code finds it (`named`); the same on all ranks and in every run.
+        name: Under which compiled code finds it (`communicator_named`); the same on all ranks and in every run.
         reduce_dtype: To which every rank rounds its part of a sum before it is sent; None sends it as it is.
         identical_on_all_ranks: True if a sum is the same on all ranks to the last bit.
     """
@@ -74,12 +74,12 @@ class Communicator(ABC):
         """
 
     def close(self) -> None:
-        """Give back what it holds; a second call does nothing. It cannot be used afterwards."""
+        """Release its resources; a second call does nothing. It cannot be used afterwards."""
         if _OPEN.get(self.name) is self:
             del _OPEN[self.name]
 
-    def sent(self, x: Tensor) -> Tensor:
-        """A part as it is sent: contiguous, and rounded to `reduce_dtype` if that is the smaller type."""
+    def part_to_send(self, x: Tensor) -> Tensor:
+        """The part in the form that is sent: contiguous, and rounded to `reduce_dtype` if that is the smaller type."""
         dtype = self.reduce_dtype
         if dtype is not None and dtype.itemsize < x.dtype.itemsize and x.is_floating_point():
             x = x.to(dtype)
@@ -92,7 +92,7 @@ class Communicator(ABC):
 _OPEN: dict[str, Communicator] = {}
 
 
-def named(name: str) -> Communicator:
+def communicator_named(name: str) -> Communicator:
     """The open communicator of that name.
 
     Raises:

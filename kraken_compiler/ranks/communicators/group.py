@@ -40,7 +40,7 @@ class GroupCommunicator(Communicator):
         self._group = weakref.ref(group)
 
     def start(self, x: Tensor) -> tuple[Any, Tensor, torch.dtype]:
-        part = self.sent(x)
+        part = self.part_to_send(x)
         if part is x:
             part = x.clone()  # summed in place
         return dist.all_reduce(part, group=self._group(), async_op=True), part, x.dtype
@@ -54,6 +54,6 @@ class GroupCommunicator(Communicator):
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         part = x.contiguous()
         # Ranks are gathered along a new first dim, whatever dim the parts belong to.
-        gathered = part.new_empty((self.degree, *part.shape))
-        dist.all_gather_into_tensor(gathered, part.unsqueeze(0), group=self._group())
-        return torch.cat(gathered.unbind(0), dim=dim)
+        parts = part.new_empty((self.degree, *part.shape))
+        dist.all_gather_into_tensor(parts, part.unsqueeze(0), group=self._group())
+        return torch.cat(parts.unbind(0), dim=dim)

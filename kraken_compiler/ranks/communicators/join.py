@@ -1,4 +1,4 @@
-"""Where a rank's tensors live, and what adds them up over the ranks of a run."""
+"""The device of a rank's tensors, and the communicator that adds them up over the ranks of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = "ranks"
 
 
 def rank_device(kind: str | None, place: Place) -> torch.device:
-    """Where a rank computes.
+    """The device on which a rank computes.
 
     Args:
         kind: "cpu" or "cuda"; None takes CUDA if every local rank can have a device of its own.
@@ -37,7 +37,7 @@ def rank_device(kind: str | None, place: Place) -> torch.device:
 
 
 def communicator_of(ranks: Ranks, device: torch.device) -> Communicator:
-    """What adds up the parts of a run's ranks: their own messages on CPUs, NCCL on GPUs.
+    """The communicator of a run's ranks: their own messages on CPUs, NCCL on GPUs.
 
     Args:
         ranks: This rank; on GPUs, all must call it together.

@@ -87,7 +87,7 @@ class MessageCommunicator(Communicator):
         *,
         timeout: float | None = None,
     ) -> Self:
-        """For the ranks of a process group, which is not kept alive; it tells them where they are.
+        """The communicator of a process group, which is not kept alive; the ranks exchange their addresses in it.
 
         Args:
             group: The ranks that run the lanes.
@@ -97,10 +97,10 @@ class MessageCommunicator(Communicator):
         """
         rank, degree = dist.get_rank(group), dist.get_world_size(group)
         seconds = group_timeout(group) if timeout is None else timeout
-        there = weakref.ref(group)
+        group_reference = weakref.ref(group)
 
         def connect() -> Exchange | None:
-            group = there()
+            group = group_reference()
             assert group is not None, "the process group of this communicator is gone"
             if degree == 1:
                 return None

@@ -11,7 +11,7 @@ from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators.peers import Peer, Swap, connect_peers
 
 COPY_BYTES = 128 << 10
-"""Below this a part is copied into the message; from here on it is sent from where it lies."""
+"""The size from which a part is sent from where it lies; smaller ones are copied into the message."""
 
 
 class Sending(NamedTuple):
@@ -19,13 +19,13 @@ class Sending(NamedTuple):
 
     Attributes:
         numbers: Of the peers' messages, in the order of the peers.
-        own: Of one's own messages to them.
+        own_numbers: Of one's own messages to them.
         sizes: Bytes that come from each of them.
         trackers: Know whether the parts' memory is still read, in the order of the peers; none if it was copied.
     """
 
     numbers: list[int]
-    own: list[int]
+    own_numbers: list[int]
     sizes: Sequence[int]
     trackers: list[zmq.MessageTracker]
 
@@ -34,12 +34,12 @@ class Answering(NamedTuple):
     """Answers on their way to all peers, and theirs in return; see `Sending`.
 
     Attributes:
-        own: Numbers of one's own messages, which the peers answer.
+        own_numbers: Of one's own messages, which the peers answer.
         sizes: Bytes of the peers' answers.
         trackers: See `Sending`.
     """
 
-    own: list[int]
+    own_numbers: list[int]
     sizes: Sequence[int]
     trackers: list[zmq.MessageTracker]
 
@@ -86,20 +86,20 @@ class MessageExchange:
             RankFailedError: A peer is gone.
         """
         numbers = [peer.expect() for peer in self._peers]
-        own: list[int] = []
-        trackers = self._send_all(contents, lambda peer, content, copy: own.append(peer.send(content, copy)))
-        return Sending(numbers, own, sizes, trackers)
+        own_numbers: list[int] = []
+        trackers = self._send_all(contents, lambda peer, content, copy: own_numbers.append(peer.send(content, copy)))
+        return Sending(numbers, own_numbers, sizes, trackers)
 
     def receive(self, sending: Sending) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks, in the memory of their messages.
+        """The parts that the peers sent, in the order of their ranks, in the memory of their messages.
 
         Raises:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
         """
         frames = [peer.frame(number) for peer, number in zip(self._peers, sending.numbers)]
-        return self._sized(frames, sending.sizes)
+        return self._buffers(frames, sending.sizes)
 
-    def _sized(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
+    def _buffers(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
         """The memory of messages that must have sizes.
 
         Raises:
@@ -125,12 +125,12 @@ class MessageExchange:
         trackers = self._send_all(
             [content] * len(self._peers), lambda peer, part, copy: peer.answer(numbers[peer], part, copy)
         )
-        return Answering(sending.own, sizes, trackers)
+        return Answering(sending.own_numbers, sizes, trackers)
 
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
-        frames = [peer.answered(number) for peer, number in zip(self._peers, answering.own)]
-        return self._sized(frames, answering.sizes)
+        frames = [peer.answer_frame(number) for peer, number in zip(self._peers, answering.own_numbers)]
+        return self._buffers(frames, answering.sizes)
 
     def require_sent(self, sending: Sending | Answering) -> None:
         """Wait until the part's memory is not read any more.
@@ -150,7 +150,7 @@ class MessageExchange:
         self._to_all([content] * len(self._peers), lambda peer, part: peer.send(part))
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer sent with `send_only`.
+        """The bytes that a peer sent with `send_only`.
 
         Raises:
             RankFailedError: The peer is gone, or sent nothing in time.
@@ -182,7 +182,7 @@ class MessageExchange:
             raise failure
 
     def close(self) -> None:
-        """Send what is left and disconnect. It cannot be used afterwards."""
+        """Send the rest and disconnect. It cannot be used afterwards."""
         in_failure = any(peer.failed for peer in self._peers)
         for peer in self._peers:
             peer.close(in_failure)

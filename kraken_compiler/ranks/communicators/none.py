@@ -1,4 +1,4 @@
-"""`NoCommunication`: what a program would cost if communication were free. Its results are wrong."""
+"""`NoCommunication`: a communicator that sends nothing, for the cost of a program alone. Its results are wrong."""
 
 from __future__ import annotations
 

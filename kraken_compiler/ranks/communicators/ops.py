@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_compiler.ranks.communicators.communicator import named
+from kraken_compiler.ranks.communicators.communicator import communicator_named
 
 _library: Any = torch.library.Library("kraken_rank", "DEF")  # type: ignore[no-untyped-call]
 _library.define("start(Tensor x, str communicator) -> Tensor")
@@ -28,26 +28,26 @@ _in_flight: dict[int, Any] = {}
 
 def _start(x: Tensor, communicator: str) -> Tensor:
     part = x.clone(memory_format=torch.contiguous_format)
-    _in_flight[part.data_ptr()] = named(communicator).start(part)
+    _in_flight[part.data_ptr()] = communicator_named(communicator).start(part)
     return part
 
 
 def _wait(part: Tensor, communicator: str, after: Tensor | None = None) -> Tensor:
     if not part.numel():
         return part.clone()
-    total = named(communicator).wait(_in_flight.pop(part.data_ptr()))
+    total = communicator_named(communicator).wait(_in_flight.pop(part.data_ptr()))
     return part.clone() if total is part else total  # an op may not return its operand
 
 
 def _all_gather(x: Tensor, dim: int, degree: int, communicator: str) -> Tensor:
-    return named(communicator).all_gather(x, dim)
+    return communicator_named(communicator).all_gather(x, dim)
 
 
 def _same_shape(x: Tensor, communicator: str, after: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _gathered(x: Tensor, dim: int, degree: int, communicator: str) -> Tensor:
+def _gathered_shape(x: Tensor, dim: int, degree: int, communicator: str) -> Tensor:
     shape = list(x.shape)
     shape[dim] = shape[dim] * degree
     return x.new_empty(shape)
@@ -56,7 +56,7 @@ def _gathered(x: Tensor, dim: int, degree: int, communicator: str) -> Tensor:
 for _name, _run, _fake in (
     ("start", _start, _same_shape),
     ("wait", _wait, _same_shape),
-    ("all_gather", _all_gather, _gathered),
+    ("all_gather", _all_gather, _gathered_shape),
 ):
     _library.impl(_name, _run, "CPU")
     torch.library.register_fake(f"kraken_rank::{_name}", _fake, lib=_library)

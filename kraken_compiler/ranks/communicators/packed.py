@@ -17,7 +17,7 @@ _library.define("linear(Tensor x, str weight, int columns, Tensor? bias=None) ->
 SMALLEST = 1 << 16
 """Elements that a weight must have; for fewer, oneDNN's 20 us a call are not earned back."""
 
-_packed: dict[str, Tensor] = {}
+_packed_weights: dict[str, Tensor] = {}
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -33,16 +33,16 @@ def can_pack(weight: Tensor) -> bool:
 
 def pack(name: str, weight: Tensor) -> None:
     """Keep a reordered copy of a weight (columns x inputs) under a name."""
-    _packed[name] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+    _packed_weights[name] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
 def unpack(name: str) -> None:
     """Forget a copy."""
-    _packed.pop(name, None)
+    _packed_weights.pop(name, None)
 
 
 def _linear(x: Tensor, weight: str, columns: int, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = _pointwise(x, _packed[weight], bias, "none", (), "")
+    result: Tensor = _pointwise(x, _packed_weights[weight], bias, "none", (), "")
     return result
 
 

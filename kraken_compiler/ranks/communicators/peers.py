@@ -1,4 +1,4 @@
-"""One message socket to every peer: who they are, where they are, and what has come from them. Knows no torch."""
+"""The connections to a rank's peers: one message socket to each. Knows no torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.ranks.communicators.addresses import is_loopback, network_id
 
 _LOOK_MILLISECONDS = 200
-"""How often a rank that waits looks whether its peer is still connected."""
+"""The interval at which a waiting rank looks whether its peer is still connected."""
 _SOCKET_BUFFER_BYTES = 4 << 20
 _LINGER_MILLISECONDS = 10_000
-"""How long closing waits for a peer to take what is left."""
+"""The longest that closing waits for a peer to take the rest."""
 _LINGER_MILLISECONDS_IN_FAILURE = 1_000
 _NEVER_MILLISECONDS = 10**9
 _NUMBER_BYTES = 8
 
 RankInfo = dict[str, Any]
-"""What a rank says of itself, as plain values."""
+"""A rank's description of itself, as plain values."""
 Swap = Callable[[RankInfo], list[RankInfo]]
 """Gives a rank's info to all ranks; returns everybody's, rank 0's first."""
 
@@ -38,15 +38,15 @@ class Peer:
         failed: It went away or did not answer in time.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], own: int, rank: int, timeout: float) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], own_rank: int, rank: int, timeout: float) -> None:
         self.rank = rank
         self.failed = False
-        self._own = own
+        self._own_rank = own_rank
         self._timeout = timeout
-        self._sent = 0
-        self._expected = 0
+        self._messages_sent = 0
+        self._messages_expected = 0
         self._next = 0
-        self._early: dict[int, zmq.Frame] = {}
+        self._messages: dict[int, zmq.Frame] = {}
         self._answers: dict[int, zmq.Frame] = {}
         socket = self._socket = context.socket(zmq.PAIR)
         socket.set_hwm(0)
@@ -64,7 +64,7 @@ class Peer:
         self._events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def bind(self, host: str) -> str:
-        """Be there for the peer at a free port; returns the endpoint.
+        """Listen for the peer at a free port; returns the endpoint.
 
         Raises:
             UsageError: This machine has no such address or interface.
@@ -73,13 +73,13 @@ class Peer:
             self._socket.bind(f"tcp://{host}:*")
         except zmq.ZMQError as error:
             raise UsageError(
-                f"rank {self._own} cannot be reached at {host}: {reason_of(error)}; set GLOO_SOCKET_IFNAME "
+                f"rank {self._own_rank} cannot be reached at {host}: {reason_of(error)}; set GLOO_SOCKET_IFNAME "
                 f"to the network interface that connects the ranks"
             ) from None
         return self._socket.get_string(zmq.LAST_ENDPOINT)
 
     def connect(self, endpoint: str) -> None:
-        """Connect to where the peer is."""
+        """Connect to the peer's endpoint."""
         self._socket.connect(endpoint)
 
     def send(self, content: Any, copy: bool = True) -> int:
@@ -89,7 +89,7 @@ class Peer:
             RankFailedError: The peer is gone, or did not connect for as long as collectives may take.
         """
         self._send([content], copy)
-        number, self._sent = self._sent, self._sent + 1
+        number, self._messages_sent = self._messages_sent, self._messages_sent + 1
         return number
 
     def answer(self, number: int, content: Any, copy: bool = True) -> None:
@@ -107,7 +107,7 @@ class Peer:
 
     def expect(self) -> int:
         """The number of the first message that was not expected before."""
-        number, self._expected = self._expected, self._expected + 1
+        number, self._messages_expected = self._messages_expected, self._messages_expected + 1
         return number
 
     def frame(self, number: int) -> zmq.Frame:
@@ -116,27 +116,29 @@ class Peer:
         Raises:
             RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
         """
-        assert number >= self._next or number in self._early, f"message {number} of rank {self.rank} was taken before"
-        return self._take(self._early, number)
+        assert number >= self._next or number in self._messages, (
+            f"message {number} of rank {self.rank} was taken before"
+        )
+        return self._take(self._messages, number)
 
-    def answered(self, number: int) -> zmq.Frame:
+    def answer_frame(self, number: int) -> zmq.Frame:
         """The peer's answer to the message of that number; see `frame`."""
         return self._take(self._answers, number)
 
-    def _take(self, there: dict[int, zmq.Frame], number: int) -> zmq.Frame:
+    def _take(self, frames: dict[int, zmq.Frame], number: int) -> zmq.Frame:
         deadline = 0.0
-        while number not in there:
+        while number not in frames:
             parts: list[zmq.Frame] = []
             with suppress(zmq.Again):
                 parts = self._socket.recv_multipart(copy=False)
             if not parts:
                 deadline = self._require_alive(deadline)
             elif len(parts) == 1:
-                self._early[self._next] = parts[0]
+                self._messages[self._next] = parts[0]
                 self._next += 1
             else:
                 self._answers[int.from_bytes(parts[0].bytes, "little")] = parts[1]
-        return there.pop(number)
+        return frames.pop(number)
 
     def require_taken(self, tracker: zmq.MessageTracker) -> None:
         """Wait until a message that was sent without a copy is not read any more.
@@ -151,20 +153,23 @@ class Peer:
                 return
             if self._events.poll(0):
                 self._fail(
-                    f"connection closed by peer: rank {self.rank} went away before it took rank {self._own}'s part"
+                    f"connection closed by peer: rank {self.rank} went away before it took rank {self._own_rank}'s part"
                 )
             if time.monotonic() > deadline:
                 self._fail(
-                    f"rank {self._own} timed out waiting for rank {self.rank} to take its part, for {self._timeout:g} s"
+                    f"rank {self._own_rank} timed out waiting for rank {self.rank} to take its part, "
+                    f"for {self._timeout:g} s"
                 )
 
     def _require_alive(self, deadline: float) -> float:
-        """Look at a connection on which nothing happens; returns when to give up."""
+        """Check an idle connection; returns the time to give up."""
         if self._events.poll(0) and not self._socket.poll(0):
-            self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own} needed its part")
+            self._fail(
+                f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part"
+            )
         if deadline and time.monotonic() > deadline:
             self._fail(
-                f"rank {self._own} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
+                f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
                 "--timeout SECONDS allows more"
             )
         return deadline or time.monotonic() + self._timeout
@@ -174,7 +179,7 @@ class Peer:
         raise RankFailedError(reason)
 
     def close(self, in_failure: bool = False) -> None:
-        """Send what is left and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
+        """Send the rest and disconnect; in a failure, only for a moment, since peers may have stopped to listen."""
         if not self.failed:
             linger = _LINGER_MILLISECONDS_IN_FAILURE if in_failure else _LINGER_MILLISECONDS
             self._socket.setsockopt(zmq.LINGER, linger)
@@ -184,7 +189,7 @@ class Peer:
 
 
 def reason_of(error: zmq.ZMQError) -> str:
-    """What went wrong, without the address that pyzmq puts behind it."""
+    """The reason of an error, without the address that pyzmq puts behind it."""
     return zmq.strerror(error.errno or 0)
 
 

@@ -20,7 +20,7 @@ def exchange_info(info: RankInfo, group: dist.ProcessGroup) -> list[RankInfo]:
     return [json.loads(bytes(other.tolist())) for other in _gather(padded, group)]
 
 
-def _gather(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everybodys, own, group=group)
-    return everybodys
+def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part, group=group)
+    return parts

@@ -1,4 +1,4 @@
-"""How ranks find each other without torch: rank 0 listens where all know to call, and tells everybody of the others.
+"""The rendezvous of ranks without torch: rank 0 listens at an address that all know, and tells each of the others.
 
 A call is one message: who is calling, of how many, and the rank's info. When all have called, or it is clear that they
 will not, rank 0 answers all callers alike: with everybody's info, or with what is wrong. torchrun has a store for that,
@@ -26,7 +26,7 @@ RENDEZVOUS = "KRAKEN_MEET"
 """Environment variable with HOST:PORT of the rendezvous."""
 
 GRACE_SECONDS = 3.0
-"""When something is wrong, how long rank 0 listens on, to tell those who call a little later."""
+"""Seconds that rank 0 listens on when something is wrong, to tell those who call a little later."""
 
 _VERSION = 4
 _MOST_BYTES = 1 << 20
@@ -36,14 +36,14 @@ _HINT = f"set {RENDEZVOUS} to rank 0's host and a free port there, HOST:PORT, th
 
 @dataclass(frozen=True)
 class RendezvousPoint:
-    """Where rank 0 listens. As text, HOST:PORT."""
+    """The address at which rank 0 listens. As text, HOST:PORT."""
 
     host: str
     port: int
 
     @classmethod
     def from_environment(cls) -> RendezvousPoint:
-        """What `KRAKEN_MEET` says, or else `MASTER_ADDR` and `MASTER_PORT`.
+        """The point that `KRAKEN_MEET` names, or else `MASTER_ADDR` and `MASTER_PORT`.
 
         Raises:
             UsageError: Neither is set, or it is no host and port.
@@ -62,16 +62,16 @@ class RendezvousPoint:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def listening(self) -> list[str]:
-        """Endpoints to listen at; the first that this machine has is to be taken.
+    def listen_endpoints(self) -> list[str]:
+        """The endpoints at which rank 0 may listen; it takes the first that this machine has.
 
         What a name stands for here need not be what it stands for on other hosts, and behind a forwarded address there
         may be no interface of it; so then rank 0 listens on all interfaces.
         """
-        everywhere = f"tcp://*:{self.port}"
-        return [self.calling(), everywhere] if self._is_address() else [everywhere]
+        every_interface = f"tcp://*:{self.port}"
+        return [self.call_endpoint(), every_interface] if self._is_address() else [every_interface]
 
-    def calling(self) -> str:
+    def call_endpoint(self) -> str:
         """The endpoint to connect to."""
         return f"tcp://{RendezvousPoint('127.0.0.1', self.port) if self.host == 'localhost' else self}"
 
@@ -100,11 +100,11 @@ def rendezvous(rank: int, degree: int, point: RendezvousPoint, info: RankInfo, *
         RankFailedError: A rank did not come in time, or someone came who is none.
         UsageError: The ranks were not started as ranks of one run, or rank 0 cannot listen there.
     """
-    own = {"version": _VERSION, "rank": rank, "degree": degree, "info": info}
+    call = {"version": _VERSION, "rank": rank, "degree": degree, "info": info}
     with zmq.Context() as context:
         if rank == 0:
-            return _Host(context, degree, point, own).run(timeout)
-        return _call(context, point, own, timeout + GRACE_SECONDS)
+            return _Host(context, degree, point, call).run(timeout)
+        return _call(context, point, call, timeout + GRACE_SECONDS)
 
 
 def rendezvous_in_store(rank: int, degree: int, info: RankInfo, *, timeout: float) -> list[RankInfo]:
@@ -114,17 +114,17 @@ def rendezvous_in_store(rank: int, degree: int, info: RankInfo, *, timeout: floa
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     prefix = f"kraken/{_VERSION}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    missing = rank
+    peer = rank
     try:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         store.set(f"{prefix}/{rank}", json.dumps(info))
         infos = []
-        for missing in range(degree):
-            infos.append(json.loads(store.get(f"{prefix}/{missing}")))
+        for peer in range(degree):
+            infos.append(json.loads(store.get(f"{prefix}/{peer}")))
     except DistError as error:
         reason = first_line(error)
         raise RankFailedError(
-            f"rank {missing} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
+            f"rank {peer} did not come to torchrun's store within {timeout:g} s ({reason}); start all ranks with "
             "the same version, and --timeout SECONDS allows more"
         ) from error
     return infos
@@ -142,13 +142,13 @@ class _Host:
     context: zmq.Context[zmq.Socket[bytes]]
     degree: int
     point: RendezvousPoint
-    own: dict[str, Any]
+    own_call: dict[str, Any]
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     callers: list[bytes] = field(default_factory=list)
     trouble: KrakenError | None = None
 
     def run(self, timeout: float) -> list[RankInfo]:
-        self.calls[0] = self.own
+        self.calls[0] = self.own_call
         with self._listen() as router:
             self._take_calls(router, timeout)
             infos = [self.calls[rank]["info"] for rank in sorted(self.calls)]
@@ -166,7 +166,7 @@ class _Host:
         _prepare(router)
         router.setsockopt(zmq.LINGER, round(GRACE_SECONDS * 1000))
         reason = ""
-        for endpoint in self.point.listening():
+        for endpoint in self.point.listen_endpoints():
             try:
                 router.bind(endpoint)
             except zmq.ZMQError as error:
@@ -182,22 +182,22 @@ class _Host:
         """Listen until all ranks have called, or for as long as they may take."""
         deadline = time.monotonic() + timeout
         while len(self.calls) < self.degree:
-            left = deadline - time.monotonic()
-            if left <= 0 or not router.poll(max(1, round(left * 1000))):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not router.poll(max(1, round(remaining * 1000))):
                 break
             caller, *content = router.recv_multipart()
             trouble = self._take(caller, content)
             if trouble is not None and self.trouble is None:
                 self.trouble = trouble
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        missing = [str(rank) for rank in range(self.degree) if rank not in self.calls]
-        if missing and self.trouble is None:
-            name = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        missing_ranks = [str(rank) for rank in range(self.degree) if rank not in self.calls]
+        if missing_ranks and self.trouble is None:
+            name = f"rank{'s' * (len(missing_ranks) > 1)} {', '.join(missing_ranks)}"
             self.trouble = RankFailedError(f"{name} did not come to {self.point} within {timeout:g} s")
 
     def _take(self, caller: bytes, content: list[bytes]) -> KrakenError | None:
         """Take a call; returns what is wrong with it."""
-        call = _parsed(content)
+        call = _parse(content)
         if call.get("version") != _VERSION and isinstance(call.get("rank"), int):
             self.callers.append(caller)
             return UsageError(f"rank {call.get('rank')} has {_OTHER_VERSION} rank 0 has")
@@ -220,28 +220,28 @@ class _Host:
 
 
 def _call(
-    context: zmq.Context[zmq.Socket[bytes]], point: RendezvousPoint, own: dict[str, Any], timeout: float
+    context: zmq.Context[zmq.Socket[bytes]], point: RendezvousPoint, call: dict[str, Any], timeout: float
 ) -> list[RankInfo]:
-    """Any other rank at the rendezvous."""
-    rank = own["rank"]
+    """Meet as any other rank than 0."""
+    rank = call["rank"]
     with context.socket(zmq.DEALER) as dealer:
         _prepare(dealer)
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RECONNECT_IVL, 50)
         try:
-            dealer.connect(point.calling())
+            dealer.connect(point.call_endpoint())
         except zmq.ZMQError as error:
             raise UsageError(f"rank {rank} cannot call {point}: {reason_of(error)}; {_HINT}") from None
-        dealer.send(json.dumps(own).encode())
+        dealer.send(json.dumps(call).encode())
         if not dealer.poll(round(timeout * 1000)):
             raise RankFailedError(f"rank {rank} called {point} and rank 0 did not answer within {timeout:g} s")
-        answer = _parsed(dealer.recv_multipart())
+        answer = _parse(dealer.recv_multipart())
     if answer and answer["version"] != _VERSION:
         raise UsageError(f"rank {rank} has {_OTHER_VERSION} rank 0 has")
     if "trouble" in answer:
         raise error_from_dict(answer["trouble"])
     infos = answer.get("infos")
-    if not isinstance(infos, list) or len(infos) != own["degree"]:
+    if not isinstance(infos, list) or len(infos) != call["degree"]:
         raise RankFailedError(f"rank {rank} called {point}, and who answered is not rank 0 of this run; {_HINT}")
     return infos
 
@@ -257,7 +257,7 @@ def _is_call(message: dict[str, Any]) -> bool:
     return all(isinstance(message.get(name), kind) for name, kind in kinds.items())
 
 
-def _parsed(content: list[bytes]) -> dict[str, Any]:
+def _parse(content: list[bytes]) -> dict[str, Any]:
     """A message of a rendezvous; empty if it is none."""
     with suppress(ValueError, RecursionError):
         message = json.loads(b"".join(content))

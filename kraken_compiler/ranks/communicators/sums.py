@@ -12,17 +12,17 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 A = TypeVar("A")
 
 SHARED_BYTES = 4 << 20
-"""From here on more than two ranks add a share of a sum each."""
+"""The size from which more than two ranks add a share of a sum each."""
 
 
 class Exchange(Protocol):
-    """Bytes from every rank to every other; see `exchange.MessageExchange`."""
+    """Bytes from every rank to every other; see `message_exchange.MessageExchange`."""
 
     def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> Any:
         """Send every peer a part of its own; `sizes` are the bytes that will come from each in return."""
 
     def receive(self, sending: Any) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks."""
+        """The parts that the peers sent, in the order of their ranks."""
 
     def answer(self, sending: Any, content: memoryview, sizes: Sequence[int]) -> Any:
         """Answer all peers' parts alike; `sizes` are the bytes of each peer's answer."""
@@ -37,10 +37,10 @@ class Exchange(Protocol):
         """Send bytes to every peer; nothing comes in return."""
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer sent with `send_only`."""
+        """The bytes that a peer sent with `send_only`."""
 
     def close(self) -> None:
-        """Send what is left and disconnect."""
+        """Send the rest and disconnect."""
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class MessageSums(ABC, Generic[A]):
     identical_on_all_ranks = True
 
     def __init__(self, rank: int, degree: int, exchange: Exchange | None, reduce_dtype: Any = None) -> None:
-        """Use connections that are there.
+        """Use existing connections.
 
         Args:
             rank: This one.
@@ -109,7 +109,7 @@ class MessageSums(ABC, Generic[A]):
         assert (exchange is None) == (degree == 1), "ranks need connections if there are several"
         self.rank, self.degree, self.reduce_dtype = rank, degree, reduce_dtype
         self._exchange = exchange
-        self._unanswered: deque[SharedSum[A]] = deque()
+        self._unanswered_sums: deque[SharedSum[A]] = deque()
 
     @abstractmethod
     def _contiguous(self, x: A, dtype: Any = None) -> A:
@@ -153,10 +153,10 @@ class MessageSums(ABC, Generic[A]):
         if self.degree <= 2 or len(content) < SHARED_BYTES:
             return Handle(self._send(content), part, dtype)
         shares = self._shares(part)
-        own = len(content[shares[self.rank]])
+        share_bytes = len(content[shares[self.rank]])
         parts = [content[share] for rank, share in enumerate(shares) if rank != self.rank]
-        shared = SharedSum(self._open().send(parts, [own] * len(parts)), part, dtype)
-        self._unanswered.append(shared)
+        shared = SharedSum(self._open().send(parts, [share_bytes] * len(parts)), part, dtype)
+        self._unanswered_sums.append(shared)
         return Handle(shared, part, dtype)
 
     def wait(self, handle: Handle[A], out: A | None = None) -> A:
@@ -177,7 +177,7 @@ class MessageSums(ABC, Generic[A]):
         total = self._empty(part, dtype) if out is None else out
         if isinstance(sending, SharedSum):
             self._settle(sending)
-            self._put_together(sending, total)
+            self._join_shares(sending, total)
             return total
         self._add(self._all_parts(sending, part), self._flat(total))
         if sending is not None:
@@ -220,10 +220,10 @@ class MessageSums(ABC, Generic[A]):
         peers = self.degree - 1
         return self._open().send([content] * peers, [len(content)] * peers)
 
-    def _all_parts(self, sending: Any, own: A) -> list[A]:
+    def _all_parts(self, sending: Any, own_part: A) -> list[A]:
         """All ranks' parts, flat, rank 0's first; one's own alone if nothing was sent."""
-        others = [] if sending is None else [self._view(memory, own) for memory in self._open().receive(sending)]
-        return [*others[: self.rank], self._flat(own), *others[self.rank :]]
+        others = [] if sending is None else [self._view(memory, own_part) for memory in self._open().receive(sending)]
+        return [*others[: self.rank], self._flat(own_part), *others[self.rank :]]
 
     def _flat(self, x: A) -> A:
         return self._view(self._bytes(x), x)
@@ -241,25 +241,25 @@ class MessageSums(ABC, Generic[A]):
         Args:
             last: Up to this one, which may be settled; None settles all.
         """
-        while self._unanswered and (last is None or last.share is None):
-            shared = self._unanswered.popleft()
+        while self._unanswered_sums and (last is None or last.share is None):
+            shared = self._unanswered_sums.popleft()
             shares = self._shares(shared.part)
-            mine = self._view(self._bytes(shared.part)[shares[self.rank]], shared.part)
-            added = self._empty(mine, shared.dtype)
-            self._add(self._all_parts(shared.sending, mine), added)
-            shared.share = self._contiguous(added, self.reduce_dtype)
+            own_part = self._view(self._bytes(shared.part)[shares[self.rank]], shared.part)
+            own_share = self._empty(own_part, shared.dtype)
+            self._add(self._all_parts(shared.sending, own_part), own_share)
+            shared.share = self._contiguous(own_share, self.reduce_dtype)
             sizes = [share.stop - share.start for rank, share in enumerate(shares) if rank != self.rank]
             shared.answering = self._open().answer(shared.sending, self._bytes(shared.share), sizes)
 
-    def _put_together(self, shared: SharedSum[A], total: A) -> None:
-        """Put all ranks' shares of a sum one behind the other."""
-        own = shared.share
-        assert own is not None, "it was settled"
-        others = [self._view(memory, own) for memory in self._open().answers(shared.answering)]
-        into, begins = self._flat(total), 0
-        for share in (*others[: self.rank], own, *others[self.rank :]):
+    def _join_shares(self, shared: SharedSum[A], total: A) -> None:
+        """Concatenate all ranks' shares of a sum."""
+        own_share = shared.share
+        assert own_share is not None, "it was settled"
+        others = [self._view(memory, own_share) for memory in self._open().answers(shared.answering)]
+        flat_total, begins = self._flat(total), 0
+        for share in (*others[: self.rank], own_share, *others[self.rank :]):
             ends = begins + len(share)  # type: ignore[arg-type]
-            self._add([share], into[begins:ends])  # type: ignore[index]
+            self._add([share], flat_total[begins:ends])  # type: ignore[index]
             begins = ends
         self._open().require_sent(shared.sending)
         self._open().require_sent(shared.answering)

@@ -18,7 +18,7 @@ _PART, _ANSWER = "part", "answer"
 
 @dataclass
 class Mailboxes:
-    """Where the threads leave what they send each other.
+    """The messages that threads have left for each other.
 
     Attributes:
         degree: How many threads there are.
@@ -29,58 +29,58 @@ class Mailboxes:
     degree: int
     contents: dict[Hashable, bytes] = field(default_factory=dict)
     failed: bool = False
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    condition: threading.Condition = field(default_factory=threading.Condition)
 
     def leave(self, key: Hashable, content: bytes) -> None:
-        """Leave something for another thread."""
-        with self.changed:
+        """Leave a message for another thread."""
+        with self.condition:
             self.contents[key] = content
-            self.changed.notify_all()
+            self.condition.notify_all()
 
     def take(self, key: Hashable) -> bytes:
-        """What another thread leaves, or has left.
+        """Take a message of another thread, which may still have to leave it.
 
         Raises:
             RankFailedError: A thread has failed.
         """
-        with self.changed:
-            self.changed.wait_for(lambda: self.failed or key in self.contents)
+        with self.condition:
+            self.condition.wait_for(lambda: self.failed or key in self.contents)
             if key not in self.contents:
                 raise RankFailedError("another rank of this process failed")
             return self.contents.pop(key)
 
     def fail(self) -> None:
-        """Let nobody wait any longer."""
-        with self.changed:
+        """End all waits with an error."""
+        with self.condition:
             self.failed = True
-            self.changed.notify_all()
+            self.condition.notify_all()
 
 
 class ThreadSending(NamedTuple):
-    """Parts that were left for the peers, and what they leave in return; see `exchange.Sending`."""
+    """Parts that were left for the peers, and what they leave in return; see `message_exchange.Sending`."""
 
     numbers: list[int]
-    own: list[int]
+    own_numbers: list[int]
     sizes: Sequence[int]
 
 
 class ThreadExchange:
-    """One thread's end, as `exchange.MessageExchange` is a process's."""
+    """The exchange of one thread, as `message_exchange.MessageExchange` is a process's."""
 
     def __init__(self, mailboxes: Mailboxes, rank: int) -> None:
         self._mailboxes, self._rank = mailboxes, rank
         self._peers = [peer for peer in range(mailboxes.degree) if peer != rank]
-        self._sent: Counter[int] = Counter()
-        self._expected: Counter[int] = Counter()
+        self._messages_sent: Counter[int] = Counter()
+        self._messages_expected: Counter[int] = Counter()
 
     def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> ThreadSending:
         """Leave every peer a part of its own."""
         numbers = [self._next(peer) for peer in self._peers]
-        own = [self._leave(peer, bytes(content)) for peer, content in zip(self._peers, contents)]
-        return ThreadSending(numbers, own, sizes)
+        own_numbers = [self._leave(peer, bytes(content)) for peer, content in zip(self._peers, contents)]
+        return ThreadSending(numbers, own_numbers, sizes)
 
     def receive(self, sending: ThreadSending) -> list[memoryview]:
-        """What came from the peers, in the order of their ranks.
+        """The parts that the peers left, in the order of their ranks.
 
         Raises:
             RankFailedError: A thread has failed, or left something of another size.
@@ -95,14 +95,16 @@ class ThreadExchange:
 
     def answers(self, answering: ThreadSending) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
-        return self._take(_ANSWER, answering.own, answering.sizes)
+        return self._take(_ANSWER, answering.own_numbers, answering.sizes)
 
     def _take(self, kind: str, numbers: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        taken = [self._mailboxes.take((peer, self._rank, kind, number)) for peer, number in zip(self._peers, numbers)]
-        for peer, content, size in zip(self._peers, taken, sizes):
+        contents = [
+            self._mailboxes.take((peer, self._rank, kind, number)) for peer, number in zip(self._peers, numbers)
+        ]
+        for peer, content, size in zip(self._peers, contents, sizes):
             if len(content) != size:
                 raise RankFailedError(f"rank {peer} sent {len(content)} bytes where rank {self._rank} has {size}")
-        return [memoryview(content) for content in taken]
+        return [memoryview(content) for content in contents]
 
     def require_sent(self, sending: ThreadSending) -> None:
         """Nothing to wait for: what is left is a copy."""
@@ -113,20 +115,20 @@ class ThreadExchange:
             self._leave(peer, content)
 
     def receive_only(self, rank: int) -> bytes:
-        """What a peer left with `send_only`."""
+        """The bytes that a peer left with `send_only`."""
         return self._mailboxes.take((rank, self._rank, _PART, self._next(rank)))
 
     def close(self) -> None:
         """Nothing to give back."""
 
     def _next(self, peer: int) -> int:
-        self._expected[peer] += 1
-        return self._expected[peer]
+        self._messages_expected[peer] += 1
+        return self._messages_expected[peer]
 
     def _leave(self, peer: int, content: bytes) -> int:
-        self._sent[peer] += 1
-        self._mailboxes.leave((self._rank, peer, _PART, self._sent[peer]), content)
-        return self._sent[peer]
+        self._messages_sent[peer] += 1
+        self._mailboxes.leave((self._rank, peer, _PART, self._messages_sent[peer]), content)
+        return self._messages_sent[peer]
 
 
 def in_threads(mailboxes: Mailboxes, act: Callable[[int], Result]) -> list[Result]:

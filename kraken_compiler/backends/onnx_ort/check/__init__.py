@@ -1,1 +1,1 @@
-"""What devices really run between the start and the wait of a reduce, and what they are compared with."""
+"""Checks of devices: the operations that really run between a reduce's start and its wait, and the reference."""

@@ -1,4 +1,4 @@
-"""What a device really ran between every reduce's start and its wait: the file's order is a promise, a run is a fact.
+"""The windows of a run, between every reduce's start and its wait: the file's order is a promise, a run is a fact.
 
 ONNX Runtime fuses, reorders and drops nodes, so they are taken from its own profile of the run.
 """
@@ -21,24 +21,26 @@ def is_matrix_product(op: str) -> bool:
     return any(product in op for product in _PRODUCTS)
 
 
-def ran_windows(events: Sequence[Event], expected: Sequence[Window]) -> tuple[RanWindow, ...]:
+def ran_windows(events: Sequence[Event], file_windows: Sequence[Window]) -> tuple[RanWindow, ...]:
     """Measure the window of every reduce in a profiled run.
 
     Args:
         events: Those of one device.
-        expected: The windows of its file, in launch order.
+        file_windows: The windows of its file, in launch order.
 
     Raises:
         VerificationError: The run began or awaited other reduces than the file says, or in another order.
     """
     places = {event.name: place for place, event in enumerate(events) if event.kind in (START, WAIT)}
-    for kind, names in ((START, [one.start for one in expected]), (WAIT, [one.wait for one in expected])):
-        ran = [event.name for event in events if event.kind == kind]
+    for kind, names in ((START, [one.start for one in file_windows]), (WAIT, [one.wait for one in file_windows])):
+        event_names = [event.name for event in events if event.kind == kind]
         # Sums may be awaited in another order than they were begun.
-        if ran != names if kind == START else sorted(ran) != sorted(names):
-            raise VerificationError(f"a device ran the {kind} nodes {', '.join(ran)}; its file has {', '.join(names)}")
+        if event_names != names if kind == START else sorted(event_names) != sorted(names):
+            raise VerificationError(
+                f"a device ran the {kind} nodes {', '.join(event_names)}; its file has {', '.join(names)}"
+            )
     windows = []
-    for window in expected:
+    for window in file_windows:
         start, wait = places[window.start], places[window.wait]
         between = [node for event in events[start + 1 : wait] for node in event.ran]
         windows.append(

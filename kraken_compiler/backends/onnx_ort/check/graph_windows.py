@@ -1,4 +1,4 @@
-"""What lies between every reduce's start and its wait in an ONNX graph, whose order is the order of running."""
+"""The windows between every reduce's start and its wait in an ONNX graph, whose order is the order of running."""
 
 from __future__ import annotations
 

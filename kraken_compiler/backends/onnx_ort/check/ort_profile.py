@@ -13,7 +13,7 @@ _RUN = "model_run"
 
 
 def last_run(path: Path) -> tuple[RanNode, ...]:
-    """What the last run of a session executed, in that order; the nodes of functions and loop bodies too.
+    """The nodes that the last run of a session executed, in that order; those of functions and loop bodies too.
 
     Raises:
         VerificationError: ONNX Runtime wrote no profile, or one that holds no run: it may have ended early.
@@ -21,11 +21,12 @@ def last_run(path: Path) -> tuple[RanNode, ...]:
     try:
         events = json.loads(path.read_text(encoding="utf-8"))
         runs = [event for event in events if event["name"] == _RUN]
-        began = max(run["ts"] for run in runs)
+        start = max(run["ts"] for run in runs)
         nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith(_NODE)]
-        ran = sorted((node for node in nodes if node["ts"] >= began), key=lambda node: node["ts"])
+        last_nodes = sorted((node for node in nodes if node["ts"] >= start), key=lambda node: node["ts"])
         return tuple(
-            RanNode(node["name"].removesuffix(_NODE), node["args"]["op_name"], float(node["dur"])) for node in ran
+            RanNode(node["name"].removesuffix(_NODE), node["args"]["op_name"], float(node["dur"]))
+            for node in last_nodes
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error) or type(error).__name__

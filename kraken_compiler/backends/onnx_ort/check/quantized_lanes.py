@@ -1,4 +1,4 @@
-"""The lanes with quantized weights: what quantized devices are compared with."""
+"""The lanes with quantized weights, with which quantized devices are compared."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def read_as_quantized(model: DeviceModel, read_lane: ReadLane) -> ReadLane:
     """
     if model.weights is None:
         return read_lane
-    quantized: dict[str, tuple[Quantization, bool]] = {}
+    quantizations: dict[str, tuple[Quantization, bool]] = {}
     for node in model.proto.graph.node:
         if node.op_type == QUANTIZED_PRODUCT:
             settings = {attribute.name: attribute.i for attribute in node.attribute}
-            noted = {entry.key: entry.value for entry in node.metadata_props}
-            how = Quantization(settings["bits"], settings["block_size"])
-            quantized[noted[NODE_WEIGHT]] = how, noted[NODE_TRANSPOSED] == str(True)
+            notes = {entry.key: entry.value for entry in node.metadata_props}
+            quantization = Quantization(settings["bits"], settings["block_size"])
+            quantizations[notes[NODE_WEIGHT]] = quantization, notes[NODE_TRANSPOSED] == str(True)
 
     def read(spec: WeightSpec, lane: int) -> Tensor:
         local = read_lane(spec, lane)
-        if spec.name not in quantized:
+        if spec.name not in quantizations:
             return local
-        how, transposed = quantized[spec.name]
-        stored = local.t() if transposed else local
-        weight = dequantize(quantize(stored.to(spec.torch_dtype), how), stored.shape[0], how)
-        return (weight.t() if transposed else weight).contiguous()
+        quantization, is_transposed = quantizations[spec.name]
+        matrix = local.t() if is_transposed else local
+        weight = dequantize(quantize(matrix.to(spec.torch_dtype), quantization), matrix.shape[0], quantization)
+        return (weight.t() if is_transposed else weight).contiguous()
 
     return read

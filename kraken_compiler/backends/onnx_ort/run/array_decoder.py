@@ -55,8 +55,8 @@ class ArrayDecoder:
         if model.caches is None:
             raise UsageError("the program has no KV cache")
         require_batch(batch, capacity, model.positions)
-        a_token = token_bytes(model.caches, lambda dtype: np.dtype(dtype).itemsize)
-        require_memory(_SIDES * batch * capacity * a_token, capacity)
+        bytes_per_token = token_bytes(model.caches, lambda dtype: np.dtype(dtype).itemsize)
+        require_memory(_SIDES * batch * capacity * bytes_per_token, capacity)
         self.batch, self.capacity = batch, capacity
         self._program = program
         self._sides = [
@@ -71,11 +71,11 @@ class ArrayDecoder:
         self._past = [past_name(*part) for part in parts]
         self._present = [present_name(*part) for part in parts]
         self._mask = np.zeros((batch, capacity), np.int64)
-        self._held = 0
+        self._length = 0
 
     def reset(self) -> None:
         """Forget all sequences; the buffers are kept."""
-        self._held = 0
+        self._length = 0
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
         """Read prompts into an empty decoder.
@@ -94,13 +94,13 @@ class ArrayDecoder:
         require_prompts(ids, lengths, self.batch)
         longest = int(lengths.max())
         require_space(longest, self.capacity)
-        self._held = 0
+        self._length = 0
         columns = np.arange(longest)[None, :] - (longest - lengths)[:, None]
         present = columns >= 0
         self._require_lengths(lengths)
         self._mask[:, :longest] = present
-        moved = np.take_along_axis(np.asarray(ids, np.int64), np.maximum(columns, 0), axis=1)
-        return self._append(np.where(present, moved, 0), np.maximum(columns, 0))
+        aligned_ids = np.take_along_axis(np.asarray(ids, np.int64), np.maximum(columns, 0), axis=1)
+        return self._append(np.where(present, aligned_ids, 0), np.maximum(columns, 0))
 
     def step(self, tokens: Array) -> Array:
         """Append a token to every sequence.
@@ -114,24 +114,24 @@ class ArrayDecoder:
         Raises:
             UsageError: The cache is full, or there is nothing to append to.
         """
-        if not self._held:
+        if not self._length:
             raise UsageError("give the prompt to prefill first")
-        require_space(self._held + 1, self.capacity)
-        positions = self._mask[:, : self._held].sum(axis=1, keepdims=True)
+        require_space(self._length + 1, self.capacity)
+        positions = self._mask[:, : self._length].sum(axis=1, keepdims=True)
         self._require_lengths(positions[:, 0] + 1)
-        self._mask[:, self._held] = 1
+        self._mask[:, self._length] = 1
         return self._append(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
 
     def _require_lengths(self, lengths: Array) -> None:
-        """Hold every row's length against the source model's rules; the program holds the longest one's."""
+        """Check every row's length against the source model's rules; the program checks the longest one's."""
         for length in sorted(set(lengths.tolist())) if self._program.model.sizes else ():
             sizes = {BATCH: self.batch, SEQUENCE: length}
-            broken = broken_rule(self._program.model.sizes, sizes)
-            if broken is not None:
-                raise UsageError(refusal("the model", sizes, broken))
+            rule = broken_rule(self._program.model.sizes, sizes)
+            if rule is not None:
+                raise UsageError(refusal("the model", sizes, rule))
 
     def _append(self, ids: Array, positions: Array) -> Array:
-        total = self._held + ids.shape[1]
+        total = self._length + ids.shape[1]
         feeds = {
             INPUT_IDS: ids,
             POSITION_IDS: positions,
@@ -139,11 +139,11 @@ class ArrayDecoder:
             LOGIT_POSITIONS: np.full((self.batch, 1), ids.shape[1] - 1, np.int64),
         }
         feeds = {name: value for name, value in feeds.items() if name in self._program.inputs}
-        feeds |= dict(zip(self._past, self._views(0, self._held), strict=True))
-        into = dict(zip(self._present, self._views(1, total), strict=True))
-        logits = self._program.run(feeds, into)[LOGITS]
+        feeds |= dict(zip(self._past, self._views(0, self._length), strict=True))
+        destinations = dict(zip(self._present, self._views(1, total), strict=True))
+        logits = self._program.run(feeds, destinations)[LOGITS]
         self._sides.reverse()
-        self._held = total
+        self._length = total
         return logits[:, 0]
 
     def _views(self, side: int, tokens: int) -> list[Array]:

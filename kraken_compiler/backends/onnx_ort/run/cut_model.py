@@ -92,16 +92,16 @@ def _cut(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[Step]:
             last.append(node)
     types = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    needed_later = {value.name for value in graph.output}
+    later_reads = {value.name for value in graph.output}
     steps: list[Step] = []
     for part in reversed(runs):
         if isinstance(part, Collective):
             steps.append(part)
-            needed_later.add(part.operand)
+            later_reads.add(part.operand)
         elif part:
-            stage = _stage(model, part, needed_later, types, weights)
+            stage = _stage(model, part, later_reads, types, weights)
             steps.append(stage)
-            needed_later.update(stage.inputs)
+            later_reads.update(stage.inputs)
     steps.reverse()
     _check_order(steps, {value.name for value in graph.input}, {value.name for value in graph.output})
     return steps
@@ -110,7 +110,9 @@ def _cut(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[Step]:
 def _without_transposes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph, in which a product with a weight that was transposed for it is one node."""
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    readers = Counter([name for node in graph.node for name in _read(node)] + [value.name for value in graph.output])
+    readers = Counter(
+        [name for node in graph.node for name in _operand_names(node)] + [value.name for value in graph.output]
+    )
     flips = {
         node.output[0]: node.input[0]
         for node in graph.node
@@ -119,19 +121,19 @@ def _without_transposes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
         and [list(attribute.ints) for attribute in node.attribute] == [[1, 0]]
         and readers[node.output[0]] == 1
     }
-    fused, gone = [], set()
+    nodes, fused_flips = [], set()
     for node in graph.node:
         is_product = (node.domain, node.op_type, len(node.input)) == ("", "MatMul", 2)
         if is_product and node.input[1] in flips:
-            gone.add(node.input[1])
+            fused_flips.add(node.input[1])
             operands = [node.input[0], flips[node.input[1]]]
             product = onnx.NodeProto(name=node.name, op_type=FUSED_PRODUCT, domain=MICROSOFT_DOMAIN, input=operands)
             product.output.extend(node.output)
             product.attribute.append(onnx.helper.make_attribute("transB", 1))
-            fused.append(product)
+            nodes.append(product)
         else:
-            fused.append(node)
-    return [node for node in fused if node.op_type != "Transpose" or gone.isdisjoint(node.output)]
+            nodes.append(node)
+    return [node for node in nodes if node.op_type != "Transpose" or fused_flips.isdisjoint(node.output)]
 
 
 def _collective(node: onnx.NodeProto) -> Collective:
@@ -144,24 +146,26 @@ def _collective(node: onnx.NodeProto) -> Collective:
 def _stage(
     model: onnx.ModelProto,
     nodes: list[onnx.NodeProto],
-    needed_later: Iterable[str],
+    later_reads: Iterable[str],
     types: Mapping[str, onnx.ValueInfoProto],
     weights: Mapping[str, onnx.TensorProto],
 ) -> Stage:
-    made = {name for node in nodes for name in node.output if name}
-    used = dict.fromkeys(name for node in nodes for name in _read(node) if name and name not in made)
-    inputs = tuple(name for name in used if name not in weights)
-    outputs = tuple(name for node in nodes for name in node.output if name in set(needed_later))
-    untyped = [name for name in (*inputs, *outputs) if name not in types]
-    if untyped:
-        raise InputFileError(f"damaged: value '{untyped[0]}' has no type")
+    node_outputs = {name for node in nodes for name in node.output if name}
+    operands = dict.fromkeys(
+        name for node in nodes for name in _operand_names(node) if name and name not in node_outputs
+    )
+    inputs = tuple(name for name in operands if name not in weights)
+    outputs = tuple(name for node in nodes for name in node.output if name in set(later_reads))
+    untyped_names = [name for name in (*inputs, *outputs) if name not in types]
+    if untyped_names:
+        raise InputFileError(f"damaged: value '{untyped_names[0]}' has no type")
     part = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     part.opset_import.extend(entry for entry in model.opset_import if entry.domain not in (DOMAIN, MICROSOFT_DOMAIN))
     part.opset_import.add(domain=MICROSOFT_DOMAIN, version=MICROSOFT_VERSION)
     part.functions.extend(model.functions)
     part.graph.name = nodes[0].name
     part.graph.node.extend(nodes)
-    part.graph.initializer.extend(weights[name] for name in used if name in weights)
+    part.graph.initializer.extend(weights[name] for name in operands if name in weights)
     part.graph.input.extend(types[name] for name in inputs)
     part.graph.output.extend(types[name] for name in outputs)
     for node in part.graph.node:
@@ -170,25 +174,25 @@ def _stage(
     return Stage(part, inputs, outputs)
 
 
-def _read(node: onnx.NodeProto) -> Iterable[str]:
-    """What a node reads, also inside of its branches and loop bodies."""
+def _operand_names(node: onnx.NodeProto) -> Iterable[str]:
+    """The names that a node reads, also inside of its branches and loop bodies."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-            inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-            inside |= {name for inner in graph.node for name in inner.output}
-            yield from (name for inner in graph.node for name in _read(inner) if name not in inside)
+            inner_names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            inner_names |= {name for inner in graph.node for name in inner.output}
+            yield from (name for inner in graph.node for name in _operand_names(inner) if name not in inner_names)
 
 
-def _check_order(steps: Iterable[Step], given: set[str], wanted: set[str]) -> None:
-    there, handles = set(given), set()
+def _check_order(steps: Iterable[Step], inputs: set[str], outputs: set[str]) -> None:
+    available, handles = set(inputs), set()
     for step in steps:
         reads = step.inputs if isinstance(step, Stage) else () if step.kind == WAIT else (step.operand,)
-        missing = [name for name in reads if name not in there]
-        if missing:
-            raise InputFileError(f"damaged: value '{missing[0]}' is used before it is there")
+        missing_names = [name for name in reads if name not in available]
+        if missing_names:
+            raise InputFileError(f"damaged: value '{missing_names[0]}' is used before it is there")
         if isinstance(step, Stage):
-            there.update(step.outputs)
+            available.update(step.outputs)
         elif step.kind == START:
             handles.add(step.result)
         else:
@@ -196,6 +200,6 @@ def _check_order(steps: Iterable[Step], given: set[str], wanted: set[str]) -> No
                 raise InputFileError(f"damaged: '{step.name}' waits for a sum that was not begun, or waits twice")
             handles.discard(step.operand)
             assert step.kind in (WAIT, GATHER)
-            there.add(step.result)
-    if handles or not wanted <= there:
-        raise InputFileError(f"damaged: {sorted(handles | (wanted - there))[0]} is never waited for or never made")
+            available.add(step.result)
+    if handles or not outputs <= available:
+        raise InputFileError(f"damaged: {sorted(handles | (outputs - available))[0]} is never waited for or never made")

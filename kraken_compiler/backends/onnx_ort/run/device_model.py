@@ -1,4 +1,4 @@
-"""A device file as it is read: checked before anything in it is used."""
+"""The model in a device file, checked before anything in it is used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from kraken_compiler.ir.size_rules import parse_rule
 CACHE_DTYPES = ("float32", "float16")
 
 NEWEST_OPSET = 26
-"""The newest that was looked at; a later one may have changed what an op means."""
+"""The newest opset that was checked; a later one may have changed what an op means."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class DeviceModel:
         except (DecodeError, ValueError) as error:
             raise InputFileError(f"{path}: damaged, not an ONNX model ({error})") from error
         try:
-            return cls._described(path, proto, verify)
+            return cls._from_proto(path, proto, verify)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             # What is no text in a text field comes as bytes, or fails when it is looked at.
             reason = " ".join(str(error).split())
             raise InputFileError(f"{path}: damaged, its description is incomplete ({reason})") from error
 
     @classmethod
-    def _described(cls, path: Path, proto: onnx.ModelProto, verify: bool) -> Self:
+    def _from_proto(cls, path: Path, proto: onnx.ModelProto, verify: bool) -> Self:
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         _check_versions(path, proto, metadata)
         caches = json.loads(metadata.get(META_CACHE, "null"))
@@ -131,14 +131,14 @@ class DeviceModel:
         return model
 
     def with_exact_products(self) -> DeviceModel:
-        """The same with products that round quantized weights only, as slow as that may be."""
+        """The model with products that round quantized weights only, as slow as that may be."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         for node in proto.graph.node:
             if node.op_type == QUANTIZED_PRODUCT:
-                kept = [attribute for attribute in node.attribute if attribute.name != PRODUCT_ACCURACY]
+                attributes = [attribute for attribute in node.attribute if attribute.name != PRODUCT_ACCURACY]
                 del node.attribute[:]
-                node.attribute.extend(kept)
+                node.attribute.extend(attributes)
         return replace(self, proto=proto)
 
 
@@ -161,7 +161,7 @@ def _check_versions(path: Path, proto: onnx.ModelProto, metadata: dict[str, str]
 
 
 def _check_description(model: DeviceModel) -> None:
-    """Make sure that what is said of the model is what it can be.
+    """Make sure that the model's description is possible.
 
     Raises:
         ValueError, TypeError: It is not.
@@ -184,7 +184,7 @@ def _check_description(model: DeviceModel) -> None:
 
 def _check_places(path: Path, proto: onnx.ModelProto) -> None:
     """Make sure that only weights of the graph itself lie in another file: nobody looks where others would lie."""
-    inside = [node for function in proto.functions for node in function.node]
+    nodes = [node for function in proto.functions for node in function.node]
     graphs = [proto.graph, *(part.initialization for part in proto.training_info)]
     graphs += [part.algorithm for part in proto.training_info]
     tensors: list[onnx.TensorProto] = []
@@ -193,9 +193,9 @@ def _check_places(path: Path, proto: onnx.ModelProto) -> None:
         if graph is not proto.graph:
             tensors += graph.initializer
         tensors += (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
-        inside += graph.node
-        while inside:
-            for attribute in inside.pop().attribute:
+        nodes += graph.node
+        while nodes:
+            for attribute in nodes.pop().attribute:
                 tensors += (attribute.t, *attribute.tensors)
                 sparse_tensors = (attribute.sparse_tensor, *attribute.sparse_tensors)
                 tensors += (part for sparse in sparse_tensors for part in (sparse.values, sparse.indices))
@@ -226,8 +226,8 @@ def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> 
         except (KeyError, ValueError):
             raise InputFileError(f"{path}: damaged, weight '{tensor.name}' is nowhere") from None
         if name not in weight_files(model.lane):
-            where = "outside its folder" if Path(name).name != name else "which is no file of this device's"
-            raise InputFileError(f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', {where}")
+            reason = "outside its folder" if Path(name).name != name else "which is no file of this device's"
+            raise InputFileError(f"{path}: refused: weight '{tensor.name}' is said to be at '{name}', {reason}")
         ends[name] = max(ends.get(name, 0), offset + length)
     for name, end in ends.items():
         data = path.parent / name
@@ -238,6 +238,6 @@ def _check_data(model: DeviceModel, hashes: Mapping[str, str], verify: bool) -> 
                 raise InputFileError(f"{data}: truncated, {data.stat().st_size} bytes instead of {end}")
             if verify:
                 with data.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != hashes[name]:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != hashes[name]:
                     raise InputFileError(f"{data}: not what {path.name} was written with (its hash differs)")

@@ -31,11 +31,11 @@ Array = npt.NDArray[Any]
 CPU_PROVIDER = "CPUExecutionProvider"
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _FULL_ACCURACY = "1"
-"""Of a product with quantized weights: ONNX Runtime computes it in float32."""
+"""The accuracy level with which ONNX Runtime computes a product with quantized weights in float32."""
 
 
 class ArrayCollectives(Protocol):
-    """What a program asks of a communicator, see `communicators.base.Communicator`."""
+    """The communicator that a program needs, see `communicators.communicator.Communicator`."""
 
     @property
     def rank(self) -> int: ...
@@ -112,8 +112,8 @@ class DeviceProgram:
                 options.enable_profiling = True
                 # Sessions that are opened in the same millisecond would write to the same file.
                 options.profile_file_prefix = str(Path(self._profiles.name, f"step-{number}"))
-            opened = step if isinstance(step, Collective) else _Session(model, step, options, provider)
-            self._steps.append(opened)
+            program_step = step if isinstance(step, Collective) else _Session(model, step, options, provider)
+            self._steps.append(program_step)
         self._sums: dict[str, Array] = {}
 
     def run(
@@ -139,18 +139,18 @@ class DeviceProgram:
             UsageError: An input is missing, of a wrong shape or type, or of a size that was not compiled for.
         """
         sizes = self._sizes(feeds)
-        given = into or {}
+        destinations = into or {}
         values: dict[str, Any] = {name: feeds[name] for name in self.inputs}
         for step in self._steps:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             if isinstance(step, _Session):
-                step.run(values, sizes, given)
+                step.run(values, sizes, destinations)
             else:
                 values[step.result] = self._collective(step, values)
                 if sums is not None and step.kind == WAIT:
                     sums[step.name] = values[step.result].copy()
             if trace is not None:
-                trace(_event(step, began))
+                trace(_event(step, start_time))
         return {name: values[name] for name in self.outputs}
 
     def run_profiled(
@@ -174,7 +174,7 @@ class DeviceProgram:
         with self._profiles:
             stages = [step.end_profile() if isinstance(step, _Session) else () for step in self._steps]
         self._profiles = None
-        return outputs, tuple(replace(event, ran=ran) for event, ran in zip(events, stages, strict=True))
+        return outputs, tuple(replace(event, ran=nodes) for event, nodes in zip(events, stages, strict=True))
 
     def _collective(self, step: Collective, values: dict[str, Any]) -> Any:
         communicator = self._communicator
@@ -184,20 +184,22 @@ class DeviceProgram:
             return communicator.start(operand), operand
         if step.kind == WAIT:
             handle, part = operand
-            kept = self._sums.get(step.result)
-            if kept is None or kept.shape != part.shape:
-                kept = self._sums[step.result] = np.empty_like(part)
-            return communicator.wait(handle, kept)
+            buffer = self._sums.get(step.result)
+            if buffer is None or buffer.shape != part.shape:
+                buffer = self._sums[step.result] = np.empty_like(part)
+            return communicator.wait(handle, buffer)
         return communicator.all_gather(operand, step.axis)
 
     def _sizes(self, feeds: Mapping[str, Array]) -> dict[str, int]:
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise UsageError(f"the program needs the inputs {', '.join(self.inputs)}; missing: {', '.join(missing)}")
+        missing_names = [name for name in self.inputs if name not in feeds]
+        if missing_names:
+            raise UsageError(
+                f"the program needs the inputs {', '.join(self.inputs)}; missing: {', '.join(missing_names)}"
+            )
         for name, value in self.inputs.items():
-            wanted = _dtype(value)
-            if feeds[name].dtype != wanted:
-                raise UsageError(f"input '{name}' is {feeds[name].dtype}, expected {wanted}")
+            dtype = _dtype(value)
+            if feeds[name].dtype != dtype:
+                raise UsageError(f"input '{name}' is {feeds[name].dtype}, expected {dtype}")
         try:
             sizes = bind_sizes(self.inputs.values(), {name: feeds[name].shape for name in self.inputs})
         except ValueError as error:
@@ -206,7 +208,7 @@ class DeviceProgram:
         return sizes
 
     def _require_sizes(self, feeds: Mapping[str, Array]) -> None:
-        """Hold the source model's sizes against its rules; of a batch of unequal rows, the longest one's."""
+        """Check the source model's sizes against its rules; of a batch of unequal rows, the longest one's."""
         model = self.model
         if not model.sizes:
             return
@@ -222,9 +224,9 @@ class DeviceProgram:
                 for dim, size in zip(shape, feeds[name].shape)
                 if isinstance(dim, str)
             }
-        broken = broken_rule(model.sizes, sizes)
-        if broken is not None:
-            raise UsageError(refusal("the model", sizes, broken))
+        rule = broken_rule(model.sizes, sizes)
+        if rule is not None:
+            raise UsageError(refusal("the model", sizes, rule))
 
 
 class _Session:
@@ -248,32 +250,32 @@ class _Session:
         binding = self._session.io_binding()
         for name in self.stage.inputs:
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values[name]))
-        placed: list[str] = []
+        unsized_outputs: list[str] = []
         for name, value in self._outputs.items():
             buffer = into[name] if name in into else self._buffer(name, value, sizes)
             if buffer is None:
                 binding.bind_output(name)
-                placed.append(name)
+                unsized_outputs.append(name)
             else:
                 binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(buffer))
                 values[name] = buffer
         self._session.run_with_iobinding(binding)
-        if placed:
-            found = dict(zip(self._outputs, binding.get_outputs()))
-            values.update({name: found[name].numpy() for name in placed})
+        if unsized_outputs:
+            ort_values = dict(zip(self._outputs, binding.get_outputs()))
+            values.update({name: ort_values[name].numpy() for name in unsized_outputs})
 
     def end_profile(self) -> tuple[RanNode, ...]:
-        """What the last run executed; the profile ends."""
+        """End the profile; returns the nodes that the last run executed."""
         return last_run(Path(self._session.end_profiling()))
 
     def _buffer(self, name: str, value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> Array | None:
         shape = shape_of(value, sizes)
         if shape is None:
             return None
-        kept = self._buffers.get(name)
-        if kept is None or kept.shape != shape:
-            kept = self._buffers[name] = np.empty(shape, _dtype(value))
-        return kept
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[name] = np.empty(shape, _dtype(value))
+        return buffer
 
 
 def _session_options(model: DeviceModel, provider: str, threads: int | None) -> onnxruntime.SessionOptions:
@@ -281,8 +283,8 @@ def _session_options(model: DeviceModel, provider: str, threads: int | None) -> 
     if provider not in available:
         raise UsageError(f"this ONNX Runtime has no {provider}; it has {', '.join(available)}")
     if threads is None:
-        configured = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(configured) if configured.isdigit() else max(1, len(os.sched_getaffinity(0)) // model.degree)
+        setting = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(setting) if setting.isdigit() else max(1, len(os.sched_getaffinity(0)) // model.degree)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = max(1, threads)
     options.inter_op_num_threads = 1
@@ -295,11 +297,11 @@ def _session_options(model: DeviceModel, provider: str, threads: int | None) -> 
     return options
 
 
-def _event(step: Collective | _Session, began: float) -> Event:
-    ended = time.perf_counter()
+def _event(step: Collective | _Session, start_time: float) -> Event:
+    end_time = time.perf_counter()
     if isinstance(step, Collective):
-        return Event(step.name, step.kind, began, ended)
-    return Event(step.nodes[0][0], "stage", began, ended, step.nodes)
+        return Event(step.name, step.kind, start_time, end_time)
+    return Event(step.nodes[0][0], "stage", start_time, end_time, step.nodes)
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:

@@ -1,4 +1,4 @@
-"""What a run of a device's program did, and when. Whoever checks a run needs it, also without onnx."""
+"""The events of a run of a device's program, with their times. Whoever checks a run needs them, also without onnx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kraken_compiler.ir.schedule import RanNode
 
 @dataclass(frozen=True)
 class Event:
-    """What a run did, and when.
+    """A stage or a collective of a run, with its times.
 
     Attributes:
         name: A collective's node, or the first node of a stage.
@@ -30,7 +30,7 @@ class Event:
 
 
 def events_from(records: Iterable[dict[str, Any]]) -> tuple[Event, ...]:
-    """What `dataclasses.asdict` made of the events of a run."""
+    """The events of a run, from what `dataclasses.asdict` made of them."""
     return tuple(_event(**record) for record in records)
 
 

@@ -1,4 +1,4 @@
-"""What a device's model is fed to run whole sequences at once, without a past."""
+"""The feeds of a device's model for whole sequences at once, without a past."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 Array = npt.NDArray[Any]
 
 
-def whole_feeds(model: DeviceModel, given: Mapping[str, Array]) -> dict[str, Array]:
+def whole_feeds(model: DeviceModel, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Feeds for the logits of every token of whole sequences.
 
     Args:
         model: The device file.
-        given: The source model's inputs by name; of a language model with a KV cache only the token ids,
+        inputs: The source model's inputs by name; of a language model with a KV cache only the token ids,
             [batch, sequence].
 
     Returns:
         An array for every input of the model.
     """
     if model.caches is None:
-        return {name: np.ascontiguousarray(value) for name, value in given.items()}
-    (ids,) = given.values()
+        return {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+    (ids,) = inputs.values()
     batch, tokens = ids.shape
     positions = np.broadcast_to(np.arange(tokens, dtype=np.int64), (batch, tokens)).copy()
     feeds = {
@@ -45,5 +45,5 @@ def whole_feeds(model: DeviceModel, given: Mapping[str, Array]) -> dict[str, Arr
     for layer, cache in enumerate(model.caches):
         for part, dim in (("key", cache.key_dim), ("value", cache.value_dim)):
             feeds[past_name(layer, part)] = np.zeros((batch, cache.heads, 0, dim), cache.dtype)
-    declared = {value.name for value in model.proto.graph.input}
-    return {name: value for name, value in feeds.items() if name in declared}
+    input_names = {value.name for value in model.proto.graph.input}
+    return {name: value for name, value in feeds.items() if name in input_names}

@@ -83,8 +83,8 @@ class OnnxModel(RankModel):
         return ArrayDecoder(self.program, batch, capacity)
 
     def _feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        given = {name: inputs[name] for name in self._names if name in inputs}
-        return whole_feeds(self.program.model, given)
+        model_inputs = {name: inputs[name] for name in self._names if name in inputs}
+        return whole_feeds(self.program.model, model_inputs)
 
     def _outputs(self, outputs: Mapping[str, Array]) -> list[Array]:
         return [array for name, array in outputs.items() if not name.startswith(_PRESENT_PREFIX)]
@@ -100,8 +100,8 @@ def open_device(
 ) -> Iterator[DeviceProgram]:
     """Open one device's file; the processes with the files of the other devices must do so together.
 
-    Which device this is say the environment variables `RANK` and `WORLD_SIZE`, where they meet `KRAKEN_MEET` (HOST:PORT
-    of device 0); a model of one device needs none of them.
+    The environment variables `RANK` and `WORLD_SIZE` say which device this is, and `KRAKEN_MEET` (HOST:PORT of device
+    0) where they meet; a model of one device needs none of them.
 
     Args:
         path: The file.
@@ -118,11 +118,11 @@ def open_device(
         RankFailedError: Another device's process did not come in time, or went away.
     """
     model = DeviceModel.load(path)
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(model.degree):
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != str(model.degree):
         raise UsageError(
-            f"{model.path} is one of {model.degree} devices, WORLD_SIZE is {started}; "
-            f"start {model.degree} processes, or compile for degree {started}"
+            f"{model.path} is one of {model.degree} devices, WORLD_SIZE is {world_size}; "
+            f"start {model.degree} processes, or compile for degree {world_size}"
         )
     place = Place.from_environment() if model.degree > 1 else Place.alone()
     with connected(place, StatusWriter(place.rank, None), timeout) as ranks:

@@ -1,4 +1,4 @@
-"""Sizes of values from names: what `batch` and `sequence` are is known when a program is called."""
+"""Sizes of values from names: `batch` and `sequence` are known when a program is called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def bind_sizes(inputs: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """What the named dims of the inputs are.
+    """The sizes of the named dims of the inputs.
 
     Raises:
         ValueError: A shape does not fit; says which.
@@ -25,8 +25,8 @@ def bind_sizes(inputs: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple
         for dim, size in zip(dims, shape):
             fits = fits and (sizes.setdefault(dim.dim_param, size) if dim.dim_param else dim.dim_value) == size
         if not fits:
-            wanted = [dim.dim_param or dim.dim_value for dim in dims]
-            raise ValueError(f"input '{value.name}' is {list(shape)}, expected {wanted} with {sizes}")
+            expected_shape = [dim.dim_param or dim.dim_value for dim in dims]
+            raise ValueError(f"input '{value.name}' is {list(shape)}, expected {expected_shape} with {sizes}")
     return sizes
 
 
@@ -36,7 +36,7 @@ def shape_of(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> tuple[int,
         return None
     shape = []
     for dim in value.type.tensor_type.shape.dim:
-        size = dim.dim_value if dim.HasField("dim_value") else _evaluate(_parsed(dim.dim_param), sizes)
+        size = dim.dim_value if dim.HasField("dim_value") else _evaluate(_parse(dim.dim_param), sizes)
         if size is None:
             return None
         shape.append(size)
@@ -44,7 +44,7 @@ def shape_of(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> tuple[int,
 
 
 @cache
-def _parsed(text: str) -> ast.expr | None:
+def _parse(text: str) -> ast.expr | None:
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError):

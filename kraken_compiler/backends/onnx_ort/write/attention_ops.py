@@ -32,7 +32,7 @@ _library.define(
 
 
 def _mask(attention_mask: Tensor, input_ids: Tensor, slopes: Tensor | None, window: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, [B, 1 or H, T, S]; minus infinity for what a query does not see.
+    """The mask that is added to the scores, [B, 1 or H, T, S]; minus infinity where a query does not see.
 
     Args:
         attention_mask: [B, S], 0 where there is no token.
@@ -43,15 +43,15 @@ def _mask(attention_mask: Tensor, input_ids: Tensor, slopes: Tensor | None, wind
     """
     slots = torch.arange(attention_mask.shape[1])
     places = slots[-input_ids.shape[1] :, None]
-    seen = (slots <= places) & (attention_mask != 0)[:, None, None, :]
+    visible = (slots <= places) & (attention_mask != 0)[:, None, None, :]
     if window:
-        seen = seen & (slots > places - window)
+        visible = visible & (slots > places - window)
     # Padding sees itself: a query that sees nothing would make NaNs, and NaNs spread through the cache.
-    seen = seen | (slots == places)
-    added = torch.zeros((), dtype=dtype)
+    visible = visible | (slots == places)
+    bias = torch.zeros((), dtype=dtype)
     if slopes is not None:
-        added = ((slots - places) * slopes[:, None, None]).to(dtype)
-    return added.masked_fill(~seen, -torch.inf)
+        bias = ((slots - places) * slopes[:, None, None]).to(dtype)
+    return bias.masked_fill(~visible, -torch.inf)
 
 
 def _mask_shape(

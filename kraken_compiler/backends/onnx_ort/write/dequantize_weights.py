@@ -40,9 +40,9 @@ def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     if zero_point is not None:
         shift = writer.call("Mul", (rows, groups), writer.call("CastLike", (rows, groups), zero_point, scale), scale)
         shift = writer.call("Reshape", (rows, groups, 1), shift, writer.integers(rows, groups, 1))
-        apart = writer.call("Reshape", (rows, groups, size), weight, writer.integers(rows, groups, size))
-        apart = writer.call("Sub", (rows, groups, size), apart, shift)
-        weight = writer.call("Reshape", (rows, columns), apart, writer.integers(rows, columns))
+        blocks = writer.call("Reshape", (rows, groups, size), weight, writer.integers(rows, groups, size))
+        blocks = writer.call("Sub", (rows, groups, size), blocks, shift)
+        weight = writer.call("Reshape", (rows, columns), blocks, writer.integers(rows, columns))
     if scale.dtype != dtype:
         weight = writer.call("Cast", (rows, columns), weight, to=dtype.value)
         weight.type = onnx_ir.TensorType(dtype)
@@ -53,7 +53,7 @@ def _replace(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 
 
 def _as_integers(data: onnx_ir.Value, bits: int) -> int:
-    """Let a weight's integers be integers, however many share a byte; returns how many there are in a row."""
+    """Give a weight's integers their own type, however many share a byte; returns their number in a row."""
     assert data.shape is not None
     rows, width = data.shape.numpy()
     if bits == 8 or data.dtype == onnx_ir.DataType.INT4:

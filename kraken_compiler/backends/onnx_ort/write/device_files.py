@@ -1,4 +1,4 @@
-"""Device files: the shared graph, and where in the files beside it one device's weights are."""
+"""Device files: the shared graph, and the places of one device's weights in the files beside it."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def write_device_files(
         if name not in exported.quantized:
             exported.weights[name].shape = onnx_ir.Shape(shape[::-1] if name in exported.transposed else shape)
     inline = _inline(exported, program, read)
-    held = [name for name in exported.sources if name not in inline[0] and name not in exported.quantized]
-    weights = replace(program, weights={name: program.weights[name] for name in held})
+    source_names = [name for name in exported.sources if name not in inline[0] and name not in exported.quantized]
+    weights = replace(program, weights={name: program.weights[name] for name in source_names})
     files = {path.name: mark.sha256 for path, mark in lane_files_with(weights, read, directory, progress).items()}
     files |= _write_rest(exported, program, read, tables, directory, progress)
     entries = {name: read_header(directory / name) for name in files}
@@ -90,8 +90,8 @@ def write_device_files(
     )
     for lane in range(program.degree):
         places = {name: entry for file in weight_files(lane) for name, entry in entries.get(file, {}).items()}
-        own = [value for name, value in inline[lane].items() if program.weights[name].shards]
-        _finish(proto, lane, places, own, files, directory / device_file(lane))
+        own_tensors = [value for name, value in inline[lane].items() if program.weights[name].shards]
+        _finish(proto, lane, places, own_tensors, files, directory / device_file(lane))
 
 
 def _write_rest(
@@ -102,31 +102,33 @@ def _write_rest(
     directory: Path,
     progress: Advance | None,
 ) -> dict[str, str]:
-    """Write what no lane file holds: tables, and weights that are quantized. Returns the files and their hashes."""
-    computed = [name for name in exported.weights if name in exported.tables]
-    computed += [name for name in exported.quantized if name in exported.tables]
+    """Write the weights that no lane file holds: tables, and quantized ones. Returns the files and their hashes."""
+    table_names = [name for name in exported.weights if name in exported.tables]
+    table_names += [name for name in exported.quantized if name in exported.tables]
     specs = by_source(program.weights[name] for name in exported.quantized if name not in exported.tables)
-    quantized = [spec for of_source in specs.values() for spec in of_source]
-    shared = {spec.name for spec in quantized if program.degree > 1 and spec.shared}
+    quantized_specs = [spec for of_source in specs.values() for spec in of_source]
+    shared_names = {spec.name for spec in quantized_specs if program.degree > 1 and spec.shared}
 
     def contents(names: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {part: _type(exported.weights[part]) for name in names for part in _part_names(exported, name)}
 
-    own = contents([*computed, *(spec.name for spec in quantized if spec.name not in shared)])
-    files = dict.fromkeys((data_file(lane) for lane in range(program.degree)), own)
-    files[SHARED_DATA_FILE] = contents(spec.name for spec in quantized if spec.name in shared)
+    own_contents = contents([*table_names, *(spec.name for spec in quantized_specs if spec.name not in shared_names)])
+    files = dict.fromkeys((data_file(lane) for lane in range(program.degree)), own_contents)
+    files[SHARED_DATA_FILE] = contents(spec.name for spec in quantized_specs if spec.name in shared_names)
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(new_safetensors(directory / name, held)) for name, held in files.items() if held
+            name: stack.enter_context(new_safetensors(directory / name, entries))
+            for name, entries in files.items()
+            if entries
         }
         for lane in range(program.degree):
-            values = tables.of(lane) if tables is not None and computed else {}
-            for name in computed:
+            values = tables.of(lane) if tables is not None and table_names else {}
+            for name in table_names:
                 for part, content in _parts(exported, name, values[name]).items():
                     writers[data_file(lane)].append(part, content)
-        for spec, lane, local in lane_parts(program, quantized, read, progress if quantized else None):
+        for spec, lane, local in lane_parts(program, quantized_specs, read, progress if quantized_specs else None):
             for part, content in _parts(exported, spec.name, local).items():
-                if spec.name not in shared:
+                if spec.name not in shared_names:
                     writers[data_file(lane)].append(part, content)
                 elif lane == 0:
                     writers[SHARED_DATA_FILE].append(part, content)
@@ -139,11 +141,11 @@ def _inline(exported: ExportedGraph, program: Program, read: SourceReader) -> tu
     Shapes follow from them. And it takes one for a constant of the graph that has the same value, wherever that is.
     """
     specs = [program.weights[name] for name in exported.sources]
-    small = [spec for spec in specs if spec.torch_dtype in _INDEX_DTYPES and spec.nbytes <= _INLINE_BYTES]
+    small_specs = [spec for spec in specs if spec.torch_dtype in _INDEX_DTYPES and spec.nbytes <= _INLINE_BYTES]
     devices: tuple[dict[str, onnx.TensorProto], ...] = tuple({} for _ in range(program.degree))
-    for spec, lane, local in lane_parts(program, small, read):
-        stored = _stored(exported, spec.name, local).contiguous()
-        devices[lane][spec.name] = onnx.numpy_helper.from_array(stored.numpy(), spec.name)
+    for spec, lane, local in lane_parts(program, small_specs, read):
+        tensor = _stored_tensor(exported, spec.name, local).contiguous()
+        devices[lane][spec.name] = onnx.numpy_helper.from_array(tensor.numpy(), spec.name)
     return devices
 
 
@@ -153,25 +155,25 @@ def _type(value: onnx_ir.Value) -> tuple[torch.dtype, tuple[int, ...]]:
     return torch.from_numpy(np.empty(0, value.dtype.numpy())).dtype, tuple(value.shape.numpy())
 
 
-def _stored(exported: ExportedGraph, name: str, value: Tensor) -> Tensor:
+def _stored_tensor(exported: ExportedGraph, name: str, value: Tensor) -> Tensor:
     return value.t() if name in exported.transposed else value
 
 
 def _part_names(exported: ExportedGraph, name: str) -> tuple[str, ...]:
-    how = exported.quantized.get(name)
-    return (name,) if how is None else how.part_names(name)
+    quantization = exported.quantized.get(name)
+    return (name,) if quantization is None else quantization.part_names(name)
 
 
 def _parts(exported: ExportedGraph, name: str, value: Tensor) -> dict[str, Tensor]:
-    """What is stored of a weight, by name in the file."""
-    stored = _stored(exported, name, value)
-    how = exported.quantized.get(name)
-    parts = (stored,) if how is None else quantize(stored, how)
+    """The stored parts of a weight, by name in the file."""
+    tensor = _stored_tensor(exported, name, value)
+    quantization = exported.quantized.get(name)
+    parts = (tensor,) if quantization is None else quantize(tensor, quantization)
     return dict(zip(_part_names(exported, name), parts, strict=True))
 
 
 def _shared_proto(
-    exported: ExportedGraph, program: Program, outside: Sequence[str], metadata: Mapping[str, str]
+    exported: ExportedGraph, program: Program, external_names: Sequence[str], metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
     """The model as all devices have it: weights are declared, but nowhere yet."""
 
@@ -182,7 +184,7 @@ def _shared_proto(
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.metadata_props.update(metadata)
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
-    for name in outside:
+    for name in external_names:
         value = exported.weights[name]
         assert value.shape is not None
         assert value.dtype is not None
@@ -197,16 +199,16 @@ def _shared_proto(
 
 
 def _finish(
-    same: onnx.ModelProto,
+    shared_proto: onnx.ModelProto,
     lane: int,
     places: Mapping[str, TensorEntry],
-    own: Sequence[onnx.TensorProto],
+    own_tensors: Sequence[onnx.TensorProto],
     hashes: Mapping[str, str],
     path: Path,
 ) -> None:
     proto = onnx.ModelProto()
-    proto.CopyFrom(same)
-    used = set()
+    proto.CopyFrom(shared_proto)
+    file_names = set()
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = places[tensor.name]
@@ -214,9 +216,9 @@ def _finish(
             assert place.nbytes == nbytes, f"{tensor.name}: {place.nbytes} bytes instead of {nbytes}"
             for key, value in (("location", place.path.name), ("offset", place.start), ("length", place.nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
-            used.add(place.path.name)
-    proto.graph.initializer.extend(own)
-    files = {name: hashes[name] for name in sorted(used)}
+            file_names.add(place.path.name)
+    proto.graph.initializer.extend(own_tensors)
+    files = {name: hashes[name] for name in sorted(file_names)}
     for key, value in ((META_LANE, str(lane)), (META_FILES, json.dumps(files))):
         proto.metadata_props.add(key=key, value=value)
     with naming(path):

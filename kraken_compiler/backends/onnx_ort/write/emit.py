@@ -89,11 +89,11 @@ def write_devices(
 
 
 def _require_runnable(program: LaneProgram) -> None:
-    found = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
-    foreign = [dtype for dtype in found if dtype not in RUNNABLE]
-    if foreign:
+    dtypes = sorted({spec.dtype for spec in program.weights.values() if spec.torch_dtype.is_floating_point})
+    other_dtypes = [dtype for dtype in dtypes if dtype not in RUNNABLE]
+    if other_dtypes:
         raise UsageError(
-            f"the onnx backend writes {' and '.join(RUNNABLE)}, and this model is {', '.join(foreign)}; "
+            f"the onnx backend writes {' and '.join(RUNNABLE)}, and this model is {', '.join(other_dtypes)}; "
             "compile it with --dtype float32"
         )
     if program.cached is None and any(node.target is CAPPED_ATTENTION for node in program.graph.nodes):

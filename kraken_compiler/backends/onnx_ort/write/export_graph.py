@@ -1,4 +1,4 @@
-"""From a prepared graph to an ONNX model whose weights are still to come."""
+"""The export of a prepared graph to an ONNX model whose weights are still to come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kraken_compiler._torch_compat import onnx_model
 from kraken_compiler.backends.onnx_ort.check.graph_windows import is_gemm
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, OPSET, START, WAIT
 from kraken_compiler.backends.onnx_ort.write.dequantize_weights import dequantize_weights
-from kraken_compiler.backends.onnx_ort.write.prepare_step import Prepared
+from kraken_compiler.backends.onnx_ort.write.prepare_step import PreparedGraph
 from kraken_compiler.backends.onnx_ort.write.quantization import Quantization
 from kraken_compiler.backends.onnx_ort.write.translations import translations
 from kraken_compiler.capture.quiet import quiet_torch
@@ -43,13 +43,13 @@ class ExportedGraph:
     @property
     def sources(self) -> list[str]:
         """Names in the weight table of all that is stored, tables apart."""
-        parts = {part for name, how in self.quantized.items() for part in how.part_names(name)}
+        parts = {part for name, quantization in self.quantized.items() for part in quantization.part_names(name)}
         return [name for name in self.weights if name not in self.tables | parts] + [
             name for name in self.quantized if name not in self.tables
         ]
 
 
-def export_graph(prepared: Prepared) -> ExportedGraph:
+def export_graph(prepared: PreparedGraph) -> ExportedGraph:
     """Export a graph. It is consumed.
 
     Nodes keep their order, attention stays one node, and the collectives are nodes of our domain. A weight that is only
@@ -62,16 +62,16 @@ def export_graph(prepared: Prepared) -> ExportedGraph:
     graph = model.graph
     assert len(graph.inputs) == len(names), f"{len(graph.inputs)} inputs instead of {len(names)}"
     assert len(graph.outputs) == len(prepared.outputs), f"{len(graph.outputs)} outputs: {graph.outputs}"
-    taken = {*names, *prepared.outputs}
-    for value in (value for node in graph for value in node.outputs if value.name in taken):
+    reserved_names = {*names, *prepared.outputs}
+    for value in (value for node in graph for value in node.outputs if value.name in reserved_names):
         value.name = f"{value.name}_value"
     for value, name in zip(graph.inputs, names):
         value.name = name
     for value, name in zip(graph.outputs, prepared.outputs):
         value.name = name
     _name_dims(graph, prepared.dims)
-    held = len(prepared.weights) + len(prepared.tables)
-    weights, transposed = _take_weights(graph, held)
+    weight_count = len(prepared.weights) + len(prepared.tables)
+    weights, transposed = _take_weights(graph, weight_count)
     _drop_unused_outputs(graph)
     _pin_waits(graph)
     _name_nodes(graph)
@@ -81,8 +81,8 @@ def export_graph(prepared: Prepared) -> ExportedGraph:
 
 def _name_dims(graph: onnx_ir.Graph, dims: dict[str, str]) -> None:
     symbols = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in dims) or r"(?!)")
-    produced = (value for node in graph.all_nodes() for value in node.outputs)
-    for value in (*graph.inputs, *produced):
+    node_outputs = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *node_outputs):
         if value.shape is None:
             continue
         sizes: list[int | str | None] = []
@@ -103,12 +103,12 @@ def _take_weights(graph: onnx_ir.Graph, count: int) -> tuple[dict[str, onnx_ir.V
         users = [use.node for use in value.uses()]
         flips = all(node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0] for node in users)
         if users and flips:
-            stored = onnx_ir.Value(name=value.name, type=value.type, shape=users[0].outputs[0].shape)
+            initializer = onnx_ir.Value(name=value.name, type=value.type, shape=users[0].outputs[0].shape)
             for node in users:
-                node.outputs[0].replace_all_uses_with(stored)
+                node.outputs[0].replace_all_uses_with(initializer)
                 graph.remove(node, safe=True)
             transposed.add(value.name)
-            weights[value.name] = stored
+            weights[value.name] = initializer
         else:
             weights[value.name] = value
     return weights, frozenset(transposed)
@@ -121,7 +121,7 @@ def _handle(wait: onnx_ir.Node) -> onnx_ir.Value:
 
 
 def _drop_unused_outputs(graph: onnx_ir.Graph) -> None:
-    """An optional output that is named is computed: of attention, that is all scores."""
+    """Drop optional outputs that nobody reads, for a named one is computed: of attention, that is all scores."""
     for node in graph:
         while (
             len(node.outputs) > _required_outputs(node)
@@ -132,7 +132,7 @@ def _drop_unused_outputs(graph: onnx_ir.Graph) -> None:
 
 
 def _required_outputs(node: onnx_ir.Node) -> int:
-    """How many outputs a node must name, read or not: the values beside a top-k's indices, all pieces of a split."""
+    """The number of outputs a node must name, read or not: also a top-k's values, and all pieces of a split."""
     if not onnx.defs.has(node.op_type, node.domain):
         return 1
     schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
@@ -146,25 +146,25 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 def _name_nodes(graph: onnx_ir.Graph) -> None:
     """Name nodes after the module they come from, and forget what else the exporter noted about them."""
-    taken: Counter[str] = Counter()
+    name_counts: Counter[str] = Counter()
     for node in graph.all_nodes():
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
         module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
         node.metadata_props.clear()
         name = f"{module}/{node.op_type}" if module else node.op_type
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+        name_counts[name] += 1
+        node.name = name if name_counts[name] == 1 else f"{name}_{name_counts[name] - 1}"
 
 
 def _pin_waits(graph: onnx_ir.Graph) -> None:
     """Make every wait depend on the last product before it, so that nobody who reorders the file waits early."""
     product, product_at = None, -1
-    begun: dict[onnx_ir.Value, int] = {}
+    start_places: dict[onnx_ir.Value, int] = {}
     for place, node in enumerate(graph):
         if is_gemm(node):
             product, product_at = node.outputs[0], place
         elif node.domain == DOMAIN and node.op_type == START:
-            begun[node.outputs[0]] = place
-        elif node.domain == DOMAIN and node.op_type == WAIT and product_at > begun[_handle(node)]:
+            start_places[node.outputs[0]] = place
+        elif node.domain == DOMAIN and node.op_type == WAIT and product_at > start_places[_handle(node)]:
             node.resize_inputs(2)
             node.replace_input_with(1, product)

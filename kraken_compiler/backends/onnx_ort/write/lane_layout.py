@@ -5,7 +5,7 @@
     MatMul(x, table that is a weight transposed)   ->  MatMul(x, weight), or the first of these
 
 A node of its own stands before each product, in the product's stage. Our runtime multiplies with the weight as it is
-(`stages.cut`); any other transposes it once, when it opens the file.
+(`cut_model.cut`); any other transposes it once, when it opens the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def use_lane_layout(exported: ExportedGraph, transposes: Mapping[str, str]) -> E
     graph = exported.model.graph
     sources, aliases = set(exported.sources), {*transposes} & {*exported.tables} - {*exported.quantized}
     weights = {name: value for name, value in exported.weights.items() if name not in aliases}
-    for name, stored in exported.weights.items():
+    for name, initializer in exported.weights.items():
         if name not in sources | aliases or name in exported.quantized:
             continue
         flipped = (name in exported.transposed) != (name in aliases)
@@ -41,29 +41,29 @@ def use_lane_layout(exported: ExportedGraph, transposes: Mapping[str, str]) -> E
         if not flipped and origin == name:
             continue
         if origin == name or origin not in weights:
-            assert stored.shape is not None
-            shape = stored.shape.numpy()
-            held = onnx_ir.Shape(shape[::-1] if flipped else shape)
-            weights[origin] = onnx_ir.Value(name=origin, type=stored.type, shape=held)
-        _replace(graph, stored, weights[origin], flipped)
-    kept = frozenset(name for name in exported.transposed if name in exported.quantized or name not in sources)
-    return replace(exported, weights=weights, transposed=kept - aliases, tables=exported.tables - aliases)
+            assert initializer.shape is not None
+            shape = initializer.shape.numpy()
+            lane_shape = onnx_ir.Shape(shape[::-1] if flipped else shape)
+            weights[origin] = onnx_ir.Value(name=origin, type=initializer.type, shape=lane_shape)
+        _replace(graph, initializer, weights[origin], flipped)
+    transposed = frozenset(name for name in exported.transposed if name in exported.quantized or name not in sources)
+    return replace(exported, weights=weights, transposed=transposed - aliases, tables=exported.tables - aliases)
 
 
-def _replace(graph: onnx_ir.Graph, stored: onnx_ir.Value, weight: onnx_ir.Value, flipped: bool) -> None:
+def _replace(graph: onnx_ir.Graph, initializer: onnx_ir.Value, weight: onnx_ir.Value, flipped: bool) -> None:
     if not flipped:
-        stored.replace_all_uses_with(weight)
+        initializer.replace_all_uses_with(weight)
         return
-    for use in list(stored.uses()):
+    for use in list(initializer.uses()):
         if use.node.op_type == "Gemm" and use.idx == _RIGHT_OPERAND:
             attribute = use.node.attributes.get("transB")
-            turned = attribute is None or not attribute.as_int()
-            use.node.attributes["transB"] = onnx_ir.AttrInt64("transB", int(turned))
+            is_transposed = attribute is None or not attribute.as_int()
+            use.node.attributes["transB"] = onnx_ir.AttrInt64("transB", int(is_transposed))
             use.node.replace_input_with(use.idx, weight)
             continue
         node = onnx_ir.Node("", "Transpose", [weight], [onnx_ir.AttrInt64s("perm", [1, 0])])
         node.name = f"{use.node.name}/{weight.name}"
         result = node.outputs[0]
-        result.name, result.type, result.shape = f"{node.name}_transposed", stored.type, stored.shape
+        result.name, result.type, result.shape = f"{node.name}_transposed", initializer.type, initializer.shape
         use.node.graph.insert_before(use.node, node)  # type: ignore[union-attr]
         use.node.replace_input_with(use.idx, result)

@@ -24,8 +24,8 @@ def type_number_operands(graph: fx.Graph, mode: Any) -> None:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue
-        for place, (declared, operand) in enumerate(zip(schema.arguments, node.args)):
-            if not isinstance(declared.type, torch.TensorType) or not isinstance(operand, fx.Node):
+        for place, (parameter, operand) in enumerate(zip(schema.arguments, node.args)):
+            if not isinstance(parameter.type, torch.TensorType) or not isinstance(operand, fx.Node):
                 continue
             if isinstance(operand.meta.get("val"), Tensor | None):
                 continue

@@ -33,7 +33,7 @@ from kraken_compiler.passes.shapes import fake_mode_of
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedGraph:
     """A graph as it will be exported.
 
     Attributes:
@@ -53,7 +53,7 @@ class Prepared:
     dims: dict[str, str]
 
 
-def prepare_step(cached: CachedProgram) -> Prepared:
+def prepare_step(cached: CachedProgram) -> PreparedGraph:
     """The step graph with explicit pasts and presents.
 
     Every `kraken::cached_attention` becomes `kraken_onnx::attention`; `slots` and `past`, which only say how long
@@ -66,7 +66,7 @@ def prepare_step(cached: CachedProgram) -> Prepared:
     ids = nodes[cached.step.inputs[0].name]
     slots, past = nodes[SLOTS], nodes[PAST]
     fake = ids.meta["val"].fake_mode
-    batch, total, before = ids.meta["val"].shape[0], slots.meta["val"].shape[0], past.meta["val"].shape[0]
+    batch, total, past_size = ids.meta["val"].shape[0], slots.meta["val"].shape[0], past.meta["val"].shape[0]
     with graph.inserting_before(slots):
         mask_input = graph.placeholder(ATTENTION_MASK)
     with fake:
@@ -74,7 +74,7 @@ def prepare_step(cached: CachedProgram) -> Prepared:
         for cache in plan.caches:
             for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
                 old: Tensor = nodes[name].meta["val"]
-                nodes[name].meta["val"] = torch.empty((batch, cache.heads, before, dim), dtype=old.dtype)
+                nodes[name].meta["val"] = torch.empty((batch, cache.heads, past_size, dim), dtype=old.dtype)
     if cached.step.degree == 1:
         _drop_collectives(graph)
     presents = _replace_attentions(graph, mask_input, ids, fake)
@@ -97,23 +97,23 @@ def prepare_step(cached: CachedProgram) -> Prepared:
         graph.erase_node(nodes[POSITIONS])
         del inputs[POSITIONS]
     weights = tuple(cached.step.weights)
-    used = [name for name in (*weights, *plan.tables) if nodes[name].users]
-    for name in {*weights, *plan.tables}.difference(used):
+    used_names = [name for name in (*weights, *plan.tables) if nodes[name].users]
+    for name in {*weights, *plan.tables}.difference(used_names):
         graph.erase_node(nodes[name])
-    _order_placeholders(graph, [*used, *inputs])
-    sizes = (*ids.meta["val"].shape, total, before, nodes[PICKS].meta["val"].shape[1])
+    _order_placeholders(graph, [*used_names, *inputs])
+    sizes = (*ids.meta["val"].shape, total, past_size, nodes[PICKS].meta["val"].shape[1])
     dims = dict(zip(map(str, sizes), (BATCH, SEQUENCE, TOTAL, PAST_DIM, PICKS_DIM), strict=True))
-    return Prepared(
+    return PreparedGraph(
         graph,
-        tuple(name for name in used if name not in plan.tables),
-        tuple(name for name in used if name in plan.tables),
+        tuple(name for name in used_names if name not in plan.tables),
+        tuple(name for name in used_names if name in plan.tables),
         inputs,
         tuple(outputs),
         dims,
     )
 
 
-def prepare_lane(program: Program) -> Prepared:
+def prepare_lane(program: Program) -> PreparedGraph:
     """The lane graph of a model without a KV cache, as it is."""
     graph = program.copy().graph
     if program.degree == 1:
@@ -132,19 +132,19 @@ def prepare_lane(program: Program) -> Prepared:
     }
     weights = tuple(name for name in program.weights if nodes[name].users)
     inputs = {spec.name: spec.name for spec in program.inputs}
-    return Prepared(graph, weights, (), inputs, program.call.output_names, dims)
+    return PreparedGraph(graph, weights, (), inputs, program.call.output_names, dims)
 
 
 def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode: Any) -> dict[str, fx.Node]:
-    """Replace them; returns what each cache has become, by the name of its placeholder."""
+    """Replace the attentions; returns every cache's present, by the name of its placeholder."""
     masks: dict[Any, fx.Node] = {}
     presents: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not torch.ops.kraken.cached_attention.default:
             continue
         query, key, value, key_cache, value_cache, *_ = node.args
-        given = list(node.args[8:])
-        slopes, window, scale, softcap, sinks = given + [None, 0, None, 0.0, None][len(given) :]
+        options = list(node.args[8:])
+        slopes, window, scale, softcap, sinks = options + [None, 0, None, 0.0, None][len(options) :]
         kind = (slopes, window, query.meta["val"].dtype)
         with graph.inserting_before(node):
             if kind not in masks:
@@ -168,7 +168,7 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
 
 
 def _drop_idle_grouping(graph: fx.Graph) -> None:
-    """A lane with one query head for every KV head groups none, and the exporter takes no grouping of one."""
+    """Drop the grouping of lanes with one query head for every KV head: the exporter takes no grouping of one."""
     for node in graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default and node.kwargs.get("enable_gqa"):
             query, key = (operand.meta["val"] for operand in node.args[:2])
@@ -177,14 +177,14 @@ def _drop_idle_grouping(graph: fx.Graph) -> None:
 
 
 def _drop_collectives(graph: fx.Graph) -> None:
-    """One device has nobody to add up with: its model is one that plain ONNX Runtime runs."""
-    own = (
+    """Drop the collectives of a single device, whose model plain ONNX Runtime runs."""
+    collectives = (
         torch.ops.kraken.all_reduce_start.default,
         torch.ops.kraken.wait.default,
         torch.ops.kraken.all_gather.default,
     )
     for node in list(graph.nodes):
-        if node.target in own:
+        if node.target in collectives:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -202,9 +202,9 @@ def _element(graph: fx.Graph, results: fx.Node, number: int) -> fx.Node:
     return node
 
 
-def _return(graph: fx.Graph, more: list[fx.Node]) -> None:
+def _return(graph: fx.Graph, values: list[fx.Node]) -> None:
     output = graph.output_node()
-    output.args = ((*output.args[0], *more),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *values),)  # type: ignore[misc]
 
 
 def _order_placeholders(graph: fx.Graph, names: list[str]) -> None:

@@ -23,7 +23,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are quantized.
+    """The format of quantized weights.
 
     Attributes:
         bits: Of an element.
@@ -56,7 +56,7 @@ def quantize(weight_KN: Tensor, quantization: Quantization) -> Parts:
 
     Args:
         weight_KN: float32 or float16.
-        quantization: How.
+        quantization: The format.
     """
     quantizer = _quantizer(quantization)
     integers, scales, zero_points = quantizer.qbits_block_quant(np.ascontiguousarray(weight_KN.numpy()))

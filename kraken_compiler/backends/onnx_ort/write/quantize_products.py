@@ -51,29 +51,29 @@ def quantize_products(exported: ExportedGraph, kind: str, transposes: Mapping[st
     last = next((node for node in reversed(exported.model.graph) if node.op_type in _PRODUCTS), None)
     for name, value in exported.weights.items():
         products = [use.node for use in value.uses()]
-        computed = name in exported.tables and name not in transposes
+        is_computed = name in exported.tables and name not in transposes
         origin = transposes.get(name, name)
-        if computed or origins[origin] > 1 or not products or not all(_is_product(node, value) for node in products):
+        if is_computed or origins[origin] > 1 or not products or not all(_is_product(node, value) for node in products):
             continue
-        flipped = {_is_flipped(node) for node in products}
-        if len(flipped) > 1:
+        flips = {_is_flipped(node) for node in products}
+        if len(flips) > 1:
             continue
         assert value.shape is not None
         rows, columns = value.shape.numpy()
-        if flipped == {True}:
+        if flips == {True}:
             rows, columns = columns, rows
             transposed ^= {name}
         del weights[name]
         quantization = quantized[name] = QUANTIZATIONS["int8" if last in products else kind]
         parts = _parts(quantization, name, value, rows, columns)
         weights.update({str(part.name): part for part in parts})
-        noted = {
+        notes = {
             NODE_WEIGHT: origin,
             NODE_TRANSPOSED: str((name in transposed) != (name in transposes)),
         }
         for node in products:
             _replace(node, parts, quantization, rows, columns)
-            node.metadata_props.update(noted)
+            node.metadata_props.update(notes)
     if quantized:
         exported.model.opset_imports[MICROSOFT_DOMAIN] = MICROSOFT_VERSION
     return replace(exported, weights=weights, transposed=frozenset(transposed), quantized=quantized)

@@ -33,8 +33,8 @@ def annotate_shards(
     proto.configuration.add(
         name=CONFIGURATION, num_devices=program.degree, device=[f"device-{device}" for device in devices]
     )
-    sharded: dict[str, dict[int, int]] = {}
-    stored = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    sharded_axes: dict[str, dict[int, int]] = {}
+    file_dims = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
     for name, spec in program.weights.items():
         if spec.shards:
             axes = {
@@ -42,40 +42,48 @@ def annotate_shards(
                 for shard in spec.shards
             }
             # Two integers that share a byte in the weight table are two elements in the file.
-            in_file = stored.get(name, spec.shape[::-1] if name in transposed else spec.shape)
-            whole = {axis: spec.source_shape[dim] * in_file[axis] // spec.shape[dim] for axis, dim in axes.items()}
-            held = {axis: spec.shape[dim] for axis, dim in axes.items()}
-            sharded |= _of_parts(name, quantized[name], whole, held) if name in quantized else {name: whole}
+            dims = file_dims.get(name, spec.shape[::-1] if name in transposed else spec.shape)
+            whole_sizes = {axis: spec.source_shape[dim] * dims[axis] // spec.shape[dim] for axis, dim in axes.items()}
+            local_sizes = {axis: spec.shape[dim] for axis, dim in axes.items()}
+            sharded_axes |= (
+                _sharded_parts(name, quantized[name], whole_sizes, local_sizes)
+                if name in quantized
+                else {name: whole_sizes}
+            )
     for node in proto.graph.node:
-        if node.op_type == "Transpose" and node.input[0] in sharded and len(stored[node.input[0]]) == 2:
-            sharded[node.output[0]] = {1 - axis: size for axis, size in sharded[node.input[0]].items()}
-        names = [name for name in dict.fromkeys(node.input) if sharded.get(name)]
+        if node.op_type == "Transpose" and node.input[0] in sharded_axes and len(file_dims[node.input[0]]) == 2:
+            sharded_axes[node.output[0]] = {1 - axis: size for axis, size in sharded_axes[node.input[0]].items()}
+        names = [name for name in dict.fromkeys(node.input) if sharded_axes.get(name)]
         if not names:
             continue
         configuration = node.device_configurations.add(configuration_id=CONFIGURATION)
         for name in names:
             entry = configuration.sharding_spec.add(tensor_name=name, device=devices)
-            for axis, size in sharded[name].items():
+            for axis, size in sharded_axes[name].items():
                 entry.sharded_dim.add(axis=axis).simple_sharding.add(dim_value=size, num_shards=program.degree)
 
 
-def _of_parts(
-    name: str, quantization: Quantization, whole: Mapping[int, int], held: Mapping[int, int]
+def _sharded_parts(
+    name: str, quantization: Quantization, whole_sizes: Mapping[int, int], local_sizes: Mapping[int, int]
 ) -> dict[str, dict[int, int]]:
-    """The same of a quantized weight's parts: axis of a part -> size of the whole.
+    """The sharded axes of a quantized weight's parts: axis of a part -> size of the whole.
 
     Args:
         name: The weight's.
         quantization: How it is quantized.
-        whole, held: Axis of the weight [K, N] -> size of the whole and of a device's.
+        whole_sizes, local_sizes: Axis of the weight [K, N] -> size of the whole and of a device's.
     """
     parts = quantization.part_names(name)
-    axes = {part: {0: whole[_COLUMNS]} if _COLUMNS in whole else {} for part in parts}
+    axes = {part: {0: whole_sizes[_COLUMNS]} if _COLUMNS in whole_sizes else {} for part in parts}
     # Blocks that do not end where a device's rows end are no parts of the whole weight's blocks.
-    if _ROWS in whole and held[_ROWS] % quantization.block == 0 and whole[_ROWS] % held[_ROWS] == 0:
+    if (
+        _ROWS in whole_sizes
+        and local_sizes[_ROWS] % quantization.block == 0
+        and whole_sizes[_ROWS] % local_sizes[_ROWS] == 0
+    ):
         integers, scales, zero_points = parts
-        blocks = whole[_ROWS] // quantization.block
+        blocks = whole_sizes[_ROWS] // quantization.block
         axes[integers][1] = axes[scales][1] = blocks
-        if held[_ROWS] // quantization.block * quantization.bits % 8 == 0:
+        if local_sizes[_ROWS] // quantization.block * quantization.bits % 8 == 0:
             axes[zero_points][1] = blocks * quantization.bits // 8
     return axes

@@ -1,4 +1,4 @@
-"""What our ops become in ONNX; everything else torch's exporter knows.
+"""The translations of our ops to ONNX; torch's exporter knows all others.
 
 Annotations are read by the exporter: a parameter without a number's type is an operand.
 """
@@ -24,22 +24,22 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Torch op -> function that writes ONNX nodes, as `torch.onnx.export` takes them."""
     register_schemas()
     assert attention_ops is not None  # importing it defines its ops
-    own = Opset(DOMAIN, DOMAIN_VERSION)
+    opset = Opset(DOMAIN, DOMAIN_VERSION)
 
     def start(x: Any) -> Any:
-        return own.AllReduceStart(x)
+        return opset.AllReduceStart(x)
 
     def wait(handle: Any) -> Any:
-        return own.AllReduceWait(handle)
+        return opset.AllReduceWait(handle)
 
     def square(x: Any) -> Any:
         return op.Mul(x, x)
 
     def gather(x: Any, dim: int, degree: int) -> Any:
-        return own.AllGather(x, axis=dim, degree=degree)
+        return opset.AllGather(x, axis=dim, degree=degree)
 
     def dequantize(data: Any, scale: Any, zero_point: Any = None, bits: int = 8, dtype: int = 1) -> Any:
-        return own.Dequantize(data, scale, zero_point, bits=bits, dtype=dtype)
+        return opset.Dequantize(data, scale, zero_point, bits=bits, dtype=dtype)
 
     return {
         torch.ops.kraken.all_reduce_start.default: start,
@@ -55,7 +55,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
-    """Every row gets a copy of its expert's weight: ONNX has no product that picks one."""
+    """Products of rows with copies of their experts' weights: ONNX has no product that picks one."""
     out = op.Squeeze(
         op.MatMul(op.Gather(weight, experts), op.Unsqueeze(x, op.Constant(value_ints=[-1]))),
         op.Constant(value_ints=[-1]),
@@ -88,18 +88,18 @@ def _capped_attention(
 ) -> Any:
     """In plain operators over [B, K, H / K, T, S]: ONNX's Attention caps scores after the mask, and has no sinks."""
     keys, values = op.Concat(past_key, key, axis=2), op.Concat(past_value, value, axis=2)
-    apart = op.Constant(value_ints=[2])
+    group_axis = op.Constant(value_ints=[2])
     queries = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, group, -1, key_dim]))
-    scores = op.MatMul(queries, op.Transpose(op.Unsqueeze(keys, apart), perm=[0, 1, 2, 4, 3]))
+    scores = op.MatMul(queries, op.Transpose(op.Unsqueeze(keys, group_axis), perm=[0, 1, 2, 4, 3]))
     scores = op.Mul(scores, op.CastLike(op.Constant(value_float=scale), scores))
     if softcap:
         cap = op.CastLike(op.Constant(value_float=softcap), scores)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     if by_head:
-        grouped = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
-        scores = op.Add(scores, op.Reshape(mask, grouped))
+        grouped_shape = op.Concat(op.Constant(value_ints=[0, kv_heads, group]), op.Shape(mask, start=2), axis=0)
+        scores = op.Add(scores, op.Reshape(mask, grouped_shape))
     else:
-        scores = op.Add(scores, op.Unsqueeze(mask, apart))
+        scores = op.Add(scores, op.Unsqueeze(mask, group_axis))
     if sinks is None:
         shares = op.Softmax(scores, axis=-1)
     else:
@@ -109,8 +109,8 @@ def _capped_attention(
         weights = op.Exp(op.Sub(scores, largest))
         total = op.Add(op.ReduceSum(weights, last, keepdims=1), op.Exp(op.Sub(sink, largest)))
         shares = op.Div(weights, total)
-    mixed = op.MatMul(shares, op.Unsqueeze(values, apart))
-    return op.Reshape(mixed, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
+    product = op.MatMul(shares, op.Unsqueeze(values, group_axis))
+    return op.Reshape(product, op.Constant(value_ints=[0, kv_heads * group, -1, dim])), keys, values
 
 
 def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int = 0, dtype: int = 1) -> Any:
@@ -118,14 +118,14 @@ def _mask(attention_mask: Any, input_ids: Any, slopes: Any = None, window: int =
     total, tokens = op.Shape(attention_mask, start=1, end=2), op.Shape(input_ids, start=1, end=2)
     slots = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
     places = op.Unsqueeze(op.Slice(slots, op.Sub(total, tokens), total), op.Constant(value_ints=[1]))
-    seen = op.LessOrEqual(slots, places)
+    visible = op.LessOrEqual(slots, places)
     if window:
-        seen = op.And(seen, op.Greater(slots, op.Sub(places, op.Constant(value_int=window))))
-    held = op.Unsqueeze(op.Cast(attention_mask, to=onnx_ir.DataType.BOOL.value), op.Constant(value_ints=[1, 2]))
-    seen = op.Or(op.And(held, seen), op.Equal(slots, places))
-    added = op.Cast(op.Constant(value_float=0.0), to=dtype)
+        visible = op.And(visible, op.Greater(slots, op.Sub(places, op.Constant(value_int=window))))
+    present = op.Unsqueeze(op.Cast(attention_mask, to=onnx_ir.DataType.BOOL.value), op.Constant(value_ints=[1, 2]))
+    visible = op.Or(op.And(present, visible), op.Equal(slots, places))
+    bias = op.Cast(op.Constant(value_float=0.0), to=dtype)
     if slopes is not None:
         distance = op.Cast(op.Sub(slots, places), to=onnx_ir.DataType.FLOAT.value)
-        added = op.Cast(op.Mul(distance, op.Unsqueeze(slopes, op.Constant(value_ints=[1, 2]))), to=dtype)
-    hidden = op.Cast(op.Constant(value_float=float("-inf")), to=dtype)
-    return op.Where(seen, added, hidden)
+        bias = op.Cast(op.Mul(distance, op.Unsqueeze(slopes, op.Constant(value_ints=[1, 2]))), to=dtype)
+    minus_infinity = op.Cast(op.Constant(value_float=float("-inf")), to=dtype)
+    return op.Where(visible, bias, minus_infinity)

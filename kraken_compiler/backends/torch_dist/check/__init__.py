@@ -1,1 +1,1 @@
-"""What torch programs really run between the start and the wait of a reduce."""
+"""Checks of torch programs: the operations that really run between a reduce's start and its wait."""

@@ -1,4 +1,4 @@
-"""What lies between every reduce's start and its wait in the code that torch.compile wrote.
+"""The windows between every reduce's start and its wait in the code that torch.compile wrote.
 
 Compilers move nodes, so the order that counts is the order of the calls in the generated wrapper.
 """
@@ -15,7 +15,7 @@ from kraken_compiler.ir.schedule import Window
 _PARTITION = re.compile(r"^ *def partition_(\d+)\(.*\n((?:(?: .*)?\n)*)", re.MULTILINE)
 _RUN_PARTITION = re.compile(r"\bpartitions\[(\d+)\]\(")
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
-_RENAMED = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)\b(?!\.|\()")
+_RENAMING = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)\b(?!\.|\()")
 _FIRST = r"\.default\((?:reinterpret_tensor\()?(\w+)"
 _START = re.compile(r"^(?:(\w+) = )?torch\.ops\.(?:kraken_rank\.start|_c10d_functional\.all_reduce_?)" + _FIRST)
 _WAIT = re.compile(r"torch\.ops\.(?:kraken_rank\.wait|_c10d_functional\.wait_tensor)" + _FIRST)
@@ -28,7 +28,7 @@ _GEMM = re.compile(
 
 @dataclass(frozen=True)
 class _Call:
-    """A call that matters here.
+    """A start, a wait or a matrix product in the code.
 
     Attributes:
         kind: "start", "wait" or "gemm".
@@ -41,12 +41,12 @@ class _Call:
     reduce: int = -1
 
 
-def emitted_windows(code: str, expected: Sequence[Window]) -> tuple[Window, ...]:
+def emitted_windows(code: str, graph_windows: Sequence[Window]) -> tuple[Window, ...]:
     """Measure the window of every reduce in generated code.
 
     Args:
         code: A module that torch.compile wrote.
-        expected: The windows of the graph that was compiled, in launch order.
+        graph_windows: The windows of the graph that was compiled, in launch order.
 
     Returns:
         The windows with the calls that are really between start and wait, by the name of their graph node.
@@ -58,16 +58,17 @@ def emitted_windows(code: str, expected: Sequence[Window]) -> tuple[Window, ...]
     calls = _calls(code)
     starts = [place for place, call in enumerate(calls) if call.kind == "start"]
     waits = {call.reduce: place for place, call in reversed(list(enumerate(calls))) if call.kind == "wait"}
-    if len(starts) != len(expected) or len(waits) != len(expected):
+    if len(starts) != len(graph_windows) or len(waits) != len(graph_windows):
         raise VerificationError(
-            f"the compiled program starts {len(starts)} reduces and awaits {len(waits)}; the graph has {len(expected)}"
+            f"the compiled program starts {len(starts)} reduces and awaits {len(waits)}; "
+            f"the graph has {len(graph_windows)}"
         )
     names = [calls[place].name for place in starts]
-    planned = [window.start for window in expected]
-    if names != planned and set(names) == set(planned):
-        first = next(number for number, (name, plan) in enumerate(zip(names, planned)) if name != plan)
+    planned_names = [window.start for window in graph_windows]
+    if names != planned_names and set(names) == set(planned_names):
+        first = next(number for number, (name, plan) in enumerate(zip(names, planned_names)) if name != plan)
         raise VerificationError(
-            f"the compiler changed the order of the reduces: {names[first]} starts where {planned[first]} should"
+            f"the compiler changed the order of the reduces: {names[first]} starts where {planned_names[first]} should"
         )
     return tuple(
         Window(
@@ -77,45 +78,45 @@ def emitted_windows(code: str, expected: Sequence[Window]) -> tuple[Window, ...]
             tuple(call.name for call in calls[starts[number] : waits[number]] if call.kind == "gemm"),
             window.promised,
         )
-        for number, window in enumerate(expected)
+        for number, window in enumerate(graph_windows)
     )
 
 
-def require_emitted_overlap(code: str, expected: Sequence[Window]) -> tuple[Window, ...]:
+def require_emitted_overlap(code: str, graph_windows: Sequence[Window]) -> tuple[Window, ...]:
     """Make sure that compiling lost no overlap; returns the windows of the generated code.
 
     Raises:
         VerificationError: A window that the form promises is empty; says what moved across what.
     """
-    windows = emitted_windows(code, expected)
-    lost = [number for number, window in enumerate(windows) if window.promised and not window.gemms]
-    if lost:
+    windows = emitted_windows(code, graph_windows)
+    losses = [number for number, window in enumerate(windows) if window.promised and not window.gemms]
+    if losses:
         place = {call.name: position for position, call in enumerate(_calls(code)) if call.name}
-        reasons = [_what_moved(expected[number], place) for number in lost[:3]]
+        reasons = [_describe_moves(graph_windows[number], place) for number in losses[:3]]
         raise VerificationError(
-            f"{len(lost)} of {len(windows)} reduces lost their overlap when the graph was compiled: "
+            f"{len(losses)} of {len(windows)} reduces lost their overlap when the graph was compiled: "
             + "; ".join(reasons)
         )
     return windows
 
 
-def _what_moved(window: Window, place: Mapping[str, int]) -> str:
+def _describe_moves(window: Window, place: Mapping[str, int]) -> str:
     start, wait = place.get(window.start), place.get(window.wait)
-    known = [name for name in window.gemms if name in place]
+    gemms = [name for name in window.gemms if name in place]
     moves = []
     if start is not None:
-        passed = [name for name in known if place[name] < start]
-        moves += [f"its start {window.start} was moved down behind {passed[-1]}"] if passed else []
+        crossings = [name for name in gemms if place[name] < start]
+        moves += [f"its start {window.start} was moved down behind {crossings[-1]}"] if crossings else []
     if wait is not None:
-        passed = [name for name in known if place[name] > wait]
-        moves += [f"its wait {window.wait} was moved up before {passed[0]}"] if passed else []
+        crossings = [name for name in gemms if place[name] > wait]
+        moves += [f"its wait {window.wait} was moved up before {crossings[0]}"] if crossings else []
     return f"reduce {window.reduce}: {' and '.join(moves) or 'no matrix product is left between start and wait'}"
 
 
 def _calls(code: str) -> list[_Call]:
     calls: list[_Call] = []
-    started: dict[str, int] = {}
-    renamed: dict[str, str] = {}
+    reduces: dict[str, int] = {}
+    origins: dict[str, str] = {}
     name = ""
     for text in _statements(code):
         sources = _SOURCES.match(text)
@@ -123,22 +124,22 @@ def _calls(code: str) -> list[_Call]:
             # The last of the nodes that became one call is the one whose result it is.
             name = sources[1].split(",")[-1].strip()
         elif start := _START.match(text):
-            number = len(started)
+            number = len(reduces)
             # Our start gives a new tensor, which is awaited; a group's all_reduce works in place.
-            started[f"{number}"] = number
-            renamed[start[1] or _origin(renamed, start[2])] = f"{number}"
+            reduces[f"{number}"] = number
+            origins[start[1] or _origin(origins, start[2])] = f"{number}"
             calls.append(_Call("start", name, number))
             name = ""
         elif wait := _WAIT.search(text):
-            origin = _origin(renamed, wait[1])
-            if origin in started:  # gathers are awaited too
-                calls.append(_Call("wait", name, started[origin]))
+            origin = _origin(origins, wait[1])
+            if origin in reduces:  # gathers are awaited too
+                calls.append(_Call("wait", name, reduces[origin]))
             name = ""
         elif _GEMM.search(text):
             calls.append(_Call("gemm", name))
             name = ""
-        elif rename := _RENAMED.match(text):
-            renamed[rename[1]] = _origin(renamed, rename[2])
+        elif rename := _RENAMING.match(text):
+            origins[rename[1]] = _origin(origins, rename[2])
     return calls
 
 
@@ -152,14 +153,14 @@ def _statements(code: str) -> Iterator[str]:
         text = line.strip()
         if text.startswith("return "):
             return
-        run = _RUN_PARTITION.search(text)
-        inner = partitions[run[1]] if run is not None else text
+        partition_call = _RUN_PARTITION.search(text)
+        inner = partitions[partition_call[1]] if partition_call is not None else text
         yield from (
             statement for statement in map(str.strip, inner.splitlines()) if not statement.startswith("return ")
         )
 
 
-def _origin(renamed: Mapping[str, str], name: str) -> str:
-    while renamed.get(name, name) != name:
-        name = renamed[name]
+def _origin(origins: Mapping[str, str], name: str) -> str:
+    while origins.get(name, name) != name:
+        name = origins[name]
     return name

@@ -1,4 +1,4 @@
-"""What really lies between every reduce's start and its wait in the program that will run."""
+"""The windows between every reduce's start and its wait in the program that will run."""
 
 from __future__ import annotations
 
@@ -40,5 +40,7 @@ def check_schedule(module: fx.GraphModule, plan: FormPlan | None = None) -> tupl
 def _communicator_calls(graph: fx.Graph) -> tuple[list[object], list[object]]:
     """The methods of communicators that a rank's graph calls to start and to await a reduce."""
     targets = [node.target for node in graph.nodes if isinstance(getattr(node.target, "__self__", None), Communicator)]
-    named = [(target, getattr(target, "__name__", "")) for target in targets]
-    return [target for target, name in named if name == "start"], [target for target, name in named if name == "wait"]
+    methods = [(target, getattr(target, "__name__", "")) for target in targets]
+    return [target for target, name in methods if name == "start"], [
+        target for target, name in methods if name == "wait"
+    ]

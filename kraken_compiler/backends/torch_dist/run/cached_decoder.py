@@ -62,29 +62,31 @@ class CachedDecoder:
         """
         plan, inputs = graphs.plan, graphs.inputs
         require_batch(batch, capacity, plan.limit)
-        a_token = token_bytes(plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
+        bytes_per_token = token_bytes(plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        require_memory(batch * capacity * a_token, capacity, memory)
+        require_memory(batch * capacity * bytes_per_token, capacity, memory)
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
-        self._run, self._weights, self._device = run_step, list(weights), device
+        self._run_step, self._weights, self._device = run_step, list(weights), device
         self._require_lengths = require_lengths
         # Compiled code writes into caches outside of inference mode, where inference tensors must not be written to.
         with torch.inference_mode(False):
             self._every_slot = torch.arange(capacity, device=device)
-            self._fixed = dict(zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True))
+            self._fixed_inputs = dict(
+                zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True)
+            )
             for cache in plan.caches:
                 dtype: torch.dtype = getattr(torch, cache.dtype)
                 for name, dim in ((cache.key, cache.key_dim), (cache.value, cache.value_dim)):
                     # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
                     store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
-                    self._fixed[name] = store
+                    self._fixed_inputs[name] = store
         self._names = [spec.name for spec in inputs]
         self._tokens_dtype: torch.dtype = getattr(torch, inputs[0].dtype)
         self._lengths = [0] * batch
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens every sequence has."""
+        """The number of tokens of every sequence."""
         return tuple(self._lengths)
 
     def reset(self) -> None:
@@ -128,9 +130,9 @@ class CachedDecoder:
     @torch.inference_mode()
     def _append(self, ids: Array, picks: Tensor, counts: Sequence[int]) -> Array:
         tokens, longest = ids.shape[1], max(self._lengths)
-        needed = max(length + count for length, count in zip(self._lengths, counts))
-        needed = max(needed, longest + tokens)
-        require_space(needed, self.capacity)
+        total = max(length + count for length, count in zip(self._lengths, counts))
+        total = max(total, longest + tokens)
+        require_space(total, self.capacity)
         self._require_lengths([length + count for length, count in zip(self._lengths, counts)])
         alike = longest == min(self._lengths)
         # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
@@ -142,21 +144,21 @@ class CachedDecoder:
             slots, past = (self.capacity if static else longest + tokens), 0
             starts = torch.tensor(self._lengths, device=self._device).view(-1, 1)
             positions = starts + self._every_slot[:tokens]
-        fed = {
-            **self._fixed,
+        feeds = {
+            **self._fixed_inputs,
             POSITIONS: positions,
             SLOTS: self._every_slot[:slots],
             PAST: self._every_slot[:past],
             PICKS: picks,
             self._names[0]: torch.tensor(ids, dtype=self._tokens_dtype, device=self._device),
         }
-        (logits,) = self._run(*self._weights, *(fed[name] for name in self._names))
+        (logits,) = self._run_step(*self._weights, *(feeds[name] for name in self._names))
         self._lengths = [length + count for length, count in zip(self._lengths, counts)]
         return on_host(logits[:, 0])
 
 
 def on_host(values: Tensor) -> Array:
-    """A tensor's values as numpy has them, which knows no bfloat16: these come as float32."""
+    """A tensor's values as a numpy array; numpy knows no bfloat16, which comes as float32."""
     array: Array = (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
     return array
 

@@ -78,8 +78,8 @@ class CompiledGraph:
         self._device = next((weight.device for weight in self._weights.values()), torch.device("cpu"))
         names = [node.name for node in self._graph.nodes if node.op == "placeholder" and node.name not in weights]
         self._dynamic, self._opaque = (
-            [(names.index(name), dim) for name, dims in (given or {}).items() for dim in dims]
-            for given in (dynamic, opaque)
+            [(names.index(name), dim) for name, dims in (dims_by_name or {}).items() for dim in dims]
+            for dims_by_name in (dynamic, opaque)
         )
         self._options = dict(options or {})
         self._variants: dict[tuple[int, ...], Callable[..., tuple[Tensor, ...]]] = {}
@@ -100,8 +100,8 @@ class CompiledGraph:
 
     def _compile(self, kind: tuple[int, ...], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         module = self._rank_module()
-        expected = check_schedule(module, self._plan)
-        _wait_for_windows(module, expected)
+        windows = check_schedule(module, self._plan)
+        _wait_for_windows(module, windows)
         settings = {**KEEP_THE_ORDER, **self._options}
         if self._device.type == "cuda" and all(size < 2 for size in kind):
             settings.setdefault("triton.cudagraphs", True)  # decode: always the same shapes
@@ -109,13 +109,13 @@ class CompiledGraph:
         settings["guard_filter_fn"] = _input_guards
         run = torch.compile(module.forward, fullgraph=True, options=settings)
         varying = [place for place, size in zip(self._dynamic, kind) if size == 2]
-        marked = [tensor.detach() for tensor in inputs]  # shares memory, but not the marks
-        mark_sizes(marked, varying, self._opaque)
+        marked_inputs = [tensor.detach() for tensor in inputs]  # shares memory, but not the marks
+        mark_sizes(marked_inputs, varying, self._opaque)
         with generated_code() as codes:
-            outputs: tuple[Tensor, ...] = run(*marked)
+            outputs: tuple[Tensor, ...] = run(*marked_inputs)
         if len(codes) != 1:
             raise VerificationError(f"torch.compile wrote {len(codes)} programs where the schedule of one is checked")
-        self.windows = require_emitted_overlap(codes[0], expected)
+        self.windows = require_emitted_overlap(codes[0], windows)
         self.compilations += 1
         self._variants[kind] = run
         return outputs
@@ -131,9 +131,9 @@ class CompiledGraph:
         for node in module.graph.find_nodes(op="placeholder"):
             if node.name in self._weights:
                 _bind_weight(module.graph, node, self._weights[node.name], holder)
-        bound = fx.GraphModule(holder, module.graph)
-        retarget(bound, self._device)
-        return bound.eval()
+        bound_module = fx.GraphModule(holder, module.graph)
+        retarget(bound_module, self._device)
+        return bound_module.eval()
 
 
 def _wait_for_windows(module: fx.GraphModule, windows: Sequence[Window]) -> None:
@@ -156,7 +156,7 @@ def _bind_weight(graph: fx.Graph, placeholder: fx.Node, weight: Tensor, holder: 
             if user.target is torch.ops.aten.linear.default and user.args[1] is placeholder:
                 with graph.inserting_before(user):
                     bias = user.args[2] if len(user.args) > 2 else None
-                    arguments = (user.args[0], _packed(weight), weight.shape[0], bias)
+                    arguments = (user.args[0], _packed_name(weight), weight.shape[0], bias)
                     linear = graph.call_function(torch.ops.kraken_rank.linear.default, arguments)
                 user.replace_all_uses_with(linear)
                 graph.erase_node(user)
@@ -175,7 +175,7 @@ _names: dict[int, str] = {}
 _numbers = itertools.count()
 
 
-def _packed(weight: Tensor) -> str:
+def _packed_name(weight: Tensor) -> str:
     """The name of the packed copy of a weight, made once for all graphs that multiply with it."""
     key = id(weight)
     if key not in _names:

@@ -73,17 +73,17 @@ def with_real_collectives(
         if reduce_dtype is None:
             return total
         assert isinstance(handle, fx.Node)
-        rounded = handle.args[0]
-        assert isinstance(rounded, fx.Node)
-        return graph.call_function(aten.type_as.default, (total, rounded.args[0]))
+        rounded_part = handle.args[0]
+        assert isinstance(rounded_part, fx.Node)
+        return graph.call_function(aten.type_as.default, (total, rounded_part.args[0]))
 
     def gather(graph: fx.Graph, node: fx.Node) -> fx.Node:
         part, dim, _ = node.args
         whole = graph.call_function(aten.contiguous.default, (part,))
         gathering = graph.call_function(real.all_gather_into_tensor.default, (whole, degree, group_name))
-        gathered = graph.call_function(real.wait_tensor.default, (gathering,))
+        concatenation = graph.call_function(real.wait_tensor.default, (gathering,))
         # Ranks are gathered along the first dim, whatever dim the lanes' parts belong to.
-        parts = graph.call_function(aten.chunk.default, (gathered, degree))
+        parts = graph.call_function(aten.chunk.default, (concatenation, degree))
         return graph.call_function(aten.cat.default, (parts, dim))
 
     return replace_collectives(module, start, wait, gather)
@@ -112,9 +112,9 @@ def replace_collectives(module: fx.GraphModule, start: Replace, wait: Replace, g
         if replacement is None:
             continue
         with graph.inserting_before(node):
-            new = replacement(graph, node)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
+            new_node = replacement(graph, node)
+        new_node.meta = dict(node.meta)
+        node.replace_all_uses_with(new_node)
         graph.erase_node(node)
     module.recompile()
     return module

@@ -1,4 +1,4 @@
-"""Which lane a rank runs, and whether the ranks that were started are the ones that the program needs."""
+"""The lane of a rank, and the check that the started ranks are the ones that the program needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kraken_compiler.ranks.communicators.communicator import Communicator
 def lane_of_rank(
     lane: int | None, degree: int, group: dist.ProcessGroup | None, communicator: Communicator | str | None
 ) -> int:
-    """The lane that was asked for, or else this rank's.
+    """The requested lane, or else this rank's.
 
     Args:
         lane: Number of the lane; None means this rank's.
@@ -38,9 +38,9 @@ def checked_group(lane: int, degree: int, group: dist.ProcessGroup | None) -> di
         UsageError: There is none, its size is not the degree, or the lane is not this rank's.
     """
     check_lane(lane, degree, rank=_rank(group), ranks=dist.get_world_size(group))
-    resolved = dist.group.WORLD if group is None else group
-    assert resolved is not None
-    return resolved
+    process_group = dist.group.WORLD if group is None else group
+    assert process_group is not None
+    return process_group
 
 
 def check_lane(lane: int, degree: int, *, rank: int, ranks: int) -> None:

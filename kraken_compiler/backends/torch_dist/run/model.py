@@ -1,4 +1,4 @@
-"""A rank's torch program as its backend opens it: what goes in and out are numpy arrays on the host."""
+"""A rank's torch program as its backend opens it: inputs and outputs are numpy arrays on the host."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class TorchModel(RankModel):
         """
         manifest = artifact.manifest
         if options.compile and manifest.cache is None:
-            why = f": {manifest.no_cache}" if manifest.no_cache else ""
-            raise UsageError(f"--compile needs a program with a KV cache; this one has none{why}")
+            reason = f": {manifest.no_cache}" if manifest.no_cache else ""
+            raise UsageError(f"--compile needs a program with a KV cache; this one has none{reason}")
         self.device = rank_device(options.device, ranks.place)
         ranks.status.computes_here = self.device.type == "cpu"
         self.program = RankProgram.load(
@@ -61,8 +61,8 @@ class TorchModel(RankModel):
             self.program.graph, manifest.weight_table, manifest.inputs, manifest.call, degree=manifest.degree
         )
         self.vocabulary = vocabulary(graph) if text_input(graph) is not None else None
-        proven = manifest.cache.plan.limit if manifest.cache is not None else None
-        self.positions = min(position_limit(graph), proven or sys.maxsize)
+        limit = manifest.cache.plan.limit if manifest.cache is not None else None
+        self.positions = min(position_limit(graph), limit or sys.maxsize)
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:

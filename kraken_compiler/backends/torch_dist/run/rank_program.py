@@ -97,8 +97,8 @@ class RankProgram(nn.Module):
             check_lane(lane, degree, rank=communicator.rank, ranks=communicator.degree)
             self._choose: Callable[[torch.device], Communicator] = lambda device: communicator
         else:
-            resolved = checked_group(lane, degree, group)
-            self._choose = lambda device: default_communicator(device, resolved, reduce_dtype, communicator)
+            process_group = checked_group(lane, degree, group)
+            self._choose = lambda device: default_communicator(device, process_group, reduce_dtype, communicator)
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         assert names == [*table, *(spec.name for spec in inputs)], "placeholders are the weights, then the inputs"
         self._weight_names = tuple(table)
@@ -144,7 +144,7 @@ class RankProgram(nn.Module):
         """
         lane = lane_of_rank(lane, program.degree, group, communicator)
         weights = lane_weights(program.weights, lane, program.reader(read))
-        made = cls(
+        rank_program = cls(
             program.module,
             program.weights,
             program.inputs,
@@ -158,8 +158,8 @@ class RankProgram(nn.Module):
             plan=program.plan,
         )
         if program.cached is not None:
-            made._cached_graphs = partial(CachedGraphs.of, program.cached)
-        return made
+            rank_program._cached_graphs = partial(CachedGraphs.of, program.cached)
+        return rank_program
 
     @classmethod
     def load(
@@ -213,8 +213,8 @@ class RankProgram(nn.Module):
             program._cached_graphs = partial(CachedGraphs.load, artifact)
         if not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
             claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
-            resolved = checked_group(lane, manifest.degree, group)
-            program._agree = lambda: require_agreement(claims, lambda info: exchange_info(info, resolved))
+            process_group = checked_group(lane, manifest.degree, group)
+            program._agree = lambda: require_agreement(claims, lambda info: exchange_info(info, process_group))
         return program.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +230,7 @@ class RankProgram(nn.Module):
         return outputs
 
     def _agree_once(self) -> None:
-        """Make sure, where nobody has, that the ranks run the same program."""
+        """Make sure at the first run that the ranks run the same program."""
         if self._agree is not None:
             self._agree()
             self._agree = None
@@ -273,7 +273,7 @@ class RankProgram(nn.Module):
         return self._cached_graphs is not None
 
     def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> CachedDecoder:
-        """Room for a batch of sequences, to be generated with a KV cache.
+        """A decoder for a batch of sequences with a KV cache.
 
         Args:
             batch: Number of sequences.
