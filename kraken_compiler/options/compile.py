@@ -1,4 +1,4 @@
-"""What a compile can be asked for. Imports no torch, so that `--help` answers at once."""
+"""Options of a compile. Imports no torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALIBRATION_TOKENS = 65536
 
 
 def _names(value: Any) -> Any:
-    """One text may name several backends, and so may each of a list."""
+    """Split a text that names several backends, or each of a list of such texts."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return value
@@ -38,7 +38,7 @@ def share_of(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(CommandOptions):
-    """What a compile can be asked for.
+    """Options of a compile.
 
     In Python, `form` also takes a `Form`, or one of those for every layer, `layers` numbers, and `dtype` a torch dtype.
     """

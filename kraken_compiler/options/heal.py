@@ -1,4 +1,4 @@
-"""What a healing can be asked for, beside how to train (`HealSettings`). Imports no torch."""
+"""Options of a healing, beside those of training (`HealSettings`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Source, Timeout
 
 @dataclass(frozen=True, kw_only=True)
 class HealOptions(CommandOptions):
-    """What a healing can be asked for; in Python, `source` also takes a module."""
+    """Options of a healing; in Python, `source` also takes a module."""
 
     texts: Annotated[
         Sequence[Any],

@@ -62,15 +62,17 @@ def heal_on_ranks(
     degree = artifact.manifest.degree
     teacher = folder / _TEACHER
     if not teacher.exists():
-        recorded = artifact.manifest.source
-        write_artifact(source, source.reader(read), teacher, source=recorded, backends=[backend_named(DEFAULT_BACKEND)])
+        source_record = artifact.manifest.source
+        write_artifact(
+            source, source.reader(read), teacher, source=source_record, backends=[backend_named(DEFAULT_BACKEND)]
+        )
     save_file({"train": text.train, "held_out": text.held_out}, folder / _ROWS)
     payload = {
         "artifact": str(artifact.directory.absolute()),
         "folder": str(folder.absolute()),
         "settings": asdict(settings),
     }
-    with _listening(folder / _EVENTS, watch):
+    with _event_listener(folder / _EVENTS, watch):
         outcome = run_ranks(f"{__name__}:heal_rank", degree, payload, timeout=timeout)[0]
     shutil.rmtree(teacher, ignore_errors=True)
     held_out = tuple((int(step), float(kl)) for step, kl in outcome.pop("held_out"))
@@ -99,27 +101,27 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 @contextmanager
-def _listening(path: Path, watch: Watch) -> Iterator[None]:
+def _event_listener(path: Path, watch: Watch) -> Iterator[None]:
     """Pass on what rank 0 writes to a file, until it has ended and all is read."""
     path.write_text("")
-    ended = threading.Event()
+    end = threading.Event()
 
     def listen() -> None:
         with path.open(encoding="utf-8") as file:
             rest = ""
             while True:
-                last = ended.is_set()
+                last = end.is_set()
                 *lines, rest = (rest + file.read()).split("\n")
                 for line in lines:
                     pass_on(line, watch)
                 if last:
                     return
-                ended.wait(_LISTEN_SECONDS)
+                end.wait(_LISTEN_SECONDS)
 
     listener = threading.Thread(target=listen, name="kraken-heal-events", daemon=True)
     listener.start()
     try:
         yield
     finally:
-        ended.set()
+        end.set()
         listener.join()
