@@ -50,7 +50,7 @@ def new_fake_mode() -> FakeTensorMode:
 
 @contextmanager
 def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, ops called on a mode's fake tensors give fakes, symbolic sizes included.
+    """Let ops on a mode's fake tensors give fakes in the block, symbolic sizes included.
 
     Before 2.12 an op that is made of others asks for sizes as plain numbers unless torch's Python dispatcher is on. The
     mode's memory of earlier calls is off: to note a call with symbolic sizes takes longer than to compute it.
@@ -64,7 +64,7 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextmanager
 def silent_log(name: str = "torch") -> Iterator[None]:
-    """Inside, a logger of torch's writes nothing: an error is also raised, and told by whoever catches it."""
+    """Silence a logger of torch's in the block: an error is also raised, and reported by whoever catches it."""
     logger = logging.getLogger(name)
     level = logger.level
     try:
@@ -76,7 +76,7 @@ def silent_log(name: str = "torch") -> Iterator[None]:
 
 @contextmanager
 def no_partial_graphs() -> Iterator[None]:
-    """Inside, `torch.export` does not print the graph it has so far when it fails."""
+    """Keep `torch.export` from printing the graph it has so far when it fails in the block."""
     from unittest.mock import patch
 
     import torch.export._trace as trace
@@ -100,7 +100,7 @@ def branch_on_numbers(error: BaseException) -> str | None:
 
 @contextmanager
 def without_dispatch_modes() -> Iterator[None]:
-    """Inside, no mode that a caller has entered sees the ops that are called: fake tensors, tracers, counters."""
+    """Hide the ops of the block from the modes that a caller has entered: fake tensors, tracers, counters."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():

@@ -22,7 +22,7 @@ from kraken_compiler.cli.console import (
 )
 from kraken_compiler.cli.heal_bar import HealBar
 from kraken_compiler.options.command_line import CommandLine, command
-from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, Spelled
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandLineType
 from kraken_compiler.options.heal import HealOptions
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.text import number_text
@@ -41,7 +41,7 @@ class HealCommand:
     more_texts: Annotated[
         Sequence[Path],
         COMMAND_LINE_ONLY,
-        Spelled(list[Path]),
+        CommandLineType(list[Path]),
         typer.Argument(metavar="[FILE...]", help="More texts.", show_default=False),
     ] = ()
 

@@ -37,7 +37,7 @@ from kraken_compiler.quality.healing.ranks import heal_on_ranks
 from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched, Watch
+from kraken_compiler.quality.healing.watch import SilentWatch, TensorBoard, ToAll, Watch
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
@@ -136,7 +136,14 @@ def heal_artifact(
     with Lock(folder):
         try:
             outcome = _train(
-                artifact, captured, text, settings, folder, state, ToAll(*watches) if watches else Unwatched(), timeout
+                artifact,
+                captured,
+                text,
+                settings,
+                folder,
+                state,
+                ToAll(*watches) if watches else SilentWatch(),
+                timeout,
             )
         finally:
             if board is not None:

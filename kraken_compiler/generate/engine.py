@@ -26,8 +26,8 @@ from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.ranks.session import Ranks
 
 IDLE_SECONDS = 0.2
-"""How long ranks sleep between two looks for a request. Waiting inside a collective for a person to type would run into
-its timeout, and keep a GPU busy."""
+"""Seconds that ranks sleep between two looks for a request. Waiting inside a collective for a person to type would run
+into its timeout, and keep a GPU busy."""
 
 _FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
 """The others sleep less than rank 0, or what it told them meanwhile would pile up before the next request."""
@@ -36,7 +36,7 @@ _REQUEST_SECONDS = 120.0
 _SLOWEST_ACCELERATOR = 1e12
 """Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
 _IDLE, _END = b"", b"end"
-"""What rank 0 sends instead of a request, which is a JSON object."""
+"""Messages of rank 0 instead of a request, which is a JSON object."""
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def _system(options: RunOptions) -> list[dict[str, str]]:
 
 
 def _max_positions(engine: Engine) -> int:
-    """The longest sequence that the source's config says the model was made for."""
+    """The longest sequence that the model was made for, by the source's config."""
     return engine.artifact.manifest.source.max_positions or _NO_LIMIT
 
 

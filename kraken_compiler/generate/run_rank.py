@@ -16,7 +16,7 @@ from kraken_compiler.ranks.session import joined
 from kraken_compiler.standard_streams import prepare_streams, tell
 
 OPTIONS_FILE = "--options-file"
-"""What kraken-run gives instead of options: a file with `RunOptions` as JSON, as an argument has a greatest length."""
+"""Option of ranks that kraken-run starts: a file with `RunOptions` as JSON, as an argument has a greatest length."""
 
 
 def run_worker(description: str, arguments: Sequence[str] | None) -> None:

@@ -13,7 +13,7 @@ from kraken_compiler.generate.text_stream import CleanedStream, TextStream
 
 _MARK = "mark"
 _BAD_BYTE = "<0xFF>"
-"""How tokenizers with byte fallback spell the token of a byte that is in no character."""
+"""The token of a byte that is in no character, as tokenizers with byte fallback spell it."""
 
 
 class TextCodec:

@@ -52,7 +52,7 @@ BACKEND_OPTIONS = "backend_options"
 
 
 @dataclass(frozen=True)
-class Spelled:
+class CommandLineType:
     """Mark in an option's annotation: its type on the command line and in a config file, where Python takes more."""
 
     kind: Any
@@ -140,8 +140,8 @@ def options_in(kind: type[Any]) -> dict[str, Option]:
 
 def _option(item: Field[Any], hint: Any) -> Option:
     info = next(part for part in hint.__metadata__ if isinstance(part, OptionInfo | ArgumentInfo))
-    kinds = [part.kind for part in hint.__metadata__ if isinstance(part, Spelled)]
-    more = tuple(part for part in hint.__metadata__ if part is not info and not isinstance(part, Spelled))
+    kinds = [part.kind for part in hint.__metadata__ if isinstance(part, CommandLineType)]
+    more = tuple(part for part in hint.__metadata__ if part is not info and not isinstance(part, CommandLineType))
     # typer takes the first name for a default until it reads the signature.
     names = (info.default, *(info.param_decls or ()))
     long = [name for name in names if isinstance(name, str) and name.startswith("--")]

@@ -121,7 +121,7 @@ def _costs_of_layers(
     show: Progress,
     cache: Path | None,
 ) -> dict[str, list[float]]:
-    """By form its cost in every layer alone, calibrated for that."""
+    """Measure, by form, the costs in every layer alone, calibrated for that."""
     few = _few(rows.batches, rows.batch_is_held_out)
     batch_is_held_out = [rows.batch_is_held_out[at] for at in few]
     single = SingleLayers(split, standard, read_lane, [inputs[at] for at in few], batch_is_held_out)

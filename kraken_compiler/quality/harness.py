@@ -36,14 +36,14 @@ _LONGEST = 2048
 _NEW_TOKENS = 256
 
 Pair = tuple[Any, list[int], list[int]]
-"""What the harness calls the request, the tokens of its context, and those of its continuation."""
+"""The harness's name of a request, the tokens of its context, and those of its continuation."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A language model behind the harness's interface.
 
     Attributes:
-        max_length: Most tokens that the model is given at once; of longer contexts the end counts.
+        max_length: Most tokens that the model takes at once; of longer contexts the end counts.
     """
 
     def __init__(self, logits_of: LogitsOf, tokenizer: Any, max_length: int = _LONGEST, batch: int = 4) -> None:

@@ -30,7 +30,7 @@ Run = tuple[int, int]
 """First and last layer, inclusive."""
 
 Reader = Callable[[str, int], ReadLane]
-"""What gives the weights of the program in which a layer alone has a form."""
+"""Form and layer -> a reader of the weights of the program in which that layer alone has the form."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Streams:
 
 
 _MASSIVE = 10.0
-"""How many times the median of its square a token's stream is from where on it counts as massive."""
+"""A token whose squared stream is more than this many times the median counts as massive."""
 _UNEQUAL = "output: more than a factor lies between the projection and the stream"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 CALIBRATION_TOKENS = 65536
-"""How many tokens to calibrate on unless a user says otherwise."""
+"""Default number of tokens to calibrate on."""
 
 
 def calibrate_on_text(

@@ -22,7 +22,7 @@ from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.refittable import find_refittable
 
 APART = 3
-"""How far apart the layers are that are calibrated together."""
+"""Distance between layers that are calibrated together."""
 
 
 class SingleLayers:

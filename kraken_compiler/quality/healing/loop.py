@@ -16,7 +16,7 @@ from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
 from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.quality.healing.state import RunState
-from kraken_compiler.quality.healing.trainer import Diverged, Trainer
+from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Watch
 
 Heartbeat = Callable[[str, float], None]
@@ -92,7 +92,7 @@ def train(
         rate = learning_rate(settings, step)
         try:
             result = trainer.step(ids, rate)
-        except Diverged as error:
+        except DivergenceError as error:
             raise _divergence_error(str(error), step + 1, folder, state) from error
         seconds = time.perf_counter() - start
         watch.stepped(

@@ -23,7 +23,7 @@ from kraken_compiler.quality.healing.loop import Outcome, train
 from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import read_state
-from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
+from kraken_compiler.quality.healing.watch import SilentWatch, ToFile, Watch, pass_on
 from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.run_ranks import run_ranks
@@ -91,7 +91,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     communicator = communicator_of(ranks, device)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
     rows = load_file(folder / _ROWS)
-    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else Unwatched()
+    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
     # All ranks must have read the state before one of them writes the next.
     state = read_state(folder)
     ranks.barrier()

@@ -18,7 +18,7 @@ from kraken_compiler.quality.healing.peers import Alone, Peers, share_of
 from kraken_compiler.quality.healing.settings import HealSettings
 
 
-class Diverged(Exception):
+class DivergenceError(Exception):
     """Error for a loss or gradient that is not finite; names which."""
 
 
@@ -83,18 +83,18 @@ class Trainer:
             learning_rate: This step's.
 
         Raises:
-            Diverged: The loss or its gradient is not finite; the weights are what they were before the step.
+            DivergenceError: The loss or its gradient is not finite; the weights are what they were before the step.
         """
         loss = self.loss(ids)
         kl = self.peers.total(loss.detach()).item()
         if not math.isfinite(kl):
-            raise Diverged("the loss")
+            raise DivergenceError("the loss")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.share_gradients()
         norm = self.clip_gradients()
         if not math.isfinite(norm):
-            raise Diverged("the gradient")
+            raise DivergenceError("the gradient")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

@@ -47,7 +47,7 @@ class Watch(Protocol):
         ...
 
 
-class Unwatched:
+class SilentWatch:
     """Observer that ignores all events."""
 
     def stepped(self, record: StepRecord) -> None:
