@@ -33,11 +33,11 @@ def op_name(target: OpOverload) -> str:
 
 
 def arguments_by_name(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator's call in the operator's order, those that were not given too."""
+    """All arguments of an operator's call in the operator's order, with defaults for those left out."""
     assert isinstance(node.target, OpOverload)
     schema = node.target._schema.arguments
-    given = {**dict(zip((argument.name for argument in schema), node.args)), **node.kwargs}
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
+    by_name = {**dict(zip((argument.name for argument in schema), node.args)), **node.kwargs}
+    return {argument.name: by_name.get(argument.name, argument.default_value) for argument in schema}
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -50,7 +50,7 @@ def new_fake_mode() -> FakeTensorMode:
 
 @contextmanager
 def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, ops called on a mode's fake tensors give fakes, symbolic sizes included.
+    """Let ops on a mode's fake tensors give fakes in the block, symbolic sizes included.
 
     Before 2.12 an op that is made of others asks for sizes as plain numbers unless torch's Python dispatcher is on. The
     mode's memory of earlier calls is off: to note a call with symbolic sizes takes longer than to compute it.
@@ -64,7 +64,7 @@ def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextmanager
 def silent_log(name: str = "torch") -> Iterator[None]:
-    """Inside, a logger of torch's writes nothing: an error is also raised, and told by whoever catches it."""
+    """Silence a logger of torch's in the block: an error is also raised, and reported by whoever catches it."""
     logger = logging.getLogger(name)
     level = logger.level
     try:
@@ -76,7 +76,7 @@ def silent_log(name: str = "torch") -> Iterator[None]:
 
 @contextmanager
 def no_partial_graphs() -> Iterator[None]:
-    """Inside, `torch.export` does not print the graph it has so far when it fails."""
+    """Keep `torch.export` from printing the graph it has so far when it fails in the block."""
     from unittest.mock import patch
 
     import torch.export._trace as trace
@@ -86,21 +86,21 @@ def no_partial_graphs() -> Iterator[None]:
 
 
 def branch_on_numbers(error: BaseException) -> str | None:
-    """The line of the model's code that asks for the numbers in a tensor, if that is why it cannot be traced."""
+    """The line of the model's code that depends on the numbers in a tensor, if that is why it cannot be traced."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if not isinstance(error, GuardOnDataDependentSymNode):
         return None
     _, _, call = str(error).partition("The following call raised this error:")
     place, _, line = call.strip().partition("\n")
-    found = re.match(r'File "(?:.*/)?([^/"]+)", line (\d+)', place)
+    match = re.match(r'File "(?:.*/)?([^/"]+)", line (\d+)', place)
     code = line.strip().partition("\n")[0].partition("  #")[0].strip()
-    return f"`{code}` ({found[1]}, line {found[2]})" if found and code else "a condition on a tensor"
+    return f"`{code}` ({match[1]}, line {match[2]})" if match and code else "a condition on a tensor"
 
 
 @contextmanager
 def without_dispatch_modes() -> Iterator[None]:
-    """Inside, no mode that a caller has entered sees the ops that are called: fake tensors, tracers, counters."""
+    """Hide the ops of the block from the modes that a caller has entered: fake tensors, tracers, counters."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():
@@ -178,8 +178,8 @@ def tree_children(spec: TreeSpec) -> list[TreeSpec]:
 
 def tree_leaf_names(spec: TreeSpec) -> list[str]:
     """A readable name for every leaf, e.g. `logits` or `hidden_states.0`; `output` for a bare leaf."""
-    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths, _ = pytree.tree_flatten_with_path(numbered)
+    numbered_tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(numbered_tree)
     by_leaf = {leaf: ".".join(_key_name(key) for key in path) or "output" for path, leaf in paths}
     return [by_leaf[leaf] for leaf in range(spec.num_leaves)]
 
@@ -213,7 +213,7 @@ def guards_of(exported: ExportedProgram) -> frozenset[str]:
 
 
 def traced_guards(exported: ExportedProgram) -> list[str]:
-    """What a trace found out about sizes and took for granted, as Python text: `L['x'].size()[1] <= 32`.
+    """The guards on sizes that a trace relies on, as Python text: `L['x'].size()[1] <= 32`.
 
     Without the questions whether a tensor of exactly some size lies in memory without gaps, which no number depends on.
     """
@@ -221,14 +221,14 @@ def traced_guards(exported: ExportedProgram) -> list[str]:
     if environment is None:
         return list(exported._guards_code)
     layouts = [guard for guard in environment.guards if _asks_for_layout(guard)]
-    kept = [guard for guard in environment.guards if guard not in layouts]
+    size_guards = [guard for guard in environment.guards if guard not in layouts]
     if not layouts:
         return list(exported._guards_code)
     try:
-        environment.guards = kept
+        environment.guards = size_guards
         return list(_guards_as_text(exported))
     finally:
-        environment.guards = [*kept, *layouts]
+        environment.guards = [*size_guards, *layouts]
 
 
 def _guards_as_text(exported: ExportedProgram) -> list[str]:
@@ -258,15 +258,15 @@ def note_guards(exported: ExportedProgram, guards: Iterable[str]) -> None:
 
 
 def noted_guards(exported: ExportedProgram) -> tuple[str, ...]:
-    """What `note_guards` kept."""
+    """The guards that `note_guards` keeps."""
     guards: tuple[str, ...] = getattr(exported, "_noted_guards", ())
     return guards
 
 
 def tree_leaf_paths(spec: TreeSpec) -> list[str]:
-    """Where every leaf is, in the way in which guards say it: `['k'][0]`, "" for a bare leaf."""
-    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths, _ = pytree.tree_flatten_with_path(numbered)
+    """The path of every leaf, as guards spell it: `['k'][0]`, "" for a bare leaf."""
+    numbered_tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(numbered_tree)
     by_leaf = {leaf: pytree.keystr(path) for path, leaf in paths}
     return [by_leaf[leaf] for leaf in range(spec.num_leaves)]
 
@@ -325,12 +325,12 @@ def is_mutating(node: fx.Node) -> bool:
 
 def written_operands(node: fx.Node) -> list[fx.Node]:
     """The operands that a call writes to."""
-    return _aliased(node, written=True)
+    return _aliased_operands(node, only_written=True)
 
 
 def viewed(node: fx.Node) -> fx.Node:
-    """What a node is a view of, of a view of ...; the node itself if it has memory of its own."""
-    while operands := _aliased(node, written=False):
+    """The node that a node is a view of, of a view of ...; the node itself if it has memory of its own."""
+    while operands := _aliased_operands(node, only_written=False):
         value, source = node.meta.get("val"), operands[0].meta.get("val")
         if isinstance(value, Tensor) and isinstance(source, Tensor) and value.dtype != source.dtype:
             return node  # a cast, which may share memory where it changes nothing
@@ -338,20 +338,20 @@ def viewed(node: fx.Node) -> fx.Node:
     return node
 
 
-def _aliased(node: fx.Node, *, written: bool) -> list[fx.Node]:
-    """Operands whose memory a call writes to, or returns."""
-    if node.target is operator.getitem and not written:
+def _aliased_operands(node: fx.Node, *, only_written: bool) -> list[fx.Node]:
+    """The operands whose memory a call writes to, or returns."""
+    if node.target is operator.getitem and not only_written:
         return node.all_input_nodes[:1]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     schema = node.target._schema.arguments
-    given = dict(zip((argument.name for argument in schema), node.args)) | node.kwargs
-    found = []
+    by_name = dict(zip((argument.name for argument in schema), node.args)) | node.kwargs
+    operands = []
     for argument in schema:
-        operand, alias = given.get(argument.name), argument.alias_info
-        if isinstance(operand, fx.Node) and alias is not None and (alias.is_write or not written):
-            found.append(operand)
-    return found
+        operand, alias = by_name.get(argument.name), argument.alias_info
+        if isinstance(operand, fx.Node) and alias is not None and (alias.is_write or not only_written):
+            operands.append(operand)
+    return operands
 
 
 def flat_program(graph: fx.Graph) -> ExportedProgram:
@@ -412,7 +412,7 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
     from torch.onnx._internal.exporter import _core
 
     registry = copy.copy(_onnx_registry(opset))
-    registry.functions = {target: list(known) for target, known in registry.functions.items()}
+    registry.functions = {target: list(functions) for target, functions in registry.functions.items()}
     for target, translation in translations.items():
         registry.register_op(target, translation, is_complex=False)
     calls = [node for node in graph.nodes if node.op == "call_function"]
@@ -421,10 +421,10 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
         _lay_out(graph)
     program = flat_program(graph)
     if is_direct:
-        made = _core._exported_program_to_onnx_program(program, registry=registry, lower="at_conversion")
-        made.model = onnxscript_apis.convert_version(made.model, opset)
-        made.optimize()
-        return made.model
+        onnx_program = _core._exported_program_to_onnx_program(program, registry=registry, lower="at_conversion")
+        onnx_program.model = onnxscript_apis.convert_version(onnx_program.model, opset)
+        onnx_program.optimize()
+        return onnx_program.model
     exported = torch.onnx.export(
         program, (), dynamo=True, opset_version=opset, custom_translation_table=dict(translations), verbose=False
     )
@@ -434,29 +434,29 @@ def onnx_model(graph: fx.Graph, translations: Mapping[Callable[..., Any], Callab
 
 @functools.cache
 def _onnx_registry(opset: int) -> Any:
-    """What torch's exporter has translations for; gathering them takes half a second."""
+    """The translations of torch's exporter; gathering them takes half a second."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     return ONNXRegistry.from_torchlib(opset_version=opset)
 
 
 def _lay_out(graph: fx.Graph) -> None:
-    """Copy what is permuted before it is reshaped.
+    """Copy permuted tensors before they are reshaped.
 
     Tracing again, torch takes a reshape for a view where an attention's result is laid out for one, decomposes the
     attention, whose result then is laid out differently, and trips over the view.
     """
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
-        permuted = node.args[0]
-        assert isinstance(permuted, fx.Node)
-        if permuted.target is aten.permute.default:
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        if operand.target is aten.permute.default:
             with graph.inserting_before(node):
-                copy = graph.call_function(aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
-            value = permuted.meta["val"]
+                copy = graph.call_function(aten.clone.default, (operand,), {"memory_format": torch.contiguous_format})
+            value = operand.meta["val"]
             with value.fake_mode:
-                copy.meta = {**permuted.meta, "val": value.clone(memory_format=torch.contiguous_format)}
-            node.replace_input_with(permuted, copy)
+                copy.meta = {**operand.meta, "val": value.clone(memory_format=torch.contiguous_format)}
+            node.replace_input_with(operand, copy)
 
 
 def _mixes_types(node: fx.Node) -> bool:
@@ -537,7 +537,7 @@ def new_dynamic_size(mode: FakeTensorMode, name: str) -> torch.SymInt:
 
 @contextmanager
 def generated_code() -> Iterator[list[str]]:
-    """Collects the source of every program that Inductor writes, or finds in its cache, meanwhile."""
+    """Collect the source of every program that Inductor writes, or finds in its cache, meanwhile."""
     from unittest.mock import patch
 
     from torch._inductor.graph import GraphLowering

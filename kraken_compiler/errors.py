@@ -53,7 +53,7 @@ class RankFailedError(KrakenError):
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a part of a model was not matched.
+    """Reason why a part of a model was not matched.
 
     Attributes:
         reason: One sentence for the user.
@@ -75,12 +75,12 @@ class Rejection:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; the name of its type if it says nothing."""
+    """The message of an error in one line; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def typed_line(error: BaseException) -> str:
-    """The same with the type in front, for errors whose text alone says little: `KeyError: 'x'`."""
+    """The message of an error with its type in front, where the text alone says little: `KeyError: 'x'`."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(": ")
 
 
@@ -115,11 +115,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def missing_packages(what: str, error: ImportError, extra: str = "hf") -> UsageError:
-    """An error that says what to install.
+    """Error for a missing optional package, which says what to install.
 
     Args:
         what: What cannot be done, e.g. "reading the GGUF file model.gguf".
-        error: What importing said.
+        error: The error of the import.
         extra: Which of our extras installs them.
     """
     return UsageError(

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing. The command line shows it; the library is silent unless asked."""
+"""Progress reports of long work. The command line shows them; the library is silent unless asked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Advance = Callable[[int, int, str], None]
 
 
 class Progress(Protocol):
-    """Is told about the stages of a compile."""
+    """Receiver of the stages of a compile."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """A stage of unknown length."""
@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """Receiver that shows nothing."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

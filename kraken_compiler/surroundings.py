@@ -1,4 +1,4 @@
-"""What a caller may have switched on around us, and must not find its way into a compiled program."""
+"""Modes that a caller may have switched on around us, and that must not get into a compiled program."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def not_utf8(path: Path, option: str) -> InputFileError:
 
 
 def bytes_not_utf8(content: bytes, path: Path, option: str) -> InputFileError:
-    """The same for a file whose bytes were read already, and might not be there a second time."""
+    """The error of `not_utf8` for bytes that were read already, and might not be there a second time."""
     for number, line in enumerate(content.split(b"\n"), start=1):
         if bad := bad_byte(line):
             return InputFileError(f"{option}: {path} is not UTF-8 text{_place(number, line, bad)}")

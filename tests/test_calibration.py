@@ -43,7 +43,7 @@ def samples(tokens: int, features: int = 5, targets: int = 3, seed: int = 0) -> 
 
 def moments_of(x: Tensor, y: Tensor, weight: Tensor) -> Moments:
     """Moments of one batch."""
-    moments = Moments.zeros(x.shape[1], y.shape[1], measured=True)
+    moments = Moments.zeros(x.shape[1], y.shape[1], has_energy=True)
     moments.add(x, y, weight)
     return moments
 
@@ -62,7 +62,7 @@ def test_the_ridge_step_is_least_squares_on_an_augmented_system() -> None:
 def test_moments_of_a_stream_are_those_of_the_whole() -> None:
     x, y, weight = samples(50)
     whole = moments_of(x, y, weight)
-    streamed = Moments.zeros(x.shape[1], y.shape[1], measured=True)
+    streamed = Moments.zeros(x.shape[1], y.shape[1], has_energy=True)
     for part in torch.arange(50).split(7):
         streamed.add(x[part], y[part], weight[part])
     torch.testing.assert_close(streamed.gram_PP, whole.gram_PP, rtol=1e-6, atol=1e-6)

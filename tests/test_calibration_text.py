@@ -29,8 +29,8 @@ def numbers(batches: tuple[torch.Tensor, ...]) -> set[tuple[int, int]]:
 
 
 def test_strengths_are_chosen_on_texts_of_their_own() -> None:
-    found = divide([rows(text, 10) for text in range(5)], wanted=30, singles=False)
-    fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
+    found = divide([rows(text, 10) for text in range(5)], count=30, singles=False)
+    fitted, held, unseen = numbers(found.fitted), numbers(found.held_out), numbers(found.unseen)
     assert {text for text, _ in held} == {2}
     assert 2 not in {text for text, _ in fitted}
     assert len(fitted) + len(held) == 30 == found.tokens // 3
@@ -39,25 +39,25 @@ def test_strengths_are_chosen_on_texts_of_their_own() -> None:
 
 def test_some_rows_are_cut_into_single_tokens_for_more_first_ones() -> None:
     texts = [[[text] * 16 for _ in range(40)] for text in range(4)]
-    found = divide(texts, wanted=100)
+    found = divide(texts, count=100)
     assert [tuple(ids.shape) for ids in found.fitted] == [(8, 16)] * 8 + [(2, 16), (128, 1), (16, 1)]
-    assert {ids.shape[1] for ids in found.held} == {16, 1}
+    assert {ids.shape[1] for ids in found.held_out} == {16, 1}
     assert {ids.shape[1] for ids in found.unseen} == {16}
     assert found.tokens == 1600
-    whole = divide(texts, wanted=100, singles=False)
-    assert {ids.shape[1] for ids in (*whole.fitted, *whole.held)} == {16}
+    whole = divide(texts, count=100, singles=False)
+    assert {ids.shape[1] for ids in (*whole.fitted, *whole.held_out)} == {16}
 
 
 def test_a_single_text_holds_back_its_end() -> None:
-    found = divide([rows(0, 24)], wanted=100, singles=False)
-    fitted, held, unseen = numbers(found.fitted), numbers(found.held), numbers(found.unseen)
+    found = divide([rows(0, 24)], count=100, singles=False)
+    fitted, held, unseen = numbers(found.fitted), numbers(found.held_out), numbers(found.unseen)
     assert max(fitted) < min(held) < max(held) < min(unseen)
     assert len(fitted) + len(held) + len(unseen) == 24
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(UsageError, match="the text has 2 rows of tokens, at least 3 are needed"):
-        divide([rows(0, 1), rows(1, 1)], wanted=5)
+        divide([rows(0, 1), rows(1, 1)], count=5)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def test_rows_are_spread_over_all_texts(llama: Path, texts: Path) -> None:
     captured = capture(llama)
     found = calibration_text(captured, [texts], 64 * 40)
     assert found.tokens == 64 * 40
-    assert {batch.shape[1] for batch in (*found.fitted, *found.held)} == {64, 1}
+    assert {batch.shape[1] for batch in (*found.fitted, *found.held_out)} == {64, 1}
     assert {batch.shape[1] for batch in found.unseen} == {64}
-    assert sum(batch.numel() for batch in found.held) == 64 * 10, "one text of four"
+    assert sum(batch.numel() for batch in found.held_out) == 64 * 10, "one text of four"
     again = calibration_text(captured, [texts], 64 * 40)
     assert all(map(torch.equal, found.fitted, again.fitted))
     everything = calibration_text(captured, [texts / "0.txt"], 10**6)

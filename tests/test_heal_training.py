@@ -28,7 +28,7 @@ from kraken_compiler.quality.healing.loss import distillation_loss
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import STATE_FILE, Lock, RunState, open_state, read_state
 from kraken_compiler.quality.healing.trainer import Trainer
-from kraken_compiler.quality.healing.watch import StepRecord, Unwatched
+from kraken_compiler.quality.healing.watch import SilentWatch, StepRecord
 from kraken_compiler.weights.io import safetensors_writer
 from kraken_compiler.weights.lane_tensors import PREFIX, lane_tensor_reader, with_lane_tensors
 from tests.healing_models import captured, lowered, parameters_of, rows, stacked_reader, trainer_for
@@ -41,7 +41,7 @@ SETTINGS = HealSettings(steps=6, batch=2, learning_rate=3e-3, evaluate_every=3, 
 def run_steps(trainer: Trainer, folder: Path, state: RunState | None = None) -> list[float]:
     """Train to the end on 5 rows; returns the KL on the held-out rows, evaluation by evaluation."""
     state = state or open_state(folder, {}, restart=False)
-    outcome = train(trainer, rows(5), rows(3, seed=1), folder, state, Unwatched())
+    outcome = train(trainer, rows(5), rows(3, seed=1), folder, state, SilentWatch())
     return [kl for _, kl in outcome.held_out]
 
 
@@ -115,7 +115,7 @@ def test_training_lowers_the_loss_and_the_held_out_kl(tmp_path: Path) -> None:
     trainer = trainer_for("llama", "kraken", settings)
     kls: list[float] = []
 
-    class Collecting(Unwatched):
+    class Collecting(SilentWatch):
         def stepped(self, record: StepRecord) -> None:
             kls.append(record.kl)
 
@@ -171,7 +171,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, lora: int | None) -> None:
     class Interrupted(Exception):
         pass
 
-    class Interrupting(Unwatched):
+    class Interrupting(SilentWatch):
         def stepped(self, record: StepRecord) -> None:
             if record.step == 5:
                 raise Interrupted
@@ -255,7 +255,7 @@ def test_a_diverged_training_ends_before_it_spoils_the_weights(tmp_path: Path) -
     folder = tmp_path / "heal"
     name, parameter = next(iter(trainer.parameters.trained().items()))
 
-    class Spoiling(Unwatched):
+    class Spoiling(SilentWatch):
         def stepped(self, record: StepRecord) -> None:
             if record.step == 3:
                 with torch.no_grad():

@@ -154,7 +154,7 @@ def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> N
     text = opened(without_tokenizer(name))
     batches = list(text)
     assert text.name == "random tokens (the model has no tokenizer)"
-    assert text.expected == sum(batch.numel() for batch in batches)
+    assert text.expected_tokens == sum(batch.numel() for batch in batches)
     assert all(int(batch.max()) < 97 for batch in batches)
     assert len(batches[0].unique()) > 40
     # All these models have 64 positions (plain_parallel: rows of its mask), but for the one whose biases need none.
@@ -195,15 +195,15 @@ def test_a_long_text_is_read_piece_by_piece(
     text = opened(with_tokenizer, tmp_path / "text")
     reader = iter(text)
     first = next(reader).tolist()
-    assert abs(text.expected - 3000) < 300, "known before the end"
+    assert abs(text.expected_tokens - 3000) < 300, "known before the end"
     assert [first, *(batch.tolist() for batch in reader)] == whole
-    assert text.expected == 3000
+    assert text.expected_tokens == 3000
 
 
 def test_a_limit_ends_the_reading(with_tokenizer: Capture, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(words(3000, 10))
     text = opened(with_tokenizer, tmp_path / "text", 200)
-    assert text.expected == 200
+    assert text.expected_tokens == 200
     assert [batch.shape for batch in text] == [(3, 64)]
     assert [batch.shape for batch in opened(with_tokenizer, tmp_path / "text", 20)] == [(1, 20)]
     with pytest.raises(UsageError, match="--text-tokens 1: at least 2"):

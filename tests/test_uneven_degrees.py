@@ -19,7 +19,7 @@ from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.healing.loop import train
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import open_state
-from kraken_compiler.quality.healing.watch import Unwatched
+from kraken_compiler.quality.healing.watch import SilentWatch
 from kraken_compiler.verify.prefixes import expected
 from kraken_compiler.verify.replay import split_lengths
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -121,7 +121,7 @@ def test_healing_trains_padding_like_any_weight(tmp_path: Path) -> None:
     """Zeros that pad a lane's columns are its own to change; what is written is what was trained, these included."""
     settings = HealSettings(steps=4, batch=2, learning_rate=3e-3, evaluate_every=4, save_every=4, precision="float32")
     trainer = trainer_for("llama", "kraken", settings, degree=3)
-    outcome = train(trainer, rows(5), rows(3, seed=1), tmp_path, open_state(tmp_path, {}, restart=False), Unwatched())
+    outcome = train(trainer, rows(5), rows(3, seed=1), tmp_path, open_state(tmp_path, {}, restart=False), SilentWatch())
     losses = [kl for _, kl in outcome.held_out]
     assert losses[-1] < losses[0]
     program = lowered("llama", "kraken", 3)

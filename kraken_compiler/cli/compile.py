@@ -21,7 +21,7 @@ from kraken_compiler.cli.console import (
     set_up_logging,
 )
 from kraken_compiler.errors import UsageError
-from kraken_compiler.options.command_line import Given, Output, command
+from kraken_compiler.options.command_line import CommandLine, Output, command
 from kraken_compiler.options.compile import CompileOptions
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileCommand:
-    """What the command line says beside `CompileOptions`."""
+    """Arguments of the command line beside `CompileOptions`."""
 
     model: Annotated[
         str | None,
@@ -48,20 +48,20 @@ class CompileCommand:
     ] = False
 
 
-def compile_command(given: Given) -> None:
+def compile_command(command_line: CommandLine) -> None:
     """Compile, and show the result."""
-    output = given.output
+    output = command_line.output
     set_up_logging(output.verbose)
     with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
-        asked, options = given.options(CompileCommand, CompileOptions)
-        if asked.model is None:
+        arguments, options = command_line.options(CompileCommand, CompileOptions)
+        if arguments.model is None:
             raise UsageError("name the MODEL to compile, on the command line or as 'model' in the config file")
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.compile import compile_model
 
-        directory = asked.output or Path(f"{_name_of(Path(asked.model))}.kraken")
+        directory = arguments.output or Path(f"{_name_of(Path(arguments.model))}.kraken")
         progress = ConsoleProgress(output.quiet or output.json)
-        _show(compile_model(asked.model, None if asked.plan else directory, options, progress=progress), output)
+        _show(compile_model(arguments.model, None if arguments.plan else directory, options, progress=progress), output)
 
 
 def _show(result: CompileResult, output: Output) -> None:

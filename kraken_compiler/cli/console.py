@@ -1,4 +1,4 @@
-"""What all commands share: standard error for people, standard output for results, errors as exit codes."""
+"""Console of all commands: standard error for people, standard output for results, errors as exit codes."""
 
 from __future__ import annotations
 
@@ -50,33 +50,33 @@ class ConsoleProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        with self._timed(name):
+        with self._task(name):
             yield
 
     @contextmanager
     def steps(self, name: str) -> Iterator[Advance]:
-        with self._timed(name) as task:
-            started = told = time.perf_counter()
+        with self._task(name) as task:
+            start = last_line = time.perf_counter()
 
             def advance(done: int, total: int, unit: str) -> None:
-                nonlocal told
+                nonlocal last_line
                 self._bars.update(task, completed=done, total=total, count=f"{done}/{total}")
                 now = time.perf_counter()
-                if self._bars.disable and not self._quiet and now - told >= _SECONDS_BETWEEN_LINES:
-                    told = now
-                    tell(f"{name}: {done} of {total}, {now - started:.0f} s")
+                if self._bars.disable and not self._quiet and now - last_line >= _SECONDS_BETWEEN_LINES:
+                    last_line = now
+                    tell(f"{name}: {done} of {total}, {now - start:.0f} s")
 
             yield advance
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[TaskID]:
-        """A bar while it lasts, a line when it is done; nothing of it stays if it fails."""
+    def _task(self, name: str) -> Iterator[TaskID]:
+        """A task with a bar while it lasts and a line when it is done; nothing of it stays if it fails."""
         indent = _INDENT * self._depth
         task = self._bars.add_task(indent + name, total=None, count="")
         if not self._depth:
             self._bars.start()
         self._depth += 1
-        started = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield task
         finally:
@@ -85,21 +85,21 @@ class ConsoleProgress:
             if not self._depth:
                 self._bars.stop()
         if not self._quiet:
-            tell(f"{indent}{name}: {time.perf_counter() - started:.1f} s")
+            tell(f"{indent}{name}: {time.perf_counter() - start:.1f} s")
 
 
 def print_lines(lines: list[str]) -> None:
-    """Results for people."""
+    """Print results for people."""
     write_out("\n".join(lines) + "\n")
 
 
 def print_json(data: Any) -> None:
-    """Results for programs: one JSON document."""
+    """Print results for programs: one JSON document."""
     write_out(json_text(data) + "\n")
 
 
 def set_up_logging(verbose: bool) -> None:
-    """`-v` shows what every pass did; libraries keep their remarks and bars to themselves without it."""
+    """Set up logging: `-v` shows what every pass did; without it, libraries show no remarks and no bars."""
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -111,7 +111,7 @@ def set_up_logging(verbose: bool) -> None:
 
 
 def set_up_interpreter() -> None:
-    """For a process that makes graphs in one thread while others hash, read and write.
+    """Set the interpreter up for a process that makes graphs in one thread while others hash, read and write.
 
     A capture makes millions of objects that stay, and collections that look at all of them again and again, and once
     more at the end, take seconds; threads that come back from the disk wait for the interpreter up to an interval for
@@ -124,7 +124,7 @@ def set_up_interpreter() -> None:
 
 @contextmanager
 def quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Without `-v`, libraries keep their warnings to themselves, also those that they give when they are imported."""
+    """Silence the warnings of libraries without `-v`, also those that they give when they are imported."""
     if verbose:
         yield
         return

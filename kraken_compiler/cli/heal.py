@@ -21,8 +21,8 @@ from kraken_compiler.cli.console import (
     set_up_logging,
 )
 from kraken_compiler.cli.heal_bar import HealBar
-from kraken_compiler.options.command_line import Given, command
-from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, Spelled
+from kraken_compiler.options.command_line import CommandLine, command
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandLineType
 from kraken_compiler.options.heal import HealOptions
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.text import number_text
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HealCommand:
-    """What the command line says beside `HealOptions` and `HealSettings`."""
+    """Arguments of the command line beside `HealOptions` and `HealSettings`."""
 
     artifact: Annotated[
         Path, COMMAND_LINE_ONLY, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")
@@ -41,24 +41,24 @@ class HealCommand:
     more_texts: Annotated[
         Sequence[Path],
         COMMAND_LINE_ONLY,
-        Spelled(list[Path]),
+        CommandLineType(list[Path]),
         typer.Argument(metavar="[FILE...]", help="More texts.", show_default=False),
     ] = ()
 
 
-def heal(given: Given) -> None:
+def heal(command_line: CommandLine) -> None:
     """Heal, and show the result."""
-    output = given.output
+    output = command_line.output
     set_up_logging(output.verbose)
     with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
-        asked, options, settings = given.options(HealCommand, HealOptions, HealSettings)
-        options = replace(options, texts=[*options.texts, *asked.more_texts])
+        arguments, options, settings = command_line.options(HealCommand, HealOptions, HealSettings)
+        options = replace(options, texts=[*options.texts, *arguments.more_texts])
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.heal import heal_artifact
 
         with HealBar(output.quiet or output.json) as bar:
             result = heal_artifact(
-                asked.artifact, settings, options, progress=ConsoleProgress(output.quiet or output.json), watch=bar
+                arguments.artifact, settings, options, progress=ConsoleProgress(output.quiet or output.json), watch=bar
             )
         if output.json:
             print_json(result.to_dict())
@@ -70,9 +70,9 @@ def _summary(result: HealResult) -> list[str]:
     record = result.record
     before = math.inf if record.kl_before is None else record.kl_before
     less = f" ({1 - record.kl_after / before:.0%} less)" if 0 < before < math.inf else ""
-    resumed = f", resumed after step {result.resumed_from}" if result.resumed_from else ""
+    resumption = f", resumed after step {result.resumed_from}" if result.resumed_from else ""
     return [
-        f"healed    {record.steps} steps, {record.tokens:,} tokens{resumed}; on the held-out text KL to the source "
+        f"healed    {record.steps} steps, {record.tokens:,} tokens{resumption}; on the held-out text KL to the source "
         f"{number_text(before, '.3g')} -> {number_text(record.kl_after, '.3g')} nats/token{less}"
     ]
 

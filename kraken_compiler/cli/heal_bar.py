@@ -24,7 +24,7 @@ class HealBar:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._done = 0
+        self._step = 0
         self._steps: int | None = None
         self._held_out = ""
         self._now = ""
@@ -40,7 +40,7 @@ class HealBar:
     def stepped(self, record: StepRecord) -> None:
         """See `Watch.stepped`."""
         self._now = f"{record.tokens_per_second:.0f} tokens/s  KL {number_text(record.kl, '.3g')}"
-        self._done, self._steps = record.step, record.steps
+        self._step, self._steps = record.step, record.steps
         self._show()
 
     def evaluating(self, done: int, total: int) -> None:
@@ -68,8 +68,8 @@ class HealBar:
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=self._console, transient=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
-        said = f"{self._now}  {self._held_out}"
-        self._bar.update(self._task, description=said, completed=self._done, total=self._steps)
+        description = f"{self._now}  {self._held_out}"
+        self._bar.update(self._task, description=description, completed=self._step, total=self._steps)
 
     def _stop(self) -> None:
         if self._bar is not None:

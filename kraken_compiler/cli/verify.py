@@ -18,14 +18,14 @@ from kraken_compiler.cli.console import (
     run_app,
     set_up_logging,
 )
-from kraken_compiler.options.command_line import Given, command
+from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
 from kraken_compiler.options.verify import VerifyOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand:
-    """What the command line says beside `VerifyOptions`."""
+    """Arguments of the command line beside `VerifyOptions`."""
 
     artifact: Annotated[
         Path, COMMAND_LINE_ONLY, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")
@@ -38,24 +38,24 @@ class VerifyCommand:
     ] = None
 
 
-def verify(given: Given) -> None:
+def verify(command_line: CommandLine) -> None:
     """Verify, and show the result."""
-    output = given.output
+    output = command_line.output
     set_up_logging(output.verbose)
     with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
-        asked, options = given.options(VerifyCommand, VerifyOptions)
+        arguments, options = command_line.options(VerifyCommand, VerifyOptions)
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.verify import verify_artifact
 
-        result = verify_artifact(asked.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
-        if asked.plot is not None:
+        result = verify_artifact(arguments.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
+        if arguments.plot is not None:
             from kraken_compiler.quality.plot import plot_quality
 
-            plot_quality(asked.plot, result.quality, result.sensitivity)
+            plot_quality(arguments.plot, result.quality, result.sensitivity)
         if output.json:
             print_json(result.to_dict())
         elif not output.quiet:
-            print_lines(result.lines() + (["", *result.schedule_lines()] if asked.schedule else []))
+            print_lines(result.lines() + (["", *result.schedule_lines()] if arguments.schedule else []))
 
 
 app = command(

@@ -51,7 +51,7 @@ _POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a compile made.
+    """Result of a compile.
 
     Attributes:
         report: What was recognised and scheduled.
@@ -95,10 +95,10 @@ def compile_model(
             written then.
         RankFailedError: A rank died or hung while the programs were checked; nothing is written then.
     """
-    chosen = options if options is not None else CompileOptions.of(keywords)
+    options = options if options is not None else CompileOptions.of(keywords)
     place = Path(directory) if directory is not None else None
     with undisturbed():
-        return _Compile(model, place, chosen, example_inputs, progress or Silent()).run()
+        return _Compile(model, place, options, example_inputs, progress or Silent()).run()
 
 
 class _Compile:
@@ -112,7 +112,7 @@ class _Compile:
         example_inputs: ExampleInputs | None,
         show: Progress,
     ) -> None:
-        """Find out what can be wrong before any work."""
+        """Check all that can be wrong before any work."""
         self.model, self.directory, self.options = model, directory, options
         self.example_inputs, self.show = example_inputs, show
         require_timeout(options.timeout)
@@ -137,8 +137,8 @@ class _Compile:
     def run(self) -> CompileResult:
         """Compile, or plan."""
         options = self.options
-        named = (self.model, options.text, *self.texts)
-        inputs = [Path(one) for one in named if isinstance(one, str | os.PathLike)]
+        candidates = (self.model, options.text, *self.texts)
+        inputs = [Path(one) for one in candidates if isinstance(one, str | os.PathLike)]
         # From the beginning: a rival must hear of it before it has worked for hours.
         place = self.directory
         with reserved(place, options.force, inputs) if place is not None else nullcontext() as reservation:
@@ -150,18 +150,18 @@ class _Compile:
             report = make_report(program, runner.history, self.notes)
             if reservation is None:
                 return CompileResult(report, notes=self.notes)
-            program, read = self._compared_and_calibrated(captured, split, program)
-            written = self._write(captured, program, read, report, reservation)
-        return CompileResult(report, self.verification, written, self.notes, self.calibration, self.choice)
+            program, read = self._compare_and_calibrate(captured, split, program)
+            artifact_directory = self._write(captured, program, read, report, reservation)
+        return CompileResult(report, self.verification, artifact_directory, self.notes, self.calibration, self.choice)
 
     def _budget(self) -> Budget | None:
         options = self.options
         if options.max_kl is None and options.max_perplexity_increase is None:
             return None
         if self.directory is None:
-            asked = "--max-kl" if options.max_kl is not None else "--max-ppl-increase"
+            option = "--max-kl" if options.max_kl is not None else "--max-ppl-increase"
             raise UsageError(
-                f"{asked} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
+                f"{option} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
             )
         if options.form != "kraken" or options.layers is not None:
             raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
@@ -170,10 +170,10 @@ class _Compile:
         return Budget(options.max_kl, options.max_perplexity_increase)
 
     def _require_checkable(self) -> None:
-        unchecked = [backend.name for backend in self.backends if not backend.gives_reference]
-        if self.options.verify and unchecked:
+        uncheckable = [backend.name for backend in self.backends if not backend.gives_reference]
+        if self.options.verify and uncheckable:
             raise UsageError(
-                f"nothing here can check what the backend '{unchecked[0]}' writes; pass --no-verify to write it "
+                f"nothing here can check what the backend '{uncheckable[0]}' writes; pass --no-verify to write it "
                 "unchecked"
             )
 
@@ -208,19 +208,19 @@ class _Compile:
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
         return program
 
-    def _compared_and_calibrated(
+    def _compare_and_calibrate(
         self, captured: Capture, split: Split, program: LaneProgram
     ) -> tuple[LaneProgram, SourceReader]:
-        """The program with the rules that a comparison with the model found, and with calibrated weights."""
+        """Add the rules that a comparison with the model finds to the program, and calibrated weights."""
         options, read, standard = self.options, captured.store.read, program
         if (options.verify or self.texts) and not is_exact(program):
             standard = lower_split(split, "standard", cached=False)
         if options.verify:
             with self.show.stage("compare with the source"):
-                checked = compare_with_model(captured, standard)
-            self.comparisons, self.skipped = checked.comparisons, checked.skipped
+                check = compare_with_model(captured, standard)
+            self.comparisons, self.skipped = check.comparisons, check.skipped
             Verification(self.comparisons).require_passed()
-            program, self.notes = with_rules(program, checked.rules), (*self.notes, *checked.notes)
+            program, self.notes = with_rules(program, check.rules), (*self.notes, *check.notes)
         if self.texts:
             self.calibration = calibrate_on_text(
                 captured, standard, program, self.texts, options.calibrate_tokens, self._text, self.show
@@ -233,11 +233,11 @@ class _Compile:
     def _write(
         self, captured: Capture, program: LaneProgram, read: SourceReader, report: Report, reservation: Reservation
     ) -> Path:
-        kept = report.to_dict()
+        manifest_report = report.to_dict()
         if self.calibration is not None:
-            kept["calibration"] = self.calibration.to_dict()
+            manifest_report["calibration"] = self.calibration.to_dict()
         if self.choice is not None:
-            kept["choice"] = self.choice.to_dict()
+            manifest_report["choice"] = self.choice.to_dict()
         lanes = Reference(program, read_from_source(program, read))
         verify = self.options.verify
         with self.show.steps("write and check" if verify else "write") as advance:
@@ -249,7 +249,7 @@ class _Compile:
                 backends=self.backends,
                 digest=(lambda: captured.origin.sha256) if captured.origin.path else None,
                 tokenizer_saver=_tokenizer_saver(captured),
-                report=kept,
+                report=manifest_report,
                 options=self.options.noted(),
                 check=(lambda partial: self._check(partial, captured, lanes)) if verify else None,
                 resumable=self.calibration is None,
@@ -258,11 +258,13 @@ class _Compile:
             )
 
     def _check(self, partial: Path, captured: Capture, in_memory: Reference) -> dict[str, object]:
-        """Runs on the complete artifact before it is put in place."""
+        """Check the complete artifact before it is put in place."""
         captured.store.release()  # what comes now are other processes
         with self.show.stage("run on ranks"):
-            found = verify_programs(partial, None, self.options.timeout, in_memory)
-        verification = replace(found, comparisons=(*self.comparisons, *found.comparisons), skipped=self.skipped)
+            ranks_verification = verify_programs(partial, None, self.options.timeout, in_memory)
+        verification = replace(
+            ranks_verification, comparisons=(*self.comparisons, *ranks_verification.comparisons), skipped=self.skipped
+        )
         verification.require_passed()
         artifact = open_artifact(partial, verify=False)
         lanes = lanes_in(artifact) or in_memory
@@ -271,7 +273,7 @@ class _Compile:
 
     @property
     def _text(self) -> TextChoice:
-        """What a changed form is measured on."""
+        """The text that a changed form is measured on."""
         return TextChoice.of(self.options.text, self.options.text_tokens)
 
 
@@ -293,7 +295,7 @@ def _best(choice: Choice) -> tuple[str, ...]:
 
 
 def _require_within(budget: Budget, calibration: Calibration) -> None:
-    """The result, measured anew on text that neither the search nor the calibration has seen."""
+    """Make sure that the result is within the budget on text that neither the search nor the calibration has seen."""
     _, quality = calibration.qualities[0]
     if not budget.holds(quality):
         raise VerificationError(
@@ -326,31 +328,32 @@ def _answer_begins(captured: Capture) -> tuple[int, ...]:
     directory = Path(captured.origin.path or "")
     own = (generation_config(directory, of_config=False) if captured.origin.kind == "huggingface" else None) or {}
     settings = {**config, **{name: value for name, value in own.items() if value is not None}}
-    start, forced = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
+    start, forced_start = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
     start = settings.get("bos_token_id") if start is None else start
-    return tuple(token for token in (start, forced) if type(token) is int) if type(start) is int else ()
+    return tuple(token for token in (start, forced_start) if type(token) is int) if type(start) is int else ()
 
 
 def _max_positions(config: dict[str, Any] | None) -> int | None:
-    """What the source's config, or the part of it that describes the language model, says of the longest sequence."""
+    """The longest sequence by the source's config, or by the part of it that describes the language model."""
     parts = [config, *(config.get(name) for name in ("text_config", "decoder"))] if config else []
-    found = [part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS_NAMES]
-    return next((limit for limit in found if type(limit) is int and limit > 0), None)
+    limits = [part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS_NAMES]
+    return next((limit for limit in limits if type(limit) is int and limit > 0), None)
 
 
 def _tokenizer_notes(captured: Capture) -> tuple[str, ...]:
-    """What a user should know of the source's tokenizer, which is refused here if it is damaged."""
+    """Notes for a user on the source's tokenizer, which is refused here if it is damaged."""
     if captured.origin.tokenizer is None:
         return ()
     notes, tokenizer = captured.origin.tokenizer.check()
-    known = vocabulary(captured.program) if text_input(captured.program) is not None else len(tokenizer)
-    if len(tokenizer) <= known:
+    vocabulary_size = vocabulary(captured.program) if text_input(captured.program) is not None else len(tokenizer)
+    if len(tokenizer) <= vocabulary_size:
         return notes
     # Tokens that a few texts have are no reason to refuse a model; some models ship with them.
-    token_ids(tokenizer, sample_text(), known, str(captured.origin.path))
+    token_ids(tokenizer, sample_text(), vocabulary_size, str(captured.origin.path))
     return (
         *notes,
-        f"the tokenizer has {len(tokenizer)} tokens, the model knows {known}; text with the others is refused",
+        f"the tokenizer has {len(tokenizer)} tokens, the model knows {vocabulary_size}; "
+        "text with the others is refused",
     )
 
 

@@ -1,4 +1,4 @@
-"""`heal_artifact`: train an artifact's lanes until they say what its source says, and write them as an artifact."""
+"""`heal_artifact`: train an artifact's lanes to give the logits of its source, and write them as an artifact."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kraken_compiler.quality.healing.ranks import heal_on_ranks
 from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.quality.healing.watch import TensorBoard, ToAll, Unwatched, Watch
+from kraken_compiler.quality.healing.watch import SilentWatch, TensorBoard, ToAll, Watch
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
@@ -48,7 +48,7 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class HealResult:
-    """What a healing run made.
+    """Result of a healing run.
 
     Attributes:
         directory: The new artifact.
@@ -108,10 +108,10 @@ def heal_artifact(
         InputFileError: A file is damaged, is not what it was, or cannot be read or written.
         VerificationError, RankFailedError: See `compile_model`.
     """
-    chosen = options if options is not None else HealOptions.of(keywords)
-    texts, tokens, output, source = chosen.texts, chosen.tokens, chosen.output, chosen.source
-    trust_pickle, force, timeout, tensorboard = chosen.trust_pickle, chosen.force, chosen.timeout, chosen.tensorboard
-    restart = chosen.restart
+    options = options if options is not None else HealOptions.of(keywords)
+    texts, tokens, output, source = options.texts, options.tokens, options.output, options.source
+    trust_pickle, force, timeout = options.trust_pickle, options.force, options.timeout
+    tensorboard, restart = options.tensorboard, options.restart
     show = progress or Silent()
     settings.check()
     require_timeout(timeout)
@@ -123,7 +123,7 @@ def heal_artifact(
     where = source if source is not None else artifact.manifest.source.path
     inputs = [Path(one) for one in (path, *texts, *tokens, where) if one and isinstance(one, str | os.PathLike)]
     _check_output(path, target, force, inputs)
-    settings = _resolved(settings, artifact.manifest.degree)
+    settings = _with_precision(settings, artifact.manifest.degree)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     _require_trainable(path, captured.program)
@@ -132,11 +132,18 @@ def heal_artifact(
     folder = target.absolute().with_name(f"{target.name}.heal")
     state = open_state(folder, _identity(artifact, captured, text, settings), restart)
     board = TensorBoard(Path(tensorboard), state.step) if tensorboard is not None else None
-    told = [one for one in (watch, board) if one is not None]
+    watches = [one for one in (watch, board) if one is not None]
     with Lock(folder):
         try:
             outcome = _train(
-                artifact, captured, text, settings, folder, state, ToAll(*told) if told else Unwatched(), timeout
+                artifact,
+                captured,
+                text,
+                settings,
+                folder,
+                state,
+                ToAll(*watches) if watches else SilentWatch(),
+                timeout,
             )
         finally:
             if board is not None:
@@ -206,7 +213,7 @@ def _write(
 
     report = {**artifact.report(), "healing": {"before": outcome.before, "after": outcome.after}}
     with show.steps("write and check") as advance:
-        written = write_artifact(
+        artifact_directory = write_artifact(
             program,
             program.reader(read),
             reservation.target,
@@ -221,15 +228,15 @@ def _write(
             progress=advance,
         )
     assert verification is not None
-    return HealResult(written, record, outcome, resumed_from, verification)
+    return HealResult(artifact_directory, record, outcome, resumed_from, verification)
 
 
 def _require_trainable(path: Path, program: Program) -> None:
     """Refuse a source whose integers stay what they are: to train the rest would heal nothing."""
-    quantised = sum(node.target is DEQUANTIZE for node in program.graph.nodes)
-    if quantised:
+    count = sum(node.target is DEQUANTIZE for node in program.graph.nodes)
+    if count:
         raise UsageError(
-            f"{path}: {quantised} of its source's weights are quantised, and integers cannot be trained; "
+            f"{path}: {count} of its source's weights are quantised, and integers cannot be trained; "
             "heal the model with plain weights, and quantise what comes of it (ONNX devices: --onnx-weights)"
         )
 
@@ -245,8 +252,8 @@ def _identity(artifact: Artifact, captured: Capture, text: HealingText, settings
     }
 
 
-def _resolved(settings: HealSettings, degree: int) -> HealSettings:
-    """The settings with what depends on this machine filled in."""
+def _with_precision(settings: HealSettings, degree: int) -> HealSettings:
+    """The settings with the precision filled in, which depends on this machine."""
     if settings.precision is not None:
         return settings
     devices = torch.cuda.device_count()

@@ -34,22 +34,22 @@ def source_of(
         UsageError: It is not where it was, and nobody said where it is.
         InputFileError: It is damaged, or another model.
     """
-    recorded = artifact.manifest.source
-    where = source if source is not None else recorded.path
-    if source is None and not recorded.path:
+    source_record = artifact.manifest.source
+    where = source if source is not None else source_record.path
+    if source is None and not source_record.path:
         raise UsageError(f"{artifact.directory}: its source was a module in memory; name a file of it with --source")
-    if source is None and not Path(recorded.path).exists():
+    if source is None and not Path(source_record.path).exists():
         raise UsageError(f"{artifact.directory}: its source is not at '{where}'; name it with --source")
     captured = capture(
         where,
         example_inputs=example_inputs,
-        input_specs=recorded.input_specs if example_inputs is None else (),
+        input_specs=source_record.input_specs if example_inputs is None else (),
         trust_pickle=trust_pickle,
-        dtype=getattr(torch, recorded.dtype) if recorded.dtype else None,
-        hash_early=bool(recorded.sha256),
+        dtype=getattr(torch, source_record.dtype) if source_record.dtype else None,
+        hash_early=bool(source_record.sha256),
     )
-    comparable = recorded.sha256 and captured.origin.kind == recorded.kind
-    if comparable and captured.origin.sha256 != recorded.sha256:
+    comparable = source_record.sha256 and captured.origin.kind == source_record.kind
+    if comparable and captured.origin.sha256 != source_record.sha256:
         raise InputFileError(
             f"{where}: is not the model that {artifact.directory} was compiled from (its hash differs)"
         )
@@ -63,13 +63,13 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
         InputFileError: It comes out otherwise: the artifact was compiled by another version.
     """
     program, _ = lower(captured.program, manifest.degree, manifest.forms)
-    found = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
-    held = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
-    if found != held:
+    weights = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
+    manifest_weights = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
+    if weights != manifest_weights:
         raise InputFileError("the artifact was compiled by another version of kraken-compiler; compile the model again")
     return as_compiled(program, manifest)
 
 
 def as_compiled(program: LaneProgram, manifest: Manifest) -> LaneProgram:
-    """A program with what the compile found out about sizes by comparing with the model."""
+    """A program with the rules for sizes that the compile found by comparing with the model."""
     return with_rules(program, [rule for rule in manifest.call.sizes if rule not in program.call.sizes])

@@ -67,13 +67,13 @@ def transform(
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
         module.report = make_report(program, runner.history, (*surroundings, *captured.notes))
         if check:
-            module = _checked(module, captured, split)
+            module = _check(module, captured, split)
     return module.train(isinstance(model, nn.Module) and model.training)
 
 
-def _checked(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
-    """The module, held against the model; it refuses the sizes at which the model turned out to compute otherwise."""
-    began = time.perf_counter()
+def _check(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
+    """Compare a module with its model; the one returned refuses the sizes at which the model computes otherwise."""
+    start = time.perf_counter()
     program, run = module.program, None
     assert module.report is not None
     if captured.model is None and captured.origin.path is None:
@@ -84,10 +84,10 @@ def _checked(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
     else:
         program = lower_split(split, "standard", cached=False)
     with torch.no_grad():
-        found = compare_with_model(captured, program, run=run)
-    Verification(found.comparisons).require_passed()
-    module.program = with_rules(module.program, found.rules)
-    module.report = module.report.with_check(found.comparisons, found.notes, found.skipped, time.perf_counter() - began)
+        check = compare_with_model(captured, program, run=run)
+    Verification(check.comparisons).require_passed()
+    module.program = with_rules(module.program, check.rules)
+    module.report = module.report.with_check(check.comparisons, check.notes, check.skipped, time.perf_counter() - start)
     return module
 
 

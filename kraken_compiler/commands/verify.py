@@ -47,9 +47,9 @@ def verify_artifact(
         UsageError: `text` was given, but there is no source to compare with.
         VerificationError, RankFailedError: See `compile_model`.
     """
-    chosen = options if options is not None else VerifyOptions.of(keywords)
-    source, text, text_tokens, by_layer = chosen.source, chosen.text, chosen.text_tokens, chosen.by_layer
-    trust_pickle, timeout = chosen.trust_pickle, chosen.timeout
+    options = options if options is not None else VerifyOptions.of(keywords)
+    source, text, text_tokens, by_layer = options.source, options.text, options.text_tokens, options.by_layer
+    trust_pickle, timeout = options.trust_pickle, options.timeout
     show = progress or Silent()
     require_timeout(timeout)
     path = Path(directory)
@@ -60,29 +60,29 @@ def verify_artifact(
     result.require_passed()
     lanes = lanes_in(artifact)
     who = " and ".join(check.backend.ranks_are for check in result.checks)
-    recorded = artifact.manifest.source
-    where = source if source is not None else recorded.path
+    source_record = artifact.manifest.source
+    where = source if source is not None else source_record.path
     # Only a source that nobody named may be missing; a named one that is not there is an error, found by capture.
-    if source is None and not (recorded.path and Path(recorded.path).exists()):
-        missing = (
+    if source is None and not (source_record.path and Path(source_record.path).exists()):
+        reason = (
             f"no comparison with the source: it is not at '{where}'; name it with --source"
             if where
             else ("no comparison with the source: it was a module in memory; name a file of it with --source")
         )
         if text is not None or by_layer:
-            raise UsageError(missing)
+            raise UsageError(reason)
         if lanes is None:
-            missing = f"no comparison of the {who} with the lanes, and {missing}"
-        return replace(result, skipped=(missing,))
+            reason = f"no comparison of the {who} with the lanes, and {reason}"
+        return replace(result, skipped=(reason,))
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
         standard, _ = lower(captured.program, artifact.manifest.degree, "standard", cached=False)
-        checked = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
-    skipped, compared = tuple(checked.skipped), tuple(checked.comparisons)
+        model_check = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
+    skipped, comparisons = tuple(model_check.skipped), tuple(model_check.comparisons)
     if lanes is None and has_lane_tensors(artifact.manifest.weights):
-        lost = f"no comparison of the {who} with the lanes: only they hold their calibrated weights"
-        result = replace(result, comparisons=(*result.comparisons, *compared), skipped=(*skipped, lost))
+        no_comparison = f"no comparison of the {who} with the lanes: only they hold their calibrated weights"
+        result = replace(result, comparisons=(*result.comparisons, *comparisons), skipped=(*skipped, no_comparison))
         result.require_passed()
         return result
     if lanes is None:
@@ -90,13 +90,13 @@ def verify_artifact(
         lanes = Reference(program, read_from_source(program, captured.store.read))
         with show.stage("run on ranks"):
             result = verify_programs(path, None, timeout, lanes)
-    result = replace(result, comparisons=(*result.comparisons, *compared), skipped=skipped)
+    result = replace(result, comparisons=(*result.comparisons, *comparisons), skipped=skipped)
     result.require_passed()
-    measured_on = TextChoice.of(text, text_tokens)
-    result = with_quality(result, artifact, lanes, captured, measured_on, show)
+    choice = TextChoice.of(text, text_tokens)
+    result = with_quality(result, artifact, lanes, captured, choice, show)
     if by_layer:
         manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
-        costs = sensitivity_of(captured, manifest.degree, manifest.forms, measured_on, cache, show)
+        costs = sensitivity_of(captured, manifest.degree, manifest.forms, choice, cache, show)
         if isinstance(costs, str):
             return replace(result, skipped=(*result.skipped, costs))
         result = replace(result, sensitivity=costs)

@@ -19,7 +19,7 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """How a tokenizer writes a chat as text. A program in a file of the model's: it may fail in any way."""
+    """The template that writes a chat as text. It is a program in a file of the model's: it may fail in any way."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         """Choose a template.
@@ -32,8 +32,8 @@ class ChatTemplate:
             UsageError: There is none of that name.
         """
         self._tokenizer = tokenizer
-        found = getattr(tokenizer, "chat_template", None) or {}
-        templates = found if isinstance(found, dict) else {_DEFAULT: found}
+        chat_template = getattr(tokenizer, "chat_template", None) or {}
+        templates = chat_template if isinstance(chat_template, dict) else {_DEFAULT: chat_template}
         self._names = sorted(map(str, templates))
         if name is not None and name not in self._names:
             has = f"choose from {', '.join(self._names)}" if self._names else "the tokenizer has none"
@@ -87,7 +87,7 @@ class ChatTemplate:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """End Python code that goes on for ever; only a main thread can be interrupted."""
+    """End Python code that runs for too long; only a main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

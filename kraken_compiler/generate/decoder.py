@@ -1,4 +1,4 @@
-"""What generation needs of a program: read the prompts once, then one token per row at a time. Imports no torch."""
+"""Interface of a program to generation: prompts are read once, then one token per row at a time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class SeparateRows:
 def decoder_of(
     model: RankModel, manifest: Manifest, batch: int, capacity: int, sources: Sequence[Sequence[int]] = ()
 ) -> Decoder:
-    """Room for a batch of rows.
+    """A decoder with room for a batch of rows.
 
     Args:
         model: This rank's program.
@@ -168,9 +168,9 @@ def decoder_of(
     Raises:
         UsageError: The model does not reach that far, or is no language model.
     """
-    cached = model.decoder(batch, capacity) if manifest.cache is not None else None
-    if cached is not None:
-        return cached
+    decoder = model.decoder(batch, capacity) if manifest.cache is not None else None
+    if decoder is not None:
+        return decoder
     logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
     if not reads_source(manifest.inputs):
         return RecomputingDecoder(logits_of, batch, capacity)
@@ -183,14 +183,14 @@ def decoder_of(
     return SeparateRows(list(map(row, sources)))
 
 
-def check_capacity(needed: int, capacity: int) -> None:
+def check_capacity(tokens: int, capacity: int) -> None:
     """Make sure that rows fit.
 
     Raises:
-        UsageError: `needed` tokens are more than the capacity.
+        UsageError: There are more tokens than the capacity.
     """
-    if needed > capacity:
+    if tokens > capacity:
         raise UsageError(
-            f"prompt and new tokens need room for {needed} tokens, there is room for {capacity}; "
+            f"prompt and new tokens need room for {tokens} tokens, there is room for {capacity}; "
             "shorten the prompt, ask for fewer new tokens, or raise the context (--max-context)"
         )

@@ -26,8 +26,8 @@ from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.ranks.session import Ranks
 
 IDLE_SECONDS = 0.2
-"""How long ranks sleep between two looks for a request. Waiting inside a collective for a person to type would run into
-its timeout, and keep a GPU busy."""
+"""Seconds that ranks sleep between two looks for a request. Waiting inside a collective for a person to type would run
+into its timeout, and keep a GPU busy."""
 
 _FOLLOWER_SECONDS = 0.9 * IDLE_SECONDS
 """The others sleep less than rank 0, or what it told them meanwhile would pile up before the next request."""
@@ -36,12 +36,12 @@ _REQUEST_SECONDS = 120.0
 _SLOWEST_ACCELERATOR = 1e12
 """Operations per second. What processors do is seen while they do it, what an accelerator does is not."""
 _IDLE, _END = b"", b"end"
-"""What rank 0 sends instead of a request, which is a JSON object."""
+"""Messages of rank 0 instead of a request, which is a JSON object."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate.
+    """A request to generate text.
 
     Attributes:
         prompts: Token ids of every row; what an encoder-decoder's answer begins with.
@@ -61,13 +61,13 @@ class GenerationRequest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `json.dumps(asdict(request))` wrote."""
+        """The request that `json.dumps(asdict(request))` wrote."""
         values = json.loads(text)
         return cls(**{**values, "sampling": Sampling(**values["sampling"])})
 
 
 class Engine:
-    """One rank's part.
+    """One rank's part of a run.
 
     Attributes:
         artifact: What is run.
@@ -127,17 +127,17 @@ class Engine:
         longest = max(map(len, request.sources), default=0)
         if longest > positions:
             raise UsageError(f"the prompt needs {longest} positions, the model has {positions}; shorten it")
-        needed = max(map(len, request.prompts)) + request.max_new_tokens
-        if needed > positions:
+        total = max(map(len, request.prompts)) + request.max_new_tokens
+        if total > positions:
             raise UsageError(
-                f"prompt and new tokens need {needed} positions, the model has {positions}; "
+                f"prompt and new tokens need {total} positions, the model has {positions}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
         manifest = self.artifact.manifest
         lengths = list(map(len, request.prompts))
         if not request.sources:  # the sizes of those are compared at every step
             require_generation(manifest.call, manifest.inputs, len(lengths), lengths, request.max_new_tokens)
-        check_capacity(needed, request.capacity)
+        check_capacity(total, request.capacity)
         if request.capacity > positions:
             raise UsageError(
                 f"room for {request.capacity} tokens was asked for, the model has {positions} positions; "
@@ -161,19 +161,19 @@ class Engine:
             eos=request.eos,
             agree=self._agreement(decoder),
         )
-        for done, tokens in enumerate(steps, start=1):
+        for step, tokens in enumerate(steps, start=1):
             # The first step may compile as well: reading a prompt and appending a token are two programs.
-            status.progress(f"generating token {done + 1}", again + (compiling if done == 1 else 0.0))
+            status.progress(f"generating token {step + 1}", again + (compiling if step == 1 else 0.0))
             yield tokens
 
     def _seconds_to_read(self, tokens: int) -> float:
-        """How long a slow accelerator multiplies so many tokens with its share of the weights."""
+        """Seconds that a slow accelerator takes to multiply so many tokens with its share of the weights."""
         manifest = self.artifact.manifest
         elements = sum(math.prod(spec.source_shape) for spec in manifest.weights) / manifest.degree
         return 2.0 * elements * tokens / _SLOWEST_ACCELERATOR
 
     def _agreement(self, decoder: Decoder) -> Callable[[Array], Array] | None:
-        """How the ranks come to the same choices; None if they make the same ones anyway."""
+        """The function by which ranks agree on choices; None if they make the same ones anyway."""
         # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
         identical = self.ranks.one_machine and decoder.identical_on_all_ranks
         return None if self.ranks.degree == 1 or identical else first_rank_decides(self.ranks)
@@ -188,10 +188,10 @@ class Engine:
 
 
 def first_rank_decides(ranks: Ranks) -> Callable[[Array], Array]:
-    """What `generate` calls `agree`: rank 0's choice, on every rank."""
+    """The `agree` of `generate` that gives rank 0's choice, on every rank."""
 
     def agree(choice: Array) -> Array:
-        sent = ranks.broadcast(choice.astype(np.int64).tobytes() if ranks.rank == 0 else None)
-        return np.frombuffer(sent, np.int64)
+        content = ranks.broadcast(choice.astype(np.int64).tobytes() if ranks.rank == 0 else None)
+        return np.frombuffer(content, np.int64)
 
     return agree

@@ -1,4 +1,4 @@
-"""What rank 0 does: takes prompts, has all ranks continue them, prints the result and nothing else."""
+"""The work of rank 0: it takes prompts, has all ranks continue them, prints the result and nothing else."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def serve(engine: Engine, options: RunOptions) -> None:
 
 @dataclass
 class _Timings:
-    """When tokens came, in seconds since the request was given."""
+    """Times at which tokens came, in seconds since the request."""
 
-    started: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.perf_counter)
     first: float | None = None
     last: float = 0.0
     tokens_after_first: int = 0
 
     def count(self, tokens: int) -> None:
-        self.last = time.perf_counter() - self.started
+        self.last = time.perf_counter() - self.start
         if self.first is None:
             self.first = self.last
         else:
@@ -71,7 +71,7 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     for note in notes:
         engine.ranks.status.note(note)
     streaming = len(prompts) == 1 and not options.json
-    stream = _Ids() if codec is None else codec.stream(_continued(engine, prompts[0], options.chat))
+    stream = _Ids() if codec is None else codec.stream(_context(engine, prompts[0], options.chat))
     ids: list[list[int]] = [[] for _ in prompts]
     timings = _Timings()
     for tokens in engine.run(request):
@@ -84,8 +84,8 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     if streaming:
         _emit(stream.finish() + "\n")
         return
-    decoded = [
-        None if codec is None else _decode(codec, row, _continued(engine, before, options.chat))
+    decoded_texts = [
+        None if codec is None else _decode(codec, row, _context(engine, before, options.chat))
         for row, before in zip(ids, prompts)
     ]
     if options.json:
@@ -94,7 +94,7 @@ def _answer(engine: Engine, options: RunOptions) -> None:
                 "prompt": texts[index] if codec is not None else None,
                 "prompt_ids": prompts[index],
                 "ids": row,
-                "text": decoded[index],
+                "text": decoded_texts[index],
                 "finish_reason": "length" if len(row) == request.max_new_tokens else "eos",
             }
             for index, row in enumerate(ids)
@@ -105,7 +105,9 @@ def _answer(engine: Engine, options: RunOptions) -> None:
     elif codec is None:
         _emit("".join(",".join(map(str, row)) + "\n" for row in ids))
     else:
-        blocks = (f"--- {index}: {_title(text)}\n{out}\n" for index, (text, out) in enumerate(zip(texts, decoded), 1))
+        blocks = (
+            f"--- {index}: {_title(text)}\n{out}\n" for index, (text, out) in enumerate(zip(texts, decoded_texts), 1)
+        )
         _emit("\n".join(blocks))
 
 
@@ -115,8 +117,8 @@ def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
     return codec.encode_chat([*_system(options), {"role": "user", "content": text}])
 
 
-def _continued(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
-    """What the text that is written continues; an answer stands by itself."""
+def _context(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
+    """The tokens that the output continues; none for an answer, which stands by itself."""
     return () if chat or engine.reads_source else prompt
 
 
@@ -156,13 +158,15 @@ def _converse(engine: Engine, options: RunOptions) -> None:
     chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
     manifest = engine.artifact.manifest
     rules = token_rules(manifest.call, manifest.inputs)
-    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.model.positions, _made_for(engine)))
-    if capacity > _made_for(engine):
-        note = f"there is room for {capacity:,} tokens, the model was made for {_made_for(engine):,} positions"
+    capacity = options.max_context or longest_allowed(
+        rules, min(CONTEXT, engine.model.positions, _max_positions(engine))
+    )
+    if capacity > _max_positions(engine):
+        note = f"there is room for {capacity:,} tokens, the model was made for {_max_positions(engine):,} positions"
         _tell(engine, f"{note} (max_position_embeddings): what it writes beyond them may be nonsense", terminal)
     history = _system(options)
     lines = Lines()
-    heard = False
+    has_input = False
     while True:
         try:
             line = _next_line(engine, lines, terminal)
@@ -172,9 +176,9 @@ def _converse(engine: Engine, options: RunOptions) -> None:
                 history = _system(options)
             if line.strip() in ("", "/reset"):
                 continue
-            heard = True
-            asked = [*history, {"role": "user", "content": line}]
-            prompt = codec.encode_chat(asked) if chat else codec.encode(line)
+            has_input = True
+            messages = [*history, {"role": "user", "content": line}]
+            prompt = codec.encode_chat(messages) if chat else codec.encode(line)
             answer = _stream(engine, codec, prompt, options, chat, capacity)
         except UsageError as error:
             if not terminal:
@@ -182,17 +186,17 @@ def _converse(engine: Engine, options: RunOptions) -> None:
             _emit(f"error: {error}\n")
             continue
         if chat:
-            history = [*asked, {"role": "assistant", "content": answer}]
+            history = [*messages, {"role": "assistant", "content": answer}]
     if line is not None:
         return
     if terminal:
         _emit("\n")
-    elif not heard:
+    elif not has_input:
         raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input")
 
 
 def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
-    """Whether lines are answered where nobody said: if there is a chat template, and it works."""
+    """True if lines are answered where no option says so: there is a chat template, and it works."""
     if not codec.can_chat:
         return False
     try:
@@ -204,7 +208,7 @@ def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
 
 
 def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
-    """The next line, None at the end of the input; meanwhile the other ranks are kept company."""
+    """The next line, None at the end of the input; meanwhile the other ranks are told that there is none."""
     if terminal:
         _emit(_SIGN)
     while (line := lines.poll(IDLE_SECONDS)) is None:
@@ -223,10 +227,10 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
             f"this needs {len(prompt)} tokens and there is room for {capacity}; "
             "/reset begins a new conversation, --max-context gives more room"
         )
-    wanted = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
-    stream = codec.stream(_continued(engine, prompt, chat))
+    new_tokens = options.max_new_tokens or (CHAT_TOKENS if chat else NEW_TOKENS)
+    stream = codec.stream(_context(engine, prompt, chat))
     pieces = []
-    for (token,) in engine.run(_request(engine, [prompt], options, codec, min(wanted, room), capacity)):
+    for (token,) in engine.run(_request(engine, [prompt], options, codec, min(new_tokens, room), capacity)):
         assert token is not None
         pieces.append(stream.push(token))
         _emit(pieces[-1])
@@ -275,26 +279,26 @@ def _system(options: RunOptions) -> list[dict[str, str]]:
     return [{"role": "system", "content": options.system}] if options.system else []
 
 
-def _made_for(engine: Engine) -> int:
-    """The longest sequence that the source's config says the model was made for."""
+def _max_positions(engine: Engine) -> int:
+    """The longest sequence that the model was made for, by the source's config."""
     return engine.artifact.manifest.source.max_positions or _NO_LIMIT
 
 
 def _notes(engine: Engine, request: GenerationRequest) -> list[str]:
-    """What a user should know of a request that can be carried out."""
-    made_for, longest = _made_for(engine), max(map(len, (*request.prompts, *request.sources)))
-    reached = max(map(len, request.prompts)) + request.max_new_tokens
-    if max(longest, reached) <= made_for:
+    """Notes for a user on a request that can be carried out."""
+    max_positions, longest = _max_positions(engine), max(map(len, (*request.prompts, *request.sources)))
+    total = max(map(len, request.prompts)) + request.max_new_tokens
+    if max(longest, total) <= max_positions:
         return []
-    what = f"the prompt takes {longest:,}" if longest > made_for else f"prompt and new tokens take {reached:,}"
+    what = f"the prompt takes {longest:,}" if longest > max_positions else f"prompt and new tokens take {total:,}"
     return [
-        f"{what} positions, the model was made for {made_for:,} (max_position_embeddings): "
+        f"{what} positions, the model was made for {max_positions:,} (max_position_embeddings): "
         "what it writes beyond them may be nonsense"
     ]
 
 
 def _tell(engine: Engine, note: str, terminal: bool) -> None:
-    """Say what a user should know: to a person at once, else beside what is written."""
+    """Write a note for a user: to a terminal at once, else beside the output."""
     if terminal:
         _emit(f"note: {note}\n")
     else:

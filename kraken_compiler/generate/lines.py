@@ -1,4 +1,4 @@
-"""Lines of standard input without blocking: between them the ranks must show that they live."""
+"""Lines of standard input, read without blocking: between them the ranks must show that they live."""
 
 from __future__ import annotations
 

@@ -103,16 +103,16 @@ def pack(input_ids: Array, attention_mask: Array | None = None) -> tuple[Array, 
             f"input_ids and attention_mask must both be [batch, sequence], "
             f"not {list(ids.shape)} and {list(attention_mask.shape)}"
         )
-    kept = attention_mask != 0
-    lengths = kept.sum(axis=1)
+    mask = attention_mask != 0
+    lengths = mask.sum(axis=1)
     if not (lengths > 0).all():
         raise UsageError(f"attention_mask: row {int(lengths.argmin())} has no token")
     columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    first = kept.argmax(axis=1)[:, None]
+    first = mask.argmax(axis=1)[:, None]
     inside = (columns >= first) & (columns < first + lengths[:, None])
-    if not np.array_equal(inside, kept):
-        row = int((inside != kept).any(axis=1).argmax())
+    if not np.array_equal(inside, mask):
+        row = int((inside != mask).any(axis=1).argmax())
         raise UsageError(f"attention_mask: row {row} has a hole; rows may be padded on the left and right only")
     source = np.minimum(columns + first, ids.shape[1] - 1)
-    packed = np.where(columns < lengths[:, None], np.take_along_axis(ids, source, axis=1), 0)
-    return packed[:, : int(lengths.max())], lengths
+    packed_ids = np.where(columns < lengths[:, None], np.take_along_axis(ids, source, axis=1), 0)
+    return packed_ids[:, : int(lengths.max())], lengths

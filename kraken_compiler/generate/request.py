@@ -1,4 +1,4 @@
-"""What one can ask of a run: one list of options, for `kraken-run` and for the worker under torchrun.
+"""Options of a run: one list, for `kraken-run` and for the worker under torchrun.
 
 Imports no torch, so that `--help` answers at once.
 """
@@ -17,7 +17,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
-from kraken_compiler.options.command_line import Given, command
+from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandOptions
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.text import bytes_not_utf8, decoded, require_text
@@ -30,7 +30,7 @@ _MOST_TOKENS = 1 << 24
 """Of a row: more than any model reads."""
 _MOST_THREADS = 1 << 12
 _MOST_TOKEN_ID = (1 << 63) - 1
-_SHOWN_CHARACTERS = 60
+_EXCERPT_CHARACTERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class RunOptions(CommandOptions):
         return not (self.prompt or self.prompt_file or self.input_ids)
 
     def check(self) -> None:
-        """Find what can be found wrong without a program.
+        """Check the options as far as that needs no program.
 
         Raises:
             UsageError: Options contradict each other or are out of their range.
@@ -181,9 +181,9 @@ class RunOptions(CommandOptions):
         there = artifact.manifest.backends
         name = self.backend or next((name for name in backend_rows() if name in there), None)
         if name is None or name not in there:
-            asked = f"without the {name} backend" if name is not None else "for no backend that is here"
+            clause = f"without the {name} backend" if name is not None else "for no backend that is here"
             hint = f"; compile it with --backend {name}" if name is not None else ""
-            raise UsageError(f"{artifact.directory} was compiled {asked} (it has: {', '.join(there)}){hint}")
+            raise UsageError(f"{artifact.directory} was compiled {clause} (it has: {', '.join(there)}){hint}")
         for option in self.backend_options:
             if option not in options_of(name, at_run=True):
                 owners = [other for other in backend_rows() if option in options_of(other, at_run=True)]
@@ -217,12 +217,12 @@ class RunOptions(CommandOptions):
         return [_ids(text) for text in self.input_ids]
 
     def to_json(self) -> str:
-        """For `from_json`, in another process."""
+        """The options as JSON for `from_json`, in another process."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
+        """The options that `to_json` wrote."""
         values = json.loads(text)
         for name in ("artifact", "prompt_file"):
             values[name] = Path(values[name]) if values[name] is not None else None
@@ -237,8 +237,8 @@ def options_app(act: Callable[[RunOptions], None], description: str, epilog: str
         description, epilog: First and last words of `--help`.
     """
 
-    def run(given: Given) -> None:
-        (options,) = given.options(RunOptions)
+    def run(command_line: CommandLine) -> None:
+        (options,) = command_line.options(RunOptions)
         act(options)
 
     return command(run, RunOptions, description=description, epilog=epilog, has_output_options=False)
@@ -258,11 +258,11 @@ def _read_prompts(path: Path) -> str:
 
 
 def _ids(text: str) -> list[int]:
-    shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+    excerpt = text if len(text) <= _EXCERPT_CHARACTERS else text[:_EXCERPT_CHARACTERS] + "..."
     try:
         ids = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--input-ids '{shown}' is no list of token ids like 1,2,3") from None
+        raise UsageError(f"--input-ids '{excerpt}' is no list of token ids like 1,2,3") from None
     if not all(0 <= token <= _MOST_TOKEN_ID for token in ids):
-        raise UsageError(f"--input-ids '{shown}': token ids are numbers from 0")
+        raise UsageError(f"--input-ids '{excerpt}': token ids are numbers from 0")
     return ids

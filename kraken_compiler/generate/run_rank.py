@@ -1,4 +1,4 @@
-"""What a worker does: its command line, and a rank's life. Imports no torch."""
+"""A worker: its command line, and the work of a rank. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kraken_compiler.ranks.session import joined
 from kraken_compiler.standard_streams import prepare_streams, tell
 
 OPTIONS_FILE = "--options-file"
-"""What kraken-run gives instead of options: a file with `RunOptions` as JSON, as an argument has a greatest length."""
+"""Option of ranks that kraken-run starts: a file with `RunOptions` as JSON, as an argument has a greatest length."""
 
 
 def run_worker(description: str, arguments: Sequence[str] | None) -> None:
@@ -27,12 +27,12 @@ def run_worker(description: str, arguments: Sequence[str] | None) -> None:
         arguments: What follows the command's name; None takes this process's.
     """
     prepare_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == [OPTIONS_FILE]:
-            run_rank(RunOptions.from_json(Path(given[1]).read_text(encoding="utf-8")))
+        if argv[:1] == [OPTIONS_FILE]:
+            run_rank(RunOptions.from_json(Path(argv[1]).read_text(encoding="utf-8")))
         else:
-            options_app(run_rank, description)(given, prog_name="kraken_compiler.generate.worker")
+            options_app(run_rank, description)(argv, prog_name="kraken_compiler.generate.worker")
     except KrakenError as error:
         # These are for users, who do not want to see where in our code they come from.
         tell(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Which token comes next: the most likely one, or one drawn from the likely ones. Imports no torch.
+"""Choice of the next token: the most likely one, or one drawn from the likely ones. Imports no torch.
 
 Random numbers are a hash of (seed, row, step) and not a generator's state: a row's text depends neither on its
 neighbours in the batch nor on the device, and every rank computes the same numbers without being told.
@@ -20,7 +20,7 @@ _RANDOM_BITS = 48
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Settings of the choice of tokens.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token and ignores the rest.
@@ -63,8 +63,8 @@ class Sampling:
         mass = softmax(self.filtered(logits)).cumsum(axis=-1)
         numbers = [uniform(self.seed, row, step) for row in range(len(logits))]
         # The first token whose mass exceeds the number; one without probability adds no mass and is never it.
-        drawn = [np.searchsorted(of_row, number * of_row[-1], side="right") for of_row, number in zip(mass, numbers)]
-        return np.array(drawn, np.int64)
+        tokens = [np.searchsorted(of_row, number * of_row[-1], side="right") for of_row, number in zip(mass, numbers)]
+        return np.array(tokens, np.int64)
 
     def filtered(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Logits [batch, vocabulary] over the temperature, in float64; those of tokens that are out are -inf."""

@@ -23,7 +23,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class _Kind(Enum):
-    """What a token does to the text before it."""
+    """Effect of a token on the text before it."""
 
     SILENT = auto()  # it has no text, as a special token
     OPEN = auto()  # it holds bytes of a character, or one that others can take back
@@ -45,7 +45,7 @@ class TextStream:
         self._bad_byte = bad_byte
         self._kinds: dict[int, _Kind] = {}
         self._ids = self._end_of(before)
-        self._said = decode(self._ids)
+        self._output = decode(self._ids)
         self._cuts: list[int] = []
         self._uncertain = 0
         self._look_at = _EAGER_TOKENS
@@ -60,7 +60,7 @@ class TextStream:
         self._look_at = 2 * self._uncertain
         text = self._decode(self._ids)
         certain = text if kind is _Kind.CLOSED else self._certain(text)
-        piece = self._say(certain)
+        piece = self._new_output(certain)
         if certain == text and kind is not _Kind.SILENT:
             self._uncertain = 0
             self._cuts.append(len(self._ids))
@@ -69,15 +69,15 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text."""
-        return self._say(self._decode(self._ids))
+        return self._new_output(self._decode(self._ids))
 
-    def _say(self, text: str) -> str:
-        """What of a text has not been said yet."""
-        if self._said.startswith(text):
+    def _new_output(self, text: str) -> str:
+        """The part of a text that was not given out yet."""
+        if self._output.startswith(text):
             return ""
         # A character that the tokens before left incomplete begins where the two texts differ.
-        piece = text[len(_common(self._said, text)) :]
-        self._said = text
+        piece = text[len(_common(self._output, text)) :]
+        self._output = text
         return piece
 
     def _certain(self, text: str) -> str:
@@ -93,7 +93,7 @@ class TextStream:
         for cut in reversed(self._cuts):
             # A context of which nothing is seen does not tell the tokenizer that a text has begun.
             if cut <= len(self._ids) - _CONTEXT_TOKENS and (context := self._decode(self._ids[cut:])):
-                self._said = context
+                self._output = context
                 self._ids = self._ids[cut:]
                 self._cuts = [later - cut for later in self._cuts if later > cut]
                 return
@@ -110,10 +110,10 @@ class TextStream:
             if self._bad_byte is None and self._decode([token]) == _BAD:
                 self._bad_byte = token
                 self._kinds.clear()
-            self._kinds[token] = self._tried(token)
+            self._kinds[token] = self._find_kind(token)
         return self._kinds[token]
 
-    def _tried(self, token: int) -> _Kind:
+    def _find_kind(self, token: int) -> _Kind:
         # Twice, as some tokenizers take a space from the beginning of a text.
         twice = self._decode([token, token])
         if not twice:
@@ -125,36 +125,36 @@ class TextStream:
 
 
 class CleanedStream:
-    """A stream of which the tokenizer takes spaces before punctuation out, as transformers calls it: cleans up."""
+    """A stream without spaces before punctuation, which the tokenizer takes out (in transformers: cleans up)."""
 
     def __init__(self, stream: TextStream, clean: Callable[[str], str]) -> None:
         """Begin a text.
 
         Args:
             stream: The text as it is decoded.
-            clean: What is made of a whole text.
+            clean: Takes such spaces out of a text.
         """
         self._stream = stream
         self._clean = clean
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> str:
         """See `TextStream.push`."""
         piece = self._stream.push(token)
-        kept = len(piece) - len(piece.rstrip(_CLEANED_CHARACTERS))
-        self._held += piece
-        if kept == len(piece):
+        tail = len(piece) - len(piece.rstrip(_CLEANED_CHARACTERS))
+        self._pending += piece
+        if tail == len(piece):
             return ""
-        whole, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        whole, self._pending = self._pending[: len(self._pending) - tail], self._pending[len(self._pending) - tail :]
         return self._clean(whole)
 
     def finish(self) -> str:
         """See `TextStream.finish`."""
-        held, self._held = self._held + self._stream.finish(), ""
-        return self._clean(held)
+        rest, self._pending = self._pending + self._stream.finish(), ""
+        return self._clean(rest)
 
 
 def _common(one: str, other: str) -> str:
-    """How two texts begin alike."""
+    """The common beginning of two texts."""
     differing = (index for index, (left, right) in enumerate(zip(one, other)) if left != right)
     return one[: next(differing, min(len(one), len(other)))]

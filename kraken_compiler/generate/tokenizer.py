@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer, and the tokens that end a text."""
+"""An artifact's tokenizer, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kraken_compiler.generate.text_stream import CleanedStream, TextStream
 
 _MARK = "mark"
 _BAD_BYTE = "<0xFF>"
-"""How tokenizers with byte fallback spell the token of a byte that is in no character."""
+"""The token of a byte that is in no character, as tokenizers with byte fallback spell it."""
 
 
 class TextCodec:
@@ -113,8 +113,8 @@ class TextCodec:
 
     @property
     def _special(self) -> set[int]:
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        return {*self._tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
+        added_tokens = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {*self._tokenizer.all_special_ids, *(token for token, entry in added_tokens.items() if entry.special)}
 
 
 def require_tokenizer(artifact: Artifact) -> None:

@@ -22,7 +22,7 @@ CONFIG, JSON, QUIET, VERBOSE = "config", "json_output", "quiet", "verbose"
 
 @dataclass(frozen=True)
 class Output:
-    """How a command speaks.
+    """Output options of a command.
 
     Attributes:
         json: One JSON document instead of text.
@@ -36,13 +36,13 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a command line says.
+class CommandLine:
+    """Options that a command line gives.
 
     Attributes:
         values: Options that were given, by field name.
         config: A file with more of them.
-        output: How to speak.
+        output: How to write results.
     """
 
     values: Mapping[str, Any]
@@ -56,45 +56,49 @@ class Given:
             UsageError: An option that is needed was not given; and see `merged`.
             InputFileError: See `merged`.
         """
-        known = command_options(*kinds)
-        found = merged(known, self.config, self.values)
-        missing = next((option.key for option in known.values() if option.required and option.name not in found), None)
-        if missing is not None:
-            raise UsageError(f"--{missing} is needed, on the command line or as '{missing}' in a config file")
-        made = []
+        options = command_options(*kinds)
+        merged_values = merged(options, self.config, self.values)
+        missing_key = next(
+            (option.key for option in options.values() if option.required and option.name not in merged_values), None
+        )
+        if missing_key is not None:
+            raise UsageError(f"--{missing_key} is needed, on the command line or as '{missing_key}' in a config file")
+        instances = []
         for kind in kinds:
             own = {item.name for item in fields(kind)}
-            values = {name: value for name, value in found.items() if name in own}
+            values = {name: value for name, value in merged_values.items() if name in own}
             if BACKEND_OPTIONS in own:
-                others = {name: found[name] for name in backend_options(kind) if found.get(name) is not None}
+                others = {
+                    name: merged_values[name] for name in backend_options(kind) if merged_values.get(name) is not None
+                }
                 values |= {BACKEND_OPTIONS: others}
-            made.append(kind(**values))
-        return made
+            instances.append(kind(**values))
+        return instances
 
 
 def command_options(*kinds: type[Any]) -> dict[str, Option]:
     """The options of a command, by field name: those of its dataclasses, and of the backends if one holds them."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for kind in kinds:
-        found |= options_in(kind)
+        options |= options_in(kind)
         if any(item.name == BACKEND_OPTIONS for item in fields(kind)):
-            found = {**backend_options(kind), **found}
-    return found
+            options = {**backend_options(kind), **options}
+    return options
 
 
 def backend_options(kind: type[Any]) -> dict[str, Option]:
     """The options of all backends that a dataclass may hold, by field name: those of a compile, or of a run."""
     at_run = bool(getattr(kind, "AT_RUN", False))
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for name in backend_rows():
         for option in options_in(backend_class(name).Options).values():
             if (AT_RUN in option.more) == at_run:
-                found.setdefault(option.name, option)
-    return found
+                options.setdefault(option.name, option)
+    return options
 
 
 def command(
-    act: Callable[[Given], None],
+    act: Callable[[CommandLine], None],
     *kinds: type[Any],
     description: str,
     epilog: str | None = None,
@@ -103,7 +107,7 @@ def command(
     """A command line.
 
     Args:
-        act: Called with what was given.
+        act: Called with the options that were given.
         kinds: Dataclasses whose fields are the options.
         description, epilog: First and last words of `--help`.
         has_output_options: It has `--json`, `--quiet` and `--verbose`; else it has its own.
@@ -122,7 +126,7 @@ def command(
     def run(**values: Any) -> None:
         config = values.pop(CONFIG)
         output = Output(values.pop(JSON), values.pop(QUIET), values.pop(VERBOSE)) if has_output_options else Output()
-        act(Given({name: value for name, value in values.items() if value not in (None, [])}, config, output))
+        act(CommandLine({name: value for name, value in values.items() if value not in (None, [])}, config, output))
 
     # typer reads the signature; written out it would be a second list of all options.
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

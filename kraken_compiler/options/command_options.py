@@ -22,7 +22,7 @@ from typer.models import ArgumentInfo, OptionInfo
 from kraken_compiler.errors import InputFileError, UsageError, first_line
 from kraken_compiler.text import ENCODING, not_utf8
 
-_SHOWN_CHARACTERS = 60
+_MOST_CHARACTERS = 60
 _FIELD = "option_"
 """Before an option's name in a pydantic model, where some names mean something else."""
 _KINDS = {
@@ -35,7 +35,7 @@ _KINDS = {
 }
 """Kinds of values as messages call them; a truth value is an int to Python, so it comes first."""
 
-_WANTED = {
+_EXPECTED_TYPES = {
     "string_type": "text in quotes",
     "int_type": "a whole number",
     "float_type": "a number",
@@ -52,29 +52,29 @@ BACKEND_OPTIONS = "backend_options"
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """In the annotation of an option: its type on the command line and in a config file, where Python takes more."""
+class CommandLineType:
+    """Mark in an option's annotation: its type on the command line and in a config file, where Python takes more."""
 
     kind: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What can be chosen of a command."""
+    """Options of a command."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
+    def of(cls, keywords: Mapping[str, Any]) -> Self:
         """Options from keyword arguments.
 
         Args:
-            given: By field name; what is no field is an option of a backend, if the command has backends.
+            keywords: By field name; what is no field is an option of a backend, if the command has backends.
 
         Raises:
             UsageError: There is no such option; names the nearest.
         """
         own = [item.name for item in fields(cls) if item.name != BACKEND_OPTIONS]
-        values = {name: value for name, value in given.items() if name in own}
-        others = {name: value for name, value in given.items() if name not in own}
+        values = {name: value for name, value in keywords.items() if name in own}
+        others = {name: value for name, value in keywords.items() if name not in own}
         if not others:
             return cls(**values)
         if not any(item.name == BACKEND_OPTIONS for item in fields(cls)):
@@ -84,10 +84,10 @@ class CommandOptions:
         return cls(**values, **{BACKEND_OPTIONS: others})
 
     def noted(self) -> dict[str, Any]:
-        """What was chosen, as a manifest notes it: plain values, without those that nobody chose."""
+        """The options as a manifest notes them: plain values, without those that nobody chose."""
         default = type(self)()
-        chosen = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: _noted(value) for name, value in chosen.items() if value != getattr(default, name)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: _plain_value(value) for name, value in values.items() if value != getattr(default, name)}
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ class Option:
 
     @property
     def validators(self) -> tuple[Any, ...]:
-        """What pydantic reads of the annotation."""
+        """The parts of the annotation that pydantic reads."""
         return tuple(part for part in self.more if not isinstance(part, str))
 
 
-def _noted(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _noted(one) for key, one in value.items()}
+        return {key: _plain_value(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_noted(one) for one in value]
+        return [_plain_value(one) for one in value]
     plain = value is None or isinstance(value, bool | int | float | str)
     return value if plain else str(getattr(value, "name", value))
 
@@ -140,23 +140,23 @@ def options_in(kind: type[Any]) -> dict[str, Option]:
 
 def _option(item: Field[Any], hint: Any) -> Option:
     info = next(part for part in hint.__metadata__ if isinstance(part, OptionInfo | ArgumentInfo))
-    spelled = [part.kind for part in hint.__metadata__ if isinstance(part, Spelled)]
-    more = tuple(part for part in hint.__metadata__ if part is not info and not isinstance(part, Spelled))
+    kinds = [part.kind for part in hint.__metadata__ if isinstance(part, CommandLineType)]
+    more = tuple(part for part in hint.__metadata__ if part is not info and not isinstance(part, CommandLineType))
     # typer takes the first name for a default until it reads the signature.
     names = (info.default, *(info.param_decls or ()))
     long = [name for name in names if isinstance(name, str) and name.startswith("--")]
     key = long[0].partition("/")[0].removeprefix("--") if long else item.name.replace("_", "-")
     required = item.default is MISSING and item.default_factory is MISSING
-    return Option(item.name, key, spelled[0] if spelled else hint.__origin__, info, more, required)
+    return Option(item.name, key, kinds[0] if kinds else hint.__origin__, info, more, required)
 
 
-def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config file and the command line say together; the command line wins.
+def merged(options: Mapping[str, Option], path: Path | None, command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the options of a config file and of the command line, which wins.
 
     Args:
         options: The options there are, by field name.
         path: The file, or None.
-        given: What the command line gave, by field name.
+        command_line: Values from the command line, by field name.
 
     Returns:
         Values by field name, of those options that were given.
@@ -166,11 +166,11 @@ def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str,
         InputFileError: The file cannot be read or is no TOML.
     """
     model = _model(options)
-    table = _read(path) if path is not None else {}
-    known = [option.key for option in options.values() if option.in_config]
+    table = _read_toml(path) if path is not None else {}
+    keys = [option.key for option in options.values() if option.in_config]
     for key in table:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        if key not in keys:
+            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
             raise UsageError(f"{path}: there is no key {key!r}; did you mean {nearest[0]!r}?")
     try:
         config = model.model_validate(table)
@@ -180,7 +180,7 @@ def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str,
         value, name = getattr(config, field), field.removeprefix(_FIELD)
         if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
             raise UsageError(f"{path}: {options[name].key}: holds a NUL character, which no name has")
-    by_key = {options[name].key: _as_text(value) for name, value in given.items()}
+    by_key = {options[name].key: _as_text(value) for name, value in command_line.items()}
     try:
         whole = model.model_validate({**table, **by_key})
     except ValidationError as error:
@@ -191,7 +191,7 @@ def merged(options: Mapping[str, Option], path: Path | None, given: Mapping[str,
 
 def _model(options: Mapping[str, Option]) -> type[BaseModel]:
     """The keys of a config file, and what their values may be."""
-    described: dict[str, Any] = {}
+    definitions: dict[str, Any] = {}
     for option in options.values():
         info = option.info
         limits = {"ge": getattr(info, "min", None), "le": getattr(info, "max", None)}
@@ -199,11 +199,11 @@ def _model(options: Mapping[str, Option]) -> type[BaseModel]:
             default=None, alias=option.key, **{key: limit for key, limit in limits.items() if limit is not None}
         )
         plain = _plain(option.kind)
-        described[_FIELD + option.name] = (
+        definitions[_FIELD + option.name] = (
             Annotated[(plain, *option.validators)] if option.validators else plain,
             field,
         )
-    return create_model("Config", __config__=ConfigDict(extra="forbid", strict=True), **described)
+    return create_model("Config", __config__=ConfigDict(extra="forbid", strict=True), **definitions)
 
 
 def _plain(kind: Any) -> Any:
@@ -233,7 +233,7 @@ def _with_paths(kind: Any, value: Any) -> Any:
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding=ENCODING))
     except OSError as error:
@@ -249,16 +249,16 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     key, *inside = map(str, problem["loc"])
     place = f" (entry {int(inside[0]) + 1})" if inside and inside[0].isdigit() else ""
-    wanted = _WANTED.get(problem["type"])
-    if wanted is None:
+    expected_type = _EXPECTED_TYPES.get(problem["type"])
+    if expected_type is None:
         return f"{key}: {problem['msg']}"
-    return f"{key}{place}: must be {wanted}, not {_described(problem['input'])}"
+    return f"{key}{place}: must be {expected_type}, not {_description(problem['input'])}"
 
 
-def _described(value: Any) -> str:
+def _description(value: Any) -> str:
     """A value of a config file by its kind; what is short, by itself."""
     for kind, name in _KINDS.items():
         if isinstance(value, kind):
-            shown = json.dumps(value, default=str) if kind not in (dict, list) else ""
-            return f"{name} {shown}".strip() if len(shown) <= _SHOWN_CHARACTERS else name
+            text = json.dumps(value, default=str) if kind not in (dict, list) else ""
+            return f"{name} {text}".strip() if len(text) <= _MOST_CHARACTERS else name
     return f"a {type(value).__name__} {value}"

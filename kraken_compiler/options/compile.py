@@ -1,4 +1,4 @@
-"""What a compile can be asked for. Imports no torch, so that `--help` answers at once."""
+"""Options of a compile. Imports no torch, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pydantic import BeforeValidator
 
 from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
-from kraken_compiler.options.command_options import CommandOptions, Spelled
+from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
 CALIBRATION_TOKENS = 65536
 
 
 def _names(value: Any) -> Any:
-    """One text may name several backends, and so may each of a list."""
+    """Split a text that names several backends, or each of a list of such texts."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return value
@@ -38,7 +38,7 @@ def share_of(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(CommandOptions):
-    """What a compile can be asked for.
+    """Options of a compile.
 
     In Python, `form` also takes a `Form`, or one of those for every layer, `layers` numbers, and `dtype` a torch dtype.
     """
@@ -50,32 +50,34 @@ class CompileOptions(CommandOptions):
         ),
     ] = None
     form: Annotated[
-        Any, Spelled(str), typer.Option(help="standard, kraken, ladder, sync-drop or parallel. (default: kraken)")
+        Any,
+        CommandLineType(str),
+        typer.Option(help="standard, kraken, ladder, sync-drop or parallel. (default: kraken)"),
     ] = "kraken"
     layers: Annotated[
         str | Sequence[int] | None,
-        Spelled(str | None),
+        CommandLineType(str | None),
         typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard."),
     ] = None
     backends: Annotated[
         Sequence[str],
-        Spelled(list[str]),
+        CommandLineType(list[str]),
         typer.Option("--backend", help="torch or onnx; several separated by commas, or repeated. (default: torch)"),
         BeforeValidator(_names),
     ] = (DEFAULT_BACKEND,)
     dtype: Annotated[
-        Any, Spelled(str | None), typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")
+        Any, CommandLineType(str | None), typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")
     ] = None
     input_specs: Annotated[
         Sequence[str],
-        Spelled(list[str]),
+        CommandLineType(list[str]),
         typer.Option("--input", help="Example input, e.g. input_ids=int64[2,16]. Inferred for Hugging Face."),
     ] = ()
     text: Text = None
     text_tokens: TextTokens = None
     calibrate: Annotated[
         Sequence[Any],
-        Spelled(list[Path]),
+        CommandLineType(list[Path]),
         typer.Option(
             help="Text, token ids (.npy, .safetensors) or a directory of such files, to refit a changed form's weights "
             "on. May be repeated."
@@ -99,7 +101,7 @@ class CompileOptions(CommandOptions):
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = True
     dump_directory: Annotated[
         Any,
-        Spelled(Path | None),
+        CommandLineType(Path | None),
         typer.Option("--dump-graphs", help="Directory for the graph as text after every pass."),
     ] = None
     trust_pickle: TrustPickle = False

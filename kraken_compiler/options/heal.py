@@ -1,4 +1,4 @@
-"""What a healing can be asked for, beside how to train (`HealSettings`). Imports no torch."""
+"""Options of a healing, beside those of training (`HealSettings`). Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import Annotated, Any
 
 import typer
 
-from kraken_compiler.options.command_options import CommandOptions, Spelled
+from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Source, Timeout, TrustPickle
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealOptions(CommandOptions):
-    """What a healing can be asked for; in Python, `source` also takes a module."""
+    """Options of a healing; in Python, `source` also takes a module."""
 
     texts: Annotated[
         Sequence[Any],
-        Spelled(list[Path]),
+        CommandLineType(list[Path]),
         typer.Option("--text", help="Text to train on; may be repeated. The last part of each is held out."),
     ] = ()
     tokens: Annotated[
         Sequence[Any],
-        Spelled(list[Path]),
+        CommandLineType(list[Path]),
         typer.Option(help="Token ids to train on, .npy or .safetensors, for models without a tokenizer."),
     ] = ()
     output: Annotated[
         Any,
-        Spelled(Path | None),
+        CommandLineType(Path | None),
         typer.Option("--output", "-o", help="The new artifact. (default: DIR's name .healed.kraken)"),
     ] = None
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; without, an unfinished run is resumed.")] = (
         False
     )
-    tensorboard: Annotated[Any, Spelled(Path | None), typer.Option(help="Directory for TensorBoard curves.")] = None
+    tensorboard: Annotated[
+        Any, CommandLineType(Path | None), typer.Option(help="Directory for TensorBoard curves.")
+    ] = None
     source: Source = None
     trust_pickle: TrustPickle = False
     force: Force = False

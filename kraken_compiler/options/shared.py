@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from annotated_types import Gt, Le
 
-from kraken_compiler.options.command_options import Spelled
+from kraken_compiler.options.command_options import CommandLineType
 from kraken_compiler.ranks.environment import LONGEST_TIMEOUT
 
 CHECK_TIMEOUT = 120.0
@@ -16,13 +16,13 @@ CHECK_TIMEOUT = 120.0
 
 Text = Annotated[
     Any,
-    Spelled(Path | None),
+    CommandLineType(Path | None),
     typer.Option(help="Text, or token ids (.npy), to measure the form's cost on. (default: a small built-in sample)"),
 ]
 TextTokens = Annotated[int | None, typer.Option(min=2, help="Most tokens of the text to read. (default: all)")]
 Source = Annotated[
     Any,
-    Spelled(Path | None),
+    CommandLineType(Path | None),
     typer.Option(help="The source model. (default: where it was when the artifact was compiled)"),
 ]
 TrustPickle = Annotated[

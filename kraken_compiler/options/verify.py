@@ -1,4 +1,4 @@
-"""What a verification can be asked for. Imports no torch."""
+"""Options of a verification. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kraken_compiler.options.shared import CHECK_TIMEOUT, Source, Text, TextToke
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(CommandOptions):
-    """What a verification can be asked for; in Python, `source` also takes a module."""
+    """Options of a verification; in Python, `source` also takes a module."""
 
     text: Text = None
     text_tokens: TextTokens = None

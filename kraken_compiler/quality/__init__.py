@@ -1,1 +1,1 @@
-"""What a changed form costs: the quality contract."""
+"""The quality contract: measured costs of a changed form."""

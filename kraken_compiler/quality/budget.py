@@ -27,7 +27,7 @@ from kraken_compiler.text import number_text, table
 
 @dataclass(frozen=True)
 class Budget:
-    """What a rewrite may cost.
+    """A limit on what a rewrite may cost.
 
     Attributes:
         max_kl: Most KL to the source model, nats per token; None means any.
@@ -45,7 +45,7 @@ class Budget:
             raise UsageError("a budget must be above 0; --form standard changes nothing")
 
     def used(self, quality: Quality) -> float:
-        """The share of the budget that a measurement uses: above 1 it does not hold. Infinite if it is no number."""
+        """Share of the budget that a measurement uses: above 1 it does not hold. Infinite if it is no number."""
         kl = quality.kl / self.max_kl if self.max_kl is not None else 0.0
         limit = self.max_perplexity_increase
         perplexity = perplexity_increase(quality) / limit if limit is not None else 0.0
@@ -63,13 +63,13 @@ class Budget:
 
 
 def perplexity_increase(quality: Quality) -> float:
-    """How much the perplexity grew, as a share of the source's."""
+    """Increase of the perplexity, as a share of the source's."""
     return quality.perplexity / quality.source_perplexity - 1
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What becomes of the all-reduce bytes that the standard form waits for.
+    """All-reduce bytes of a choice of forms, beside those of the standard form.
 
     Attributes:
         standard: Bytes per token that the standard form sends, and waits for.
@@ -88,7 +88,7 @@ class Traffic:
 
     @property
     def spared(self) -> float:
-        """Their share of the standard form's bytes."""
+        """Share of the standard form's bytes that nobody waits for."""
         return self.spared_bytes / self.standard
 
     @property
@@ -99,7 +99,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Payloads:
-    """What the branches of a model send.
+    """Bytes that the branches of a model send.
 
     Attributes:
         part: Bytes per token of a branch's output.
@@ -111,7 +111,7 @@ class Payloads:
 
     @classmethod
     def of(cls, standard: FormPlan) -> Payloads:
-        """Those of a model, from its program in standard form."""
+        """The payloads of a model, from its program in standard form."""
         inside: dict[int, int] = {}
         for reduce in standard.reduces:
             if reduce.is_inside:
@@ -130,10 +130,10 @@ def traffic(branches: Sequence[Branch], forms: Sequence[str], payloads: Payloads
     standard = derive_plan(branches, [STANDARD] * len(forms), payloads.part)
     plan = derive_plan(branches, [FORMS[form] for form in forms], payloads.part)
     hidden = sum(reduce.bytes_per_token for reduce in plan.reduces if reduce.window)
-    return Traffic(_sent(branches, standard, payloads), _sent(branches, plan, payloads), hidden)
+    return Traffic(_bytes_sent(branches, standard, payloads), _bytes_sent(branches, plan, payloads), hidden)
 
 
-def _sent(branches: Sequence[Branch], plan: FormPlan, payloads: Payloads) -> int:
+def _bytes_sent(branches: Sequence[Branch], plan: FormPlan, payloads: Payloads) -> int:
     # A branch that reads its peers late takes the means of its own columns and sends nothing.
     fresh = [read.branch for read in plan.reads if read.own == read.peers == branches[read.branch - 1].reads]
     inside = sum(payloads.inside.get(number, 0) for number in fresh)
@@ -160,7 +160,7 @@ class Candidate:
 
     @property
     def within(self) -> bool:
-        """Whether the budget allows it."""
+        """True if the budget allows it."""
         return self.used <= 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found.
+    """Result of a search for forms.
 
     Attributes:
         budget: The limit, for people.
@@ -189,7 +189,7 @@ class Choice:
         }
 
     def lines(self) -> list[str]:
-        """For people: quality against the share of communication that nobody waits for."""
+        """A table for people: quality against the share of communication that nobody waits for."""
         header = ("kraken", "sync-drop", "not waited for", "of what is sent, hidden", "KL", "perplexity", "")
         return table(header, (_row(candidate, candidate is self.best) for candidate in self.frontier))
 
@@ -219,21 +219,21 @@ def choose_forms(
         return traffic(branches, forms, payloads)
 
     steps = _steps(costs, traffic_of)
-    path = list(itertools.accumulate(steps, _taken, initial=(STANDARD.name,) * len(costs[KRAKEN.name])))
-    expected = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
-    spared = [traffic_of(forms).spared for forms in path]
+    path = list(itertools.accumulate(steps, _with_step, initial=(STANDARD.name,) * len(costs[KRAKEN.name])))
+    expected_costs = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
+    spared_shares = [traffic_of(forms).spared for forms in path]
     candidates: list[Candidate] = []
-    allowed, refused, scale = 0, len(path), 0.0
-    while refused - allowed > 1 and (refused == len(path) or spared[refused] - spared[allowed] > _FINE):
-        middle = _next(expected, allowed, refused, 1 / scale if scale > 0 else None)
+    lower, upper, scale = 0, len(path), 0.0
+    while upper - lower > 1 and (upper == len(path) or spared_shares[upper] - spared_shares[lower] > _FINE):
+        middle = _next(expected_costs, lower, upper, 1 / scale if scale > 0 else None)
         quality = measure(path[middle])
-        used, increase = budget.used(quality), perplexity_increase(quality)
-        candidates.append(Candidate(path[middle], traffic_of(path[middle]), quality.kl, increase, used))
-        if used <= 1:
-            allowed = middle
+        share, increase = budget.used(quality), perplexity_increase(quality)
+        candidates.append(Candidate(path[middle], traffic_of(path[middle]), quality.kl, increase, share))
+        if share <= 1:
+            lower = middle
         else:
-            refused = middle
-        scale = used / expected[middle] if expected[middle] > 0 else 0.0
+            upper = middle
+        scale = share / expected_costs[middle] if expected_costs[middle] > 0 else 0.0
     candidates.sort(key=lambda candidate: (candidate.traffic.spared, candidate.kl))
     within = [candidate for candidate in candidates if candidate.within]
     return Choice(str(budget), within[-1] if within else None, tuple(candidates))
@@ -245,10 +245,10 @@ _FINE = 1 / 40
 
 @dataclass(frozen=True)
 class _Step:
-    """A layer goes on to a form that spares more.
+    """Change of one layer to a form that spares more.
 
     Attributes:
-        layer: Which.
+        layer: Its number.
         form: Its new form.
         cost: What that costs beyond the layer's form before.
         rate: The same for every byte that it spares beyond that form.
@@ -263,43 +263,43 @@ class _Step:
 def _steps(costs: Mapping[str, Sequence[float]], traffic_of: Callable[[Sequence[str]], Traffic]) -> list[_Step]:
     """The steps of all layers, the cheapest for their bytes first; a layer's own are in the order it takes them."""
     layers = len(costs[KRAKEN.name])
-    found = []
+    steps = []
     for layer in range(layers):
-        spared, cost = 0, 0.0
-        left = list(costs)
-        while left:
-            steps = []
-            for form in left:
+        spared_bytes, cost = 0, 0.0
+        forms = list(costs)
+        while forms:
+            changes = []
+            for form in forms:
                 alone = [form if other == layer else STANDARD.name for other in range(layers)]
-                more = traffic_of(alone).spared_bytes - spared
+                more = traffic_of(alone).spared_bytes - spared_bytes
                 if more > 0:
                     extra = costs[form][layer] - cost
-                    steps.append((extra / more, -more, _Step(layer, form, extra, extra / more)))
-            if not steps:
+                    changes.append((extra / more, -more, _Step(layer, form, extra, extra / more)))
+            if not changes:
                 break
-            _, less, step = min(steps, key=lambda one: one[:2])
-            found.append(step)
-            spared, cost = spared - less, cost + step.cost
-            left.remove(step.form)
-    return sorted(found, key=lambda step: step.rate)
+            _, less, step = min(changes, key=lambda one: one[:2])
+            steps.append(step)
+            spared_bytes, cost = spared_bytes - less, cost + step.cost
+            forms.remove(step.form)
+    return sorted(steps, key=lambda step: step.rate)
 
 
-def _taken(forms: tuple[str, ...], step: _Step) -> tuple[str, ...]:
+def _with_step(forms: tuple[str, ...], step: _Step) -> tuple[str, ...]:
     return (*forms[: step.layer], step.form, *forms[step.layer + 1 :])
 
 
-def _next(expected: Sequence[float], allowed: int, refused: int, left: float | None) -> int:
-    """How many layers to try next, between `allowed` and `refused`.
+def _next(expected_costs: Sequence[float], lower: int, upper: int, limit: float | None) -> int:
+    """The number of steps to try next, between `lower` and `upper`.
 
     Args:
-        expected: What 0, 1, 2, ... layers are expected to cost.
-        allowed, refused: Numbers of layers known to be within and over the budget.
-        left: What the budget leaves, in units of `expected`; None if nothing was measured yet.
+        expected_costs: What 0, 1, 2, ... steps are expected to cost.
+        lower, upper: Numbers of steps known to be within and over the budget.
+        limit: What the budget allows, in units of `expected_costs`; None if nothing was measured yet.
     """
-    if left is None:
-        return (allowed + refused) // 2
-    fitting = bisect.bisect_right(expected, left) - 1
-    return min(max(fitting, allowed + 1), refused - 1)
+    if limit is None:
+        return (lower + upper) // 2
+    fitting = bisect.bisect_right(expected_costs, limit) - 1
+    return min(max(fitting, lower + 1), upper - 1)
 
 
 def _row(candidate: Candidate, best: bool) -> tuple[str, ...]:

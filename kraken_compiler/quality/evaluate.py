@@ -22,7 +22,7 @@ _RANGES = (16, 64, 256, 1024, 4096)
 
 @dataclass(frozen=True)
 class ByPosition:
-    """The same figures for every position of a row: entry s is what both models say after s + 1 tokens.
+    """The figures of `Quality` for every position of a row: entry s is for the logits after s + 1 tokens.
 
     Attributes:
         kl, top1_agreement: As in `Quality`.
@@ -50,7 +50,7 @@ class ByPosition:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the rewrite costs on some text.
+    """Measured cost of a rewrite on some text.
 
     Attributes:
         kl: Mean over tokens of KL(source || rewritten), in nats.
@@ -76,7 +76,7 @@ class Quality:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The measurement as lines for people."""
         error = "" if math.isnan(self.kl_error) else f" +- {number_text(self.kl_error, '.1g')}"
         parts = [f"{first}-{last}: {number_text(kl, '.3g')}" for first, last, kl in self.by_position.ranges()]
         return [
@@ -106,13 +106,13 @@ class _Sums:
         return totals
 
     def means(self) -> ByPosition:
-        kl, agreement, loss, source_loss, rows, predicted = self.table
-        followed = int((predicted > 0).sum())
+        kl, agreement, loss, source_loss, rows, targets = self.table
+        positions = int((targets > 0).sum())
         return ByPosition(
             kl=tuple((kl / rows).tolist()),
             top1_agreement=tuple((agreement / rows).tolist()),
-            perplexity=tuple(map(_exp, (loss / predicted)[:followed].tolist())),
-            source_perplexity=tuple(map(_exp, (source_loss / predicted)[:followed].tolist())),
+            perplexity=tuple(map(_exp, (loss / targets)[:positions].tolist())),
+            source_perplexity=tuple(map(_exp, (source_loss / targets)[:positions].tolist())),
             rows=tuple(map(int, rows.tolist())),
         )
 
@@ -145,15 +145,15 @@ def evaluate(
             row_means.append(values[0].mean().item())
         if progress is not None:
             progress(ids.numel())
-    kl, agreement, loss, source_loss, tokens, predicted = sums.totals()
+    kl, agreement, loss, source_loss, tokens, targets = sums.totals()
     assert tokens, "there is nothing to evaluate on"
     spread = torch.tensor(row_means, dtype=torch.float64)
     return Quality(
         kl=kl / tokens,
         kl_error=(spread.std() / math.sqrt(len(spread))).item() if len(spread) > 1 else math.nan,
         top1_agreement=agreement / tokens,
-        perplexity=_exp(loss / predicted),
-        source_perplexity=_exp(source_loss / predicted),
+        perplexity=_exp(loss / targets),
+        source_perplexity=_exp(source_loss / targets),
         tokens=int(tokens),
         text=text,
         by_position=sums.means(),

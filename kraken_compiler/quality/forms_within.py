@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 _ROWS_AT_ONCE = 4
-_MOST_MEASURED_ROWS = 16
+_MOST_EVALUATION_ROWS = 16
 _SINGLE_LAYER_TOKENS = 8192
 
 
@@ -64,46 +64,51 @@ def forms_within(
     inputs = list(map(inputs_function(standard.inputs), rows.batches))
     costs = _costs_of_layers(captured, split, standard, read_lane, inputs, rows, show, cache)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    said = [source(ids) for ids in rows.measured]
+    source_logits = [source(ids) for ids in rows.evaluation_batches]
 
     def measure(forms: tuple[str, ...]) -> Quality:
         program = lower_split(split, forms, cached=False)
-        changed = len(layers_of(forms))
-        with show.steps(f"{changed} layers changed: calibrate") as advance:
-            found = calibrate(standard, program, read_lane, inputs, rows.held, advance=advance)
-        return evaluate(recorded(said), lane_logits(program, found.weights.read_lane), rows.measured, rows.name)
+        count = len(layers_of(forms))
+        with show.steps(f"{count} layers changed: calibrate") as advance:
+            calibration = calibrate(standard, program, read_lane, inputs, rows.batch_is_held_out, advance=advance)
+        return evaluate(
+            recorded(source_logits),
+            lane_logits(program, calibration.weights.read_lane),
+            rows.evaluation_batches,
+            rows.name,
+        )
 
     return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a search reads.
+    """Token ids that a search reads.
 
     Attributes:
         batches: Token ids to calibrate on.
-        held: For every batch whether it is held back, see `calibrate`.
-        measured: Token ids to measure on.
+        batch_is_held_out: See `calibrate`.
+        evaluation_batches: Token ids to measure on.
         name: What they are, for the record.
     """
 
     batches: list[Tensor]
-    held: list[bool]
-    measured: list[Tensor]
+    batch_is_held_out: list[bool]
+    evaluation_batches: list[Tensor]
     name: str
 
 
 def _rows(captured: Capture, paths: Sequence[Path], tokens: int) -> _Rows:
-    """Divide what the calibration of the result reads: the last long rows are measured, the others are fitted."""
+    """Divide the rows that the result is calibrated on: the last long ones are evaluated, the others are fitted."""
     text = calibration_text(captured, paths, tokens)
     row = text.fitted[0].shape[1]
     rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
     short = [ids for ids in text.fitted if ids.shape[1] != row]
-    count = min(_MOST_MEASURED_ROWS, max(1, len(rows) // 6))
-    fitted = [*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short]
-    held = [False] * len(fitted) + [True] * len(text.held)
+    count = min(_MOST_EVALUATION_ROWS, max(1, len(rows) // 6))
+    batches = [*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short]
+    batch_is_held_out = [False] * len(batches) + [True] * len(text.held_out)
     name = f"a part of {', '.join(map(str, paths))}"
-    return _Rows([*fitted, *text.held], held, list(torch.split(rows[-count:], _ROWS_AT_ONCE)), name)
+    return _Rows([*batches, *text.held_out], batch_is_held_out, list(torch.split(rows[-count:], _ROWS_AT_ONCE)), name)
 
 
 def _costs_of_layers(
@@ -116,9 +121,10 @@ def _costs_of_layers(
     show: Progress,
     cache: Path | None,
 ) -> dict[str, list[float]]:
-    """By form what it costs in every layer alone, calibrated for that."""
-    few = _few(rows.batches, rows.held)
-    single = SingleLayers(split, standard, read_lane, [inputs[at] for at in few], [rows.held[at] for at in few])
+    """Measure, by form, the costs in every layer alone, calibrated for that."""
+    few = _few(rows.batches, rows.batch_is_held_out)
+    batch_is_held_out = [rows.batch_is_held_out[at] for at in few]
+    single = SingleLayers(split, standard, read_lane, [inputs[at] for at in few], batch_is_held_out)
     order = single.in_order()
     forms = (KRAKEN.name, SYNC_DROP.name)
     with show.steps("cost of single layers") as advance:
@@ -126,7 +132,7 @@ def _costs_of_layers(
             captured,
             split.degree,
             [(form, (layer, layer)) for form in forms for layer in order],
-            rows.measured[:1],
+            rows.evaluation_batches[:1],
             rows.name,
             calibrated=single.tokens,
             reader=single.reader,
@@ -137,11 +143,11 @@ def _costs_of_layers(
     return {form: [alone.cost(form, layer) for layer in sorted(order)] for form in forms}
 
 
-def _few(batches: Sequence[Tensor], held: Sequence[bool]) -> list[int]:
-    """Which batches single layers are calibrated on: every so many-th of each kind, of all texts then."""
+def _few(batches: Sequence[Tensor], batch_is_held_out: Sequence[bool]) -> list[int]:
+    """Places of the batches that single layers are calibrated on: every so many-th of each kind, of all texts then."""
     kinds: dict[tuple[bool, int], list[int]] = {}
     for at, ids in enumerate(batches):
-        kinds.setdefault((held[at], ids.shape[1]), []).append(at)
+        kinds.setdefault((batch_is_held_out[at], ids.shape[1]), []).append(at)
     every = max(1, sum(ids.numel() for ids in batches) // _SINGLE_LAYER_TOKENS)
     return sorted(at for of_kind in kinds.values() for at in of_kind[::every])
 

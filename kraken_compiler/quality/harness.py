@@ -36,14 +36,14 @@ _LONGEST = 2048
 _NEW_TOKENS = 256
 
 Pair = tuple[Any, list[int], list[int]]
-"""What the harness calls the request, the tokens of its context, and those of its continuation."""
+"""The harness's name of a request, the tokens of its context, and those of its continuation."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A language model as the harness wants it.
+    """A language model behind the harness's interface.
 
     Attributes:
-        max_length: Most tokens that the model is given at once; of longer contexts the end counts.
+        max_length: Most tokens that the model takes at once; of longer contexts the end counts.
     """
 
     def __init__(self, logits_of: LogitsOf, tokenizer: Any, max_length: int = _LONGEST, batch: int = 4) -> None:
@@ -132,10 +132,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         # Longest first: a batch that is too large for the memory shows at once, and little is padding.
         order = Collator(requests, sort_fn=lambda pair: (-len(pair[1]) - len(pair[2]), tuple(pair[1] + pair[2])))
-        found: list[tuple[float, bool]] = []
+        scores: list[tuple[float, bool]] = []
         for chunk in order.get_batched(n=self._batch):
-            found += self._score(chunk)
-        answers: list[tuple[float, bool]] = order.get_original(found)
+            scores += self._score(chunk)
+        answers: list[tuple[float, bool]] = order.get_original(scores)
         for (request, _, _), answer in zip(requests, answers, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
@@ -146,10 +146,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         log_probs = F.log_softmax(self._logits([row[:-1] for row in rows]).float(), dim=-1)
         answers = []
         for row, (_, _, continuation), log_prob_SV in zip(rows, pairs, log_probs, strict=True):
-            wanted = torch.tensor(row[len(row) - len(continuation) :])
-            says = log_prob_SV[len(row) - 1 - len(wanted) : len(row) - 1]
-            value = says.gather(-1, wanted[:, None]).sum().item()
-            answers.append((value, bool((says.argmax(-1) == wanted).all())))
+            targets = torch.tensor(row[len(row) - len(continuation) :])
+            says = log_prob_SV[len(row) - 1 - len(targets) : len(row) - 1]
+            value = says.gather(-1, targets[:, None]).sum().item()
+            answers.append((value, bool((says.argmax(-1) == targets).all())))
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -170,14 +170,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if limit >= self.max_length:
             raise UsageError(f"{limit} new tokens do not fit into the model's {self.max_length}")
         ids = self.tok_encode(context)[-(self.max_length - limit) :]
-        made: list[int] = []
+        new_ids: list[int] = []
         text = ""
-        while len(made) < limit:
-            token = int(self._logits([ids + made])[0, -1].argmax())
+        while len(new_ids) < limit:
+            token = int(self._logits([ids + new_ids])[0, -1].argmax())
             if token == self.eot_token_id:
                 break
-            made.append(token)
-            text = str(self.tokenizer.decode(made, skip_special_tokens=True))
+            new_ids.append(token)
+            text = str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
             at = [text.index(stop) for stop in stops if stop in text]
             if at:
                 return text[: min(at)]

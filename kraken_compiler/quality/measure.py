@@ -48,13 +48,13 @@ def measure_quality(
     tokens = evaluation_text(captured, text)
     if isinstance(tokens, str):
         return tokens
-    done = 0
+    tokens_done = 0
 
     def count(ids: int) -> None:
-        nonlocal done
-        done += ids
+        nonlocal tokens_done
+        tokens_done += ids
         if advance is not None:
-            advance(done, max(done, tokens.expected), "tokens")
+            advance(tokens_done, max(tokens_done, tokens.expected_tokens), "tokens")
 
     read = captured.store.read
     source = lane_logits(captured.program, read_from_source(captured.program, read))
@@ -77,25 +77,25 @@ def with_quality(
         return replace(verification, skipped=(*verification.skipped, quality))
     verification = replace(verification, quality=quality)
     for check in verification.checks:
-        rounded, backend = check.backend.rounded_weights, check.backend
-        if rounded is None:
+        rounding, backend = check.backend.rounded_weights, check.backend
+        if rounding is None:
             continue
         if backend.cannot_run:
-            unmeasured = f"no quality measurement of the {rounded} weights: this runtime does not run the devices"
-            verification = replace(verification, skipped=(*verification.skipped, unmeasured))
+            reason = f"no quality measurement of the {rounding} weights: this runtime does not run the devices"
+            verification = replace(verification, skipped=(*verification.skipped, reason))
             continue
-        with show.steps(f"quality with {rounded} weights") as advance:
+        with show.steps(f"quality with {rounding} weights") as advance:
             rewritten = logits_in_threads(artifact, backend)
-            found = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
-        assert not isinstance(found, str), "the same tokens were measured before"
-        verification = replace(verification, rounded={**verification.rounded, rounded: found})
+            rounded_quality = measure_quality(captured, lanes.program, text, rewritten=rewritten, advance=advance)
+        assert not isinstance(rounded_quality, str), "the same tokens were measured before"
+        verification = replace(verification, rounded={**verification.rounded, rounding: rounded_quality})
     return verification
 
 
 def sensitivity_of(
     captured: Capture, degree: int, forms: Sequence[str], text: TextChoice, cache: Path, show: Progress
 ) -> Sensitivity | str:
-    """What the forms of a model's layers cost in every layer alone, and from every layer to the end.
+    """Measure what the forms of a model's layers cost in every layer alone, and from every layer to the end.
 
     Args:
         captured: The source model.
@@ -108,13 +108,13 @@ def sensitivity_of(
     Returns:
         The costs, or the reason why there are none.
     """
-    changed = [form for form in dict.fromkeys(forms) if form != STANDARD.name]
-    if not changed:
+    changed_forms = [form for form in dict.fromkeys(forms) if form != STANDARD.name]
+    if not changed_forms:
         return "no costs by layer: no layer's form is changed"
     tokens = evaluation_text(captured, replace(text, limit=min(text.limit or _MOST_BY_LAYER, _MOST_BY_LAYER)))
     if isinstance(tokens, str):
         return tokens
     runs = [*single_layers(len(forms)), *ends(len(forms))]
-    wanted = [(form, run) for form in changed for run in runs]
+    form_runs = [(form, run) for form in changed_forms for run in runs]
     with show.steps("cost of layers") as advance:
-        return measure_sensitivity(captured, degree, wanted, list(tokens), tokens.name, cache=cache, advance=advance)
+        return measure_sensitivity(captured, degree, form_runs, list(tokens), tokens.name, cache=cache, advance=advance)

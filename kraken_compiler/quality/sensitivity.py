@@ -1,4 +1,4 @@
-"""What a form costs in one layer or one run of layers alone, the others being standard.
+"""Cost of a form in one layer or one run of layers alone, the others being standard.
 
 It is the order of the layers that matters, for choosing which of them take a form. The weights are the source's unless
 somebody gives others, calibrated for the layer (`calibration/single_layers.py`).
@@ -30,12 +30,12 @@ Run = tuple[int, int]
 """First and last layer, inclusive."""
 
 Reader = Callable[[str, int], ReadLane]
-"""What gives the weights of the program in which a layer alone has a form."""
+"""Form and layer -> a reader of the weights of the program in which that layer alone has the form."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a form costs in one run of layers.
+    """Cost of a form in one run of layers.
 
     Attributes:
         form: Its name.
@@ -73,20 +73,20 @@ class Sensitivity:
     costs: tuple[RunCost, ...]
 
     def of(self, form: str, run: Run) -> RunCost | None:
-        """A cost, if it was measured."""
+        """The cost of a form in a run of layers, if it was measured."""
         return next((cost for cost in self.costs if (cost.form, cost.first, cost.last) == (form, *run)), None)
 
     def cost(self, form: str, layer: int) -> float:
         """The KL of a form in one layer alone, which must have been measured."""
-        found = self.of(form, (layer, layer))
-        assert found is not None
-        return found.kl
+        run_cost = self.of(form, (layer, layer))
+        assert run_cost is not None
+        return run_cost.kl
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: one row per layer, what the form costs there alone and from there to the end."""
+        """A table for people: for every layer, what the form costs there alone and from there to the end."""
         forms = list(dict.fromkeys(cost.form for cost in self.costs))
         count = max(cost.last for cost in self.costs) + 1
         header = ["layer", *(f"{form} {where}" for form in forms for where in ("there alone", "from there on"))]
@@ -102,19 +102,19 @@ class Sensitivity:
 
 
 def single_layers(count: int) -> list[Run]:
-    """Every layer by itself."""
+    """The runs of a single layer."""
     return [(layer, layer) for layer in range(count)]
 
 
 def ends(count: int) -> list[Run]:
-    """From every layer to the last."""
+    """The runs from every layer to the last."""
     return [(layer, count - 1) for layer in range(count)]
 
 
 def measure_sensitivity(
     captured: Capture,
     degree: int,
-    wanted: Iterable[tuple[str, Run]],
+    form_runs: Iterable[tuple[str, Run]],
     batches: Sequence[Tensor],
     text: str,
     *,
@@ -129,7 +129,7 @@ def measure_sensitivity(
     Args:
         captured: The source model.
         degree: Number of lanes.
-        wanted: Form names and runs of layers.
+        form_runs: Form names and runs of layers.
         batches: Token ids, int64 [B, S]; the source's logits for all of them are kept in memory.
         text: What the tokens are, for the record.
         calibrated: How many tokens the weights of `reader` were calibrated on, for the record.
@@ -145,53 +145,53 @@ def measure_sensitivity(
     tokens = sum(ids.numel() for ids in batches)
     digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in batches)).hexdigest()
     empty = Sensitivity(captured.origin.sha256, degree, text, tokens, digest, calibrated, ())
-    known = _load(cache, empty) if cache is not None else empty
-    order = list(dict.fromkeys(wanted))
-    missing = [(form, run) for form, run in order if known.of(form, run) is None]
-    if missing:
+    sensitivity = _load(cache, empty) if cache is not None else empty
+    order = list(dict.fromkeys(form_runs))
+    missing_runs = [(form, run) for form, run in order if sensitivity.of(form, run) is None]
+    if missing_runs:
         split = split or split_source(captured.program, degree)
-        known = _measured(captured, split, known, missing, batches, reader, advance)
+        sensitivity = _measure(captured, split, sensitivity, missing_runs, batches, reader, advance)
         if cache is not None:
-            _save(cache, known)
-    costs = tuple(cost for form, run in order if (cost := known.of(form, run)) is not None)
-    return replace(known, costs=costs)
+            _save(cache, sensitivity)
+    costs = tuple(cost for form, run in order if (cost := sensitivity.of(form, run)) is not None)
+    return replace(sensitivity, costs=costs)
 
 
-def _measured(
+def _measure(
     captured: Capture,
     split: Split,
-    known: Sensitivity,
-    missing: Sequence[tuple[str, Run]],
+    sensitivity: Sensitivity,
+    missing_runs: Sequence[tuple[str, Run]],
     batches: Sequence[Tensor],
     reader: Reader | None,
     advance: Advance | None,
 ) -> Sensitivity:
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    said = [source(ids) for ids in batches]
-    costs = list(known.costs)
-    for number, (form, (first, last)) in enumerate(missing, start=1):
+    source_logits = [source(ids) for ids in batches]
+    costs = list(sensitivity.costs)
+    for number, (form, (first, last)) in enumerate(missing_runs, start=1):
         program = lower_split(split, form, range(first, last + 1), cached=False)
         read_lane = reader(form, first) if reader is not None else read_from_source(program, captured.store.read)
-        found = evaluate(recorded(said), lane_logits(program, read_lane), batches, known.text)
-        costs.append(RunCost(form, first, last, found.kl, found.top1_agreement))
+        quality = evaluate(recorded(source_logits), lane_logits(program, read_lane), batches, sensitivity.text)
+        costs.append(RunCost(form, first, last, quality.kl, quality.top1_agreement))
         if advance is not None:
-            advance(number, len(missing), "runs of layers")
-    return replace(known, costs=tuple(costs))
+            advance(number, len(missing_runs), "runs of layers")
+    return replace(sensitivity, costs=tuple(costs))
 
 
-def _load(path: Path, wanted: Sensitivity) -> Sensitivity:
-    """What a file remembers of the same measurement; nothing if it is of another one."""
+def _load(path: Path, empty: Sensitivity) -> Sensitivity:
+    """Read the costs of the same measurement from a file; none if it is of another one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         costs = tuple(RunCost(**cost) for cost in data.pop("costs"))
-        found = Sensitivity(**data, costs=costs)
+        sensitivity = Sensitivity(**data, costs=costs)
     except FileNotFoundError:
-        return wanted
+        return empty
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path}: is no record of sensitivities; remove it to measure again") from error
-    return found if replace(found, costs=()) == wanted else wanted
+    return sensitivity if replace(sensitivity, costs=()) == empty else empty
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:

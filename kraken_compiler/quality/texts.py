@@ -37,7 +37,7 @@ Tokenize = Callable[[str, bool], list[int]]
 
 @dataclass(frozen=True)
 class TextChoice:
-    """What a user wants to measure on.
+    """A user's choice of a text to measure on.
 
     Attributes:
         path: The text file, of any size; None means the built-in sample.
@@ -49,7 +49,7 @@ class TextChoice:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str] | None, limit: int | None) -> Self:
-        """From what an interface was given."""
+        """The choice from a path and a limit, as an interface has them."""
         return cls(Path(path) if path is not None else None, limit)
 
 
@@ -59,11 +59,11 @@ class TokenText:
 
     Attributes:
         name: What it is, for the record.
-        expected: How many tokens there will be; an estimate until the text has been read.
+        expected_tokens: Number of tokens; an estimate until the text has been read.
     """
 
     name: str
-    expected: int
+    expected_tokens: int
     _batches: Callable[[TokenText], Iterator[Tensor]] = field(repr=False)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -94,7 +94,7 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
     """
     program = captured.program
     path, limit = choice.path, choice.limit
-    reason = _unreadable(program)
+    reason = _unreadable_reason(program)
     if reason:
         if path is not None:
             raise UsageError(f"--text: {reason}")
@@ -115,10 +115,10 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
     def tokenize(text: str, first: bool) -> list[int]:
         return token_ids(tokenizer, text, vocabulary(program), "--text", special=first)
 
-    with _opened(path) as (_, size):
-        expected = limit or size
+    with _open_text(path) as (_, size):
+        expected_tokens = limit or size
     name = str(path) if path is not None else "the built-in sample"
-    return TokenText(name, expected, lambda text: _batches_of(text, path, tokenize, row, limit))
+    return TokenText(name, expected_tokens, lambda text: _batches_of(text, path, tokenize, row, limit))
 
 
 def load_tokenizer(captured: Capture, option: str, instead: str = "give token ids in a .npy file") -> Any:
@@ -138,13 +138,13 @@ def load_tokenizer(captured: Capture, option: str, instead: str = "give token id
     return captured.origin.tokenizer.load()
 
 
-def token_ids(tokenizer: Any, text: str, known: int, option: str, *, special: bool = True) -> list[int]:
+def token_ids(tokenizer: Any, text: str, vocabulary_size: int, option: str, *, special: bool = True) -> list[int]:
     """A text's tokens, all of which the model knows.
 
     Args:
         tokenizer: A `transformers.PreTrainedTokenizerBase`.
         text: The text.
-        known: How many tokens the model knows.
+        vocabulary_size: How many tokens the model knows.
         option: The option that named the text, for messages.
         special: Add the special tokens that begin or end a text.
 
@@ -152,9 +152,9 @@ def token_ids(tokenizer: Any, text: str, known: int, option: str, *, special: bo
         InputFileError: The tokenizer makes others of it.
     """
     ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
-    if ids and max(ids) >= known:
+    if ids and max(ids) >= vocabulary_size:
         raise InputFileError(
-            f"{option}: the tokenizer makes token {max(ids)} of the text, the model knows 0 to {known - 1}: "
+            f"{option}: the tokenizer makes token {max(ids)} of the text, the model knows 0 to {vocabulary_size - 1}: "
             "they do not belong together"
         )
     return ids
@@ -166,7 +166,7 @@ def sample_text() -> str:
 
 
 def read_text(path: Path, option: str) -> str:
-    """A whole text.
+    """Read a whole text.
 
     Args:
         path: The file.
@@ -183,10 +183,10 @@ def read_text(path: Path, option: str) -> str:
         raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
 
 
-def longest_row(captured: Capture, wanted: int = _ROW) -> int:
-    """The longest row of tokens, at most `wanted`, that the model takes."""
+def longest_row(captured: Capture, limit: int = _ROW) -> int:
+    """The longest row of tokens, at most `limit`, that the model takes."""
     program = captured.program
-    most = min(wanted, position_limit(program), _proven_limit(program), _config_limit(captured.config))
+    most = min(limit, position_limit(program), _proven_limit(program), _config_limit(captured.config))
     return longest_allowed(token_rules(program.call, program.inputs), most)
 
 
@@ -196,12 +196,12 @@ def token_batches(ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT
     A stream shorter than one row gives one batch of that length, or none if it has fewer than two tokens.
     """
     first = True
-    while taken := list(islice(ids, rows * sequence)):
-        whole = len(taken) // sequence
+    while chunk := list(islice(ids, rows * sequence)):
+        whole = len(chunk) // sequence
         if whole:
-            yield torch.tensor(taken[: whole * sequence]).view(whole, sequence)
-        elif first and len(taken) > 1:
-            yield torch.tensor([taken])
+            yield torch.tensor(chunk[: whole * sequence]).view(whole, sequence)
+        elif first and len(chunk) > 1:
+            yield torch.tensor([chunk])
         first = False
 
 
@@ -224,14 +224,14 @@ def _batches_of(
 
 
 def _ids_of(text: TokenText, path: Path | None, tokenize: Tokenize, limit: int | None) -> Iterator[int]:
-    count = read = 0
-    with _opened(path) as (file, size):
+    count = bytes_read = 0
+    with _open_text(path) as (file, size):
         for piece in _pieces(file, path, text.name):
             ids = tokenize(piece, count == 0)
             count += len(ids)
-            read += len(piece.encode())
-            whole = round(count * size / read)
-            text.expected = whole if limit is None else min(limit, whole)
+            bytes_read += len(piece.encode())
+            whole = round(count * size / bytes_read)
+            text.expected_tokens = whole if limit is None else min(limit, whole)
             yield from ids
 
 
@@ -247,8 +247,8 @@ def _pieces(file: TextIO, path: Path | None, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(path: Path | None) -> Iterator[tuple[TextIO, int]]:
-    """The text and its size in bytes."""
+def _open_text(path: Path | None) -> Iterator[tuple[TextIO, int]]:
+    """Open a text; gives the file and its size in bytes."""
     where: Any = path if path is not None else files("kraken_compiler.quality").joinpath("sample.txt")
     with os_errors_as(f"--text: cannot read {path}"):
         file = where.open(encoding=ENCODING)
@@ -267,15 +267,15 @@ def require_one_text(program: Program, what: str) -> None:
     Raises:
         UsageError: It reads none, or an encoder and a decoder read one each.
     """
-    reason = _unreadable(program)
+    reason = _unreadable_reason(program)
     if not reason and token_input(program) is None:
         reason = "the model reads two texts, one in its encoder and one in its decoder"
     if reason:
         raise UsageError(f"{what}: {reason}")
 
 
-def _unreadable(program: Program) -> str:
-    """Why a model cannot be measured on a text, "" if it can; an encoder reads the text that its decoder continues."""
+def _unreadable_reason(program: Program) -> str:
+    """The reason why a model cannot be measured on text, "" if it can; an encoder reads what its decoder continues."""
     if text_input(program) is None:
         return "the model reads no tokens"
     others = [spec.parameter for spec in program.inputs if find_derived(spec, program.inputs) is None]

@@ -1,4 +1,4 @@
-"""All ranks of an artifact as threads of this process: to measure what they say without starting processes."""
+"""All ranks of an artifact as threads of this process: to measure their logits without starting processes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def is_token_file(path: Path) -> bool:
 
 
 def read_token_file(path: Path, vocabulary_size: int, option: str) -> TokenIds:
-    """Token ids.
+    """Read token ids.
 
     Args:
         path: `.npy`, or `.safetensors` with one tensor.
@@ -77,9 +77,9 @@ def _array(path: Path, option: str) -> TokenIds:
     if not is_token_file(path):
         raise InputFileError(f"{option}: {path}: must be a .npy or .safetensors file of token ids")
     try:
-        found: TokenIds = np.load(path, allow_pickle=False)
+        ids: TokenIds = np.load(path, allow_pickle=False)
     except OSError as error:
         raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise InputFileError(f"{option}: {path} is no .npy file of numbers: {error}") from error
-    return found
+    return ids

@@ -29,11 +29,11 @@ Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What a comparison with the model showed.
+    """Result of a comparison with the model.
 
     Attributes:
         comparisons: One for every size.
-        rules: For which sizes the program is not the model's although nothing said so while it was captured: torch
+        rules: Rules for sizes that the capture did not give although the program is not the model's without them: torch
             takes every size for at least 2 and keeps no record of a model that asks for 1.
         skipped: Sizes at which the model itself fails, each with its reason; and why there was no model to run.
     """
@@ -67,15 +67,15 @@ def compare_with_model(
     """
     lanes = run or _streaming(standard, captured)
     skipped: list[str] = []
-    with _opened(captured, skipped) as model:
-        made, rules = _Check(captured, standard, model, lanes, skipped).at_all_sizes(find_rules)
-        if not made and model is not None and captured.origin.kind == "huggingface":
+    with _open_model(captured, skipped) as model:
+        comparisons, rules = _Check(captured, standard, model, lanes, skipped).at_all_sizes(find_rules)
+        if not comparisons and model is not None and captured.origin.kind == "huggingface":
             # Some kinds of weights transformers multiplies on GPUs alone; what was captured of them are plain numbers.
             skipped.append("the lanes were compared with what was captured of the model instead")
-            made, rules = _Check(captured, standard, None, lanes, skipped).at_all_sizes(find_rules)
-    if not made:
+            comparisons, rules = _Check(captured, standard, None, lanes, skipped).at_all_sizes(find_rules)
+    if not comparisons:
         raise VerificationError(f"nothing could be compared with the model: {'; '.join(skipped)}")
-    return ModelCheck(made, rules, tuple(skipped))
+    return ModelCheck(comparisons, rules, tuple(skipped))
 
 
 def with_rules(program: Stage, rules: Sequence[str]) -> Stage:
@@ -86,7 +86,7 @@ def with_rules(program: Stage, rules: Sequence[str]) -> Stage:
 
 
 def _sizes(program: Program) -> list[tuple[int, int]]:
-    """Two other than the example's, one token in a batch by itself, and one token in several rows."""
+    """The sizes to compare at: two other than the example's, one token by itself, and one token in several rows."""
     sizes = list(check_sizes(program))
     several = next(((batch, 1) for batch in (2, 3, 4) if all_sizes(program, batch, 1) is not None), None)
     single = (1, 1) if all_sizes(program, 1, 1) is not None else None
@@ -110,11 +110,11 @@ class _Check:
         # A rule that is found takes sizes away, and others come in their place.
         while remaining := [size for size in _sizes(with_rules(self._standard, rules)) if size not in comparisons]:
             size = remaining[0]
-            found = comparisons[size] = self.at(size)
-            if find_rules and found is not None and not found.passed and (more := self.rules_of(size)):
+            comparison = comparisons[size] = self.at(size)
+            if find_rules and comparison is not None and not comparison.passed and (more := self.rules_of(size)):
                 comparisons[size] = None
                 rules = (*rules, *more)
-        return tuple(comparison for comparison in comparisons.values() if comparison is not None), rules
+        return tuple(each for each in comparisons.values() if each is not None), rules
 
     def at(self, size: tuple[int, int]) -> Comparison | None:
         """The comparison at a size; None if the model itself fails there."""
@@ -159,8 +159,8 @@ class _Check:
     def first_equal(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """The first of some sizes at which the lanes compute what the model computes."""
         for size in sizes:
-            found = self.at(size) if self.allows(size) else None
-            if found is not None and found.passed:
+            comparison = self.at(size) if self.allows(size) else None
+            if comparison is not None and comparison.passed:
                 return size
         return None
 
@@ -170,20 +170,20 @@ class _Check:
 
 
 def _device(captured: Capture) -> torch.device:
-    """Where the weights of a module are; those of files are read into the host's memory."""
-    held = [spec.source for spec in captured.program.weights.values() if spec.source not in captured.program.constants]
-    in_memory = isinstance(captured.store, MemoryStore) and held
-    return captured.store.read(held[0]).device if in_memory else torch.device("cpu")
+    """The device of a module's weights; those of files are read into the host's memory."""
+    specs = [spec.source for spec in captured.program.weights.values() if spec.source not in captured.program.constants]
+    in_memory = isinstance(captured.store, MemoryStore) and specs
+    return captured.store.read(specs[0]).device if in_memory else torch.device("cpu")
 
 
 def _streaming(program: Program, captured: Capture) -> Run:
-    streamed = StreamingProgram(program, read_from_source(program, captured.store.read))
-    return lambda inputs: streamed.run_flat(inputs)
+    streaming = StreamingProgram(program, read_from_source(program, captured.store.read))
+    return lambda inputs: streaming.run_flat(inputs)
 
 
 @contextmanager
-def _opened(captured: Capture, skipped: list[str]) -> Iterator[RunModel | None]:
-    """The model, ready to run; without one, what was captured of it stands for it, and that is said."""
+def _open_model(captured: Capture, skipped: list[str]) -> Iterator[RunModel | None]:
+    """Open the model to run it; without one, its captured program stands for it, and `skipped` says so."""
     if captured.model is None:
         skipped.append("no comparison with the model itself: there is none to run, only what was captured of it")
         yield None

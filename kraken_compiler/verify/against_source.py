@@ -22,11 +22,11 @@ Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
 class ModelFailedError(Exception):
-    """The model itself raised an error, which says nothing about the lanes."""
+    """Error for a model that itself raised an error, which says nothing about the lanes."""
 
 
 def compare_with_source(
-    captured: Program,
+    source: Program,
     standard: LaneProgram,
     read: SourceReader,
     sizes: Sequence[tuple[int, int]],
@@ -39,7 +39,7 @@ def compare_with_source(
     """Run the source and a lane program that must equal it.
 
     Args:
-        captured: The source model's program as it was captured; no pass has touched it.
+        source: The source model's program as it was captured; no pass has changed it.
         standard: A lane program of it in an exact form.
         read: The source's weight store.
         sizes: Batch and sequence sizes to try.
@@ -52,12 +52,12 @@ def compare_with_source(
         ModelFailedError: The model raised an error.
     """
     run = lanes or _streaming(standard, read).run_flat
-    inside = computed_dtypes(captured)
+    inside = computed_dtypes(source)
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        sampled = sample_inputs(captured, batch, sequence, seed, padded=padded)
-        inputs = [tensor.to(device) for tensor in sampled.values()]
-        want = _run_model(model, inputs) if model is not None else _streaming(captured, read).run_flat(inputs)
+        sample = sample_inputs(source, batch, sequence, seed, padded=padded)
+        inputs = [tensor.to(device) for tensor in sample.values()]
+        want = _run_model(model, inputs) if model is not None else _streaming(source, read).run_flat(inputs)
         tolerance = source_tolerance({one.dtype for one in want if one.is_floating_point()} | inside)
         try:
             outputs = run(inputs)
@@ -65,8 +65,8 @@ def compare_with_source(
             raise
         except (RuntimeError, IndexError) as error:
             # An operator that takes no such sizes: where the model computes, this is a difference like any other.
-            failed = f"the standard form fails ({typed_line(error)})"
-            comparisons.append(_comparison((batch, sequence), math.inf, math.inf, tolerance, "", failed))
+            failure = f"the standard form fails ({typed_line(error)})"
+            comparisons.append(_comparison((batch, sequence), math.inf, math.inf, tolerance, "", failure))
             continue
         have = tuple(output.detach().to(one.device) for output, one in zip(outputs, want))
         shapes = [[tuple(one.shape) for one in outputs] for outputs in (have, want)]
@@ -75,8 +75,8 @@ def compare_with_source(
             wrong = "" if math.isfinite(relative) else count_not_finite("the standard form", have, "the source", want)
         else:
             absolute = relative = math.inf
-            wrong = f"outputs of shapes {_shown(shapes[0])} instead of {_shown(shapes[1])}"
-        diverging = "" if relative <= tolerance else _diverging(captured, standard, read, inputs, tolerance)
+            wrong = f"outputs of shapes {_shapes_text(shapes[0])} instead of {_shapes_text(shapes[1])}"
+        diverging = "" if relative <= tolerance else _diverging(source, standard, read, inputs, tolerance)
         if not relative <= tolerance and not diverging and model is not None:
             diverging = "what torch.export captured, which is not what the model computes at this size"
         comparisons.append(_comparison((batch, sequence), absolute, relative, tolerance, diverging, wrong))
@@ -90,7 +90,7 @@ def _comparison(
     return Comparison(what, sizes, absolute, relative, tolerance, diverging, not_finite=wrong)
 
 
-def _shown(shapes: Sequence[tuple[int, ...]]) -> str:
+def _shapes_text(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 
@@ -103,13 +103,15 @@ def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: 
 
 
 def _diverging(
-    captured: Program, standard: LaneProgram, read: SourceReader, inputs: list[Tensor], tolerance: float
+    source: Program, standard: LaneProgram, read: SourceReader, inputs: list[Tensor], tolerance: float
 ) -> str:
-    """The first place at which the lanes' stream is not that of what was captured; "" if there is none."""
-    recognized = recognize(captured)
-    _, source_stream = _streaming(recognized, read).run_with_taps(inputs, _joins(recognized.layers).values())
+    """The first place at which the lanes' stream is not that of the source's program; "" if there is none."""
+    recognized_source = recognize(source)
+    _, source_stream = _streaming(recognized_source, read).run_with_taps(
+        inputs, _joins(recognized_source.layers).values()
+    )
     _, stream = _streaming(standard, read).run_with_taps(inputs, _joins(standard.layers).values())
-    return _first_diverging(recognized.layers, standard.layers, source_stream, stream, tolerance)
+    return _first_diverging(recognized_source.layers, standard.layers, source_stream, stream, tolerance)
 
 
 def _streaming(program: Program, read: SourceReader) -> StreamingProgram:

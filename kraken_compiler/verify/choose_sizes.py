@@ -24,7 +24,7 @@ def check_sizes(program: Program, *, growing: bool = False) -> tuple[tuple[int, 
     own_batch, own = _example_sizes(program)
     limit = position_limit(program)
 
-    def allowed(batch: int, sequence: int) -> bool:
+    def is_allowed(batch: int, sequence: int) -> bool:
         lengths = range(max(1, sequence - 2 * batch - 1), sequence) if growing else ()
         return sequence <= limit and all(all_sizes(program, batch, size) is not None for size in (*lengths, sequence))
 
@@ -33,28 +33,28 @@ def check_sizes(program: Program, *, growing: bool = False) -> tuple[tuple[int, 
     varying = {size for spec in program.inputs for size in spec.shape}
     if "sequence" not in varying:
         below, above = [own], [own]
-    small = _first((1, 3, 2, 4, 5, 6, 8, own_batch), below or above, allowed)
+    small = _first((1, 3, 2, 4, 5, 6, 8, own_batch), below or above, is_allowed)
     large = _first(
-        (3, 4, 2, 5, 6, 8, 1, own_batch), [*above, *reversed(below)], lambda *size: size != small and allowed(*size)
+        (3, 4, 2, 5, 6, 8, 1, own_batch), [*above, *reversed(below)], lambda *size: size != small and is_allowed(*size)
     )
-    found = [size for size in (small, large) if size is not None]
-    return tuple(found) or ((own_batch, own),)
+    sizes = [size for size in (small, large) if size is not None]
+    return tuple(sizes) or ((own_batch, own),)
 
 
 def _first(
-    batches: Iterable[int], sequences: Iterable[int], allowed: Callable[[int, int], bool]
+    batches: Iterable[int], sequences: Iterable[int], is_allowed: Callable[[int, int], bool]
 ) -> tuple[int, int] | None:
-    return next(((batch, one) for one in sequences for batch in batches if allowed(batch, one)), None)
+    return next(((batch, one) for one in sequences for batch in batches if is_allowed(batch, one)), None)
 
 
 def _example_sizes(program: Program) -> tuple[int, int]:
-    """Batch and sequence size of the example that was captured, as far as the graph remembers."""
-    known: dict[str, int] = {}
+    """Batch and sequence size of the example that was captured, as far as the graph has them."""
+    sizes: dict[str, int] = {}
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in program.inputs:
         value = placeholders[spec.name].meta.get("val")
         for name, size in zip(spec.shape, value.shape if isinstance(value, Tensor) else ()):
             hint = size_hint(size)
             if isinstance(name, str) and hint is not None:
-                known.setdefault(name, hint)
-    return known.get("batch", _EXAMPLE[0]), known.get("sequence", _EXAMPLE[1])
+                sizes.setdefault(name, hint)
+    return sizes.get("batch", _EXAMPLE[0]), sizes.get("sequence", _EXAMPLE[1])

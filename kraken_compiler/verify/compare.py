@@ -1,4 +1,4 @@
-"""Comparing what two programs computed."""
+"""Comparison of the outputs of two programs."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def errors(have: Tensor, want: Tensor) -> tuple[float, float]:
 def largest_errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float]:
     """`errors` over several outputs. A NaN anywhere is returned as NaN, for no comparison may hide it."""
     pairs = [errors(one, other) for one, other in zip(have, want, strict=True)]
-    stacked = torch.tensor(pairs, dtype=torch.float64)
-    worst = stacked.amax(0)
+    table = torch.tensor(pairs, dtype=torch.float64)
+    worst = table.amax(0)
     return worst[0].item(), worst[1].item()
 
 
 def count_not_finite(who: str, have: Sequence[Tensor], reference: str, want: Sequence[Tensor]) -> str:
-    """Who computed values that are not finite, in a clause.
+    """Count the values that are not finite, in a clause that says who computed them.
 
     Args:
         who: What computed `have`.
@@ -112,7 +112,7 @@ def worst_comparison(
         if not math.isnan(worst[1]) and not relative <= worst[1]:
             worst = (absolute, relative, rank)
     absolute, relative, rank = worst
-    said = f"{what} (worst: rank {rank})"
+    description = f"{what} (worst: rank {rank})"
     # An error that is not a number compares with nothing, so it says nothing: values do.
     wrong = "" if math.isfinite(relative) else count_not_finite(f"rank {rank}", ranks[rank], "the lanes", want)
-    return Comparison(said, size, absolute, relative, tolerance, first_diverging, noise, wrong)
+    return Comparison(description, size, absolute, relative, tolerance, first_diverging, noise, wrong)

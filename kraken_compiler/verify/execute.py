@@ -26,18 +26,18 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Executed:
-    """What the ranks of an artifact computed. Arrays are numpy's; bfloat16 comes as float32.
+class Execution:
+    """Outputs of an artifact's ranks. Arrays are numpy's; bfloat16 comes as float32.
 
     Attributes:
         outputs: `outputs[rank][set]` are the graph's outputs; of a program with a KV cache perhaps the logits alone.
-        replayed: `replayed[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
+        replays: `replays[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
         sums: `sums[rank][set]` are the finished sums by the name of their wait; empty if programs do not tell.
         records: `records[rank]` is what the rank did on the last set, for `Backend.ran`; None if it does not tell.
     """
 
     outputs: list[list[tuple[Array, ...]]]
-    replayed: list[list[dict[int, Array]]]
+    replays: list[list[dict[int, Array]]]
     sums: list[list[dict[str, Array]]]
     records: list[Any]
 
@@ -48,7 +48,7 @@ def execute_on_ranks(
     backend: str,
     *,
     timeout: float = DEFAULT_TIMEOUT,
-) -> Executed:
+) -> Execution:
     """Run an artifact's real programs, one process per lane: on whole inputs, and with the KV cache if there is one.
 
     Starting ranks takes seconds, so give all input sets at once.
@@ -66,13 +66,13 @@ def execute_on_ranks(
     """
     artifact = open_artifact(artifact_directory, verify=False)
     names = [spec.name for spec in artifact.manifest.inputs]
-    for given in inputs:
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise UsageError(f"the program needs the inputs {', '.join(names)}; missing: {', '.join(missing)}")
+    for input_set in inputs:
+        missing_names = [name for name in names if name not in input_set]
+        if missing_names:
+            raise UsageError(f"the program needs the inputs {', '.join(names)}; missing: {', '.join(missing_names)}")
     with tempfile.TemporaryDirectory(prefix="kraken-execute-") as exchange:
         directory = Path(exchange)
-        flat = {f"{index}.{name}": given[name] for index, given in enumerate(inputs) for name in names}
+        flat = {f"{index}.{name}": input_set[name] for index, input_set in enumerate(inputs) for name in names}
         save_file({key: np.ascontiguousarray(array) for key, array in flat.items()}, directory / "in.safetensors")
         payload = {
             "artifact": str(Path(artifact_directory).absolute()),
@@ -81,17 +81,17 @@ def execute_on_ranks(
             "names": names,
             "sets": len(inputs),
         }
-        told = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
-        executed = Executed([], [], [], [of_rank["record"] for of_rank in told])
+        summaries = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
+        execution = Execution([], [], [], [of_rank["record"] for of_rank in summaries])
         sets = range(len(inputs))
-        for rank, of_rank in enumerate(told):
+        for rank, of_rank in enumerate(summaries):
             arrays = load_file(_results(directory, rank))
             outputs = range(of_rank["outputs"])
-            executed.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
-            replayed = [_with_prefix(arrays, f"{index}.replayed.") for index in sets]
-            executed.replayed.append([{int(name): array for name, array in of_set.items()} for of_set in replayed])
-            executed.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
-        return executed
+            execution.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
+            replays = [_with_prefix(arrays, f"{index}.replayed.") for index in sets]
+            execution.replays.append([{int(name): array for name, array in of_set.items()} for of_set in replays])
+            execution.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
+        return execution
 
 
 def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
@@ -106,18 +106,18 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
         return next(backend for backend in backends_of(artifact) if backend.name == payload["backend"])
 
     artifact, model = open_model(payload["artifact"], ranks, choose, checking=True)
-    given = load_file(directory / "in.safetensors")
+    arrays = load_file(directory / "in.safetensors")
     results: dict[str, Array] = {}
     count, record = 0, None
     for index in range(sets):
-        inputs = {name: given[f"{index}.{name}"] for name in payload["names"]}
-        observed = model.observe(inputs, last=index + 1 == sets)
-        count, record = len(observed.outputs), observed.record
-        results |= {f"{index}.{position}": array.copy() for position, array in enumerate(observed.outputs)}
-        results |= {f"{index}.sum.{name}": array for name, array in observed.sums.items()}
+        inputs = {name: arrays[f"{index}.{name}"] for name in payload["names"]}
+        observation = model.observe(inputs, last=index + 1 == sets)
+        count, record = len(observation.outputs), observation.record
+        results |= {f"{index}.{position}": array.copy() for position, array in enumerate(observation.outputs)}
+        results |= {f"{index}.sum.{name}": array for name, array in observation.sums.items()}
         ranks.status.progress("executing")
     for index in range(sets if artifact.manifest.cache is not None else 0):
-        ids = given[f"{index}.{payload['names'][0]}"]
+        ids = arrays[f"{index}.{payload['names'][0]}"]
         for capacity in capacities(ids.shape[1], model.positions):
             decoder = model.decoder(len(ids), capacity)
             if decoder is not None:

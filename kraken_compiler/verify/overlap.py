@@ -1,4 +1,4 @@
-"""Whether reduces have something to hide behind: in programs as they were written, and in what ranks ran of them."""
+"""Checks that reduces have compute to hide behind: in programs as they were written, and in the runs of ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def require_overlap(windows: Sequence[Window]) -> None:
     Raises:
         VerificationError: A window that the form promises is empty; names the reduces.
     """
-    lost = [window for window in windows if window.promised and not window.gemms]
-    if lost:
-        places = ", ".join(f"reduce {window.reduce} ({window.start} to {window.wait})" for window in lost[:3])
+    empty_windows = [window for window in windows if window.promised and not window.gemms]
+    if empty_windows:
+        places = ", ".join(f"reduce {window.reduce} ({window.start} to {window.wait})" for window in empty_windows[:3])
         raise VerificationError(
-            f"{len(lost)} of {len(windows)} reduces lost their overlap: no matrix multiplication between start and "
-            f"wait of {places}"
+            f"{len(empty_windows)} of {len(windows)} reduces lost their overlap: no matrix multiplication between "
+            f"start and wait of {places}"
         )
 
 
@@ -32,17 +32,18 @@ def require_run_overlap(ranks: Sequence[Sequence[RanWindow]]) -> None:
     Raises:
         VerificationError: One did; names the ranks and the reduces.
     """
-    lost = [
+    empty_windows = [
         (rank, one.window)
         for rank, windows in enumerate(ranks)
         for one in windows
         if one.window.promised and not one.products
     ]
-    if lost:
+    if empty_windows:
         places = ", ".join(
-            f"reduce {window.reduce} ({window.start} to {window.wait}) on rank {rank}" for rank, window in lost[:3]
+            f"reduce {window.reduce} ({window.start} to {window.wait}) on rank {rank}"
+            for rank, window in empty_windows[:3]
         )
-        reduces = len({window.reduce for _, window in lost})
+        reduces = len({window.reduce for _, window in empty_windows})
         raise VerificationError(
             f"{reduces} of {len(ranks[0])} reduces lost their overlap in the run: no matrix product was "
             f"executed between start and wait of {places}"

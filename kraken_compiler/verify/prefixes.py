@@ -1,4 +1,4 @@
-"""What `replay` must give, from runs of whole sequences and of their prefixes."""
+"""The logits that `replay` must give, from runs of whole sequences and of their prefixes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def expected(logits: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
 
 
 def prefix_lengths(lengths: Sequence[int], steps: int) -> list[int]:
-    """How long the sequences are at the prompts' ends and after every step; ascending."""
+    """Lengths of the sequences at the prompts' ends and after every step; ascending."""
     return sorted({length + step for length in lengths for step in range(steps + 1)})
 
 
 def recomputed(logits: Mapping[int, Tensor], lengths: Sequence[int], steps: int) -> Tensor:
-    """What `replay` returns, from runs on every prefix.
+    """The logits that `replay` returns, from runs on every prefix.
 
     Args:
         logits: Of the sequences' first `n` tokens [batch, n, vocabulary], for every `n` that `prefix_lengths` gives.

@@ -8,7 +8,7 @@ from kraken_compiler.generate.decoder import Array, Decoder
 
 
 def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
-    """How long every row's prompt is taken to be, and how many steps follow; lengths differ where they can.
+    """Split rows into prompts and steps: every prompt's length, which differ if they can, and the number of steps.
 
     Args:
         batch: Number of sequences.
@@ -28,8 +28,8 @@ def capacities(tokens: int, limit: int | None) -> tuple[int, ...]:
         tokens: Length of the sequences.
         limit: The longest that the model takes; None if there is none.
     """
-    found = [capacity for capacity in (tokens + 1, 3 * tokens + 64) if limit is None or capacity <= limit]
-    return tuple(found) or (tokens,)
+    longer = [capacity for capacity in (tokens + 1, 3 * tokens + 64) if limit is None or capacity <= limit]
+    return tuple(longer) or (tokens,)
 
 
 def replay(decoder: Decoder, ids: Array) -> Array:

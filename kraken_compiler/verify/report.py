@@ -1,4 +1,4 @@
-"""What the compiler found and decided, for people (text) and for programs (dict)."""
+"""Report of what the compiler recognised and decided, for people (text) and for programs (dict)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Report:
     def with_check(
         self, comparisons: Sequence[Comparison], notes: Sequence[str], skipped: Sequence[str], seconds: float
     ) -> Report:
-        """The report with what a comparison with the model showed, and how long it took."""
+        """The report with the result of a comparison with the model, and its duration."""
         check = {
             "seconds": seconds,
             "comparisons": [comparison.to_dict() for comparison in comparisons],
@@ -130,10 +130,10 @@ def _check_lines(check: dict[str, Any] | None) -> list[str]:
         return ["", *check["skipped"]]
     sizes = ", ".join("{} x {}".format(*entry["sizes"]) for entry in check["comparisons"])
     worst = max(entry["max_rel_error"] for entry in check["comparisons"])
-    said = (
+    summary = (
         f"checked against the model at batch x sequence {sizes}: relative error {worst:.1e}, {check['seconds']:.1f} s"
     )
-    return ["", said, *check["skipped"]]
+    return ["", summary, *check["skipped"]]
 
 
 def _kv_heads_of_a_lane(branch: Branch, degree: int) -> int:
@@ -163,15 +163,15 @@ def _reduce_entry(reduce: Reduce, window: Window | None) -> dict[str, Any]:
     }
 
 
-def _padding_line(padded: dict[str, float], without: Sequence[int]) -> str:
-    """How unevenly the model is divided, and which degrees divide it evenly."""
-    more = [f"{share:.1%} more {what}" for share, what in _padded(padded) if share]
+def _padding_line(shares: dict[str, float], without: Sequence[int]) -> str:
+    """A line on how unevenly the model is divided, and on the degrees that divide it evenly."""
+    more = [f"{share:.1%} more {what}" for share, what in _padding_shares(shares) if share]
     degrees = ", ".join(map(str, without))
     return f"lanes compute {' and '.join(more) or 'nothing twice'}; degrees without padding: {degrees}"
 
 
-def _padded(padded: dict[str, float]) -> tuple[tuple[float, str], ...]:
-    return (padded["attention"], "heads than the model has"), (padded["ffn"], "FFN columns than the model has")
+def _padding_shares(shares: dict[str, float]) -> tuple[tuple[float, str], ...]:
+    return (shares["attention"], "heads than the model has"), (shares["ffn"], "FFN columns than the model has")
 
 
 def _lane_row(lane: dict[str, Any]) -> tuple[str, ...]:

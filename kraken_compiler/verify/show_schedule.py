@@ -1,4 +1,4 @@
-"""The schedule of a program, and what ranks really ran of it: as plain values, and as a table for people."""
+"""The schedule of a program, and the runs of ranks by it: as plain values, and as a table for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def schedule_entries(windows: Sequence[Window], runs: Runs) -> list[dict[str, An
     ]
 
 
-def schedule_table(windows: Sequence[Window], runs: Runs, profiled: tuple[int, int]) -> list[str]:
+def schedule_table(windows: Sequence[Window], runs: Runs, run_size: tuple[int, int]) -> list[str]:
     """A row for every reduce: its start, what runs while the sum is on its way, and its wait.
 
     Where ranks told what they ran, the row is that of the one that waited longest, with times.
@@ -37,13 +37,13 @@ def schedule_table(windows: Sequence[Window], runs: Runs, profiled: tuple[int, i
     Args:
         windows: The schedule.
         runs: What ranks ran.
-        profiled: Batch and sequence size of that run.
+        run_size: Batch and sequence size of that run.
     """
     if not runs:
         rows = [(str(one.reduce), one.start, ", ".join(one.gemms) or "nothing", one.wait) for one in windows]
         return table(("reduce", "start", "matrix products and attentions", "wait"), rows)
-    batch, sequence = profiled
-    slowest = [max(enumerate(of_reduce), key=lambda found: found[1].wait_us) for of_reduce in zip(*runs, strict=True)]
+    batch, sequence = run_size
+    slowest = [max(enumerate(of_reduce), key=lambda entry: entry[1].wait_us) for of_reduce in zip(*runs, strict=True)]
     header = ("reduce", "device", "start", "of module", "matrix products and attentions", "together", "wait")
     return [
         f"one run of batch {batch} x {sequence}, in us, of each reduce the device that waited longest:",
@@ -53,7 +53,7 @@ def schedule_table(windows: Sequence[Window], runs: Runs, profiled: tuple[int, i
 
 def _row(device: int, one: RanWindow) -> tuple[str, ...]:
     module = _common_module([node.name for node in one.products])
-    ran = [_named(node, module) for node in one.products] + [
+    nodes = [_product_text(node, module) for node in one.products] + [
         f"{node.op} {node.microseconds:.0f}" for node in one.attentions
     ]
     return (
@@ -61,7 +61,7 @@ def _row(device: int, one: RanWindow) -> tuple[str, ...]:
         str(device),
         f"{one.start_us:.0f}",
         module,
-        ", ".join(ran) or "nothing",
+        ", ".join(nodes) or "nothing",
         f"{one.hiding_us:.0f}",
         f"{one.wait_us:.0f}",
     )
@@ -70,15 +70,15 @@ def _row(device: int, one: RanWindow) -> tuple[str, ...]:
 def _common_module(names: Sequence[str]) -> str:
     """The innermost module that all nodes are of, as far as their names say."""
     paths = [_path(name)[:-1] for name in names]
-    shared = []
+    prefix = []
     for parts in zip(*paths):
         if len(set(parts)) > 1:
             break
-        shared.append(parts[0])
-    return ".".join(shared)
+        prefix.append(parts[0])
+    return ".".join(prefix)
 
 
-def _named(node: RanNode, module: str) -> str:
+def _product_text(node: RanNode, module: str) -> str:
     name = ".".join(_path(node.name)).removeprefix(f"{module}.")
     return f"{name} {node.microseconds:.0f}"
 

@@ -1,4 +1,4 @@
-"""How far two right programs may be apart, which follows from the element types that they compute in."""
+"""Tolerances of comparisons: how far two right programs may differ, by the element types that they compute in."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def rank_tolerance(dtypes: Iterable[torch.dtype], noise: float) -> float:
 def computed_dtypes(program: Program) -> set[torch.dtype]:
     """Element types of what a program computes from its inputs: it is as exact as the least exact of them."""
     names = {spec.name for spec in program.inputs}
-    reached: set[fx.Node] = set()
+    computed_nodes: set[fx.Node] = set()
     for node in program.graph.nodes:
         # Sizes, and what is made of them, are no rounded numbers.
         is_size = isinstance(node.meta.get("val"), (torch.SymInt, int))
-        if node.name in names or (not is_size and not reached.isdisjoint(node.all_input_nodes)):
-            reached.add(node)
-    dtypes = {value_of(node).dtype for node in reached if is_tensor(node)}
+        if node.name in names or (not is_size and not computed_nodes.isdisjoint(node.all_input_nodes)):
+            computed_nodes.add(node)
+    dtypes = {value_of(node).dtype for node in computed_nodes if is_tensor(node)}
     return {dtype.to_real() for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
 def _least_exact(tolerances: Mapping[str, float], dtypes: Iterable[torch.dtype]) -> float:
     """The largest tolerance; float32's where no element type says one, as in a program of whole numbers."""
-    known = [tolerances.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes]
-    return max(known, default=0.0) or tolerances["float32"]
+    limits = [tolerances.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes]
+    return max(limits, default=0.0) or tolerances["float32"]

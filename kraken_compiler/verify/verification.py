@@ -1,4 +1,4 @@
-"""Everything that was checked about an artifact, and the run of it."""
+"""Verification of an artifact: the run of its checks, and their results."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackendCheck:
-    """What was found out about a backend's programs.
+    """Results of the checks of a backend's programs.
 
     Attributes:
         backend: The backend.
         windows: The schedule in them, one record per reduce; none if nothing here runs them.
         lanes: What they must compute; None if nobody has it.
         runs: What every rank ran, rank 0 first; empty if none told.
-        profiled: Batch and sequence size of that run.
+        run_size: Batch and sequence size of that run.
     """
 
     backend: Backend[Any]
     windows: tuple[Window, ...] = ()
     lanes: Reference | None = None
     runs: tuple[tuple[RanWindow, ...], ...] = ()
-    profiled: tuple[int, int] = (0, 0)
+    run_size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked.
+    """Results of the checks of an artifact.
 
     Attributes:
         comparisons: The program contract.
@@ -77,9 +77,9 @@ class Verification:
         Raises:
             VerificationError: Names the first failed comparison.
         """
-        failed = [comparison for comparison in self.comparisons if not comparison.passed]
-        if failed:
-            raise VerificationError(f"the program computes something else: {failed[0]}")
+        failures = [comparison for comparison in self.comparisons if not comparison.passed]
+        if failures:
+            raise VerificationError(f"the program computes something else: {failures[0]}")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -97,17 +97,21 @@ class Verification:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """Lines for people."""
         lines = [f"program   {comparison}" for comparison in self.comparisons]
-        promised = [window for window in self.windows if window.promised]
-        fewest = min((len(window.gemms) for window in promised), default=0)
-        hidden = f"{len(promised)} hidden, each behind at least {fewest} matrix products" if promised else "none hidden"
-        lines.append(f"schedule  {len(self.windows)} reduces, {hidden}")
-        for check in self.checks if promised else ():
+        promised_windows = [window for window in self.windows if window.promised]
+        fewest = min((len(window.gemms) for window in promised_windows), default=0)
+        hiding = (
+            f"{len(promised_windows)} hidden, each behind at least {fewest} matrix products"
+            if promised_windows
+            else "none hidden"
+        )
+        lines.append(f"schedule  {len(self.windows)} reduces, {hiding}")
+        for check in self.checks if promised_windows else ():
             if check.runs:
-                executed = min(len(one.products) for run in check.runs for one in run if one.window.promised)
+                fewest_run = min(len(one.products) for run in check.runs for one in run if one.window.promised)
                 lines.append(
-                    f"profile   the {check.backend.ranks_are} ran at least {executed} matrix products between start "
+                    f"profile   the {check.backend.ranks_are} ran at least {fewest_run} matrix products between start "
                     "and wait of each hidden reduce"
                 )
         if self.quality is not None:
@@ -119,12 +123,12 @@ class Verification:
 
     def schedule_lines(self) -> list[str]:
         """The schedule reduce by reduce, as a table for people."""
-        profiled = next((check.profiled for check in self.checks if check.runs), (0, 0))
-        return schedule_table(self.windows, self._runs, profiled)
+        run_size = next((check.run_size for check in self.checks if check.runs), (0, 0))
+        return schedule_table(self.windows, self._runs, run_size)
 
     @property
     def _runs(self) -> Sequence[Sequence[RanWindow]]:
-        """What every rank ran, of the first backend whose ranks tell."""
+        """The windows of every rank's run, of the first backend whose ranks tell."""
         return next((check.runs for check in self.checks if check.runs), ())
 
 
@@ -154,9 +158,9 @@ def verify_programs(
     comparisons: list[Comparison] = []
     checks = []
     for backend in backends_of(artifact):
-        check, found = _check(backend, artifact, lanes, sizes, timeout)
+        check, backend_comparisons = _check(backend, artifact, lanes, sizes, timeout)
         checks.append(check)
-        comparisons += found
+        comparisons += backend_comparisons
     windows = next((check.windows for check in reversed(checks) if check.windows), ())
     return Verification(tuple(comparisons), windows, checks=tuple(checks))
 
@@ -172,24 +176,24 @@ def _check(
         raise VerificationError(f"nothing here can check the programs of the backend '{backend.name}'")
     windows = backend.schedule(artifact)
     require_overlap(windows)
-    stored = backend.reference(artifact, lanes)
-    check = BackendCheck(backend, windows, stored)
-    if stored is None or backend.cannot_run:
+    reference = backend.reference(artifact, lanes)
+    check = BackendCheck(backend, windows, reference)
+    if reference is None or backend.cannot_run:
         return check, []
     if sizes is None:
         # Rows of the last size also grow in the cache, which keeps to the rules at every length.
-        sizes = check_sizes(stored.program, growing=True)
-    inputs = [sample_inputs(stored.program, *size, seed) for seed, size in enumerate(sizes)]
-    executed = execute_on_ranks(artifact.directory, _arrays(inputs), backend.name, timeout=timeout)
-    runs = tuple(ran for record in executed.records if (ran := backend.ran(record, windows)))
+        sizes = check_sizes(reference.program, growing=True)
+    inputs = [sample_inputs(reference.program, *size, seed) for seed, size in enumerate(sizes)]
+    execution = execute_on_ranks(artifact.directory, _arrays(inputs), backend.name, timeout=timeout)
+    runs = tuple(run for record in execution.records if (run := backend.ran(record, windows)))
     require_run_overlap(runs)
-    comparisons = compare_with_lanes(executed, stored, inputs, sizes, windows, who=backend.ranks_are)
-    return replace(check, runs=runs, profiled=sizes[-1]), comparisons
+    comparisons = compare_with_lanes(execution, reference, inputs, sizes, windows, who=backend.ranks_are)
+    return replace(check, runs=runs, run_size=sizes[-1]), comparisons
 
 
 def _arrays(inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Array]]:
     """Input sets as numpy has them, which knows no bfloat16: such a program takes float32 for it."""
     return [
-        {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in given.items()}
-        for given in inputs
+        {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in input_set.items()}
+        for input_set in inputs
     ]

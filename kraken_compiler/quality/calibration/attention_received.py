@@ -1,4 +1,4 @@
-"""How much attention every position of a row receives: what all the rest of a text reads must not be wrong.
+"""Attention that every position of a row receives: what all the rest of a text reads must not be wrong.
 
 Trained Transformers let most heads of most layers rest on one token, the first as a rule (an attention sink: Xiao et
 al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024), and give that token a residual stream like
@@ -31,17 +31,17 @@ def attention_received(program: Program, read_lane: ReadLane, inputs: Sequence[T
         float32 [sequence]: summed over queries, mean over rows, heads and layers; so its mean is 1. Ones where the
         program has no self-attention over rows of this length.
     """
-    watch = _Watch(program, read_lane, inputs[0].shape[-1])
-    watch.run_flat(inputs)
-    return watch.received_S / watch.seen if watch.seen else torch.ones(inputs[0].shape[-1])
+    sums = _AttentionSums(program, read_lane, inputs[0].shape[-1])
+    sums.run_flat(inputs)
+    return sums.received_S / sums.count if sums.count else torch.ones(inputs[0].shape[-1])
 
 
-class _Watch(StreamingProgram):
-    """Adds up attention probabilities on the way."""
+class _AttentionSums(StreamingProgram):
+    """Runs a program and sums its attention probabilities."""
 
     def __init__(self, program: Program, read_lane: ReadLane, sequence: int) -> None:
         super().__init__(program, read_lane)
-        self.received_S, self.seen = torch.zeros(sequence), 0
+        self.received_S, self.count = torch.zeros(sequence), 0
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in ATTENTIONS:
@@ -55,6 +55,6 @@ class _Watch(StreamingProgram):
         if query.shape[-2] == tokens == len(self.received_S):
             # Attention over unit vectors gives its probabilities, whatever its mask and scale.
             units = torch.eye(tokens, dtype=key.dtype).expand(*key.shape[:-1], tokens)
-            received = target(query, key, units, *rest, **options).float().nan_to_num().sum(-2)
-            self.received_S += received.reshape(-1, tokens).mean(0)
-            self.seen += 1
+            attention = target(query, key, units, *rest, **options).float().nan_to_num().sum(-2)
+            self.received_S += attention.reshape(-1, tokens).mean(0)
+            self.count += 1

@@ -22,13 +22,13 @@ from kraken_compiler.quality.calibration.ridge import Fit, fit_ridge
 
 
 class Streams:
-    """The source and the lanes, on the same batches, and what the lanes' stream lacks of the source's.
+    """The source and the lanes on the same batches, and the gap between their streams.
 
     Args:
         standard: The source as a lane program in `standard` form.
         source, lanes: The two programs under way.
         values: Where the gap waits.
-        held: For every batch whether it is held back.
+        batch_is_held_out: For every batch whether it is held out.
         importance: For every batch float32 [N], what each of its tokens counts in the fits.
     """
 
@@ -38,10 +38,11 @@ class Streams:
         source: Lockstep,
         lanes: Lockstep,
         values: Values,
-        held: Sequence[bool],
+        batch_is_held_out: Sequence[bool],
         importance: Sequence[Tensor],
     ) -> None:
-        self.source, self.lanes, self.held, self.degree = source, lanes, tuple(held), standard.degree
+        self.source, self.lanes, self.degree = source, lanes, standard.degree
+        self.batch_is_held_out = tuple(batch_is_held_out)
         self.importance = tuple(importance)
         self._values = values
         self._has_gap = False
@@ -75,7 +76,7 @@ class Streams:
 
 
 _MASSIVE = 10.0
-"""How many times the median of its square a token's stream is from where on it counts as massive."""
+"""A token whose squared stream is more than this many times the median counts as massive."""
 _UNEQUAL = "output: more than a factor lies between the projection and the stream"
 
 
@@ -108,37 +109,37 @@ class BranchFit:
 
     def _fit_inputs(self, fresh: fx.Node, group: Sequence[Projection]) -> list[FitRecord]:
         stale = group[0].input
-        biased = all(projection.owns_bias for projection in group)
-        fitted: list[Moments] = []
-        held: list[Moments] = []
+        has_bias = all(projection.owns_bias for projection in group)
+        fit_moments: list[Moments] = []
+        held_out_moments: list[Moments] = []
         pairs = zip(self.streams.source.advance([fresh]), self.streams.lanes.advance([stale]), strict=True)
         for batch, (source, lanes) in enumerate(pairs):
-            wanted_NT = rows(source[fresh])
+            fresh_NT = rows(source[fresh])
             for lane, value in enumerate(per_lane(lanes[stale], self.degree)):
                 x_NP = rows(value)
-                if not fitted:
-                    features, targets = x_NP.shape[1] + biased, x_NP.shape[1]
-                    fitted = [Moments.zeros(features, targets) for _ in range(self.degree)]
-                    held = [Moments.zeros(features, targets, measured=True) for _ in range(self.degree)]
-                moments = (held if self.streams.held[batch] else fitted)[lane]
-                moments.add(_with_ones(x_NP, biased), wanted_NT - x_NP, self.streams.importance[batch])
+                if not fit_moments:
+                    features, targets = x_NP.shape[1] + has_bias, x_NP.shape[1]
+                    fit_moments = [Moments.zeros(features, targets) for _ in range(self.degree)]
+                    held_out_moments = [Moments.zeros(features, targets, has_energy=True) for _ in range(self.degree)]
+                moments = (held_out_moments if self.streams.batch_is_held_out[batch] else fit_moments)[lane]
+                moments.add(_with_ones(x_NP, has_bias), fresh_NT - x_NP, self.streams.importance[batch])
         choices = []
         for lane in range(self.degree):
             metric_TT = gram(torch.cat([self._matrix(projection, lane) for projection in group]))
-            choices.append(fit_ridge(fitted[lane], held[lane], self.strengths, metric_TT))
+            choices.append(fit_ridge(fit_moments[lane], held_out_moments[lane], self.strengths, metric_TT))
         for projection in group:
-            self._refit_input(projection, choices, biased)
+            self._refit_input(projection, choices, has_bias)
         return [_record(f"inputs of lane {lane}", choice) for lane, choice in enumerate(choices)]
 
     def _fit_output(self) -> FitRecord:
         output = self.of_lanes.output
-        biased = output.owns_bias
+        has_bias = output.owns_bias
         after, end, source_node = (
             self.streams.after(self.of_lanes.branch.index),
             self.of_source.end,
             self.of_source.output.node,
         )
-        fitted = held = None
+        fit_moments = held_out_moments = None
         scale = None
         pairs = zip(
             self.streams.source.advance([source_node, end, after]),
@@ -150,24 +151,28 @@ class BranchFit:
             if scale is None:
                 continue
             x_NP = torch.cat([rows(value) for value in per_lane(lanes[output.input], self.degree)], dim=-1)
-            lacking = rows(self.streams.gap(batch) + total(source[end], self.degree)) / scale - self._parts(x_NP)
-            if fitted is None or held is None:
-                features = x_NP.shape[1] + biased
-                fitted, held = (Moments.zeros(features, lacking.shape[1], measured=one) for one in (False, True))
-            added = total(source[end], self.degree)
+            target_NT = rows(self.streams.gap(batch) + total(source[end], self.degree)) / scale - self._parts(x_NP)
+            if fit_moments is None or held_out_moments is None:
+                features = x_NP.shape[1] + has_bias
+                fit_moments, held_out_moments = (
+                    Moments.zeros(features, target_NT.shape[1], has_energy=one) for one in (False, True)
+                )
+            contribution = total(source[end], self.degree)
             # A norm after the branch reads its sum and not the stream.
-            stream = added if self.of_source.branch.post else source[after]
-            weight_N = _output_weight(self.streams.importance[batch], stream, added)
-            (held if self.streams.held[batch] else fitted).add(_with_ones(x_NP, biased), lacking, weight_N)
-        if fitted is None or held is None:
+            stream = contribution if self.of_source.branch.post else source[after]
+            weight_N = _output_weight(self.streams.importance[batch], stream, contribution)
+            (held_out_moments if self.streams.batch_is_held_out[batch] else fit_moments).add(
+                _with_ones(x_NP, has_bias), target_NT, weight_N
+            )
+        if fit_moments is None or held_out_moments is None:
             return FitRecord(_UNEQUAL, 0.0, 1.0, kept=False)
-        choice = fit_ridge(fitted, held, self.strengths)
+        choice = fit_ridge(fit_moments, held_out_moments, self.strengths)
         if choice.solution_PT is not None:
-            self._refit_output(choice.solution_PT, biased)
+            self._refit_output(choice.solution_PT, has_bias)
         return _record("output", choice)
 
     def _parts(self, x_NP: Tensor) -> Tensor:
-        """What the output projections of all lanes make of their inputs with the weights as they are, summed."""
+        """The sum of all lanes' output projections of their inputs, with the weights as they are."""
         output = self.of_lanes.output
         matrix = torch.cat([self._matrix(output, lane) for lane in range(self.degree)], dim=1)
         parts_NT = x_NP @ matrix.T
@@ -175,7 +180,7 @@ class BranchFit:
             parts_NT = parts_NT + sum(self.weights.read_lane(bias, lane).float() for lane in range(self.degree))
         return parts_NT
 
-    def _refit_input(self, projection: Projection, choices: Sequence[Fit], biased: bool) -> None:
+    def _refit_input(self, projection: Projection, choices: Sequence[Fit], has_bias: bool) -> None:
         if not any(choice.kept for choice in choices):
             return
         matrices, biases = [], []
@@ -184,16 +189,16 @@ class BranchFit:
             bias = self.weights.read_lane(projection.bias, lane).float() if projection.bias is not None else None
             if choice.solution_PT is not None:
                 solution = choice.solution_PT.float()
-                if biased and bias is not None:
+                if has_bias and bias is not None:
                     bias = bias + matrix @ solution[-1]
                 matrix = matrix + matrix @ solution[: matrix.shape[1]].T
             matrices.append(projection.as_stored(matrix))
             biases.append(bias)
         self.weights.change(projection.weight, matrices)
-        if biased and projection.bias is not None:
+        if has_bias and projection.bias is not None:
             self.weights.change(projection.bias, [bias for bias in biases if bias is not None])
 
-    def _refit_output(self, solution_PT: Tensor, biased: bool) -> None:
+    def _refit_output(self, solution_PT: Tensor, has_bias: bool) -> None:
         output = self.of_lanes.output
         change = solution_PT.float()
         matrices, start = [], 0
@@ -203,7 +208,7 @@ class BranchFit:
             matrices.append(output.as_stored(matrix + change[start : start + columns].T))
             start += columns
         self.weights.change(output.weight, matrices)
-        if biased and output.bias is not None:
+        if has_bias and output.bias is not None:
             share = change[-1] / self.degree
             bias = output.bias
             self.weights.change(
@@ -222,8 +227,8 @@ class BranchFit:
 def total(value: Any, degree: int) -> Tensor:
     """The sum over lanes, in float32."""
     parts = per_lane(value, degree)
-    summed: Tensor = sum((part.float() for part in parts[1:]), parts[0].float())
-    return summed
+    lane_sum: Tensor = sum((part.float() for part in parts[1:]), parts[0].float())
+    return lane_sum
 
 
 def per_lane(value: Any, degree: int) -> list[Tensor]:
@@ -241,8 +246,8 @@ def gram(matrix: Tensor) -> Tensor:
     return matrix.double().T @ matrix.double()
 
 
-def _output_weight(importance_N: Tensor, stream: Tensor, added: Tensor) -> Tensor:
-    """What tokens count in the fit of an output projection, float32 [N].
+def _output_weight(importance_N: Tensor, stream: Tensor, contribution: Tensor) -> Tensor:
+    """Weights of tokens in the fit of an output projection, float32 [N].
 
     The inverse square of the stream, for a norm reads it. An important token counts more where the branch has a share
     in its stream; and one whose stream is far larger than the others' counts only there: everywhere else what it lacks
@@ -251,21 +256,21 @@ def _output_weight(importance_N: Tensor, stream: Tensor, added: Tensor) -> Tenso
     Args:
         importance_N: What tokens count in the fits of inputs.
         stream: The source's stream once the branch has contributed.
-        added: What the source's branch contributes.
+        contribution: What the source's branch contributes.
     """
-    size_N, added_N = (rows(value).pow(2).mean(-1).clamp_min(1e-12) for value in (stream, added))
-    share_N = (added_N / size_N).clamp_max(1.0)
-    massive_N = ((added_N + _MASSIVE * size_N.median()) / size_N).clamp_max(1.0)
+    size_N, contribution_N = (rows(value).pow(2).mean(-1).clamp_min(1e-12) for value in (stream, contribution))
+    share_N = (contribution_N / size_N).clamp_max(1.0)
+    massive_N = ((contribution_N + _MASSIVE * size_N.median()) / size_N).clamp_max(1.0)
     return (1 + (importance_N - 1) * share_N) * massive_N / size_N
 
 
-def _with_ones(x_NP: Tensor, wanted: bool) -> Tensor:
-    return torch.cat([x_NP, x_NP.new_ones(x_NP.shape[0], 1)], dim=1) if wanted else x_NP
+def _with_ones(x_NP: Tensor, has_bias: bool) -> Tensor:
+    return torch.cat([x_NP, x_NP.new_ones(x_NP.shape[0], 1)], dim=1) if has_bias else x_NP
 
 
-def _factor(projected: Any, added: Any) -> float | None:
+def _factor(projection: Any, contribution: Any) -> float | None:
     """The number that turns a projection's result into what the branch adds to the stream; None if it is no number."""
-    before, after = (per_lane(value, 1)[0].double() for value in (projected, added))
+    before, after = (per_lane(value, 1)[0].double() for value in (projection, contribution))
     if before.shape != after.shape:
         return None
     factor = float((before * after).sum() / (before * before).sum().clamp_min(1e-300))

@@ -37,7 +37,7 @@ from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.calibration.ridge import STRENGTHS
 
 _MEMORY = 3 << 30
-_WATCHED_ROWS = 4
+_ATTENTION_ROWS = 4
 
 
 def calibrate(
@@ -45,7 +45,7 @@ def calibrate(
     program: LaneProgram,
     read_lane: ReadLane,
     batches: Sequence[list[Tensor]],
-    held: Sequence[bool],
+    batch_is_held_out: Sequence[bool],
     *,
     strengths: Sequence[float] = STRENGTHS,
     memory: int = _MEMORY,
@@ -58,7 +58,7 @@ def calibrate(
         program: The lane program; it is not changed.
         read_lane: Gives the weights of both.
         batches: The programs' flat inputs, one list per batch.
-        held: For every batch whether it is held back: not fitted until the ridge strength is chosen on it.
+        batch_is_held_out: For every batch; one held out is not fitted until the ridge strength is chosen on it.
         strengths: Ridge strengths to choose from.
         memory: Bytes of activations to hold in memory; the rest waits in a temporary directory.
         advance: Is told how many branches are done.
@@ -75,7 +75,7 @@ def calibrate(
         values = Values(Path(folder), memory)
         source = Lockstep(standard, read_lane, batches, values, "source")
         lanes = Lockstep(program, weights.read_lane, batches, values, "lanes")
-        streams = Streams(standard, source, lanes, values, held, _importance(standard, read_lane, batches))
+        streams = Streams(standard, source, lanes, values, batch_is_held_out, _importance(standard, read_lane, batches))
         for number, (of_source, of_lanes) in enumerate(pairs, start=1):
             branch = program.layers.branches[number - 1]
             if number < first:
@@ -94,14 +94,14 @@ def calibrate(
 
 
 def _importance(standard: LaneProgram, read_lane: ReadLane, batches: Sequence[list[Tensor]]) -> list[Tensor]:
-    """For every batch what each of its tokens counts, float32 [N].
+    """Weights of the tokens of every batch, float32 [N].
 
     How well a token's own prediction is kept counts 1, and as much again what an average token is read; for the first
     of a row that is about a hundred times more. It is a property of positions, so one batch of the longest rows tells.
     Where rows of single tokens add to a position, all tokens there together count what those of the longest rows would.
     """
     longest = max(batches, key=lambda inputs: inputs[0].shape[-1])
-    received_S = attention_received(standard, read_lane, [value[:_WATCHED_ROWS] for value in longest])
+    received_S = attention_received(standard, read_lane, [value[:_ATTENTION_ROWS] for value in longest])
     rows_S = torch.zeros(len(received_S))
     for inputs in batches:
         rows_S[: inputs[0].shape[-1]] += len(inputs[0])

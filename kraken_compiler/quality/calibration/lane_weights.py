@@ -24,30 +24,30 @@ class LaneWeights:
 
     def __init__(self, read_lane: ReadLane, degree: int) -> None:
         self._read_lane, self.degree = read_lane, degree
-        self._changed: dict[str, list[Tensor]] = {}
+        self._tensors: dict[str, list[Tensor]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the changed weights in the lane program's weight table."""
-        return tuple(self._changed)
+        return tuple(self._tensors)
 
     def read_lane(self, spec: WeightSpec, lane: int) -> Tensor:
         """One lane's tensor of a weight, changed or not."""
-        changed = self._changed.get(spec.name)
-        return changed[lane] if changed is not None else self._read_lane(spec, lane)
+        tensors = self._tensors.get(spec.name)
+        return tensors[lane] if tensors is not None else self._read_lane(spec, lane)
 
     def change(self, spec: WeightSpec, lanes: list[Tensor]) -> None:
         """Give a weight new values, one tensor of the spec's local shape per lane; they are stored in its dtype."""
         assert len(lanes) == self.degree
         assert all(tuple(lane.shape) == spec.shape for lane in lanes)
-        self._changed[spec.name] = [lane.to(spec.torch_dtype).contiguous() for lane in lanes]
+        self._tensors[spec.name] = [lane.to(spec.torch_dtype).contiguous() for lane in lanes]
 
     def in_program(self, program: LaneProgram, read: SourceReader) -> tuple[LaneProgram, SourceReader]:
-        """The lane program with the changed weights in its weight table, and what gives its source tensors.
+        """The lane program with the changed weights in its weight table, and the reader of its source tensors.
 
         Args:
             program: The lane program that was calibrated.
             read: Gives the source's tensors.
         """
-        moved = with_lane_tensors(program, self.names)
-        return moved, lane_tensor_reader(moved.weights, self.degree, self.read_lane, read)
+        changed_program = with_lane_tensors(program, self.names)
+        return changed_program, lane_tensor_reader(changed_program.weights, self.degree, self.read_lane, read)

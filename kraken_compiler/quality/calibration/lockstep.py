@@ -28,7 +28,7 @@ class Values:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        self._held: dict[str, Any] = {}
+        self._in_memory: dict[str, Any] = {}
         self._bytes = 0
 
     def put(self, name: str, value: Any) -> None:
@@ -37,22 +37,22 @@ class Values:
         size = _size(value)
         if self._bytes + size <= self._limit:
             compact = _compact(value)
-            self._held[name] = Lanes(compact) if isinstance(value, Lanes) else compact
+            self._in_memory[name] = Lanes(compact) if isinstance(value, Lanes) else compact
             self._bytes += size
         else:
             torch.save({"lanes": isinstance(value, Lanes), "value": _compact(value)}, self._path(name))
 
     def get(self, name: str) -> Any:
         """The value kept under a name."""
-        if name in self._held:
-            return self._held[name]
-        kept = torch.load(self._path(name), weights_only=True)
-        return Lanes(kept["value"]) if kept["lanes"] else kept["value"]
+        if name in self._in_memory:
+            return self._in_memory[name]
+        content = torch.load(self._path(name), weights_only=True)
+        return Lanes(content["value"]) if content["lanes"] else content["value"]
 
     def drop(self, name: str) -> None:
         """Forget a value, if there is one."""
-        if name in self._held:
-            self._bytes -= _size(self._held.pop(name))
+        if name in self._in_memory:
+            self._bytes -= _size(self._in_memory.pop(name))
         else:
             self._path(name).unlink(missing_ok=True)
 
@@ -76,38 +76,38 @@ class Lockstep:
     ) -> None:
         self._program, self._read_lane, self._batches = program, read_lane, batches
         self._values, self._name = values, name
-        self._given = {node for node in program.graph.nodes if node.op == "placeholder"}
-        self._done: set[fx.Node] = set(self._given)
+        self._placeholders = {node for node in program.graph.nodes if node.op == "placeholder"}
+        self._computed_nodes: set[fx.Node] = set(self._placeholders)
 
     def advance(self, targets: Sequence[fx.Node]) -> Iterator[dict[fx.Node, Any]]:
         """Compute nodes on every batch, and whatever they need that is not there yet.
 
         Args:
-            targets: The nodes wanted.
+            targets: The nodes to compute.
 
         Yields:
             For every batch in turn the targets' values: one tensor, or a list of one per lane where lanes differ.
         """
-        wanted: set[fx.Node] = set()
+        new_nodes: set[fx.Node] = set()
         for target in targets:
-            wanted |= ancestors(target, stop=self._done)
-        nodes = [node for node in self._program.graph.nodes if node in wanted]
-        done = self._done | wanted
-        runner = _Runner(self._program, _remembering(self._read_lane))
-        read = {operand for node in nodes for operand in node.all_input_nodes} - wanted - self._given
-        read |= {target for target in targets if target not in wanted}
-        spent = [node for node in read if done.issuperset(node.users)]
-        live = [node for node in nodes if not done.issuperset(node.users) or node in targets]
+            new_nodes |= ancestors(target, stop=self._computed_nodes)
+        nodes = [node for node in self._program.graph.nodes if node in new_nodes]
+        computed_nodes = self._computed_nodes | new_nodes
+        runner = _Runner(self._program, _cached_reader(self._read_lane))
+        operands = {operand for node in nodes for operand in node.all_input_nodes} - new_nodes - self._placeholders
+        operands |= {target for target in targets if target not in new_nodes}
+        dead = [node for node in operands if computed_nodes.issuperset(node.users)]
+        live = [node for node in nodes if not computed_nodes.issuperset(node.users) or node in targets]
         for number, inputs in enumerate(self._batches):
-            known = {node: self._values.get(self._key(number, node)) for node in read - self._given}
-            computed = runner.compute(nodes, inputs, known, keep={*live, *targets})
+            operand_values = {node: self._values.get(self._key(number, node)) for node in operands - self._placeholders}
+            values = runner.compute(nodes, inputs, operand_values, keep={*live, *targets})
             for node in live:
-                self._values.put(self._key(number, node), computed[node])
-            for node in spent:
+                self._values.put(self._key(number, node), values[node])
+            for node in dead:
                 self._values.drop(self._key(number, node))
             # Whoever reads two runs side by side leaves one of them at its last value.
-            self._done = done if number == len(self._batches) - 1 else self._done
-            yield {target: computed[target] for target in targets}
+            self._computed_nodes = computed_nodes if number == len(self._batches) - 1 else self._computed_nodes
+            yield {target: values[target] for target in targets}
 
     def _key(self, batch: int, node: fx.Node) -> str:
         return f"{self._name}-{batch}-{node.name}"
@@ -120,13 +120,13 @@ class _Runner(StreamingProgram):
         self,
         nodes: Sequence[fx.Node],
         inputs: Sequence[Tensor],
-        known: dict[fx.Node, Any],
+        values: dict[fx.Node, Any],
         keep: Collection[fx.Node],
     ) -> dict[fx.Node, Any]:
         """The values of the nodes in `keep`, out of those that are known; others go when nothing more reads them."""
         placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
-        given = dict(zip(placeholders, [*self._program.weights.values(), *inputs], strict=True))
-        self.env = {**given, **known}
+        arguments = dict(zip(placeholders, [*self._program.weights.values(), *inputs], strict=True))
+        self.env = {**arguments, **values}
         last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
         with torch.no_grad():
             for node in nodes:
@@ -137,17 +137,17 @@ class _Runner(StreamingProgram):
         return self.env
 
 
-def _remembering(read_lane: ReadLane) -> ReadLane:
-    """Read every weight once."""
-    read: dict[tuple[str, int], Tensor] = {}
+def _cached_reader(read_lane: ReadLane) -> ReadLane:
+    """A reader that reads every weight once."""
+    tensors: dict[tuple[str, int], Tensor] = {}
 
-    def remembered(spec: WeightSpec, lane: int) -> Tensor:
+    def read_once(spec: WeightSpec, lane: int) -> Tensor:
         key = (spec.name, lane if spec.shards else 0)
-        if key not in read:
-            read[key] = read_lane(spec, lane)
-        return read[key]
+        if key not in tensors:
+            tensors[key] = read_lane(spec, lane)
+        return tensors[key]
 
-    return remembered
+    return read_once
 
 
 def _size(value: Any) -> int:
@@ -157,7 +157,7 @@ def _size(value: Any) -> int:
 
 
 def _compact(value: Any) -> Any:
-    """The value without the rest of a bigger tensor that it may be a part of."""
+    """A copy of the value, if it is a part of a bigger tensor."""
     if isinstance(value, Tensor):
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     return [_compact(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -26,20 +26,20 @@ class Moments:
     energy_TT: Tensor | None = None
 
     @classmethod
-    def zeros(cls, features: int, targets: int, *, measured: bool = False) -> Moments:
-        """Sums over no tokens; `measured` ones can tell errors."""
+    def zeros(cls, features: int, targets: int, *, has_energy: bool = False) -> Moments:
+        """Sums over no tokens; those with energy can tell errors."""
         f64 = torch.float64
         return cls(
             torch.zeros(features, features, dtype=f64),
             torch.zeros(features, targets, dtype=f64),
-            torch.zeros(targets, targets, dtype=f64) if measured else None,
+            torch.zeros(targets, targets, dtype=f64) if has_energy else None,
         )
 
     def add(self, x_NP: Tensor, y_NT: Tensor, weight_N: Tensor) -> None:
         """Add a batch of tokens; the products are computed in float32 and summed in float64."""
-        weighted = x_NP * weight_N[:, None]
-        self.gram_PP += weighted.T @ x_NP
-        self.cross_PT += weighted.T @ y_NT
+        weighted_x_NP = x_NP * weight_N[:, None]
+        self.gram_PP += weighted_x_NP.T @ x_NP
+        self.cross_PT += weighted_x_NP.T @ y_NT
         if self.energy_TT is not None:
             self.energy_TT += (y_NT * weight_N[:, None]).T @ y_NT
 
@@ -54,8 +54,8 @@ class Moments:
             metric_TT: M, symmetric; None means the identity.
         """
         assert self.energy_TT is not None
-        left = self.energy_TT
+        error_TT = self.energy_TT
         if solution_PT is not None:
-            explained = solution_PT.T @ self.cross_PT
-            left = left - explained - explained.T + solution_PT.T @ self.gram_PP @ solution_PT
-        return float(left.trace() if metric_TT is None else (left * metric_TT).sum())
+            explained_TT = solution_PT.T @ self.cross_PT
+            error_TT = error_TT - explained_TT - explained_TT.T + solution_PT.T @ self.gram_PP @ solution_PT
+        return float(error_TT.trace() if metric_TT is None else (error_TT * metric_TT).sum())

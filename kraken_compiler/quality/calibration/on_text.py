@@ -1,4 +1,4 @@
-"""Calibrates a captured model's lane program on text files and measures what it brought."""
+"""Calibrates a captured model's lane program on text files and measures its quality before and after."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 CALIBRATION_TOKENS = 65536
-"""How many tokens to calibrate on unless a user says otherwise."""
+"""Default number of tokens to calibrate on."""
 
 
 def calibrate_on_text(
@@ -32,7 +32,7 @@ def calibrate_on_text(
     program: LaneProgram,
     paths: Sequence[Path],
     tokens: int,
-    measured_on: TextChoice,
+    other_choice: TextChoice,
     show: Progress,
 ) -> Calibration:
     """Calibrate on text files; measure before and after on parts of them that stay unseen, and on another text.
@@ -43,7 +43,7 @@ def calibrate_on_text(
         program: The lane program.
         paths: Text files, and directories of them.
         tokens: How many tokens to calibrate on.
-        measured_on: The other text.
+        other_choice: The other text.
         show: Is told how far it is.
 
     Raises:
@@ -51,21 +51,23 @@ def calibrate_on_text(
         InputFileError: A text cannot be read.
     """
     text = calibration_text(captured, paths, tokens)
-    other = evaluation_text(captured, measured_on)
+    other = evaluation_text(captured, other_choice)
     inputs_of = inputs_function(program.inputs)
     read_lane = read_from_source(program, captured.store.read)
-    ids = [*text.fitted, *text.held]
-    held = [False] * len(text.fitted) + [True] * len(text.held)
+    ids = [*text.fitted, *text.held_out]
+    batch_is_held_out = [False] * len(text.fitted) + [True] * len(text.held_out)
     with show.steps("calibrate") as advance:
-        found = calibrate(standard, program, read_lane, list(map(inputs_of, ids)), held, advance=advance)
+        calibration = calibrate(
+            standard, program, read_lane, list(map(inputs_of, ids)), batch_is_held_out, advance=advance
+        )
     qualities = []
-    measured: list[tuple[str, Iterable[Tensor]]] = [("unseen parts of the calibration text", text.unseen)]
+    evaluation_texts: list[tuple[str, Iterable[Tensor]]] = [("unseen parts of the calibration text", text.unseen)]
     if isinstance(other, TokenText):
-        measured.append((other.name, other))
+        evaluation_texts.append((other.name, other))
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     with show.stage("quality before and after calibration"):
-        for name, batches in measured:
-            lanes = (lane_logits(program, weights) for weights in (read_lane, found.weights.read_lane))
+        for name, batches in evaluation_texts:
+            lanes = (lane_logits(program, weights) for weights in (read_lane, calibration.weights.read_lane))
             before, after = (evaluate(source, logits, batches, name) for logits in lanes)
             qualities.append((before, after))
-    return replace(found, texts=tuple(map(str, paths)), qualities=tuple(qualities))
+    return replace(calibration, texts=tuple(map(str, paths)), qualities=tuple(qualities))

@@ -1,4 +1,4 @@
-"""What calibration did, as records that can be printed and saved."""
+"""Records of a calibration, which can be printed and saved."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Calibration:
         }
 
     def lines(self) -> list[str]:
-        """For people: one line a text."""
+        """Lines for people, one a text."""
         fits = [fit for branch in self.branches for fit in branch.fits]
         lines = [f"on {self.tokens:,} tokens: {sum(fit.kept for fit in fits)} of {len(fits)} fits help and are kept"]
         for old, new in self.qualities:

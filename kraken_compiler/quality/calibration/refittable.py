@@ -1,4 +1,4 @@
-"""Which weights of a branch calibration may refit: those of its input projections and of its output projection."""
+"""The weights of a branch that calibration may refit: those of its input and of its output projections."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Projection:
 
     @property
     def input(self) -> fx.Node:
-        """What it multiplies."""
+        """The operand that the weight multiplies."""
         operand = args_of(self.node)[0]
         assert isinstance(operand, fx.Node)
         return operand
@@ -52,12 +52,12 @@ class Projection:
                 matrix = matrix.reshape(_shape(args_of(view)[0]))
         return matrix
 
-    def as_matrix(self, stored: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         """The weight as the linear reads it, [out, in]."""
         for view in self.views:
             dims = args_of(view)[1]
-            stored = stored.permute(dims) if view.target is aten.permute.default else stored.reshape(dims)
-        return stored
+            weight = weight.permute(dims) if view.target is aten.permute.default else weight.reshape(dims)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Refittable:
 
 
 def find_refittable(program: LaneProgram) -> list[Refittable | Rejection]:
-    """For every branch of a lane program, in order, the projections that may be refitted or why there are none."""
+    """Find the projections of every branch, in order, that may be refitted, or why there are none."""
     weights = weight_derived(program)
     nodes = {node.name: node for node in program.graph.nodes}
     owners: dict[str, int] = {}
@@ -92,17 +92,17 @@ def _of_branch(
     branch: Branch, program: LaneProgram, nodes: dict[str, fx.Node], weights: set[fx.Node], owners: dict[str, int]
 ) -> Refittable | Rejection:
     inside = [nodes[name] for name in branch.nodes]
-    found = find_projections(nodes[branch.output], inside, weights)
-    if isinstance(found, Rejection):
-        return found
+    projections = find_projections(nodes[branch.output], inside, weights)
+    if isinstance(projections, Rejection):
+        return projections
     groups: dict[Any, list[Projection]] = {}
-    for node in (*found.inputs, found.output):
+    for node in (*projections.inputs, projections.output):
         projection = _projection(node, program)
         if isinstance(projection, Rejection):
             return projection
         if owners[node.name] > 1:
             return Rejection("a projection serves two branches at once", (node.name,), branch.path)
-        if node is found.output:
+        if node is projections.output:
             groups[None] = [projection]
         elif projection.weight.shards:  # What all lanes hold alike (the one key head of multi-query) stays so.
             groups.setdefault(projection.input, []).append(projection)

@@ -17,12 +17,12 @@ STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True)
 class Fit:
-    """A regression and what it does on held-back tokens.
+    """A regression and its error on held-out tokens.
 
     Attributes:
         solution_PT: B, which predicts y as B' x; None if it would do no better than zero.
         strength: The ridge strength, relative to the Gram matrix's diagonal.
-        before, after: Error on the held-back tokens without and with the regression; after <= before.
+        before, after: Error on the held-out tokens without and with the regression; after <= before.
     """
 
     solution_PT: Tensor | None
@@ -47,33 +47,33 @@ def solve_ridge(moments: Moments, strength: float) -> Tensor:
         strength: Above 0.
     """
     sizes_P = moments.gram_PP.diagonal()
-    damped = moments.gram_PP.clone()
+    damped_PP = moments.gram_PP.clone()
     # A feature that is always zero gets no weight, whatever its damping.
-    damped.diagonal().add_(strength * torch.where(sizes_P > 0, sizes_P, 1.0))
-    return torch.cholesky_solve(moments.cross_PT, torch.linalg.cholesky(damped))
+    damped_PP.diagonal().add_(strength * torch.where(sizes_P > 0, sizes_P, 1.0))
+    return torch.cholesky_solve(moments.cross_PT, torch.linalg.cholesky(damped_PP))
 
 
 def fit_ridge(
-    fitted: Moments,
-    held: Moments,
+    fit_moments: Moments,
+    held_out_moments: Moments,
     strengths: Sequence[float] = STRENGTHS,
     metric_TT: Tensor | None = None,
 ) -> Fit:
-    """Choose the strength on held-back tokens, then fit all tokens with it.
+    """Choose the strength on held-out tokens, then fit all tokens with it.
 
     The error falls and then rises with the strength, so it is followed downhill from the middle.
 
     Args:
-        fitted: Tokens to fit.
-        held: Held-back tokens, with their energy.
+        fit_moments: Tokens to fit.
+        held_out_moments: Held-out tokens, with their energy.
         strengths: What to choose from, ascending.
         metric_TT: Weighs the targets' errors in the choice; None means all alike.
     """
-    before = held.error(None, metric_TT)
+    before = held_out_moments.error(None, metric_TT)
 
     @cache
     def error_at(place: int) -> float:
-        return held.error(solve_ridge(fitted, strengths[place]), metric_TT)
+        return held_out_moments.error(solve_ridge(fit_moments, strengths[place]), metric_TT)
 
     place = len(strengths) // 2
     while True:
@@ -85,4 +85,4 @@ def fit_ridge(
     strength, after = strengths[place], error_at(place)
     if not after < before:
         return Fit(None, strength, before, before)
-    return Fit(solve_ridge(fitted + held, strength), strength, before, after)
+    return Fit(solve_ridge(fit_moments + held_out_moments, strength), strength, before, after)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
 _CHARACTERS_PER_TOKEN = 6
-_HELD_SHARE = 6
+_HELD_OUT_SHARE = 6
 _UNSEEN_ROWS = 16
 _ROWS_AT_ONCE = 8
-_MEASURED_AT_ONCE = 2
+_UNSEEN_ROWS_AT_ONCE = 2
 """Rows whose logits are held at once: with a large vocabulary they take more than the model."""
 _SINGLE_SHARE = 8
 """One in so many of the rows to fit, and to choose strengths on, is cut into rows of a single token."""
@@ -40,19 +40,19 @@ class CalibrationText:
 
     Attributes:
         fitted: Batches int64 [rows, sequence] to fit: of long rows, and then of rows of a single token.
-        held: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a strength
-            that holds on another text holds on text that nobody has seen.
+        held_out: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a
+            strength that holds on another text holds on text that nobody has seen.
         unseen: Batches that calibration leaves alone, to measure it on.
     """
 
     fitted: tuple[Tensor, ...]
-    held: tuple[Tensor, ...]
+    held_out: tuple[Tensor, ...]
     unseen: tuple[Tensor, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens that calibration uses."""
-        return sum(ids.numel() for ids in (*self.fitted, *self.held))
+        return sum(ids.numel() for ids in (*self.fitted, *self.held_out))
 
 
 def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> CalibrationText:
@@ -68,27 +68,27 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
         InputFileError: A text cannot be read.
     """
     require_one_text(captured.program, "--calibrate")
-    texts = [_read(captured, file) for path in paths for file in _files(path)]
+    texts = [_read_file(captured, file) for path in paths for file in _files(path)]
     # A row of a token file is a document, which may be short.
     documents = [text.shape[-1] for text in texts if isinstance(text, np.ndarray)]
     row = min([longest_row(captured), *documents])
-    wanted = max(1, tokens // row)
-    quota = -(-(wanted + _UNSEEN_ROWS) // len(texts))
+    count = max(1, tokens // row)
+    quota = -(-(count + _UNSEEN_ROWS) // len(texts))
     tokenizer = cache(lambda: load_tokenizer(captured, "--calibrate"))
 
     def tokenize(text: str) -> list[int]:
         return token_ids(tokenizer(), text, vocabulary(captured.program), "--calibrate", special=False)
 
-    rows = [found for text in texts if (found := _rows(text, quota, row, tokenize))]
-    return divide(rows, wanted, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_MEASURED_AT_ONCE]))
+    rows = [text_rows for text in texts if (text_rows := _rows(text, quota, row, tokenize))]
+    return divide(rows, count, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_UNSEEN_ROWS_AT_ONCE]))
 
 
-def divide(texts: Sequence[Sequence[list[int]]], wanted: int, *, singles: bool = True) -> CalibrationText:
-    """Decide which rows are fitted, held back or unseen.
+def divide(texts: Sequence[Sequence[list[int]]], count: int, *, singles: bool = True) -> CalibrationText:
+    """Divide rows into those that are fitted, held out or unseen.
 
     Args:
         texts: For every text its rows, all of one length.
-        wanted: How many rows to calibrate on.
+        count: How many rows to calibrate on.
         singles: Cut some of them into rows of a single token. A causal model's first token is like no other, whatever
             follows it, and long rows have too few of them to fit. (Rows of 4 or of 8 tokens help less or do harm.)
 
@@ -102,15 +102,17 @@ def divide(texts: Sequence[Sequence[list[int]]], wanted: int, *, singles: bool =
     in_turn = _in_turn(texts)
     # The last rows of the longest texts: next to nothing of what is fitted.
     unseen = in_turn[-aside:]
-    used = in_turn[:-aside][:wanted]
-    several = len({text for text, _ in used}) >= 4
-    last = used[-max(1, len(used) // _HELD_SHARE) :]
-    held = [entry for entry in used if entry[0] % 4 == 2] if several else last
-    kept = {id(row) for _, row in held}
-    fitted = [row for _, row in used if id(row) not in kept]
+    selection = in_turn[:-aside][:count]
+    several = len({text for text, _ in selection}) >= 4
+    last = selection[-max(1, len(selection) // _HELD_OUT_SHARE) :]
+    held_out = [entry for entry in selection if entry[0] % 4 == 2] if several else last
+    held_out_ids = {id(row) for _, row in held_out}
+    fitted_rows = [row for _, row in selection if id(row) not in held_out_ids]
     batches = _with_singles if singles else _batches
-    measured = torch.tensor([row for _, row in unseen])
-    return CalibrationText(batches(fitted), batches([row for _, row in held]), torch.split(measured, _MEASURED_AT_ONCE))
+    unseen_rows = torch.tensor([row for _, row in unseen])
+    return CalibrationText(
+        batches(fitted_rows), batches([row for _, row in held_out]), torch.split(unseen_rows, _UNSEEN_ROWS_AT_ONCE)
+    )
 
 
 def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]]:
@@ -129,7 +131,7 @@ def _with_singles(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
 
 
 def _first_stands_alone(captured: Capture, rows: Sequence[list[int]]) -> bool:
-    """True if the source says of a row's first token what it says of a row of that token alone."""
+    """True if the source's logits of a row's first token are those of a row of that token alone."""
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     ids = torch.tensor(rows)
     return torch.allclose(source(ids[:, :1])[:, 0], source(ids)[:, 0], rtol=1e-3, atol=1e-3)
@@ -139,7 +141,7 @@ def _batches(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
     return tuple(torch.split(torch.tensor(rows), _ROWS_AT_ONCE)) if rows else ()
 
 
-def _read(captured: Capture, file: Path) -> str | TokenIds:
+def _read_file(captured: Capture, file: Path) -> str | TokenIds:
     if is_token_file(file):
         return read_token_file(file, vocabulary(captured.program), "--calibrate")
     return read_text(file, "--calibrate")

@@ -22,7 +22,7 @@ from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.refittable import find_refittable
 
 APART = 3
-"""How far apart the layers are that are calibrated together."""
+"""Distance between layers that are calibrated together."""
 
 
 class SingleLayers:
@@ -33,7 +33,7 @@ class SingleLayers:
         standard: The same in standard form.
         read_lane: Gives the source's weights.
         batches: Flat inputs to calibrate on.
-        held: For every batch whether it is held back, see `calibrate`.
+        batch_is_held_out: See `calibrate`.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class SingleLayers:
         standard: LaneProgram,
         read_lane: ReadLane,
         batches: Sequence[list[Tensor]],
-        held: Sequence[bool],
+        batch_is_held_out: Sequence[bool],
     ) -> None:
         self._split, self._standard, self._read_lane = split, standard, read_lane
-        self._batches, self._held = batches, held
+        self._batches, self._batch_is_held_out = batches, batch_is_held_out
         self._count = len(split.layers.layers)
         self._group: tuple[str, int] | None = None
         self._weights: LaneWeights | None = None
@@ -53,7 +53,7 @@ class SingleLayers:
 
     @property
     def tokens(self) -> int:
-        """How many tokens they are calibrated on."""
+        """Number of tokens that they are calibrated on."""
         return sum(inputs[0].numel() for inputs in self._batches)
 
     def in_order(self) -> list[int]:
@@ -61,7 +61,7 @@ class SingleLayers:
         return sorted(range(self._count), key=lambda layer: (layer % APART, layer))
 
     def reader(self, form: str, layer: int) -> ReadLane:
-        """What gives the weights of the program in which this layer alone has the form."""
+        """A reader of the weights of the program in which this layer alone has the form."""
         if self._group != (form, layer % APART):
             self._calibrate(form, layer % APART)
         weights, layer_of = self._weights, self._layer_of
@@ -79,18 +79,20 @@ class SingleLayers:
         # The group before goes first: it is as large as the model.
         self._weights, self._group = None, None
         self._layer_of = _layers_of_weights(program)
-        self._weights = calibrate(self._standard, program, self._read_lane, self._batches, self._held).weights
+        self._weights = calibrate(
+            self._standard, program, self._read_lane, self._batches, self._batch_is_held_out
+        ).weights
         self._group = (form, shift)
 
 
 def _layers_of_weights(program: LaneProgram) -> dict[str, int]:
     """The layer of every weight that calibration may change, by name."""
-    found = {}
+    layer_of = {}
     for refittable in find_refittable(program):
         if isinstance(refittable, Rejection):
             continue
         for projection in (*(one for group in refittable.inputs for one in group), refittable.output):
             for spec in (projection.weight, projection.bias):
                 if spec is not None:
-                    found[spec.name] = refittable.branch.layer
-    return found
+                    layer_of[spec.name] = refittable.branch.layer
+    return layer_of

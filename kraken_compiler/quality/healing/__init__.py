@@ -1,1 +1,1 @@
-"""Self-distillation: a rewritten model is trained until it says what its source says."""
+"""Self-distillation: a rewritten model is trained to give the logits of its source."""

@@ -40,15 +40,15 @@ def trainer_of_all_lanes(
     lanes = require_lanes(artifact)
     program, read_lane = lanes.program, lanes.read_lane
 
-    def stacked(spec: WeightSpec) -> Tensor:
+    def read_stacked(spec: WeightSpec) -> Tensor:
         if spec.shared:
             return read_lane(spec, 0)
         return torch.stack([read_lane(spec, lane) for lane in range(program.degree)])
 
-    parameters = _parameters(LaneParameters(program.weights, stacked, device), settings, settings.seed)
+    parameters = _parameters(LaneParameters(program.weights, read_stacked, device), settings, settings.seed)
     student = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
     weights = lane_weights(source.weights, 0, source.reader(read))
-    teacher = teacher_of(LaneRunner(source, device=device), _moved(weights, device))
+    teacher = teacher_of(LaneRunner(source, device=device), _on_device(weights, device))
     return Trainer(student, parameters, teacher, settings, device=device)
 
 
@@ -73,13 +73,13 @@ def trainer_of_one_lane(
         each.verify(*(keeper.rank_files(each, lane) if keeper is not None else ()))
     lanes, source = require_lanes(artifact), require_lanes(teacher)
     program = lanes.program
-    made = LaneParameters(program.weights, lambda spec: lanes.read_lane(spec, lane), device)
+    lane_parameters = LaneParameters(program.weights, lambda spec: lanes.read_lane(spec, lane), device)
     # Every lane has weights of its own to update, so their first updates need not be alike.
-    parameters = _parameters(made, settings, settings.seed + lane)
+    parameters = _parameters(lane_parameters, settings, settings.seed + lane)
     student = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
     weights = {spec.name: source.read_lane(spec, lane).to(device) for spec in source.program.weights.values()}
-    said = teacher_of(LaneRunner(source.program, OnRanks(communicator), device=device), weights)
-    return Trainer(student, parameters, said, settings, peers=RankPeers(communicator, device), device=device)
+    teacher_logits = teacher_of(LaneRunner(source.program, OnRanks(communicator), device=device), weights)
+    return Trainer(student, parameters, teacher_logits, settings, peers=RankPeers(communicator, device), device=device)
 
 
 def _parameters(parameters: LaneParameters, settings: HealSettings, seed: int) -> LaneParameters:
@@ -88,5 +88,5 @@ def _parameters(parameters: LaneParameters, settings: HealSettings, seed: int) -
     return parameters
 
 
-def _moved(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _on_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in weights.items()}

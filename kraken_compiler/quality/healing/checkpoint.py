@@ -38,7 +38,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, state: RunState, step: int) 
     path = folder / _file(step, peers.rank)
     digest = write_whole(path, lambda partial: _write(partial, tensors))
     digests = [part.hex() for part in peers.gather(bytes.fromhex(digest))]
-    state = finished_step(state, step, {_file(step, rank): found for rank, found in enumerate(digests)})
+    state = finished_step(state, step, {_file(step, rank): rank_digest for rank, rank_digest in enumerate(digests)})
     if peers.rank == 0:
         write_state(folder, state)
         keep_only(folder, state)
@@ -46,7 +46,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, state: RunState, step: int) 
 
 
 def load_checkpoint(trainer: Trainer, folder: Path, state: RunState) -> None:
-    """Put a trainer where a checkpoint left it.
+    """Restore a trainer from a checkpoint.
 
     Raises:
         InputFileError: The checkpoint is missing, damaged, or one of other weights.
@@ -61,8 +61,8 @@ def load_checkpoint(trainer: Trainer, folder: Path, state: RunState) -> None:
     if digest != state.files.get(name):
         raise InputFileError(f"{path}: damaged (its hash differs); begin anew with --restart")
     entries = read_header(path)
-    trained = trainer.parameters.trained()
-    for name, parameter in trained.items():
+    parameters = trainer.parameters.trained()
+    for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(read_tensor(name, entries[f"weight/{name}"]))
         moments = {
@@ -80,12 +80,12 @@ def _file(step: int, rank: int) -> str:
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    found = {_GENERATOR: torch.get_rng_state()}
+    tensors = {_GENERATOR: torch.get_rng_state()}
     for name, parameter in trainer.parameters.trained().items():
-        found[f"weight/{name}"] = parameter.detach()
+        tensors[f"weight/{name}"] = parameter.detach()
         moments = trainer.optimizer.state.get(parameter, {})
-        found |= {f"{moment}/{name}": moments[moment] for moment in _MOMENTS if moment in moments}
-    return found
+        tensors |= {f"{moment}/{name}": moments[moment] for moment in _MOMENTS if moment in moments}
+    return tensors
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

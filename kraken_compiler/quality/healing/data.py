@@ -1,4 +1,4 @@
-"""The tokens that a model is trained and judged on."""
+"""The tokens that a model is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     # A row of a token file is a document, which may be short.
     length = min([longest_row(captured, settings.sequence), *(ids.shape[1] for ids in streams if ids.ndim == 2)])
     tokenizer = load_tokenizer(captured, "--text", "give token ids with --tokens FILE") if texts else None
-    known = vocabulary(captured.program)
-    parts = [_split_text(tokenizer, path, settings.hold_out, known) for path in texts]
+    vocabulary_size = vocabulary(captured.program)
+    parts = [_split_text(tokenizer, path, settings.hold_out, vocabulary_size) for path in texts]
     parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
     train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
     if not len(train) or not len(held_out):
@@ -68,11 +68,13 @@ def read_texts(captured: Capture, texts: Sequence[Path], tokens: Sequence[Path],
     return HealingText(train, spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
 
 
-def _split_text(tokenizer: Any, path: Path, hold_out: float, known: int) -> tuple[list[list[int]], list[list[int]]]:
+def _split_text(
+    tokenizer: Any, path: Path, hold_out: float, vocabulary_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
     """The tokens of a text's beginning and of its end, cut where a line ends."""
     text = read_text(path, "--text")
     cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
-    train, held_out = (token_ids(tokenizer, part, known, "--text") for part in (text[:cut], text[cut:]))
+    train, held_out = (token_ids(tokenizer, part, vocabulary_size, "--text") for part in (text[:cut], text[cut:]))
     return [train], [held_out]
 
 
@@ -85,17 +87,17 @@ def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[list[list[int]], list
 
 def _rows(streams: list[list[int]], length: int) -> Tensor:
     """Whole rows of streams; the rest of a stream that fills none is left out."""
-    found = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
-    return torch.cat(found) if found else torch.empty((0, length), dtype=torch.int64)
+    rows = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
+    return torch.cat(rows) if rows else torch.empty((0, length), dtype=torch.int64)
 
 
 def _hashes(*paths: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for path in dict.fromkeys(paths):
         # What a manifest holds is text, and a name may be any bytes.
         name, folder = (os.fsencode(part).decode("utf-8", "backslashreplace") for part in (path.name, path.parent.name))
-        while name in found:
+        while name in hashes:
             name = f"{folder}/{name}"
         with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -24,8 +24,8 @@ def learning_rate(settings: HealSettings, step: int) -> float:
     warmup = math.ceil(settings.steps / 10) if settings.warmup is None else settings.warmup
     if step < warmup:
         return settings.peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.peak * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * done)) / 2)
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.peak * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def rows_of_step(rows: Tensor, settings: HealSettings, step: int) -> Tensor:

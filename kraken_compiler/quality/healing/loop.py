@@ -16,7 +16,7 @@ from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
 from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.quality.healing.state import RunState
-from kraken_compiler.quality.healing.trainer import Diverged, Trainer
+from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer
 from kraken_compiler.quality.healing.watch import StepRecord, Watch
 
 Heartbeat = Callable[[str, float], None]
@@ -28,7 +28,7 @@ _SLOWER = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training did to the held-out text.
+    """Quality on the held-out text before and after training.
 
     Attributes:
         before, after: `Quality` as plain values.
@@ -71,13 +71,13 @@ def train(
     def evaluate(step: int) -> dict[str, Any]:
         nonlocal state
         beat(f"evaluating after step {step}", _FIRST_SECONDS)
-        found = _evaluate(trainer, held_out, watch, beat)
-        if step and not math.isfinite(found.kl):
-            raise _diverged("the KL on the held-out text", step, folder, state)
-        kept = tuple(entry for entry in state.held_out if entry[0] < step)
-        state = replace(state, held_out=(*kept, (step, found.kl)))
-        watch.evaluated(step, found.kl)
-        plain = asdict(found)
+        measurement = _evaluate(trainer, held_out, watch, beat)
+        if step and not math.isfinite(measurement.kl):
+            raise _divergence_error("the KL on the held-out text", step, folder, state)
+        earlier = tuple(entry for entry in state.held_out if entry[0] < step)
+        state = replace(state, held_out=(*earlier, (step, measurement.kl)))
+        watch.evaluated(step, measurement.kl)
+        plain = asdict(measurement)
         del plain["by_position"]
         return plain
 
@@ -87,14 +87,14 @@ def train(
     seconds = _FIRST_SECONDS / _SLOWER
     for step in range(state.step, settings.steps):
         beat(f"at step {step + 1}", _SLOWER * seconds)
-        started = time.perf_counter()
+        start = time.perf_counter()
         ids = rows_of_step(rows, settings, step)
         rate = learning_rate(settings, step)
         try:
             result = trainer.step(ids, rate)
-        except Diverged as error:
-            raise _diverged(str(error), step + 1, folder, state) from error
-        seconds = time.perf_counter() - started
+        except DivergenceError as error:
+            raise _divergence_error(str(error), step + 1, folder, state) from error
+        seconds = time.perf_counter() - start
         watch.stepped(
             StepRecord(step + 1, settings.steps, result.kl, rate, result.gradient_norm, ids.numel() / seconds)
         )
@@ -108,18 +108,20 @@ def train(
 
 
 def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Heartbeat) -> Quality:
-    done = 0
+    tokens_done = 0
 
     def progress(tokens: int) -> None:
-        nonlocal done
-        done += tokens
+        nonlocal tokens_done
+        tokens_done += tokens
         beat("evaluating", _FIRST_SECONDS)
-        watch.evaluating(done, held_out.numel())
+        watch.evaluating(tokens_done, held_out.numel())
 
     return trainer.evaluate(held_out, "the held-out part of the texts", progress)
 
 
-def _diverged(what: str, step: int, folder: Path, state: RunState) -> UsageError:
-    kept = f"the checkpoint after step {state.step} is kept in {folder}" if state.step else "there is no checkpoint yet"
+def _divergence_error(what: str, step: int, folder: Path, state: RunState) -> UsageError:
+    checkpoint = (
+        f"the checkpoint after step {state.step} is kept in {folder}" if state.step else "there is no checkpoint yet"
+    )
     advice = "try a smaller --learning-rate with --restart"
-    return UsageError(f"step {step}: {what} is not finite, the training diverged; {advice} ({kept})")
+    return UsageError(f"step {step}: {what} is not finite, the training diverged; {advice} ({checkpoint})")

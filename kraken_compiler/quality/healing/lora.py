@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.quality.healing.parameters import Held, LaneParameters
+from kraken_compiler.quality.healing.parameters import LaneParameters, TrainedWeight
 
 
 def add_lora(parameters: LaneParameters, rank: int, seed: int) -> None:
@@ -29,26 +29,28 @@ def add_lora(parameters: LaneParameters, rank: int, seed: int) -> None:
         raise UsageError(
             f"--lora needs packages that are not installed: pip install 'kraken-compiler[heal]' ({error})"
         ) from error
-    targets = [f"{name}.weight" for name, held in parameters.held.items() if _is_matrix(parameters, name, held)]
+    targets = [
+        f"{name}.weight" for name, module in parameters.trainable.items() if _is_matrix(parameters, name, module)
+    ]
     if not targets:
         raise UsageError("--lora: the program has no matrix that is split between lanes")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, parameters.held)
-    for name, parameter in parameters.held.named_parameters():
+        inject_adapter_in_model(config, parameters.trainable)
+    for name, parameter in parameters.trainable.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
 def merge_lora(parameters: LaneParameters) -> None:
     """Add the updates to the weights and drop them."""
-    for name, module in list(parameters.held.items()):
-        if not isinstance(module, Held):
+    for name, module in list(parameters.trainable.items()):
+        if not isinstance(module, TrainedWeight):
             wrapper: Any = module
             wrapper.merge()
-            parameters.held[name] = wrapper.get_base_layer()
+            parameters.trainable[name] = wrapper.get_base_layer()
 
 
-def _is_matrix(parameters: LaneParameters, name: str, held: object) -> bool:
+def _is_matrix(parameters: LaneParameters, name: str, module: object) -> bool:
     spec = parameters.table[name]
     return bool(spec.shards) and len(spec.shape) == 2

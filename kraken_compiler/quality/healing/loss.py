@@ -37,13 +37,13 @@ class _Distillation(torch.autograd.Function):
     def forward(ctx: Any, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         total = student_TV.new_zeros((), dtype=torch.float32)
         rows = max(1, _ELEMENTS_AT_ONCE // max(1, student_TV.shape[1]))
-        wanted = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         for q_logits, p_logits in zip(torch.split(student_TV, rows), torch.split(teacher_TV, rows), strict=True):
             log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (q_logits, p_logits))
             total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            if wanted:
+            if needs_gradient:
                 p_logits.copy_(log_q.exp_().sub_(log_p.exp_()))
-        if wanted:
+        if needs_gradient:
             ctx.save_for_backward(teacher_TV)
             ctx.dtype = student_TV.dtype
         return total

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kraken_compiler.ir.weight_table import WeightSpec
 
 
-class Held(nn.Module):
-    """One weight. It is called, with an operand that is not looked at, because peft changes what a call gives."""
+class TrainedWeight(nn.Module):
+    """One weight. It is called, with an operand that is ignored, because peft changes what a call gives."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class LaneParameters(nn.Module):
     """Every weight of a lane program, and which of them are trained.
 
     Attributes:
-        held: The trained ones, by name.
+        trainable: The trained ones, by name.
         fixed: The others, by name.
         table: The weight table.
     """
@@ -42,26 +42,28 @@ class LaneParameters(nn.Module):
         """
         super().__init__()
         self.table = dict(table)
-        self.held = nn.ModuleDict()
+        self.trainable = nn.ModuleDict()
         self.fixed: dict[str, Tensor] = {}
         for name, spec in table.items():
             value = read(spec).to(device)
             if is_trained(spec):
-                self.held[name] = Held(value.float())
+                self.trainable[name] = TrainedWeight(value.float())
             else:
                 self.fixed[name] = value
 
     def operands(self) -> dict[str, Tensor]:
         """Every weight in the program's element type; gradients flow to those that are trained."""
-        unused = torch.empty(0)
-        found = {}
+        operand = torch.empty(0)
+        operands = {}
         for name, spec in self.table.items():
-            found[name] = self.held[name](unused).to(spec.torch_dtype) if name in self.held else self.fixed[name]
-        return found
+            operands[name] = (
+                self.trainable[name](operand).to(spec.torch_dtype) if name in self.trainable else self.fixed[name]
+            )
+        return operands
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer changes, by name."""
-        return {name: parameter for name, parameter in self.held.named_parameters() if parameter.requires_grad}
+        """The parameters that the optimizer changes, by name."""
+        return {name: parameter for name, parameter in self.trainable.named_parameters() if parameter.requires_grad}
 
     def shared(self, name: str) -> bool:
         """True if all lanes hold a trained parameter alike; `name` is as `trained` gives it."""
@@ -69,11 +71,11 @@ class LaneParameters(nn.Module):
 
     def results(self) -> Iterator[tuple[WeightSpec, Tensor]]:
         """The trained weights in the program's element type; LoRA's updates must have been merged."""
-        for name, module in self.held.items():
-            assert isinstance(module, Held), f"{name}: updates are not merged"
+        for name, module in self.trainable.items():
+            assert isinstance(module, TrainedWeight), f"{name}: updates are not merged"
             yield self.table[name], module.weight.detach().to(self.table[name].torch_dtype)
 
 
 def is_trained(spec: WeightSpec) -> bool:
-    """True for what a model learns: buffers and constants stay."""
+    """True for a weight that a model learns: buffers and constants stay."""
     return spec.kind == "parameter" and spec.torch_dtype.is_floating_point

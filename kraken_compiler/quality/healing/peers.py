@@ -11,7 +11,7 @@ from kraken_compiler.ranks.communicators.communicator import Communicator
 
 
 class Peers(Protocol):
-    """What one process needs of the others; all must ask for the same things in the same order.
+    """Communication of one process with the others; all must ask for the same things in the same order.
 
     Attributes:
         rank: Number of this process.
@@ -31,7 +31,7 @@ class Peers(Protocol):
 
 
 class Alone:
-    """One process has all lanes."""
+    """A single process with all lanes."""
 
     rank, count = 0, 1
 
@@ -43,7 +43,7 @@ class Alone:
 
 
 class RankPeers:
-    """One process per lane."""
+    """Processes with one lane each."""
 
     def __init__(self, communicator: Communicator, device: torch.device) -> None:
         self.rank, self.count = communicator.rank, communicator.degree
@@ -55,8 +55,8 @@ class RankPeers:
 
     def gather(self, content: bytes) -> list[bytes]:
         own = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
-        gathered = self._communicator.all_gather(own, 0).cpu()
-        return [bytes(part.tolist()) for part in gathered.chunk(self.count)]
+        contents = self._communicator.all_gather(own, 0).cpu()
+        return [bytes(part.tolist()) for part in contents.chunk(self.count)]
 
 
 def share_of(peers: Peers, tokens: int) -> slice:

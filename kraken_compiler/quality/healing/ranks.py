@@ -23,7 +23,7 @@ from kraken_compiler.quality.healing.loop import Outcome, train
 from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import read_state
-from kraken_compiler.quality.healing.watch import ToFile, Unwatched, Watch, pass_on
+from kraken_compiler.quality.healing.watch import SilentWatch, ToFile, Watch, pass_on
 from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.run_ranks import run_ranks
@@ -62,15 +62,17 @@ def heal_on_ranks(
     degree = artifact.manifest.degree
     teacher = folder / _TEACHER
     if not teacher.exists():
-        recorded = artifact.manifest.source
-        write_artifact(source, source.reader(read), teacher, source=recorded, backends=[backend_named(DEFAULT_BACKEND)])
+        source_record = artifact.manifest.source
+        write_artifact(
+            source, source.reader(read), teacher, source=source_record, backends=[backend_named(DEFAULT_BACKEND)]
+        )
     save_file({"train": text.train, "held_out": text.held_out}, folder / _ROWS)
     payload = {
         "artifact": str(artifact.directory.absolute()),
         "folder": str(folder.absolute()),
         "settings": asdict(settings),
     }
-    with _listening(folder / _EVENTS, watch):
+    with _event_listener(folder / _EVENTS, watch):
         outcome = run_ranks(f"{__name__}:heal_rank", degree, payload, timeout=timeout)[0]
     shutil.rmtree(teacher, ignore_errors=True)
     held_out = tuple((int(step), float(kl)) for step, kl in outcome.pop("held_out"))
@@ -89,7 +91,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     communicator = communicator_of(ranks, device)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
     rows = load_file(folder / _ROWS)
-    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else Unwatched()
+    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
     # All ranks must have read the state before one of them writes the next.
     state = read_state(folder)
     ranks.barrier()
@@ -99,27 +101,27 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 @contextmanager
-def _listening(path: Path, watch: Watch) -> Iterator[None]:
+def _event_listener(path: Path, watch: Watch) -> Iterator[None]:
     """Pass on what rank 0 writes to a file, until it has ended and all is read."""
     path.write_text("")
-    ended = threading.Event()
+    end = threading.Event()
 
     def listen() -> None:
         with path.open(encoding="utf-8") as file:
             rest = ""
             while True:
-                last = ended.is_set()
+                last = end.is_set()
                 *lines, rest = (rest + file.read()).split("\n")
                 for line in lines:
                     pass_on(line, watch)
                 if last:
                     return
-                ended.wait(_LISTEN_SECONDS)
+                end.wait(_LISTEN_SECONDS)
 
     listener = threading.Thread(target=listen, name="kraken-heal-events", daemon=True)
     listener.start()
     try:
         yield
     finally:
-        ended.set()
+        end.set()
         listener.join()

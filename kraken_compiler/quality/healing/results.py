@@ -22,11 +22,11 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
     merge_lora(trainer.parameters)
     peers = trainer.peers
     lanes = range(degree) if peers.count == 1 else (peers.rank,)
-    trained = [spec for spec, _ in trainer.parameters.results()]
+    specs = [spec for spec, _ in trainer.parameters.results()]
     with ExitStack() as stack:
 
         def writer(name: str, shared: bool) -> SafetensorsWriter:
-            contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in trained if spec.shared == shared}
+            contents = {spec.name: (spec.torch_dtype, spec.shape) for spec in specs if spec.shared == shared}
             return stack.enter_context(new_safetensors(folder / name, contents))
 
         own = {lane: writer(lane_file_name(lane), shared=False) for lane in lanes}

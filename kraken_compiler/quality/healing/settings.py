@@ -1,4 +1,4 @@
-"""What a healing run does; a run is resumed only with the settings it began with."""
+"""Settings of a healing run, which is resumed only with those that it began with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OF_NO_CONSEQUENCE = ("save_every", "evaluate_every")
 
 @dataclass(frozen=True)
 class HealSettings:
-    """How to train.
+    """Settings of a healing run.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -85,8 +85,8 @@ class HealSettings:
         _require(self.lora is None or self.lora >= 1, "lora", self.lora, "must be at least 1")
         _require(0 < self.hold_out < 1, "hold_out", self.hold_out, "must lie between 0 and 1")
         _require(-_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "must have at most 64 bits")
-        known = self.precision is None or self.precision in PRECISIONS
-        _require(known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
+        is_known = self.precision is None or self.precision in PRECISIONS
+        _require(is_known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
 
     @property
     def peak(self) -> float:
@@ -100,7 +100,7 @@ class HealSettings:
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
+        """The settings that must be the same when a run is resumed."""
         return {name: value for name, value in asdict(self).items() if name not in _OF_NO_CONSEQUENCE}
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run that is not finished: what it does, and the last checkpoint.
+"""The folder of a run that is not finished: its settings, and the last checkpoint.
 
     OUT.heal/
       state.json                    settings, step, what was evaluated, sha256 of the files that belong to the step
@@ -29,7 +29,7 @@ from kraken_compiler.quality.healing.settings import option_name
 
 STATE_FILE = "state.json"
 _VERSION = 1
-_OF_A_RUN = re.compile(
+_RUN_FILES = re.compile(
     r"(state\.json|step-\d+\.rank-\d+\.safetensors|lane-\d+\.safetensors|shared\.safetensors|rows\.safetensors)"
     r"(\.partial)?|lock|events\.jsonl|\.?teacher\.kraken(\.partial)?"
 )
@@ -38,7 +38,7 @@ _OF_A_RUN = re.compile(
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
         identity: What it does; a run is only resumed to do the same.
@@ -67,16 +67,16 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
         UsageError: The folder holds a run that does something else, or no run at all.
         InputFileError: It cannot be read or written.
     """
-    wanted = json.loads(json.dumps(identity))
+    plain_identity = json.loads(json.dumps(identity))
     with os_errors_as(f"{folder}: cannot be written"):
         if folder.exists() and any(folder.iterdir()):
             if not (folder / STATE_FILE).exists():
                 raise UsageError(f"{folder} is needed for checkpoints and holds something else; move it away")
             if not restart:
                 state = read_state(folder)
-                _require_same(folder, state.identity, wanted)
+                _require_same(folder, state.identity, plain_identity)
                 return state
-            others = sorted(path.name for path in folder.iterdir() if not _OF_A_RUN.fullmatch(path.name))
+            others = sorted(path.name for path in folder.iterdir() if not _RUN_FILES.fullmatch(path.name))
             if others:
                 raise UsageError(f"{folder} also holds {', '.join(others[:3])}, which no run wrote; move it away")
             with Lock(folder):
@@ -86,7 +86,7 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
         # Renamed when it has a state, so that a folder without one is never ours.
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
-        state = RunState(wanted)
+        state = RunState(plain_identity)
         write_state(partial, state)
         partial.rename(folder)
     return state
@@ -95,7 +95,7 @@ def open_state(folder: Path, identity: Mapping[str, Any], restart: bool) -> RunS
 def remove_run(folder: Path) -> None:
     """Remove a run's files, and its folder if it holds nothing else."""
     for path in sorted(folder.iterdir()):
-        if not _OF_A_RUN.fullmatch(path.name):
+        if not _RUN_FILES.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -106,7 +106,7 @@ def remove_run(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> RunState:
-    """What `write_state` wrote.
+    """Read the state that `write_state` wrote.
 
     Raises:
         InputFileError: It is missing or damaged.
@@ -161,7 +161,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> str:
 def keep_only(folder: Path, state: RunState) -> None:
     """Remove the files of earlier checkpoints."""
     for path in folder.glob("step-*"):
-        if _OF_A_RUN.fullmatch(path.name) and path.name not in state.files:
+        if _RUN_FILES.fullmatch(path.name) and path.name not in state.files:
             path.unlink(missing_ok=True)
 
 
@@ -191,21 +191,21 @@ class Lock:
         self._file.close()
 
 
-def _require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
-        changes = ", ".join(_change(name, found.get(name), wanted.get(name)) for name in names)
+        changes = ", ".join(_change(name, before.get(name), now.get(name)) for name in names)
         raise UsageError(
             f"{folder} holds an unfinished run with other settings: {changes}; give the same ones to resume it, or "
             "begin anew with --restart"
         )
 
 
-def _change(name: str, found: object, wanted: object) -> str:
+def _change(name: str, before: object, now: object) -> str:
     if name in ("artifact", "source", "texts"):
         return {"artifact": "another artifact", "source": "another source model", "texts": "other texts"}[name]
-    return f"{option_name(name)} was {_shown(found)} and is {_shown(wanted)}"
+    return f"{option_name(name)} was {_value_text(before)} and is {_value_text(now)}"
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     return "not given" if value is None else str(value)

@@ -18,13 +18,13 @@ from kraken_compiler.quality.healing.peers import Alone, Peers, share_of
 from kraken_compiler.quality.healing.settings import HealSettings
 
 
-class Diverged(Exception):
-    """Says what is not finite."""
+class DivergenceError(Exception):
+    """Error for a loss or gradient that is not finite; names which."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw.
+    """Measurements of one step.
 
     Attributes:
         kl: Mean over the step's tokens of KL(teacher || student) before the step, in nats.
@@ -70,9 +70,9 @@ class Trainer:
         self._device = torch.device(device)
         self._teacher = teacher
         self._student = _logits_of(student, parameters.operands)
-        self._trained = parameters.trained()
+        self._trained_parameters = parameters.trained()
         self.optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=settings.peak, weight_decay=settings.weight_decay, fused=True
+            self._trained_parameters.values(), lr=settings.peak, weight_decay=settings.weight_decay, fused=True
         )
 
     def step(self, ids: Tensor, learning_rate: float) -> StepResult:
@@ -83,25 +83,25 @@ class Trainer:
             learning_rate: This step's.
 
         Raises:
-            Diverged: The loss or its gradient is not finite; the weights are what they were before the step.
+            DivergenceError: The loss or its gradient is not finite; the weights are what they were before the step.
         """
         loss = self.loss(ids)
         kl = self.peers.total(loss.detach()).item()
         if not math.isfinite(kl):
-            raise Diverged("the loss")
+            raise DivergenceError("the loss")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.share_gradients()
         norm = self.clip_gradients()
         if not math.isfinite(norm):
-            raise Diverged("the gradient")
+            raise DivergenceError("the gradient")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         return StepResult(kl, norm)
 
     def loss(self, ids: Tensor) -> Tensor:
-        """What this process adds to the mean over tokens of KL(teacher || student)."""
+        """This process's part of the mean over tokens of KL(teacher || student)."""
         ids = ids.to(self._device)
         with self._autocast():
             with torch.no_grad():
@@ -117,18 +117,22 @@ class Trainer:
         """Give every process the whole gradient of the weights that all lanes hold alike, so that they stay alike."""
         if self.peers.count == 1:
             return
-        gradients = [parameter.grad for name, parameter in self._trained.items() if self.parameters.shared(name)]
-        found = [gradient for gradient in gradients if gradient is not None]
-        if not found:
+        shared_gradients = [
+            parameter.grad for name, parameter in self._trained_parameters.items() if self.parameters.shared(name)
+        ]
+        gradients = [gradient for gradient in shared_gradients if gradient is not None]
+        if not gradients:
             return
-        total = self.peers.total(torch.cat([gradient.reshape(-1) for gradient in found]))
-        for gradient, whole in zip(found, torch.split(total, [gradient.numel() for gradient in found]), strict=True):
+        total = self.peers.total(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, whole in zip(
+            gradients, torch.split(total, [gradient.numel() for gradient in gradients]), strict=True
+        ):
             gradient.copy_(whole.view_as(gradient))
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to the largest norm; returns the norm it had. What all lanes hold counts once."""
         own = shared = torch.zeros((), dtype=torch.float64, device=self._device)
-        for name, parameter in self._trained.items():
+        for name, parameter in self._trained_parameters.items():
             if parameter.grad is None:
                 continue
             square = torch.linalg.vector_norm(parameter.grad).double() ** 2
@@ -138,7 +142,7 @@ class Trainer:
                 own = own + square
         norm = math.sqrt((self.peers.total(own) + shared).item())
         if norm > self.settings.clip:
-            for parameter in self._trained.values():
+            for parameter in self._trained_parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.settings.clip / norm)
         return norm

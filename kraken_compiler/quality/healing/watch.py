@@ -1,4 +1,4 @@
-"""What a healing run tells those who watch it."""
+"""Observers of a healing run."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class StepRecord:
 
 
 class Watch(Protocol):
-    """Is told what happens."""
+    """Observer of a healing run."""
 
     def stepped(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Called when a step is done."""
         ...
 
     def evaluating(self, done: int, total: int) -> None:
-        """So many tokens of the held-out text are done."""
+        """Called when so many tokens of the held-out text are done."""
         ...
 
     def evaluated(self, step: int, kl: float) -> None:
-        """The held-out text has this KL after so many steps, in nats per token."""
+        """Called with the KL on the held-out text after so many steps, in nats per token."""
         ...
 
 
-class Unwatched:
-    """Nobody looks."""
+class SilentWatch:
+    """Observer that ignores all events."""
 
     def stepped(self, record: StepRecord) -> None:
         pass
@@ -61,7 +61,7 @@ class Unwatched:
 
 
 class ToAll:
-    """Tells several."""
+    """Passes every event to several observers."""
 
     def __init__(self, *watches: Watch) -> None:
         self._watches = watches
@@ -99,7 +99,7 @@ class ToFile:
 
 
 def pass_on(line: str, watch: Watch) -> None:
-    """Tell a watch what a line of `ToFile` says."""
+    """Pass an event that `ToFile` wrote to a watch."""
     values = json.loads(line)
     event = values.pop("event")
     if event == "stepped":
