@@ -492,6 +492,28 @@ def functional_collectives() -> Any:
     return torch.ops._c10d_functional
 
 
+def size_functions() -> dict[str, Callable[..., Any]]:
+    """The functions of torch that graphs call on sizes, by name."""
+    names = ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt")
+    return {f"torch.{name}": getattr(torch, name) for name in names if hasattr(torch, name)}
+
+
+def multiplies_bfloat16() -> bool:
+    """True if oneDNN multiplies bfloat16 on this machine."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def reorder_linear_weight(weight: Tensor) -> Tensor:
+    """A copy of a weight (columns x inputs) in oneDNN's own order, which only `reordered_linear` understands."""
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+    return copy
+
+
+def reordered_linear() -> Any:
+    """The operator that multiplies with such a copy: x, weight, bias, name of an activation, its numbers, its kind."""
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def launch_config(shutdown_seconds: int, **options: Any) -> Any:
     """A `LaunchConfig` of torch's elastic launcher, whose ranks get so long to end once one has failed.
 

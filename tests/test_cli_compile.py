@@ -470,7 +470,7 @@ def test_a_program_that_fails_its_verification(llama: Path, tmp_path: Path, monk
     wrong = Comparison("2 ranks against the lanes", (1, 7), 1.0, 1.0, 1e-5)
     for place, patch, words in (
         ("verify.against_source.source_tolerance", lambda *_: -1.0, "standard form against the source"),
-        ("compiling.verify_programs", lambda *_: Verification((wrong,)), "2 ranks against the lanes"),
+        ("commands.compile.verify_programs", lambda *_: Verification((wrong,)), "2 ranks against the lanes"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"kraken_compiler.{place}", patch)

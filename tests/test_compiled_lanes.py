@@ -150,19 +150,22 @@ def test_a_packed_linear_layer_is_a_linear_layer(dtype: torch.dtype) -> None:
     weight, bias = torch.randn(300, 256).to(dtype), torch.randn(300).to(dtype)
     if not packed.can_pack(weight):
         pytest.skip(f"this CPU multiplies no packed {dtype}")
-    packed.pack("of a test", weight)
+    name = packed.packed_name(weight)
+    assert name == packed.packed_name(weight)
     for shape in ((1, 1, 256), (2, 7, 256), (5, 256)):
         x = torch.randn(shape).to(dtype)
         for given in (None, bias):
-            have = torch.ops.kraken_rank.linear(x, "of a test", 300, given)
+            have = torch.ops.kraken_rank.linear(x, name, 300, given)
             torch.testing.assert_close(
                 have,
                 torch.nn.functional.linear(x, weight, given),
                 rtol=1e-2,
                 atol=1e-2 if dtype == torch.bfloat16 else 1e-4,
             )
-    packed.unpack("of a test")
+    del weight
     gc.collect()
+    with pytest.raises(KeyError):
+        torch.ops.kraken_rank.linear(x, name, 300, None)
 
 
 def test_ranks_compiled(tmp_path: Path) -> None:

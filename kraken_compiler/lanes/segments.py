@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from kraken_compiler import _torch_compat as compat
 from kraken_compiler.lanes.batched_ops import BATCHED_AS
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 
@@ -88,7 +89,7 @@ def is_size(node: fx.Node) -> bool:
     """True if a node's value is a number that follows from sizes: every segment that needs it computes it itself."""
     if node.target in _SIZES:
         return True
-    plain = callable(node.target) and not isinstance(node.target, torch._ops.OpOverload)
+    plain = callable(node.target) and not isinstance(node.target, compat.OpOverload)
     is_computed = plain and node.target is not operator.getitem and bool(node.all_input_nodes)
     return is_computed and all(map(is_size, node.all_input_nodes))
 

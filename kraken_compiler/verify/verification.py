@@ -25,8 +25,6 @@ from kraken_compiler.verify.show_schedule import schedule_entries, schedule_tabl
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.evaluate import Quality
-
-if TYPE_CHECKING:
     from kraken_compiler.quality.sensitivity import Sensitivity
 
 

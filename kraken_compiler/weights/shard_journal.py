@@ -85,8 +85,12 @@ def finished_files(directory: Path) -> dict[Path, Mark]:
     """The files of a directory whose hashes are known from their writing."""
     marks: dict[Path, Mark] = {}
     for line in _lines(directory / JOURNAL):
-        for name, record in line.get("finished", {}).items():
-            marks[directory / name] = Mark(record["bytes"], record["sha256"])
+        match line.get("finished"):
+            case dict(files):
+                for name, record in files.items():
+                    match record:
+                        case {"bytes": int(end), "sha256": str(digest)}:
+                            marks[directory / name] = Mark(end, digest)
     return marks
 
 

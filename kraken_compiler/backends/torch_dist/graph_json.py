@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kraken_compiler import _torch_compat as compat
 from kraken_compiler.ops import cached_attention
 from kraken_compiler.ops import collectives as ops
 from kraken_compiler.ops.structure_safety import FILE_OPS, is_value_name
@@ -42,11 +43,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = (
             *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "lshift", "rshift", "getitem"),
         )
     }
-    | {
-        f"torch.{name}": getattr(torch, name)
-        for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "_sym_sqrt")
-        if hasattr(torch, name)
-    }
+    | compat.size_functions()
     | {"math.trunc": math.trunc}
 )
 """The functions that a graph calls beside operators: arithmetic of sizes, and the elements of a result."""
@@ -121,7 +118,7 @@ def graph_from_json(text: str) -> fx.Graph:
 
 
 def _call_name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else _NAMES_OF_FUNCTIONS[target]
+    return str(target) if isinstance(target, compat.OpOverload) else _NAMES_OF_FUNCTIONS[target]
 
 
 def _dump(value: Any) -> str:
@@ -190,7 +187,7 @@ def _target(name: str) -> Callable[..., Any]:
             target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
         except AttributeError as error:
             raise UnknownGraphError(f"this torch has no op '{name}'") from error
-        if isinstance(target, torch._ops.OpOverload) and packet not in FILE_OPS:
+        if isinstance(target, compat.OpOverload) and packet not in FILE_OPS:
             return target
     elif name in _FUNCTIONS:
         return _FUNCTIONS[name]

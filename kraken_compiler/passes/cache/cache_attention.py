@@ -50,7 +50,7 @@ def _growth_obstacle(program: Program) -> str:
     if not rules:
         return ""
     is_allowed = [broken_rule(rules, {SEQUENCE: length}) is None for length in range(1, _LENGTHS)]
-    runs = (all(is_allowed[start : start + _RUN]) for start in range(len(is_allowed) - _RUN))
+    runs = (all(is_allowed[start : start + _RUN]) for start in range(len(is_allowed) - _RUN + 1))
     return "" if any(runs) else f"a text cannot grow token by token ({'; '.join(all_in_words(rules))})"
 
 

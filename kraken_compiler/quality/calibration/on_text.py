@@ -22,9 +22,6 @@ from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
 
-CALIBRATION_TOKENS = 65536
-"""Default number of tokens to calibrate on."""
-
 
 def calibrate_on_text(
     captured: Capture,

@@ -29,9 +29,7 @@ def add_lora(parameters: LaneParameters, rank: int, seed: int) -> None:
         raise UsageError(
             f"--lora needs packages that are not installed: pip install 'kraken-compiler[heal]' ({error})"
         ) from error
-    targets = [
-        f"{name}.weight" for name, module in parameters.trainable.items() if _is_matrix(parameters, name, module)
-    ]
+    targets = [f"{name}.weight" for name in parameters.trainable if _is_matrix(parameters, name)]
     if not targets:
         raise UsageError("--lora: the program has no matrix that is split between lanes")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets)
@@ -51,6 +49,6 @@ def merge_lora(parameters: LaneParameters) -> None:
             parameters.trainable[name] = wrapper.get_base_layer()
 
 
-def _is_matrix(parameters: LaneParameters, name: str, module: object) -> bool:
+def _is_matrix(parameters: LaneParameters, name: str) -> bool:
     spec = parameters.table[name]
     return bool(spec.shards) and len(spec.shape) == 2

@@ -22,6 +22,7 @@ class Communicator(ABC):
         name: Under which compiled code finds it (`communicator_named`); the same on all ranks and in every run.
         reduce_dtype: To which every rank rounds its part of a sum before it is sent; None sends it as it is.
         identical_on_all_ranks: True if a sum is the same on all ranks to the last bit.
+        in_flight: Handles of the sums that compiled code awaits, by the address of the part.
     """
 
     kind: ClassVar[str]
@@ -40,6 +41,7 @@ class Communicator(ABC):
         self.name = name
         self.reduce_dtype = reduce_dtype
         self.identical_on_all_ranks = identical_on_all_ranks
+        self.in_flight: dict[int, Any] = {}
         _OPEN[name] = self
 
     @abstractmethod
@@ -90,6 +92,7 @@ class Communicator(ABC):
 
 
 _OPEN: dict[str, Communicator] = {}
+"""By name, for compiled code, which can hold no objects: what a process has to keep somewhere."""
 
 
 def communicator_named(name: str) -> Communicator:

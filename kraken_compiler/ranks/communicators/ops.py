@@ -22,20 +22,18 @@ _library.define("start(Tensor x, str communicator) -> Tensor")
 _library.define("wait(Tensor part, str communicator, Tensor? after=None) -> Tensor")
 _library.define("all_gather(Tensor x, int dim, int degree, str communicator) -> Tensor")
 
-_in_flight: dict[int, Any] = {}
-"""Handles of the sums that compiled code awaits, by the address of the part."""
-
 
 def _start(x: Tensor, communicator: str) -> Tensor:
-    part = x.clone(memory_format=torch.contiguous_format)
-    _in_flight[part.data_ptr()] = communicator_named(communicator).start(part)
+    part, named = x.clone(memory_format=torch.contiguous_format), communicator_named(communicator)
+    named.in_flight[part.data_ptr()] = named.start(part)
     return part
 
 
 def _wait(part: Tensor, communicator: str, after: Tensor | None = None) -> Tensor:
     if not part.numel():
         return part.clone()
-    total = communicator_named(communicator).wait(_in_flight.pop(part.data_ptr()))
+    named = communicator_named(communicator)
+    total = named.wait(named.in_flight.pop(part.data_ptr()))
     return part.clone() if total is part else total  # an op may not return its operand
 
 

@@ -6,10 +6,14 @@ tensor, so compiled code holds its name.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kraken_compiler import _torch_compat as compat
 
 _library: Any = torch.library.Library("kraken_rank", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, str weight, int columns, Tensor? bias=None) -> Tensor")
@@ -17,7 +21,33 @@ _library.define("linear(Tensor x, str weight, int columns, Tensor? bias=None) ->
 SMALLEST = 1 << 16
 """Elements that a weight must have; for fewer, oneDNN's 20 us a call are not earned back."""
 
-_packed_weights: dict[str, Tensor] = {}
+
+class _PackedWeights:
+    """The reordered copies there are: by name, for compiled code, and by the weight that each is of."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._numbers = itertools.count()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._copies[name]
+
+    def name_of(self, weight: Tensor) -> str:
+        """The name of a weight's copy, which is made at the first call and lives as long as the weight."""
+        key = id(weight)
+        if key not in self._names:
+            # Numbered, so that another run finds its code in the compiler's cache.
+            self._names[key] = name = f"linear {next(self._numbers)}"
+            self._copies[name] = compat.reorder_linear_weight(weight)
+            weakref.finalize(weight, self._forget, key)
+        return self._names[key]
+
+    def _forget(self, key: int) -> None:
+        del self._copies[self._names.pop(key)]
+
+
+_PACKED = _PackedWeights()
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -27,22 +57,17 @@ def can_pack(weight: Tensor) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return compat.multiplies_bfloat16()
     return weight.dtype == torch.float32
 
 
-def pack(name: str, weight: Tensor) -> None:
-    """Keep a reordered copy of a weight (columns x inputs) under a name."""
-    _packed_weights[name] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-
-
-def unpack(name: str) -> None:
-    """Forget a copy."""
-    _packed_weights.pop(name, None)
+def packed_name(weight: Tensor) -> str:
+    """The name by which `kraken_rank::linear` knows a weight (columns x inputs); one copy serves all graphs."""
+    return _PACKED.name_of(weight)
 
 
 def _linear(x: Tensor, weight: str, columns: int, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = _pointwise(x, _packed_weights[weight], bias, "none", (), "")
+    result: Tensor = _multiply(x, _PACKED[weight], bias, "none", (), "")
     return result
 
 
@@ -50,6 +75,6 @@ def _linear_like(x: Tensor, weight: str, columns: int, bias: Tensor | None = Non
     return x.new_empty((*x.shape[:-1], columns))
 
 
-_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default
+_multiply = compat.reordered_linear()
 _library.impl("linear", _linear, "CPU")
 torch.library.register_fake("kraken_rank::linear", _linear_like, lib=_library)

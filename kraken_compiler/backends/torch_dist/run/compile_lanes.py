@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,7 +154,7 @@ def _bind_weight(graph: fx.Graph, placeholder: fx.Node, weight: Tensor, holder: 
             if user.target is torch.ops.aten.linear.default and user.args[1] is placeholder:
                 with graph.inserting_before(user):
                     bias = user.args[2] if len(user.args) > 2 else None
-                    arguments = (user.args[0], _packed_name(weight), weight.shape[0], bias)
+                    arguments = (user.args[0], packed.packed_name(weight), weight.shape[0], bias)
                     linear = graph.call_function(torch.ops.kraken_rank.linear.default, arguments)
                 user.replace_all_uses_with(linear)
                 graph.erase_node(user)
@@ -169,21 +167,6 @@ def _bind_weight(graph: fx.Graph, placeholder: fx.Node, weight: Tensor, holder: 
             node = graph.create_node("get_attr", placeholder.name)
         placeholder.replace_all_uses_with(node)
     graph.erase_node(placeholder)
-
-
-_names: dict[int, str] = {}
-_numbers = itertools.count()
-
-
-def _packed_name(weight: Tensor) -> str:
-    """The name of the packed copy of a weight, made once for all graphs that multiply with it."""
-    key = id(weight)
-    if key not in _names:
-        # Numbered, so that another run finds its code in the compiler's cache.
-        _names[key] = name = f"linear {next(_numbers)}"
-        packed.pack(name, weight)
-        weakref.finalize(weight, lambda: packed.unpack(_names.pop(key, name)))
-    return _names[key]
 
 
 def _bind_ops(module: fx.GraphModule, communicator: Communicator) -> None:
