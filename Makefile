@@ -35,10 +35,10 @@ demo: $(VENV)/.models ## compile a real language model for three devices and let
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.models ## run the quick tests, and one real run of each backend (4 minutes)
-	@$(PYTEST) -m "not slow or end_to_end" --durations-file build/durations-quick.txt $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow or end_to_end" --durations-file=build/durations-quick.txt $(PYTEST_ARGS)
 
 test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models
-	@$(PYTEST) -m "slow and not end_to_end" --durations-file build/durations-slow.txt $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not end_to_end" --durations-file=build/durations-slow.txt $(PYTEST_ARGS)
 
 test-newest: $(VENV)/.models $(NEWEST)/.torch ## run what reads torch's own output under the newest torch, and artifacts across versions
 	@KRAKEN_OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) \

@@ -31,7 +31,7 @@ from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.quality.token_files import is_token_file
 from kraken_compiler.text import table
-from kraken_compiler.verify.verification import lanes_in
+from kraken_compiler.backends.registry import lanes_in
 
 _LAYERS = {"all": lambda count: None, "last-half": lambda count: f"{count // 2}-{count - 1}"}
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.ranks.communicators.choose import default_communicator
-from kraken_compiler.ranks.communicators.communicator import named
+from kraken_compiler.ranks.communicators.communicator import communicator_named
 from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.ranks.run_ranks import run_ranks
 
@@ -56,14 +56,14 @@ def test_a_communicator_ends_with_its_group() -> None:
 def test_no_communication_is_a_communicator_that_sends_nothing() -> None:
     communicator = NoCommunication(1, 3)
     x = torch.randn(2, 4)
-    assert named("none") is communicator
+    assert communicator_named("none") is communicator
     assert communicator.wait(communicator.start(x)) is x
     assert torch.equal(communicator.all_gather(x, -1), torch.cat([x, x, x], -1))
     assert copy.deepcopy(communicator) is communicator
     communicator.close()
     communicator.close()
     with pytest.raises(KeyError):
-        named("none")
+        communicator_named("none")
 
 
 def test_the_device_decides_and_a_name_overrides() -> None:

@@ -33,7 +33,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
 from kraken_compiler.passes.lower import lower
-from kraken_compiler.verify.compare import errors, rank_tolerance
+from kraken_compiler.verify.compare import errors
+from kraken_compiler.verify.tolerances import rank_tolerance
 
 LIMIT = 2**31
 CONFIG = {
@@ -93,7 +94,7 @@ def measure(directory: Path) -> dict[str, object]:
         "bytes": max(path.stat().st_size for path in directory.iterdir()),
         "weights_behind_2_gib": behind_the_limit(model),
         "relative_error": errors(have, want)[1],
-        "tolerance": rank_tolerance(want.dtype, 0.0),
+        "tolerance": rank_tolerance((want.dtype,), 0.0),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
 
