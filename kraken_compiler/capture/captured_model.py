@@ -14,16 +14,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kraken_compiler.capture.gguf_headers import headers_read_once
-from kraken_compiler.capture.quiet import quiet_transformers
-from kraken_compiler.capture.run_source import OpenModel
-from kraken_compiler.capture.tokenizer_files import (
+from kraken_compiler.artifact.tokenizer_files import (
     GENERATION_CONFIG,
     generation_config,
     read_tokenizer,
     read_without_templates,
     save_tokenizer,
 )
+from kraken_compiler.capture.gguf_headers import headers_read_once
+from kraken_compiler.capture.quiet import quiet_transformers
+from kraken_compiler.capture.run_source import OpenModel
 from kraken_compiler.errors import InputFileError, naming
 from kraken_compiler.ir.program import Program
 from kraken_compiler.text import json_text

@@ -15,12 +15,12 @@ from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.reservation import Reservation, reserved
+from kraken_compiler.artifact.tokenizer_files import generation_config
 from kraken_compiler.backends.base import Reference
 from kraken_compiler.backends.registry import chosen_backends, lanes_in
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
-from kraken_compiler.capture.tokenizer_files import generation_config
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.source_reader import SourceReader

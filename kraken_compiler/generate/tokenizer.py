@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.capture.tokenizer_files import GENERATION_CONFIG, read_tokenizer, stop_tokens
+from kraken_compiler.artifact.tokenizer_files import GENERATION_CONFIG, read_tokenizer, stop_tokens
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.chat_template import ChatTemplate, Message
 from kraken_compiler.generate.text_stream import CleanedStream, TextStream

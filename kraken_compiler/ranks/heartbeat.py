@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +23,15 @@ from kraken_compiler.standard_streams import tell
 
 RUN_DIRECTORY = "KRAKEN_RUN_DIRECTORY"
 """Environment variable: the directory of the reports to a local launcher; unset under plain torchrun."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable of torch's elastic launcher, ours or torchrun: where it looks for the reason of a failure."""
 RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 """Environment variable: seconds without progress after which a run is given up."""
 
+LOGS = "logs"
+"""Folder of a run's directory for what the elastic launcher keeps of every rank."""
 _NOTES = "notes.txt"
+_FAILURE = "kraken_failure"
 _BEAT_SECONDS = 0.5
 _LEAST_SHARE_OF_A_CORE = 0.05
 """The share of the time between two beats that tells computing on a crowded machine from waiting."""
@@ -154,12 +160,16 @@ class StatusWriter:
             self._beat()
 
     def fail(self, error: BaseException) -> None:
-        """Record why this rank ends."""
-        if self._directory is None:
+        """Record why this rank ends, as torch's `ErrorHandler` does, so that torchrun shows it, too."""
+        path = os.environ.get(ERROR_FILE)
+        if not path:
             return
-        text = "".join(traceback.format_exception(error))
-        failure = Failure(self._rank, time.time(), typed_line(error), text, is_of_peer(error))
-        _write(_failure_file(self._directory, self._rank), json.dumps(asdict(failure)))
+        now, text = time.time(), "".join(traceback.format_exception(error))
+        failure = Failure(self._rank, now, typed_line(error), text, is_of_peer(error))
+        details = {"py_callstack": text, "timestamp": str(int(now)), _FAILURE: asdict(failure)}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+        with suppress(OSError):  # the launcher may be gone, and the error itself is what matters
+            Path(path).write_text(json.dumps({"message": message}))
 
     def _keep_beating(self) -> None:
         last_time, last_total = time.monotonic(), _main_thread_seconds()
@@ -212,7 +222,10 @@ def is_of_peer(error: BaseException) -> bool:
 
 def read_failures(directory: Path) -> dict[int, Failure]:
     """Every failure that was recorded, by rank."""
-    failures = (Failure(**json.loads(path.read_text())) for path in sorted(directory.glob("failure-*.json")))
+    failures = []
+    for path in sorted(directory.glob(f"{LOGS}/*/attempt_*/*/error.json")):
+        message = json.loads(path.read_text())["message"]
+        failures.append(Failure(**message["extraInfo"][_FAILURE]))
     return {failure.rank: failure for failure in failures}
 
 
@@ -238,10 +251,6 @@ def read_stack(directory: Path, rank: int, beat: Heartbeat) -> str:
     path = stacks_file(directory, rank)
     sections = path.read_text(errors="replace").split("\n\n") if path.exists() else []
     return next((section.strip() for section in sections if f"0x{beat.main_thread:016x} " in section), "")
-
-
-def _failure_file(directory: Path, rank: int) -> Path:
-    return directory / f"failure-{rank}.json"
 
 
 def _beat_file(directory: Path, rank: int) -> Path:

@@ -21,6 +21,7 @@ from kraken_compiler.ranks import start_rank
 from kraken_compiler.ranks.communicators.rendezvous import RENDEZVOUS
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT, require_timeout
 from kraken_compiler.ranks.heartbeat import (
+    LOGS,
     RUN_DIRECTORY,
     RUN_TIMEOUT,
     Failure,
@@ -83,7 +84,7 @@ def launch(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=degree,
-            logs_specs=DefaultLogsSpecs(log_dir=str(directory / "logs"), redirects=redirects),
+            logs_specs=DefaultLogsSpecs(log_dir=str(directory / LOGS), redirects=redirects),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -178,7 +179,7 @@ def _death_message(directory: Path, rank: int, exit_code: int) -> str:
 
 
 def _log_tail(directory: Path, rank: int) -> str:
-    logs = sorted((directory / "logs").glob(f"*/attempt_*/{rank}/stderr.log"))
+    logs = sorted((directory / LOGS).glob(f"*/attempt_*/{rank}/stderr.log"))
     lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
     return "\n".join(lines[-_LOG_TAIL_LINES:])
 

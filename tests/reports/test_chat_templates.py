@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from kraken_compiler.artifact.tokenizer_files import read_tokenizer
 from kraken_compiler.capture.captured_model import TokenizerSource
-from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate import chat_template
 from kraken_compiler.generate.request import RunOptions

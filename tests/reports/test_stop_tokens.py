@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from kraken_compiler.artifact.tokenizer_files import generation_config
 from kraken_compiler.capture.captured_model import TokenizerSource
-from kraken_compiler.capture.tokenizer_files import generation_config
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.generate.tokenizer import TextCodec
 from tests.reports.text_functions import END, said, with_tokenizer

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from kraken_compiler.artifact.tokenizer_files import read_tokenizer
 from kraken_compiler.capture.captured_model import TokenizerSource
-from kraken_compiler.capture.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import InputFileError
 from tests.reports.text_functions import with_tokenizer
 from tests.test_cli_compile import files_in, refused, save_model, save_tokenizer

@@ -302,7 +302,7 @@ def test_a_branch_of_long_sequences_limits_the_cache() -> None:
 
 def test_verification_sees_what_depends_on_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were such a table computed for the capacity, a replay would differ from runs of the prefixes."""
-    monkeypatch.setattr(StepBuilder, "_changes", lambda *operands: None)
+    monkeypatch.setattr(StepBuilder, "_length_dependence", lambda *operands: None)
     for kind, right in (("a tensor of the length", False), ("log of the position", True)):
         program, read = lowered((DEPENDING | STEADY)[kind](), degree=1)
         rank = RankProgram.from_program(program, read, communicator=NoCommunication(0, 1))
