@@ -21,6 +21,7 @@ from typing import Any
 from packaged_model import packaged_model
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.registry import lanes_in
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.commands.heal import heal_artifact
@@ -31,7 +32,6 @@ from kraken_compiler.quality.measure import measure_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.quality.token_files import is_token_file
 from kraken_compiler.text import table
-from kraken_compiler.backends.registry import lanes_in
 
 _LAYERS = {"all": lambda count: None, "last-half": lambda count: f"{count // 2}-{count - 1}"}
 
