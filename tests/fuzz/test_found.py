@@ -36,6 +36,9 @@ FOUND = {
     "a query head a lane for the one KV head, without a KV cache": Recipe(
         degree=4, heads=4, kv_heads=1, layers=1, size_rule="from_the_end"
     ),
+    "a norm over heads in double precision, of which two lanes hold some": Recipe(
+        degree=5, heads=6, kv_heads=3, head_size=4, columns=6, layers=1, dtype="float64", qk_norm="wide"
+    ),
     "a weight times truth values, without a KV cache": Recipe(layers=1, weights="masked", size_rule="even"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 from torch import Tensor, fx, nn
 
 from kraken_compiler.ir.forms import STANDARD
@@ -68,8 +69,16 @@ def test_columns_that_some_lanes_hold_count_by_their_share() -> None:
     sources = [weights[node.args[3].name] for node in means(program) if isinstance(node.args[3], fx.Node)]
     assert sources
     for source in sources:
-        held = [float(count) for count in source.removeprefix("kraken.share.").split(".")]
+        held = [float(count) for count in source.removeprefix("kraken.share.").partition(":")[0].split(".")]
         assert program.constants[source].tolist() == pytest.approx([1 / max(1.0, count) for count in held])
+
+
+def test_a_share_is_as_exact_as_its_mean() -> None:
+    """A third in single precision would round a norm of double precision."""
+    double = captured(Gpt(attention=WideAttention, ffn=WideFfn).double()).after(*before(3), ShareMeans())
+    shares = [value for source, value in double.constants.items() if source.startswith("kraken.share.")]
+    assert shares
+    assert {value.dtype for value in shares} == {torch.float64}
 
 
 def test_what_every_lane_has_whole_needs_no_other_lane() -> None:

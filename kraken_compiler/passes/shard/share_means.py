@@ -22,7 +22,7 @@ from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten
 from kraken_compiler.passes.graph_tools import replace as replace_node
-from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shapes import shape_of, value_of
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
 
@@ -64,8 +64,11 @@ def _weigh(mean: fx.Node, lanes: tuple[IndexSet, ...], splitter: WeightSplitter)
     """Let columns that several lanes hold (of a replicated KV head) count once."""
     x, power, width = args_of(mean)
     lane_counts = Counter(index for lane in lanes for index in to_indices(lane))
-    share = torch.tensor([1.0 / max(1, lane_counts[column]) for column in range(width)])
-    source = f"kraken.share.{'.'.join(str(lane_counts[column]) for column in range(width))}"
+    # As exact as the mean itself: a third in single precision would round a norm of double precision.
+    dtype = torch.promote_types(value_of(x).dtype, torch.float32)
+    share = torch.tensor([1.0 / max(1, lane_counts[column]) for column in range(width)], dtype=dtype)
+    counts = ".".join(str(lane_counts[column]) for column in range(width))
+    source = f"kraken.share.{counts}:{str(dtype).removeprefix('torch.')}"
     if len(set(lane_counts.values())) == 1 and len(lane_counts) == width:
         mean.args = (x, power, width * lane_counts[0], None)
     else:
