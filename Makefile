@@ -95,15 +95,13 @@ $(VENV)/.package: $(VENV)/.created pyproject.toml requirements/constraints.txt
 	@$(PIP) --constraint requirements/constraints.txt --editable '.[dev]'
 	@touch $@
 
-# Only torch is installed there. A path in a .pth file is searched after the environment's own packages, and .pth files
-# found there are not read, so this repository is named, too.
+# Only torch is installed there; this repository and all else are borrowed.
 $(NEWEST)/.torch: $(VENV)/.package
 	@echo "setting up, once: the newest torch in $(NEWEST) (3 GB, most of it CUDA's libraries)"
 	@$(BIN)/python -m venv --clear $(NEWEST)
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install -qq \
 		"$$($(BIN)/python -c 'import tomllib; print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))')"
-	@for python in $(NEWEST) $(VENV); do $$python/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
-		{ read own; read others; printf '%s\n%s\n' "$(CURDIR)" "$$others" > "$$own/others.pth"; }
+	@.ci/borrow_packages.sh $(NEWEST) $(VENV) $(CURDIR)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package

@@ -1,8 +1,10 @@
-"""A command of ours, run in this process as a user would."""
+"""A command of ours, run as a user would: in this process, or in one of its own."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,11 @@ class Command:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1, result.stderr
         return result.stderr
+
+
+def run_process(command: str, *arguments: str | Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own; it must succeed."""
+    line = [python, "-m", f"kraken_compiler.cli.{command}", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done

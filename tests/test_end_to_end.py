@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.cli_command import run_process
 from tests.generation_functions import continuation
 from tests.passes.models import Gpt
 
 pytestmark = [pytest.mark.slow, pytest.mark.end_to_end, pytest.mark.timeout(240)]
 
 PROMPT, NEW = [5, 6, 40, 8], 6
-
-
-def run(command: str, *arguments: str | Path) -> str:
-    """What a command of ours prints; it succeeds and is silent but for its stages."""
-    line = [sys.executable, "-m", f"kraken_compiler.cli.{command}", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -40,9 +31,9 @@ def test_a_model_is_compiled_and_run(backend: str, tmp_path: Path) -> None:
     save(model, tmp_path / "model.pt2")
     artifact = tmp_path / "model.kraken"
     form = ("--degree", "2", "--form", "standard")
-    printed = run("compile", tmp_path / "model.pt2", *form, "--backend", backend, "-o", artifact)
+    printed = run_process("compile", tmp_path / "model.pt2", *form, "--backend", backend, "-o", artifact).stdout
     assert "against the lanes in one process" in printed
     ids = ",".join(map(str, PROMPT))
-    answer = run("run", artifact, "--input-ids", ids, "--max-new-tokens", str(NEW))
+    answer = run_process("run", artifact, "--input-ids", ids, "--max-new-tokens", str(NEW)).stdout
     with torch.no_grad():
         assert list(map(int, answer.split(","))) == continuation(model, PROMPT, NEW)

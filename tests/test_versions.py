@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli_command import run_process
 from tests.reports.model_directories import save
 
 pytestmark = pytest.mark.slow
@@ -17,15 +18,6 @@ OTHER = os.environ.get("KRAKEN_OTHER_PYTHON", "")
 """A Python that has another torch."""
 
 needs_other = pytest.mark.skipif(not OTHER, reason="`make test-newest` names a Python with another torch")
-
-
-def _run(python: str, command: str, *arguments: str | Path) -> str:
-    """Run a command of ours; returns what it says."""
-    code = f"from kraken_compiler.cli.{command} import main; main()"
-    line = [python, "-P", "-c", code, *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 def _torch_of(python: str) -> str:
@@ -43,9 +35,9 @@ def test_an_artifact_opens_under_another_version(tmp_path: Path, written_here: b
     writer, reader = (sys.executable, OTHER) if written_here else (OTHER, sys.executable)
     model, out = save(tmp_path / "model", num_hidden_layers=2), tmp_path / "out.kraken"
     options = ("--degree", "2", "--form", form, "--backend", "torch,onnx", "-o", out)
-    _run(writer, "compile", model, *options)
-    _run(reader, "verify", out)
+    run_process("compile", model, *options, python=writer)
+    run_process("verify", out, python=reader)
     prompt = ("--input-ids", "5,9,11", "--max-new-tokens", "8")
     for backend in ("torch", "onnx"):
-        continued = {_run(python, "run", out, *prompt, "--backend", backend) for python in (writer, reader)}
-        assert len(continued) == 1
+        runs = [run_process("run", out, *prompt, "--backend", backend, python=python) for python in (writer, reader)]
+        assert len({done.stdout + done.stderr for done in runs}) == 1

@@ -99,17 +99,18 @@ class LaneRunner:
 
     def _run_segment(self, number: int, segment: Segment, operands: list[Any], batched: bool) -> tuple[Tensor, ...]:
         run: Any = segment.module.forward
-        if self._lane_dims[number] is not None:
-            run = partial(self._on_all_lanes, number, run, batched)
+        dims = self._lane_dims[number]
+        if dims is not None:
+            run = partial(self._on_all_lanes, number, run, dims, batched)
         if self._recompute and number < self._recompute_end and torch.is_grad_enabled():
             # Nothing is drawn at random in a captured model, so there is no generator to wind back.
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         results: tuple[Tensor, ...] = run(*operands)
         return results
 
-    def _on_all_lanes(self, number: int, run: Any, batched: bool, *operands: Any) -> tuple[Tensor, ...]:
-        dims = self._lane_dims[number]
-        assert dims is not None
+    def _on_all_lanes(
+        self, number: int, run: Any, dims: tuple[_LaneDims, _LaneDims], batched: bool, *operands: Any
+    ) -> tuple[Tensor, ...]:
         in_dims, out_dims = dims
         if batched and number not in self._unbatched_steps:
             try:

@@ -31,7 +31,6 @@ RUN_TIMEOUT = "KRAKEN_RUN_TIMEOUT"
 LOGS = "logs"
 """Folder of a run's directory for what the elastic launcher keeps of every rank."""
 _NOTES = "notes.txt"
-_FAILURE = "kraken_failure"
 _BEAT_SECONDS = 0.5
 _LEAST_SHARE_OF_A_CORE = 0.05
 """The share of the time between two beats that tells computing on a crowded machine from waiting."""
@@ -164,12 +163,15 @@ class StatusWriter:
         path = os.environ.get(ERROR_FILE)
         if not path:
             return
-        now, text = time.time(), "".join(traceback.format_exception(error))
-        failure = Failure(self._rank, now, typed_line(error), text, is_of_peer(error))
-        details = {"py_callstack": text, "timestamp": str(int(now)), _FAILURE: asdict(failure)}
-        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+        now = time.time()
+        details = {
+            "py_callstack": "".join(traceback.format_exception(error)),
+            "timestamp": str(int(now)),
+            "time": now,  # torch's has whole seconds, too few to tell who failed first
+            "of_peer": is_of_peer(error),
+        }
         with suppress(OSError):  # the launcher may be gone, and the error itself is what matters
-            Path(path).write_text(json.dumps({"message": message}))
+            Path(path).write_text(json.dumps({"message": {"message": typed_line(error), "extraInfo": details}}))
 
     def _keep_beating(self) -> None:
         last_time, last_total = time.monotonic(), _main_thread_seconds()
@@ -222,11 +224,12 @@ def is_of_peer(error: BaseException) -> bool:
 
 def read_failures(directory: Path) -> dict[int, Failure]:
     """Every failure that was recorded, by rank."""
-    failures = []
-    for path in sorted(directory.glob(f"{LOGS}/*/attempt_*/*/error.json")):
-        message = json.loads(path.read_text())["message"]
-        failures.append(Failure(**message["extraInfo"][_FAILURE]))
-    return {failure.rank: failure for failure in failures}
+    failures = {}
+    for path in directory.glob(f"{LOGS}/*/attempt_*/*/error.json"):
+        message, rank = json.loads(path.read_text())["message"], int(path.parent.name)
+        details = message["extraInfo"]
+        failures[rank] = Failure(rank, details["time"], message["message"], details["py_callstack"], details["of_peer"])
+    return failures
 
 
 def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
