@@ -180,7 +180,7 @@ def test_lost_overlap_fails(artifact: Path) -> None:
 
 @pytest.mark.usefixtures("known_ranks")
 def test_wrong_numbers_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kraken_compiler.verify.against_source.source_tolerance", lambda _: -1.0)
+    monkeypatch.setattr("kraken_compiler.verify.against_source.source_tolerance", lambda *_: -1.0)
     assert "the program computes something else: standard form against the source" in refused(4, place / "llama.kraken")
 
 

@@ -61,15 +61,12 @@ class StreamingProgram(fx.Interpreter):
     Args:
         program: The program; its graph is not changed.
         read_lane: Gives the weights.
-        reverse_sums: Add the lanes' parts last lane first. Any order is right; the difference between two is the
-            rounding noise that the program has of its own.
     """
 
-    def __init__(self, program: Program, read_lane: ReadLane, *, reverse_sums: bool = False) -> None:
+    def __init__(self, program: Program, read_lane: ReadLane) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self._program = program
         self._read_lane = read_lane
-        self._reverse_sums = reverse_sums
         self._taps: dict[str, Any] = {}
         self._tap_names: frozenset[str] = frozenset()
 
@@ -124,7 +121,7 @@ class StreamingProgram(fx.Interpreter):
         if not isinstance(value, Lanes):
             assert isinstance(value, Tensor)
             return value * self._program.degree if self._program.degree > 1 else value
-        first, *rest = reversed(value) if self._reverse_sums else value
+        first, *rest = value
         total: Tensor = first
         for part in rest:
             total = total + part

@@ -16,6 +16,7 @@ from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
 from kraken_compiler.passes.sample_inputs import sample_inputs
 from kraken_compiler.passes.stages import recognize
 from kraken_compiler.verify.compare import Comparison, count_not_finite, errors, largest_errors
+from kraken_compiler.verify.noise import measure_noise
 from kraken_compiler.verify.tolerances import computed_dtypes, source_tolerance
 
 Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
@@ -58,7 +59,8 @@ def compare_with_source(
         sample = sample_inputs(source, batch, sequence, seed, padded=padded)
         inputs = [tensor.to(device) for tensor in sample.values()]
         want = _run_model(model, inputs) if model is not None else _streaming(source, read).run_flat(inputs)
-        tolerance = source_tolerance({one.dtype for one in want if one.is_floating_point()} | inside)
+        dtypes = {one.dtype for one in want if one.is_floating_point()} | inside
+        tolerance, noise = source_tolerance(dtypes), None
         try:
             outputs = run(inputs)
         except torch.OutOfMemoryError:
@@ -73,21 +75,30 @@ def compare_with_source(
         if shapes[0] == shapes[1]:
             absolute, relative = largest_errors(have, want)
             wrong = "" if math.isfinite(relative) else count_not_finite("the standard form", have, "the source", want)
+            if relative > tolerance and not wrong:
+                noise = measure_noise(source, read_from_source(source, read), inputs)
+                tolerance = source_tolerance(dtypes, noise)
         else:
             absolute = relative = math.inf
             wrong = f"outputs of shapes {_shapes_text(shapes[0])} instead of {_shapes_text(shapes[1])}"
         diverging = "" if relative <= tolerance else _diverging(source, standard, read, inputs, tolerance)
         if not relative <= tolerance and not diverging and model is not None:
             diverging = "what torch.export captured, which is not what the model computes at this size"
-        comparisons.append(_comparison((batch, sequence), absolute, relative, tolerance, diverging, wrong))
+        comparisons.append(_comparison((batch, sequence), absolute, relative, tolerance, diverging, wrong, noise))
     return comparisons
 
 
 def _comparison(
-    sizes: tuple[int, int], absolute: float, relative: float, tolerance: float, diverging: str, wrong: str
+    sizes: tuple[int, int],
+    absolute: float,
+    relative: float,
+    tolerance: float,
+    diverging: str,
+    wrong: str,
+    noise: float | None = None,
 ) -> Comparison:
     what = "standard form against the source"
-    return Comparison(what, sizes, absolute, relative, tolerance, diverging, not_finite=wrong)
+    return Comparison(what, sizes, absolute, relative, tolerance, diverging, noise, wrong)
 
 
 def _shapes_text(shapes: Sequence[tuple[int, ...]]) -> str:

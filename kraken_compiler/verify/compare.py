@@ -22,7 +22,7 @@ class Comparison:
         max_rel_error: Largest absolute difference over the largest absolute value of the reference.
         tolerance: What `max_rel_error` may be.
         first_diverging: The first layer that differs by more, "" if none does or layers were not compared.
-        noise: The relative error that the order of a sum alone makes, if it was measured.
+        noise: The relative error that rounding alone makes, if it was measured: where the usual tolerance is exceeded.
         not_finite: Who computed values that are not finite, if the error is not finite.
     """
 
@@ -46,7 +46,8 @@ class Comparison:
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
         where = f", first diverging: {self.first_diverging}" if self.first_diverging else ""
-        error = f"relative error {self.max_rel_error:.1e} (tolerance {self.tolerance:.0e})"
+        noise = f", for its rounding alone makes {self.noise:.1e}" if self.noise is not None else ""
+        error = f"relative error {self.max_rel_error:.1e} (tolerance {self.tolerance:.0e}{noise})"
         return f"{self.what}, batch {self.sizes[0]} x {self.sizes[1]}: {verdict}, {self.not_finite or error}{where}"
 
 
@@ -95,7 +96,7 @@ def worst_comparison(
     ranks: Sequence[tuple[Tensor, ...]],
     want: tuple[Tensor, ...],
     tolerance: float,
-    noise: float,
+    noise: float | None,
     first_diverging: str = "",
 ) -> Comparison:
     """The comparison with the rank that is farthest off.

@@ -39,6 +39,24 @@ FOUND = {
     "a norm over heads in double precision, of which two lanes hold some": Recipe(
         degree=5, heads=6, kv_heads=3, head_size=4, columns=6, layers=1, dtype="float64", qk_norm="wide"
     ),
+    "a model whose rounding alone makes more than the usual tolerance": Recipe(
+        degree=2,
+        heads=4,
+        kv_heads=2,
+        head_size=12,
+        columns=27,
+        layers=2,
+        positions="rotary_complex",
+        attention="sdpa_masked",
+        qk_norm="wide",
+        weights="stacked",
+        weight_place="down",
+        norm="none",
+        ffn="gated_interleaved",
+        activation="relu_squared",
+        branch_scale=0.5,
+        head="capped",
+    ),
     "a weight times truth values, without a KV cache": Recipe(layers=1, weights="masked", size_rule="even"),
 }
 
