@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
@@ -23,17 +24,20 @@ from kraken_compiler.backends.torch_dist.check.check_schedule import check_sched
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, read_weights
 from kraken_compiler.backends.write_artifact import write_artifact
+from kraken_compiler.capture import capture
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
-from kraken_compiler.lanes.reference import ReadLane
+from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.passes.sample_inputs import position_limit, sample_inputs, token_input, vocabulary
 from kraken_compiler.verify.against_source import compare_with_source
 from kraken_compiler.verify.compare import Comparison, errors, largest_errors, worst_comparison
+from kraken_compiler.verify.noise import measure_noise
 from kraken_compiler.verify.overlap import require_overlap
-from kraken_compiler.verify.tolerances import rank_tolerance, source_tolerance
+from kraken_compiler.verify.tolerances import NOISE_FACTOR, rank_tolerance, source_tolerance
 from kraken_compiler.verify.verification import Verification, verify_programs
+from kraken_compiler.weights.store import MemoryStore
 from tests.test_families import lane_program, recognized
 from tests.zoo import SUPPORTED
 
@@ -133,6 +137,40 @@ def test_not_a_number_never_passes(standard: Program) -> None:
     assert math.isnan(comparison.max_rel_error)
     assert "not finite: 970 of the values that the standard form computes, none of the source" in str(comparison)
     assert comparison.first_diverging.startswith("layer 1")
+
+
+def test_the_noise_of_rounding_is_allowed_and_no_more(standard: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured where the usual tolerance is exceeded; a program that computes something else is found all the same."""
+    assert compare(standard).noise is None
+    monkeypatch.setattr("kraken_compiler.verify.tolerances._SOURCE_TOLERANCE", {"float32": 1e-9})
+    comparison = compare(standard)
+    assert comparison.passed
+    assert comparison.noise is not None
+    assert 1e-8 < comparison.noise < 1e-5
+    assert comparison.tolerance == NOISE_FACTOR * comparison.noise
+    assert f"for its rounding alone makes {comparison.noise:.1e}" in str(comparison)
+    broken = compare(with_weight(standard, "positions.weight", lambda spec: replace(spec, scale=0.9)))
+    assert not broken.passed
+    assert broken.first_diverging == "the embedding"
+
+
+def test_noise_follows_the_element_type_and_the_condition() -> None:
+    class Powers(nn.Module):
+        """Cancels almost all of what it computes."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * x + 1e4) - 1e4
+
+    def noise(module: nn.Module, dtype: torch.dtype) -> float:
+        program = capture(module, example_inputs=(torch.ones(2, 3, dtype=dtype),)).program
+        inputs = list(sample_inputs(program, 2, 3).values())
+        results = [measure_noise(program, read_from_source(program, MemoryStore({}).read), inputs) for _ in range(2)]
+        assert results[0] == results[1], "the same every time"
+        return results[0]
+
+    assert noise(Powers(), torch.float32) > 1e-4
+    assert noise(nn.Tanh(), torch.float32) == pytest.approx(2**-23, rel=0.1)
+    assert noise(nn.Tanh(), torch.float64) == pytest.approx(2**-52, rel=0.1)
 
 
 # against ranks -------------------------------------------------------------------------------------------------------
