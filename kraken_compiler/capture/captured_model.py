@@ -21,7 +21,7 @@ from kraken_compiler.artifact.tokenizer_files import (
     read_without_templates,
     save_tokenizer,
 )
-from kraken_compiler.capture.gguf_headers import headers_read_once
+from kraken_compiler.capture.gguf_headers import GgufHeaders
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.capture.run_source import OpenModel
 from kraken_compiler.errors import InputFileError, naming
@@ -42,10 +42,12 @@ class TokenizerSource:
     Attributes:
         directory: Directory of the tokenizer files, or of the GGUF file.
         gguf_file: Name of the GGUF file that holds the tokenizer, if one does.
+        headers: What was read of that file.
     """
 
     directory: str
     gguf_file: str | None = None
+    headers: GgufHeaders = field(default_factory=GgufHeaders, repr=False, compare=False)
 
     def load(self) -> Any:
         """The tokenizer, a `transformers.PreTrainedTokenizerBase`; without chat templates if they are damaged.
@@ -86,7 +88,7 @@ class TokenizerSource:
     @cached_property
     def _contents(self) -> tuple[Any, tuple[str, ...]]:
         """The tokenizer, which takes seconds to make of a GGUF file, and notes."""
-        with quiet_transformers(), headers_read_once() if self.gguf_file else nullcontext():
+        with quiet_transformers(), self.headers.shared() if self.gguf_file else nullcontext():
             try:
                 return read_tokenizer(self.directory, self.gguf_file), ()
             except InputFileError as error:
@@ -94,6 +96,8 @@ class TokenizerSource:
                 if tokenizer is None:
                     raise
                 return tokenizer, (f"without a chat template, which is damaged: {error}",)
+            finally:
+                self.headers.forget()
 
     def _write(self, tokenizer: Any, directory: Path) -> tuple[str, ...]:
         notes = save_tokenizer(tokenizer, directory, self.directory)

@@ -15,7 +15,7 @@ from kraken_compiler.capture.captured_model import Capture, TokenizerSource, fil
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.gguf_file import GgufFile
-from kraken_compiler.capture.gguf_headers import headers_read_once
+from kraken_compiler.capture.gguf_headers import GgufHeaders
 from kraken_compiler.capture.quiet import quiet_transformers
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError, first_line, missing_packages
 from kraken_compiler.weights.checkpoint_files import ADAPTER_CONFIG
@@ -51,7 +51,8 @@ def capture_gguf(
         raise InputFileError(f"an adapter lies beside {path}: merge it into the model, or move one of the two away")
     digest = files_digester((path,), early=hash_early)
     try:
-        with headers_read_once():
+        headers = GgufHeaders()
+        with headers.shared():
             file = GgufFile.open(path)
             file.require_whole()
             model, loading_info = _load(path, dtype or torch.float32)
@@ -75,7 +76,7 @@ def capture_gguf(
         kind="gguf",
         path=str(path),
         digest=digest,
-        tokenizer=TokenizerSource(str(path.parent), path.name) if file.has_tokenizer else None,
+        tokenizer=TokenizerSource(str(path.parent), path.name, headers) if file.has_tokenizer else None,
     )
     return replace(capture, notes=(*capture.notes, *notes))
 
