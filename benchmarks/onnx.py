@@ -6,7 +6,7 @@ The hosts, the clock, the rotation of the contenders and the checks before it ar
 says what they are. The ranks run the device files on stock ONNX Runtime, in float32, one core each, and import no
 torch; torch runs in the parent only, for the answers that the contenders' tokens and logits are held against.
 
-    standard, kraken   our forms on two devices
+    standard, kraken   our forms on two devices; +split: prefills in two halves of the tokens
     bound              kraken with a communicator that sends nothing: wrong numbers, the time none could beat
     single             standard at degree 1: one process of ONNX Runtime on one core, on the longest prompt
 

@@ -28,8 +28,11 @@ class LaneDecoder:
         assert program.cached is not None, program.no_cache
         step, tables, plan = program.cached.step, program.cached.tables, program.cached.plan
         self.batch, self.capacity = batch, capacity
-        self._names = [spec.name for spec in step.inputs]
-        self._step = StreamingProgram(step, read_from_source(step, read))
+        self._step, self._inputs = StreamingProgram(step, read_from_source(step, read)), step.inputs
+        split = program.cached.split
+        if split is not None:
+            self._halves = StreamingProgram(split.program, read_from_source(split.program, read))
+            self._more_inputs = split.program.inputs[len(step.inputs) :]
         ids = torch.zeros(1, capacity, dtype=torch.int64)
         values = StreamingProgram(tables, read_from_source(tables, read)).run_flat([ids])
         self._feeds: dict[str, Any] = dict(zip(plan.tables, values, strict=True))
@@ -38,7 +41,15 @@ class LaneDecoder:
                 shape, dtype = (batch, cache.heads, capacity, dim), getattr(torch, cache.dtype)
                 self._feeds[name] = Lanes(torch.full(shape, GARBAGE, dtype=dtype) for _ in range(program.degree))
 
-    def run(self, ids: Tensor, positions: Tensor, *, positional: bool = False, picks: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        *,
+        positional: bool = False,
+        picks: Tensor | None = None,
+        cut: int | None = None,
+    ) -> Tensor:
         """Logits of new tokens.
 
         Args:
@@ -46,6 +57,7 @@ class LaneDecoder:
             positions: int64 [batch, tokens], of every token.
             positional: Leave the shapes alone and let the positions say where tokens go, as a CUDA graph does it.
             picks: int64 [batch, k], whose logits are wanted; None means all.
+            cut: How many of the tokens the first half has; None runs all at once.
 
         Returns:
             [batch, k, vocabulary].
@@ -59,5 +71,10 @@ class LaneDecoder:
             "past": torch.arange(length - tokens if alike else 0),
             "picks": torch.arange(tokens).expand(ids.shape) if picks is None else picks,
         }
-        (logits,) = self._step.run_flat([ids, *(feeds[name] for name in self._names[1:])])
+        inputs, program = self._inputs[1:], self._step
+        if cut is not None:
+            seen, past = (length - tokens + cut,) * 2 if alike else (self.capacity, 0)
+            feeds |= {"cut": torch.arange(cut), "first_slots": torch.arange(seen), "second_past": torch.arange(past)}
+            inputs, program = (*inputs, *self._more_inputs), self._halves
+        (logits,) = program.run_flat([ids, *(feeds[spec.name] for spec in inputs)])
         return logits

@@ -14,7 +14,7 @@ from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.generate.loop import generate
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.verify.replay import replay
+from kraken_compiler.verify.replay import replay, replay_halves
 from tests.torch_ranks import group_of, model_of
 
 
@@ -22,7 +22,8 @@ def run_programs(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Run every artifact of a directory on the same token batches, one after the other.
 
     The first output of each is saved in `out-RANK.safetensors`, by program and number of the batch; under "cached" what
-    the KV cache makes of the last batch, a ragged prompt first and then token by token.
+    the KV cache makes of the last batch, a ragged prompt first and then token by token; under "halves" the same with
+    all tokens read as two halves.
     """
     directory = Path(payload["directory"])
     group_of(ranks)
@@ -36,9 +37,9 @@ def run_programs(payload: Mapping[str, Any], ranks: Ranks) -> None:
             for number, ids in enumerate(batches):
                 outputs[f"{name} {number}"] = program.run_flat([ids])[0].contiguous()
             if program.has_cache:
-                outputs[f"{name} cached"] = torch.from_numpy(
-                    replay(program.decoder(*batches[-1].shape), batches[-1].numpy())
-                )
+                decoder, ids = program.decoder(*batches[-1].shape), batches[-1].numpy()
+                outputs[f"{name} cached"] = torch.from_numpy(replay(decoder, ids))
+                outputs[f"{name} halves"] = torch.from_numpy(replay_halves(decoder, ids, 2))
     save_file(outputs, directory / f"out-{ranks.rank}.safetensors")
 
 

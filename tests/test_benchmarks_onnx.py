@@ -105,9 +105,11 @@ def test_the_report_names_the_prompt_of_an_aim(workload: dict[str, Any]) -> None
 
 
 def test_only_the_single_process_runs_alone() -> None:
-    assert [one.artifact for one in contenders.ONNX] == ["single", "standard", "kraken", "kraken"]
-    assert [one.form for one in contenders.ONNX] == ["standard", "standard", "kraken", "kraken"]
-    assert [one.alone for one in contenders.ONNX] == [True, False, False, False]
+    forms = ["standard"] * 3 + ["kraken"] * 3
+    assert [one.form for one in contenders.ONNX] == forms
+    assert [one.artifact for one in contenders.ONNX] == ["single", *forms[1:]]
+    assert [one.family for one in contenders.ONNX if one.split] == ["standard+split", "kraken+split"]
+    assert [one.alone for one in contenders.ONNX] == [True, *[False] * 5]
     assert contenders.named("single/ort").checkable
 
 
@@ -126,15 +128,12 @@ def test_a_quick_run_over_loopback(tmp_path: Path) -> None:
     (workload,) = json.loads(file.read_text())["workloads"]
     assert workload["problems"] == []
     assert {check["contender"]: check["right"] for check in workload["checks"]} == {
-        "single/ort": True,
-        "standard/ort": True,
-        "kraken/ort": True,
-        "bound/ort": None,
+        one.name: True if one.checkable else None for one in contenders.ONNX
     }
     tokens = {check["contender"]: check["tokens"] for check in workload["checks"]}
     assert tokens["standard/ort"] == tokens["single/ort"]
     assert {cell["contender"]: (len(cell["ttft"]), len(cell["tpot"])) for cell in workload["cells"]} == dict.fromkeys(
-        ("single/ort", "standard/ort", "kraken/ort", "bound/ort"), (2, 2)
+        [one.name for one in contenders.ONNX], (2, 2)
     )
     assert "TTFT standard / kraken" in done.stdout
     assert "links as seen through our messages, float32" in done.stdout

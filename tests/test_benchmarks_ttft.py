@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from ttft_parts import contenders, network  # noqa: E402
 from ttft_parts.measure import Plan, _Session  # noqa: E402
 from ttft_parts.ranks import CommandError  # noqa: E402
-from ttft_parts.ratios import best_modes, geomean, of_families, paired, ratios, windows  # noqa: E402
+from ttft_parts.ratios import best_modes, geomean, hidden, of_families, paired, ratios, windows  # noqa: E402
 from ttft_parts.report import summary, text  # noqa: E402
 from ttft_parts.windows import attention_share, window  # noqa: E402
 from ttft_parts.workloads import WORKLOADS, prompt_ids  # noqa: E402
@@ -166,7 +166,9 @@ def test_contenders_are_chosen_by_name_family_and_pattern() -> None:
         "kraken/compiled",
         "kraken/gloo",
     ]
-    assert len(contenders.chosen(["*/compiled"])) == 7
+    assert len(contenders.chosen(["*/compiled"])) == 10
+    assert [one.split for one in contenders.chosen(["standard*/eager"])] == [False, True]
+    assert {one.form for one in contenders.chosen(["standard", "standard+split"])} == {"standard"}
     with pytest.raises(ValueError, match="no contender matches 'krakn'"):
         contenders.chosen(["krakn"])
 
@@ -208,9 +210,24 @@ def test_the_report_says_when_others_used_the_cores(workload: dict[str, Any]) ->
 
 def test_the_summary_is_json(workload: dict[str, Any]) -> None:
     found = json.loads(json.dumps(summary(workload)))
-    assert found.keys() == {"medians_s", "modes", "windows", "ratios"}
+    assert found.keys() == {"medians_s", "modes", "windows", "hidden", "ratios"}
     assert found["ratios"][0]["low_at"] == {"dtype": "float32", "prompt": 128, "link": "1"}
     assert {"metric": "ttft", "dtype": "float32", "family": "kraken", "mode": "compiled"} in found["modes"]
+
+
+def test_the_share_hidden_is_of_what_standard_loses(workload: dict[str, Any]) -> None:
+    """Three cells: half of a loss, all of another, and one in which there was nothing to lose."""
+    cell = {"dtype": "float32", "prompt": 512}
+    times = {"10": (1.0, 0.9, 0.8), "2": (2.0, 1.0, 1.0), "unlimited": (0.7, 0.7, 0.7)}
+    workload["cells"] = [
+        cell | {"link": link, "contender": f"{family}/eager", "ttft": [value] * 3, "tpot": []}
+        for link, values in times.items()
+        for family, value in zip(("standard", "standard+split", "bound"), values)
+    ]
+    (found,) = hidden(workload)
+    assert (found.metric, found.family) == ("ttft", "standard+split")
+    assert list(found.shares.values()) == [pytest.approx(0.5), 1.0, None]
+    assert found.together == pytest.approx(1.1 / 1.2)
 
 
 def test_the_plot(workload: dict[str, Any], tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def in_chunks(decoder: LaneDecoder, ids: Tensor) -> Tensor:
     return torch.cat([first, decoder.run(rest, positions_of(zero + 5, rest.shape[1]))], dim=1)
 
 
+def in_halves(decoder: LaneDecoder, ids: Tensor, cuts: tuple[int, int]) -> Tensor:
+    """A prompt of five tokens as two halves, the rest as two halves behind it: all rows alike, or each by itself."""
+    zero = torch.zeros(len(ids), dtype=torch.int64)
+    first = decoder.run(ids[:, :5], positions_of(zero, 5), cut=min(cuts[0], 4))
+    positional = cuts[0] > cuts[1]
+    rest = decoder.run(ids[:, 5:], positions_of(zero + 5, ids.shape[1] - 5), positional=positional, cut=cuts[1])
+    return torch.cat([first, rest], dim=1)
+
+
 def ragged(decoder: LaneDecoder, ids: Tensor) -> Tensor:
     """Prompts of different lengths, padded on the right with tokens that must not matter; [batch, 1 + steps, v]."""
     lengths = torch.tensor(PROMPTS)
@@ -77,9 +86,9 @@ def test_the_cache_changes_nothing(name: str) -> None:
         assert SUPPORTED[name].no_cache in program.no_cache
         note("cache", name, reason=program.no_cache)
         return
-    found = []
+    found, found_in_halves = [], []
     for form in ("standard", "kraken"):
-        program = lane_program(name, 2, form)
+        program = lane_program(name, 2, form, halves=True)
         ids = random_tokens(SUPPORTED[name].vocab, len(PROMPTS), TOKENS)
         want = full_logits(program, read, ids)
 
@@ -94,7 +103,11 @@ def test_the_cache_changes_nothing(name: str) -> None:
         rows, at = torch.arange(len(PROMPTS))[:, None], torch.tensor(PROMPTS)[:, None] - 1
         steps = torch.arange(TOKENS - max(PROMPTS) + 1)
         found.append(checked(ragged(decoder(), ids), want[rows, at + steps], f"{form}, ragged"))
-    note("cache", name, error=max(found))
+        assert program.cached is not None
+        assert not program.cached.no_split
+        for cuts in ((1, 4), (4, 7), (7, 1)):
+            found_in_halves.append(checked(in_halves(decoder(), ids, cuts), want, f"{form}, cut at {cuts}"))
+    note("cache", name, error=max(found), halves=max(found_in_halves))
     check_plan(name, lane_program(name, 2, "kraken"))
 
 

@@ -92,6 +92,17 @@ def test_reset_forgets() -> None:
     assert decoder.lengths == (0, 0, 0)
 
 
+def test_it_goes_back_and_on_from_there() -> None:
+    rank, logits = program()
+    decoder = rank.decoder(3, 16)
+    decoder.prefill(IDS[:, :9].numpy(), np.full(3, 9))
+    decoder.rewind(4)
+    assert decoder.lengths == (4, 4, 4)
+    close(torch.from_numpy(decoder.prefill(IDS[:, 4:].numpy(), np.full(3, 9))), logits[:, -1])
+    with pytest.raises(AssertionError):
+        decoder.rewind(14)
+
+
 def test_what_does_not_fit_is_said() -> None:
     rank, _ = program()
     decoder = rank.decoder(3, 14)

@@ -144,7 +144,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 def test_the_artifact(compiled: tuple[Path, dict[str, Any]]) -> None:
     artifact, said = compiled
     weights = [f"lanes/{name}.safetensors" for name in ("lane-0", "lane-1", "shared")]
-    graphs = [f"lanes/{name}.json" for name in ("lane", "step", "tables")]
+    graphs = [f"lanes/{name}.json" for name in ("lane", "step", "split_step", "tables")]
     names = ("generation_config", "tokenizer", "tokenizer_config")
     tokenizer = [f"tokenizer/{name}.json" for name in names]
     assert files_in(artifact) == sorted(["manifest.json", "report.json", *graphs, *weights, *tokenizer])
@@ -304,8 +304,20 @@ def test_dumped_graphs(config_only: Path, tmp_path: Path) -> None:
     names = files_in(tmp_path / "graphs")
     assert names[0].startswith("00-")
     assert [name[:2] for name in names] == [f"{number:02d}" for number in range(len(names))]
-    assert names[-1].endswith("-cache-attention.txt")
-    assert "kraken.all_reduce_start" in (tmp_path / "graphs" / names[-1]).read_text()
+    assert names[-2].endswith("-cache-attention.txt")
+    assert names[-1].endswith("-split-tokens.txt")
+    texts = [(tmp_path / "graphs" / name).read_text() for name in names[-2:]]
+    starts = [text.count("kraken.all_reduce_start") for text in texts]
+    assert 0 < starts[0] < starts[1]
+
+
+def test_no_overlap_is_no_graph_of_halves(llama: Path, tmp_path: Path) -> None:
+    result = done(llama, *LOSSLESS, "--overlap", "none", "-o", tmp_path / "out")
+    assert "lanes/split_step.json" not in files_in(tmp_path / "out")
+    assert "halves" not in result.output
+    assert "--overlap sometimes: choose from auto, none" in refused(
+        2, llama, "--overlap", "sometimes", "-o", tmp_path / "other", watched=tmp_path
+    )
 
 
 def test_quiet_and_verbose(config_only: Path) -> None:

@@ -48,11 +48,11 @@ def write_programs(name: str, degree: int, directory: Path, batches: Sequence[Te
 
     Yields:
         Program and number of the batch, and what all lanes compute in one process; last, for a program with a KV
-        cache, what that must give of the last batch.
+        cache, what that must give of the last batch, token by token and in halves.
     """
     read = recognized(name).read
     for form in FORMS:
-        program, made = lane_program(name, degree, form, cache=form in WITH_CACHE), f"{name}.{form}"
+        program, made = lane_program(name, degree, form, cache=form in WITH_CACHE, halves=True), f"{name}.{form}"
         source = Source(kind="module", name=name)
         write_artifact(program, program.reader(read), directory / made, source=source, backends=[TorchBackend()])
         lanes = LaneModule.from_program(program, read)
@@ -61,7 +61,9 @@ def write_programs(name: str, degree: int, directory: Path, batches: Sequence[Te
                 logits = lanes.run_flat([ids])[0]
                 yield f"{made} {number}", logits
         if program.cached is not None:
-            yield f"{made} cached", expected_rows(logits, *split_lengths(*batches[-1].shape))
+            rows = expected_rows(logits, *split_lengths(*batches[-1].shape))
+            yield f"{made} cached", rows
+            yield f"{made} halves", rows[:, [0, -1]]
         elif form in WITH_CACHE:
             assert SUPPORTED[name].no_cache, f"{name}: {program.no_cache}"
 

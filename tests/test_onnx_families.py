@@ -23,7 +23,7 @@ from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.quality.thread_ranks import together
 from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.verify.prefixes import expected
-from kraken_compiler.verify.replay import replay, split_lengths
+from kraken_compiler.verify.replay import replay, replay_halves, split_lengths
 from tests.table_notes import note
 from tests.test_families import EVERY_FAMILY, SIZES, lane_program, recognized, relative_error
 from tests.zoo import token_batch
@@ -33,8 +33,10 @@ FORMS_WITH_DEVICES = ("standard", "kraken")
 TOLERANCE = 1e-5
 
 
-def computed_by_devices(directory: Path, batches: list[Tensor], degree: int = DEGREE) -> list[list[Tensor]]:
-    """Every device's logits of every batch, and last those of the last batch with the KV cache."""
+def computed_by_devices(
+    directory: Path, batches: list[Tensor], degree: int = DEGREE, *, halves: bool = False
+) -> list[list[Tensor]]:
+    """Every device's logits of every batch, and last those of the last batch with the KV cache, also in halves."""
     models = [DeviceModel.load(directory / device_file(device)) for device in range(degree)]
 
     def act(collectives: Ranks) -> list[Tensor]:
@@ -45,6 +47,8 @@ def computed_by_devices(directory: Path, batches: list[Tensor], degree: int = DE
         if model.caches:
             decoder = ArrayDecoder(program, *batches[-1].shape)
             results.append(torch.from_numpy(replay(decoder, batches[-1].numpy())))
+            if halves:
+                results.append(torch.from_numpy(replay_halves(decoder, batches[-1].numpy(), 2)))
         return results
 
     results: list[Any] = together(degree, act)
@@ -75,8 +79,9 @@ def test_devices_compute_what_the_lanes_compute(name: str, tmp_path: Path) -> No
         with torch.no_grad():
             want = [lanes.run_flat([ids])[0] for ids in batches]
         if program.cached is not None:
-            want.append(expected(want[-1], *split_lengths(*SIZES[-1])))
-        for device, have in enumerate(computed_by_devices(directory, batches)):
+            rows = expected(want[-1], *split_lengths(*SIZES[-1]))
+            want += [rows, rows[:, [0, -1]]]
+        for device, have in enumerate(computed_by_devices(directory, batches, halves=True)):
             found = [relative_error(one, other) for one, other in zip(have, want, strict=True)]
             errors[form] = max(*found, errors.get(form, 0.0))
             if not max(found) <= TOLERANCE:

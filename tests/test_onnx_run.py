@@ -196,6 +196,12 @@ def test_one_device_needs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         decoder = ArrayDecoder(device, 1, 10)
         logits = decoder.prefill(np.array([[5, 6, 40]]), np.array([3]))
         assert logits.shape == (1, 97)
+        # It goes back, and on from there.
+        ids = np.array([[5, 6, 40, 7, 8, 9]])
+        whole = ArrayDecoder(device, 1, 10).prefill(ids, np.array([6])).copy()
+        decoder.rewind(2)
+        again = decoder.prefill(ids[:, 2:], np.array([4]))
+        assert np.abs(again - whole).max() <= 1e-5 * np.abs(whole).max()
     monkeypatch.setenv("WORLD_SIZE", "3")
     with (
         pytest.raises(UsageError, match="is one of 1 devices, WORLD_SIZE is 3; start 1 process"),

@@ -375,6 +375,7 @@ def test_ranks_compute_what_the_lanes_compute(compiled: CompileResult) -> None:
         "standard form against the source",
         "2 ranks against the lanes in one process",
         "2 ranks with a KV cache against the lanes without",
+        "2 ranks that read tokens as two halves against the lanes",
     }
     assert max(errors.values()) < 1e-5
     note("quantized_ranks", INT4_ZEROS, error=errors["2 ranks with a KV cache against the lanes without"])

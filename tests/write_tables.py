@@ -29,10 +29,13 @@ the largest relative errors of the logits over several batch and sequence sizes,
 - **on ranks**: so many real processes against all lanes in one process, in these forms; `standard` and `kraken` with
   the KV cache, too.
 - **KV cache**: prompts of different lengths and token by token, against recomputation.
+- **halves**: prefills run as two halves at several cuts, also behind a past, against the lanes run at once.
 - **ONNX**: two devices on stock ONNX Runtime against the lanes, standard and kraken, with the KV cache too.
 
 """
-_COLUMNS = "| model | standard | 3, 5 | forms | on ranks | KV cache | ONNX |\n|---|---|---|---|---|---|---|\n"
+_COLUMNS = (
+    "| model | standard | 3, 5 | forms | on ranks | KV cache | halves | ONNX |\n|---|---|---|---|---|---|---|---|\n"
+)
 
 _MORE = """## More families of transformers
 
@@ -142,6 +145,7 @@ def _row(notes: Notes, model: str) -> tuple[str, ...]:
         str(len(lanes["forms"]) - 1),
         f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
         _error(cache["error"]) if "error" in cache else f"none: {_reason(cache['reason'])}",
+        _error(cache["halves"]) if "halves" in cache else "",
         f"{_error(onnx['standard'])}, {_error(onnx['kraken'])}",
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ttft_parts.contenders import BOUND, Contender
+from ttft_parts.contenders import BOUND, Contender, named
 from ttft_parts.rank_loop import RankLoop, obey, take_a_core
 
 from kraken_compiler.backends.onnx_ort.format import device_path
@@ -47,8 +49,9 @@ class NoArrayCommunication:
 class OneSequence:
     """An `ArrayDecoder` for one sequence."""
 
-    def __init__(self, program: DeviceProgram, capacity: int) -> None:
+    def __init__(self, program: DeviceProgram, capacity: int, *, split: bool) -> None:
         self.decoder = ArrayDecoder(program, 1, capacity)
+        self.decoder.split_from = 2 if split else None
 
     def reset(self) -> None:
         self.decoder.reset()
@@ -74,7 +77,7 @@ class Rank(RankLoop):
     def make(self, contender: Contender, capacity: int) -> OneSequence:
         if contender.family not in self.programs:
             self.programs[contender.family] = self._load(contender)
-        decoder = OneSequence(self.programs[contender.family], capacity)
+        decoder = OneSequence(self.programs[contender.family], capacity, split=contender.split)
         if "torch" in sys.modules:
             raise RuntimeError("this rank was to do without torch, and something imported it")
         return decoder
@@ -88,6 +91,20 @@ class Rank(RankLoop):
         if contender.family == BOUND:
             return DeviceProgram(model, NoArrayCommunication(self.rank, self.degree))
         return DeviceProgram(model, self.communicator)
+
+    def trace(self, contender: str) -> list[dict[str, Any]]:
+        """The events of one prefill, by a decoder that was prepared."""
+        program, decoder = self.programs[named(contender).family], self.decoders[contender]
+        events: list[dict[str, Any]] = []
+        run = program.run_parts
+        program.run_parts = partial(run, trace=lambda event: events.append(asdict(event)))  # type: ignore[method-assign]
+        try:
+            decoder.reset()
+            self.barrier()
+            decoder.prefill(self.ids)
+        finally:
+            program.run_parts = run  # type: ignore[method-assign]
+        return events
 
     def barrier(self) -> None:
         self.communicator.barrier()

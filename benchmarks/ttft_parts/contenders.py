@@ -15,12 +15,16 @@ BOUND = "bound"
 SINGLE = "single"
 PEERS = (TP_PLAN, DTENSOR)
 FORMS = ("standard", "kraken", "ladder", "sync-drop")
+SPLIT = "+split"
+"""Behind a form: prefills run as two halves of the tokens, whose reduces fly while the other half computes."""
+SPLITS = tuple(form + SPLIT for form in ("standard", "kraken", "sync-drop"))
 MODES = ("eager", "compiled", "gloo", "ort")
 
 MEANING = {
     TP_PLAN: 'transformers, loaded with tp_plan="auto"; eager with a DynamicCache, compiled with a StaticCache',
     DTENSOR: "torch's parallelize_module (DTensor) on transformers' model; the same two caches",
     **{form: f"ours, {form} form" for form in FORMS},
+    **{split: f"ours, {split.removesuffix(SPLIT)} form, prefills in two halves" for split in SPLITS},
     BOUND: "ours, kraken form with the collectives removed: wrong numbers, the time no communication could beat",
     SINGLE: "ours, standard form at degree 1: one process on one core, on the longest prompt only",
 }
@@ -40,7 +44,13 @@ class Contender:
     @property
     def form(self) -> str | None:
         """The form to compile for it; None if it is not ours."""
-        return {BOUND: "kraken", SINGLE: "standard"}.get(self.family, None if self.family in PEERS else self.family)
+        form = None if self.family in PEERS else self.family.removesuffix(SPLIT)
+        return {BOUND: "kraken", SINGLE: "standard"}.get(self.family, form)
+
+    @property
+    def split(self) -> bool:
+        """Its prefills run as two halves."""
+        return self.family.endswith(SPLIT)
 
     @property
     def artifact(self) -> str | None:
@@ -61,11 +71,15 @@ class Contender:
 # In the order of running; those that are compared most closely are neighbours.
 ALL = (
     *(Contender(family, mode) for family in PEERS for mode in ("eager", "compiled")),
-    *(Contender(family, mode) for mode in ("eager", "compiled") for family in ("standard", "kraken", BOUND)),
-    *(Contender(family, mode) for family in ("ladder", "sync-drop") for mode in ("eager", "compiled")),
+    *(
+        Contender(family, mode)
+        for mode in ("eager", "compiled")
+        for family in ("standard", *SPLITS[:2], "kraken", BOUND)
+    ),
+    *(Contender(family, mode) for family in ("ladder", "sync-drop", SPLITS[2]) for mode in ("eager", "compiled")),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),
 )
-ONNX = tuple(Contender(family, "ort") for family in (SINGLE, "standard", "kraken", BOUND))
+ONNX = tuple(Contender(family, "ort") for family in (SINGLE, "standard", *SPLITS[:2], "kraken", BOUND))
 """Those of `benchmarks/onnx.py`, whose ranks have no torch."""
 
 

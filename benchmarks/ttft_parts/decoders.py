@@ -51,7 +51,9 @@ class Factory:
         communicator = {BOUND: "none"}.get(contender.family, "group" if contender.mode == "gloo" else None)
         key = f"{contender.family} {communicator}"
         program = self._once(key, lambda: self._load_ours(contender, communicator))
-        return OurDecoder(program.decoder(batch=1, capacity=capacity, compiled=compiled))
+        decoder = program.decoder(batch=1, capacity=capacity, compiled=compiled)
+        decoder.split_from = 2 if contender.split else None
+        return OurDecoder(decoder)
 
     def _once(self, key: str, load: Callable[[], Any]) -> Any:
         if key not in self._loaded:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def run(plan: Plan, work: Path) -> dict[str, Any]:
             # The unsplit fp32 lanes are what bf16 is held against.
             for needed in dict.fromkeys(("float32", dtype)):
                 if needed not in artifacts:
-                    artifacts[needed] = _compile(plan, source, needed, work, outcome.data["problems"])
+                    problems = outcome.data["problems"]
+                    artifacts[needed] = compiled(plan.contenders, source, needed, work, degree, plan.backends, problems)
             usable = [one for one in plan.contenders if one.artifact is None or one.artifact in artifacts[dtype]]
             settings = {
                 "model": str(source),
@@ -106,29 +108,49 @@ def run(plan: Plan, work: Path) -> dict[str, Any]:
     return outcome.data
 
 
-def _compile(plan: Plan, source: Path, dtype: str, work: Path, problems: list[str]) -> dict[str, Path]:
-    """Our artifacts by their names; a form that cannot be compiled is left out and noted."""
-    found = {}
-    for name, one in {one.artifact: one for one in plan.contenders if one.artifact is not None}.items():
-        from kraken_compiler.commands.compile import compile_model
+def compiled(
+    contenders: Iterable[Contender],
+    source: Path,
+    dtype: str,
+    work: Path,
+    degree: int,
+    backends: Sequence[str],
+    problems: list[str] | None = None,
+) -> dict[str, Path]:
+    """Our artifacts by their names.
 
+    Args:
+        contenders: Who needs them.
+        source: The model's directory.
+        dtype: Element type.
+        work: Where they go.
+        degree: Of those that do not run alone.
+        backends: What they are compiled for.
+        problems: Is told of a form that cannot be compiled, which is then left out; None lets it fail.
+    """
+    from kraken_compiler.commands.compile import compile_model
+
+    found = {}
+    for name, one in {one.artifact: one for one in contenders if one.artifact is not None}.items():
         assert name is not None
         assert one.form is not None
         target = work / f"{name}-{dtype}.kraken"
-        _say(f"{plan.workload.name}: compiling {name}, {dtype}")
+        _say(f"compiling {name}, {dtype}")
         try:
             compile_model(
                 source,
                 target,
-                degree=1 if one.alone else plan.workload.degree,
+                degree=1 if one.alone else degree,
                 form=one.form,
                 dtype=getattr(torch, dtype),
-                backends=plan.backends,
+                backends=backends,
                 verify=False,
                 force=True,
             )
         except Exception as error:
             # The others can still be measured.
+            if problems is None:
+                raise
             traceback.print_exc()
             problems.append(f"{name} {dtype}: cannot be compiled: {error}")
             continue

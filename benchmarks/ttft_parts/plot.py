@@ -14,9 +14,12 @@ _COLORS = {
     "tp_plan": "#9c9c9c",
     "dtensor": "#c9c9c9",
     "standard": "#4c78a8",
+    "standard+split": "#9ecae9",
     "kraken": "#e45756",
+    "kraken+split": "#ff9d98",
     "ladder": "#f2a65a",
     "sync-drop": "#72b7b2",
+    "sync-drop+split": "#b2dfdb",
     "bound": "#2f2f2f",
     "single": "#9c755f",
 }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ttft_parts.contenders import BOUND, DTENSOR, MODES, TP_PLAN
+from ttft_parts.contenders import BOUND, DTENSOR, FORMS, MODES, SPLIT, TP_PLAN
 from ttft_parts.network import gbits
 from ttft_parts.windows import Window, window
 
@@ -57,6 +57,11 @@ AIMS = (
     Aim("ttft", "standard", BOUND),
     Aim("ttft", "standard", "ladder"),
     Aim("ttft", "standard", "sync-drop"),
+    Aim("ttft", "standard", "standard+split"),
+    Aim("ttft", "standard+split", "kraken", at_most=1.08, prompt=512),
+    Aim("ttft", "standard+split", BOUND),
+    Aim("ttft", "kraken", "kraken+split"),
+    Aim("ttft", "standard", "sync-drop+split"),
     Aim("tpot", "standard", "kraken", at_least=1.2),
     Aim("tpot", TP_PLAN, "kraken", at_least=2.0),
     Aim("tpot", f"{TP_PLAN}/eager", "kraken", at_least=2.0),
@@ -82,6 +87,23 @@ class Ratio:
     high_at: Place
     cells: int
     holds: bool | None
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """How much of the communication that `standard` waits for a family hides: it does not depend on how slow links are.
+
+    Attributes:
+        metric, family: What was measured.
+        shares: By place, time saved over time lost, (standard - family) / (standard - no communication); None where
+            nothing is lost.
+        together: The times saved over the times lost, both summed over all places.
+    """
+
+    metric: str
+    family: str
+    shares: dict[Place, float | None]
+    together: float
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -133,6 +155,27 @@ def of_families(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, di
         if modes[place[0], family] == mode:
             found.setdefault(family, {})[place] = values
     return found
+
+
+def hidden(workload: Mapping[str, Any]) -> list[Hidden]:
+    """Of every family of ours that was measured beside `standard` and the bound."""
+    found = []
+    for metric in METRICS:
+        families = of_families(workload["cells"], metric)
+        standard, bound = families.get("standard", {}), families.get(BOUND, {})
+        places = [place for place in standard if place in bound]
+        for family in [name for name in families if name.removesuffix(SPLIT) in FORMS and name != "standard"]:
+            inside = [place for place in places if place in families[family]]
+            lost = {place: _difference(standard[place], bound[place]) for place in inside}
+            saved = {place: _difference(standard[place], families[family][place]) for place in inside}
+            if sum(lost.values()) > 0:
+                shares = {place: saved[place] / lost[place] if lost[place] > 0 else None for place in inside}
+                found.append(Hidden(metric, family, shares, sum(saved.values()) / sum(lost.values())))
+    return found
+
+
+def _difference(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(one - other for one, other in zip(over, under, strict=True))
 
 
 def windows(workload: Mapping[str, Any]) -> dict[Place, Window]:

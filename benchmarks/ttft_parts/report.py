@@ -15,6 +15,7 @@ from ttft_parts.ratios import (
     Place,
     Ratio,
     best_modes,
+    hidden,
     medians,
     of_families,
     paired,
@@ -49,6 +50,15 @@ def summary(workload: Mapping[str, Any], aims: Sequence[Aim] = AIMS) -> dict[str
         "windows": [
             {**_place(place), **asdict(found), "fits": found.fits} for place, found in windows(workload).items()
         ],
+        "hidden": [
+            {
+                "metric": one.metric,
+                "family": one.family,
+                "together": one.together,
+                "cells": [{**_place(place), "share": share} for place, share in one.shares.items()],
+            }
+            for one in hidden(workload)
+        ],
         "ratios": [
             {**asdict(ratio.aim), **asdict(ratio), "low_at": _place(ratio.low_at), "high_at": _place(ratio.high_at)}
             for ratio in ratios(workload, aims)
@@ -75,6 +85,7 @@ def _workload(workload: Mapping[str, Any], aims: Sequence[Aim]) -> list[str]:
     for metric in METRICS:
         lines += _medians(workload, metric)
     lines += _windows(workload)
+    lines += _hidden(workload)
     lines += _ratios(ratios(workload, aims), workload)
     lines += ["", *(f"{family}: {MEANING[family]}" for family in _families(workload))]
     return lines
@@ -127,6 +138,26 @@ def _windows(workload: Mapping[str, Any]) -> list[str]:
         if rows
         else []
     )
+
+
+def _hidden(workload: Mapping[str, Any]) -> list[str]:
+    found = hidden(workload)
+    places = list(dict.fromkeys(place for one in found for place in one.shares))
+    rows = [
+        (
+            f"{one.metric.upper()} {one.family}",
+            f"{one.together:.0%}",
+            *(_share(one.shares.get(place)) for place in places),
+        )
+        for one in found
+    ]
+    header = ("", "together", *map(_at, places))
+    title = "share of the communication hidden: (standard - x) / (standard - no communication)"
+    return ["", title, *_table(header, rows)] if rows else []
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:

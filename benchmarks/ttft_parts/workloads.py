@@ -84,7 +84,10 @@ WORKLOADS = {
             links=("unlimited", "10", "2", "1"),
             prompts=(128, 512),
             new_tokens=32,
-            contenders=("tp_plan", "dtensor/compiled", "standard", "kraken", "ladder", "sync-drop", "bound"),
+            contenders=(
+                *("tp_plan", "dtensor/compiled", "standard", "standard+split", "kraken", "kraken+split"),
+                *("ladder", "sync-drop", "sync-drop+split", "bound"),
+            ),
             has_aims=True,
         ),
         Workload(

@@ -68,16 +68,32 @@ class Source(_Record):
     max_positions: Annotated[int, Field(ge=1)] | None = None
 
 
+class SplitRecord(_Record):
+    """The step graph on two halves of the tokens.
+
+    Attributes:
+        inputs: The inputs that it has besides the step graph's.
+        plan: The reduces of both halves.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    plan: FormPlan
+
+
 class CacheRecord(_Record):
     """The program with a KV cache.
 
     Attributes:
         plan: Its caches and tables.
         inputs: The inputs of its step graph.
+        split: The step graph on two halves of the tokens; None if there is none.
+        no_split: Why there is none, "" if there is one or nobody has asked.
     """
 
     plan: CachePlan
     inputs: tuple[InputSpec, ...]
+    split: SplitRecord | None = None
+    no_split: str = ""
 
 
 class HealingRecord(_Record):

@@ -24,6 +24,9 @@ from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 MAX_MANIFEST_BYTES = 256 << 20
 """Largest manifest that is read: far more than any model's, and less than memory."""
 
+MEASURED_FILE = "measured.json"
+"""What runs measured on their machines; no compile wrote it, and nothing is computed otherwise for it."""
+
 _COMPUTATION_FIELDS = {"format_version", "degree", "forms", "inputs", "call", "weights", "plan", "cache"}
 """The fields of a manifest that say what is computed, beside the files."""
 

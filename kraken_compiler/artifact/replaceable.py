@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE
-from kraken_compiler.artifact.read import MAX_MANIFEST_BYTES
+from kraken_compiler.artifact.read import MAX_MANIFEST_BYTES, MEASURED_FILE
 from kraken_compiler.errors import InputFileError, UsageError
 
 _MOST_NAMES = 3
@@ -102,7 +102,7 @@ def _files_of_artifact(manifest: Path) -> frozenset[str]:
         return frozenset()
     if not isinstance(files, dict) or not all(_is_record(record) for record in files.values()):
         return frozenset()
-    return frozenset([*files, MANIFEST_FILE])
+    return frozenset([*files, MANIFEST_FILE, MEASURED_FILE])
 
 
 def _is_record(record: Any) -> bool:

@@ -84,11 +84,13 @@ class RankModel(ABC):
         vocabulary: Number of tokens a language model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
         first_seconds: How long it may take, beyond computing, before its first results are there.
+        setting: What its times depend on: who computes, and how.
     """
 
     vocabulary: int | None
     positions: int
     first_seconds: float = 0.0
+    setting: str = ""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
@@ -222,6 +224,14 @@ class Backend(ABC, Generic[OptionsKind]):
             InputFileError: A file is damaged, or the ranks' programs do not belong together.
             VerificationError: A reduce is never awaited, or there are more or fewer than planned.
         """
+
+    def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        """The windows of the programs that run a prefill as two halves, in launch order; none if nothing does.
+
+        Raises:
+            InputFileError, VerificationError: See `schedule`.
+        """
+        return ()
 
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
         """The windows as a rank ran them; nothing if it does not tell.

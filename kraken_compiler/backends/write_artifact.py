@@ -25,12 +25,13 @@ from kraken_compiler.artifact.manifest import (
     HealingRecord,
     Manifest,
     Source,
+    SplitRecord,
 )
 from kraken_compiler.artifact.reservation import Reservation, reserved
 from kraken_compiler.artifact.version import own_version
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.errors import InputFileError, naming
-from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.program import CachedProgram, LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.progress import Advance
@@ -220,7 +221,7 @@ def _fill(
         layers=program.layers,
         plan=program.plan,
         windows=windows,
-        cache=CacheRecord(plan=cached.plan, inputs=cached.step.inputs) if cached is not None else None,
+        cache=_cache_record(cached) if cached is not None else None,
         no_cache=program.no_cache,
         backends={backend.name: backend.noted_options for backend in backends},
         options=options,
@@ -231,6 +232,12 @@ def _fill(
     # Last, so that a directory with a manifest is a whole artifact.
     _write_durably(directory / MANIFEST_FILE, _as_json(manifest))
     return manifest
+
+
+def _cache_record(cached: CachedProgram) -> CacheRecord:
+    inputs, split = cached.step.inputs, cached.split
+    record = None if split is None else SplitRecord(inputs=split.program.inputs[len(inputs) :], plan=split.plan)
+    return CacheRecord(plan=cached.plan, inputs=inputs, split=record, no_split=cached.no_split)
 
 
 def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest) -> None:

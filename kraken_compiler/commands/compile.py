@@ -26,7 +26,7 @@ from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
-from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.options.compile import NO_OVERLAP, OVERLAPS, CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.passes.lower import lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
@@ -116,6 +116,8 @@ class _Compile:
         self.model, self.directory, self.options = model, directory, options
         self.example_inputs, self.show = example_inputs, show
         require_timeout(options.timeout)
+        if options.overlap not in OVERLAPS:
+            raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
         self.backends = chosen_backends(options.backends, options.backend_options)
         self.texts = [Path(one) for one in options.calibrate]
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
@@ -201,10 +203,13 @@ class _Compile:
             )
             form = _best(self.choice)
         with self.show.stage("rewrite"):
-            program = lower_split(split, form, options.layers, runner=runner)
+            program = lower_split(split, form, options.layers, halves=options.overlap != NO_OVERLAP, runner=runner)
         if program.no_cache and token_input(program) is not None:
             no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
             self.notes = (*self.notes, no_cache)
+        if program.cached is not None and program.cached.no_split:
+            no_split = f"prefills are not read as two halves: {program.cached.no_split}"
+            self.notes = (*self.notes, no_split)
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
         return program
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ class Decoder(Protocol):
     def identical_on_all_ranks(self) -> bool: ...
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
-        """Read prompts into an empty decoder.
+        """Append several tokens to every row, the prompts of an empty decoder for instance.
 
         Args:
             ids: Token ids, int64 [batch, sequence], padded on the right.
@@ -65,6 +65,36 @@ class Decoder(Protocol):
         """Forget all rows."""
 
 
+@runtime_checkable
+class CacheDecoder(Decoder, Protocol):
+    """A decoder with a KV cache: what it has read it need not read again.
+
+    It may read tokens as two halves, each of whose reduces flies while the other half computes.
+
+    Attributes:
+        can_split: True if it can.
+        split_from: The fewest tokens that it reads so unasked; None if it never does.
+    """
+
+    can_split: bool
+    split_from: int | None
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens of every row.
+
+        Args:
+            tokens: How many stay; no row has fewer.
+        """
+
+    def prefill(self, ids: Array, lengths: Array, cut: int | None = None) -> Array:
+        """Append several tokens to every row; see `Decoder.prefill`.
+
+        Args:
+            ids, lengths: See `Decoder.prefill`.
+            cut: How many tokens the first half has, 0 to read all at once; None leaves it to `split_from`.
+        """
+
+
 class RecomputingDecoder:
     """A decoder for a program without a cache: it reads all there is again for every token.
 
@@ -91,7 +121,7 @@ class RecomputingDecoder:
         self._lengths = np.zeros(batch, np.int64)
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
-        """See `Decoder.prefill`."""
+        """See `Decoder.prefill`; it reads prompts only, into an empty decoder."""
         assert len(ids) == len(lengths) == self.batch, f"{list(ids.shape)} ids for a batch of {self.batch}"
         longest = int(lengths.max())
         check_capacity(longest, self.capacity)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +19,10 @@ import numpy as np
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import RankModel
 from kraken_compiler.errors import UsageError
-from kraken_compiler.generate.decoder import Array, Decoder, check_capacity, decoder_of
+from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder, check_capacity, decoder_of
 from kraken_compiler.generate.loop import generate
 from kraken_compiler.generate.sampling import Sampling
+from kraken_compiler.generate.split_threshold import LENGTHS, split_threshold
 from kraken_compiler.ir.size_checks import require_generation
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.ranks.session import Ranks
@@ -82,6 +84,8 @@ class Engine:
         self.ranks = ranks
         self.reads_source = reads_source(artifact.manifest.inputs)
         self._decoder: tuple[tuple[int, int, Sequence[Sequence[int]]], Decoder] | None = None
+        self._read: Sequence[int] = ()
+        self._has_measured = False
 
     def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
         """Carry out a request, as rank 0: the others are told first.
@@ -153,6 +157,9 @@ class Engine:
         again = self._seconds_to_read(rows * request.capacity) if self.artifact.manifest.cache is None else 0.0
         status.progress("generating token 1", compiling + reading)
         decoder = self._decoder_for(request)
+        self._measure_halves(decoder, longest - self._known_tokens(decoder, request.prompts))
+        known = self._known_tokens(decoder, request.prompts)
+        read, self._read = [*request.prompts[0]], ()
         steps = generate(
             decoder,
             request.prompts,
@@ -160,11 +167,31 @@ class Engine:
             sampling=request.sampling,
             eos=request.eos,
             agree=self._agreement(decoder),
+            known=known,
         )
         for step, tokens in enumerate(steps, start=1):
             # The first step may compile as well: reading a prompt and appending a token are two programs.
             status.progress(f"generating token {step + 1}", again + (compiling if step == 1 else 0.0))
+            read += [token for token in tokens[:1] if token is not None]
             yield tokens
+        # The last token was chosen, perhaps not read.
+        self._read = read[:-1]
+
+    def _known_tokens(self, decoder: Decoder, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens of a prompt the decoder has read: a conversation begins as it did before."""
+        if len(prompts) > 1 or not isinstance(decoder, CacheDecoder):
+            return 0
+        (prompt,) = prompts
+        most = min(len(prompt) - 1, len(self._read))  # something must be read, or there are no logits
+        return next((place for place in range(most) if prompt[place] != self._read[place]), most)
+
+    def _measure_halves(self, decoder: Decoder, tokens: int) -> None:
+        """Measure from how many tokens on two halves are faster, once it matters; the decoder is empty after."""
+        if self._has_measured or tokens < LENGTHS[0] or not isinstance(decoder, CacheDecoder) or not decoder.can_split:
+            return
+        self._has_measured, self._read = True, ()
+        setting = f"{self.model.setting} {os.environ.get('OMP_NUM_THREADS', '')}".strip()
+        decoder.split_from = split_threshold(decoder, self.ranks, self.artifact.directory, setting)
 
     def _seconds_to_read(self, tokens: int) -> float:
         """Seconds that a slow accelerator takes to multiply so many tokens with its share of the weights."""
@@ -183,6 +210,7 @@ class Engine:
         if self._decoder is None or self._decoder[0] != key:
             # The old one's cache is let go before the new one's is made.
             self._decoder = None
+            self._read, self._has_measured = (), False
             self._decoder = (key, decoder_of(self.model, self.artifact.manifest, *key))
         return self._decoder[1]
 

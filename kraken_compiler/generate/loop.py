@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.generate.decoder import Array, Decoder, check_capacity
+from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder, check_capacity
 from kraken_compiler.generate.sampling import Sampling
 
 GREEDY = Sampling()
@@ -28,16 +28,18 @@ def generate(
     sampling: Sampling = GREEDY,
     eos: Collection[int] = (),
     agree: Callable[[Array], Array] | None = None,
+    known: int = 0,
 ) -> Iterator[list[int | None]]:
     """Continue a batch of prompts.
 
     Args:
-        decoder: The model; it is reset first, and its batch is the number of prompts.
+        decoder: The model; its batch is the number of prompts.
         prompts: Token ids of every row, at least one each; rows may differ in length.
         max_new_tokens: How many to generate at most.
         sampling: How tokens are chosen.
         eos: Tokens that end a row; they are not given out.
         agree: Makes all ranks take one rank's choice, int64 [batch] -> int64 [batch].
+        known: How many tokens of every prompt the decoder, a `CacheDecoder`, has read; it forgets all others.
 
     Yields:
         The new token of every row, None for a row that has ended. Ends when all rows have.
@@ -49,7 +51,12 @@ def generate(
     if not all(prompts):
         raise UsageError("the prompt has no tokens")
     check_capacity(max(map(len, prompts)) + max_new_tokens, decoder.capacity)
-    return _generate(decoder, prompts, max_new_tokens, sampling, frozenset(eos), agree)
+    if known:
+        assert isinstance(decoder, CacheDecoder), "it has read nothing"
+        decoder.rewind(known)
+    else:
+        decoder.reset()
+    return _generate(decoder, [prompt[known:] for prompt in prompts], max_new_tokens, sampling, frozenset(eos), agree)
 
 
 def _generate(
@@ -60,7 +67,6 @@ def _generate(
     eos: frozenset[int],
     agree: Callable[[Array], Array] | None,
 ) -> Iterator[list[int | None]]:
-    decoder.reset()
     running = [True] * len(prompts)
     choice: Array | None = None
     for step in range(max_new_tokens):

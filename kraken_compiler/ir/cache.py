@@ -7,6 +7,13 @@ from dataclasses import dataclass
 POSITIONS, SLOTS, PAST, PICKS = "positions", "slots", "past", "picks"
 """Names of the step graph's inputs that say where in the cache its tokens go and which logits are wanted."""
 
+CUT, FIRST_SLOTS, SECOND_PAST = "cut", "first_slots", "second_past"
+"""Names of the inputs that the graph on two halves has besides: how many tokens the first half has, the slots that it
+sees, and what is past for the second."""
+
+SIZES = frozenset({SLOTS, PAST, CUT, FIRST_SLOTS, SECOND_PAST})
+"""The inputs of which only the length says something: they count from 0."""
+
 
 @dataclass(frozen=True)
 class CacheSpec:

@@ -174,6 +174,8 @@ class LaneProgram(Planned):
         if self.cached is not None:
             self.cached.step.check()
             self.cached.tables.check()
+            if self.cached.split is not None:
+                self.cached.split.program.check()
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,30 @@ class CachedProgram:
         tables: The position tables and prepared weights that `step` reads: the weights and token ids [1, capacity] of
             any value in, the tables in the order of `plan.tables` out.
         plan: The caches, tables and slopes.
+        split: The step graph on two halves of the tokens; None if there is none, or nobody has asked.
+        no_split: Why there is none, "" if there is one or nobody has asked.
     """
 
     step: Program
     tables: Program
     plan: CachePlan
+    split: SplitStep | None = None
+    no_split: str = ""
+
+
+@dataclass(frozen=True)
+class SplitStep:
+    """A step graph on two halves of the tokens, whose reduces fly while the other half computes.
+
+    Attributes:
+        program: The graph. The step graph's inputs, then how many tokens the first half has (the length of `cut`), the
+            slots that the first half sees and the past of the second half, as for a step graph of theirs. Output: as of
+            the step graph. Its nodes carry no `meta["val"]`.
+        plan: The reduces of both halves.
+    """
+
+    program: Program
+    plan: FormPlan
 
 
 def parameter_count(program: Program) -> int:

@@ -17,6 +17,9 @@ from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextToken
 
 CALIBRATION_TOKENS = 65536
 
+NO_OVERLAP, OVERLAPS = "none", ("auto", "none")
+"""How reduces are hidden that the form leaves exposed."""
+
 
 def _names(value: Any) -> Any:
     """Split a text that names several backends, or each of a list of such texts."""
@@ -59,6 +62,13 @@ class CompileOptions(CommandOptions):
         CommandLineType(str | None),
         typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard."),
     ] = None
+    overlap: Annotated[
+        str,
+        typer.Option(
+            help="auto: long prefills run as two halves, whose sums are on their way while the other half computes, "
+            "from the length on at which that is faster; none: never. Changes no number. (default: auto)"
+        ),
+    ] = "auto"
     backends: Annotated[
         Sequence[str],
         CommandLineType(list[str]),

@@ -16,7 +16,7 @@ from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, PassRunner
 from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
-from kraken_compiler.passes.stages import recognize, schedule, split, with_cache
+from kraken_compiler.passes.stages import recognize, schedule, split, with_cache, with_halves
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -72,11 +72,18 @@ def lower_split(
     layers: str | Sequence[int] | None = None,
     *,
     cached: bool = True,
+    halves: bool = False,
     runner: PassRunner | None = None,
 ) -> LaneProgram:
-    """The lane program of one choice of forms. See `lower`."""
+    """The lane program of one choice of forms. See `lower`.
+
+    Args:
+        split, form, layers, cached, runner: See `lower`.
+        halves: Also make the graph that reads tokens as two halves.
+    """
     lane = schedule(split, forms_of_layers(_rows(form), layers, len(split.layers.layers)), runner)
-    return with_cache(lane, runner) if cached else lane
+    lane = with_cache(lane, runner) if cached else lane
+    return with_halves(lane, runner) if halves else lane
 
 
 def _rows(form: FormChoice) -> Form | tuple[Form, ...]:

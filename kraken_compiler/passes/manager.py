@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kraken_compiler.errors import InputFileError, Rejection, UnsupportedModelError
 from kraken_compiler.ir.printer import program_text
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.shapes import refresh_shapes
 
@@ -94,9 +94,18 @@ def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:
     return by_reason
 
 
+def _graphs(program: Program) -> Iterator[Program]:
+    """A program and, where it has a KV cache, the graphs for that."""
+    yield program
+    if isinstance(program, LaneProgram) and program.cached is not None:
+        yield from (program.cached.tables, program.cached.step)
+        if program.cached.split is not None:
+            yield program.cached.split.program
+
+
 def _dump(program: Program, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(program_text(program))
+        path.write_text("\n".join(map(program_text, _graphs(program))))
     except OSError as error:
         raise InputFileError(f"cannot write the graph dump {path}: {error.strerror}") from error

@@ -31,6 +31,7 @@ from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
+from kraken_compiler.passes.schedule.split_tokens import SplitTokens
 from kraken_compiler.passes.shard.copy_shared import CopyShared
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
@@ -93,3 +94,6 @@ def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:
 
 CACHE: tuple[Pass[Any], ...] = (CacheAttention(),)
 """From a lane program to one with a KV cache."""
+
+HALVES: tuple[Pass[Any], ...] = (SplitTokens(),)
+"""From a lane program with a KV cache to one that also reads tokens as two halves."""

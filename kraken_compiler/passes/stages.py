@@ -4,6 +4,7 @@
     split(recognized, degree)    ->  Split         once a degree: nothing up to here depends on the form
     schedule(split, forms)       ->  LaneProgram   once for every choice of forms
     with_cache(lane)             ->  LaneProgram   once for what is written
+    with_halves(lane)            ->  LaneProgram   likewise
 
 Each runs one pipeline of `pipelines.py`. A runner that goes from stage to stage gathers their history.
 """
@@ -19,7 +20,7 @@ from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split, Stage
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
-from kraken_compiler.passes.pipelines import CACHE, RECOGNIZE, schedule_as, split_over
+from kraken_compiler.passes.pipelines import CACHE, HALVES, RECOGNIZE, schedule_as, split_over
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, even_degrees, valid_degrees
 
 _MOST_TRIES = 3
@@ -69,6 +70,11 @@ def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | 
 def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:
     """Add the program with a KV cache, or why there is none. It takes as long as all the rest."""
     return _run_pipeline(LaneProgram, lane, CACHE, runner)
+
+
+def with_halves(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:
+    """Add the graph that reads tokens as two halves to the program with a KV cache, or why there is none."""
+    return _run_pipeline(LaneProgram, lane, HALVES, runner)
 
 
 def _run_pipeline(

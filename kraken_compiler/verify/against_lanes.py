@@ -101,6 +101,11 @@ class _Expected:
             what = f"{self.program.degree} {who} with a KV cache against the lanes without"
             replays = [_tensors(results[number].values()) for results in execution.replays]
             comparisons.append(worst_comparison(what, size, replays, (self.rows,) * len(replays[0]), tolerance, noise))
+            halves = [_tensors(results[number].values()) for results in execution.halves]
+            if any(halves):
+                what = f"{self.program.degree} {who} that read tokens as two halves against the lanes"
+                ends = self.rows[:, [0, -1]]
+                comparisons.append(worst_comparison(what, size, halves, (ends,) * len(halves[0]), tolerance, noise))
         return comparisons
 
 

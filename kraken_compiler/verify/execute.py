@@ -17,10 +17,11 @@ from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import UsageError
+from kraken_compiler.generate.decoder import CacheDecoder
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.verify.replay import capacities, replay
+from kraken_compiler.verify.replay import capacities, cuts, replay, replay_halves, split_lengths
 
 Array = npt.NDArray[Any]
 
@@ -32,12 +33,14 @@ class Execution:
     Attributes:
         outputs: `outputs[rank][set]` are the graph's outputs; of a program with a KV cache perhaps the logits alone.
         replays: `replays[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
+        halves: `halves[rank][set]` are the logits of `replay_halves`, by cut; empty if nothing runs halves.
         sums: `sums[rank][set]` are the finished sums by the name of their wait; empty if programs do not tell.
         records: `records[rank]` is what the rank did on the last set, for `Backend.ran`; None if it does not tell.
     """
 
     outputs: list[list[tuple[Array, ...]]]
     replays: list[list[dict[int, Array]]]
+    halves: list[list[dict[int, Array]]]
     sums: list[list[dict[str, Array]]]
     records: list[Any]
 
@@ -82,20 +85,24 @@ def execute_on_ranks(
             "sets": len(inputs),
         }
         summaries = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
-        execution = Execution([], [], [], [of_rank["record"] for of_rank in summaries])
+        execution = Execution([], [], [], [], [of_rank["record"] for of_rank in summaries])
         sets = range(len(inputs))
         for rank, of_rank in enumerate(summaries):
             arrays = load_file(_results(directory, rank))
             outputs = range(of_rank["outputs"])
             execution.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
-            replays = [_with_prefix(arrays, f"{index}.replayed.") for index in sets]
-            execution.replays.append([{int(name): array for name, array in of_set.items()} for of_set in replays])
+            execution.replays.append([_numbered(arrays, f"{index}.replayed.") for index in sets])
+            execution.halves.append([_numbered(arrays, f"{index}.halves.") for index in sets])
             execution.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
         return execution
 
 
 def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _numbered(arrays: Mapping[str, Array], prefix: str) -> dict[int, Array]:
+    return {int(name): array for name, array in _with_prefix(arrays, prefix).items()}
 
 
 def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -118,11 +125,17 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
         ranks.status.progress("executing")
     for index in range(sets if artifact.manifest.cache is not None else 0):
         ids = arrays[f"{index}.{payload['names'][0]}"]
+        decoder = None
         for capacity in capacities(ids.shape[1], model.positions):
             decoder = model.decoder(len(ids), capacity)
             if decoder is not None:
                 results[f"{index}.replayed.{capacity}"] = replay(decoder, ids)
             ranks.status.progress("decoding")
+        prompts, steps = split_lengths(*ids.shape)
+        if steps > 1 and isinstance(decoder, CacheDecoder) and decoder.can_split:
+            for cut in cuts(max(prompts)):
+                results[f"{index}.halves.{cut}"] = replay_halves(decoder, ids, cut)
+                ranks.status.progress("decoding in halves")
     save_file({name: np.ascontiguousarray(array) for name, array in results.items()}, _results(directory, ranks.rank))
     return {"outputs": count, "record": record}
 

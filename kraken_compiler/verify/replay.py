@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kraken_compiler.generate.decoder import Array, Decoder
+from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder
 
 
 def split_lengths(batch: int, tokens: int) -> tuple[list[int], int]:
@@ -49,4 +49,34 @@ def replay(decoder: Decoder, ids: Array) -> Array:
     logits = [decoder.prefill(ids[:, : max(prompts)], lengths).copy()]
     for step in range(steps):
         logits.append(decoder.step(ids[np.arange(len(ids)), lengths + step]).copy())
+    return np.stack(logits, axis=1)
+
+
+def cuts(tokens: int) -> tuple[int, ...]:
+    """Where to cut a prompt into halves: one token at either end, and unevenly; none if it is too short.
+
+    Args:
+        tokens: Length of the longest prompt.
+    """
+    return tuple(sorted({1, tokens // 3, tokens - 1} - {0, tokens})) if tokens > 1 else ()
+
+
+def replay_halves(decoder: CacheDecoder, ids: Array, cut: int) -> Array:
+    """Feed sequences like `replay`, prompts as two halves, and what follows as two halves behind them.
+
+    Args:
+        decoder: Takes a batch of that size.
+        ids: int64 [batch, tokens].
+        cut: How many tokens of the longest prompt the first half has.
+
+    Returns:
+        Logits [batch, 2, vocabulary] after the prompts and at the end.
+    """
+    ids = np.asarray(ids)
+    prompts, steps = split_lengths(*ids.shape)
+    lengths = np.array(prompts)
+    decoder.reset()
+    logits = [decoder.prefill(ids[:, : max(prompts)], lengths, cut).copy()]
+    rest = ids[np.arange(len(ids))[:, None], lengths[:, None] + np.arange(steps)]
+    logits.append(decoder.prefill(rest, np.full(len(ids), steps), min(cut, steps - 1)).copy())
     return np.stack(logits, axis=1)

@@ -10,10 +10,12 @@ from typing import Any
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import LaneProgram, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
+from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.passes.manager import PassRecord
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
 from kraken_compiler.text import format_bytes, table
 from kraken_compiler.verify.compare import Comparison
+from kraken_compiler.verify.show_schedule import hiding
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Report:
                 ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
                 _layer_rows(data["layers"]),
             ),
+            *([f"prefills in two halves: {data['halves']}"] if data["halves"] else []),
             *(f"note      {note}" for note in data["notes"]),
             *_check_lines(data.get("check")),
         ]
@@ -117,10 +120,20 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
             "degrees_without_padding": list(even_degrees(layers)),
             "lanes": [{"lane": index, **lane} for index in range(program.degree)],
             "layers": rows,
+            "halves": _halves(program),
             "passes": [vars(record) for record in history],
             "notes": list(notes),
         }
     )
+
+
+def _halves(program: LaneProgram) -> str:
+    """What hides the reduces of a prefill that runs as two halves, in words; "" if none does."""
+    split = program.cached.split if program.cached is not None else None
+    if split is None:
+        return ""
+    windows = measure_windows(split.program.graph, split.plan)
+    return f"{len(windows)} reduces, {hiding(windows)}"
 
 
 def _check_lines(check: dict[str, Any] | None) -> list[str]:

@@ -29,6 +29,15 @@ def schedule_entries(windows: Sequence[Window], runs: Runs) -> list[dict[str, An
     ]
 
 
+def hiding(windows: Sequence[Window]) -> str:
+    """How many reduces have something to hide behind, in words."""
+    promised = [window for window in windows if window.promised]
+    if not promised:
+        return "none hidden"
+    fewest = min(len(window.gemms) for window in promised)
+    return f"{len(promised)} hidden, each behind at least {fewest} matrix products"
+
+
 def schedule_table(windows: Sequence[Window], runs: Runs, run_size: tuple[int, int]) -> list[str]:
     """A row for every reduce: its start, what runs while the sum is on its way, and its wait.
 

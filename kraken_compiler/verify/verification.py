@@ -21,7 +21,7 @@ from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.execute import Array, execute_on_ranks
 from kraken_compiler.verify.overlap import require_overlap, require_run_overlap
-from kraken_compiler.verify.show_schedule import schedule_entries, schedule_table
+from kraken_compiler.verify.show_schedule import hiding, schedule_entries, schedule_table
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.evaluate import Quality
@@ -38,6 +38,7 @@ class BackendCheck:
         lanes: What they must compute; None if nobody has it.
         runs: What every rank ran, rank 0 first; empty if none told.
         run_size: Batch and sequence size of that run.
+        halves: The schedule of a prefill that runs as two halves, if one can.
     """
 
     backend: Backend[Any]
@@ -45,6 +46,7 @@ class BackendCheck:
     lanes: Reference | None = None
     runs: tuple[tuple[RanWindow, ...], ...] = ()
     run_size: tuple[int, int] = (0, 0)
+    halves: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Verification:
         skipped: Checks that were not made, each with the reason.
         checks: What was found out about every backend's programs.
         rounded: What the form and the rounded weights of a backend cost together, by what they are rounded to.
+        halves: The schedule of a prefill that runs as two halves, if one can.
         sensitivity: What the artifact's forms cost in single layers and from each to the end; None if nobody asked.
     """
 
@@ -67,6 +70,7 @@ class Verification:
     skipped: tuple[str, ...] = field(default=())
     checks: tuple[BackendCheck, ...] = ()
     rounded: Mapping[str, Quality] = field(default_factory=dict)
+    halves: tuple[Window, ...] = ()
     sensitivity: Sensitivity | None = None
 
     def require_passed(self) -> None:
@@ -88,6 +92,7 @@ class Verification:
                 "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             },
             "schedule": schedule_entries(self.windows, self._runs),
+            "schedule_of_halves": schedule_entries(self.halves, ()),
             "quality": self.quality.to_dict() if self.quality else None,
             "quality_of_rounded_weights": {name: quality.to_dict() for name, quality in self.rounded.items()},
             "sensitivity": self.sensitivity.to_dict() if self.sensitivity else None,
@@ -97,15 +102,10 @@ class Verification:
     def lines(self) -> list[str]:
         """Lines for people."""
         lines = [f"program   {comparison}" for comparison in self.comparisons]
-        promised_windows = [window for window in self.windows if window.promised]
-        fewest = min((len(window.gemms) for window in promised_windows), default=0)
-        hiding = (
-            f"{len(promised_windows)} hidden, each behind at least {fewest} matrix products"
-            if promised_windows
-            else "none hidden"
-        )
-        lines.append(f"schedule  {len(self.windows)} reduces, {hiding}")
-        for check in self.checks if promised_windows else ():
+        lines.append(f"schedule  {len(self.windows)} reduces, {hiding(self.windows)}")
+        if self.halves:
+            lines.append(f"schedule  {len(self.halves)} reduces of a prefill in two halves, {hiding(self.halves)}")
+        for check in self.checks if any(window.promised for window in self.windows) else ():
             if check.runs:
                 fewest_run = min(len(one.products) for run in check.runs for one in run if one.window.promised)
                 lines.append(
@@ -160,7 +160,8 @@ def verify_programs(
         checks.append(check)
         comparisons += backend_comparisons
     windows = next((check.windows for check in reversed(checks) if check.windows), ())
-    return Verification(tuple(comparisons), windows, checks=tuple(checks))
+    halves = next((check.halves for check in checks if check.halves), ())
+    return Verification(tuple(comparisons), windows, checks=tuple(checks), halves=halves)
 
 
 def _check(
@@ -174,8 +175,10 @@ def _check(
         raise VerificationError(f"nothing here can check the programs of the backend '{backend.name}'")
     windows = backend.schedule(artifact)
     require_overlap(windows)
+    halves = backend.split_schedule(artifact)
+    require_overlap(halves)
     reference = backend.reference(artifact, lanes)
-    check = BackendCheck(backend, windows, reference)
+    check = BackendCheck(backend, windows, reference, halves=halves)
     if reference is None or backend.cannot_run:
         return check, []
     if sizes is None:

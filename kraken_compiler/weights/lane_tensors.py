@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.program import CachedProgram, LaneProgram, Stage
+from kraken_compiler.ir.program import LaneProgram, Stage
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import DimShard, WeightSpec
 
@@ -39,8 +39,12 @@ def with_lane_tensors(program: LaneProgram, names: Collection[str]) -> LaneProgr
     main = _with_lane_sources(program, rows)
     cached = program.cached
     if cached is not None:
-        cached = CachedProgram(
-            _with_lane_sources(cached.step, rows), _with_lane_sources(cached.tables, rows), cached.plan
+        split = cached.split
+        cached = replace(
+            cached,
+            step=_with_lane_sources(cached.step, rows),
+            tables=_with_lane_sources(cached.tables, rows),
+            split=None if split is None else replace(split, program=_with_lane_sources(split.program, rows)),
         )
     return replace(main, cached=cached)
 

@@ -105,6 +105,14 @@ class OnnxBackend(Backend[OnnxOptions]):
         plan = manifest.plan if manifest.degree > 1 else None
         return measure_windows(onnx_ir.from_proto(models[0].proto).graph, plan)
 
+    def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_halves
+
+        cache = artifact.manifest.cache
+        if cache is None or cache.split is None or self.cannot_run:
+            return ()
+        return measure_halves(self._device(artifact, 0).proto, cache.split.plan)
+
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
         from kraken_compiler.backends.onnx_ort.check.check_run import ran_windows
         from kraken_compiler.backends.onnx_ort.run.events import events_from

@@ -100,7 +100,7 @@ def weight_files(device: int) -> tuple[str, ...]:
     return lane_file_name(device), SHARED_FILE, data_file(device), SHARED_DATA_FILE
 
 
-PAST_PREFIX = "past_key_values."
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 
 
 def past_name(layer: int, part: str) -> str:
@@ -110,7 +110,7 @@ def past_name(layer: int, part: str) -> str:
 
 def present_name(layer: int, part: str) -> str:
     """Output that holds the same with the new tokens appended. [batch, heads, past + sequence, dim]."""
-    return f"present.{layer}.{part}"
+    return f"{PRESENT_PREFIX}{layer}.{part}"
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,13 @@ class TorchBackend(Backend[TorchOptions]):
 
         program = load_program(artifact)
         return check_schedule(program.module, program.plan)
+
+    def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
+        from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
+        from kraken_compiler.backends.torch_dist.graph_file import load_graph
+        from kraken_compiler.backends.torch_dist.lane_files import SPLIT_FILE
+
+        cache = artifact.manifest.cache
+        if cache is None or cache.split is None:
+            return ()
+        return check_schedule(load_graph(artifact.path(SPLIT_FILE)), cache.split.plan)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import STEP_FILE, TABLES_FILE
+from kraken_compiler.backends.torch_dist.lane_files import SPLIT_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.program import CachedProgram, InputSpec
+from kraken_compiler.ir.schedule import FormPlan
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
@@ -22,21 +23,31 @@ class CachedGraphs:
 
     Attributes:
         step: Prefill and decode, with `kraken::` collectives.
+        split: The same on two halves of the tokens; None if there is none.
         tables: What is computed once for a capacity; None if nothing is.
         plan: How the step graph is fed.
         inputs: Inputs of the step graph.
+        split_inputs: Those that the graph on two halves has besides.
+        split_plan: The reduces of both halves.
     """
 
     step: fx.GraphModule
+    split: fx.GraphModule | None
     tables: fx.GraphModule | None
     plan: CachePlan
     inputs: tuple[InputSpec, ...]
+    split_inputs: tuple[InputSpec, ...] = ()
+    split_plan: FormPlan | None = None
 
     @classmethod
     def of(cls, cached: CachedProgram) -> CachedGraphs:
         """From a program in memory."""
         tables = cached.tables.module if cached.plan.tables else None
-        return cls(cached.step.module, tables, cached.plan, cached.step.inputs)
+        step, split = cached.step, cached.split
+        if split is None:
+            return cls(step.module, None, tables, cached.plan, step.inputs)
+        more_inputs = split.program.inputs[len(step.inputs) :]
+        return cls(step.module, split.program.module, tables, cached.plan, step.inputs, more_inputs, split.plan)
 
     @classmethod
     def load(cls, artifact: Artifact) -> CachedGraphs:
@@ -47,6 +58,9 @@ class CachedGraphs:
         """
         record = artifact.manifest.cache
         assert record is not None, "the artifact has no program with a cache"
-        files = (STEP_FILE, TABLES_FILE) if record.plan.tables else (STEP_FILE,)
-        step, *tables = (load_graph(artifact.path(name)) for name in files)
-        return cls(step, tables[0] if tables else None, record.plan, record.inputs)
+        step = load_graph(artifact.path(STEP_FILE))
+        tables = load_graph(artifact.path(TABLES_FILE)) if record.plan.tables else None
+        if record.split is None:
+            return cls(step, None, tables, record.plan, record.inputs)
+        split = load_graph(artifact.path(SPLIT_FILE))
+        return cls(step, split, tables, record.plan, record.inputs, record.split.inputs, record.split.plan)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir
 
-from kraken_compiler.backends.onnx_ort.format import DOMAIN, START, WAIT
+from kraken_compiler.backends.onnx_ort.format import DOMAIN, FUSED_PRODUCT, START, WAIT
+from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, Step, cut, turns
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 
 _GEMMS = frozenset({"MatMul", "Gemm", "Attention", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul"})
+_PRODUCTS = _GEMMS | {FUSED_PRODUCT}
 
 
 def is_gemm(node: onnx_ir.Node) -> bool:
@@ -40,6 +43,42 @@ def measure_windows(graph: onnx_ir.Graph, plan: FormPlan | None = None) -> tuple
         gemms = tuple(_name(node) for node in between if is_gemm(node))
         promised = plan.reduces[number].window if plan is not None else ()
         windows.append(Window(number, _name(start), _name(users[0]), gemms, promised))
+    return tuple(windows)
+
+
+def measure_halves(model: onnx.ModelProto, plan: FormPlan) -> tuple[Window, ...]:
+    """Measure the windows of a prefill that the runtime reads as two halves, in launch order.
+
+    Args:
+        model: A device's model.
+        plan: The reduces of both halves. Those that the first half need not add up are left out, and whose window they
+            would be in has no promise.
+    """
+    steps = cut(model)
+    order: list[tuple[int, Step]] = []
+    promises: dict[tuple[int, str], tuple[int, ...]] = {}
+    sequence = turns(steps, [value.name for value in model.graph.output])
+    for number, turn in enumerate(sequence):
+        following = sequence[number + 1].earlier if number + 1 < len(sequence) else ()
+        for part, numbers in enumerate((turn.earlier, turn.last)):
+            order += [(part, steps[one]) for one in numbers]
+            if number + 1 < len(sequence):
+                is_hidden = part == 0 or any(isinstance(steps[one], Stage) for one in following)
+                start = steps[turn.last[-1]]
+                assert isinstance(start, Collective)
+                promises[part, start.result] = plan.reduces[2 * number + part].window if is_hidden else ()
+    windows: list[Window] = []
+    for place, (part, step) in enumerate(order):
+        if isinstance(step, Collective) and step.kind == START:
+            wait_place, wait = next(
+                (later, other)
+                for later, (its_part, other) in enumerate(order)
+                if its_part == part and isinstance(other, Collective) and other.operand == step.result
+            )
+            between = (other for _, other in order[place + 1 : wait_place] if isinstance(other, Stage))
+            gemms = [node.name for stage in between for node in stage.model.graph.node if node.op_type in _PRODUCTS]
+            promised = promises[part, step.result]
+            windows.append(Window(len(windows), step.name, wait.name, tuple(gemms), promised))
     return tuple(windows)
 
 

@@ -9,8 +9,9 @@ The steps run in the order of the file, so what lies between a start and its wai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx
 
@@ -21,6 +22,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     GATHER,
     MICROSOFT_DOMAIN,
     MICROSOFT_VERSION,
+    PRESENT_PREFIX,
     START,
     WAIT,
 )
@@ -61,6 +63,19 @@ class Collective:
 
 
 Step = Stage | Collective
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The steps, by number, that a part of the tokens runs before it is the next part's turn.
+
+    Attributes:
+        last: Those of the last part.
+        earlier: Those of a part before it, of which only what it keeps for later tokens is wanted.
+    """
+
+    last: tuple[int, ...]
+    earlier: tuple[int, ...]
 
 
 def cut(model: onnx.ModelProto, *, fuse: bool = True) -> list[Step]:
@@ -105,6 +120,30 @@ def _cut(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[Step]:
     steps.reverse()
     _check_order(steps, {value.name for value in graph.input}, {value.name for value in graph.output})
     return steps
+
+
+def turns(steps: Sequence[Step], outputs: Iterable[str]) -> list[Turn]:
+    """The turns of a model's steps: each ends with the start of a reduce, the last one with the model.
+
+    Args:
+        steps: What `cut` gave.
+        outputs: Names of the model's outputs.
+    """
+    needed_names = {name for name in outputs if name.startswith(PRESENT_PREFIX)}
+    needed_steps: set[int] = set()
+    ends = [len(steps)]
+    for number in reversed(range(len(steps))):
+        step = steps[number]
+        results, operands = (
+            (step.outputs, step.inputs) if isinstance(step, Stage) else ((step.result,), (step.operand,))
+        )
+        if not needed_names.isdisjoint(results):
+            needed_steps.add(number)
+            needed_names.update(operands)
+        if isinstance(step, Collective) and step.kind == START:
+            ends.append(number + 1)
+    ranges = [range(first, end) for first, end in pairwise([0, *reversed(ends)])]
+    return [Turn(tuple(steps_of), tuple(sorted(needed_steps.intersection(steps_of)))) for steps_of in ranges]
 
 
 def _without_transposes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

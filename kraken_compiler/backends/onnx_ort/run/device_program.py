@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +16,16 @@ import onnx
 import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
-from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
-from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut
+from kraken_compiler.backends.onnx_ort.format import (
+    BATCH,
+    INPUT_IDS,
+    OWN,
+    PAST_PREFIX,
+    SEQUENCE,
+    START,
+    WAIT,
+)
+from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut, turns
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.events import Event
 from kraken_compiler.backends.onnx_ort.run.sizes import bind_sizes, shape_of
@@ -114,7 +122,8 @@ class DeviceProgram:
                 options.profile_file_prefix = str(Path(self._profiles.name, f"step-{number}"))
             program_step = step if isinstance(step, Collective) else _Session(model, step, options, provider)
             self._steps.append(program_step)
-        self._sums: dict[str, Array] = {}
+        self._turns = turns(steps, self.outputs)
+        self._sums: dict[tuple[str, int], Array] = {}
 
     def run(
         self,
@@ -138,20 +147,49 @@ class DeviceProgram:
         Raises:
             UsageError: An input is missing, of a wrong shape or type, or of a size that was not compiled for.
         """
-        sizes = self._sizes(feeds)
-        destinations = into or {}
-        values: dict[str, Any] = {name: feeds[name] for name in self.inputs}
-        for step in self._steps:
-            start_time = time.perf_counter()
-            if isinstance(step, _Session):
-                step.run(values, sizes, destinations)
-            else:
-                values[step.result] = self._collective(step, values)
-                if sums is not None and step.kind == WAIT:
-                    sums[step.name] = values[step.result].copy()
-            if trace is not None:
-                trace(_event(step, start_time))
-        return {name: values[name] for name in self.outputs}
+        return self.run_parts((feeds,), (into or {},), trace=trace, sums=sums)
+
+    def run_parts(
+        self,
+        feeds: Sequence[Mapping[str, Array]],
+        into: Sequence[Mapping[str, Array]],
+        *,
+        trace: Callable[[Event], None] | None = None,
+        sums: dict[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Run successive parts of the tokens in turn, so that the reduces of each fly while the others compute.
+
+        Behind every start of a reduce it is the next part's turn. A part attends to those before it, which are past for
+        it: where it reads a past, they write their presents.
+
+        Args:
+            feeds: For every part, a contiguous array for every input.
+            into: For every part, where to put outputs; see `run`.
+            trace, sums: See `run`; of the last part's sums.
+
+        Returns:
+            The outputs of the last part by name; of the others only presents are computed.
+
+        Raises:
+            UsageError: See `run`.
+        """
+        sizes = [self._sizes(of_part) for of_part in feeds]
+        self._require_sizes(feeds[-1])
+        values: list[dict[str, Any]] = [{name: of_part[name] for name in self.inputs} for of_part in feeds]
+        last = len(feeds) - 1
+        for turn in self._turns:
+            for part, of_part in enumerate(values):
+                for number in turn.last if part == last else turn.earlier:
+                    step, start_time = self._steps[number], time.perf_counter()
+                    if isinstance(step, _Session):
+                        step.run(of_part, sizes[part], into[part], part)
+                    else:
+                        of_part[step.result] = self._collective(step, of_part, part)
+                        if sums is not None and step.kind == WAIT and part == last:
+                            sums[step.name] = of_part[step.result].copy()
+                    if trace is not None:
+                        trace(_event(step, start_time, part))
+        return {name: values[last][name] for name in self.outputs}
 
     def run_profiled(
         self, feeds: Mapping[str, Array], *, sums: dict[str, Array] | None = None
@@ -176,17 +214,17 @@ class DeviceProgram:
         self._profiles = None
         return outputs, tuple(replace(event, ran=nodes) for event, nodes in zip(events, stages, strict=True))
 
-    def _collective(self, step: Collective, values: dict[str, Any]) -> Any:
+    def _collective(self, step: Collective, values: dict[str, Any], part: int) -> Any:
         communicator = self._communicator
         assert communicator is not None, "a model of one device has no collectives"
         operand = values[step.operand]
         if step.kind == START:
             return communicator.start(operand), operand
         if step.kind == WAIT:
-            handle, part = operand
-            buffer = self._sums.get(step.result)
-            if buffer is None or buffer.shape != part.shape:
-                buffer = self._sums[step.result] = np.empty_like(part)
+            handle, summand = operand
+            buffer = self._sums.get((step.result, part))
+            if buffer is None or buffer.shape != summand.shape:
+                buffer = self._sums[step.result, part] = np.empty_like(summand)
             return communicator.wait(handle, buffer)
         return communicator.all_gather(operand, step.axis)
 
@@ -204,7 +242,6 @@ class DeviceProgram:
             sizes = bind_sizes(self.inputs.values(), {name: feeds[name].shape for name in self.inputs})
         except ValueError as error:
             raise UsageError(str(error)) from error
-        self._require_sizes(feeds)
         return sizes
 
     def _require_sizes(self, feeds: Mapping[str, Array]) -> None:
@@ -236,7 +273,7 @@ class _Session:
         self.stage = stage
         self.nodes = tuple((node.name, node.op_type) for node in stage.model.graph.node)
         self._outputs = {value.name: value for value in stage.model.graph.output}
-        self._buffers: dict[str, Array] = {}
+        self._buffers: dict[tuple[str, int], Array] = {}
         try:
             self._session = onnxruntime.InferenceSession(stage.model.SerializeToString(), options, providers=[provider])
         except Exception as error:
@@ -245,14 +282,14 @@ class _Session:
             place = self.nodes[0][0]
             raise InputFileError(f"{model.path}: ONNX Runtime does not take it, near '{place}': {reason}") from error
 
-    def run(self, values: dict[str, Any], sizes: Mapping[str, int], into: Mapping[str, Array]) -> None:
-        """Read the inputs from `values`, and put the outputs there."""
+    def run(self, values: dict[str, Any], sizes: Mapping[str, int], into: Mapping[str, Array], part: int) -> None:
+        """Read the inputs of a part from `values`, and put the outputs there."""
         binding = self._session.io_binding()
         for name in self.stage.inputs:
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values[name]))
         unsized_outputs: list[str] = []
         for name, value in self._outputs.items():
-            buffer = into[name] if name in into else self._buffer(name, value, sizes)
+            buffer = into[name] if name in into else self._buffer(name, value, sizes, part)
             if buffer is None:
                 binding.bind_output(name)
                 unsized_outputs.append(name)
@@ -268,13 +305,13 @@ class _Session:
         """End the profile; returns the nodes that the last run executed."""
         return last_run(Path(self._session.end_profiling()))
 
-    def _buffer(self, name: str, value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> Array | None:
+    def _buffer(self, name: str, value: onnx.ValueInfoProto, sizes: Mapping[str, int], part: int) -> Array | None:
         shape = shape_of(value, sizes)
         if shape is None:
             return None
-        buffer = self._buffers.get(name)
+        buffer = self._buffers.get((name, part))
         if buffer is None or buffer.shape != shape:
-            buffer = self._buffers[name] = np.empty(shape, _dtype(value))
+            buffer = self._buffers[name, part] = np.empty(shape, _dtype(value))
         return buffer
 
 
@@ -297,11 +334,11 @@ def _session_options(model: DeviceModel, provider: str, threads: int | None) -> 
     return options
 
 
-def _event(step: Collective | _Session, start_time: float) -> Event:
+def _event(step: Collective | _Session, start_time: float, part: int) -> Event:
     end_time = time.perf_counter()
     if isinstance(step, Collective):
-        return Event(step.name, step.kind, start_time, end_time)
-    return Event(step.nodes[0][0], "stage", start_time, end_time, step.nodes)
+        return Event(step.name, step.kind, start_time, end_time, part=part)
+    return Event(step.nodes[0][0], "stage", start_time, end_time, step.nodes, part=part)
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:

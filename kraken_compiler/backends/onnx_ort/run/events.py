@@ -19,6 +19,7 @@ class Event:
         began, ended: Seconds of the clock `time.perf_counter`.
         nodes: Of a stage, the names of its nodes and their op types, in the order of the file.
         ran: Of a stage of a profiled run, what ONNX Runtime executed, in that order.
+        part: Which part of the tokens it was for.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Event:
     ended: float
     nodes: tuple[tuple[str, str], ...] = ()
     ran: tuple[RanNode, ...] = ()
+    part: int = 0
 
 
 def events_from(records: Iterable[dict[str, Any]]) -> tuple[Event, ...]:
@@ -35,7 +37,13 @@ def events_from(records: Iterable[dict[str, Any]]) -> tuple[Event, ...]:
 
 
 def _event(
-    name: str, kind: str, began: float, ended: float, nodes: list[tuple[str, str]], ran: list[dict[str, object]]
+    name: str,
+    kind: str,
+    began: float,
+    ended: float,
+    nodes: list[tuple[str, str]],
+    ran: list[dict[str, object]],
+    part: int,
 ) -> Event:
     executed = tuple(RanNode(**node) for node in ran)  # type: ignore[arg-type]
-    return Event(name, kind, began, ended, tuple((name, op) for name, op in nodes), executed)
+    return Event(name, kind, began, ended, tuple((name, op) for name, op in nodes), executed, part)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.backends.base import Array, Observation, RankModel
-from kraken_compiler.backends.onnx_ort.format import LOGITS
+from kraken_compiler.backends.onnx_ort.format import LOGITS, PRESENT_PREFIX
 from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.device_program import CPU_PROVIDER, DeviceProgram
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from kraken_compiler.backends.onnx_ort.backend import OnnxOptions
 
 _PROGRAM = "the program in the device files"
-_PRESENT_PREFIX = "present."
 
 
 class OnnxModel(RankModel):
@@ -56,10 +55,12 @@ class OnnxModel(RankModel):
         """
         provider = options.provider or CPU_PROVIDER
         ranks.status.computes_here = provider == CPU_PROVIDER
+        self.setting = f"onnx {provider}"
         self.program = DeviceProgram(
             device.with_exact_products() if checking else device, ranks, provider=provider, profiled=checking
         )
         cached = device.caches is not None
+        self._can_split = manifest.cache is not None and manifest.cache.split is not None
         self._names = [spec.name for spec in manifest.inputs]
         shape = self.program.outputs[LOGITS if cached else manifest.call.output_names[manifest.call.logits]]
         dims = shape.type.tensor_type.shape.dim
@@ -80,14 +81,14 @@ class OnnxModel(RankModel):
 
     def decoder(self, batch: int, capacity: int) -> ArrayDecoder:
         """See `RankModel.decoder`."""
-        return ArrayDecoder(self.program, batch, capacity)
+        return ArrayDecoder(self.program, batch, capacity, can_split=self._can_split)
 
     def _feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         model_inputs = {name: inputs[name] for name in self._names if name in inputs}
         return whole_feeds(self.program.model, model_inputs)
 
     def _outputs(self, outputs: Mapping[str, Array]) -> list[Array]:
-        return [array for name, array in outputs.items() if not name.startswith(_PRESENT_PREFIX)]
+        return [array for name, array in outputs.items() if not name.startswith(PRESENT_PREFIX)]
 
 
 @contextmanager

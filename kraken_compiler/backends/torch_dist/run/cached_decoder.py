@@ -17,7 +17,7 @@ from kraken_compiler.backends.sequences import (
 )
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
+from kraken_compiler.ir.cache import CUT, FIRST_SLOTS, PAST, PICKS, POSITIONS, SECOND_PAST, SLOTS
 from kraken_compiler.ops.devices import retarget
 
 RunStep = Callable[..., tuple[Tensor, ...]]
@@ -31,11 +31,13 @@ class CachedDecoder:
         batch: Number of sequences.
         capacity: Most tokens of a sequence, prompt and new ones together.
         identical_on_all_ranks: True if all ranks get bit-identical logits.
+        can_split: True if there is a graph that reads tokens as two halves.
+        split_from: The fewest tokens that are; None if all are read at once.
     """
 
     def __init__(
         self,
-        run_step: RunStep,
+        steps: Sequence[RunStep],
         graphs: CachedGraphs,
         weights: Sequence[Tensor],
         *,
@@ -48,7 +50,7 @@ class CachedDecoder:
         """Allocate the caches and compute the tables.
 
         Args:
-            run_step: The step graph with its collectives bound.
+            steps: The step graph with its collectives bound, and that on two halves, if there is one.
             graphs: How it is fed, and the graph of the tables.
             weights: This lane's weights, in the order of the placeholders.
             batch, capacity: See the class.
@@ -66,7 +68,9 @@ class CachedDecoder:
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         require_memory(batch * capacity * bytes_per_token, capacity, memory)
         self.batch, self.capacity, self.identical_on_all_ranks = batch, capacity, identical_on_all_ranks
-        self._run_step, self._weights, self._device = run_step, list(weights), device
+        self._steps, self._weights, self._device = steps, list(weights), device
+        self.can_split = len(steps) > 1
+        self.split_from: int | None = None
         self._require_lengths = require_lengths
         # Compiled code writes into caches outside of inference mode, where inference tensors must not be written to.
         with torch.inference_mode(False):
@@ -80,7 +84,8 @@ class CachedDecoder:
                     # Zeros and not just memory: what is masked is still multiplied, and garbage may be a NaN.
                     store = torch.zeros(batch, cache.heads, capacity, dim, dtype=dtype, device=device)
                     self._fixed_inputs[name] = store
-        self._names = [spec.name for spec in inputs]
+        self._names = [spec.name for spec in (*inputs, *graphs.split_inputs)]
+        self._unsplit_inputs = len(inputs)
         self._tokens_dtype: torch.dtype = getattr(torch, inputs[0].dtype)
         self._lengths = [0] * batch
 
@@ -91,14 +96,20 @@ class CachedDecoder:
 
     def reset(self) -> None:
         """Forget all sequences; the buffers are kept."""
-        self._lengths = [0] * self.batch
+        self.rewind(0)
 
-    def prefill(self, ids: Array, lengths: Array) -> Array:
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens; see `CacheDecoder.rewind`."""
+        assert tokens == 0 or tokens <= min(self._lengths), f"{tokens} tokens of {self._lengths}"
+        self._lengths = [tokens] * self.batch
+
+    def prefill(self, ids: Array, lengths: Array, cut: int | None = None) -> Array:
         """Append several tokens to every sequence; see `Decoder.prefill`.
 
         Args:
             ids: int64 [batch, tokens], right-padded.
             lengths: int64 [batch], how many of them count; at least 1.
+            cut: How many of them the first half has, 0 to read all at once; None lets `split_from` decide.
 
         Returns:
             Logits [batch, vocabulary] after every sequence's last token.
@@ -108,7 +119,10 @@ class CachedDecoder:
         """
         require_prompts(ids, lengths, self.batch)
         picks = torch.tensor(lengths, device=self._device).view(-1, 1) - 1
-        return self._append(ids, picks, lengths.tolist())
+        if cut is None:
+            tokens = ids.shape[1]
+            cut = tokens // 2 if self.split_from is not None and tokens >= self.split_from else 0
+        return self._append(ids, picks, lengths.tolist(), cut)
 
     def step(self, tokens: Array) -> Array:
         """Append one token to every sequence; see `Decoder.step`.
@@ -128,7 +142,7 @@ class CachedDecoder:
         return self._append(tokens.reshape(-1, 1), picks, [1] * self.batch)
 
     @torch.inference_mode()
-    def _append(self, ids: Array, picks: Tensor, counts: Sequence[int]) -> Array:
+    def _append(self, ids: Array, picks: Tensor, counts: Sequence[int], cut: int = 0) -> Array:
         tokens, longest = ids.shape[1], max(self._lengths)
         total = max(length + count for length, count in zip(self._lengths, counts))
         total = max(total, longest + tokens)
@@ -152,9 +166,20 @@ class CachedDecoder:
             PICKS: picks,
             self._names[0]: torch.tensor(ids, dtype=self._tokens_dtype, device=self._device),
         }
-        (logits,) = self._run_step(*self._weights, *(feeds[name] for name in self._names))
+        names = self._names[: self._unsplit_inputs]
+        if cut:
+            feeds |= self._halves(cut, slots, past, contiguous=past + tokens == slots)
+            names = self._names
+        run = self._steps[1 if cut else 0]
+        (logits,) = run(*self._weights, *(feeds[name] for name in names))
         self._lengths = [length + count for length, count in zip(self._lengths, counts)]
         return on_host(logits[:, 0])
+
+    def _halves(self, cut: int, slots: int, past: int, *, contiguous: bool) -> dict[str, Tensor]:
+        """What the graph on two halves is fed besides: the sizes that a step graph of each would be given."""
+        seen_by_first, past_of_second = (past + cut, past + cut) if contiguous else (slots, 0)
+        sizes = {CUT: cut, FIRST_SLOTS: seen_by_first, SECOND_PAST: past_of_second}
+        return {name: self._every_slot[:size] for name, size in sizes.items()}
 
 
 def on_host(values: Tensor) -> Array:

@@ -56,6 +56,7 @@ class TorchModel(RankModel):
         )
         self.first_seconds = _COMPILE_SECONDS if options.compile else 0.0
         self._compiled = options.compile
+        self.setting = f"torch {self.device.type}{' compiled' if options.compile else ''}"
         self._inputs = manifest.inputs
         graph = Program(
             self.program.graph, manifest.weight_table, manifest.inputs, manifest.call, degree=manifest.degree

@@ -18,7 +18,7 @@ from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder
 from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.run.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.cache import PAST, SLOTS
+from kraken_compiler.ir.cache import SIZES
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.ir.size_checks import require_lengths, token_rules
@@ -247,10 +247,14 @@ class RankProgram(nn.Module):
         """
         assert not args, "torch.compile's own arguments are chosen here"
         self._options = kwargs
-        self.compiled = self._compiled_graph(self._lane_graph, self.inputs)
+        self.compiled = self._compiled_graph(self._lane_graph, self.inputs, self.plan)
 
     def _compiled_graph(
-        self, graph: fx.Graph, inputs: tuple[InputSpec, ...], opaque: Mapping[str, Sequence[int]] | None = None
+        self,
+        graph: fx.Graph,
+        inputs: tuple[InputSpec, ...],
+        plan: FormPlan | None,
+        opaque: Mapping[str, Sequence[int]] | None = None,
     ) -> CompiledGraph:
         # Imported here because it costs seconds and megabytes that no eager rank needs.
         from kraken_compiler.backends.torch_dist.run.compile_lanes import CompiledGraph
@@ -261,7 +265,7 @@ class RankProgram(nn.Module):
             fx.GraphModule({}, copy_graph(graph)),
             dict(zip(self._weight_names, self._operands(), strict=True)),
             self.communicator,
-            self.plan,
+            plan,
             dynamic={name: [dim for dim in dims if dim not in opaque.get(name, ())] for name, dims in sizes.items()},
             opaque=opaque,
             options=self._options,
@@ -287,15 +291,14 @@ class RankProgram(nn.Module):
             raise UsageError("the program has no KV cache")
         if self._graphs is None:
             self._graphs = self._cached_graphs()
-        step = self._step(self._graphs, compiled)
-
-        def run(*operands: Tensor) -> tuple[Tensor, ...]:
-            self._agree_once()
-            return step(*operands)
-
+        graphs = self._graphs
+        steps = [self._step(graphs.step, graphs.inputs, self.plan, compiled)]
+        if graphs.split is not None:
+            inputs = (*graphs.inputs, *graphs.split_inputs)
+            steps.append(self._step(graphs.split, inputs, graphs.split_plan, compiled))
         return CachedDecoder(
-            run,
-            self._graphs,
+            list(map(self._agreeing, steps)),
+            graphs,
             self._operands(),
             batch=batch,
             capacity=capacity,
@@ -304,14 +307,26 @@ class RankProgram(nn.Module):
             require_lengths=partial(require_lengths, self.call, token_rules(self.call, self.inputs), batch),
         )
 
-    def _step(self, graphs: CachedGraphs, compiled: bool) -> RunStep:
-        """The step graph with this rank's collectives, made once."""
-        key = (self.communicator.name, self._device(), compiled)
+    def _agreeing(self, step: RunStep) -> RunStep:
+        """A step before which the ranks make sure that they run the same program."""
+
+        def run(*operands: Tensor) -> tuple[Tensor, ...]:
+            self._agree_once()
+            return step(*operands)
+
+        return run
+
+    def _step(
+        self, module: fx.GraphModule, inputs: tuple[InputSpec, ...], plan: FormPlan | None, compiled: bool
+    ) -> RunStep:
+        """A step graph with this rank's collectives, made once."""
+        key = (module, self.communicator.name, self._device(), compiled)
         if key not in self._steps and compiled:
-            step_of = self._compiled_graph(graphs.step.graph, graphs.inputs, {SLOTS: (0,), PAST: (0,)})
+            opaque = {spec.name: (0,) for spec in inputs if spec.name in SIZES}
+            step_of = self._compiled_graph(module.graph, inputs, plan, opaque)
             self._steps[key] = lambda *operands: step_of(*operands[len(self._weight_names) :])
         elif key not in self._steps:
-            step = bind_collectives(fx.GraphModule({}, copy_graph(graphs.step.graph)), self.communicator)
+            step = bind_collectives(fx.GraphModule({}, copy_graph(module.graph)), self.communicator)
             retarget(step, self._device())
             self._steps[key] = step
         return self._steps[key]
@@ -338,4 +353,4 @@ class RankProgram(nn.Module):
             self.graph = bind_collectives(fx.GraphModule({}, copy_graph(self._lane_graph)), communicator)
         retarget(self.graph, device)
         if self.compiled is not None:
-            self.compiled = self._compiled_graph(self._lane_graph, self.inputs)
+            self.compiled = self._compiled_graph(self._lane_graph, self.inputs, self.plan)

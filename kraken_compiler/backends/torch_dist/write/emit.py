@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, STEP_FILE, TABLES_FILE
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, SPLIT_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
@@ -18,9 +18,10 @@ from kraken_compiler.weights.write_shards import write_lane_shards
 def write_lanes(
     program: LaneProgram, read: SourceReader, directory: Path, progress: Advance | None = None
 ) -> tuple[Window, ...]:
-    """Write `lane.json`, with a KV cache also `step.json` and `tables.json`, and the weights; see `Backend.write`.
+    """Write `lane.json`, with a KV cache also the graphs that it adds, and the weights; see `Backend.write`.
 
-    A model of whose computation nothing follows from positions alone has no `tables.json`.
+    A model of whose computation nothing follows from positions alone has no `tables.json`, and what is not run as two
+    halves no `split_step.json`.
     """
     # Graphs are a matter of the processor, weights of the disk.
     with ThreadPoolExecutor(1, "save-graphs") as pool:
@@ -40,6 +41,9 @@ def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
+        split = program.cached.split
+        if split is not None:
+            check_schedule(save_graph(split.program, directory / Path(SPLIT_FILE).name), split.plan)
         if program.cached.plan.tables:
             save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
     return windows
