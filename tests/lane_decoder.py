@@ -32,7 +32,7 @@ class LaneDecoder:
         split = program.cached.split
         if split is not None:
             self._halves = StreamingProgram(split.program, read_from_source(split.program, read))
-            self._more_inputs = split.program.inputs[len(step.inputs) :]
+            self._more_inputs = program.cached.split_inputs
         ids = torch.zeros(1, capacity, dtype=torch.int64)
         values = StreamingProgram(tables, read_from_source(tables, read)).run_flat([ids])
         self._feeds: dict[str, Any] = dict(zip(plan.tables, values, strict=True))

@@ -87,6 +87,16 @@ def require_space(tokens: int, capacity: int) -> None:
         )
 
 
+def cut_of(tokens: int, split_from: int | None) -> int:
+    """How many of the tokens that are read at a time the first of two halves has; 0 if they are read at once.
+
+    Args:
+        tokens: How many there are.
+        split_from: The fewest that are read as two halves; None if none are.
+    """
+    return tokens // 2 if split_from is not None and tokens >= split_from else 0
+
+
 def require_memory(cache_bytes: int, capacity: int, memory: int | None = None) -> None:
     """Make sure that the caches of one rank are not larger than all the memory there is.
 

@@ -235,9 +235,9 @@ def _fill(
 
 
 def _cache_record(cached: CachedProgram) -> CacheRecord:
-    inputs, split = cached.step.inputs, cached.split
-    record = None if split is None else SplitRecord(inputs=split.program.inputs[len(inputs) :], plan=split.plan)
-    return CacheRecord(plan=cached.plan, inputs=inputs, split=record, no_split=cached.no_split)
+    split = cached.split
+    record = None if split is None else SplitRecord(inputs=cached.split_inputs, plan=split.plan)
+    return CacheRecord(plan=cached.plan, inputs=cached.step.inputs, split=record, no_split=cached.no_split)
 
 
 def _write_report(directory: Path, report: Mapping[str, Any], manifest: Manifest) -> None:

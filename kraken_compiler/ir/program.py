@@ -199,6 +199,11 @@ class CachedProgram:
     split: SplitStep | None = None
     no_split: str = ""
 
+    @property
+    def split_inputs(self) -> tuple[InputSpec, ...]:
+        """The inputs that the graph on two halves has besides the step graph's; none without it."""
+        return () if self.split is None else self.split.program.inputs[len(self.step.inputs) :]
+
 
 @dataclass(frozen=True)
 class SplitStep:

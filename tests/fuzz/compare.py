@@ -24,6 +24,7 @@ from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.quality.thread_ranks import together
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.verify.compare import errors
 from kraken_compiler.weights.store import MemoryStore
 from tests.fuzz.decoding import CAPACITY, PROMPTS, ROWS, STEPS, TOKENS, decoded, token_ids
 from tests.fuzz.model import build
@@ -142,15 +143,11 @@ def require_close(recipe: Recipe, what: str, have: Tensor, want: Tensor, compute
     """
     if have.shape != want.shape:
         raise Wrong(f"{recipe}: {what}: shape {list(have.shape)}, not {list(want.shape)}")
-    error = _error(have, want)
+    _, error = errors(have, want)
     if not error <= TOLERANCES[recipe.precision]:
-        noise = _error(compute(_nudged(build(recipe))), want)
+        _, noise = errors(compute(_nudged(build(recipe))), want)
         if not error <= min(NOISE_FACTOR * noise, LARGEST_NOISE):
             raise Wrong(f"{recipe}: {what}: relative error {error:.1e}, and one bit of its weights makes {noise:.1e}")
-
-
-def _error(have: Tensor, want: Tensor) -> float:
-    return (have.double() - want.double()).abs().max().item() / want.abs().max().item()
 
 
 def _nudged(model: nn.Module) -> nn.Module:

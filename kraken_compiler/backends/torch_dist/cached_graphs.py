@@ -46,8 +46,8 @@ class CachedGraphs:
         step, split = cached.step, cached.split
         if split is None:
             return cls(step.module, None, tables, cached.plan, step.inputs)
-        more_inputs = split.program.inputs[len(step.inputs) :]
-        return cls(step.module, split.program.module, tables, cached.plan, step.inputs, more_inputs, split.plan)
+        halves = split.program.module
+        return cls(step.module, halves, tables, cached.plan, step.inputs, cached.split_inputs, split.plan)
 
     @classmethod
     def load(cls, artifact: Artifact) -> CachedGraphs:

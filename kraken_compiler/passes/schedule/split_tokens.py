@@ -10,6 +10,7 @@ exists only where tokens meet in attentions alone.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -85,7 +86,7 @@ class _Splitter:
             for half in self.halves:
                 for node in segment:
                     if node in on_tokens:
-                        self._copy(node, {**self.shared, **half}, half)
+                        self._copy(node, ChainMap(half, self.shared), half)
         self._tail([node for node in calls if node in tail], on_tokens)
         (results,) = args_of(step.graph.output_node())
         self.graph.output(fx.node.map_arg(results, self.shared.__getitem__))

@@ -20,6 +20,7 @@ from kraken_compiler.backends.onnx_ort.format import (
 from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
 from kraken_compiler.backends.sequences import (
     Array,
+    cut_of,
     require_batch,
     require_memory,
     require_prompts,
@@ -125,7 +126,7 @@ class ArrayDecoder:
         self._mask[:, length : length + longest] = present
         aligned_ids = np.take_along_axis(np.asarray(ids, np.int64), np.maximum(columns, 0), axis=1)
         if cut is None:
-            cut = longest // 2 if self.split_from is not None and longest >= self.split_from else 0
+            cut = cut_of(longest, self.split_from)
         return self._append(np.where(present, aligned_ids, 0), before + np.maximum(columns, 0), cut)
 
     def step(self, tokens: Array) -> Array:

@@ -16,15 +16,7 @@ import onnx
 import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
-from kraken_compiler.backends.onnx_ort.format import (
-    BATCH,
-    INPUT_IDS,
-    OWN,
-    PAST_PREFIX,
-    SEQUENCE,
-    START,
-    WAIT,
-)
+from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
 from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut, turns
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.events import Event

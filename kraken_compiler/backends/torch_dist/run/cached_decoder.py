@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from kraken_compiler.backends.sequences import (
     Array,
+    cut_of,
     require_batch,
     require_memory,
     require_prompts,
@@ -120,8 +121,7 @@ class CachedDecoder:
         require_prompts(ids, lengths, self.batch)
         picks = torch.tensor(lengths, device=self._device).view(-1, 1) - 1
         if cut is None:
-            tokens = ids.shape[1]
-            cut = tokens // 2 if self.split_from is not None and tokens >= self.split_from else 0
+            cut = cut_of(ids.shape[1], self.split_from)
         return self._append(ids, picks, lengths.tolist(), cut)
 
     def step(self, tokens: Array) -> Array:
