@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from tests.toy_lane_program import edit_manifest, toy_program, toy_sources, writ
 GRAPH = "models/model.json"
 
 
-def cases(number: int) -> settings:
-    """So many examples, the same ones in every run."""
+def cases(number: int) -> Callable[[Callable[..., None]], Any]:
+    """So many examples, the same ones in every run; together they take a while."""
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+    chosen = settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+    return lambda test: pytest.mark.slow(chosen(test))
 
 
 @pytest.fixture(scope="module")

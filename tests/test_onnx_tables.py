@@ -24,7 +24,13 @@ def program_of(name: str) -> tuple[Program, CachedProgram]:
 
 
 @pytest.mark.parametrize(
-    ("name", "positions"), [("llama", MAX_POSITIONS), ("gpt2", 64), ("plain_alibi", None), ("bloom", None)]
+    ("name", "positions"),
+    [
+        ("llama", MAX_POSITIONS),
+        pytest.param("gpt2", 64, marks=pytest.mark.slow),
+        ("plain_alibi", None),
+        pytest.param("bloom", None, marks=pytest.mark.slow),
+    ],
 )
 def test_tables_are_as_long_as_positions_reach(name: str, positions: int | None) -> None:
     program, cached = program_of(name)

@@ -16,6 +16,7 @@ from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text, token_batches
+from tests.quick_tests import mostly_slow
 from tests.test_cli_compile import save_model
 from tests.zoo import SUPPORTED, token_batch
 
@@ -149,7 +150,9 @@ def opened(captured: Capture, path: Path | None = None, limit: int | None = None
     return text
 
 
-@pytest.mark.parametrize("name", ["plain_gpt", "plain_parallel", "plain_alibi", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["plain_gpt", "plain_parallel", "plain_alibi", "llama", "gpt2"], ("plain_gpt", "llama"))
+)
 def test_a_model_without_a_tokenizer_gets_random_tokens_that_fit(name: str) -> None:
     text = opened(without_tokenizer(name))
     batches = list(text)
