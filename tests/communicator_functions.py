@@ -124,7 +124,7 @@ def lose_a_peer(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Rank 1 does not take part in a sum, in the way that the payload says; what the others are told, and when."""
     group = group_of(ranks)
     communicator = MessageCommunicator.of_group(group, timeout=payload["timeout"])
-    x = torch.ones(200_000)
+    x = torch.ones(payload["elements"])
     assert communicator.wait(communicator.start(x))[0] == ranks.degree
     if ranks.rank == 1:
         if payload["how"] == "leave":
@@ -153,11 +153,11 @@ def die(payload: Mapping[str, Any], ranks: Ranks) -> None:
 
 
 def disagree(payload: Mapping[str, Any], ranks: Ranks) -> str:
-    """Ranks whose parts differ in shape."""
+    """Ranks whose parts differ in shape; where a large part is expected a small one comes, and the other way round."""
     group = group_of(ranks)
     communicator = default_communicator("cpu", group)
     try:
-        communicator.wait(communicator.start(torch.ones(4 + ranks.rank)))
+        communicator.wait(communicator.start(torch.ones(payload["elements"][ranks.rank])))
     except RankFailedError as error:
         return str(error)
     return ""

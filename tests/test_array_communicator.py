@@ -209,7 +209,7 @@ def test_an_answer_from_somebody_else_is_told(point: RendezvousPoint) -> None:
         somebody.bind(f"tcp://{point}")
         found = pool.submit(meet_in_threads, point, [(1, 2)])
         caller, _ = somebody.recv_multipart()
-        somebody.send_multipart([caller, b'{"version": 4, "infos": [1]}'])
+        somebody.send_multipart([caller, b'{"version": 5, "infos": [1]}'])
         assert_told(found.result(), RankFailedError, "who answered is not rank 0 of this run")
 
 

@@ -26,11 +26,13 @@ def test_sums_are_right_and_the_same_on_all_ranks(degree: int) -> None:
     assert all(result["digests"] == results[0]["digests"] for result in results)
 
 
+@pytest.mark.parametrize("elements", [100, 200_000])
 @pytest.mark.parametrize(
     ("how", "told"), [("leave", "connection closed by peer: rank 1"), ("stay", "timed out waiting for rank 1")]
 )
-def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str) -> None:
-    for rank, result in enumerate(run_ranks(f"{FUNCTIONS}:lose_a_peer", 3, {"how": how, "timeout": 3.0})):
+def test_a_lost_peer_is_told_in_bounded_time(how: str, told: str, elements: int) -> None:
+    payload = {"how": how, "timeout": 3.0, "elements": elements}
+    for rank, result in enumerate(run_ranks(f"{FUNCTIONS}:lose_a_peer", 3, payload)):
         if rank != 1:
             assert told in result["error"]
             assert result["seconds"] < 3.0 + 2.0
@@ -42,10 +44,14 @@ def test_a_dead_peer_ends_the_run() -> None:
         run_ranks(f"{FUNCTIONS}:die", 3)
 
 
-def test_parts_of_different_size_are_told() -> None:
-    first, second = run_ranks(f"{FUNCTIONS}:disagree", 2)
-    assert first.startswith("rank 1 sent 20 bytes where rank 0 has 16; the ranks do not run the same program")
-    assert second.startswith("rank 0 sent 16 bytes where rank 1 has 20")
+@pytest.mark.parametrize("elements", [(4, 5), (4, 50_000), (40_000, 50_000)])
+def test_parts_of_different_size_are_told(elements: tuple[int, int]) -> None:
+    ours, theirs = (4 * count for count in elements)
+    first, second = run_ranks(f"{FUNCTIONS}:disagree", 2, {"elements": elements})
+    assert first.startswith(
+        f"rank 1 sent {theirs} bytes where rank 0 has {ours}; the ranks do not run the same program"
+    )
+    assert second.startswith(f"rank 0 sent {ours} bytes where rank 1 has {theirs}")
 
 
 def test_a_communicator_ends_with_its_group() -> None:

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kraken_compiler.ranks.communicators.message import TensorSums
 from ttft_parts.contenders import Contender
 from ttft_parts.decoders import Decoder, Factory
 from ttft_parts.rank_loop import RankLoop, obey, take_a_core
+from ttft_parts.step_profile import profiled
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 
@@ -39,6 +41,15 @@ class Rank(RankLoop):
 
     def make(self, contender: Contender, capacity: int) -> Decoder:
         return self.factory.make(contender, capacity)
+
+    def profile(self, contender: str, steps: int) -> dict[str, float]:
+        """Where the time of decode steps goes."""
+        decoder, token = self.decoders[contender], self.tokens([0])
+        decoder.reset()
+        decoder.prefill(self.ids)
+        decoder.step(token)
+        self.barrier()
+        return profiled(lambda: decoder.step(token), TensorSums, steps)
 
     def barrier(self) -> None:
         dist.barrier()

@@ -61,7 +61,12 @@ def network_id() -> str:
     return "/".join(parts)
 
 
+def host_of(endpoint: str) -> str:
+    """The host of `tcp://HOST:PORT`; where it is an IPv4 address in IPv6's form, as ZeroMQ writes it, that address."""
+    return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]").removeprefix("::ffff:")
+
+
 def is_loopback(endpoint: str) -> bool:
     """True if only processes of this machine can connect to `tcp://HOST:PORT`."""
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host = host_of(endpoint)
     return host.startswith("127.") or host == "::1"

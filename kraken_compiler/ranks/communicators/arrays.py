@@ -25,6 +25,9 @@ class ArraySums(MessageSums[Array]):
         # As bytes, because the types that numpy itself does not have cannot be looked at through a buffer.
         return x.reshape(-1).view(np.uint8).data
 
+    def _flat(self, x: Array) -> Array:
+        return x.reshape(-1)
+
     def _view(self, memory: memoryview, like: Array) -> Array:
         return np.frombuffer(memory, like.dtype) if len(memory) else np.empty(0, like.dtype)
 

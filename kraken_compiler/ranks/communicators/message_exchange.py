@@ -1,4 +1,4 @@
-"""`MessageExchange`: bytes from every rank to every other, over ZeroMQ, whose own thread moves them. Knows no torch."""
+"""`MessageExchange`: bytes from every rank to every other. Knows no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import zmq
 from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators.peers import Peer, Swap, connect_peers
 
-COPY_BYTES = 128 << 10
-"""The size from which a part is sent from where it lies; smaller ones are copied into the message."""
+Trackers = list[zmq.MessageTracker | None]
 
 
 class Sending(NamedTuple):
@@ -21,13 +20,13 @@ class Sending(NamedTuple):
         numbers: Of the peers' messages, in the order of the peers.
         own_numbers: Of one's own messages to them.
         sizes: Bytes that come from each of them.
-        trackers: Know whether the parts' memory is still read, in the order of the peers; none if it was copied.
+        trackers: Know whether the parts' memory is still read, in the order of the peers; None for those copied.
     """
 
     numbers: list[int]
     own_numbers: list[int]
     sizes: Sequence[int]
-    trackers: list[zmq.MessageTracker]
+    trackers: Trackers
 
 
 class Answering(NamedTuple):
@@ -41,7 +40,7 @@ class Answering(NamedTuple):
 
     own_numbers: list[int]
     sizes: Sequence[int]
-    trackers: list[zmq.MessageTracker]
+    trackers: Trackers
 
 
 class MessageExchange:
@@ -86,9 +85,8 @@ class MessageExchange:
             RankFailedError: A peer is gone.
         """
         numbers = [peer.expect() for peer in self._peers]
-        own_numbers: list[int] = []
-        trackers = self._send_all(contents, lambda peer, content, copy: own_numbers.append(peer.send(content, copy)))
-        return Sending(numbers, own_numbers, sizes, trackers)
+        sent = self._to_all(contents, Peer.send)
+        return Sending(numbers, [number for number, _ in sent], sizes, [tracker for _, tracker in sent])
 
     def receive(self, sending: Sending) -> list[memoryview]:
         """The parts that the peers sent, in the order of their ranks, in the memory of their messages.
@@ -96,22 +94,24 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
         """
-        frames = [peer.frame(number) for peer, number in zip(self._peers, sending.numbers)]
-        return self._buffers(frames, sending.sizes)
+        contents = [
+            peer.message(number, size) for peer, number, size in zip(self._peers, sending.numbers, sending.sizes)
+        ]
+        self._require_sizes(contents, sending.sizes)
+        return contents
 
-    def _buffers(self, frames: Sequence[zmq.Frame], sizes: Sequence[int]) -> list[memoryview]:
-        """The memory of messages that must have sizes.
+    def _require_sizes(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> None:
+        """Make sure that messages are as large as they should be.
 
         Raises:
-            RankFailedError: One has another.
+            RankFailedError: One is not.
         """
-        for peer, frame, size in zip(self._peers, frames, sizes):
-            if len(frame) != size:
+        for peer, content, size in zip(self._peers, contents, sizes):
+            if len(content) != size:
                 raise RankFailedError(
-                    f"rank {peer.rank} sent {len(frame)} bytes where rank {self._rank} has {size}; "
+                    f"rank {peer.rank} sent {len(content)} bytes where rank {self._rank} has {size}; "
                     f"the ranks do not run the same program on inputs of the same shape"
                 )
-        return [frame.buffer for frame in frames]
 
     def answer(self, sending: Sending, content: memoryview, sizes: Sequence[int]) -> Answering:
         """Answer all peers' parts alike; see `send`. Answers may be given in another order than their parts were sent.
@@ -122,15 +122,16 @@ class MessageExchange:
             sizes: Bytes of each peer's answer.
         """
         numbers = dict(zip(self._peers, sending.numbers))
-        trackers = self._send_all(
-            [content] * len(self._peers), lambda peer, part, copy: peer.answer(numbers[peer], part, copy)
+        trackers: Trackers = self._to_all(
+            [content] * len(self._peers), lambda peer, answer: peer.answer(numbers[peer], answer)
         )
         return Answering(sending.own_numbers, sizes, trackers)
 
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
-        frames = [peer.answer_frame(number) for peer, number in zip(self._peers, answering.own_numbers)]
-        return self._buffers(frames, answering.sizes)
+        contents = [peer.answer_to(number) for peer, number in zip(self._peers, answering.own_numbers)]
+        self._require_sizes(contents, answering.sizes)
+        return contents
 
     def require_sent(self, sending: Sending | Answering) -> None:
         """Wait until the part's memory is not read any more.
@@ -139,7 +140,8 @@ class MessageExchange:
             RankFailedError: A peer is gone, or did not take it in time.
         """
         for peer, tracker in zip(self._peers, sending.trackers):
-            peer.require_taken(tracker)
+            if tracker is not None:
+                peer.require_taken(tracker)
 
     def send_only(self, content: bytes) -> None:
         """Send bytes to every peer, which takes them with `receive_only`; nothing comes in return.
@@ -147,7 +149,7 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone.
         """
-        self._to_all([content] * len(self._peers), lambda peer, part: peer.send(part))
+        self._to_all([content] * len(self._peers), lambda peer, message: peer.send(message, announced=True))
 
     def receive_only(self, rank: int) -> bytes:
         """The bytes that a peer sent with `send_only`.
@@ -156,30 +158,21 @@ class MessageExchange:
             RankFailedError: The peer is gone, or sent nothing in time.
         """
         peer = next(peer for peer in self._peers if peer.rank == rank)
-        return peer.frame(peer.expect()).bytes
+        return bytes(peer.message(peer.expect()))
 
-    def _send_all(
-        self, contents: Sequence[memoryview], send: Callable[[Peer, Any, bool], None]
-    ) -> list[zmq.MessageTracker]:
-        """Send every peer its part: small ones as copies, large ones from where they lie; these are tracked."""
-        if max((len(content) for content in contents), default=0) < COPY_BYTES:
-            self._to_all(contents, lambda peer, content: send(peer, content, True))
-            return []
-        # A frame for each, because only then it is known who did not take it.
-        frames = [zmq.Frame(content, track=True, copy=False, copy_threshold=0) for content in contents]
-        self._to_all(frames, lambda peer, frame: send(peer, frame, False))
-        return [frame.tracker for frame in frames]
-
-    def _to_all(self, contents: Sequence[Any], send: Callable[[Peer, Any], object]) -> None:
+    def _to_all(self, contents: Sequence[Any], send: Callable[[Peer, Any], Any]) -> list[Any]:
+        """Send to every peer; returns what `send` does, in their order."""
         failure: RankFailedError | None = None
+        sent = []
         for peer, content in zip(self._peers, contents):
             try:
-                send(peer, content)
+                sent.append(send(peer, content))
             except RankFailedError as error:
                 # The others get their part all the same, so that they miss the rank that is gone, and not this one.
                 failure = failure or error
         if failure is not None:
             raise failure
+        return sent
 
     def close(self) -> None:
         """Send the rest and disconnect. It cannot be used afterwards."""

@@ -1,17 +1,20 @@
-"""The connections to a rank's peers: one message socket to each. Knows no torch."""
+"""The connections to a rank's peers. Knows no torch."""
 
 from __future__ import annotations
 
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NoReturn
+from contextlib import closing, suppress
+from typing import Any, NamedTuple, NoReturn
 
 import zmq
 
 from kraken_compiler.errors import RankFailedError, UsageError
-from kraken_compiler.ranks.communicators.addresses import is_loopback, network_id
+from kraken_compiler.ranks.communicators.addresses import host_of, is_loopback, network_id
+from kraken_compiler.ranks.communicators.direct import DIRECT_BYTES, DirectConnection
 
 _LOOK_MILLISECONDS = 200
 """The interval at which a waiting rank looks whether its peer is still connected."""
@@ -20,7 +23,8 @@ _LINGER_MILLISECONDS = 10_000
 """The longest that closing waits for a peer to take the rest."""
 _LINGER_MILLISECONDS_IN_FAILURE = 1_000
 _NEVER_MILLISECONDS = 10**9
-_NUMBER_BYTES = 8
+_ENVELOPE = struct.Struct("<?Q")
+"""Before a content that travels through ZeroMQ: whether it is an answer, and the message's number."""
 
 RankInfo = dict[str, Any]
 """A rank's description of itself, as plain values."""
@@ -28,10 +32,23 @@ Swap = Callable[[RankInfo], list[RankInfo]]
 """Gives a rank's info to all ranks; returns everybody's, rank 0's first."""
 
 
-class Peer:
-    """The connection to one peer. What comes on it is numbered from 0 in the order in which the peer sent it.
+class Sent(NamedTuple):
+    """A message on its way.
 
-    An answer to a message has that one's number, and does not count itself.
+    Attributes:
+        number: Its number.
+        tracker: Knows whether the content's memory is still read; None if it was copied.
+    """
+
+    number: int
+    tracker: zmq.MessageTracker | None
+
+
+class Peer:
+    """Two connections to one peer: what is small goes directly, what is large through ZeroMQ, whose thread moves it.
+
+    Messages are numbered from 0 in the order in which they are sent. An answer to a message has that one's number, and
+    does not count itself.
 
     Attributes:
         rank: The peer's.
@@ -45,26 +62,31 @@ class Peer:
         self._timeout = timeout
         self._messages_sent = 0
         self._messages_expected = 0
-        self._next = 0
-        self._messages: dict[int, zmq.Frame] = {}
-        self._answers: dict[int, zmq.Frame] = {}
-        socket = self._socket = context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.SNDBUF, _SOCKET_BUFFER_BYTES)
-        socket.setsockopt(zmq.RCVBUF, _SOCKET_BUFFER_BYTES)
+        self._messages: dict[int, memoryview] = {}
+        self._answers: dict[int, memoryview] = {}
+        self._announced: set[int] = set()
+        self._listener: socket.socket | None = None
+        self._direct: DirectConnection | None = None
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.SNDBUF, _SOCKET_BUFFER_BYTES)
+        self._socket.setsockopt(zmq.RCVBUF, _SOCKET_BUFFER_BYTES)
         # Until it is closed on purpose: ZeroMQ begins to linger when a peer goes away, and nothing can reach that one.
-        socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
         # A peer that is gone stays gone: what was lost with it would be missing in the sums. Not -1, with which ZeroMQ
         # would throw away what the peer sent before it left.
-        socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MILLISECONDS)
-        socket.setsockopt(zmq.RCVTIMEO, _LOOK_MILLISECONDS)
-        socket.setsockopt(zmq.SNDTIMEO, _LOOK_MILLISECONDS)
-        socket.copy_threshold = 0
-        self._events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MILLISECONDS)
+        self._socket.setsockopt(zmq.RCVTIMEO, _LOOK_MILLISECONDS)
+        self._socket.setsockopt(zmq.SNDTIMEO, _LOOK_MILLISECONDS)
+        self._socket.copy_threshold = 0
+        self._events = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
-    def bind(self, host: str) -> str:
-        """Listen for the peer at a free port; returns the endpoint.
+    def listen(self, host: str) -> tuple[str, int]:
+        """Listen for the peer at free ports.
+
+        Returns:
+            ZeroMQ's endpoint, and the port of the direct connection on the same host.
 
         Raises:
             UsageError: This machine has no such address or interface.
@@ -76,32 +98,107 @@ class Peer:
                 f"rank {self._own_rank} cannot be reached at {host}: {reason_of(error)}; set GLOO_SOCKET_IFNAME "
                 f"to the network interface that connects the ranks"
             ) from None
-        return self._socket.get_string(zmq.LAST_ENDPOINT)
+        endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        address = host_of(endpoint)
+        self._listener = socket.create_server(
+            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+        )
+        return endpoint, self._listener.getsockname()[1]
 
-    def connect(self, endpoint: str) -> None:
-        """Connect to the peer's endpoint."""
-        self._socket.connect(endpoint)
-
-    def send(self, content: Any, copy: bool = True) -> int:
-        """Send a message; without `copy` it is sent from where it lies, later. Returns its number.
+    def call(self, endpoint: str, direct_port: int) -> None:
+        """Connect to a peer that listens; see `listen`.
 
         Raises:
-            RankFailedError: The peer is gone, or did not connect for as long as collectives may take.
+            RankFailedError: It does not.
         """
-        self._send([content], copy)
-        number, self._messages_sent = self._messages_sent, self._messages_sent + 1
-        return number
+        self._socket.connect(endpoint)
+        host = host_of(endpoint)
+        try:
+            self._connect(socket.create_connection((host, direct_port), self._timeout))
+        except OSError as error:
+            self._fail(
+                f"rank {self._own_rank} cannot reach rank {self.rank} at {host}, port {direct_port}: "
+                f"{error.strerror or error}"
+            )
 
-    def answer(self, number: int, content: Any, copy: bool = True) -> None:
-        """Send the answer to one of the peer's messages; see `send`."""
-        self._send([number.to_bytes(_NUMBER_BYTES, "little"), content], copy)
+    def accept(self) -> None:
+        """Take the call of a peer for which one listens.
 
-    def _send(self, parts: list[Any], copy: bool) -> None:
+        Raises:
+            RankFailedError: Nobody calls for as long as collectives may take.
+        """
+        assert self._listener is not None, "listen first"
+        with closing(self._listener) as listener:
+            listener.settimeout(self._timeout)
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                self._fail_late()
+        self._connect(connection)
+
+    def _connect(self, connection: socket.socket) -> None:
+        self._direct = DirectConnection(connection, _LOOK_MILLISECONDS / 1000, _SOCKET_BUFFER_BYTES)
+
+    def introduce(self, token: bytes) -> None:
+        """Say who one is, on both connections, as the first that comes on them."""
+        number, _ = self.send(token)
+        self.answer(number, memoryview(token))
+
+    def require_introduction(self, token: bytes) -> None:
+        """Make sure that it is the peer who is connected.
+
+        Raises:
+            RankFailedError: It is not, or says nothing in time.
+        """
+        number = self.expect()
+        if any(content != token for content in (self.message(number), self.answer_to(number))):
+            self._fail(f"rank {self._own_rank} was called by a stranger where it expected rank {self.rank}")
+
+    def send(self, content: memoryview | bytes, *, announced: bool = False) -> Sent:
+        """Send a message.
+
+        Args:
+            content: A large one is sent from where it lies, later.
+            announced: The peer does not know how large it is.
+
+        Raises:
+            RankFailedError: The peer is gone, or takes nothing for as long as collectives may take.
+        """
+        number = self._messages_sent
+        self._messages_sent += 1
+        directly = len(content) <= DIRECT_BYTES
+        if directly or announced:
+            self._send_directly(number, content if directly else None)
+        return Sent(number, None if directly else self._send(_ENVELOPE.pack(False, number), content))
+
+    def answer(self, number: int, content: memoryview) -> zmq.MessageTracker:
+        """Send the answer to one of the peer's messages from where it lies, later; see `send`.
+
+        Returns:
+            What knows whether the content's memory is still read.
+        """
+        return self._send(_ENVELOPE.pack(True, number), content)
+
+    def _send_directly(self, number: int, content: memoryview | bytes | None) -> None:
+        assert self._direct is not None, "connected"
+        deadline = 0.0
+        try:
+            rest = self._direct.send(number, content)
+            while rest is not None:
+                rest, moved = self._direct.send_more(rest)
+                deadline = 0.0 if moved else self._require_alive(deadline, directly=True)
+        except ConnectionError:
+            self._fail_closed()
+
+    def _send(self, envelope: bytes, content: memoryview | bytes) -> zmq.MessageTracker:
+        # A frame for each peer, because only then it is known who did not take it.
+        frame = zmq.Frame(content, track=True, copy=False, copy_threshold=0)
         deadline = 0.0
         while True:
             with suppress(zmq.Again):
-                self._socket.send_multipart(parts, copy=copy)
-                return
+                self._socket.send_multipart([envelope, frame], copy=False)
+                tracker: zmq.MessageTracker = frame.tracker
+                return tracker
             # Only a socket without a connection does not take a message.
             deadline = self._require_alive(deadline)
 
@@ -110,35 +207,56 @@ class Peer:
         number, self._messages_expected = self._messages_expected, self._messages_expected + 1
         return number
 
-    def frame(self, number: int) -> zmq.Frame:
+    def message(self, number: int, size: int = 0) -> memoryview:
         """The message of that number.
+
+        Args:
+            number: The message's.
+            size: Bytes that it should have, which says where it comes. One of another size is found, too, but later.
 
         Raises:
             RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
         """
-        assert number >= self._next or number in self._messages, (
-            f"message {number} of rank {self.rank} was taken before"
-        )
-        return self._take(self._messages, number)
+        return self._take(self._messages, number, size)
 
-    def answer_frame(self, number: int) -> zmq.Frame:
-        """The peer's answer to the message of that number; see `frame`."""
-        return self._take(self._answers, number)
+    def answer_to(self, number: int) -> memoryview:
+        """The peer's answer to the message of that number; see `message`."""
+        return self._take(self._answers, number, None)
 
-    def _take(self, frames: dict[int, zmq.Frame], number: int) -> zmq.Frame:
+    def _take(self, arrived: dict[int, memoryview], number: int, size: int | None) -> memoryview:
+        """What comes directly if it has a size up to `DIRECT_BYTES` and is not announced, else through ZeroMQ."""
         deadline = 0.0
-        while number not in frames:
-            parts: list[zmq.Frame] = []
-            with suppress(zmq.Again):
-                parts = self._socket.recv_multipart(copy=False)
-            if not parts:
-                deadline = self._require_alive(deadline)
-            elif len(parts) == 1:
-                self._messages[self._next] = parts[0]
-                self._next += 1
+        while number not in arrived:
+            directly = size is not None and size <= DIRECT_BYTES and number not in self._announced
+            if self._read_directly(size or 0) if directly else self._read():
+                continue
+            # Peers that run different programs send other sizes than one expects.
+            if self._read(wait=False) if directly else self._read_directly(wait=False):
+                continue
+            deadline = self._require_alive(deadline, directly=directly)
+        self._announced.discard(number)
+        return arrived.pop(number)
+
+    def _read_directly(self, size: int = 0, *, wait: bool = True) -> bool:
+        """Take what has come directly, up to `_LOOK_MILLISECONDS` from now; False if it is nothing."""
+        assert self._direct is not None, "connected"
+        arrivals = self._direct.receive(size, wait=wait)
+        for number, content in arrivals:
+            if content is None:
+                self._announced.add(number)
             else:
-                self._answers[int.from_bytes(parts[0].bytes, "little")] = parts[1]
-        return frames.pop(number)
+                self._messages[number] = content
+        return bool(arrivals)
+
+    def _read(self, *, wait: bool = True) -> bool:
+        """Take one content that has come through ZeroMQ; see `_read_directly`."""
+        try:
+            envelope, frame = self._socket.recv_multipart(0 if wait else zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        is_answer, number = _ENVELOPE.unpack(envelope.buffer)
+        (self._answers if is_answer else self._messages)[number] = frame.buffer
+        return True
 
     def require_taken(self, tracker: zmq.MessageTracker) -> None:
         """Wait until a message that was sent without a copy is not read any more.
@@ -161,18 +279,26 @@ class Peer:
                     f"for {self._timeout:g} s"
                 )
 
-    def _require_alive(self, deadline: float) -> float:
-        """Check an idle connection; returns the time to give up."""
-        if self._events.poll(0) and not self._socket.poll(0):
-            self._fail(
-                f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part"
-            )
+    def _require_alive(self, deadline: float, *, directly: bool = False) -> float:
+        """Check a connection on which nothing comes; returns the time to give up."""
+        if directly and self._direct is not None:
+            gone = self._direct.closed
+        else:
+            gone = bool(self._events.poll(0)) and not self._socket.poll(0)
+        if gone:
+            self._fail_closed()
         if deadline and time.monotonic() > deadline:
-            self._fail(
-                f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
-                "--timeout SECONDS allows more"
-            )
+            self._fail_late()
         return deadline or time.monotonic() + self._timeout
+
+    def _fail_closed(self) -> NoReturn:
+        self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part")
+
+    def _fail_late(self) -> NoReturn:
+        self._fail(
+            f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
+            "--timeout SECONDS allows more"
+        )
 
     def _fail(self, reason: str) -> NoReturn:
         self.failed = True
@@ -186,6 +312,10 @@ class Peer:
         self._socket.disable_monitor()
         self._events.close(0)
         self._socket.close()
+        if self._direct is not None:
+            self._direct.close()
+        if self._listener is not None:
+            self._listener.close()
 
 
 def reason_of(error: zmq.ZMQError) -> str:
@@ -198,8 +328,7 @@ def connect_peers(
 ) -> list[Peer]:
     """Connect every rank to every other; all must call it together.
 
-    The first message on every connection is a random token from the peer's info, so that no stranger is taken for a
-    peer.
+    What comes first on a connection is a random token from the peer's info, so that no stranger is taken for a peer.
 
     Args:
         context: Where the sockets are made.
@@ -217,22 +346,24 @@ def connect_peers(
         UsageError: Ranks of several hosts would meet at a loopback address.
     """
     peers = [Peer(context, rank, other, timeout) for other in range(degree) if other != rank]
-    endpoints = {str(peer.rank): peer.bind(host) for peer in peers if peer.rank > rank}
+    endpoints = {str(peer.rank): peer.listen(host) for peer in peers if peer.rank > rank}
     token = secrets.token_hex(8)
     infos = swap({"token": token, "network": network_id(), "endpoints": endpoints})
     for peer in peers:
         if peer.rank < rank:
             info = infos[peer.rank]
-            endpoint = info["endpoints"][str(rank)]
+            endpoint, direct_port = info["endpoints"][str(rank)]
             if is_loopback(endpoint) and info["network"] != infos[rank]["network"]:
                 raise UsageError(
                     f"rank {peer.rank} is on another host, but would be reached at {endpoint}; set GLOO_SOCKET_IFNAME "
                     f"there to the network interface that connects the hosts"
                 )
-            peer.connect(endpoint)
+            peer.call(endpoint, direct_port)
     for peer in peers:
-        peer.send(token.encode())
+        if peer.rank > rank:
+            peer.accept()
     for peer in peers:
-        if peer.frame(peer.expect()).bytes != infos[peer.rank]["token"].encode():
-            raise RankFailedError(f"rank {rank} was called by a stranger where it expected rank {peer.rank}")
+        peer.introduce(token.encode())
+    for peer in peers:
+        peer.require_introduction(infos[peer.rank]["token"].encode())
     return peers

@@ -28,7 +28,7 @@ RENDEZVOUS = "KRAKEN_MEET"
 GRACE_SECONDS = 3.0
 """Seconds that rank 0 listens on when something is wrong, to tell those who call a little later."""
 
-_VERSION = 4
+_VERSION = 5
 _MOST_BYTES = 1 << 20
 _OTHER_VERSION = "another version of kraken-compiler than"
 _HINT = f"set {RENDEZVOUS} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"

@@ -120,6 +120,10 @@ class MessageSums(ABC, Generic[A]):
         """The memory of a contiguous array."""
 
     @abstractmethod
+    def _flat(self, x: A) -> A:
+        """A contiguous array as a flat one, of the same memory."""
+
+    @abstractmethod
     def _view(self, memory: memoryview, like: A) -> A:
         """Memory as a flat array with the element type of another."""
 
@@ -174,14 +178,16 @@ class MessageSums(ABC, Generic[A]):
             RankFailedError: A peer went away or did not answer in time.
         """
         sending, part, dtype = handle
-        total = self._empty(part, dtype) if out is None else out
         if isinstance(sending, SharedSum):
+            total = self._empty(part, dtype) if out is None else out
             self._settle(sending)
             self._join_shares(sending, total)
             return total
-        self._add(self._all_parts(sending, part), self._flat(total))
-        if sending is not None:
-            self._open().require_sent(sending)
+        exchange = None if sending is None else self._open()
+        contents = [] if exchange is None else exchange.receive(sending)
+        total = self._sum(contents, part, dtype, out)
+        if exchange is not None:
+            exchange.require_sent(sending)
         return total
 
     def all_gather(self, x: A, dim: int) -> A:
@@ -199,7 +205,7 @@ class MessageSums(ABC, Generic[A]):
         self._settle()
         if sending is None:
             return self._join([self._flat(part)] * self.degree, part, dim)
-        whole = self._join(self._all_parts(sending, part), part, dim)
+        whole = self._join(self._all_parts(self._open().receive(sending), part), part, dim)
         self._open().require_sent(sending)
         return whole
 
@@ -220,13 +226,16 @@ class MessageSums(ABC, Generic[A]):
         peers = self.degree - 1
         return self._open().send([content] * peers, [len(content)] * peers)
 
-    def _all_parts(self, sending: Any, own_part: A) -> list[A]:
-        """All ranks' parts, flat, rank 0's first; one's own alone if nothing was sent."""
-        others = [] if sending is None else [self._view(memory, own_part) for memory in self._open().receive(sending)]
-        return [*others[: self.rank], self._flat(own_part), *others[self.rank :]]
+    def _sum(self, contents: Sequence[memoryview], part: A, dtype: Any, out: A | None) -> A:
+        """This rank's part and those of the others, added in the order of the ranks."""
+        total = self._empty(part, dtype) if out is None else out
+        self._add(self._all_parts(contents, part), self._flat(total))
+        return total
 
-    def _flat(self, x: A) -> A:
-        return self._view(self._bytes(x), x)
+    def _all_parts(self, contents: Sequence[memoryview], own_part: A) -> list[A]:
+        """All ranks' parts, flat, rank 0's first; one's own alone if nothing was sent."""
+        others = [self._view(memory, own_part) for memory in contents]
+        return [*others[: self.rank], self._flat(own_part), *others[self.rank :]]
 
     def _shares(self, part: A) -> list[slice]:
         """Every rank's share of a part, in bytes."""
@@ -246,7 +255,7 @@ class MessageSums(ABC, Generic[A]):
             shares = self._shares(shared.part)
             own_part = self._view(self._bytes(shared.part)[shares[self.rank]], shared.part)
             own_share = self._empty(own_part, shared.dtype)
-            self._add(self._all_parts(shared.sending, own_part), own_share)
+            self._add(self._all_parts(self._open().receive(shared.sending), own_part), own_share)
             shared.share = self._contiguous(own_share, self.reduce_dtype)
             sizes = [share.stop - share.start for rank, share in enumerate(shares) if rank != self.rank]
             shared.answering = self._open().answer(shared.sending, self._bytes(shared.share), sizes)
