@@ -61,10 +61,13 @@ def run_on_inputs(payload: Mapping[str, Any], ranks: Ranks) -> None:
 
 
 def generate_greedily(payload: Mapping[str, Any], ranks: Ranks) -> list[list[int]]:
-    """Continue a batch of prompts with the KV cache; EOS ends nothing."""
+    """Continue a batch of prompts with the KV cache, read as two halves if that is asked for; EOS ends nothing."""
     prompts, tokens = payload["prompts"], payload["tokens"]
     model = model_of(payload["artifact"], ranks)
     decoder = model.decoder(len(prompts), max(map(len, prompts)) + tokens)
+    if payload.get("halves"):
+        assert decoder.can_split
+        decoder.split_from = 2
     steps = []
     for done, step in enumerate(generate(decoder, prompts, tokens)):
         ranks.status.progress(f"token {done}")

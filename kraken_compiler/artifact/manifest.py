@@ -74,10 +74,12 @@ class SplitRecord(_Record):
     Attributes:
         inputs: The inputs that it has besides the step graph's.
         plan: The reduces of both halves.
+        once: Numbers of the step graph's reduces that the halves have together, and not one each.
     """
 
     inputs: tuple[InputSpec, ...]
     plan: FormPlan
+    once: tuple[int, ...] = ()
 
 
 class CacheRecord(_Record):

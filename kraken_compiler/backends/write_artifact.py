@@ -236,7 +236,7 @@ def _fill(
 
 def _cache_record(cached: CachedProgram) -> CacheRecord:
     split = cached.split
-    record = None if split is None else SplitRecord(inputs=cached.split_inputs, plan=split.plan)
+    record = None if split is None else SplitRecord(inputs=cached.split_inputs, plan=split.plan, once=split.once)
     return CacheRecord(plan=cached.plan, inputs=cached.step.inputs, split=record, no_split=cached.no_split)
 
 

@@ -214,10 +214,12 @@ class SplitStep:
             slots that the first half sees and the past of the second half, as for a step graph of theirs. Output: as of
             the step graph. Its nodes carry no `meta["val"]`.
         plan: The reduces of both halves.
+        once: Numbers of the step graph's reduces that the halves have together, and not one each.
     """
 
     program: Program
     plan: FormPlan
+    once: tuple[int, ...] = ()
 
 
 def parameter_count(program: Program) -> int:

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kraken_compiler.ir.forms import KRAKEN
+from kraken_compiler.ir.cache import PICKS
+from kraken_compiler.ir.forms import FORMS, KRAKEN
 from kraken_compiler.ir.printer import program_text
 from kraken_compiler.ir.program import LaneProgram, Program
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
+from kraken_compiler.passes.shapes import same_size, shape_of
 from kraken_compiler.passes.stages import with_cache
 from tests.lane_decoder import LaneDecoder
 from tests.passes.helpers import Golden, Sample, assert_close, captured, check_idempotent, gpt
@@ -144,6 +146,21 @@ def test_learned_positions_bound_the_capacity() -> None:
     assert program.cached is not None
     assert program.cached.plan.limit == 12
     decoded(sample, program)
+
+
+@pytest.mark.parametrize(
+    ("form", "reduces"), [("standard", [0, 0, 0, 0, 1, 1]), ("kraken", [0, 1, 1]), ("ladder", [0, 0, 0, 1, 1])]
+)
+def test_the_end_of_the_last_layer_is_computed_for_picked_tokens_only(form: str, reduces: list[int]) -> None:
+    """Behind its attention nothing needs the others; nor do sums that only the end reads."""
+    program = with_cache(gpt(3).lanes(2, FORMS[form]))
+    assert program.cached is not None
+    nodes = program.cached.step.graph.nodes
+    picks = next(shape_of(node)[1] for node in nodes if node.name == PICKS)
+    starts = [node for node in nodes if node.target is torch.ops.kraken.all_reduce_start.default]
+    assert [int(same_size(shape_of(start)[1], picks)) for start in starts] == reduces
+    products = [node for node in nodes if node.target is torch.ops.aten.linear.default]
+    assert [same_size(shape_of(product)[1], picks) for product in products[-5:]] == [False, True, True, True, True]
 
 
 def test_golden(golden: Golden) -> None:

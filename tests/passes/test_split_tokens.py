@@ -18,8 +18,8 @@ ATTENTION = torch.ops.kraken.cached_attention.default
 LINEAR = torch.ops.aten.linear.default
 
 
-def split(form: Form = STANDARD, degree: int = 2) -> LaneProgram:
-    return with_halves(with_cache(gpt(2).lanes(degree, form)))
+def split(form: Form = STANDARD, degree: int = 2, layers: int = 2) -> LaneProgram:
+    return with_halves(with_cache(gpt(layers).lanes(degree, form)))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -34,24 +34,29 @@ def test_halves_compute_the_same(form: Form, cut: int) -> None:
 
 
 def test_each_half_hides_behind_the_other() -> None:
-    """Of a standard form, which hides nothing by itself: all but the last reduce of the second half."""
+    """Of a standard form, which hides nothing by itself: all but the last two, of picked tokens."""
     program = split()
     assert program.cached is not None
     halves = program.cached.split
     assert halves is not None
     windows = measure_windows(halves.program.graph, halves.plan)
-    assert [window.promised for window in windows] == [(1,), (2,), (2,), (3,), (3,), (4,), (4,), ()]
-    assert [len(window.gemms) for window in windows] == [5, 2, 2, 5, 5, 2, 2, 0]
+    assert halves.once == (2, 3)
+    assert [window.promised for window in windows] == [(1,), (2,), (2,), (3,), (), ()]
+    assert [len(window.gemms) for window in windows] == [5, 2, 2, 4, 0, 0]
 
 
 def test_a_changed_form_hides_behind_both() -> None:
-    program = split(KRAKEN)
+    program = split(KRAKEN, layers=4)
     assert program.cached is not None
     halves = program.cached.split
     assert halves is not None
     own = [len(window.gemms) for window in program.windows]
     windows = measure_windows(halves.program.graph, halves.plan)
-    assert all(len(one.gemms) > own[number // 2] for number, one in enumerate(windows[:-1]))
+    assert halves.once == (2, 3)
+    assert all(len(one.gemms) > own[number // 2] for number, one in enumerate(windows[:4]))
+    assert windows[4].promised == program.windows[2].promised
+    assert windows[4].gemms
+    assert len(windows) == 6
 
 
 def test_the_first_half_writes_its_keys_first() -> None:
@@ -66,13 +71,14 @@ def test_the_first_half_writes_its_keys_first() -> None:
     assert [node.args[7].name for node in attentions] == ["past", "second_past"] * 2
 
 
-def test_what_lies_behind_the_last_branch_is_computed_once() -> None:
+def test_what_is_computed_for_picked_tokens_is_there_once() -> None:
     program = split()
     assert program.cached is not None
     assert program.cached.split is not None
     step, halves = program.cached.step.graph, program.cached.split.program.graph
     products = [[node for node in graph.nodes if node.target is LINEAR] for graph in (step, halves)]
-    assert len(products[1]) == 2 * len(products[0]) - 1, "the vocabulary projection is one"
+    once = 1 + 2 + 1  # an output projection, an FFN, and the vocabulary projection
+    assert len(products[1]) == 2 * len(products[0]) - once
     weights = [node.args[1] for node in products[1]]
     assert all(weight.op == "placeholder" for weight in weights), "both halves read the same weights"
 

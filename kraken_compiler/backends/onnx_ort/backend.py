@@ -111,7 +111,7 @@ class OnnxBackend(Backend[OnnxOptions]):
         cache = artifact.manifest.cache
         if cache is None or cache.split is None or self.cannot_run:
             return ()
-        return measure_halves(self._device(artifact, 0).proto, cache.split.plan)
+        return measure_halves(self._device(artifact, 0).proto, cache.split)
 
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
         from kraken_compiler.backends.onnx_ort.check.check_run import ran_windows

@@ -42,6 +42,7 @@ from kraken_compiler.passes.shapes import (
 )
 
 _CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
+_WAIT = torch.ops.kraken.wait.default
 
 
 class StepBuilder:
@@ -62,6 +63,9 @@ class StepBuilder:
         self.limits: list[int] = []
         self.proofs = LengthIndependence(tokens)
         self.on_tokens: set[fx.Node] = set()
+        self.tail: set[fx.Node] = set()
+        self.picked: dict[fx.Node, fx.Node] = {}
+        self.pick_indices: dict[int, fx.Node] = {}
         self.mode = fake_mode_of(program.graph)
         self.tables = Tables(program.graph, tokens, self.mode)
 
@@ -77,19 +81,52 @@ class StepBuilder:
             if isinstance(rule, Rejection):
                 return rule
         self._placeholders()
-        tail = value_descendants([self.final])
+        self.tail = self._find_tail()
         for node in self.program.graph.nodes:
             if node not in on_tokens or node is self.tokens:
                 continue
-            rejection = self._attention(node) if node.target in ATTENTIONS else self._plain(node, tail)
+            rejection = self._attention(node) if node.target in ATTENTIONS else self._plain(node)
             if rejection is not None:
                 return rejection
-            if node is self.final:
-                self.new[node] = self._pick_tokens(self.new[node])
         self.graph.output((self.new[self.logits],))
-        # The runtime writes into inputs; a placeholder that nothing reads is still part of the calling convention.
+        # Keys are stored as they are before they are repeated. A placeholder that nothing reads is still an input.
+        self.graph.eliminate_dead_code()
         self.graph.lint()
         return self._program()
+
+    def _find_tail(self) -> set[fx.Node]:
+        """What is computed for picked tokens only: nothing but the logits needs it, through no attention.
+
+        Of the last layer that is all behind its attention. Where it begins tokens are picked out of rows of numbers,
+        [batch, sequence, width].
+        """
+        nodes = [node for node in self.program.graph.nodes if node in self.on_tokens and node.target not in ATTENTIONS]
+        for_all_tokens: set[fx.Node] = set()
+        while True:
+            tail: set[fx.Node] = set()
+            for node in reversed(nodes):
+                users = [user for user in node.users if user in self.on_tokens]
+                if node not in for_all_tokens and (node is self.logits or (users and tail.issuperset(users))):
+                    tail.add(node)
+            unfit = {node for node in tail if not self._can_take_picked(node, tail)}
+            if not unfit:
+                break
+            for_all_tokens |= unfit
+        behind_layers = (value_descendants([self.final]) & self.on_tokens) - {self.final}
+        return tail if tail >= behind_layers else behind_layers
+
+    def _can_take_picked(self, node: fx.Node, tail: set[fx.Node]) -> bool:
+        """True if tokens can be picked of what a node of the tail takes from before it."""
+        for operand in node.all_input_nodes:
+            if operand in tail or operand not in self.on_tokens or not is_tensor(operand):
+                continue
+            shape = shape_of(operand)
+            if len(shape) != 3 or not all(map(same_size, shape[:2], shape_of(self.tokens))):
+                return False
+            # A sum that has begun can only be awaited.
+            if not isinstance(shape[2], int) or node.target is _WAIT:
+                return False
+        return True
 
     def _program(self) -> CachedProgram:
         program = self.program
@@ -136,9 +173,9 @@ class StepBuilder:
         self.inputs.append(InputSpec(name, name, str(dtype).removeprefix("torch."), symbols))
         return node
 
-    def _plain(self, node: fx.Node, tail: set[fx.Node]) -> Rejection | None:
-        """Copy a node; its position tables are looked up, and after the last layer there are only picked tokens."""
-        in_tail = node in tail and node is not self.final
+    def _plain(self, node: fx.Node) -> Rejection | None:
+        """Copy a node; its position tables are looked up, and in the tail there are only picked tokens."""
+        in_tail = node in self.tail
         reason = mixes_tokens(node, shape_of(self.tokens)[1])
         if reason:
             return Rejection(reason, (node.name,), module_path(node))
@@ -156,6 +193,8 @@ class StepBuilder:
                 values[operand] = self._lookup(operand, node, in_tail)
             elif in_tail and not is_tensor(operand):
                 values[operand] = self._size_in_tail(operand)
+            elif in_tail and operand in self.on_tokens and operand not in self.tail:
+                values[operand] = self._picked_tokens(operand)
             else:
                 values[operand] = self.new[operand]
         self.new[node] = self.graph.node_copy(node, values.__getitem__)
@@ -370,12 +409,16 @@ class StepBuilder:
             self.table_inputs.append(self._input(name, shape, value.dtype, symbols))
         return self.table_inputs[number]
 
-    def _pick_tokens(self, stream: fx.Node) -> fx.Node:
-        """The tokens whose logits are wanted; nothing after the last layer is computed for the others."""
+    def _picked_tokens(self, rows: fx.Node) -> fx.Node:
+        """The rows of the tokens whose logits are wanted."""
 
         def call(target: Any, *args: Any) -> fx.Node:
             return compute_shape(self.graph.call_function(target, args), self.mode)
 
-        index = call(aten.unsqueeze.default, self.picks, -1)
-        index = call(aten.expand.default, index, [-1, -1, int(shape_of(self.final)[2])])
-        return call(aten.gather.default, stream, 1, index)
+        if rows not in self.picked:
+            width = int(shape_of(rows)[2])
+            if width not in self.pick_indices:
+                index = call(aten.unsqueeze.default, self.picks, -1)
+                self.pick_indices[width] = call(aten.expand.default, index, [-1, -1, width])
+            self.picked[rows] = call(aten.gather.default, self.new[rows], 1, self.pick_indices[width])
+        return self.picked[rows]

@@ -4,8 +4,8 @@
 
 Of the step graph everything that lies on tokens is there twice, in turns behind every start; weights, tables and caches
 are shared. In every layer A writes its keys and values before B attends to them, for A's share of a branch stands
-before B's. Behind the last branch the halves are joined, and the rest is computed once. No number changes: a step graph
-exists only where tokens meet in attentions alone.
+before B's. What is computed for picked tokens only, the end of the last layer, is there once: it picks of both halves,
+joined. No number changes: a step graph exists only where tokens meet in attentions alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.cache import CUT, FIRST_SLOTS, PAST, PICKS, POSITIONS, SECOND_PAST, SLOTS
 from kraken_compiler.ir.program import InputSpec, LaneProgram, Program, SplitStep
 from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, descendants
 from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of
@@ -39,19 +40,34 @@ class SplitTokens(Pass[LaneProgram]):
         cached = program.cached
         if cached is None or cached.split is not None or not program.plan.reduces:
             return PassResult()
-        outcome = _Splitter(cached.step).split()
+        splitter = _Splitter(cached.step)
+        outcome = splitter.split()
         if isinstance(outcome, Rejection):
             return PassResult(program=replace(program, cached=replace(cached, no_split=str(outcome))))
-        split = SplitStep(outcome, _plan_of_both(program.plan))
+        split = SplitStep(outcome, _plan_of_both(program.plan, splitter.turns), splitter.turns.once)
         return PassResult(len(split.plan.reduces), program=replace(program, cached=replace(cached, split=split)))
 
 
-def _plan_of_both(plan: FormPlan) -> FormPlan:
+@dataclass(frozen=True)
+class _Turns:
+    """What the halves have between the starts of the step graph's reduces.
+
+    Attributes:
+        once: Numbers of the reduces that they have together.
+        with_products: Numbers of the reduces before whose start each of them has matrix products.
+    """
+
+    once: tuple[int, ...]
+    with_products: tuple[int, ...]
+
+
+def _plan_of_both(plan: FormPlan, turns: _Turns) -> FormPlan:
     """The plan of both halves: A's reduces hide behind B's share of the same branch, B's behind A's next one."""
     reduces: list[Reduce] = []
     for reduce, following in zip(plan.reduces, [*plan.reduces[1:], None]):
-        behind_next = () if following is None else (following.last,)
-        for others in ((reduce.last,), behind_next):
+        is_followed = following is not None and following.index in turns.with_products
+        behind_next = (following.last,) if following is not None and is_followed else ()
+        for others in ((),) if reduce.index in turns.once else ((reduce.last,), behind_next):
             window = tuple(dict.fromkeys((*others, *reduce.window)))
             reduces.append(replace(reduce, index=len(reduces), window=window))
     return replace(plan, reduces=tuple(reduces))
@@ -66,6 +82,7 @@ class _Splitter:
         self.shared: dict[fx.Node, fx.Node] = {}
         self.halves: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
         self.inputs: list[InputSpec] = []
+        self.turns = _Turns((), ())
 
     def split(self) -> Program | Rejection:
         """The graph on two halves, or why there is none."""
@@ -79,15 +96,21 @@ class _Splitter:
         if obstacle is not None:
             return obstacle
         self._placeholders(ids)
-        for segment in _segments(node for node in calls if node not in tail):
+        segments = _segments(calls)
+        for segment in segments:
             for node in segment:
-                if node not in on_tokens:
+                if node not in on_tokens and node not in tail:
                     self._copy(node, self.shared, self.shared)
             for half in self.halves:
                 for node in segment:
                     if node in on_tokens:
                         self._copy(node, ChainMap(half, self.shared), half)
-        self._tail([node for node in calls if node in tail], on_tokens)
+            self._tail([node for node in segment if node in tail], on_tokens)
+        with_start = list(enumerate(segments[:-1]))
+        self.turns = _Turns(
+            tuple(number for number, segment in with_start if segment[-1] in tail),
+            tuple(number for number, segment in with_start if any(is_gemm(node) for node in on_tokens & set(segment))),
+        )
         (results,) = args_of(step.graph.output_node())
         self.graph.output(fx.node.map_arg(results, self.shared.__getitem__))
         self.graph.lint()
@@ -138,7 +161,7 @@ class _Splitter:
         into[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
 
     def _tail(self, calls: Iterable[fx.Node], on_tokens: set[fx.Node]) -> None:
-        """What is computed of the picked tokens, once; sizes in it are the batch's, which both halves have."""
+        """What is computed for picked tokens, once; sizes in it are the batch's, which both halves have."""
         first, second = self.halves
         for node in calls:
             for operand in node.all_input_nodes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir
 
+from kraken_compiler.artifact.manifest import SplitRecord
 from kraken_compiler.backends.onnx_ort.format import DOMAIN, FUSED_PRODUCT, START, WAIT
 from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, Step, cut, turns
 from kraken_compiler.errors import VerificationError
@@ -46,14 +47,15 @@ def measure_windows(graph: onnx_ir.Graph, plan: FormPlan | None = None) -> tuple
     return tuple(windows)
 
 
-def measure_halves(model: onnx.ModelProto, plan: FormPlan) -> tuple[Window, ...]:
+def measure_halves(model: onnx.ModelProto, record: SplitRecord) -> tuple[Window, ...]:
     """Measure the windows of a prefill that the runtime reads as two halves, in launch order.
 
     Args:
         model: A device's model.
-        plan: The reduces of both halves. Those that the first half need not add up are left out, and whose window they
-            would be in has no promise.
+        record: The reduces of both halves. Those that the first half need not add up are left out, and whose window
+            they would be in has no promise.
     """
+    promised_windows = iter(reduce.window for reduce in record.plan.reduces)
     steps = cut(model)
     order: list[tuple[int, Step]] = []
     promises: dict[tuple[int, str], tuple[int, ...]] = {}
@@ -62,11 +64,11 @@ def measure_halves(model: onnx.ModelProto, plan: FormPlan) -> tuple[Window, ...]
         following = sequence[number + 1].earlier if number + 1 < len(sequence) else ()
         for part, numbers in enumerate((turn.earlier, turn.last)):
             order += [(part, steps[one]) for one in numbers]
-            if number + 1 < len(sequence):
-                is_hidden = part == 0 or any(isinstance(steps[one], Stage) for one in following)
-                start = steps[turn.last[-1]]
+            if number + 1 < len(sequence) and (part == 1 or number not in record.once):
+                promised, start = next(promised_windows), steps[turn.last[-1]]
                 assert isinstance(start, Collective)
-                promises[part, start.result] = plan.reduces[2 * number + part].window if is_hidden else ()
+                is_followed = any(isinstance(steps[one], Stage) for one in following)
+                promises[part, start.result] = promised if part == 0 or number in record.once or is_followed else ()
     windows: list[Window] = []
     for place, (part, step) in enumerate(order):
         if isinstance(step, Collective) and step.kind == START:
@@ -77,8 +79,7 @@ def measure_halves(model: onnx.ModelProto, plan: FormPlan) -> tuple[Window, ...]
             )
             between = (other for _, other in order[place + 1 : wait_place] if isinstance(other, Stage))
             gemms = [node.name for stage in between for node in stage.model.graph.node if node.op_type in _PRODUCTS]
-            promised = promises[part, step.result]
-            windows.append(Window(len(windows), step.name, wait.name, tuple(gemms), promised))
+            windows.append(Window(len(windows), step.name, wait.name, tuple(gemms), promises[part, step.result]))
     return tuple(windows)
 
 
