@@ -9,9 +9,11 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import zmq
 
 from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators.direct import DIRECT_BYTES, Arrival, DirectConnection
+from kraken_compiler.ranks.communicators.peers import Peer
 
 LOOK_SECONDS = 0.05
 
@@ -139,3 +141,18 @@ def test_who_sends_something_else_is_refused(sockets: tuple[socket.socket, socke
         sender.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with pytest.raises(RankFailedError, match=f"at most {DIRECT_BYTES} come directly: a stranger sends"):
             received(connection, 1)
+
+
+@pytest.mark.parametrize(("directly", "otherwise"), [(b"token", b"hello"), (b"nekot", b"hello"), (b"hello", b"")])
+def test_a_stranger_is_told(directly: bytes, otherwise: bytes) -> None:
+    """One that knows the token may send on one connection, and does not know how on the other."""
+    with zmq.Context() as context, closing(Peer(context, 0, 1, 2.0)) as peer:
+        endpoint, port = peer.listen("127.0.0.1")
+        with socket.create_connection(("127.0.0.1", port)) as stranger, context.socket(zmq.PAIR) as other:
+            other.setsockopt(zmq.LINGER, 0)
+            other.connect(endpoint)
+            other.send_multipart([struct.pack("<?Q", True, 0), otherwise] if directly != b"token" else [otherwise])
+            stranger.sendall(whole(0, directly))
+            peer.accept()
+            with pytest.raises(RankFailedError, match="rank 0 was called by a stranger where it expected rank 1"):
+                peer.require_introduction(b"token")

@@ -152,7 +152,7 @@ class Peer:
         """
         number = self.expect()
         if any(content != token for content in (self.message(number), self.answer_to(number))):
-            self._fail(f"rank {self._own_rank} was called by a stranger where it expected rank {self.rank}")
+            self._fail_stranger()
 
     def send(self, content: memoryview | bytes, *, announced: bool = False) -> Sent:
         """Send a message.
@@ -251,11 +251,13 @@ class Peer:
     def _read(self, *, wait: bool = True) -> bool:
         """Take one content that has come through ZeroMQ; see `_read_directly`."""
         try:
-            envelope, frame = self._socket.recv_multipart(0 if wait else zmq.NOBLOCK, copy=False)
+            envelope, *contents = self._socket.recv_multipart(0 if wait else zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
+        if len(envelope) != _ENVELOPE.size or len(contents) != 1:
+            self._fail_stranger()
         is_answer, number = _ENVELOPE.unpack(envelope.buffer)
-        (self._answers if is_answer else self._messages)[number] = frame.buffer
+        (self._answers if is_answer else self._messages)[number] = contents[0].buffer
         return True
 
     def require_taken(self, tracker: zmq.MessageTracker) -> None:
@@ -299,6 +301,9 @@ class Peer:
             f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
             "--timeout SECONDS allows more"
         )
+
+    def _fail_stranger(self) -> NoReturn:
+        self._fail(f"rank {self._own_rank} was called by a stranger where it expected rank {self.rank}")
 
     def _fail(self, reason: str) -> NoReturn:
         self.failed = True
