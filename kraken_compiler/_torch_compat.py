@@ -85,6 +85,22 @@ def no_partial_graphs() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lean_traces() -> Iterator[None]:
+    """Keep `torch.export` in the block from what nobody here reads, which takes a quarter of its time.
+
+    That is Python code for graphs that are never run, and where in the model's code every node comes from.
+    """
+    from unittest.mock import patch
+
+    from torch.fx import config
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    # torch 2.11 does not know the setting.
+    with _use_lazy_graph_module(True), patch.object(config, "do_not_emit_stack_traces", True, create=True):
+        yield
+
+
 def branch_on_numbers(error: BaseException) -> str | None:
     """The line of the model's code that depends on the numbers in a tensor, if that is why it cannot be traced."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
