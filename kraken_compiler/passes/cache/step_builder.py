@@ -82,6 +82,8 @@ class StepBuilder:
                 return rule
         self._placeholders()
         self.tail = self._find_tail()
+        if self.logits not in self.tail:
+            return Rejection("its logits cannot be computed for some tokens alone", (self.logits.name,))
         for node in self.program.graph.nodes:
             if node not in on_tokens or node is self.tokens:
                 continue
@@ -110,10 +112,8 @@ class StepBuilder:
                     tail.add(node)
             unfit = {node for node in tail if not self._can_take_picked(node, tail)}
             if not unfit:
-                break
+                return tail
             for_all_tokens |= unfit
-        behind_layers = (value_descendants([self.final]) & self.on_tokens) - {self.final}
-        return tail if tail >= behind_layers else behind_layers
 
     def _can_take_picked(self, node: fx.Node, tail: set[fx.Node]) -> bool:
         """True if tokens can be picked of what a node of the tail takes from before it."""

@@ -59,7 +59,7 @@ class TensorSums(MessageSums[Tensor]):
     def _sum(self, contents: Sequence[memoryview], part: Tensor, dtype: Any, out: Tensor | None) -> Tensor:
         if len(contents) == 1 and out is None and self.reduce_dtype is None:
             # As few calls as there can be: behind a layer's weights the code of each is cold, and takes 20 to 40 us.
-            return part.add(self._view(contents[0], part).view_as(part))
+            return part.detach().add(self._view(contents[0], part).view_as(part))
         return super()._sum(contents, part, dtype, out)
 
     def _join(self, parts: Sequence[Tensor], like: Tensor, dim: int) -> Tensor:
