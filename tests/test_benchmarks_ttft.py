@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Behind the packages: that folder also has an `onnx`.
 sys.path.append(str(ROOT / "benchmarks"))
 
+import runs  # noqa: E402
 from ttft_parts import contenders, network  # noqa: E402
 from ttft_parts.measure import Plan, _Session  # noqa: E402
+from ttft_parts.rank_loop import kernel_seconds  # noqa: E402
 from ttft_parts.ranks import CommandError  # noqa: E402
 from ttft_parts.ratios import best_modes, geomean, hidden, of_families, paired, ratios, windows  # noqa: E402
 from ttft_parts.report import summary, text  # noqa: E402
@@ -99,13 +102,33 @@ def test_a_ratio_compares_the_times_of_one_repetition() -> None:
 def test_the_slowest_rank_counts() -> None:
     class Ranks:
         def tell(self, do: str, **arguments: Any) -> list[Any]:
-            return [{"tokens": [1], "ttft": 0.2, "tpot": 0.02}, {"tokens": [1], "ttft": 0.3, "tpot": 0.01}]
+            one, other = {"tokens": [1], "ttft": 0.2, "tpot": 0.02}, {"tokens": [1], "ttft": 0.3, "tpot": 0.01}
+            return [one | {"kernel": 0.1}, other | {"kernel": 0.2}]
 
     plan = Plan(WORKLOADS["tiny"], ("float32",), ("unlimited",), (16,), (), 1, 1, 2)
     nothing: Any = None
-    cell = {"contender": "bound/eager", "ttft": [], "tpot": []}
-    _Session(plan, "float32", nothing, Ranks(), nothing, [], {}, Path())._measure(cell, 2)  # type: ignore[arg-type]
-    assert (cell["ttft"], cell["tpot"]) == ([0.3], [0.02])
+    cell = {"contender": "bound/eager", "ttft": [], "tpot": [], "kernel": []}
+    session = _Session(plan, "float32", nothing, Ranks(), nothing, [], {}, Path())  # type: ignore[arg-type]
+    session._measure(cell, 2)
+    session._measure(cell, 1)
+    assert (cell["ttft"], cell["tpot"], cell["kernel"]) == ([0.3, 0.3], [0.02], [0.2])
+
+
+def test_several_runs_give_a_range(workload: dict[str, Any]) -> None:
+    faster = copy.deepcopy(workload)
+    for cell in faster["cells"]:
+        if cell["contender"].startswith("kraken"):
+            cell["ttft"] = [seconds / 2 for seconds in cell["ttft"]]
+    lines = [" ".join(line.split()) for line in runs.lines_of([{"workloads": [workload]}, {"workloads": [faster]}])]
+    mean = (1.5 * 0.9) ** 0.5
+    assert f"TTFT standard / kraken float32 {mean * 2**0.5:.2f} {mean:.2f} {2 * mean:.2f}" in lines
+    assert runs.lines_of([{"workloads": [workload]}, {"workloads": []}]) == []
+
+
+def test_the_kernel_has_a_share_of_a_core() -> None:
+    before = kernel_seconds()
+    assert before >= 0
+    assert kernel_seconds() >= before
 
 
 def test_a_mode_that_lacks_a_cell_is_not_chosen(workload: dict[str, Any]) -> None:

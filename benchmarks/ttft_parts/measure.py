@@ -235,7 +235,7 @@ class _Session:
         began = time.monotonic()
         others = OthersLoad(process.pid for process in self.ranks.processes)
         place = {"dtype": self.dtype, "link": link, "prompt": prompt}
-        cells = {one.name: {**place, "contender": one.name, "ttft": [], "tpot": []} for one in timed}
+        cells = {one.name: {**place, "contender": one.name, "ttft": [], "tpot": [], "kernel": []} for one in timed}
         for repetition in range(self.plan.repetitions):
             new_tokens = self.plan.new_tokens if repetition < self.plan.tpot_repetitions else 1
             for contender in rotated(timed, repetition):
@@ -248,7 +248,7 @@ class _Session:
             cell["others"] = share
             if "problem" in cell:
                 self.data["problems"].append(f"{self.dtype} {prompt} {link} {cell['contender']}: {cell['problem']}")
-                cell |= {"ttft": [], "tpot": []}
+                cell |= {"ttft": [], "tpot": [], "kernel": []}
         self.data["cells"] += cells.values()
         busy = f", others took {share:.0%} of the cores" if share is not None and share > BUSY else ""
         _say(f"{self.dtype} {prompt} tokens, link {link}: {time.monotonic() - began:.0f} s{busy}")
@@ -269,6 +269,8 @@ class _Session:
         cell["ttft"].append(max(answer["ttft"] for answer in answers))
         if new_tokens > 1:
             cell["tpot"].append(max(answer["tpot"] for answer in answers))
+        else:
+            cell["kernel"].append(max(answer["kernel"] for answer in answers))
 
     def _tell(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
         """What the ranks that take part answer."""

@@ -89,7 +89,10 @@ class RankLoop(ABC):
         gc.freeze()
 
     def generate(self, contender: str, new_tokens: int) -> dict[str, Any] | None:
-        """One timed generation; TPOT is the mean over the tokens after the first, None if there are none."""
+        """One timed generation; TPOT is the mean over the tokens after the first, None if there are none.
+
+        Where there are none, `kernel` says which share of its core the kernel had: most of it is the network stack.
+        """
         one = named(contender)
         if self._is_left_out(one):
             return None
@@ -99,6 +102,7 @@ class RankLoop(ABC):
         gc.disable()
         try:
             self._barrier_of(one)
+            kernel = 0.0 if new_tokens > 1 else kernel_seconds()
             began = time.perf_counter()
             tokens = [_best(decoder.prefill(self.ids))]
             first = time.perf_counter()
@@ -108,7 +112,12 @@ class RankLoop(ABC):
         finally:
             gc.enable()
         following = new_tokens - 1
-        return {"tokens": tokens, "ttft": first - began, "tpot": (last - first) / following if following else None}
+        return {
+            "tokens": tokens,
+            "ttft": first - began,
+            "tpot": (last - first) / following if following else None,
+            "kernel": None if following else (kernel_seconds() - kernel) / (last - began),
+        }
 
     def _is_left_out(self, contender: Contender) -> bool:
         return contender.alone and self.rank != 0
@@ -147,6 +156,20 @@ def take_a_core(rank: int, degree: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= degree:
         os.sched_setaffinity(0, {cores[rank]})
+
+
+def kernel_seconds() -> float:
+    """Seconds that the kernel has had this process's core, for calls, interrupts and what comes behind them.
+
+    0 if it is on several cores.
+    """
+    cores = os.sched_getaffinity(0)
+    if len(cores) != 1:
+        return 0.0
+    (core,) = cores
+    counts = {line.split()[0]: line.split()[1:] for line in Path("/proc/stat").read_text().splitlines()}
+    _, _, system, _, _, interrupts, behind, *_ = counts[f"cpu{core}"]
+    return (int(system) + int(interrupts) + int(behind)) / os.sysconf("SC_CLK_TCK")
 
 
 def _best(logits: Any) -> int:

@@ -112,7 +112,7 @@ def geomean(values: Iterable[float]) -> float:
 
 def samples(cells: Iterable[Mapping[str, Any]], metric: str) -> dict[tuple[Place, str], list[float]]:
     """Seconds of every repetition, by place and contender."""
-    return {(_place(cell), cell["contender"]): cell[metric] for cell in cells if cell[metric]}
+    return {(place_of(cell), cell["contender"]): cell[metric] for cell in cells if cell[metric]}
 
 
 def medians(cells: Iterable[Mapping[str, Any]], metric: str) -> dict[tuple[Place, str], float]:
@@ -228,5 +228,6 @@ def _ratio(aim: Aim, scope: str, values: dict[Place, float], marked: set[Place])
     return Ratio(aim, scope, mean, values[low], low, values[high], high, len(values), holds)
 
 
-def _place(cell: Mapping[str, Any]) -> Place:
+def place_of(cell: Mapping[str, Any]) -> Place:
+    """Where a cell was measured."""
     return cell["dtype"], cell["prompt"], cell["link"]

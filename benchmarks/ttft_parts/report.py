@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from ttft_parts.contenders import BOUND, MEANING
@@ -19,6 +20,7 @@ from ttft_parts.ratios import (
     medians,
     of_families,
     paired,
+    place_of,
     ratios,
     windows,
 )
@@ -86,6 +88,7 @@ def _workload(workload: Mapping[str, Any], aims: Sequence[Aim]) -> list[str]:
         lines += _medians(workload, metric)
     lines += _windows(workload)
     lines += _hidden(workload)
+    lines += _kernel(workload["cells"])
     lines += _ratios(ratios(workload, aims), workload)
     lines += ["", *(f"{family}: {MEANING[family]}" for family in _families(workload))]
     return lines
@@ -103,7 +106,7 @@ def _links(links: Mapping[str, Mapping[str, Any]], moved_by: str) -> list[str]:
             (_link(link), f"{one['gbits']:.2f} Gbit/s", *(f"{_ms(value)} ms" for value in one["all_reduce"].values()))
             for link, one in found.items()
         ]
-        lines += [f"links as seen through {moved_by}, {dtype}", *_table(header, rows), ""]
+        lines += [f"links as seen through {moved_by}, {dtype}", *table(header, rows), ""]
     return lines
 
 
@@ -121,7 +124,7 @@ def _medians(workload: Mapping[str, Any], metric: str) -> list[str]:
             star = " *" if modes[dtype, family] == mode else ""
             rows.append((f"{name}{star}", *(_ms(found.get((place, name))) for place in places)))
         title = f"{_TITLE[metric]}: {dtype}, medians in ms (* the mode that the ratios take)"
-        lines += ["", title, *_table(header, rows)]
+        lines += ["", title, *table(header, rows)]
     return lines
 
 
@@ -134,9 +137,7 @@ def _windows(workload: Mapping[str, Any]) -> list[str]:
         rows.append((dtype, str(prompt), _link(link), *times, fits))
     header = ("dtype", "prompt", "link", "all-reduce", "on the link", "attention", "fits (marked)")
     return (
-        ["", "could a link carry a layer's all-reduce behind the next attention?", *_table(header, rows)]
-        if rows
-        else []
+        ["", "could a link carry a layer's all-reduce behind the next attention?", *table(header, rows)] if rows else []
     )
 
 
@@ -153,7 +154,16 @@ def _hidden(workload: Mapping[str, Any]) -> list[str]:
     ]
     header = ("", "together", *map(_at, places))
     title = "share of the communication hidden: (standard - x) / (standard - no communication)"
-    return ["", title, *_table(header, rows)] if rows else []
+    return ["", title, *table(header, rows)] if rows else []
+
+
+def _kernel(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    shares = {(place_of(cell), cell["contender"]): fmean(cell["kernel"]) for cell in cells if cell.get("kernel")}
+    places = list(dict.fromkeys(place for place, _ in shares))
+    names = list(dict.fromkeys(name for _, name in shares))
+    rows = [(name, *(_share(shares.get((place, name))) for place in places)) for name in names]
+    title = "share of its core that the kernel had in a prefill, on the rank where it had most"
+    return ["", title, *table(("", *map(_at, places)), rows)] if any(shares.values()) else []
 
 
 def _share(share: float | None) -> str:
@@ -175,7 +185,7 @@ def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:
         name += f", prompt {aim.prompt}" if aim.prompt is not None else ""
         rows.append((name, ratio.scope, f"{ratio.mean:.2f}", *ends, ", ".join(wanted), verdict))
     header = ("ratio", "dtype", "geomean", "lowest cell", "highest cell", "aim", "")
-    lines = ["", f"ratios over the cells ({len(marked)} cells are marked)", *_table(header, rows)] if rows else []
+    lines = ["", f"ratios over the cells ({len(marked)} cells are marked)", *table(header, rows)] if rows else []
     return lines + _marked_cells(found, marked, workload)
 
 
@@ -190,7 +200,7 @@ def _marked_cells(found: Sequence[Ratio], marked: set[Place], workload: Mapping[
             if place in under
         ]
         lines += ["", f"TTFT kraken / {BOUND}, cell by cell"]
-        lines += _table(("dtype", "prompt", "link", "ratio", ""), rows)
+        lines += table(("dtype", "prompt", "link", "ratio", ""), rows)
     return lines
 
 
@@ -253,7 +263,8 @@ def _pairs(values: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows under a header, in columns as wide as they need to be."""
     body = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(row[column]) for row in body) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]
