@@ -73,3 +73,12 @@ def test_compiled_ranks_use_nccl(tmp_path):
     for result in run_ranks("tests.communicator_functions:run_compiled", 2, payload, timeout=300):
         assert max(result["differences"].values()) < 1e-3
         assert result["windows"] == {"group": [2, 0, 2, 0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_tokens_behind_a_past_see_it_without_a_mask(dtype, kv_heads):
+    from tests.attention_cases import behind_a_past
+
+    have, want = behind_a_past(kv_heads, dtype=dtype, device="cuda")
+    torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)
