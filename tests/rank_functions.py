@@ -36,6 +36,8 @@ def run_programs(payload: Mapping[str, Any], ranks: Ranks) -> None:
         with torch.inference_mode():
             for number, ids in enumerate(batches):
                 outputs[f"{name} {number}"] = program.run_flat([ids])[0].contiguous()
+            if program.can_cut_rows:
+                outputs[f"{name} rows"] = program.run_flat([batches[-1]], 1)[0].contiguous()
             if program.has_cache:
                 decoder, ids = program.decoder(*batches[-1].shape), batches[-1].numpy()
                 outputs[f"{name} cached"] = torch.from_numpy(replay(decoder, ids))
@@ -46,7 +48,7 @@ def run_programs(payload: Mapping[str, Any], ranks: Ranks) -> None:
 def run_on_inputs(payload: Mapping[str, Any], ranks: Ranks) -> None:
     """Run every artifact of a directory, called MODEL.FORM, on its model's inputs in `MODEL.safetensors`.
 
-    The logits are saved in `out-RANK.safetensors`, by artifact.
+    The logits are saved in `out-RANK.safetensors`, by artifact, and of batches in two halves by "ARTIFACT rows".
     """
     group_of(ranks)
     directory = Path(payload["directory"])
@@ -57,6 +59,9 @@ def run_on_inputs(payload: Mapping[str, Any], ranks: Ranks) -> None:
         given = load_file(directory / f"{name.split('.')[0]}.safetensors")
         with torch.inference_mode():
             outputs[name] = program(**given).logits.contiguous()
+            if program.can_cut_rows:
+                program.rows_from = 2
+                outputs[f"{name} rows"] = program(**given).logits.contiguous()
     save_file(outputs, directory / f"out-{ranks.rank}.safetensors")
 
 

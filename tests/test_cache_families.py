@@ -88,7 +88,7 @@ def test_the_cache_changes_nothing(name: str) -> None:
         return
     found, found_in_halves = [], []
     for form in ("standard", "kraken"):
-        program = lane_program(name, 2, form, halves=True)
+        program = lane_program(name, 2, form, overlap="tokens")
         ids = random_tokens(SUPPORTED[name].vocab, len(PROMPTS), TOKENS)
         want = full_logits(program, read, ids)
 

@@ -96,7 +96,7 @@ def test_for_people(place: Path, tmp_path: Path) -> None:
     result = invoke(place / "llama.kraken", "--text", tmp_path / "text", "--schedule")
     assert result.exit_code == 0, result.output
     assert result.stdout.count(": ok, relative error") == 10
-    assert "reduces of a prefill in two halves, " in result.stdout
+    assert "reduces in two halves, " in result.stdout
     assert "hidden, each behind at least" in result.stdout
     header, first, *_ = result.stdout.partition("\n\n")[2].splitlines()
     assert header.split() == ["reduce", "start", "matrix", "products", "and", "attentions", "wait"]

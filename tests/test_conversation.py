@@ -16,7 +16,8 @@ from kraken_compiler.generate import split_threshold as threshold_module
 from kraken_compiler.generate.decoder import Array, CacheDecoder
 from kraken_compiler.generate.engine import Engine, GenerationRequest
 from kraken_compiler.generate.sampling import Sampling
-from kraken_compiler.generate.split_threshold import split_threshold
+from kraken_compiler.generate.split_threshold import LENGTHS, split_threshold
+from kraken_compiler.ranks import halves_timing
 from kraken_compiler.ranks.environment import Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
 from kraken_compiler.ranks.session import Ranks
@@ -44,7 +45,7 @@ class Counting:
         self.read = [row[:tokens] for row in self.read]
 
     def prefill(self, ids: Array, lengths: Array, cut: int | None = None) -> Array:
-        self.calls.append(("prefill", ids.shape[1], cut))
+        self.calls.append(("prefill", ids.shape[1], self.split_from))
         for row, new, length in zip(self.read, ids.tolist(), lengths.tolist()):
             row += new[:length]
         return self._logits()
@@ -156,35 +157,35 @@ class Timed(Counting):
         self._work = work
 
     def prefill(self, ids: Array, lengths: Array, cut: int | None = None) -> Array:
-        self._work(0.001 * ids.shape[1] if not cut else 0.02 + 0.0005 * ids.shape[1])
+        self._work(0.001 * ids.shape[1] if self.split_from is None else 0.02 + 0.0005 * ids.shape[1])
         return super().prefill(ids, lengths, cut)
 
 
 def test_the_threshold_is_measured_once_and_kept(tmp_path: Path, clock: Callable[[float], None]) -> None:
     decoder = Timed(clock)
     assert isinstance(decoder, CacheDecoder)
-    assert split_threshold(decoder, ranks(), tmp_path, "here") == 64
+    assert split_threshold(decoder, LENGTHS, ranks(), tmp_path, "here") == 64
     assert decoder.read == [[]]
     (entry,) = json.loads((tmp_path / MEASURED_FILE).read_text()).values()
     assert entry == {"split_from": 64, "seconds": [[64, pytest.approx(0.064), pytest.approx(0.052)]]}
     measured = len(decoder.calls)
-    assert split_threshold(decoder, ranks(), tmp_path, "here") == 64
+    assert split_threshold(decoder, LENGTHS, ranks(), tmp_path, "here") == 64
     assert len(decoder.calls) == measured, "it was looked up"
-    assert split_threshold(decoder, ranks(), tmp_path, "elsewhere") == 64
+    assert split_threshold(decoder, LENGTHS, ranks(), tmp_path, "elsewhere") == 64
     assert len(decoder.calls) > measured
     assert len(json.loads((tmp_path / MEASURED_FILE).read_text())) == 2
 
 
 def test_halves_that_are_never_faster(tmp_path: Path, clock: Callable[[float], None]) -> None:
-    decoder = Timed(lambda seconds: clock(0.01), capacity=300)
-    assert split_threshold(decoder, ranks(), tmp_path, "here") is None
+    decoder = Timed(lambda seconds: clock(0.01))
+    assert split_threshold(decoder, LENGTHS[:3], ranks(), tmp_path, "here") is None
     (entry,) = json.loads((tmp_path / MEASURED_FILE).read_text()).values()
     assert [tokens for tokens, *_ in entry["seconds"]] == [64, 128, 256]
 
 
 def test_a_slow_machine_does_not_measure_for_ever(tmp_path: Path, clock: Callable[[float], None]) -> None:
     decoder = Timed(lambda seconds: clock(2.0))
-    assert split_threshold(decoder, ranks(), tmp_path, "here") is None
+    assert split_threshold(decoder, LENGTHS, ranks(), tmp_path, "here") is None
     (entry,) = json.loads((tmp_path / MEASURED_FILE).read_text()).values()
     assert [tokens for tokens, *_ in entry["seconds"]] == [64]
 
@@ -192,7 +193,7 @@ def test_a_slow_machine_does_not_measure_for_ever(tmp_path: Path, clock: Callabl
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', '{"x": {"split_from": "many"}}', "\x00"])
 def test_a_damaged_record_is_measured_again(tmp_path: Path, content: str, clock: Callable[[float], None]) -> None:
     (tmp_path / MEASURED_FILE).write_text(content)
-    assert split_threshold(Timed(clock), ranks(), tmp_path, "here") == 64
+    assert split_threshold(Timed(clock), LENGTHS, ranks(), tmp_path, "here") == 64
     assert "here" in (tmp_path / MEASURED_FILE).read_text()
 
 
@@ -201,7 +202,7 @@ def test_an_artifact_that_cannot_be_written_to_is_measured_every_time(
 ) -> None:
     for _ in range(2):
         decoder = Timed(clock)
-        assert split_threshold(decoder, ranks(), tmp_path / "absent", "here") == 64
+        assert split_threshold(decoder, LENGTHS, ranks(), tmp_path / "absent", "here") == 64
         assert decoder.calls
 
 
@@ -212,7 +213,7 @@ def test_only_long_prompts_are_worth_measuring(tmp_path: Path) -> None:
     assert [call for call in model.decoders[0].calls if call[0] == "prefill"] == [("prefill", 3, None)]
     prompt = [*range(1, 101)]
     assert answers(one, prompt) == [101, 102, 103]
-    cuts = [call[2] for call in model.decoders[0].calls if call[:2] == ("prefill", 64)]
-    assert cuts == [0, 32] * (1 + threshold_module._ROUNDS)
+    ways = [call[2] for call in model.decoders[0].calls if call[:2] == ("prefill", 64)]
+    assert ways == [None, 1] * (1 + halves_timing._ROUNDS)
     assert model.decoders[0].read[0][: len(prompt)] == prompt
     assert (tmp_path / MEASURED_FILE).exists()

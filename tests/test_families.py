@@ -77,9 +77,9 @@ def split_model(name: str, degree: int) -> Split:
     return split(recognized(name).program, degree)
 
 
-def lane_program(name: str, degree: int, form: str, *, cache: bool = True, halves: bool = False) -> LaneProgram:
+def lane_program(name: str, degree: int, form: str, *, cache: bool = True, overlap: str = "none") -> LaneProgram:
     """What `lower` makes, without recognising and splitting the model for every form again; with a KV cache or not."""
-    return lower_split(split_model(name, degree), form, cached=cache, halves=halves)
+    return lower_split(split_model(name, degree), form, cached=cache, overlap=overlap)
 
 
 def relative_error(have: Tensor, want: Tensor) -> float:

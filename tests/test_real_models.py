@@ -109,7 +109,7 @@ def smollm2(source: Any, smollm2_gguf: Path) -> Capture:
 @pytest.fixture(scope="module")
 def standard(smollm2: Capture, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """SmolLM2 for three ranks, in standard form: what a compile writes, without capturing the model again."""
-    program = lower_split(split_source(smollm2.program, 3), "standard", halves=True)
+    program = lower_split(split_source(smollm2.program, 3), "standard", overlap="tokens")
     tokenizer = smollm2.origin.tokenizer
     assert tokenizer is not None
     target = write_artifact(

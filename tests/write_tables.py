@@ -29,7 +29,8 @@ the largest relative errors of the logits over several batch and sequence sizes,
 - **on ranks**: so many real processes against all lanes in one process, in these forms; `standard` and `kraken` with
   the KV cache, too.
 - **KV cache**: prompts of different lengths and token by token, against recomputation.
-- **halves**: prefills run as two halves at several cuts, also behind a past, against the lanes run at once.
+- **halves**: run as two halves, against the lanes run at once: prefills cut between `tokens` at several places, also
+  behind a past; without a cache, batches cut between `rows`.
 - **ONNX**: two devices on stock ONNX Runtime against the lanes, standard and kraken, with the KV cache too.
 
 """
@@ -145,9 +146,15 @@ def _row(notes: Notes, model: str) -> tuple[str, ...]:
         str(len(lanes["forms"]) - 1),
         f"{ranks['degree']}: {', '.join(ranks['forms'])} {_error(ranks['error'])}",
         _error(cache["error"]) if "error" in cache else f"none: {_reason(cache['reason'])}",
-        _error(cache["halves"]) if "halves" in cache else "",
+        _halves(cache, ranks),
         f"{_error(onnx['standard'])}, {_error(onnx['kraken'])}",
     )
+
+
+def _halves(cache: dict[str, Any], ranks: dict[str, Any]) -> str:
+    """How well a model runs in two halves, and which."""
+    errors = {"tokens": cache.get("halves"), "rows": ranks.get("rows")}
+    return next((f"{what} {_error(error)}" for what, error in errors.items() if error is not None), "")
 
 
 def _reason(rejection: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.ir.rows import RowDims
+from kraken_compiler.ir.size_checks import BATCH
 from kraken_compiler.ir.size_rules import names_in
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.ops.structure_safety import require_safe_structure
@@ -68,3 +70,20 @@ def check_call(call: CallSpec, inputs: Iterable[InputSpec]) -> None:
             raise ValueError(f"the rule {rule!r} is about sizes that no input has")
     for text in (call.out_tree, *call.trees.values()):
         require_safe_structure(text)
+
+
+def check_rows(dims: RowDims, inputs: Sequence[InputSpec], call: CallSpec) -> None:
+    """Make sure that the rows lie in dims of the inputs that are a batch's, and that every output is spoken of.
+
+    Raises:
+        ValueError: They do not, or one is not.
+    """
+    is_batch = [
+        dim is None or (0 <= dim < len(spec.shape) and spec.shape[dim] == BATCH)
+        for dim, spec in zip(dims.inputs, inputs)
+    ]
+    if len(dims.inputs) != len(inputs) or not all(is_batch) or set(dims.inputs) <= {None}:
+        raise ValueError("its rows lie in no dims of its inputs")
+    outputs = call.output_names
+    if len(dims.outputs) != len(outputs) or any(dim is not None and dim < 0 for dim in dims.outputs):
+        raise ValueError("its rows lie in no dims of its outputs")

@@ -8,10 +8,11 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_weights
+from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_rows, check_weights
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.weight_table import WeightSpec
 
@@ -98,6 +99,18 @@ class CacheRecord(_Record):
     no_split: str = ""
 
 
+class RowsRecord(_Record):
+    """The lane graph on two halves of a batch's rows.
+
+    Attributes:
+        dims: Where the rows lie in the inputs and outputs.
+        plan: The reduces of both halves.
+    """
+
+    dims: RowDims
+    plan: FormPlan
+
+
 class HealingRecord(_Record):
     """A training of the lanes by self-distillation.
 
@@ -133,6 +146,8 @@ class Manifest(_Record):
         layers, plan, windows: What the passes found; windows are those of the emitted program.
         cache: The program with a KV cache; None if there is none.
         no_cache: Why there is none.
+        rows: The program on two halves of a batch's rows; None if there is none.
+        no_rows: Why there is none, "" if there is one or nobody has asked.
         backends: The backends that wrote a program, by name, with the options that they were given.
         options: What the compile was asked for, by the names of `CompileOptions`; what nobody chose is left out.
         has_tokenizer: True if there is a tokenizer directory.
@@ -155,6 +170,8 @@ class Manifest(_Record):
     windows: tuple[Window, ...]
     cache: CacheRecord | None = None
     no_cache: str = ""
+    rows: RowsRecord | None = None
+    no_rows: str = ""
     backends: Mapping[str, Mapping[str, bool | int | float | str | None]]
     options: Mapping[str, JsonValue] = {}
     has_tokenizer: bool
@@ -168,6 +185,8 @@ class Manifest(_Record):
         check_dtypes(part.dtype for parts in (self.weights, inputs, caches) for part in parts)
         check_weights(self.weights, self.degree)
         check_call(self.call, self.inputs)
+        if self.rows is not None:
+            check_rows(self.rows.dims, self.inputs, self.call)
         return self
 
     @property

@@ -83,12 +83,14 @@ class RankModel(ABC):
     Attributes:
         vocabulary: Number of tokens a language model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
+        can_cut_rows: True if `run_rows` runs batches as two halves.
         first_seconds: How long it may take, beyond computing, before its first results are there.
         setting: What its times depend on: who computes, and how.
     """
 
     vocabulary: int | None
     positions: int
+    can_cut_rows: bool = False
     first_seconds: float = 0.0
     setting: str = ""
 
@@ -105,6 +107,21 @@ class RankModel(ABC):
         Raises:
             UsageError: An input is missing, or of a shape that was not compiled for.
         """
+
+    def run_rows(self, inputs: Mapping[str, Array], cut: int) -> Sequence[Array]:
+        """Run a batch as two halves of its rows, whose reduces fly while the other half computes.
+
+        Args:
+            inputs: See `run`.
+            cut: How many rows the first half has; at least one, and the second has one too.
+
+        Returns:
+            See `run`.
+
+        Raises:
+            UsageError: See `run`.
+        """
+        raise NotImplementedError("not called unless can_cut_rows")
 
     def decoder(self, batch: int, capacity: int) -> Decoder | None:
         """A decoder for a batch of sequences with the KV cache; not called if the artifact has none.
@@ -226,7 +243,7 @@ class Backend(ABC, Generic[OptionsKind]):
         """
 
     def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        """The windows of the programs that run a prefill as two halves, in launch order; none if nothing does.
+        """The windows of the programs that run in two halves, in launch order; none if nothing does.
 
         Raises:
             InputFileError, VerificationError: See `schedule`.

@@ -24,6 +24,7 @@ from kraken_compiler.artifact.manifest import (
     FileRecord,
     HealingRecord,
     Manifest,
+    RowsRecord,
     Source,
     SplitRecord,
 )
@@ -223,6 +224,8 @@ def _fill(
         windows=windows,
         cache=_cache_record(cached) if cached is not None else None,
         no_cache=program.no_cache,
+        rows=RowsRecord(dims=program.rows.dims, plan=program.rows.plan) if program.rows is not None else None,
+        no_rows=program.no_rows,
         backends={backend.name: backend.noted_options for backend in backends},
         options=options,
         has_tokenizer=tokenizer_saver is not None,

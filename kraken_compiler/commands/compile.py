@@ -23,14 +23,16 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram, Split
+from kraken_compiler.ir.schedule import OVERLAPS, ROWS, TOKENS
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
-from kraken_compiler.options.compile import NO_OVERLAP, OVERLAPS, CompileOptions
+from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.passes.lower import lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
+from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
 from kraken_compiler.quality.calibration.on_text import calibrate_on_text
@@ -153,6 +155,7 @@ class _Compile:
             if reservation is None:
                 return CompileResult(report, notes=self.notes)
             program, read = self._compare_and_calibrate(captured, split, program)
+            report = report.with_halves(program)
             artifact_directory = self._write(captured, program, read, report, reservation)
         return CompileResult(report, self.verification, artifact_directory, self.notes, self.calibration, self.choice)
 
@@ -203,13 +206,13 @@ class _Compile:
             )
             form = _best(self.choice)
         with self.show.stage("rewrite"):
-            program = lower_split(split, form, options.layers, halves=options.overlap != NO_OVERLAP, runner=runner)
+            program = lower_split(split, form, options.layers, overlap=options.overlap, runner=runner)
         if program.no_cache and token_input(program) is not None:
             no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
             self.notes = (*self.notes, no_cache)
-        if program.cached is not None and program.cached.no_split:
-            no_split = f"prefills are not read as two halves: {program.cached.no_split}"
-            self.notes = (*self.notes, no_split)
+        if options.overlap == TOKENS and program.cached is None:
+            self.notes = (*self.notes, "prefills are not read as two halves, which takes a KV cache")
+        self.notes = (*self.notes, *_no_halves(program))
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
         return program
 
@@ -226,6 +229,10 @@ class _Compile:
             self.comparisons, self.skipped = check.comparisons, check.skipped
             Verification(self.comparisons).require_passed()
             program, self.notes = with_rules(program, check.rules), (*self.notes, *check.notes)
+            if check.rules and program.rows is not None:
+                # Perhaps not every number of rows suits it.
+                program = with_halves(replace(program, rows=None), ROWS)
+                self.notes = (*self.notes, *_no_halves(program))
         if self.texts:
             self.calibration = calibrate_on_text(
                 captured, standard, program, self.texts, options.calibrate_tokens, self._text, self.show
@@ -280,6 +287,13 @@ class _Compile:
     def _text(self) -> TextChoice:
         """The text that a changed form is measured on."""
         return TextChoice.of(self.options.text, self.options.text_tokens)
+
+
+def _no_halves(program: LaneProgram) -> list[str]:
+    """Why a program does not run as two halves that were asked for."""
+    no_split = program.cached.no_split if program.cached is not None else ""
+    reasons = {"prefills are not read": no_split, "batches are not run": program.no_rows}
+    return [f"{what} as two halves: {reason}" for what, reason in reasons.items() if reason]
 
 
 def _require_apart(directory: Path, dumps: Path) -> None:

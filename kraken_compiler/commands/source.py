@@ -12,7 +12,9 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.schedule import NO_OVERLAP, ROWS, TOKENS
 from kraken_compiler.passes.lower import lower
+from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.verify.against_model import with_rules
 
 
@@ -67,7 +69,9 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     manifest_weights = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
     if weights != manifest_weights:
         raise InputFileError("the artifact was compiled by another version of kraken-compiler; compile the model again")
-    return as_compiled(program, manifest)
+    has_split = manifest.cache is not None and manifest.cache.split is not None
+    overlap = TOKENS if has_split else ROWS if manifest.rows is not None else NO_OVERLAP
+    return with_halves(as_compiled(program, manifest), overlap)
 
 
 def as_compiled(program: LaneProgram, manifest: Manifest) -> LaneProgram:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -66,18 +67,21 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
-class CacheDecoder(Decoder, Protocol):
-    """A decoder with a KV cache: what it has read it need not read again.
-
-    It may read tokens as two halves, each of whose reduces flies while the other half computes.
+class SplitDecoder(Decoder, Protocol):
+    """A decoder that may read in two halves, each of whose reduces flies while the other half computes.
 
     Attributes:
         can_split: True if it can.
-        split_from: The fewest tokens that it reads so unasked; None if it never does.
+        split_from: The fewest tokens of a row that it reads so unasked; None if it never does.
     """
 
     can_split: bool
     split_from: int | None
+
+
+@runtime_checkable
+class CacheDecoder(SplitDecoder, Protocol):
+    """A decoder with a KV cache: what it has read it need not read again. Its halves are halves of the tokens."""
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first tokens of every row.
@@ -102,20 +106,31 @@ class RecomputingDecoder:
 
     Attributes:
         batch, capacity, identical_on_all_ranks: See `Decoder`; of any function nothing is promised.
+        can_split, split_from: See `SplitDecoder`; its halves are halves of the rows.
     """
 
     identical_on_all_ranks = False
 
-    def __init__(self, logits_of: Callable[[Array], Array], batch: int, capacity: int) -> None:
+    def __init__(
+        self,
+        logits_of: Callable[[Array], Array],
+        batch: int,
+        capacity: int,
+        in_halves: Callable[[Array], Array] | None = None,
+    ) -> None:
         """Wrap a language model.
 
         Args:
             logits_of: Token ids, int64 [rows, sequence] -> logits [rows, sequence or 1, vocabulary].
             batch: Number of rows.
             capacity: Most tokens of a row.
+            in_halves: The same, run as two halves of the rows; None if nothing does.
         """
         self.batch = batch
         self.capacity = capacity
+        self.can_split = in_halves is not None
+        self.split_from: int | None = None
+        self._in_halves = in_halves
         self._logits_of = logits_of
         self._ids = np.zeros((batch, 0), np.int64)
         self._lengths = np.zeros(batch, np.int64)
@@ -144,7 +159,8 @@ class RecomputingDecoder:
         self._lengths = np.zeros_like(self._lengths)
 
     def _last_logits(self) -> Array:
-        logits = self._logits_of(self._ids)
+        is_long = self.split_from is not None and self._ids.shape[1] >= self.split_from
+        logits = (self._in_halves if self._in_halves is not None and is_long else self._logits_of)(self._ids)
         if logits.shape[1] == self._ids.shape[1]:
             return logits[np.arange(self.batch), self._lengths - 1]
         # The model gives the logits of the last position only, so no row may be padded.
@@ -203,7 +219,10 @@ def decoder_of(
         return decoder
     logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
     if not reads_source(manifest.inputs):
-        return RecomputingDecoder(logits_of, batch, capacity)
+        in_halves = None
+        if model.can_cut_rows and batch > 1:
+            in_halves = logits_function(manifest.inputs, manifest.call, partial(model.run_rows, cut=batch // 2))
+        return RecomputingDecoder(logits_of, batch, capacity, in_halves)
 
     def row(source: Sequence[int]) -> RecomputingDecoder:
         text = np.array([source], np.int64)

@@ -19,11 +19,12 @@ import numpy as np
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import RankModel
 from kraken_compiler.errors import UsageError
-from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder, check_capacity, decoder_of
+from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder, SplitDecoder, check_capacity, decoder_of
 from kraken_compiler.generate.loop import generate
 from kraken_compiler.generate.sampling import Sampling
 from kraken_compiler.generate.split_threshold import LENGTHS, split_threshold
-from kraken_compiler.ir.size_checks import require_generation
+from kraken_compiler.ir.size_checks import BATCH, SEQUENCE, require_generation, token_rules
+from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.ranks.session import Ranks
 
@@ -153,11 +154,12 @@ class Engine:
         compiling = self.model.first_seconds
         rows, longest = len(request.prompts), max(map(len, request.prompts), default=0)
         reading = self._seconds_to_read(rows * max(longest, *map(len, request.sources), 0))
-        # Without a cache all is read again for every token.
         again = self._seconds_to_read(rows * request.capacity) if self.artifact.manifest.cache is None else 0.0
         status.progress("generating token 1", compiling + reading)
         decoder = self._decoder_for(request)
-        self._measure_halves(decoder, longest - self._known_tokens(decoder, request.prompts))
+        # Without a cache all is read again for every token.
+        most = request.capacity if self.artifact.manifest.cache is None else longest
+        self._measure_halves(decoder, most - self._known_tokens(decoder, request.prompts))
         known = self._known_tokens(decoder, request.prompts)
         read, self._read = [*request.prompts[0]], ()
         steps = generate(
@@ -187,11 +189,15 @@ class Engine:
 
     def _measure_halves(self, decoder: Decoder, tokens: int) -> None:
         """Measure from how many tokens on two halves are faster, once it matters; the decoder is empty after."""
-        if self._has_measured or tokens < LENGTHS[0] or not isinstance(decoder, CacheDecoder) or not decoder.can_split:
+        if self._has_measured or tokens < LENGTHS[0] or not isinstance(decoder, SplitDecoder) or not decoder.can_split:
             return
+        manifest = self.artifact.manifest
+        rules = token_rules(manifest.call, manifest.inputs)
+        lengths = [length for length in LENGTHS if length <= decoder.capacity]
+        lengths = [at for at in lengths if broken_rule(rules, {BATCH: decoder.batch, SEQUENCE: at}) is None]
         self._has_measured, self._read = True, ()
         setting = f"{self.model.setting} {os.environ.get('OMP_NUM_THREADS', '')}".strip()
-        decoder.split_from = split_threshold(decoder, self.ranks, self.artifact.directory, setting)
+        decoder.split_from = split_threshold(decoder, lengths, self.ranks, self.artifact.directory, setting)
 
     def _seconds_to_read(self, tokens: int) -> float:
         """Seconds that a slow accelerator takes to multiply so many tokens with its share of the weights."""

@@ -23,6 +23,7 @@ from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec as CallSpec
 from kraken_compiler.ir.calls import InputSpec as InputSpec
 from kraken_compiler.ir.layers import LayerTable
+from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ir.shards import BranchShards
 from kraken_compiler.ir.source_reader import SourceReader
@@ -162,11 +163,15 @@ class LaneProgram(Planned):
         windows: What lies between every reduce's start and its wait.
         cached: The same computation with a KV cache; None if the model allows none, or nobody has asked.
         no_cache: Why it allows none, "" if it does or nobody has asked.
+        rows: The same computation on two halves of a batch's rows; None if there is none, or nobody has asked.
+        no_rows: Why there is none, "" if there is one or nobody has asked.
     """
 
     windows: tuple[Window, ...]
     cached: CachedProgram | None = None
     no_cache: str = ""
+    rows: SplitRun | None = None
+    no_rows: str = ""
 
     def check(self) -> None:
         super().check()
@@ -176,6 +181,8 @@ class LaneProgram(Planned):
             self.cached.tables.check()
             if self.cached.split is not None:
                 self.cached.split.program.check()
+        if self.rows is not None:
+            self.rows.program.check()
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,23 @@ class SplitStep:
     program: Program
     plan: FormPlan
     once: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SplitRun:
+    """A lane program on two halves of the rows of a batch, whose reduces fly while the other half computes.
+
+    Attributes:
+        program: The graph. The lane program's inputs, with the first half of the rows; then those that have rows again,
+            with the others. Output: the lane program's of the first half, then those of the second. Its nodes carry no
+            `meta["val"]`.
+        plan: The reduces of both halves.
+        dims: Where the rows lie in the lane program's inputs and outputs.
+    """
+
+    program: Program
+    plan: FormPlan
+    dims: RowDims
 
 
 def parameter_count(program: Program) -> int:

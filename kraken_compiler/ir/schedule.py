@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NO_OVERLAP, TOKENS, ROWS, AUTO = OVERLAPS = ("none", "tokens", "rows", "auto")
+"""What is cut into two halves, each of which hides the other's reduces: nothing, a prefill's tokens, a batch's rows."""
+
 
 @dataclass(frozen=True)
 class Read:

@@ -55,6 +55,11 @@ def require_sizes(call: CallSpec, inputs: Sequence[InputSpec], shapes: Sequence[
         raise UsageError(refusal(_model(call), sizes, clear_rule))
 
 
+def suits(call: CallSpec, inputs: Sequence[InputSpec], shapes: Sequence[Sequence[int]]) -> bool:
+    """True if a call's sizes keep to the program's rules; see `require_sizes`."""
+    return broken_rule(call.sizes, sizes_of(call, inputs, shapes)) is None
+
+
 def refusal(model: str, sizes: Mapping[str, int], rule: str) -> str:
     """The reason for which a call is refused, in one line."""
     names = names_in(rule)

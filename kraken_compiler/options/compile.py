@@ -12,13 +12,11 @@ from pydantic import BeforeValidator
 
 from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
 CALIBRATION_TOKENS = 65536
-
-NO_OVERLAP, OVERLAPS = "none", ("auto", "none")
-"""How reduces are hidden that the form leaves exposed."""
 
 
 def _names(value: Any) -> Any:
@@ -65,10 +63,11 @@ class CompileOptions(CommandOptions):
     overlap: Annotated[
         str,
         typer.Option(
-            help="auto: long prefills run as two halves, whose sums are on their way while the other half computes, "
-            "from the length on at which that is faster; none: never. Changes no number. (default: auto)"
+            help="Run in two halves, whose sums are on their way while the other half computes, where that is faster. "
+            "tokens: long prefills; rows: batches of several rows; auto: tokens with a KV cache, rows without; none. "
+            "Changes no number. (default: auto)"
         ),
-    ] = "auto"
+    ] = AUTO
     backends: Annotated[
         Sequence[str],
         CommandLineType(list[str]),

@@ -19,6 +19,11 @@ COMPARISONS = frozenset(
     for overload in (packet.Tensor, packet.Scalar)
 )
 WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+UNTAGGED_POINTWISE = frozenset(WHERE) | {
+    getattr(packet, kind) for packet in (aten.__and__, aten.__or__, aten.__xor__) for kind in ("Tensor", "Scalar")
+}
+"""Pointwise, but not all are tagged so."""
+
 _TAKE_NUMBERS = frozenset({*WHERE, aten.masked_fill.Scalar, aten.mul.Tensor, aten.to.dtype})
 """Operators that take a number in a condition's place."""
 

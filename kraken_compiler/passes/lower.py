@@ -12,6 +12,7 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS, STANDARD, Form
 from kraken_compiler.ir.layers import Branch, LayerTable
 from kraken_compiler.ir.program import LaneProgram, Program, Split
+from kraken_compiler.ir.schedule import NO_OVERLAP
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, PassRunner
 from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
@@ -72,18 +73,18 @@ def lower_split(
     layers: str | Sequence[int] | None = None,
     *,
     cached: bool = True,
-    halves: bool = False,
+    overlap: str = NO_OVERLAP,
     runner: PassRunner | None = None,
 ) -> LaneProgram:
     """The lane program of one choice of forms. See `lower`.
 
     Args:
         split, form, layers, cached, runner: See `lower`.
-        halves: Also make the graph that reads tokens as two halves.
+        overlap: What runs as two halves besides, see `with_halves`.
     """
     lane = schedule(split, forms_of_layers(_rows(form), layers, len(split.layers.layers)), runner)
     lane = with_cache(lane, runner) if cached else lane
-    return with_halves(lane, runner) if halves else lane
+    return with_halves(lane, overlap, runner)
 
 
 def _rows(form: FormChoice) -> Form | tuple[Form, ...]:

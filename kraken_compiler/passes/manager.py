@@ -95,12 +95,14 @@ def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:
 
 
 def _graphs(program: Program) -> Iterator[Program]:
-    """A program and, where it has a KV cache, the graphs for that."""
+    """A program and, where it has a KV cache or runs in halves, the graphs for that."""
     yield program
     if isinstance(program, LaneProgram) and program.cached is not None:
         yield from (program.cached.tables, program.cached.step)
         if program.cached.split is not None:
             yield program.cached.split.program
+    if isinstance(program, LaneProgram) and program.rows is not None:
+        yield program.rows.program
 
 
 def _dump(program: Program, path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.schedule import NO_OVERLAP, ROWS, TOKENS
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.assign_forms import AssignForms
@@ -31,6 +32,7 @@ from kraken_compiler.passes.normalize.unflatten_tokens import UnflattenTokens
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
+from kraken_compiler.passes.schedule.split_rows import SplitRows
 from kraken_compiler.passes.schedule.split_tokens import SplitTokens
 from kraken_compiler.passes.shard.copy_shared import CopyShared
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
@@ -95,5 +97,5 @@ def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:
 CACHE: tuple[Pass[Any], ...] = (CacheAttention(),)
 """From a lane program to one with a KV cache."""
 
-HALVES: tuple[Pass[Any], ...] = (SplitTokens(),)
-"""From a lane program with a KV cache to one that also reads tokens as two halves."""
+HALVES: dict[str, tuple[Pass[Any], ...]] = {NO_OVERLAP: (), TOKENS: (SplitTokens(),), ROWS: (SplitRows(),)}
+"""From a lane program to one that also runs as two halves, by what is cut."""

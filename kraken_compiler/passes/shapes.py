@@ -10,6 +10,9 @@ from torch import Tensor, fx
 
 from kraken_compiler._torch_compat import FakeTensorMode, on_fakes
 
+SHAPE_ARGUMENTS = frozenset({"size", "shape", "sizes"})
+"""Names of the arguments in which a number only says how large something is."""
+
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     """The mode that made the graph's fake tensors."""
@@ -60,6 +63,11 @@ def value_of(node: fx.Node) -> Tensor:
 def is_tensor(node: fx.Node) -> bool:
     """True if `node` computes one tensor."""
     return isinstance(node.meta.get("val"), Tensor)
+
+
+def is_tensor_or_tuple(node: fx.Node) -> bool:
+    """True if `node` computes tensors, and not a number."""
+    return isinstance(node.meta.get("val"), (Tensor, list, tuple))
 
 
 def same_size(left: Any, right: Any) -> bool:

@@ -4,7 +4,7 @@
     split(recognized, degree)    ->  Split         once a degree: nothing up to here depends on the form
     schedule(split, forms)       ->  LaneProgram   once for every choice of forms
     with_cache(lane)             ->  LaneProgram   once for what is written
-    with_halves(lane)            ->  LaneProgram   likewise
+    with_halves(lane, overlap)   ->  LaneProgram   likewise
 
 Each runs one pipeline of `pipelines.py`. A runner that goes from stage to stage gathers their history.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split, Stage
+from kraken_compiler.ir.schedule import AUTO, ROWS, TOKENS
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.pipelines import CACHE, HALVES, RECOGNIZE, schedule_as, split_over
@@ -72,9 +73,18 @@ def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgr
     return _run_pipeline(LaneProgram, lane, CACHE, runner)
 
 
-def with_halves(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:
-    """Add the graph that reads tokens as two halves to the program with a KV cache, or why there is none."""
-    return _run_pipeline(LaneProgram, lane, HALVES, runner)
+def with_halves(lane: LaneProgram, overlap: str = AUTO, runner: PassRunner | None = None) -> LaneProgram:
+    """Add the graph that runs in two halves, or why there is none.
+
+    Args:
+        lane: A lane program.
+        overlap: What is cut: the `tokens` of a prefill, which takes a KV cache, the `rows` of a batch, or `none`;
+            `auto` takes tokens where there is a cache.
+        runner: Gathers the history.
+    """
+    if overlap == AUTO:
+        overlap = ROWS if lane.cached is None else TOKENS
+    return _run_pipeline(LaneProgram, lane, HALVES[overlap], runner)
 
 
 def _run_pipeline(

@@ -97,6 +97,10 @@ class _Expected:
         where = _first_diverging(self.sums, [sets[number] for sets in execution.sums], tolerance)
         what = f"{self.program.degree} {who} against the lanes in one process"
         comparisons = [worst_comparison(what, size, have, want, tolerance, noise, where)]
+        for cut in execution.rows[0][number]:
+            what = f"{self.program.degree} {who} that ran rows as two halves, cut behind {cut}, against the lanes"
+            halves = [_tensors(results[number][cut]) for results in execution.rows]
+            comparisons.append(worst_comparison(what, size, halves, want, tolerance, noise))
         if self.rows is not None:
             what = f"{self.program.degree} {who} with a KV cache against the lanes without"
             replays = [_tensors(results[number].values()) for results in execution.replays]

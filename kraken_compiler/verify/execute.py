@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.decoder import CacheDecoder
+from kraken_compiler.ir.size_checks import suits
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
@@ -33,7 +35,8 @@ class Execution:
     Attributes:
         outputs: `outputs[rank][set]` are the graph's outputs; of a program with a KV cache perhaps the logits alone.
         replays: `replays[rank][set]` are the logits of `replay`, by capacity; empty for a program without a KV cache.
-        halves: `halves[rank][set]` are the logits of `replay_halves`, by cut; empty if nothing runs halves.
+        halves: `halves[rank][set]` are the logits of `replay_halves`, by cut; empty if nothing reads tokens as halves.
+        rows: `rows[rank][set]` are the outputs by where the rows were cut; empty if nothing runs halves of rows.
         sums: `sums[rank][set]` are the finished sums by the name of their wait; empty if programs do not tell.
         records: `records[rank]` is what the rank did on the last set, for `Backend.ran`; None if it does not tell.
     """
@@ -41,6 +44,7 @@ class Execution:
     outputs: list[list[tuple[Array, ...]]]
     replays: list[list[dict[int, Array]]]
     halves: list[list[dict[int, Array]]]
+    rows: list[list[dict[int, tuple[Array, ...]]]]
     sums: list[list[dict[str, Array]]]
     records: list[Any]
 
@@ -85,7 +89,7 @@ def execute_on_ranks(
             "sets": len(inputs),
         }
         summaries = run_ranks(f"{__name__}:_execute", artifact.manifest.degree, payload, timeout=timeout)
-        execution = Execution([], [], [], [], [of_rank["record"] for of_rank in summaries])
+        execution = Execution([], [], [], [], [], [of_rank["record"] for of_rank in summaries])
         sets = range(len(inputs))
         for rank, of_rank in enumerate(summaries):
             arrays = load_file(_results(directory, rank))
@@ -93,6 +97,7 @@ def execute_on_ranks(
             execution.outputs.append([tuple(arrays[f"{index}.{output}"] for output in outputs) for index in sets])
             execution.replays.append([_numbered(arrays, f"{index}.replayed.") for index in sets])
             execution.halves.append([_numbered(arrays, f"{index}.halves.") for index in sets])
+            execution.rows.append([_outputs_by_cut(arrays, f"{index}.rows.", len(outputs)) for index in sets])
             execution.sums.append([_with_prefix(arrays, f"{index}.sum.") for index in sets])
         return execution
 
@@ -103,6 +108,12 @@ def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
 
 def _numbered(arrays: Mapping[str, Array], prefix: str) -> dict[int, Array]:
     return {int(name): array for name, array in _with_prefix(arrays, prefix).items()}
+
+
+def _outputs_by_cut(arrays: Mapping[str, Array], prefix: str, count: int) -> dict[int, tuple[Array, ...]]:
+    found = _with_prefix(arrays, prefix)
+    cuts_in_order = sorted({int(name.partition(".")[0]) for name in found})
+    return {cut: tuple(found[f"{cut}.{output}"] for output in range(count)) for cut in cuts_in_order}
 
 
 def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -123,6 +134,10 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
         results |= {f"{index}.{position}": array.copy() for position, array in enumerate(observation.outputs)}
         results |= {f"{index}.sum.{name}": array for name, array in observation.sums.items()}
         ranks.status.progress("executing")
+        for cut in _row_cuts(artifact.manifest, [*inputs.values()]) if model.can_cut_rows else ():
+            outputs = model.run_rows(inputs, cut)
+            results |= {f"{index}.rows.{cut}.{position}": array.copy() for position, array in enumerate(outputs)}
+            ranks.status.progress("executing in halves")
     for index in range(sets if artifact.manifest.cache is not None else 0):
         ids = arrays[f"{index}.{payload['names'][0]}"]
         decoder = None
@@ -138,6 +153,17 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
                 ranks.status.progress("decoding in halves")
     save_file({name: np.ascontiguousarray(array) for name, array in results.items()}, _results(directory, ranks.rank))
     return {"outputs": count, "record": record}
+
+
+def _row_cuts(manifest: Manifest, arrays: Sequence[Array]) -> list[int]:
+    """Where to cut a batch, so that both halves keep to the program's rules for sizes."""
+    assert manifest.rows is not None, "nothing says where the rows are"
+    dims = manifest.rows.dims
+    return [
+        cut
+        for cut in cuts(dims.count(arrays))
+        if all(suits(manifest.call, manifest.inputs, [one.shape for one in half]) for half in dims.halves(arrays, cut))
+    ]
 
 
 def _results(directory: Path, rank: int) -> Path:

@@ -52,13 +52,13 @@ def replay(decoder: Decoder, ids: Array) -> Array:
     return np.stack(logits, axis=1)
 
 
-def cuts(tokens: int) -> tuple[int, ...]:
-    """Where to cut a prompt into halves: one token at either end, and unevenly; none if it is too short.
+def cuts(count: int) -> tuple[int, ...]:
+    """Where to cut a prompt or a batch into halves: one at either end, and unevenly; nowhere if it is too short.
 
     Args:
-        tokens: Length of the longest prompt.
+        count: Length of the longest prompt, or number of rows.
     """
-    return tuple(sorted({1, tokens // 3, tokens - 1} - {0, tokens})) if tokens > 1 else ()
+    return tuple(sorted({1, count // 3, count - 1} - {0, count})) if count > 1 else ()
 
 
 def replay_halves(decoder: CacheDecoder, ids: Array, cut: int) -> Array:

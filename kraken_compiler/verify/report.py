@@ -53,10 +53,14 @@ class Report:
                 ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
                 _layer_rows(data["layers"]),
             ),
-            *([f"prefills in two halves: {data['halves']}"] if data["halves"] else []),
+            *([data["halves"]] if data["halves"] else []),
             *(f"note      {note}" for note in data["notes"]),
             *_check_lines(data.get("check")),
         ]
+
+    def with_halves(self, program: LaneProgram) -> Report:
+        """The report with the halves that a program still has after it was compared with the model."""
+        return Report({**self.data, "halves": _halves(program)})
 
     def with_check(
         self, comparisons: Sequence[Comparison], notes: Sequence[str], skipped: Sequence[str], seconds: float
@@ -128,12 +132,13 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
 
 
 def _halves(program: LaneProgram) -> str:
-    """What hides the reduces of a prefill that runs as two halves, in words; "" if none does."""
+    """What runs in two halves, and what hides its reduces, in words; "" if nothing does."""
     split = program.cached.split if program.cached is not None else None
-    if split is None:
+    halves = split or program.rows
+    if halves is None:
         return ""
-    windows = measure_windows(split.program.graph, split.plan)
-    return f"{len(windows)} reduces, {hiding(windows)}"
+    windows = measure_windows(halves.program.graph, halves.plan)
+    return f"{'prefills' if split else 'batches'} in two halves: {len(windows)} reduces, {hiding(windows)}"
 
 
 def _check_lines(check: dict[str, Any] | None) -> list[str]:

@@ -38,7 +38,7 @@ class BackendCheck:
         lanes: What they must compute; None if nobody has it.
         runs: What every rank ran, rank 0 first; empty if none told.
         run_size: Batch and sequence size of that run.
-        halves: The schedule of a prefill that runs as two halves, if one can.
+        halves: The schedule of a prefill or a batch that runs as two halves, if one can.
     """
 
     backend: Backend[Any]
@@ -60,7 +60,7 @@ class Verification:
         skipped: Checks that were not made, each with the reason.
         checks: What was found out about every backend's programs.
         rounded: What the form and the rounded weights of a backend cost together, by what they are rounded to.
-        halves: The schedule of a prefill that runs as two halves, if one can.
+        halves: The schedule of a prefill or a batch that runs as two halves, if one can.
         sensitivity: What the artifact's forms cost in single layers and from each to the end; None if nobody asked.
     """
 
@@ -104,7 +104,7 @@ class Verification:
         lines = [f"program   {comparison}" for comparison in self.comparisons]
         lines.append(f"schedule  {len(self.windows)} reduces, {hiding(self.windows)}")
         if self.halves:
-            lines.append(f"schedule  {len(self.halves)} reduces of a prefill in two halves, {hiding(self.halves)}")
+            lines.append(f"schedule  {len(self.halves)} reduces in two halves, {hiding(self.halves)}")
         for check in self.checks if any(window.promised for window in self.windows) else ():
             if check.runs:
                 fewest_run = min(len(one.products) for run in check.runs for one in run if one.window.promised)

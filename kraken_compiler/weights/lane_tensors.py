@@ -46,7 +46,10 @@ def with_lane_tensors(program: LaneProgram, names: Collection[str]) -> LaneProgr
             tables=_with_lane_sources(cached.tables, rows),
             split=None if split is None else replace(split, program=_with_lane_sources(split.program, rows)),
         )
-    return replace(main, cached=cached)
+    halves = program.rows
+    if halves is not None:
+        halves = replace(halves, program=_with_lane_sources(halves.program, rows))
+    return replace(main, cached=cached, rows=halves)
 
 
 def has_lane_tensors(table: Iterable[WeightSpec]) -> bool:

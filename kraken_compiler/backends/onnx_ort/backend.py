@@ -106,12 +106,16 @@ class OnnxBackend(Backend[OnnxOptions]):
         return measure_windows(onnx_ir.from_proto(models[0].proto).graph, plan)
 
     def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_halves
+        from kraken_compiler.backends.onnx_ort.check.graph_windows import measure_halves, measure_rows
 
-        cache = artifact.manifest.cache
-        if cache is None or cache.split is None or self.cannot_run:
+        manifest = artifact.manifest
+        if self.cannot_run:
             return ()
-        return measure_halves(self._device(artifact, 0).proto, cache.split)
+        if manifest.rows is not None and manifest.degree > 1:
+            return measure_rows(self._device(artifact, 0).proto, manifest.rows.plan)
+        if manifest.cache is not None and manifest.cache.split is not None:
+            return measure_halves(self._device(artifact, 0).proto, manifest.cache.split)
+        return ()
 
     def ran(self, record: Any, windows: Sequence[Window]) -> tuple[RanWindow, ...]:
         from kraken_compiler.backends.onnx_ort.check.check_run import ran_windows

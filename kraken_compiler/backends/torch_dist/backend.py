@@ -84,9 +84,11 @@ class TorchBackend(Backend[TorchOptions]):
     def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
         from kraken_compiler.backends.torch_dist.graph_file import load_graph
-        from kraken_compiler.backends.torch_dist.lane_files import SPLIT_FILE
+        from kraken_compiler.backends.torch_dist.lane_files import ROWS_FILE, SPLIT_FILE
 
-        cache = artifact.manifest.cache
-        if cache is None or cache.split is None:
-            return ()
-        return check_schedule(load_graph(artifact.path(SPLIT_FILE)), cache.split.plan)
+        cache, rows = artifact.manifest.cache, artifact.manifest.rows
+        if rows is not None:
+            return check_schedule(load_graph(artifact.path(ROWS_FILE)), rows.plan)
+        if cache is not None and cache.split is not None:
+            return check_schedule(load_graph(artifact.path(SPLIT_FILE)), cache.split.plan)
+        return ()

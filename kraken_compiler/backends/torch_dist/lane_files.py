@@ -13,11 +13,11 @@ from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lanes.reference import ReadLane, read_from_lane_files
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY, SHARED_FILE, lane_file_name
 
-GRAPH_FILE, STEP_FILE, SPLIT_FILE, TABLES_FILE = (
-    f"{LANES_DIRECTORY}/{name}.json" for name in ("lane", "step", "split_step", "tables")
+GRAPH_FILE, ROWS_FILE, STEP_FILE, SPLIT_FILE, TABLES_FILE = (
+    f"{LANES_DIRECTORY}/{name}.json" for name in ("lane", "split_rows", "step", "split_step", "tables")
 )
-"""The lane graph, and what a KV cache adds to it: prefill and decode, that on two halves of the tokens, and what is
-computed once for a capacity."""
+"""The lane graph, and that on two halves of rows. What a KV cache adds: prefill and decode, that on two halves
+of the tokens, and what is computed once for a capacity."""
 
 SHARED_WEIGHTS = f"{LANES_DIRECTORY}/{SHARED_FILE}"
 """The weights that all lanes hold whole."""
@@ -30,8 +30,8 @@ def lane_file(lane: int) -> str:
 
 def rank_files(artifact: Artifact, lane: int) -> tuple[str, ...]:
     """Paths inside an artifact of the files that the rank of a lane reads."""
-    cache_files = [name for name in (STEP_FILE, SPLIT_FILE, TABLES_FILE) if name in artifact.manifest.files]
-    return GRAPH_FILE, *cache_files, lane_file(lane), SHARED_WEIGHTS
+    others = [name for name in (ROWS_FILE, STEP_FILE, SPLIT_FILE, TABLES_FILE) if name in artifact.manifest.files]
+    return GRAPH_FILE, *others, lane_file(lane), SHARED_WEIGHTS
 
 
 def load_lane_weights(artifact: Artifact, lane: int, table: Mapping[str, WeightSpec]) -> dict[str, Tensor]:

@@ -21,9 +21,17 @@ from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR, SHAPE_ONLY
 from kraken_compiler.passes.cache.mixing import dims_along
-from kraken_compiler.passes.choosing import WHERE
+from kraken_compiler.passes.choosing import UNTAGGED_POINTWISE
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten
-from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of, value_of
+from kraken_compiler.passes.shapes import (
+    SHAPE_ARGUMENTS,
+    is_tensor,
+    is_tensor_or_tuple,
+    same_size,
+    shape_of,
+    symbols_of,
+    value_of,
+)
 
 _ELEMENTS_KEPT = frozenset(
     {
@@ -58,11 +66,6 @@ _ELEMENTS_KEPT = frozenset(
 )
 """Every element of the result comes from the elements at the same places, wherever a dim ends."""
 
-_UNTAGGED = frozenset(WHERE) | {
-    getattr(packet, kind) for packet in (aten.__and__, aten.__or__, aten.__xor__) for kind in ("Tensor", "Scalar")
-}
-"""Pointwise, but not all are tagged so."""
-
 _RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints})
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _FILLED = SHAPE_ONLY | {
@@ -72,9 +75,6 @@ _FILLED = SHAPE_ONLY | {
     aten.empty.memory_format,
     *_RANGES,
 }
-_SHAPE_ARGUMENTS = frozenset({"size", "shape", "sizes"})
-"""Names of the arguments in which a number of tokens only says how large something is."""
-
 _ALONG_DIM = {
     aten.cat.default: 1,
     aten.concat.default: 1,
@@ -149,7 +149,7 @@ class LengthIndependence:
         names = [entry.name for entry in schema.arguments] if schema is not None else []
         arguments = [(names[place] if place < len(names) else "", value) for place, value in enumerate(args_of(node))]
         for name, value in (*arguments, *node.kwargs.items()):
-            if name not in _SHAPE_ARGUMENTS:
+            if name not in SHAPE_ARGUMENTS:
                 fx.node.map_arg(value, lambda operand: sizes.append(operand) if self._counts(operand) else None)
         return tuple(sizes)
 
@@ -192,7 +192,7 @@ class LengthIndependence:
             return False
         if target is aten.diff.default:
             return len(args_of(node)) < 5 and "append" not in node.kwargs
-        if torch.Tag.pointwise in target.tags or target in _ELEMENTS_KEPT or target in _UNTAGGED:
+        if torch.Tag.pointwise in target.tags or target in _ELEMENTS_KEPT or target in UNTAGGED_POINTWISE:
             return True
         if not any(self._varies(one, dim) for one in tensors if is_tensor(one) for dim in range(len(shape_of(one)))):
             return all(not self._varies(node, dim) for dim in range(len(shape_of(node)))) if is_tensor(node) else True
@@ -204,7 +204,7 @@ class LengthIndependence:
         if target in _RANGES:
             start, _, step = _range(node)
             return not isinstance(start, fx.Node) and not isinstance(step, fx.Node)
-        shapes = {one for name in _SHAPE_ARGUMENTS for one in _nodes(_argument_by_name(node, name))}
+        shapes = {one for name in SHAPE_ARGUMENTS for one in _nodes(_argument_by_name(node, name))}
         operands = set(node.all_input_nodes) - shapes
         # What only lends its shape may be anything, the token ids too.
         values = [one for one in operands if self._counts(one)]
@@ -319,12 +319,6 @@ _MOVING = frozenset(
     }
 )
 """Operators that may put another dim last, or other elements into it."""
-
-
-def is_tensor_or_tuple(node: fx.Node) -> bool:
-    """True if `node` computes tensors, and not a number."""
-    value = node.meta.get("val")
-    return isinstance(value, (torch.Tensor, list, tuple))
 
 
 def _range(node: fx.Node) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""Detection of operators that let one token see another. Only attention may, or a KV cache is not enough."""
+"""Detection of operators that let one token see another, or one row of a batch: only attention may mix tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
+from kraken_compiler.ir.size_checks import BATCH, SEQUENCE
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import NORMS, PROJECTIONS, SHAPE_ONLY
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
@@ -65,28 +66,36 @@ _ALONG_DIM = {
     aten.linalg_vector_norm.default: 2,
     aten.glu.default: 1,
     aten.flip.default: 1,
+    aten.diff.default: 2,
 }
 """Operators that work along a dim, and which argument says along which."""
+
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
+"""They take batches alone, and no image without a batch: the first dim is never worked along."""
 
 _ROW_BY_ROW = (aten.repeat_interleave.self_int, aten.unflatten.int)
 """Those that keep the order of rows, so that they do not mix the tokens of a batch in one dim."""
 
+_PARTS = {SEQUENCE: "tokens", BATCH: "rows"}
+
 _FLATTENED = ((1, "start_dim", 0), (2, "end_dim", -1))
 
 
-def mixes_tokens(node: fx.Node, sequence: Any) -> str:
-    """The reason why `node` may mix tokens; "" if it does not.
+def mixes(node: fx.Node, size: Any, dim: str = SEQUENCE) -> str:
+    """The reason why `node` may mix what lies along a dim; "" if it does not.
 
     Args:
         node: An operator that is no attention.
-        sequence: The size of the sequence dim.
+        size: The size of the dim.
+        dim: What it is called, `sequence` or `batch`.
     """
+    parts = _PARTS[dim]
     target = node.target
     if not isinstance(target, OpOverload):
         return ""
     name = op_name(target)
     if target is aten.reshape.default and _swaps(shape_of(node), shape_of(args_of(node)[0])):
-        return f"{name} takes the sequence for another dim"
+        return f"{name} takes the {dim} for another dim"
     if target in _TOKEN_BY_TOKEN or torch.Tag.pointwise in target.tags:
         return ""
     operand = next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
@@ -94,28 +103,30 @@ def mixes_tokens(node: fx.Node, sequence: Any) -> str:
         return ""
     if target is aten.batch_norm.default:
         return f"{name} takes the statistics of its batch" if args_of(node)[5] else ""
+    if target in _CONVOLUTIONS:
+        return f"{name} works along the {dim}" if any(_holds(one, size) for one in shape_of(operand)[1:]) else ""
     if target is aten.group_norm.default:
         merged_sizes = shape_of(operand)[1:]
-        return f"{name} normalises over the sequence" if any(same_size(size, sequence) for size in merged_sizes) else ""
+        return f"{name} normalises over the {dim}" if any(same_size(merged, size) for merged in merged_sizes) else ""
     if target in NORMS:
         shape = argument(node, 1, "normalized_shape")
-        return "" if all(isinstance(size, int) for size in shape) else f"{name} normalises over the sequence"
+        return "" if all(isinstance(one, int) for one in shape) else f"{name} normalises over the {dim}"
     if target in _ALONG_DIM:
         shape = shape_of(operand)
         rank = len(shape) + (target is aten.stack.default)
         along = [shape[dim] for dim in dims_along(node, _ALONG_DIM[target], rank) if dim < len(shape)]
         is_mixed = same_size if target in _ROW_BY_ROW else _holds
-        return f"{name} works along the sequence" if any(is_mixed(size, sequence) for size in along) else ""
+        return f"{name} works along the {dim}" if any(is_mixed(one, size) for one in along) else ""
     if target is aten.flatten.using_ints:
         shape = shape_of(operand)
         first, last = (int(argument(node, place, name_, value)) % len(shape) for place, name_, value in _FLATTENED)
         merged_sizes = shape[first : last + 1]
-        is_merged = len(merged_sizes) > 1 and any(_holds(size, sequence) for size in merged_sizes)
-        return f"{name} merges the sequence with another dim" if is_merged else ""
+        is_merged = len(merged_sizes) > 1 and any(_holds(merged, size) for merged in merged_sizes)
+        return f"{name} merges the {dim} with another dim" if is_merged else ""
     if target is aten.index.Tensor:
-        indexed_sizes = [size for size, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
-        return f"{name} picks tokens" if any(_holds(size, sequence) for size in indexed_sizes) else ""
-    return f"{name} may mix tokens, which a KV cache does not allow"
+        indexed_sizes = [one for one, index in zip(shape_of(args_of(node)[0]), args_of(node)[1]) if index is not None]
+        return f"{name} picks {parts}" if any(_holds(one, size) for one in indexed_sizes) else ""
+    return f"{name} may mix {parts}"
 
 
 def dims_along(node: fx.Node, place: int, rank: int) -> list[int]:

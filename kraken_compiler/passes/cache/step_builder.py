@@ -18,7 +18,7 @@ from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
 from kraken_compiler.passes.cache.hoist_tables import Tables, gather, used_rank
 from kraken_compiler.passes.cache.length_independence import LengthIndependence
-from kraken_compiler.passes.cache.mixing import mixes_tokens
+from kraken_compiler.passes.cache.mixing import mixes
 from kraken_compiler.passes.cache.positional_values import origins
 from kraken_compiler.passes.cache.unrepeat import unrepeated
 from kraken_compiler.passes.graph_tools import (
@@ -176,7 +176,7 @@ class StepBuilder:
     def _plain(self, node: fx.Node) -> Rejection | None:
         """Copy a node; its position tables are looked up, and in the tail there are only picked tokens."""
         in_tail = node in self.tail
-        reason = mixes_tokens(node, shape_of(self.tokens)[1])
+        reason = mixes(node, shape_of(self.tokens)[1])
         if reason:
             return Rejection(reason, (node.name,), module_path(node))
         if is_tensor(node) and self.proofs.numbers_of_tokens(node):

@@ -15,19 +15,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.cache import CUT, FIRST_SLOTS, PAST, PICKS, POSITIONS, SECOND_PAST, SLOTS
 from kraken_compiler.ir.program import InputSpec, LaneProgram, Program, SplitStep
-from kraken_compiler.ir.schedule import FormPlan, Reduce
-from kraken_compiler.ir.windows import is_gemm
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, descendants
+from kraken_compiler.passes.schedule.halves import Turns, plan_of_both, segments_of, turns_of
 from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of
 
-_START = torch.ops.kraken.all_reduce_start.default
 _END = (1 << 63) - 1
 
 
@@ -44,33 +41,8 @@ class SplitTokens(Pass[LaneProgram]):
         outcome = splitter.split()
         if isinstance(outcome, Rejection):
             return PassResult(program=replace(program, cached=replace(cached, no_split=str(outcome))))
-        split = SplitStep(outcome, _plan_of_both(program.plan, splitter.turns), splitter.turns.once)
+        split = SplitStep(outcome, plan_of_both(program.plan, splitter.turns), splitter.turns.once)
         return PassResult(len(split.plan.reduces), program=replace(program, cached=replace(cached, split=split)))
-
-
-@dataclass(frozen=True)
-class _Turns:
-    """What the halves have between the starts of the step graph's reduces.
-
-    Attributes:
-        once: Numbers of the reduces that they have together.
-        with_products: Numbers of the reduces before whose start each of them has matrix products.
-    """
-
-    once: tuple[int, ...]
-    with_products: tuple[int, ...]
-
-
-def _plan_of_both(plan: FormPlan, turns: _Turns) -> FormPlan:
-    """The plan of both halves: A's reduces hide behind B's share of the same branch, B's behind A's next one."""
-    reduces: list[Reduce] = []
-    for reduce, following in zip(plan.reduces, [*plan.reduces[1:], None]):
-        is_followed = following is not None and following.index in turns.with_products
-        behind_next = (following.last,) if following is not None and is_followed else ()
-        for others in ((),) if reduce.index in turns.once else ((reduce.last,), behind_next):
-            window = tuple(dict.fromkeys((*others, *reduce.window)))
-            reduces.append(replace(reduce, index=len(reduces), window=window))
-    return replace(plan, reduces=tuple(reduces))
 
 
 class _Splitter:
@@ -82,7 +54,7 @@ class _Splitter:
         self.shared: dict[fx.Node, fx.Node] = {}
         self.halves: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
         self.inputs: list[InputSpec] = []
-        self.turns = _Turns((), ())
+        self.turns = Turns((), ())
 
     def split(self) -> Program | Rejection:
         """The graph on two halves, or why there is none."""
@@ -96,7 +68,7 @@ class _Splitter:
         if obstacle is not None:
             return obstacle
         self._placeholders(ids)
-        segments = _segments(calls)
+        segments = segments_of(calls)
         for segment in segments:
             for node in segment:
                 if node not in on_tokens and node not in tail:
@@ -106,11 +78,7 @@ class _Splitter:
                     if node in on_tokens:
                         self._copy(node, ChainMap(half, self.shared), half)
             self._tail([node for node in segment if node in tail], on_tokens)
-        with_start = list(enumerate(segments[:-1]))
-        self.turns = _Turns(
-            tuple(number for number, segment in with_start if segment[-1] in tail),
-            tuple(number for number, segment in with_start if any(is_gemm(node) for node in on_tokens & set(segment))),
-        )
+        self.turns = turns_of(segments, on_tokens, tail)
         (results,) = args_of(step.graph.output_node())
         self.graph.output(fx.node.map_arg(results, self.shared.__getitem__))
         self.graph.lint()
@@ -174,13 +142,3 @@ class _Splitter:
                 else:
                     self.shared[operand] = first[operand]
             self._copy(node, self.shared, self.shared)
-
-
-def _segments(calls: Iterable[fx.Node]) -> list[list[fx.Node]]:
-    """Nodes in order, cut behind every start of a reduce."""
-    segments: list[list[fx.Node]] = [[]]
-    for node in calls:
-        segments[-1].append(node)
-        if node.target is _START:
-            segments.append([])
-    return segments

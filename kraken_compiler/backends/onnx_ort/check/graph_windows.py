@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_ir
 
@@ -55,20 +57,45 @@ def measure_halves(model: onnx.ModelProto, record: SplitRecord) -> tuple[Window,
         record: The reduces of both halves. Those that the first half need not add up are left out, and whose window
             they would be in has no promise.
     """
-    promised_windows = iter(reduce.window for reduce in record.plan.reduces)
     steps = cut(model)
+    sequence = turns(steps, [value.name for value in model.graph.output])
+    return _windows_of_both(steps, [(turn.earlier, turn.last) for turn in sequence], record.plan, record.once)
+
+
+def measure_rows(model: onnx.ModelProto, plan: FormPlan) -> tuple[Window, ...]:
+    """Measure the windows of a batch whose rows the runtime runs as two halves, in launch order.
+
+    Args:
+        model: A device's model.
+        plan: The reduces of both halves.
+    """
+    steps = cut(model)
+    return _windows_of_both(steps, [(turn.last, turn.last) for turn in turns(steps, ())], plan)
+
+
+def _windows_of_both(
+    steps: Sequence[Step], sequence: Sequence[tuple[Sequence[int], ...]], plan: FormPlan, once: Sequence[int] = ()
+) -> tuple[Window, ...]:
+    """The windows of two halves that run in turns.
+
+    Args:
+        steps: The model's.
+        sequence: For every turn, the numbers of the steps that each half runs.
+        plan: The reduces of both halves.
+        once: Numbers of the model's reduces that the halves have together, and not one each.
+    """
+    promised_windows = iter(reduce.window for reduce in plan.reduces)
     order: list[tuple[int, Step]] = []
     promises: dict[tuple[int, str], tuple[int, ...]] = {}
-    sequence = turns(steps, [value.name for value in model.graph.output])
-    for number, turn in enumerate(sequence):
-        following = sequence[number + 1].earlier if number + 1 < len(sequence) else ()
-        for part, numbers in enumerate((turn.earlier, turn.last)):
+    for number, of_halves in enumerate(sequence):
+        following = sequence[number + 1][0] if number + 1 < len(sequence) else ()
+        for part, numbers in enumerate(of_halves):
             order += [(part, steps[one]) for one in numbers]
-            if number + 1 < len(sequence) and (part == 1 or number not in record.once):
-                promised, start = next(promised_windows), steps[turn.last[-1]]
+            if number + 1 < len(sequence) and (part == 1 or number not in once):
+                promised, start = next(promised_windows), steps[of_halves[1][-1]]
                 assert isinstance(start, Collective)
                 is_followed = any(isinstance(steps[one], Stage) for one in following)
-                promises[part, start.result] = promised if part == 0 or number in record.once or is_followed else ()
+                promises[part, start.result] = promised if part == 0 or number in once or is_followed else ()
     windows: list[Window] = []
     for place, (part, step) in enumerate(order):
         if isinstance(step, Collective) and step.kind == START:

@@ -165,23 +165,52 @@ class DeviceProgram:
         Raises:
             UsageError: See `run`.
         """
-        sizes = [self._sizes(of_part) for of_part in feeds]
-        self._require_sizes(feeds[-1])
-        values: list[dict[str, Any]] = [{name: of_part[name] for name in self.inputs} for of_part in feeds]
         last = len(feeds) - 1
+        return self._run_parts(feeds, into, range(last, last + 1), trace, sums)[last]
+
+    def run_batches(
+        self, feeds: Sequence[Mapping[str, Array]], *, trace: Callable[[Event], None] | None = None
+    ) -> list[dict[str, Array]]:
+        """Run several batches, or parts of one, in turn, so that the reduces of each fly while the others compute.
+
+        Args:
+            feeds: For every batch, a contiguous array for every input.
+            trace: See `run`.
+
+        Returns:
+            The outputs of every batch by name, in buffers that the next run overwrites.
+
+        Raises:
+            UsageError: See `run`.
+        """
+        return self._run_parts(feeds, [{} for _ in feeds], range(len(feeds)), trace)
+
+    def _run_parts(
+        self,
+        feeds: Sequence[Mapping[str, Array]],
+        into: Sequence[Mapping[str, Array]],
+        wanted: range,
+        trace: Callable[[Event], None] | None = None,
+        sums: dict[str, Array] | None = None,
+    ) -> list[dict[str, Array]]:
+        """Run parts in turn; of those that are not wanted only presents are computed. Gives all that is there."""
+        sizes = [self._sizes(of_part) for of_part in feeds]
+        for part in wanted:
+            self._require_sizes(feeds[part])
+        values: list[dict[str, Any]] = [{name: of_part[name] for name in self.inputs} for of_part in feeds]
         for turn in self._turns:
             for part, of_part in enumerate(values):
-                for number in turn.last if part == last else turn.earlier:
+                for number in turn.last if part in wanted else turn.earlier:
                     step, start_time = self._steps[number], time.perf_counter()
                     if isinstance(step, _Session):
                         step.run(of_part, sizes[part], into[part], part)
                     else:
                         of_part[step.result] = self._collective(step, of_part, part)
-                        if sums is not None and step.kind == WAIT and part == last:
+                        if sums is not None and step.kind == WAIT and part in wanted:
                             sums[step.name] = of_part[step.result].copy()
                     if trace is not None:
                         trace(_event(step, start_time, part))
-        return {name: values[last][name] for name in self.outputs}
+        return [{name: of_part[name] for name in self.outputs if name in of_part} for of_part in values]
 
     def run_profiled(
         self, feeds: Mapping[str, Array], *, sums: dict[str, Array] | None = None

@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.backends.base import Array, Observation, RankModel
@@ -18,6 +20,7 @@ from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.device_program import CPU_PROVIDER, DeviceProgram
 from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ranks.communicators.agreement import Claims
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT, Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
@@ -61,6 +64,12 @@ class OnnxModel(RankModel):
         )
         cached = device.caches is not None
         self._can_split = manifest.cache is not None and manifest.cache.split is not None
+        self._rows: RowDims | None = None
+        if manifest.rows is not None and device.degree > 1:
+            rows = manifest.rows.dims
+            # With a KV cache the model gives the logits alone.
+            self._rows = replace(rows, outputs=(rows.outputs[manifest.call.logits],)) if cached else rows
+        self.can_cut_rows = self._rows is not None
         self._names = [spec.name for spec in manifest.inputs]
         shape = self.program.outputs[LOGITS if cached else manifest.call.output_names[manifest.call.logits]]
         dims = shape.type.tensor_type.shape.dim
@@ -70,6 +79,14 @@ class OnnxModel(RankModel):
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         """See `RankModel.run`."""
         return self._outputs(self.program.run(self._feeds(inputs)))
+
+    def run_rows(self, inputs: Mapping[str, Array], cut: int) -> Sequence[Array]:
+        """See `RankModel.run_rows`."""
+        assert self._rows is not None, "nothing says where the rows are"
+        halves = self._rows.halves([inputs[name] for name in self._names], cut)
+        feeds = [self._feeds(dict(zip(self._names, half, strict=True))) for half in halves]
+        first, second = map(self._outputs, self.program.run_batches(feeds))
+        return self._rows.joined(first, second, np.concatenate)
 
     def observe(self, inputs: Mapping[str, Array], *, last: bool) -> Observation:
         """See `RankModel.observe`. The last run is profiled, because a first one also pays for reading the weights."""

@@ -54,6 +54,7 @@ class TorchModel(RankModel):
         self.program = RankProgram.load(
             artifact, ranks.rank, device=self.device, verify=False, communicator=communicator_of(ranks, self.device)
         )
+        self.can_cut_rows = self.program.can_cut_rows
         self.first_seconds = _COMPILE_SECONDS if options.compile else 0.0
         self._compiled = options.compile
         self.setting = f"torch {self.device.type}{' compiled' if options.compile else ''}"
@@ -68,8 +69,16 @@ class TorchModel(RankModel):
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         """See `RankModel.run`."""
-        outputs = self.program.run_flat([self._tensor(spec.dtype, inputs[spec.name]) for spec in self._inputs])
-        return [on_host(output) for output in outputs]
+        return self._run(inputs, 0)
+
+    @torch.inference_mode()
+    def run_rows(self, inputs: Mapping[str, Array], cut: int) -> Sequence[Array]:
+        """See `RankModel.run_rows`."""
+        return self._run(inputs, cut)
+
+    def _run(self, inputs: Mapping[str, Array], cut: int) -> Sequence[Array]:
+        tensors = [self._tensor(spec.dtype, inputs[spec.name]) for spec in self._inputs]
+        return [on_host(output) for output in self.program.run_flat(tensors, cut)]
 
     def decoder(self, batch: int, capacity: int) -> CachedDecoder:
         """See `RankModel.decoder`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +15,7 @@ from kraken_compiler.backends.open_model import rank_claims
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
+from kraken_compiler.backends.torch_dist.row_graph import RowGraph
 from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder, RunStep
 from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.run.lane_of_rank import check_lane, checked_group, lane_of_rank
@@ -21,7 +23,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import SIZES
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan
-from kraken_compiler.ir.size_checks import require_lengths, token_rules
+from kraken_compiler.ir.size_checks import require_lengths, require_sizes, suits, token_rules
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lanes.calling import bind, unflatten_output
@@ -31,6 +33,7 @@ from kraken_compiler.ranks.communicators.choose import default_communicator
 from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.ranks.communicators.rank_info import exchange_info
+from kraken_compiler.ranks.halves_timing import is_faster, time_both
 
 if TYPE_CHECKING:
     from kraken_compiler.artifact.read import Artifact
@@ -49,6 +52,8 @@ class RankProgram(nn.Module):
         communicator: What adds up the lanes' parts.
         compiled: What runs instead of the graph after `compile`.
         graph: The graph with real collectives; placeholders are the weights, then the inputs.
+        rows_from: The fewest rows of a batch that run as two halves, each of whose reduces flies while the other half
+            computes; None if none do. See `measure_halves`.
         weights: Holds this lane's parameters and buffers, by weight-table name.
     """
 
@@ -104,6 +109,9 @@ class RankProgram(nn.Module):
         self._weight_names = tuple(table)
         self._cached_graphs: Callable[[], CachedGraphs] | None = None
         self._graphs: CachedGraphs | None = None
+        self._row_graph: Callable[[], RowGraph] | None = None
+        self._halves: RowGraph | None = None
+        self.rows_from: int | None = None
         self._steps: dict[Any, RunStep] = {}
         self._agree: Callable[[], None] | None = None
         self._lane_graph = copy_graph(graph.graph)
@@ -159,6 +167,8 @@ class RankProgram(nn.Module):
         )
         if program.cached is not None:
             rank_program._cached_graphs = partial(CachedGraphs.of, program.cached)
+        if program.rows is not None:
+            rank_program._row_graph = partial(RowGraph.of, program.rows)
         return rank_program
 
     @classmethod
@@ -211,6 +221,8 @@ class RankProgram(nn.Module):
         )
         if manifest.cache is not None:
             program._cached_graphs = partial(CachedGraphs.load, artifact)
+        if manifest.rows is not None:
+            program._row_graph = partial(RowGraph.load, artifact)
         if not isinstance(communicator, Communicator) and communicator != NoCommunication.kind:
             claims = Claims(rank_claims(artifact, "torch", reduce_dtype))
             process_group = checked_group(lane, manifest.degree, group)
@@ -221,13 +233,86 @@ class RankProgram(nn.Module):
         """Run this rank's part; the call signature is the source model's."""
         return unflatten_output(self.call, self.run_flat(bind(self.call, self.inputs, args, kwargs)))
 
-    def run_flat(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs."""
+    def run_flat(self, inputs: list[Tensor], cut: int | None = None) -> tuple[Tensor, ...]:
+        """Run on the graph's inputs, in the order of `inputs`; returns the graph's outputs.
+
+        Args:
+            inputs: One tensor for each.
+            cut: How many rows the first of two halves has, 0 to run them at once; None lets `rows_from` decide.
+        """
+        if cut is None and self.rows_from is not None:
+            dims = self._rows().dims
+            rows = dims.count(inputs)
+            cut = rows // 2 if rows >= max(self.rows_from, 2) else 0
+            is_suitable = all(suits(self.call, self.inputs, _shapes(half)) for half in dims.halves(inputs, cut) if cut)
+            cut = cut if is_suitable else 0
+        if cut:
+            return self._run_halves(inputs, cut)
         self._agree_once()
         if self.compiled is not None:
             return self.compiled(*inputs)
         outputs: tuple[Tensor, ...] = self.graph(*self._operands(), *inputs)
         return outputs
+
+    def _run_halves(self, inputs: list[Tensor], cut: int) -> tuple[Tensor, ...]:
+        halves = self._rows()
+        rows = halves.dims.count(inputs)
+        assert 0 < cut < rows, f"cut {rows} rows behind row {cut}"
+        parts = halves.dims.halves(inputs, cut)
+        for part in parts:
+            require_sizes(self.call, self.inputs, _shapes(part))
+        flat = halves.dims.flat(parts)
+        run = self._agreeing(self._step(halves.module, halves.inputs, halves.plan, self.compiled is not None))
+        outputs = run(*self._operands(), *flat)
+        count = len(outputs) // 2
+        return halves.dims.joined(outputs[:count], outputs[count:], torch.cat)
+
+    @property
+    def can_cut_rows(self) -> bool:
+        """True if batches can run as two halves."""
+        return self._row_graph is not None
+
+    def _rows(self) -> RowGraph:
+        if self._row_graph is None:
+            raise UsageError("the program has no graph on two halves of a batch's rows; compile it with --overlap rows")
+        if self._halves is None:
+            self._halves = self._row_graph()
+        return self._halves
+
+    def measure_halves(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
+        """Measure whether a batch runs faster as two halves of its rows; if so, batches of as many rows do so from now.
+
+        All ranks must call it together, and get the same answer.
+
+        Args:
+            args, kwargs: A call, as of the source model, with the batch; of two rows or more.
+
+        Returns:
+            Median seconds of the whole batch, and as halves; means over the ranks.
+
+        Raises:
+            UsageError: There is nothing that runs halves, or the batch has one row.
+        """
+        inputs = bind(self.call, self.inputs, args, kwargs)
+        rows = self._rows().dims.count(inputs)
+        if rows < 2:
+            raise UsageError("a batch of one row cannot be cut into halves of rows")
+
+        def seconds(in_halves: bool) -> float:
+            self._sum(torch.zeros(2))  # all begin together
+            start_time = time.perf_counter()
+            # What is read of a result must have been computed, on an accelerator too.
+            self.run_flat(inputs, rows // 2 if in_halves else 0)[0].flatten()[:1].cpu()
+            return time.perf_counter() - start_time
+
+        whole, halves = (self._sum(torch.tensor(time_both(seconds))) / self.degree).tolist()
+        self.rows_from = rows if is_faster(whole, halves) else None
+        return whole, halves
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of some numbers."""
+        communicator = self.communicator
+        return communicator.wait(communicator.start(values.to(self._device()))).cpu()
 
     def _agree_once(self) -> None:
         """Make sure at the first run that the ranks run the same program."""
@@ -354,3 +439,7 @@ class RankProgram(nn.Module):
         retarget(self.graph, device)
         if self.compiled is not None:
             self.compiled = self._compiled_graph(self._lane_graph, self.inputs, self.plan)
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
 from kraken_compiler.backends.torch_dist.graph_file import save_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, SPLIT_FILE, STEP_FILE, TABLES_FILE
+from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, ROWS_FILE, SPLIT_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader
@@ -21,7 +21,7 @@ def write_lanes(
     """Write `lane.json`, with a KV cache also the graphs that it adds, and the weights; see `Backend.write`.
 
     A model of whose computation nothing follows from positions alone has no `tables.json`, and what is not run as two
-    halves no `split_step.json`.
+    halves no `split_step.json` or `split_rows.json`.
     """
     # Graphs are a matter of the processor, weights of the disk.
     with ThreadPoolExecutor(1, "save-graphs") as pool:
@@ -39,6 +39,8 @@ def write_lanes(
 
 def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
     windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
+    if program.rows is not None:
+        check_schedule(save_graph(program.rows.program, directory / Path(ROWS_FILE).name), program.rows.plan)
     if program.cached is not None:
         check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
         split = program.cached.split
