@@ -315,7 +315,7 @@ def test_no_overlap_is_no_graph_of_halves(llama: Path, tmp_path: Path) -> None:
     result = done(llama, *LOSSLESS, "--overlap", "none", "-o", tmp_path / "out")
     assert "lanes/split_step.json" not in files_in(tmp_path / "out")
     assert "halves" not in result.output
-    assert "--overlap sometimes: choose from auto, none" in refused(
+    assert "--overlap sometimes: choose from none, tokens, rows, auto" in refused(
         2, llama, "--overlap", "sometimes", "-o", tmp_path / "other", watched=tmp_path
     )
 
