@@ -49,9 +49,7 @@ def _ratios(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[tuple[str, str], list[float]] = {}
     for workload in workloads:
         for ratio in ratios(workload, AIMS):
-            prompt = "" if ratio.aim.prompt is None else f", prompt {ratio.aim.prompt}"
-            name = f"{ratio.aim.metric.upper()} {ratio.aim.over} / {ratio.aim.under}{prompt}"
-            found.setdefault((name, ratio.scope), []).append(ratio.mean)
+            found.setdefault((ratio.aim.name, ratio.scope), []).append(ratio.mean)
     rows = [(*name, f"{geomean(values):.2f}", *_range(values, "{:.2f}")) for name, values in found.items()]
     return table(("ratio", "dtype", "geomean", "lowest run", "highest run"), rows)
 

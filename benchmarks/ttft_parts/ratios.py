@@ -44,6 +44,12 @@ class Aim:
     at_most: float | None = None
     prompt: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What the ratio is called where it is shown."""
+        prompt = "" if self.prompt is None else f", prompt {self.prompt}"
+        return f"{self.metric.upper()} {self.over} / {self.under}{prompt}"
+
 
 AIMS = (
     Aim("ttft", "standard", "kraken", at_least=1.36, every=1.0),

@@ -181,9 +181,7 @@ def _ratios(found: Sequence[Ratio], workload: Mapping[str, Any]) -> list[str]:
         wanted += [f"<= {aim.at_most:g}"] if aim.at_most is not None else []
         wanted += [f"no cell < {aim.every:g}"] if aim.every is not None else []
         wanted += [f"<= {aim.at_most_marked:g} in marked cells"] if aim.at_most_marked is not None else []
-        name = f"{aim.metric.upper()} {aim.over} / {aim.under}"
-        name += f", prompt {aim.prompt}" if aim.prompt is not None else ""
-        rows.append((name, ratio.scope, f"{ratio.mean:.2f}", *ends, ", ".join(wanted), verdict))
+        rows.append((aim.name, ratio.scope, f"{ratio.mean:.2f}", *ends, ", ".join(wanted), verdict))
     header = ("ratio", "dtype", "geomean", "lowest cell", "highest cell", "aim", "")
     lines = ["", f"ratios over the cells ({len(marked)} cells are marked)", *table(header, rows)] if rows else []
     return lines + _marked_cells(found, marked, workload)
@@ -218,7 +216,7 @@ def _checked(checks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _disturbed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    shares = {(cell["dtype"], cell["prompt"], cell["link"]): cell["others"] or 0 for cell in cells}
+    shares = {place_of(cell): cell["others"] or 0 for cell in cells}
     busy = [place for place, share in shares.items() if share > BUSY]
     if not busy:
         return []

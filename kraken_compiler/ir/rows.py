@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kraken_compiler.ir.calls import InputSpec
+from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.ir.size_checks import suits
 
 _SECOND = "_second"
 """Behind the name of an input: the same of the second half."""
@@ -40,6 +41,15 @@ class RowDims:
             for part in (slice(cut), slice(cut, None))
         )
         return first, second
+
+    def suits(self, call: CallSpec, specs: Sequence[InputSpec], inputs: Sequence[Any], cut: int) -> bool:
+        """True if both halves keep to a program's rules for sizes.
+
+        Args:
+            call, specs: How the program is called.
+            inputs, cut: See `halves`.
+        """
+        return all(suits(call, specs, [one.shape for one in half]) for half in self.halves(inputs, cut))
 
     def flat(self, halves: tuple[Sequence[Any], Sequence[Any]]) -> list[Any]:
         """What belongs to both halves' inputs, in the order of the graph that runs both: shared ones are there once."""

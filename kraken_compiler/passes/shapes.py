@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 from typing import Any
 
 import torch
@@ -86,6 +86,23 @@ def symbols_of(number: Any) -> frozenset[Any]:
     if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return frozenset()
     return frozenset(number.node.expr.free_symbols)
+
+
+def counts(node: fx.Node, symbols: Set[Any]) -> bool:
+    """True if `node` is a size, or a number computed of sizes, in which one of the symbols is."""
+    return not is_tensor_or_tuple(node) and bool(symbols_of(node.meta.get("val")) & symbols)
+
+
+def numbers_about(node: fx.Node, symbols: Set[Any]) -> tuple[fx.Node, ...]:
+    """The sizes about symbols among a node's operands that it takes as numbers, not as the shape of something."""
+    numbers: list[fx.Node] = []
+    schema = getattr(node.target, "_schema", None)
+    names = [entry.name for entry in schema.arguments] if schema is not None else []
+    arguments = [(names[place] if place < len(names) else "", value) for place, value in enumerate(node.args)]
+    for name, value in (*arguments, *node.kwargs.items()):
+        if name not in SHAPE_ARGUMENTS:
+            fx.node.map_arg(value, lambda operand: numbers.append(operand) if counts(operand, symbols) else None)
+    return tuple(numbers)
 
 
 def _expression(size: Any) -> Any:

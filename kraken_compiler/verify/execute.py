@@ -19,7 +19,6 @@ from kraken_compiler.backends.open_model import open_model
 from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.decoder import CacheDecoder
-from kraken_compiler.ir.size_checks import suits
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
@@ -159,11 +158,7 @@ def _row_cuts(manifest: Manifest, arrays: Sequence[Array]) -> list[int]:
     """Where to cut a batch, so that both halves keep to the program's rules for sizes."""
     assert manifest.rows is not None, "nothing says where the rows are"
     dims = manifest.rows.dims
-    return [
-        cut
-        for cut in cuts(dims.count(arrays))
-        if all(suits(manifest.call, manifest.inputs, [one.shape for one in half]) for half in dims.halves(arrays, cut))
-    ]
+    return [cut for cut in cuts(dims.count(arrays)) if dims.suits(manifest.call, manifest.inputs, arrays, cut)]
 
 
 def _results(directory: Path, rank: int) -> Path:

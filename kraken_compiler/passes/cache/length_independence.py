@@ -25,8 +25,10 @@ from kraken_compiler.passes.choosing import UNTAGGED_POINTWISE
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import (
     SHAPE_ARGUMENTS,
+    counts,
     is_tensor,
     is_tensor_or_tuple,
+    numbers_about,
     same_size,
     shape_of,
     symbols_of,
@@ -144,14 +146,7 @@ class LengthIndependence:
 
     def numbers_of_tokens(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The sizes among the operands of `node` that it takes as numbers, not as the shape of something."""
-        sizes: list[fx.Node] = []
-        schema = getattr(node.target, "_schema", None)
-        names = [entry.name for entry in schema.arguments] if schema is not None else []
-        arguments = [(names[place] if place < len(names) else "", value) for place, value in enumerate(args_of(node))]
-        for name, value in (*arguments, *node.kwargs.items()):
-            if name not in SHAPE_ARGUMENTS:
-                fx.node.map_arg(value, lambda operand: sizes.append(operand) if self._counts(operand) else None)
-        return tuple(sizes)
+        return numbers_about(node, self._count_symbols)
 
     def culprit(self, node: fx.Node) -> fx.Node:
         """The operator at which the proof of `node` ends: all that it reads is proven."""
@@ -166,7 +161,7 @@ class LengthIndependence:
 
     def _counts(self, operand: fx.Node) -> bool:
         """True for a size, or a number computed of sizes, that says how many tokens or rows there are."""
-        return not is_tensor_or_tuple(operand) and bool(symbols_of(operand.meta.get("val")) & self._count_symbols)
+        return counts(operand, self._count_symbols)
 
     def _varies(self, node: fx.Node, dim: int) -> bool:
         shape = shape_of(node)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,36 @@ class Turns:
 
     once: tuple[int, ...]
     with_products: tuple[int, ...]
+
+
+class HalvesBuilder:
+    """Builds a graph in which each half has its own copy of what is halved.
+
+    Attributes:
+        graph: What is built.
+        shared: The copies that the halves have together, by the nodes that they are copies of.
+        halves: Those of each half.
+    """
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.shared: dict[fx.Node, fx.Node] = {}
+        self.halves: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
+
+    def add(self, segment: Sequence[fx.Node], halved: AbstractSet[fx.Node]) -> None:
+        """Add nodes in order: the shared ones, then the first half's, then the second's."""
+        for node in segment:
+            if node not in halved:
+                self.copy(node, self.shared, self.shared)
+        for half in self.halves:
+            for node in segment:
+                if node in halved:
+                    self.copy(node, ChainMap(half, self.shared), half)
+
+    def copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node], into: dict[fx.Node, fx.Node]) -> None:
+        """Add a node to one of the tables; `values` are the copies of its operands."""
+        into[node] = self.graph.node_copy(node, values.__getitem__)
+        into[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
 
 
 def segments_of(calls: Iterable[fx.Node]) -> list[list[fx.Node]]:

@@ -9,13 +9,13 @@ which have no KV cache, can be cut so. With a cache it serves runs on whole batc
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
 
-from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
+from kraken_compiler._torch_compat import OpOverload, op_name
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import LaneProgram, Program, SplitRun
 from kraken_compiler.ir.rows import RowDims
@@ -27,11 +27,11 @@ from kraken_compiler.passes.choosing import UNTAGGED_POINTWISE
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, descendants, module_path
 from kraken_compiler.passes.sample_inputs import all_sizes
-from kraken_compiler.passes.schedule.halves import plan_of_both, segments_of, turns_of
+from kraken_compiler.passes.schedule.halves import HalvesBuilder, plan_of_both, segments_of, turns_of
 from kraken_compiler.passes.shapes import (
-    SHAPE_ARGUMENTS,
     is_tensor,
     is_tensor_or_tuple,
+    numbers_about,
     same_size,
     shape_of,
     symbols_of,
@@ -126,13 +126,8 @@ def _mixes_rows(node: fx.Node, rows: Any) -> str:
         return ""  # an integer: what is computed with it will be asked
     if node.target is aten.repeat.default:
         return _repeats(node, is_about_rows)
-    if isinstance(node.target, OpOverload):
-        for name, value in arguments_by_name(node).items():
-            operands: list[fx.Node] = []
-            fx.node.map_arg(value, operands.append)
-            counts = [one for one in operands if not is_tensor_or_tuple(one) and is_about_rows(one.meta.get("val"))]
-            if counts and name not in SHAPE_ARGUMENTS:
-                return f"{op_name(node.target)} computes with the number of rows"
+    if isinstance(node.target, OpOverload) and numbers_about(node, symbols):
+        return f"{op_name(node.target)} computes with the number of rows"
     tensors = [one for one in (node, *node.all_input_nodes) if is_tensor(one)]
     if not any(is_about_rows(size) for tensor in tensors for size in shape_of(tensor)):
         return ""
@@ -146,15 +141,9 @@ def _mixes_rows(node: fx.Node, rows: Any) -> str:
 
 
 def _build(program: LaneProgram, on_rows: set[fx.Node], dims: RowDims) -> SplitRun:
-    graph = fx.Graph()
-    shared: dict[fx.Node, fx.Node] = {}
-    halves: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
+    both = HalvesBuilder()
+    graph, shared, halves = both.graph, both.shared, both.halves
     inputs = dims.specs(program.inputs)
-
-    def copy(node: fx.Node, values: Mapping[fx.Node, fx.Node], into: dict[fx.Node, fx.Node]) -> None:
-        into[node] = graph.node_copy(node, values.__getitem__)
-        into[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
-
     placeholders = program.graph.find_nodes(op="placeholder")
     for node in placeholders:
         (halves[0] if node in on_rows else shared)[node] = graph.placeholder(node.name)
@@ -164,13 +153,7 @@ def _build(program: LaneProgram, on_rows: set[fx.Node], dims: RowDims) -> SplitR
         assert halves[1][node].name == spec.name, f"the name {spec.name} is taken"
     segments = segments_of(node for node in program.graph.nodes if node.op == "call_function")
     for segment in segments:
-        for node in segment:
-            if node not in on_rows:
-                copy(node, shared, shared)
-        for half in halves:
-            for node in segment:
-                if node in on_rows:
-                    copy(node, ChainMap(half, shared), half)
+        both.add(segment, on_rows)
     (results,) = args_of(program.graph.output_node())
     graph.output(tuple(ChainMap(half, shared)[result] for half in halves for result in results))
     graph.lint()

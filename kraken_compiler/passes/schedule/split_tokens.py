@@ -10,8 +10,7 @@ joined. No number changes: a step graph exists only where tokens meet in attenti
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from kraken_compiler.ir.cache import CUT, FIRST_SLOTS, PAST, PICKS, POSITIONS, S
 from kraken_compiler.ir.program import InputSpec, LaneProgram, Program, SplitStep
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, aten, descendants
-from kraken_compiler.passes.schedule.halves import Turns, plan_of_both, segments_of, turns_of
+from kraken_compiler.passes.schedule.halves import HalvesBuilder, Turns, plan_of_both, segments_of, turns_of
 from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of
 
 _END = (1 << 63) - 1
@@ -45,14 +44,12 @@ class SplitTokens(Pass[LaneProgram]):
         return PassResult(len(split.plan.reduces), program=replace(program, cached=replace(cached, split=split)))
 
 
-class _Splitter:
+class _Splitter(HalvesBuilder):
     """Builds the graph on two halves node by node."""
 
     def __init__(self, step: Program) -> None:
+        super().__init__()
         self.step = step
-        self.graph = fx.Graph()
-        self.shared: dict[fx.Node, fx.Node] = {}
-        self.halves: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
         self.inputs: list[InputSpec] = []
         self.turns = Turns((), ())
 
@@ -70,13 +67,7 @@ class _Splitter:
         self._placeholders(ids)
         segments = segments_of(calls)
         for segment in segments:
-            for node in segment:
-                if node not in on_tokens and node not in tail:
-                    self._copy(node, self.shared, self.shared)
-            for half in self.halves:
-                for node in segment:
-                    if node in on_tokens:
-                        self._copy(node, ChainMap(half, self.shared), half)
+            self.add([node for node in segment if node not in tail], on_tokens)
             self._tail([node for node in segment if node in tail], on_tokens)
         self.turns = turns_of(segments, on_tokens, tail)
         (results,) = args_of(step.graph.output_node())
@@ -124,10 +115,6 @@ class _Splitter:
         self.inputs.append(InputSpec(name, name, "int64", (name,)))
         return node
 
-    def _copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node], into: dict[fx.Node, fx.Node]) -> None:
-        into[node] = self.graph.node_copy(node, values.__getitem__)
-        into[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
-
     def _tail(self, calls: Iterable[fx.Node], on_tokens: set[fx.Node]) -> None:
         """What is computed for picked tokens, once; sizes in it are the batch's, which both halves have."""
         first, second = self.halves
@@ -141,4 +128,4 @@ class _Splitter:
                     )
                 else:
                     self.shared[operand] = first[operand]
-            self._copy(node, self.shared, self.shared)
+            self.copy(node, self.shared, self.shared)

@@ -23,7 +23,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import SIZES
 from kraken_compiler.ir.program import CallSpec, InputSpec, LaneProgram
 from kraken_compiler.ir.schedule import FormPlan
-from kraken_compiler.ir.size_checks import require_lengths, require_sizes, suits, token_rules
+from kraken_compiler.ir.size_checks import require_lengths, require_sizes, token_rules
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lanes.calling import bind, unflatten_output
@@ -243,9 +243,8 @@ class RankProgram(nn.Module):
         if cut is None and self.rows_from is not None:
             dims = self._rows().dims
             rows = dims.count(inputs)
-            cut = rows // 2 if rows >= max(self.rows_from, 2) else 0
-            is_suitable = all(suits(self.call, self.inputs, _shapes(half)) for half in dims.halves(inputs, cut) if cut)
-            cut = cut if is_suitable else 0
+            is_cut = rows >= max(self.rows_from, 2) and dims.suits(self.call, self.inputs, inputs, rows // 2)
+            cut = rows // 2 if is_cut else 0
         if cut:
             return self._run_halves(inputs, cut)
         self._agree_once()
@@ -260,7 +259,7 @@ class RankProgram(nn.Module):
         assert 0 < cut < rows, f"cut {rows} rows behind row {cut}"
         parts = halves.dims.halves(inputs, cut)
         for part in parts:
-            require_sizes(self.call, self.inputs, _shapes(part))
+            require_sizes(self.call, self.inputs, [tensor.shape for tensor in part])
         flat = halves.dims.flat(parts)
         run = self._agreeing(self._step(halves.module, halves.inputs, halves.plan, self.compiled is not None))
         outputs = run(*self._operands(), *flat)
@@ -439,7 +438,3 @@ class RankProgram(nn.Module):
         retarget(self.graph, device)
         if self.compiled is not None:
             self.compiled = self._compiled_graph(self._lane_graph, self.inputs, self.plan)
-
-
-def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
-    return [tensor.shape for tensor in tensors]
