@@ -61,10 +61,12 @@ def compile_command(command_line: CommandLine) -> None:
 
         directory = arguments.output or Path(f"{_name_of(Path(arguments.model))}.kraken")
         progress = ConsoleProgress(output.quiet or output.json)
-        _show(compile_model(arguments.model, None if arguments.plan else directory, options, progress=progress), output)
+        result = compile_model(arguments.model, None if arguments.plan else directory, options, progress=progress)
+        _show(result, directory, output)
 
 
-def _show(result: CompileResult, output: Output) -> None:
+def _show(result: CompileResult, directory: Path, output: Output) -> None:
+    """Print what became of a compile; people read the artifact's path as they gave it, machines the whole one."""
     if output.json:
         print_json(
             {
@@ -85,7 +87,7 @@ def _show(result: CompileResult, output: Output) -> None:
         if result.verification is not None:
             lines += ["", *result.verification.lines()]
         if result.directory is not None:
-            lines += ["", f"wrote {result.directory}"]
+            lines += ["", f"wrote {directory}"]
         print_lines(lines)
 
 
