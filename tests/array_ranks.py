@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kraken_compiler.errors import KrakenError, RankFailedError
-from kraken_compiler.ranks.communicators import sums
+from kraken_compiler.ranks.communicators import peers, sums
 from kraken_compiler.ranks.communicators.agreement import Claims
 from kraken_compiler.ranks.environment import Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
@@ -211,6 +211,8 @@ def main(check: str, text: str) -> None:
     communicator = None
     try:
         place = Place.from_environment()
+        if "buffer_bytes" in options:
+            peers.BUFFER_BYTES = options["buffer_bytes"]
         communicator = Ranks.rendezvous(place, StatusWriter(place.rank, None), options["timeout"])
         communicator.agree(Claims(options.get("claims", {})))
         found = CHECKS[check](communicator, options)

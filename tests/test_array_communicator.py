@@ -73,11 +73,12 @@ def run(
     return results
 
 
-@pytest.mark.parametrize("degree", [2, 3])
-def test_sums_are_right_to_the_bit_on_all_ranks(degree: int, port: int) -> None:
+@pytest.mark.parametrize(("degree", "options"), [(2, {}), (3, {}), (3, {"buffer_bytes": 1 << 12})])
+def test_sums_are_right_to_the_bit_on_all_ranks(degree: int, options: dict[str, Any], port: int) -> None:
+    """Also where the kernel has no space for more than a few kilobytes of what is in flight."""
     master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     where = master if degree == 2 else {"MASTER_ADDR": "nowhere", "KRAKEN_MEET": f"127.0.0.1:{port}"}
-    results = run("sums", degree, where, claims={"the program": "abc"})
+    results = run("sums", degree, where, claims={"the program": "abc"}, **options)
     assert [result.get("wrong", result) for result in results] == [[]] * degree
     assert all(result["digests"] == results[0]["digests"] for result in results)
 
@@ -209,7 +210,7 @@ def test_an_answer_from_somebody_else_is_told(point: RendezvousPoint) -> None:
         somebody.bind(f"tcp://{point}")
         found = pool.submit(meet_in_threads, point, [(1, 2)])
         caller, _ = somebody.recv_multipart()
-        somebody.send_multipart([caller, b'{"version": 5, "infos": [1]}'])
+        somebody.send_multipart([caller, b'{"version": 6, "infos": [1]}'])
         assert_told(found.result(), RankFailedError, "who answered is not rank 0 of this run")
 
 

@@ -31,7 +31,7 @@ def tensor_in(buffers: Buffers, size: int) -> torch.Tensor:
 
 
 def test_what_nobody_uses_is_used_again() -> None:
-    buffers = Buffers()
+    buffers = Buffers(2 * MIB, 4)
     first = tensor_in(buffers, 4 * MIB)
     view, place = first.view(2, -1)[1], first.data_ptr()
     del first
@@ -41,14 +41,14 @@ def test_what_nobody_uses_is_used_again() -> None:
 
 
 def test_what_is_in_use_is_never_given_away() -> None:
-    buffers = Buffers()
+    buffers = Buffers(2 * MIB, 4)
     tensors = [tensor_in(buffers, (4 - number % 2) * MIB).fill_(number) for number in range(7)]
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
 
 
 def test_what_is_released_is_kept_by_its_users_alone() -> None:
-    buffers = Buffers()
+    buffers = Buffers(2 * MIB, 4)
     first = tensor_in(buffers, 4 * MIB).fill_(7)
     buffers.release()
     assert tensor_in(buffers, 4 * MIB).fill_(9).data_ptr() != first.data_ptr()

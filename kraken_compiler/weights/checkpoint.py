@@ -19,6 +19,8 @@ from kraken_compiler.weights.io.safetensors_format import TensorEntry, read_head
 
 _COMPARED_ELEMENTS = 16 << 20
 """Number of a tensor's elements that are compared at a time."""
+_SMALLEST_BUFFER, _BUFFERS = 2 << 20, 4
+"""The memory that is kept between reads: one that is read into, two that are written from, one for whoever is late."""
 
 
 class Checkpoint(Protocol):
@@ -60,7 +62,7 @@ class SafetensorsCheckpoint:
     def __init__(self, files: tuple[Path, ...], entries: Mapping[str, TensorEntry]) -> None:
         self.files = files
         self._entries = dict(entries)
-        self._buffers = Buffers()
+        self._buffers = Buffers(_SMALLEST_BUFFER, _BUFFERS)
         self._floods_cache = would_flood_the_cache(files)
         self._past_reads: set[TensorEntry] = set()
 

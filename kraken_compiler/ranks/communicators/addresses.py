@@ -9,6 +9,8 @@ from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address (netdevice(7))."""
+_LINK_LOCAL = 0x20
+"""The scope of IPv6 addresses that mean something only together with an interface of this host, in `if_inet6`."""
 
 
 def bind_host(master: str) -> str:
@@ -34,9 +36,9 @@ def bind_host(master: str) -> str:
 
 
 def _address_of(interface: str) -> str:
-    """The interface's IPv4 address; its name if it has none, for ZeroMQ to make sense of.
+    """The interface's IPv4 address, or else an IPv6 one; its name if it has none.
 
-    ZeroMQ does not find the address itself where an interface also has a link-local IPv6 one.
+    An IPv4 address comes first, because an interface usually has a link-local IPv6 one besides.
     """
     import fcntl
 
@@ -45,8 +47,16 @@ def _address_of(interface: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
     except OSError:
-        return interface
+        return next(iter(_ipv6_addresses(interface)), interface)
     return socket.inet_ntoa(reply[20:24])
+
+
+def _ipv6_addresses(interface: str) -> list[str]:
+    """The interface's IPv6 addresses that mean something on other hosts, in brackets."""
+    table = Path("/proc/net/if_inet6")
+    rows = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
+    digits = [row[0] for row in rows if row[-1] == interface and int(row[3], 16) != _LINK_LOCAL]
+    return [f"[{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))}]" for address in digits]
 
 
 def network_id() -> str:
@@ -61,12 +71,6 @@ def network_id() -> str:
     return "/".join(parts)
 
 
-def host_of(endpoint: str) -> str:
-    """The host of `tcp://HOST:PORT`; where it is an IPv4 address in IPv6's form, as ZeroMQ writes it, that address."""
-    return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]").removeprefix("::ffff:")
-
-
-def is_loopback(endpoint: str) -> bool:
-    """True if only processes of this machine can connect to `tcp://HOST:PORT`."""
-    host = host_of(endpoint)
+def is_loopback(host: str) -> bool:
+    """True if only processes of this machine can connect to this address."""
     return host.startswith("127.") or host == "::1"

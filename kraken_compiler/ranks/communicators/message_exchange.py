@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import zmq
-
 from kraken_compiler.errors import RankFailedError
+from kraken_compiler.ranks.communicators.connection import Remainder
+from kraken_compiler.ranks.communicators.mover import Mover
 from kraken_compiler.ranks.communicators.peers import Peer, Swap, connect_peers
 
-Trackers = list[zmq.MessageTracker | None]
+_LINGER_SECONDS = 10.0
+"""The longest that closing waits for peers to take the rest."""
+_LINGER_SECONDS_IN_FAILURE = 0.5
+
+Remainders = list[Remainder | None]
 
 
 class Sending(NamedTuple):
@@ -20,13 +25,13 @@ class Sending(NamedTuple):
         numbers: Of the peers' messages, in the order of the peers.
         own_numbers: Of one's own messages to them.
         sizes: Bytes that come from each of them.
-        trackers: Know whether the parts' memory is still read, in the order of the peers; None for those copied.
+        remainders: What is sent later, from where the parts lie, in the order of the peers; None for those copied.
     """
 
     numbers: list[int]
     own_numbers: list[int]
     sizes: Sequence[int]
-    trackers: Trackers
+    remainders: Remainders
 
 
 class Answering(NamedTuple):
@@ -35,12 +40,12 @@ class Answering(NamedTuple):
     Attributes:
         own_numbers: Of one's own messages, which the peers answer.
         sizes: Bytes of the peers' answers.
-        trackers: See `Sending`.
+        remainders: See `Sending`.
     """
 
     own_numbers: list[int]
     sizes: Sequence[int]
-    trackers: Trackers
+    remainders: Remainders
 
 
 class MessageExchange:
@@ -65,14 +70,8 @@ class MessageExchange:
             UsageError: The ranks cannot reach each other at these addresses.
         """
         self._rank = rank
-        self._timeout = timeout
-        # Not the process's own context: ours must be gone when the ranks part.
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            self._peers = connect_peers(self._context, rank, degree, host, swap, timeout)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
+        self._mover = Mover()
+        self._peers = connect_peers(rank, degree, host, swap, timeout, self._mover)
 
     def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> Sending:
         """Send every peer a part of its own.
@@ -84,9 +83,9 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone.
         """
-        numbers = [peer.expect() for peer in self._peers]
+        numbers = [peer.expect(size) for peer, size in zip(self._peers, sizes)]
         sent = self._to_all(contents, Peer.send)
-        return Sending(numbers, [number for number, _ in sent], sizes, [tracker for _, tracker in sent])
+        return Sending(numbers, [number for number, _ in sent], sizes, [remainder for _, remainder in sent])
 
     def receive(self, sending: Sending) -> list[memoryview]:
         """The parts that the peers sent, in the order of their ranks, in the memory of their messages.
@@ -121,15 +120,20 @@ class MessageExchange:
             content: Bytes, which must not change until `require_sent` returns.
             sizes: Bytes of each peer's answer.
         """
+        for peer, size in zip(self._peers, sizes):
+            peer.expect_answer(size)
         numbers = dict(zip(self._peers, sending.numbers))
-        trackers: Trackers = self._to_all(
+        remainders: Remainders = self._to_all(
             [content] * len(self._peers), lambda peer, answer: peer.answer(numbers[peer], answer)
         )
-        return Answering(sending.own_numbers, sizes, trackers)
+        return Answering(sending.own_numbers, sizes, remainders)
 
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
-        contents = [peer.answer_to(number) for peer, number in zip(self._peers, answering.own_numbers)]
+        contents = [
+            peer.answer_to(number, size)
+            for peer, number, size in zip(self._peers, answering.own_numbers, answering.sizes)
+        ]
         self._require_sizes(contents, answering.sizes)
         return contents
 
@@ -139,9 +143,9 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone, or did not take it in time.
         """
-        for peer, tracker in zip(self._peers, sending.trackers):
-            if tracker is not None:
-                peer.require_taken(tracker)
+        for peer, remainder in zip(self._peers, sending.remainders):
+            if remainder is not None:
+                peer.require_taken(remainder)
 
     def send_only(self, content: bytes) -> None:
         """Send bytes to every peer, which takes them with `receive_only`; nothing comes in return.
@@ -149,7 +153,7 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone.
         """
-        self._to_all([content] * len(self._peers), lambda peer, message: peer.send(message, announced=True))
+        self._to_all([content] * len(self._peers), Peer.send)
 
     def receive_only(self, rank: int) -> bytes:
         """The bytes that a peer sent with `send_only`.
@@ -158,7 +162,7 @@ class MessageExchange:
             RankFailedError: The peer is gone, or sent nothing in time.
         """
         peer = next(peer for peer in self._peers if peer.rank == rank)
-        return bytes(peer.message(peer.expect()))
+        return bytes(peer.unexpected_message())
 
     def _to_all(self, contents: Sequence[Any], send: Callable[[Peer, Any], Any]) -> list[Any]:
         """Send to every peer; returns what `send` does, in their order."""
@@ -177,7 +181,14 @@ class MessageExchange:
     def close(self) -> None:
         """Send the rest and disconnect. It cannot be used afterwards."""
         in_failure = any(peer.failed for peer in self._peers)
+        # In a failure only for a moment, since peers may have stopped to listen.
+        deadline = time.monotonic() + (_LINGER_SECONDS_IN_FAILURE if in_failure else _LINGER_SECONDS)
         for peer in self._peers:
-            peer.close(in_failure)
+            peer.flush(deadline)
+        if in_failure:
+            for peer in self._peers:
+                peer.part(deadline + _LINGER_SECONDS_IN_FAILURE)
+        self._mover.close()
+        for peer in self._peers:
+            peer.close()
         self._peers = []
-        self._context.term()

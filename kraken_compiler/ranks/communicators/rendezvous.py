@@ -20,7 +20,7 @@ import zmq
 
 from kraken_compiler.errors import KrakenError, RankFailedError, UsageError, first_line
 from kraken_compiler.ranks.communicators.agreement import error_as_dict, error_from_dict
-from kraken_compiler.ranks.communicators.peers import RankInfo, reason_of
+from kraken_compiler.ranks.communicators.peers import RankInfo
 
 RENDEZVOUS = "KRAKEN_MEET"
 """Environment variable with HOST:PORT of the rendezvous."""
@@ -28,7 +28,7 @@ RENDEZVOUS = "KRAKEN_MEET"
 GRACE_SECONDS = 3.0
 """Seconds that rank 0 listens on when something is wrong, to tell those who call a little later."""
 
-_VERSION = 5
+_VERSION = 6
 _MOST_BYTES = 1 << 20
 _OTHER_VERSION = "another version of kraken-compiler than"
 _HINT = f"set {RENDEZVOUS} to rank 0's host and a free port there, HOST:PORT, the same on all ranks"
@@ -170,7 +170,7 @@ class _Host:
             try:
                 router.bind(endpoint)
             except zmq.ZMQError as error:
-                reason = reason_of(error)
+                reason = _reason_of(error)
                 if error.errno == zmq.EADDRNOTAVAIL:
                     continue
                 break
@@ -231,7 +231,7 @@ def _call(
         try:
             dealer.connect(point.call_endpoint())
         except zmq.ZMQError as error:
-            raise UsageError(f"rank {rank} cannot call {point}: {reason_of(error)}; {_HINT}") from None
+            raise UsageError(f"rank {rank} cannot call {point}: {_reason_of(error)}; {_HINT}") from None
         dealer.send(json.dumps(call).encode())
         if not dealer.poll(round(timeout * 1000)):
             raise RankFailedError(f"rank {rank} called {point} and rank 0 did not answer within {timeout:g} s")
@@ -250,6 +250,11 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.IPV6, 1)
     # Strangers do not make this process allocate memory.
     socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
+
+
+def _reason_of(error: zmq.ZMQError) -> str:
+    """The reason of an error, without the address that pyzmq puts behind it."""
+    return zmq.strerror(error.errno or 0)
 
 
 def _is_call(message: dict[str, Any]) -> bool:

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 _LARGE_PAGE = 2 << 20
 """The size of a large page."""
-_LARGEST_BUFFER, _MOST_BUFFERS = 256 << 20, 4
-"""Limits of what `Buffers` keep: one that is read into, two that are written from, one for whoever is late."""
+_LARGEST_BUFFER = 256 << 20
+"""The largest that `Buffers` keep."""
 _OWN_REFERENCES = 2
 """`sys.getrefcount` of what only a list holds: the list, and the call."""
 
@@ -37,7 +37,14 @@ class Buffers:
     by `torch.frombuffer` do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, smallest: int, most: int) -> None:
+        """Keep nothing yet.
+
+        Args:
+            smallest: Bytes of the smallest buffer that is kept.
+            most: How many are kept.
+        """
+        self._smallest, self._most = smallest, most
         self._buffers: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
@@ -48,7 +55,7 @@ class Buffers:
 
     def take(self, size: int) -> mmap.mmap:
         """A buffer of at least this size, with anything in it."""
-        if not _LARGE_PAGE <= size <= _LARGEST_BUFFER:
+        if not self._smallest <= size <= _LARGEST_BUFFER:
             return aligned_buffer(size)
         with self._lock:
             free = [
@@ -58,7 +65,7 @@ class Buffers:
             if fitting:
                 return self._buffers[min(fitting, key=lambda place: len(self._buffers[place]))]
             # One that is too small goes; else the oldest, which whoever uses it keeps.
-            if len(self._buffers) == _MOST_BUFFERS:
+            if len(self._buffers) == self._most:
                 del self._buffers[free[0] if free else 0]
             self._buffers.append(aligned_buffer(size))
             return self._buffers[-1]
