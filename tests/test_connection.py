@@ -218,11 +218,9 @@ def test_more_than_the_limit_is_refused(sockets: tuple[socket.socket, socket.soc
 
 
 @pytest.mark.parametrize("sent", [whole(0, b"nekot"), whole(0, b"to"), b"GET / HTTP/1.1\r\n\r\n"])
-def test_a_stranger_is_told(sent: bytes) -> None:
-    with closing(Mover()) as mover, closing(Peer(mover, 0, 1, 2.0)) as peer:
-        host, port = peer.listen("127.0.0.1")
-        with socket.create_connection((host, port)) as stranger:
-            stranger.sendall(sent)
-            peer.accept()
-            with pytest.raises(RankFailedError, match="rank 0 was called by a stranger where it expected rank 1"):
-                peer.require_introduction(b"token")
+def test_a_stranger_is_told(sockets: tuple[socket.socket, socket.socket], sent: bytes) -> None:
+    stranger, end = sockets
+    with closing(Peer(0, 1, alone(end), 2.0)) as peer:
+        stranger.sendall(sent)
+        with pytest.raises(RankFailedError, match="rank 0 was called by a stranger where it expected rank 1"):
+            peer.require_introduction(b"token")

@@ -1,8 +1,8 @@
 """`Ranks`: this process as one of the ranks of a run. Imports no torch, unless torchrun started it.
 
-Ranks that meet connect every one to every other over TCP (`message_exchange.py`). ZeroMQ, in which they meet, would move
-bytes in a thread of its own, which every packet wakes up while this rank computes; MPI makes progress inside of its calls
-only, and needs an installation and a launcher.
+Ranks that meet connect every one to every other over TCP (`message_exchange.py`). ZeroMQ, in which they meet, would
+move bytes in a thread of its own, which every packet wakes up while this rank computes; MPI makes progress inside of
+its calls only, and needs an installation and a launcher.
 """
 
 from __future__ import annotations

@@ -4,48 +4,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kraken_compiler.errors import RankFailedError
 from kraken_compiler.ranks.communicators.connection import Remainder
 from kraken_compiler.ranks.communicators.mover import Mover
-from kraken_compiler.ranks.communicators.peers import Peer, Swap, connect_peers
+from kraken_compiler.ranks.communicators.peers import Exchanged, Peer, Swap, connect_peers
 
 _LINGER_SECONDS = 10.0
 """The longest that closing waits for peers to take the rest."""
 _LINGER_SECONDS_IN_FAILURE = 0.5
 
-Remainders = list[Remainder | None]
+Result = TypeVar("Result")
 
 
 class Sending(NamedTuple):
     """Parts on their way to all peers, and what comes from them in return.
 
     Attributes:
-        numbers: Of the peers' messages, in the order of the peers.
-        own_numbers: Of one's own messages to them.
+        parts: In the order of the peers.
         sizes: Bytes that come from each of them.
-        remainders: What is sent later, from where the parts lie, in the order of the peers; None for those copied.
     """
 
-    numbers: list[int]
-    own_numbers: list[int]
+    parts: list[Exchanged]
     sizes: Sequence[int]
-    remainders: Remainders
 
 
 class Answering(NamedTuple):
-    """Answers on their way to all peers, and theirs in return; see `Sending`.
+    """Answers on their way to all peers, and theirs in return.
 
     Attributes:
-        own_numbers: Of one's own messages, which the peers answer.
+        sending: One's own parts, which the peers answer.
         sizes: Bytes of the peers' answers.
-        remainders: See `Sending`.
+        remainders: What is sent later of one's own answers, in the order of the peers; None if that is nothing.
     """
 
-    own_numbers: list[int]
+    sending: Sending
     sizes: Sequence[int]
-    remainders: Remainders
+    remainders: list[Remainder | None]
 
 
 class MessageExchange:
@@ -83,9 +79,7 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone.
         """
-        numbers = [peer.expect(size) for peer, size in zip(self._peers, sizes)]
-        sent = self._to_all(contents, Peer.send)
-        return Sending(numbers, [number for number, _ in sent], sizes, [remainder for _, remainder in sent])
+        return Sending(self._with_all(Peer.exchange, contents, sizes), sizes)
 
     def receive(self, sending: Sending) -> list[memoryview]:
         """The parts that the peers sent, in the order of their ranks, in the memory of their messages.
@@ -94,7 +88,7 @@ class MessageExchange:
             RankFailedError: A peer is gone, sent nothing in time, or sent a part of another size.
         """
         contents = [
-            peer.message(number, size) for peer, number, size in zip(self._peers, sending.numbers, sending.sizes)
+            peer.message(part.number, size) for peer, part, size in zip(self._peers, sending.parts, sending.sizes)
         ]
         self._require_sizes(contents, sending.sizes)
         return contents
@@ -117,33 +111,34 @@ class MessageExchange:
 
         Args:
             sending: One's own parts, which the peers will answer, too.
-            content: Bytes, which must not change until `require_sent` returns.
+            content: Bytes, which must not change until `require_answered` returns.
             sizes: Bytes of each peer's answer.
         """
-        for peer, size in zip(self._peers, sizes):
-            peer.expect_answer(size)
-        numbers = dict(zip(self._peers, sending.numbers))
-        remainders: Remainders = self._to_all(
-            [content] * len(self._peers), lambda peer, answer: peer.answer(numbers[peer], answer)
-        )
-        return Answering(sending.own_numbers, sizes, remainders)
+        numbers = [part.number for part in sending.parts]
+        return Answering(sending, sizes, self._with_all(Peer.answer, numbers, [content] * len(self._peers), sizes))
 
     def answers(self, answering: Answering) -> list[memoryview]:
         """The peers' answers, in the order of their ranks; see `receive`."""
         contents = [
-            peer.answer_to(number, size)
-            for peer, number, size in zip(self._peers, answering.own_numbers, answering.sizes)
+            peer.answer_to(part.own_number, size)
+            for peer, part, size in zip(self._peers, answering.sending.parts, answering.sizes)
         ]
         self._require_sizes(contents, answering.sizes)
         return contents
 
-    def require_sent(self, sending: Sending | Answering) -> None:
-        """Wait until the part's memory is not read any more.
+    def require_sent(self, sending: Sending) -> None:
+        """Wait until the parts' memory is not read any more.
 
         Raises:
-            RankFailedError: A peer is gone, or did not take it in time.
+            RankFailedError: A peer is gone, or did not take its part in time.
         """
-        for peer, remainder in zip(self._peers, sending.remainders):
+        for peer, part in zip(self._peers, sending.parts):
+            if part.remainder is not None:
+                peer.require_taken(part.remainder)
+
+    def require_answered(self, answering: Answering) -> None:
+        """Wait until the answer's memory is not read any more; see `require_sent`."""
+        for peer, remainder in zip(self._peers, answering.remainders):
             if remainder is not None:
                 peer.require_taken(remainder)
 
@@ -153,7 +148,7 @@ class MessageExchange:
         Raises:
             RankFailedError: A peer is gone.
         """
-        self._to_all([content] * len(self._peers), Peer.send)
+        self._with_all(Peer.send, [content] * len(self._peers))
 
     def receive_only(self, rank: int) -> bytes:
         """The bytes that a peer sent with `send_only`.
@@ -162,21 +157,21 @@ class MessageExchange:
             RankFailedError: The peer is gone, or sent nothing in time.
         """
         peer = next(peer for peer in self._peers if peer.rank == rank)
-        return bytes(peer.unexpected_message())
+        return bytes(peer.next_message())
 
-    def _to_all(self, contents: Sequence[Any], send: Callable[[Peer, Any], Any]) -> list[Any]:
-        """Send to every peer; returns what `send` does, in their order."""
+    def _with_all(self, act: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
+        """Act on every peer, with its own arguments; returns what came of it, in their order."""
         failure: RankFailedError | None = None
-        sent = []
-        for peer, content in zip(self._peers, contents):
+        results = []
+        for peer, *own_arguments in zip(self._peers, *arguments):
             try:
-                sent.append(send(peer, content))
+                results.append(act(peer, *own_arguments))
             except RankFailedError as error:
                 # The others get their part all the same, so that they miss the rank that is gone, and not this one.
                 failure = failure or error
         if failure is not None:
             raise failure
-        return sent
+        return results
 
     def close(self) -> None:
         """Send the rest and disconnect. It cannot be used afterwards."""

@@ -6,8 +6,8 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from typing import Any, NoReturn
+from contextlib import ExitStack
+from typing import Any, NamedTuple, NoReturn
 
 from kraken_compiler.errors import RankFailedError, UsageError
 from kraken_compiler.ranks.communicators.addresses import is_loopback, network_id
@@ -25,141 +25,91 @@ Swap = Callable[[RankInfo], list[RankInfo]]
 """Gives a rank's info to all ranks; returns everybody's, rank 0's first."""
 
 
+class Exchanged(NamedTuple):
+    """A message on its way, and the one that comes in return.
+
+    Attributes:
+        number: Of the peer's.
+        own_number: Of one's own.
+        remainder: What is sent later, from where the content lies; None if that is nothing. See `Peer.require_taken`.
+    """
+
+    number: int
+    own_number: int
+    remainder: Remainder | None
+
+
 class Peer:
-    """The connection to one peer.
+    """One peer, connected.
 
     Messages are numbered from 0 in the order in which they are sent. An answer to a message has that one's number, and
-    does not count itself.
+    does not count itself. These methods run some hundred times a token, each time behind a layer's weights, when their
+    code is in no cache: a call less is a microsecond.
 
     Attributes:
         rank: The peer's.
         failed: It went away or did not answer in time.
     """
 
-    def __init__(self, mover: Mover, own_rank: int, rank: int, timeout: float) -> None:
+    def __init__(self, own_rank: int, rank: int, connection: Connection, timeout: float) -> None:
         self.rank = rank
         self.failed = False
-        self._mover = mover
         self._own_rank = own_rank
+        self._connection = connection
         self._timeout = timeout
         self._messages_sent = 0
         self._messages_expected = 0
-        self._listener: socket.socket | None = None
-        self._connection: Connection | None = None
-
-    def listen(self, host: str) -> tuple[str, int]:
-        """Listen for the peer at a free port.
-
-        Returns:
-            The address and the port.
-
-        Raises:
-            UsageError: This machine has no such address or interface.
-        """
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
-            self._listener = socket.create_server(address, family=family, backlog=1)
-        except OSError as error:
-            raise UsageError(
-                f"rank {self._own_rank} cannot be reached at {host}: {error.strerror or error}; set GLOO_SOCKET_IFNAME "
-                f"to the network interface that connects the ranks"
-            ) from None
-        host, port, *_ = self._listener.getsockname()
-        return host, port
-
-    def call(self, host: str, port: int) -> None:
-        """Connect to a peer that listens; see `listen`.
-
-        Raises:
-            RankFailedError: It does not.
-        """
-        try:
-            self._connect(socket.create_connection((host, port), self._timeout))
-        except OSError as error:
-            self._fail(
-                f"rank {self._own_rank} cannot reach rank {self.rank} at {host}, port {port}: {error.strerror or error}"
-            )
-
-    def accept(self) -> None:
-        """Take the call of a peer for which one listens.
-
-        Raises:
-            RankFailedError: Nobody calls for as long as collectives may take.
-        """
-        assert self._listener is not None, "listen first"
-        with closing(self._listener) as listener:
-            listener.settimeout(self._timeout)
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                self._fail_late()
-        self._connect(connection)
-
-    def _connect(self, connection: socket.socket) -> None:
-        self._connection = Connection(connection, _LOOK_SECONDS, BUFFER_BYTES, self._mover.wake)
-        self._mover.serve(self._connection)
-
-    def introduce(self, token: bytes) -> None:
-        """Say who one is, as the first that comes on the connection."""
-        self.send(token)
 
     def require_introduction(self, token: bytes) -> None:
-        """Make sure that it is the peer who is connected.
+        """Make sure that it is the peer who is connected: what comes first is its token.
 
         Raises:
             RankFailedError: It is not, or says nothing in time.
         """
-        connection = self._open()
-        connection.limit = len(token)
-        number = self.expect(len(token))
+        self._connection.limit = len(token)
         try:
-            content = self.message(number, len(token))
+            content = self.next_message(len(token))
         except OversizeError:
             self._fail_stranger()
         if content != token:
             self._fail_stranger()
-        connection.limit = None
+        self._connection.limit = None
 
-    def send(self, content: memoryview | bytes) -> tuple[int, Remainder | None]:
-        """Send a message.
-
-        Returns:
-            Its number, and what is sent later, from where it lies; see `require_taken`.
+    def send(self, content: memoryview | bytes) -> Remainder | None:
+        """Send a message; returns what is sent later, from where it lies.
 
         Raises:
             RankFailedError: The peer is gone.
         """
-        number, self._messages_sent = self._messages_sent, self._messages_sent + 1
-        return number, self._send(number, content)
+        self._messages_sent += 1
+        return self._send(self._messages_sent - 1, content)
 
-    def answer(self, number: int, content: memoryview) -> Remainder | None:
-        """Send the answer to one of the peer's messages; returns what is sent later. See `send`."""
+    def exchange(self, content: memoryview, size: int) -> Exchanged:
+        """Send a message for one of so many bytes; see `send`."""
+        number, self._messages_expected = self._messages_expected, self._messages_expected + 1
+        own_number, self._messages_sent = self._messages_sent, self._messages_sent + 1
+        self._connection.expect(size)
+        return Exchanged(number, own_number, self._send(own_number, content))
+
+    def answer(self, number: int, content: memoryview, size: int) -> Remainder | None:
+        """Send the answer to one of the peer's messages, for one of so many bytes; see `send`."""
+        self._connection.expect(size)
         return self._send(number | ANSWER, content)
 
     def _send(self, number: int, content: memoryview | bytes) -> Remainder | None:
         try:
-            return self._open().send(number, content)
+            return self._connection.send(number, content)
         except ConnectionError:
             self._fail_closed()
 
-    def expect(self, size: int) -> int:
-        """The number of the first message that was not expected before, which has so many bytes."""
+    def next_message(self, size: int = 0) -> memoryview:
+        """The first message that was not expected before; see `message`."""
         number, self._messages_expected = self._messages_expected, self._messages_expected + 1
-        self._open().expect(size)
-        return number
-
-    def unexpected_message(self) -> memoryview:
-        """The first message that was not expected before, of any size; see `message`."""
-        content = self.message(self.expect(0))
-        # Now that its size is known.
-        self._open().expect(len(content))
+        content = self.message(number, size)
+        self._connection.expect(len(content))  # which is known only now, and has been read
         return content
 
-    def expect_answer(self, size: int) -> None:
-        """Say that an answer of so many bytes will come."""
-        self._open().expect(size)
-
-    def message(self, number: int, size: int = 0) -> memoryview:
+    def message(self, number: int, size: int) -> memoryview:
         """The message of that number.
 
         Args:
@@ -169,11 +119,10 @@ class Peer:
         Raises:
             RankFailedError: The peer is gone, or sent nothing for as long as collectives may take.
         """
-        connection, deadline = self._open(), 0.0
-        while number not in connection.arrived:
-            moved = connection.receive(size)
-            deadline = 0.0 if moved else self._require_alive(deadline)
-        return connection.arrived.pop(number)
+        arrived, deadline = self._connection.arrived, 0.0
+        while number not in arrived:
+            deadline = 0.0 if self._connection.receive(size) else self._require_alive(deadline)
+        return arrived.pop(number)
 
     def answer_to(self, number: int, size: int) -> memoryview:
         """The peer's answer to the message of that number; see `message`."""
@@ -195,13 +144,9 @@ class Peer:
                 f"connection closed by peer: rank {self.rank} went away before it took rank {self._own_rank}'s part"
             )
 
-    def _open(self) -> Connection:
-        assert self._connection is not None, "connect first"
-        return self._connection
-
     def _require_alive(self, deadline: float) -> float:
         """Check a connection on which nothing comes; returns the time to give up."""
-        if self._open().closed:
+        if self._connection.closed:
             self._fail_closed()
         if deadline and time.monotonic() > deadline:
             self._fail_late()
@@ -211,10 +156,7 @@ class Peer:
         self._fail(f"connection closed by peer: rank {self.rank} went away while rank {self._own_rank} needed its part")
 
     def _fail_late(self) -> NoReturn:
-        self._fail(
-            f"rank {self._own_rank} timed out waiting for rank {self.rank}: nothing came for {self._timeout:g} s; "
-            "--timeout SECONDS allows more"
-        )
+        self._fail(_late(self._own_rank, self.rank, self._timeout))
 
     def _fail_stranger(self) -> NoReturn:
         self._fail(f"rank {self._own_rank} was called by a stranger where it expected rank {self.rank}")
@@ -225,20 +167,17 @@ class Peer:
 
     def flush(self, deadline: float) -> None:
         """Wait until the rest is sent; not longer than to this time."""
-        if self._connection is not None and not self.failed:
+        if not self.failed:
             self._connection.flush(deadline)
 
     def part(self, deadline: float) -> None:
         """Let the peer have what was sent, though one has not read what it sends; not longer than to this time."""
-        if self._connection is not None and not self.failed:
+        if not self.failed:
             self._connection.part(deadline)
 
     def close(self) -> None:
-        """Disconnect, once the mover has ended."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._listener is not None:
-            self._listener.close()
+        """Disconnect, once nobody else moves the connection's bytes."""
+        self._connection.close()
 
 
 def connect_peers(rank: int, degree: int, host: str, swap: Swap, timeout: float, mover: Mover) -> list[Peer]:
@@ -259,37 +198,74 @@ def connect_peers(rank: int, degree: int, host: str, swap: Swap, timeout: float,
 
     Raises:
         RankFailedError: A peer did not connect in time, or someone else did.
-        UsageError: Ranks of several hosts would meet at a loopback address.
+        UsageError: Ranks of several hosts would meet at a loopback address, or this host has no such address.
     """
-    peers = [Peer(mover, rank, other, timeout) for other in range(degree) if other != rank]
+    others = [other for other in range(degree) if other != rank]
+    token = secrets.token_hex(8)
+    connections: list[Connection] = []
     try:
-        _connect(peers, rank, host, swap)
+        with ExitStack() as listening:
+            listeners = {other: listening.enter_context(_listener(rank, host)) for other in others if other > rank}
+            addresses = {str(other): listener.getsockname()[:2] for other, listener in listeners.items()}
+            infos = swap({"token": token, "network": network_id(), "addresses": addresses})
+            for other in others:
+                calls = other < rank
+                one = (
+                    _called(infos, rank, other, timeout) if calls else _accepted(listeners[other], rank, other, timeout)
+                )
+                connections.append(Connection(one, _LOOK_SECONDS, BUFFER_BYTES, mover.wake))
+                mover.serve(connections[-1])
+        peers = [Peer(rank, other, connection, timeout) for other, connection in zip(others, connections)]
+        for peer in peers:
+            peer.send(token.encode())
+        for peer in peers:
+            peer.require_introduction(infos[peer.rank]["token"].encode())
     except BaseException:
         mover.close()
-        for peer in peers:
-            peer.close()
+        for connection in connections:
+            connection.close()
         raise
     return peers
 
 
-def _connect(peers: Sequence[Peer], rank: int, host: str, swap: Swap) -> None:
-    addresses = {str(peer.rank): peer.listen(host) for peer in peers if peer.rank > rank}
-    token = secrets.token_hex(8)
-    infos = swap({"token": token, "network": network_id(), "addresses": addresses})
-    for peer in peers:
-        if peer.rank < rank:
-            info = infos[peer.rank]
-            address, port = info["addresses"][str(rank)]
-            if is_loopback(address) and info["network"] != infos[rank]["network"]:
-                raise UsageError(
-                    f"rank {peer.rank} is on another host, but would be reached at {address}; set GLOO_SOCKET_IFNAME "
-                    f"there to the network interface that connects the hosts"
-                )
-            peer.call(address, port)
-    for peer in peers:
-        if peer.rank > rank:
-            peer.accept()
-    for peer in peers:
-        peer.introduce(token.encode())
-    for peer in peers:
-        peer.require_introduction(infos[peer.rank]["token"].encode())
+def _listener(rank: int, host: str) -> socket.socket:
+    """Listens for one peer, at a free port."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=1)
+    except OSError as error:
+        raise UsageError(
+            f"rank {rank} cannot be reached at {host}: {error.strerror or error}; set GLOO_SOCKET_IFNAME "
+            f"to the network interface that connects the ranks"
+        ) from None
+
+
+def _called(infos: Sequence[RankInfo], rank: int, other: int, timeout: float) -> socket.socket:
+    """A connection to a peer that listens."""
+    host, port = infos[other]["addresses"][str(rank)]
+    if is_loopback(host) and infos[other]["network"] != infos[rank]["network"]:
+        raise UsageError(
+            f"rank {other} is on another host, but would be reached at {host}; set GLOO_SOCKET_IFNAME "
+            f"there to the network interface that connects the hosts"
+        )
+    try:
+        return socket.create_connection((host, port), timeout)
+    except OSError as error:
+        raise RankFailedError(
+            f"rank {rank} cannot reach rank {other} at {host}, port {port}: {error.strerror or error}"
+        ) from None
+
+
+def _accepted(listener: socket.socket, rank: int, other: int, timeout: float) -> socket.socket:
+    """The connection of a peer that calls."""
+    listener.settimeout(timeout)
+    try:
+        return listener.accept()[0]
+    except TimeoutError:
+        raise RankFailedError(_late(rank, other, timeout)) from None
+
+
+def _late(rank: int, other: int, timeout: float) -> str:
+    return (
+        f"rank {rank} timed out waiting for rank {other}: nothing came for {timeout:g} s; --timeout SECONDS allows more"
+    )

@@ -33,6 +33,9 @@ class Exchange(Protocol):
     def require_sent(self, sending: Any) -> None:
         """Wait until the memory of the parts is not read any more."""
 
+    def require_answered(self, answering: Any) -> None:
+        """Wait until the memory of the answers is not read any more."""
+
     def send_only(self, content: bytes) -> None:
         """Send bytes to every peer; nothing comes in return."""
 
@@ -183,11 +186,11 @@ class MessageSums(ABC, Generic[A]):
             self._settle(sending)
             self._join_shares(sending, total)
             return total
-        exchange = None if sending is None else self._open()
-        contents = [] if exchange is None else exchange.receive(sending)
-        total = self._sum(contents, part, dtype, out)
-        if exchange is not None:
-            exchange.require_sent(sending)
+        if sending is None:
+            return self._sum([], part, dtype, out)
+        exchange = self._open()
+        total = self._sum(exchange.receive(sending), part, dtype, out)
+        exchange.require_sent(sending)
         return total
 
     def all_gather(self, x: A, dim: int) -> A:
@@ -271,4 +274,4 @@ class MessageSums(ABC, Generic[A]):
             self._add([share], flat_total[begins:ends])  # type: ignore[index]
             begins = ends
         self._open().require_sent(shared.sending)
-        self._open().require_sent(shared.answering)
+        self._open().require_answered(shared.answering)

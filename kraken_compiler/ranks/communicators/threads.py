@@ -109,6 +109,9 @@ class ThreadExchange:
     def require_sent(self, sending: ThreadSending) -> None:
         """Nothing to wait for: what is left is a copy."""
 
+    def require_answered(self, answering: ThreadSending) -> None:
+        """Nothing to wait for; see `require_sent`."""
+
     def send_only(self, content: bytes) -> None:
         """Leave bytes for every peer; nothing comes in return."""
         for peer in self._peers:
