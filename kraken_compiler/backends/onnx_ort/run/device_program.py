@@ -17,6 +17,7 @@ import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
+from kraken_compiler.backends.onnx_ort.run.buffers import Buffers
 from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut, turns
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.events import Event
@@ -115,7 +116,7 @@ class DeviceProgram:
             program_step = step if isinstance(step, Collective) else _Session(model, step, options, provider)
             self._steps.append(program_step)
         self._turns = turns(steps, self.outputs)
-        self._sums: dict[tuple[str, int], Array] = {}
+        self._sums = Buffers()
 
     def run(
         self,
@@ -243,10 +244,7 @@ class DeviceProgram:
             return communicator.start(operand), operand
         if step.kind == WAIT:
             handle, summand = operand
-            buffer = self._sums.get((step.result, part))
-            if buffer is None or buffer.shape != summand.shape:
-                buffer = self._sums[step.result, part] = np.empty_like(summand)
-            return communicator.wait(handle, buffer)
+            return communicator.wait(handle, self._sums.take((step.result, part), summand.shape, summand.dtype))
         return communicator.all_gather(operand, step.axis)
 
     def _sizes(self, feeds: Mapping[str, Array]) -> dict[str, int]:
@@ -294,7 +292,7 @@ class _Session:
         self.stage = stage
         self.nodes = tuple((node.name, node.op_type) for node in stage.model.graph.node)
         self._outputs = {value.name: value for value in stage.model.graph.output}
-        self._buffers: dict[tuple[str, int], Array] = {}
+        self._buffers = Buffers()
         try:
             self._session = onnxruntime.InferenceSession(stage.model.SerializeToString(), options, providers=[provider])
         except Exception as error:
@@ -328,12 +326,7 @@ class _Session:
 
     def _buffer(self, name: str, value: onnx.ValueInfoProto, sizes: Mapping[str, int], part: int) -> Array | None:
         shape = shape_of(value, sizes)
-        if shape is None:
-            return None
-        buffer = self._buffers.get((name, part))
-        if buffer is None or buffer.shape != shape:
-            buffer = self._buffers[name, part] = np.empty(shape, _dtype(value))
-        return buffer
+        return None if shape is None else self._buffers.take((name, part), shape, _dtype(value))
 
 
 def _session_options(model: DeviceModel, provider: str, threads: int | None) -> onnxruntime.SessionOptions:

@@ -1,0 +1,36 @@
+"""Buffers of ONNX devices: memory is made once for the largest array of a name."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kraken_compiler.backends.onnx_ort.run.buffers import Buffers
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def address(array: npt.NDArray[np.float32]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def test_a_smaller_array_lies_in_the_memory_of_a_larger_one() -> None:
+    buffers = Buffers()
+    prompt = buffers.take("x", (1, 512, 8), FLOAT32)
+    assert buffers.take("x", (1, 512, 8), FLOAT32) is prompt
+    token = buffers.take("x", (1, 1, 8), FLOAT32)
+    assert token.shape == (1, 1, 8)
+    assert token.flags.c_contiguous
+    assert address(token) == address(prompt) == address(buffers.take("x", (2, 100, 8), FLOAT32))
+    assert buffers.take("x", (0, 8), FLOAT32).shape == (0, 8)
+
+
+def test_a_larger_one_gets_memory_of_its_own() -> None:
+    buffers = Buffers()
+    small, other = buffers.take("x", (4,), FLOAT32), buffers.take("y", (4,), FLOAT32)
+    large = buffers.take("x", (400,), FLOAT32)
+    large[:], other[:] = 1, 2
+    assert not np.shares_memory(large, other)
+    assert not np.shares_memory(large, small)
+    assert buffers.take("x", (), FLOAT32).shape == ()
+    assert address(buffers.take("x", (400,), FLOAT32)) == address(large)
