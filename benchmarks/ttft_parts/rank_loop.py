@@ -127,7 +127,7 @@ class RankLoop(ABC):
             self.barrier()
 
 
-def obey(rank: RankLoop, reply_to: int) -> None:
+def obey(rank: object, reply_to: int) -> None:
     """Do what comes on standard input until the parent is gone, then leave at once.
 
     Args:
