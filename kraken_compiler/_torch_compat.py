@@ -89,7 +89,8 @@ def no_partial_graphs() -> Iterator[None]:
 def lean_traces() -> Iterator[None]:
     """Keep `torch.export` in the block from what nobody here reads, which takes a quarter of its time.
 
-    That is Python code for graphs that are never run, and where in the model's code every node comes from.
+    That is Python code for graphs that are never run, and where in the model's code every node comes from. Its strict
+    mode reads that code, and cannot be traced so.
     """
     from unittest.mock import patch
 

@@ -110,7 +110,8 @@ def _trace(model: nn.Module, example: CallExample, *, allow_strict: bool) -> Exp
     failures: list[str] = []
     for strict in (False, True) if allow_strict else (False,):
         try:
-            with quiet_torch(), compat.no_partial_graphs(), compat.lean_traces(), example.spelled_out(model) as dims:
+            lean = nullcontext() if strict else compat.lean_traces()
+            with quiet_torch(), compat.no_partial_graphs(), lean, example.spelled_out(model) as dims:
                 return torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dims, strict=strict)
         except Exception as error:
             # torch.export passes on whatever the model's own code raises, so there is no narrower class to name.
