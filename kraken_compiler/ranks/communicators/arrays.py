@@ -28,6 +28,9 @@ class ArraySums(MessageSums[Array]):
     def _flat(self, x: Array) -> Array:
         return x.reshape(-1)
 
+    def _shaped(self, flat: Array, like: Array) -> Array:
+        return flat.reshape(like.shape)
+
     def _view(self, memory: memoryview, like: Array) -> Array:
         return np.frombuffer(memory, like.dtype) if len(memory) else np.empty(0, like.dtype)
 
@@ -44,4 +47,4 @@ class ArraySums(MessageSums[Array]):
             np.add(out, other, out=out)
 
     def _join(self, parts: Sequence[Array], like: Array, dim: int) -> Array:
-        return np.concatenate([part.reshape(like.shape) for part in parts], dim)
+        return np.concatenate([self._shaped(part, like) for part in parts], dim)

@@ -41,6 +41,9 @@ class TensorSums(MessageSums[Tensor]):
     def _flat(self, x: Tensor) -> Tensor:
         return x.detach().view(-1)
 
+    def _shaped(self, flat: Tensor, like: Tensor) -> Tensor:
+        return flat.view(like.shape)
+
     def _view(self, memory: memoryview, like: Tensor) -> Tensor:
         return torch.frombuffer(memory, dtype=like.dtype) if len(memory) else like.new_empty(0)
 
@@ -56,15 +59,14 @@ class TensorSums(MessageSums[Tensor]):
         for other in others[1:]:
             out.add_(other)
 
-    def _sum(self, contents: Sequence[memoryview], part: Tensor, dtype: Any, out: Tensor | None) -> Tensor:
-        if len(contents) == 1 and out is None and self.reduce_dtype is None:
-            # As few calls as there can be: behind a layer's weights the code of each is cold, and takes 20 to 40 us. In
-            # place, for the peer's part has just been written, and new memory would have to be mapped.
+    def _sum(self, contents: Sequence[memoryview], part: Tensor, dtype: Any) -> Tensor:
+        if len(contents) == 1 and self.reduce_dtype is None:
+            # As few calls as there can be: behind a layer's weights the code of each is cold, and takes 20 to 40 us.
             return self._view(contents[0], part).view_as(part).add_(part.detach())
-        return super()._sum(contents, part, dtype, out)
+        return super()._sum(contents, part, dtype)
 
     def _join(self, parts: Sequence[Tensor], like: Tensor, dim: int) -> Tensor:
-        return torch.cat([part.view(like.shape) for part in parts], dim=dim)
+        return torch.cat([self._shaped(part, like) for part in parts], dim=dim)
 
 
 class MessageCommunicator(Communicator):

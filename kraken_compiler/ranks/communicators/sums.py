@@ -127,6 +127,10 @@ class MessageSums(ABC, Generic[A]):
         """A contiguous array as a flat one, of the same memory."""
 
     @abstractmethod
+    def _shaped(self, flat: A, like: A) -> A:
+        """A flat array in the shape of another, of the same memory."""
+
+    @abstractmethod
     def _view(self, memory: memoryview, like: A) -> A:
         """Memory as a flat array with the element type of another."""
 
@@ -166,13 +170,11 @@ class MessageSums(ABC, Generic[A]):
         self._unanswered_sums.append(shared)
         return Handle(shared, part, dtype)
 
-    def wait(self, handle: Handle[A], out: A | None = None) -> A:
+    def wait(self, handle: Handle[A]) -> A:
         """The finished sum.
 
         Args:
             handle: What `start` returned.
-            out: Where to put it, contiguous, with the shape and dtype of the part; it must share no memory with any
-                part in flight. None makes a new array.
 
         Returns:
             The sum, with the shape and dtype of the part; it shares no memory with the part.
@@ -182,14 +184,14 @@ class MessageSums(ABC, Generic[A]):
         """
         sending, part, dtype = handle
         if isinstance(sending, SharedSum):
-            total = self._empty(part, dtype) if out is None else out
+            total = self._empty(part, dtype)
             self._settle(sending)
             self._join_shares(sending, total)
             return total
         if sending is None:
-            return self._sum([], part, dtype, out)
+            return self._sum([], part, dtype)
         exchange = self._open()
-        total = self._sum(exchange.receive(sending), part, dtype, out)
+        total = self._sum(exchange.receive(sending), part, dtype)
         exchange.require_sent(sending)
         return total
 
@@ -229,10 +231,16 @@ class MessageSums(ABC, Generic[A]):
         peers = self.degree - 1
         return self._open().send([content] * peers, [len(content)] * peers)
 
-    def _sum(self, contents: Sequence[memoryview], part: A, dtype: Any, out: A | None) -> A:
-        """This rank's part and those of the others, added in the order of the ranks."""
-        total = self._empty(part, dtype) if out is None else out
-        self._add(self._all_parts(contents, part), self._flat(total))
+    def _sum(self, contents: Sequence[memoryview], part: A, dtype: Any) -> A:
+        """This rank's part and those of the others, added in the order of the ranks.
+
+        In the memory of the first peer's part, which is one of the first two, if its element type is the sum's: it was
+        written just now, and new memory would have to be mapped.
+        """
+        parts = self._all_parts(contents, part)
+        in_place = contents and part.dtype == dtype  # type: ignore[attr-defined]
+        total = self._shaped(parts[0 if self.rank else 1], part) if in_place else self._empty(part, dtype)
+        self._add(parts, self._flat(total))
         return total
 
     def _all_parts(self, contents: Sequence[memoryview], own_part: A) -> list[A]:

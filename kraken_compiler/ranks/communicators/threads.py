@@ -104,7 +104,7 @@ class ThreadExchange:
         for peer, content, size in zip(self._peers, contents, sizes):
             if len(content) != size:
                 raise RankFailedError(f"rank {peer} sent {len(content)} bytes where rank {self._rank} has {size}")
-        return [memoryview(content) for content in contents]
+        return [memoryview(bytearray(content)) for content in contents]
 
     def require_sent(self, sending: ThreadSending) -> None:
         """Nothing to wait for: what is left is a copy."""

@@ -64,8 +64,8 @@ class Buffers:
             fitting = [place for place in free if len(self._buffers[place]) >= size]
             if fitting:
                 return self._buffers[min(fitting, key=lambda place: len(self._buffers[place]))]
-            # One that is too small goes; else the oldest, which whoever uses it keeps.
-            if len(self._buffers) == self._most:
+            # One that is too small goes; else, of too many, the oldest, which whoever uses it keeps.
+            if free or len(self._buffers) == self._most:
                 del self._buffers[free[0] if free else 0]
             self._buffers.append(aligned_buffer(size))
             return self._buffers[-1]

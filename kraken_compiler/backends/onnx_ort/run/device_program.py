@@ -47,8 +47,8 @@ class ArrayCollectives(Protocol):
     def start(self, x: Array) -> Any:
         """Begin the sum of `x`, which must not change until `wait` returns."""
 
-    def wait(self, handle: Any, out: Array | None = None) -> Array:
-        """The finished sum, in `out` if that is given."""
+    def wait(self, handle: Any) -> Array:
+        """The finished sum."""
 
     def all_gather(self, x: Array, axis: int) -> Array:
         """The parts, one behind the other."""
@@ -116,7 +116,6 @@ class DeviceProgram:
             program_step = step if isinstance(step, Collective) else _Session(model, step, options, provider)
             self._steps.append(program_step)
         self._turns = turns(steps, self.outputs)
-        self._sums = Buffers()
 
     def run(
         self,
@@ -206,7 +205,7 @@ class DeviceProgram:
                     if isinstance(step, _Session):
                         step.run(of_part, sizes[part], into[part], part)
                     else:
-                        of_part[step.result] = self._collective(step, of_part, part)
+                        of_part[step.result] = self._collective(step, of_part)
                         if sums is not None and step.kind == WAIT and part in wanted:
                             sums[step.name] = of_part[step.result].copy()
                     if trace is not None:
@@ -236,15 +235,14 @@ class DeviceProgram:
         self._profiles = None
         return outputs, tuple(replace(event, ran=nodes) for event, nodes in zip(events, stages, strict=True))
 
-    def _collective(self, step: Collective, values: dict[str, Any], part: int) -> Any:
+    def _collective(self, step: Collective, values: dict[str, Any]) -> Any:
         communicator = self._communicator
         assert communicator is not None, "a model of one device has no collectives"
         operand = values[step.operand]
         if step.kind == START:
-            return communicator.start(operand), operand
+            return communicator.start(operand)
         if step.kind == WAIT:
-            handle, summand = operand
-            return communicator.wait(handle, self._sums.take((step.result, part), summand.shape, summand.dtype))
+            return communicator.wait(operand)
         return communicator.all_gather(operand, step.axis)
 
     def _sizes(self, feeds: Mapping[str, Array]) -> dict[str, int]:
