@@ -16,12 +16,22 @@ def address(array: npt.NDArray[np.float32]) -> int:
 
 def test_a_smaller_array_lies_in_the_memory_of_a_larger_one() -> None:
     buffers = Buffers()
-    prompt = buffers.take("x", (1, 512, 8), FLOAT32)
-    assert buffers.take("x", (1, 512, 8), FLOAT32) is prompt
-    token = buffers.take("x", (1, 1, 8), FLOAT32)
-    assert token.shape == (1, 1, 8)
-    assert token.flags.c_contiguous
-    assert address(token) == address(prompt) == address(buffers.take("x", (2, 100, 8), FLOAT32))
+    prompt = buffers.take("x", (1, 512, 80), FLOAT32)
+    assert buffers.take("x", (1, 512, 80), FLOAT32) is prompt
+    shorter = buffers.take("x", (2, 250, 80), FLOAT32)
+    assert shorter.shape == (2, 250, 80)
+    assert shorter.flags.c_contiguous
+    assert address(shorter) == address(prompt) == address(buffers.take("x", (1, 512, 80), FLOAT32))
+
+
+def test_a_small_array_lies_beside_a_large_one() -> None:
+    buffers = Buffers()
+    prompt = buffers.take("x", (1, 512, 80), FLOAT32)
+    token = buffers.take("x", (1, 1, 80), FLOAT32)
+    prompt[:], token[:] = 1, 2
+    assert not np.shares_memory(prompt, token)
+    assert buffers.take("x", (1, 512, 80), FLOAT32) is prompt
+    assert buffers.take("x", (1, 1, 80), FLOAT32) is token
     assert buffers.take("x", (0, 8), FLOAT32).shape == (0, 8)
 
 
