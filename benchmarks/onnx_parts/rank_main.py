@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from ttft_parts.contenders import BOUND, Contender, named
-from ttft_parts.rank_loop import RankLoop, obey, take_a_core
+from ttft_parts.rank_loop import RankLoop, run_rank
 
 from kraken_compiler.backends.onnx_ort.format import device_path
 from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
@@ -141,11 +140,5 @@ class Rank(RankLoop):
         return sorted(seconds)[3]
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    take_a_core(settings["rank"], settings["degree"])
-    obey(Rank(settings), settings["reply_to"])
-
-
 if __name__ == "__main__":
-    main()
+    run_rank(Rank)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from kraken_compiler.generate.split_threshold import LENGTHS, split_threshold
 from kraken_compiler.ranks.environment import Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
 from kraken_compiler.ranks.session import Ranks
-from ttft_parts.rank_loop import obey, take_a_core
+from ttft_parts.rank_loop import run_rank
 
 COLLECTIVE_TIMEOUT = 600.0
 
@@ -59,11 +57,5 @@ class Rank:
         return {"threshold": threshold, **{name: values[1:] for name, values in seconds.items()}}
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    take_a_core(settings["rank"], settings["degree"])
-    obey(Rank(settings), settings["reply_to"])
-
-
 if __name__ == "__main__":
-    main()
+    run_rank(Rank)

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,18 @@ class RankLoop(ABC):
             self.barrier()
 
 
-def obey(rank: object, reply_to: int) -> None:
+def run_rank(make: Callable[[dict[str, Any]], object]) -> None:
+    """Be a rank of a benchmark, on a core of its own if there is one: what every rank's module does when it is run.
+
+    Args:
+        make: Makes what obeys, from the settings.
+    """
+    settings = json.loads(sys.argv[1])
+    _take_a_core(settings["rank"], settings["degree"])
+    _obey(make(settings), settings["reply_to"])
+
+
+def _obey(rank: object, reply_to: int) -> None:
     """Do what comes on standard input until the parent is gone, then leave at once.
 
     Args:
@@ -151,7 +163,7 @@ def obey(rank: object, reply_to: int) -> None:
     os._exit(0)
 
 
-def take_a_core(rank: int, degree: int) -> None:
+def _take_a_core(rank: int, degree: int) -> None:
     """Stay on one core, if there is one for every rank."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= degree:

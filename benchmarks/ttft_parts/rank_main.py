@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from kraken_compiler.ranks.communicators.message import TensorSums
 from ttft_parts.contenders import Contender
 from ttft_parts.decoders import Decoder, Factory
-from ttft_parts.rank_loop import RankLoop, obey, take_a_core
+from ttft_parts.rank_loop import RankLoop, run_rank
 from ttft_parts.step_profile import profiled
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
@@ -90,15 +88,14 @@ def _reduce_seconds(size: int) -> float:
     return sorted(seconds)[3]
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
+def joined(settings: dict[str, Any]) -> Rank:
+    """This process as one of the group's ranks."""
     rank, degree = settings["rank"], settings["degree"]
-    take_a_core(rank, degree)
     torch.set_num_threads(1)
     store = dist.FileStore(settings["store"], degree)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=degree, timeout=COLLECTIVE_TIMEOUT)
-    obey(Rank(settings), settings["reply_to"])
+    return Rank(settings)
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(joined)

@@ -308,7 +308,7 @@ class Connection:
         if last is not None:
             last.sent.wait(max(0.0, deadline - time.monotonic()))
 
-    def part(self, deadline: float) -> None:
+    def drain(self, deadline: float) -> None:
         """Read what the peer still sends until it closes the connection; not longer than to this time.
 
         The kernel throws away what is still on its way to the peer when somebody closes who has not read everything.

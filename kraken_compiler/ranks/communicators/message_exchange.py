@@ -29,6 +29,11 @@ class Sending(NamedTuple):
     parts: list[Exchanged]
     sizes: Sequence[int]
 
+    @property
+    def remainders(self) -> list[Remainder | None]:
+        """What is sent later of the parts, in the order of the peers; None if that is nothing."""
+        return [part.remainder for part in self.parts]
+
 
 class Answering(NamedTuple):
     """Answers on their way to all peers, and theirs in return.
@@ -111,7 +116,7 @@ class MessageExchange:
 
         Args:
             sending: One's own parts, which the peers will answer, too.
-            content: Bytes, which must not change until `require_answered` returns.
+            content: Bytes, which must not change until `require_sent` returns.
             sizes: Bytes of each peer's answer.
         """
         numbers = [part.number for part in sending.parts]
@@ -126,19 +131,13 @@ class MessageExchange:
         self._require_sizes(contents, answering.sizes)
         return contents
 
-    def require_sent(self, sending: Sending) -> None:
-        """Wait until the parts' memory is not read any more.
+    def require_sent(self, sending: Sending | Answering) -> None:
+        """Wait until the memory of the parts, or of the answer, is not read any more.
 
         Raises:
-            RankFailedError: A peer is gone, or did not take its part in time.
+            RankFailedError: A peer is gone, or did not take it in time.
         """
-        for peer, part in zip(self._peers, sending.parts):
-            if part.remainder is not None:
-                peer.require_taken(part.remainder)
-
-    def require_answered(self, answering: Answering) -> None:
-        """Wait until the answer's memory is not read any more; see `require_sent`."""
-        for peer, remainder in zip(self._peers, answering.remainders):
+        for peer, remainder in zip(self._peers, sending.remainders):
             if remainder is not None:
                 peer.require_taken(remainder)
 
@@ -182,7 +181,7 @@ class MessageExchange:
             peer.flush(deadline)
         if in_failure:
             for peer in self._peers:
-                peer.part(deadline + _LINGER_SECONDS_IN_FAILURE)
+                peer.drain(deadline + _LINGER_SECONDS_IN_FAILURE)
         self._mover.close()
         for peer in self._peers:
             peer.close()

@@ -170,10 +170,10 @@ class Peer:
         if not self.failed:
             self._connection.flush(deadline)
 
-    def part(self, deadline: float) -> None:
+    def drain(self, deadline: float) -> None:
         """Let the peer have what was sent, though one has not read what it sends; not longer than to this time."""
         if not self.failed:
-            self._connection.part(deadline)
+            self._connection.drain(deadline)
 
     def close(self) -> None:
         """Disconnect, once nobody else moves the connection's bytes."""

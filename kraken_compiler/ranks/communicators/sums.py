@@ -31,10 +31,7 @@ class Exchange(Protocol):
         """The peers' answers, in the order of their ranks."""
 
     def require_sent(self, sending: Any) -> None:
-        """Wait until the memory of the parts is not read any more."""
-
-    def require_answered(self, answering: Any) -> None:
-        """Wait until the memory of the answers is not read any more."""
+        """Wait until the memory of the parts, or of the answer, is not read any more."""
 
     def send_only(self, content: bytes) -> None:
         """Send bytes to every peer; nothing comes in return."""
@@ -282,4 +279,4 @@ class MessageSums(ABC, Generic[A]):
             self._add([share], flat_total[begins:ends])  # type: ignore[index]
             begins = ends
         self._open().require_sent(shared.sending)
-        self._open().require_answered(shared.answering)
+        self._open().require_sent(shared.answering)

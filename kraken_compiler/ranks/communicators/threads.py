@@ -27,17 +27,17 @@ class Mailboxes:
     """
 
     degree: int
-    contents: dict[Hashable, bytes] = field(default_factory=dict)
+    contents: dict[Hashable, bytes | bytearray] = field(default_factory=dict)
     failed: bool = False
     condition: threading.Condition = field(default_factory=threading.Condition)
 
-    def leave(self, key: Hashable, content: bytes) -> None:
+    def leave(self, key: Hashable, content: bytes | bytearray) -> None:
         """Leave a message for another thread."""
         with self.condition:
             self.contents[key] = content
             self.condition.notify_all()
 
-    def take(self, key: Hashable) -> bytes:
+    def take(self, key: Hashable) -> bytes | bytearray:
         """Take a message of another thread, which may still have to leave it.
 
         Raises:
@@ -76,7 +76,7 @@ class ThreadExchange:
     def send(self, contents: Sequence[memoryview], sizes: Sequence[int]) -> ThreadSending:
         """Leave every peer a part of its own."""
         numbers = [self._next(peer) for peer in self._peers]
-        own_numbers = [self._leave(peer, bytes(content)) for peer, content in zip(self._peers, contents)]
+        own_numbers = [self._leave(peer, bytearray(content)) for peer, content in zip(self._peers, contents)]
         return ThreadSending(numbers, own_numbers, sizes)
 
     def receive(self, sending: ThreadSending) -> list[memoryview]:
@@ -90,7 +90,7 @@ class ThreadExchange:
     def answer(self, sending: ThreadSending, content: memoryview, sizes: Sequence[int]) -> ThreadSending:
         """Leave all peers the same answer to their parts."""
         for peer, number in zip(self._peers, sending.numbers):
-            self._mailboxes.leave((self._rank, peer, _ANSWER, number), bytes(content))
+            self._mailboxes.leave((self._rank, peer, _ANSWER, number), bytearray(content))
         return sending._replace(sizes=sizes)
 
     def answers(self, answering: ThreadSending) -> list[memoryview]:
@@ -104,13 +104,10 @@ class ThreadExchange:
         for peer, content, size in zip(self._peers, contents, sizes):
             if len(content) != size:
                 raise RankFailedError(f"rank {peer} sent {len(content)} bytes where rank {self._rank} has {size}")
-        return [memoryview(bytearray(content)) for content in contents]
+        return [memoryview(content) for content in contents]
 
     def require_sent(self, sending: ThreadSending) -> None:
         """Nothing to wait for: what is left is a copy."""
-
-    def require_answered(self, answering: ThreadSending) -> None:
-        """Nothing to wait for; see `require_sent`."""
 
     def send_only(self, content: bytes) -> None:
         """Leave bytes for every peer; nothing comes in return."""
@@ -119,7 +116,7 @@ class ThreadExchange:
 
     def receive_only(self, rank: int) -> bytes:
         """The bytes that a peer left with `send_only`."""
-        return self._mailboxes.take((rank, self._rank, _PART, self._next(rank)))
+        return bytes(self._mailboxes.take((rank, self._rank, _PART, self._next(rank))))
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -128,7 +125,7 @@ class ThreadExchange:
         self._messages_expected[peer] += 1
         return self._messages_expected[peer]
 
-    def _leave(self, peer: int, content: bytes) -> int:
+    def _leave(self, peer: int, content: bytes | bytearray) -> int:
         self._messages_sent[peer] += 1
         self._mailboxes.leave((self._rank, peer, _PART, self._messages_sent[peer]), content)
         return self._messages_sent[peer]

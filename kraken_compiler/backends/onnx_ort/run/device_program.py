@@ -17,10 +17,10 @@ import onnxruntime
 
 from kraken_compiler.backends.onnx_ort.check.ort_profile import last_run
 from kraken_compiler.backends.onnx_ort.format import BATCH, INPUT_IDS, OWN, PAST_PREFIX, SEQUENCE, START, WAIT
-from kraken_compiler.backends.onnx_ort.run.buffers import Buffers
 from kraken_compiler.backends.onnx_ort.run.cut_model import Collective, Stage, cut, turns
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.events import Event
+from kraken_compiler.backends.onnx_ort.run.named_buffers import NamedBuffers
 from kraken_compiler.backends.onnx_ort.run.sizes import bind_sizes, shape_of
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.schedule import RanNode
@@ -290,7 +290,7 @@ class _Session:
         self.stage = stage
         self.nodes = tuple((node.name, node.op_type) for node in stage.model.graph.node)
         self._outputs = {value.name: value for value in stage.model.graph.output}
-        self._buffers = Buffers()
+        self._buffers = NamedBuffers()
         try:
             self._session = onnxruntime.InferenceSession(stage.model.SerializeToString(), options, providers=[provider])
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Memory for arrays that are computed again and again, in several sizes."""
+"""`NamedBuffers`: memory for arrays that are computed again and again, in several sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 _SMALL_BYTES = 64 << 10
 
 
-class Buffers:
+class NamedBuffers:
     """Arrays by name, each in memory that is as large as the largest one of that name so far.
 
     A prompt comes after the single tokens of the one before. New memory for it would be new pages, and clearing and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kraken_compiler.backends.onnx_ort.run.buffers import Buffers
+from kraken_compiler.backends.onnx_ort.run.named_buffers import NamedBuffers
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -15,7 +15,7 @@ def address(array: npt.NDArray[np.float32]) -> int:
 
 
 def test_a_smaller_array_lies_in_the_memory_of_a_larger_one() -> None:
-    buffers = Buffers()
+    buffers = NamedBuffers()
     prompt = buffers.take("x", (1, 512, 80), FLOAT32)
     assert buffers.take("x", (1, 512, 80), FLOAT32) is prompt
     shorter = buffers.take("x", (2, 250, 80), FLOAT32)
@@ -25,7 +25,7 @@ def test_a_smaller_array_lies_in_the_memory_of_a_larger_one() -> None:
 
 
 def test_a_small_array_lies_beside_a_large_one() -> None:
-    buffers = Buffers()
+    buffers = NamedBuffers()
     prompt = buffers.take("x", (1, 512, 80), FLOAT32)
     token = buffers.take("x", (1, 1, 80), FLOAT32)
     prompt[:], token[:] = 1, 2
@@ -36,7 +36,7 @@ def test_a_small_array_lies_beside_a_large_one() -> None:
 
 
 def test_a_larger_one_gets_memory_of_its_own() -> None:
-    buffers = Buffers()
+    buffers = NamedBuffers()
     small, other = buffers.take("x", (4,), FLOAT32), buffers.take("y", (4,), FLOAT32)
     large = buffers.take("x", (400,), FLOAT32)
     large[:], other[:] = 1, 2
