@@ -175,7 +175,7 @@ def test_lost_overlap_fails(artifact: Path) -> None:
     from kraken_compiler.passes.lower import lower
 
     program, _ = lower(capture(json.loads((artifact / "manifest.json").read_text())["source"]["path"]).program, 2)
-    save_graph(emptied(program), artifact / "lanes" / "lane.json")
+    save_graph(emptied(program).graph, artifact / "lanes" / "lane.json")
     rehash(artifact)
     assert "lost their overlap" in refused(4, artifact)
 

@@ -265,7 +265,7 @@ def test_an_emptied_window_still_computes_the_same() -> None:
 
 
 def test_an_artifact_that_lost_its_overlap_is_found(artifact: Path) -> None:
-    save_graph(emptied(lane_program(NAME, 2, "kraken")), artifact / GRAPH_FILE)
+    save_graph(emptied(lane_program(NAME, 2, "kraken")).graph, artifact / GRAPH_FILE)
     rehash(artifact)
     with pytest.raises(VerificationError, match="lost their overlap"):
         verify_programs(artifact, SIZES)

@@ -6,16 +6,19 @@ Imports neither torch nor any backend's packages: ranks import it, and some have
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast, get_type_hints
 
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from kraken_compiler.artifact.manifest import Source
     from kraken_compiler.artifact.read import Artifact
     from kraken_compiler.generate.decoder import Decoder
+    from kraken_compiler.generate.engine import GenerationRequest
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.ir.source_reader import SourceReader
@@ -148,6 +151,58 @@ class RankModel(ABC):
         return Observation(self.run(inputs))
 
 
+class TextEngine(Protocol):
+    """What continues texts, all lanes of an artifact together.
+
+    Attributes:
+        artifact: What is run.
+        reads_source: True for an encoder-decoder, whose prompts are read by its encoder.
+        positions: The longest sequence that the model takes.
+    """
+
+    artifact: Artifact
+    reads_source: bool
+
+    @property
+    def positions(self) -> int: ...
+
+    def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
+        """Carry out a request.
+
+        Yields:
+            The new token of every row, None for one that has ended.
+
+        Raises:
+            UsageError: A token is none of the model's, or prompt and new tokens do not fit.
+        """
+
+    def idle(self) -> None:
+        """Do what must be done while there is no request; to be called every now and then."""
+
+    def note(self, text: str) -> None:
+        """Say what a user should know."""
+
+    def progress(self, stage: str) -> None:
+        """Say that something got done, and what comes next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine of a backend's own is asked for.
+
+    Attributes:
+        rows: How many sequences it has to hold at a time.
+        capacity: Most tokens of a sequence; None leaves it to the engine.
+        threads: Threads that every lane computes with; None leaves it to the engine.
+        verbose: Show what it says while it works.
+    """
+
+    rows: int = 1
+    capacity: int | None = None
+    threads: int | None = None
+    verbose: bool = False
+
+
 class Backend(ABC, Generic[OptionsKind]):
     """Turns a lane program into files, and files into what runs.
 
@@ -194,6 +249,18 @@ class Backend(ABC, Generic[OptionsKind]):
             OSError: The directory cannot be written; names the file.
         """
 
+    def complete(self, program: LaneProgram, source: Source, directory: Path) -> None:
+        """Write what lies outside of the lanes' folder, when all programs and the tokenizer's files are written.
+
+        Args:
+            program: The lane program.
+            source: Where the model came from.
+            directory: The artifact's.
+
+        Raises:
+            OSError: It cannot be written; names the file.
+        """
+
     @abstractmethod
     def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
         """Paths inside an artifact of the files that a rank reads; they are checked before it is opened."""
@@ -212,6 +279,21 @@ class Backend(ABC, Generic[OptionsKind]):
             UsageError: The options ask for what cannot be done here.
             InputFileError: A file is damaged.
         """
+
+    def engine(self, artifact: Artifact, settings: EngineSettings) -> AbstractContextManager[TextEngine] | None:
+        """An engine of the backend's own that runs all lanes, for requests from this process.
+
+        Args:
+            artifact: An open artifact.
+            settings: What it is asked for.
+
+        Returns:
+            None if there is none: then every lane is run by a rank, which opens its program.
+
+        Raises:
+            UsageError: Its packages are not installed, or it cannot do what is asked for.
+        """
+        return None
 
     def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference | None:
         """The lane program and its weights as this backend stores them, with which its ranks are compared.

@@ -16,6 +16,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 _OWN_ROWS = {
     "torch": "kraken_compiler.backends.torch_dist.backend:TorchBackend",
     "onnx": "kraken_compiler.backends.onnx_ort.backend:OnnxBackend",
+    "vllm": "kraken_compiler.backends.vllm.backend:VllmBackend",
 }
 """A row for every backend of this package; a run takes the first one that an artifact has."""
 

@@ -200,6 +200,9 @@ def _fill(
         tokenizer_directory = directory / TOKENIZER_DIRECTORY
         tokenizer_directory.mkdir(exist_ok=True)
         tokenizer_saver(tokenizer_directory)
+    hashed_source = source()
+    for backend in backends:
+        backend.complete(program, hashed_source, directory)
     _write_durably(directory / REPORT_FILE, json_text(report, sort_keys=True))
     marks = finished_files(lanes)
     files = {
@@ -212,7 +215,7 @@ def _fill(
         format_version=FORMAT_VERSION,
         kraken_compiler=own_version(),
         torch=torch.__version__,
-        source=source(),
+        source=hashed_source,
         degree=program.degree,
         forms=program.plan.forms,
         dtype=_main_dtype(program),

@@ -31,6 +31,8 @@ def run(options: RunOptions) -> None:
         options.check()
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact
+        from kraken_compiler.backends.base import EngineSettings
+        from kraken_compiler.generate.frontend import serve
         from kraken_compiler.generate.run_rank import OPTIONS_FILE
         from kraken_compiler.generate.tokenizer import require_tokenizer
         from kraken_compiler.ir.size_checks import require_generation
@@ -39,7 +41,7 @@ def run(options: RunOptions) -> None:
         from kraken_compiler.ranks.launch import launch
 
         artifact = open_artifact(options.artifact, verify=False)
-        options.backend_of(artifact)
+        backend = options.backend_of(artifact)
         prompts = options.ids()
         if not options.input_ids:
             require_tokenizer(artifact)
@@ -53,6 +55,16 @@ def run(options: RunOptions) -> None:
         new_tokens = 1 if reads_source(manifest.inputs) else options.max_new_tokens or NEW_TOKENS
         # Here and not only where ranks know the lengths of texts, because starting them takes seconds.
         require_generation(manifest.call, manifest.inputs, batch, map(len, prompts), new_tokens)
+        settings = EngineSettings(
+            rows=batch, capacity=options.max_context, threads=options.threads, verbose=options.verbose
+        )
+        engine = backend.engine(artifact, settings)
+        if engine is not None:
+            if options.reduce_dtype is not None:
+                raise UsageError(f"--reduce-dtype does not go with the {backend.name} backend, whose engine sends sums")
+            with engine as text_engine:
+                serve(text_engine, options)
+            return
         with tempfile.TemporaryDirectory(prefix="kraken-options-") as name, _input_for_ranks(options) as terminal:
             file = Path(name) / "options.json"
             # The launcher's timeout reaches the ranks by itself.

@@ -70,7 +70,7 @@ class GenerationRequest:
 
 
 class Engine:
-    """One rank's part of a run.
+    """One rank's part of a run; that of rank 0 is a `TextEngine`.
 
     Attributes:
         artifact: What is run.
@@ -102,6 +102,19 @@ class Engine:
         self._check(request)
         self.ranks.broadcast(json.dumps(asdict(request)).encode())
         yield from self._carry_out(request)
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence that the model takes, as far as its graph says."""
+        return self.model.positions
+
+    def note(self, text: str) -> None:
+        """Say what a user should know."""
+        self.ranks.status.note(text)
+
+    def progress(self, stage: str) -> None:
+        """Say that something got done, and what comes next."""
+        self.ranks.status.progress(stage)
 
     def idle(self) -> None:
         """Tell the other ranks, as rank 0, that there is nothing to do yet; to be called every `IDLE_SECONDS`."""

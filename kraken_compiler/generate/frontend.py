@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kraken_compiler.backends.base import TextEngine
 from kraken_compiler.errors import UsageError
-from kraken_compiler.generate.engine import IDLE_SECONDS, Engine, GenerationRequest
+from kraken_compiler.generate.engine import IDLE_SECONDS, GenerationRequest
 from kraken_compiler.generate.lines import Lines
 from kraken_compiler.generate.request import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
 from kraken_compiler.generate.sampling import Sampling
@@ -24,7 +25,7 @@ _SEED_BITS = 32
 _NO_LIMIT = 1 << 30
 
 
-def serve(engine: Engine, options: RunOptions) -> None:
+def serve(engine: TextEngine, options: RunOptions) -> None:
     """Do all that the options, which have been checked, ask for.
 
     Raises:
@@ -62,14 +63,14 @@ class _Timings:
         return {"time_to_first_token_s": self.first, "tokens_per_second": rate, "total_s": self.last}
 
 
-def _answer(engine: Engine, options: RunOptions) -> None:
+def _answer(engine: TextEngine, options: RunOptions) -> None:
     codec = None if options.input_ids else TextCodec.of(engine.artifact, options.chat_template)
     texts = options.prompts()
     prompts = options.ids() if codec is None else [_encode(codec, text, options) for text in texts]
     request = _request(engine, prompts, options, codec, NEW_TOKENS if not options.chat else CHAT_TOKENS)
     notes = _notes(engine, request)
     for note in notes:
-        engine.ranks.status.note(note)
+        engine.note(note)
     streaming = len(prompts) == 1 and not options.json
     stream = _Ids() if codec is None else codec.stream(_context(engine, prompts[0], options.chat))
     ids: list[list[int]] = [[] for _ in prompts]
@@ -117,7 +118,7 @@ def _encode(codec: TextCodec, text: str, options: RunOptions) -> list[int]:
     return codec.encode_chat([*_system(options), {"role": "user", "content": text}])
 
 
-def _context(engine: Engine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
+def _context(engine: TextEngine, prompt: Sequence[int], chat: bool | None) -> Sequence[int]:
     """The tokens that the output continues; none for an answer, which stands by itself."""
     return () if chat or engine.reads_source else prompt
 
@@ -150,16 +151,16 @@ class _Ids:
 # a conversation ------------------------------------------------------------------------------------------------------
 
 
-def _converse(engine: Engine, options: RunOptions) -> None:
+def _converse(engine: TextEngine, options: RunOptions) -> None:
     """Continue, or answer, every line of standard input."""
-    engine.ranks.status.progress("loading the tokenizer")
+    engine.progress("loading the tokenizer")
     codec = TextCodec.of(engine.artifact, options.chat_template)
     terminal = options.terminal or (os.isatty(0) and os.isatty(1))
     chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
     manifest = engine.artifact.manifest
     rules = token_rules(manifest.call, manifest.inputs)
     capacity = options.max_context or longest_allowed(
-        rules, min(CONTEXT, engine.model.positions, _max_positions(engine))
+        rules, min(CONTEXT, engine.positions, _max_positions(engine))
     )
     if capacity > _max_positions(engine):
         note = f"there is room for {capacity:,} tokens, the model was made for {_max_positions(engine):,} positions"
@@ -195,7 +196,7 @@ def _converse(engine: Engine, options: RunOptions) -> None:
         raise UsageError("give --prompt TEXT, --input-ids 1,2,3, or lines on standard input")
 
 
-def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
+def _chats(engine: TextEngine, codec: TextCodec, terminal: bool) -> bool:
     """True if lines are answered where no option says so: there is a chat template, and it works."""
     if not codec.can_chat:
         return False
@@ -207,7 +208,7 @@ def _chats(engine: Engine, codec: TextCodec, terminal: bool) -> bool:
     return True
 
 
-def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
+def _next_line(engine: TextEngine, lines: Lines, terminal: bool) -> str | None:
     """The next line, None at the end of the input; meanwhile the other ranks are told that there is none."""
     if terminal:
         _emit(_SIGN)
@@ -218,7 +219,7 @@ def _next_line(engine: Engine, lines: Lines, terminal: bool) -> str | None:
     return line
 
 
-def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
+def _stream(engine: TextEngine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
     """Print an answer as it grows; returns it."""
     begins = _answer_begins(engine) if engine.reads_source else prompt
     room = capacity - len(begins)
@@ -243,7 +244,7 @@ def _stream(engine: Engine, codec: TextCodec, prompt: list[int], options: RunOpt
 
 
 def _request(
-    engine: Engine,
+    engine: TextEngine,
     prompts: Sequence[Sequence[int]],
     options: RunOptions,
     codec: TextCodec | None,
@@ -267,7 +268,7 @@ def _request(
     )
 
 
-def _answer_begins(engine: Engine) -> Sequence[int]:
+def _answer_begins(engine: TextEngine) -> Sequence[int]:
     """The tokens that an encoder-decoder's answer begins with."""
     begins = engine.artifact.manifest.source.answer_begins
     if not begins:
@@ -279,12 +280,12 @@ def _system(options: RunOptions) -> list[dict[str, str]]:
     return [{"role": "system", "content": options.system}] if options.system else []
 
 
-def _max_positions(engine: Engine) -> int:
+def _max_positions(engine: TextEngine) -> int:
     """The longest sequence that the model was made for, by the source's config."""
     return engine.artifact.manifest.source.max_positions or _NO_LIMIT
 
 
-def _notes(engine: Engine, request: GenerationRequest) -> list[str]:
+def _notes(engine: TextEngine, request: GenerationRequest) -> list[str]:
     """Notes for a user on a request that can be carried out."""
     max_positions, longest = _max_positions(engine), max(map(len, (*request.prompts, *request.sources)))
     total = max(map(len, request.prompts)) + request.max_new_tokens
@@ -297,12 +298,12 @@ def _notes(engine: Engine, request: GenerationRequest) -> list[str]:
     ]
 
 
-def _tell(engine: Engine, note: str, terminal: bool) -> None:
+def _tell(engine: TextEngine, note: str, terminal: bool) -> None:
     """Write a note for a user: to a terminal at once, else beside the output."""
     if terminal:
         _emit(f"note: {note}\n")
     else:
-        engine.ranks.status.note(note)
+        engine.note(note)
 
 
 def _emit(text: str) -> None:

@@ -18,7 +18,7 @@ _GEMMS = frozenset(
     {
         *("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum"),
         *("aten::scaled_dot_product_attention", "kraken::attention", "kraken::cached_attention"),
-        *("kraken::capped_attention", "kraken::expert_linear", "kraken_rank::linear"),
+        *("kraken::capped_attention", "kraken::engine_attention", "kraken::expert_linear", "kraken_rank::linear"),
     }
 )
 

@@ -30,6 +30,8 @@ _library.define(
     "float softcap=0.0, Tensor? sinks=None) -> Tensor"
 )
 
+CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
+
 
 def cached_attention(
     query: Tensor,

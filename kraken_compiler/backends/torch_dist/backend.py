@@ -32,7 +32,7 @@ class TorchOptions(BackendOptions):
     ] = None
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the program with torch.compile first, for --backend torch."),
+        typer.Option("--compile", help="Compile the program with torch.compile first, for --backend torch or vllm."),
         AT_RUN,
     ] = False
 

@@ -12,14 +12,13 @@ from torch import fx
 
 from kraken_compiler.backends.torch_dist.graph_json import UnknownGraphError, graph_from_json, graph_to_json
 from kraken_compiler.errors import InputFileError, naming
-from kraken_compiler.ir.program import Program
 
 MAX_GRAPH_BYTES = 256 << 20
 """Far more than any model's; reading stops before memory does."""
 
 
-def save_graph(program: Program, path: Path) -> fx.GraphModule:
-    """Write the program's graph, without weights.
+def save_graph(graph: fx.Graph, path: Path) -> fx.GraphModule:
+    """Write a graph, without weights.
 
     Stack traces and module paths stay out: they name the user's files, and an artifact may be handed on.
 
@@ -29,7 +28,7 @@ def save_graph(program: Program, path: Path) -> fx.GraphModule:
     Raises:
         OSError: The file cannot be written; names it.
     """
-    text = graph_to_json(program.graph)
+    text = graph_to_json(graph)
     with naming(path):
         path.write_text(text, encoding="utf-8")
     module = load_graph(path)

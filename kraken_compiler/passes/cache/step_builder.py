@@ -12,7 +12,7 @@ from kraken_compiler._torch_compat import largest_size, new_dynamic_size
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS, CachePlan, CacheSpec
 from kraken_compiler.ir.program import CachedProgram, InputSpec, LaneProgram, Program
-from kraken_compiler.ops import cached_attention  # noqa: F401  (registers the op)
+from kraken_compiler.ops.cached_attention import CACHED_ATTENTION
 from kraken_compiler.ops.op_sets import ATTENTIONS, CAPPED_ATTENTION, DEQUANTIZE
 from kraken_compiler.passes.cache.classify_masks import MaskRule, classify_mask
 from kraken_compiler.passes.cache.compare_lengths import compare_lengths
@@ -41,7 +41,6 @@ from kraken_compiler.passes.shapes import (
     value_of,
 )
 
-_CACHED_ATTENTION = torch.ops.kraken.cached_attention.default
 _WAIT = torch.ops.kraken.wait.default
 
 
@@ -368,7 +367,7 @@ class StepBuilder:
             sinks = node.kwargs.get("sinks")
             assert sinks is None or isinstance(sinks, fx.Node)
             extra += (node.kwargs.get("softcap", 0.0), None if sinks is None else self._whole(sinks))
-        self.new[node] = self.graph.call_function(_CACHED_ATTENTION, (*operands, *extra))
+        self.new[node] = self.graph.call_function(CACHED_ATTENTION, (*operands, *extra))
         return self._refresh(self.new[node], node, in_tail=False)
 
     def _rule(self, attention: fx.Node) -> MaskRule | Rejection:

@@ -140,7 +140,7 @@ def _replace_attentions(graph: fx.Graph, mask_input: fx.Node, ids: fx.Node, mode
     masks: dict[Any, fx.Node] = {}
     presents: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target is not torch.ops.kraken.cached_attention.default:
+        if node.target is not CACHED_ATTENTION:
             continue
         query, key, value, key_cache, value_cache, *_ = node.args
         options = list(node.args[8:])

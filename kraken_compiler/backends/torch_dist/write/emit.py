@@ -38,14 +38,14 @@ def write_lanes(
 
 
 def _save_graphs(program: LaneProgram, directory: Path) -> tuple[Window, ...]:
-    windows = check_schedule(save_graph(program, directory / Path(GRAPH_FILE).name), program.plan)
+    windows = check_schedule(save_graph(program.graph, directory / Path(GRAPH_FILE).name), program.plan)
     if program.rows is not None:
-        check_schedule(save_graph(program.rows.program, directory / Path(ROWS_FILE).name), program.rows.plan)
+        check_schedule(save_graph(program.rows.program.graph, directory / Path(ROWS_FILE).name), program.rows.plan)
     if program.cached is not None:
-        check_schedule(save_graph(program.cached.step, directory / Path(STEP_FILE).name), program.plan)
+        check_schedule(save_graph(program.cached.step.graph, directory / Path(STEP_FILE).name), program.plan)
         split = program.cached.split
         if split is not None:
-            check_schedule(save_graph(split.program, directory / Path(SPLIT_FILE).name), split.plan)
+            check_schedule(save_graph(split.program.graph, directory / Path(SPLIT_FILE).name), split.plan)
         if program.cached.plan.tables:
-            save_graph(program.cached.tables, directory / Path(TABLES_FILE).name)
+            save_graph(program.cached.tables.graph, directory / Path(TABLES_FILE).name)
     return windows

@@ -1,0 +1,1 @@
+"""The vLLM backend: the lane programs as a model of the serving engine vLLM."""

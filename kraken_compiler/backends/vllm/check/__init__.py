@@ -1,0 +1,1 @@
+"""Runs the same programs without vLLM, to compare them with the lanes."""

@@ -1,0 +1,87 @@
+"""A lane of an artifact as an engine runs it: its graphs and weights, whoever computes its attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, fx
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.torch_dist.graph_file import load_graph
+from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights
+from kraken_compiler.backends.vllm.format import (
+    BODY_FILE,
+    HEAD_FILE,
+    PREPARE_FILE,
+    RECORD_FILE,
+    TABLE,
+    EngineRecord,
+    read_record,
+)
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ops import engine_attention
+from kraken_compiler.ops.devices import retarget
+
+
+@dataclass(frozen=True)
+class EngineLane:
+    """One lane. Placeholders of its graphs: the weights that they read, then their inputs (see `FlatProgram`).
+
+    Attributes:
+        record: What the attentions are, and the sizes.
+        body, head, prepare: The graphs.
+        weights: The lane's weights by placeholder, mapped out of the files.
+    """
+
+    record: EngineRecord
+    body: fx.GraphModule
+    head: fx.GraphModule
+    prepare: fx.GraphModule
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, artifact: Artifact, lane: int) -> Self:
+        """Read a lane's graphs, and map its weights.
+
+        Raises:
+            InputFileError: A file is missing or damaged, or the files do not belong together.
+        """
+        assert engine_attention is not None  # importing it defines the op that the graphs call
+        record = read_record(artifact.path(RECORD_FILE))
+        graphs = [load_graph(artifact.path(name)) for name in (BODY_FILE, HEAD_FILE, PREPARE_FILE)]
+        numbers = [node.args[3] for node in graphs[0].graph.find_nodes(op="call_function", target=_ATTENTION)]
+        if numbers != list(range(len(record.attentions))):
+            raise InputFileError(f"{artifact.directory}: its engine files do not belong together")
+        return cls(record, *graphs, load_lane_weights(artifact, lane, artifact.manifest.weight_table))
+
+    def prepared(self, capacity: int, weights: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        """What is computed once at load: the tables for sequences up to a length, then slopes and sinks.
+
+        Args:
+            capacity: The length.
+            weights: By placeholder, on the device.
+            device: Where to compute.
+
+        Raises:
+            UsageError: The model's positions do not reach that far.
+        """
+        retarget(self.prepare, device)
+        names = [node.name for node in self.prepare.graph.nodes if node.op == "placeholder"]
+        ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
+        try:
+            with torch.no_grad():
+                outputs: tuple[Tensor, ...] = self.prepare(*(weights[name] for name in names[:-1]), ids)
+        except (IndexError, RuntimeError) as error:
+            # Stored position tables end somewhere, and only running into it shows where.
+            raise UsageError(f"the model's positions do not reach {capacity} tokens: {error}") from error
+        return outputs
+
+    def tables(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tables among what `prepared` gave, by the names of the graphs' inputs."""
+        return {f"{TABLE}{number}": table for number, table in enumerate(prepared[: self.record.tables])}
+
+
+_ATTENTION = engine_attention.ENGINE_ATTENTION

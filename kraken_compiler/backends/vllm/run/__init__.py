@@ -1,0 +1,1 @@
+"""Runs lane programs inside the processes of vLLM; imported by no others."""

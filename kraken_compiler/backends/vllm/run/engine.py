@@ -1,0 +1,155 @@
+"""vLLM as the engine of `kraken-run`: for prompts of one process, without a server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kraken_compiler.artifact.read import Artifact
+from kraken_compiler.backends.base import EngineSettings
+from kraken_compiler.backends.vllm.run.environment import engine_environment
+from kraken_compiler.errors import UsageError
+from kraken_compiler.standard_streams import tell
+
+if TYPE_CHECKING:
+    from kraken_compiler.generate.engine import GenerationRequest
+
+_CAPACITY = 2048
+_CACHE_BYTES = 1 << 28
+"""Room for keys and values beside what the requests need: vLLM keeps some blocks to itself."""
+
+
+class VllmEngine:
+    """See `TextEngine`.
+
+    Attributes:
+        artifact, reads_source: See there.
+    """
+
+    reads_source = False
+
+    def __init__(self, artifact: Artifact, llm: Any) -> None:
+        self.artifact = artifact
+        self._engine = llm.llm_engine
+        self._longest = int(llm.llm_engine.vllm_config.model_config.max_model_len)
+        self._vocabulary = int(llm.llm_engine.vllm_config.model_config.get_vocab_size())
+        self._requests = 0
+
+    @property
+    def positions(self) -> int:
+        """See `TextEngine`."""
+        return self._longest
+
+    def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
+        """See `TextEngine`."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        self._check(request)
+        sampling = request.sampling
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or 0,
+            top_p=sampling.top_p or 1.0,
+            seed=sampling.seed if sampling.temperature else None,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=list(request.eos),
+            ignore_eos=True,  # those that count are named
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        names = [str(self._requests + row) for row in range(len(request.prompts))]
+        self._requests += len(names)
+        for name, prompt in zip(names, request.prompts):
+            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params.clone())
+        tokens: dict[str, deque[int]] = {name: deque() for name in names}
+        running = set(names)
+        while running or any(tokens.values()):
+            while any(not tokens[name] for name in running):
+                for output in self._engine.step():
+                    (completion,) = output.outputs
+                    tokens[output.request_id].extend(completion.token_ids)
+                    if output.finished:
+                        running.discard(output.request_id)
+            if any(tokens.values()):
+                yield [tokens[name].popleft() if tokens[name] else None for name in names]
+
+    def idle(self) -> None:
+        """See `TextEngine`; its processes wait by themselves."""
+
+    def note(self, text: str) -> None:
+        """See `TextEngine`."""
+        tell(f"note: {text}")
+
+    def progress(self, stage: str) -> None:
+        """See `TextEngine`; nobody watches it."""
+
+    def _check(self, request: GenerationRequest) -> None:
+        for token in (token for prompt in request.prompts for token in prompt):
+            if not 0 <= token < self._vocabulary:
+                raise UsageError(f"there is no token {token}; the model has the tokens 0 to {self._vocabulary - 1}")
+        total = max(map(len, request.prompts)) + request.max_new_tokens
+        if total > self._longest:
+            raise UsageError(
+                f"prompt and new tokens need {total} positions, the engine has room for {self._longest}; shorten the "
+                "prompt, ask for fewer new tokens, or raise the context (--max-context)"
+            )
+
+
+@contextmanager
+def vllm_engine(artifact: Artifact, settings: EngineSettings, *, compiled: bool) -> Iterator[VllmEngine]:
+    """Start vLLM's processes, one for every lane, and end them.
+
+    Args:
+        artifact: An open artifact.
+        settings: What is asked for.
+        compiled: Let vLLM compile the graphs, which takes a minute.
+    """
+    with engine_environment(settings), _output_on_standard_error():
+        from vllm import LLM
+
+        cache = artifact.manifest.cache
+        assert cache is not None, "only programs with a KV cache are written"
+        limits = [limit for limit in (cache.plan.limit, artifact.manifest.source.max_positions) if limit is not None]
+        capacity = settings.capacity or min([_CAPACITY, *limits])
+        llm = LLM(
+            model=str(artifact.directory),
+            tensor_parallel_size=artifact.manifest.degree,
+            max_model_len=capacity,
+            max_num_seqs=max(settings.rows, 1),
+            enforce_eager=not compiled,
+            kv_cache_memory_bytes=_CACHE_BYTES + settings.rows * capacity * _token_bytes(artifact),
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+        )
+    try:
+        yield VllmEngine(artifact, llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _token_bytes(artifact: Artifact) -> int:
+    import torch
+
+    from kraken_compiler.backends.sequences import token_bytes
+
+    assert artifact.manifest.cache is not None
+    return token_bytes(artifact.manifest.cache.plan.caches, lambda dtype: getattr(torch, dtype).itemsize)
+
+
+@contextmanager
+def _output_on_standard_error() -> Iterator[None]:
+    """Let processes that start meanwhile write to standard error: standard output is for the text."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,254 @@
+"""`KrakenForCausalLM`: a lane of a compiled model, as vLLM's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.torch_dist.run.insert_collectives import copy_graph
+from kraken_compiler.backends.vllm.format import HIDDEN, IDS, POSITIONS, EngineAttention, rank_files
+from kraken_compiler.backends.vllm.lane import EngineLane
+from kraken_compiler.backends.vllm.run.collectives import bind_engine_collectives
+from kraken_compiler.backends.vllm.run.linear import EngineLinear, takes
+from kraken_compiler.backends.vllm.run.options import EngineOptions
+from kraken_compiler.ops.devices import retarget
+from kraken_compiler.ops.engine_attention import ENGINE_ATTENTION
+from kraken_compiler.ops.op_sets import LINEAR
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ATTENTIONS, _LINEARS, _WEIGHTS = "attentions", "linears", "weights"
+
+
+class _LaneGraph(nn.Module):
+    """A graph of a lane with what it calls: vLLM's attentions and linear layers, and collectives.
+
+    Attributes:
+        names: The graph's inputs, without the weights.
+    """
+
+    def __init__(self, module: fx.GraphModule, lane: EngineLane, device: torch.device, collectives: str) -> None:
+        super().__init__()
+        root = nn.Module()
+        for name in (_ATTENTIONS, _LINEARS, _WEIGHTS):
+            root.add_module(name, nn.Module())
+        bind_engine_collectives(module, device, collectives)
+        self._weights = {
+            node.name: lane.weights[node.name]
+            for node in module.graph.find_nodes(op="placeholder")
+            if node.name in lane.weights
+        }
+        self._on_device: dict[str, Tensor] = {}
+        # A graph of its own: one that a module owns takes calls of that module's parts only.
+        self._graph, self._root, self._device = copy_graph(module.graph), root, device
+        self.names = [
+            node.name for node in module.graph.find_nodes(op="placeholder") if node.name not in self._weights
+        ]
+        self.graph: fx.GraphModule | None = None
+
+    def add_attentions(self, attentions: dict[int, Attention]) -> None:
+        """Put vLLM's attentions where the graph has one."""
+        graph = self._graph
+        for node in graph.find_nodes(op="call_function", target=ENGINE_ATTENTION):
+            query, key, value, number = node.args
+            name = f"{_ATTENTIONS}.{number}"
+            self._root.get_submodule(_ATTENTIONS).add_module(str(number), _TokensFirst(attentions[number]))
+            with graph.inserting_before(node):
+                new = graph.call_module(name, (query, key, value))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Put the weights in.
+
+        Args:
+            weights: Those that are on the device already, by name; what this graph needs besides is added.
+        """
+        graph, root = self._graph, self._root
+        for node in list(graph.find_nodes(op="placeholder")):
+            if node.name not in self._weights:
+                continue
+            if node.name not in weights:
+                weights[node.name] = self._weights[node.name].to(self._device, copy=True)
+            self._bind(node, weights)
+        for node in list(graph.find_nodes(op="placeholder")):
+            if node.name in self._weights and not node.users:
+                graph.erase_node(node)
+        module = fx.GraphModule(root, graph)
+        retarget(module, self._device)
+        self.graph = module.eval()
+        self._weights = {}
+
+    def _bind(self, node: fx.Node, weights: dict[str, Tensor]) -> None:
+        """Replace a weight's placeholder: by linear layers where it is the matrix of some, by the weight elsewhere."""
+        graph, root, weight = self._graph, self._root, weights[node.name]
+        linears = [user for user in node.users if user.target is LINEAR and user.args[1] is node and takes(weight)]
+        is_shared = len(linears) < len(node.users) or len(linears) > 1
+        for number, user in enumerate(linears):
+            bias = user.args[2] if len(user.args) > 2 else None
+            own_bias = None
+            if isinstance(bias, fx.Node):
+                if bias.name not in weights:
+                    if bias.name not in self._weights:
+                        is_shared = True
+                        continue  # it is computed: the operator takes it
+                    weights[bias.name] = self._weights[bias.name].to(self._device, copy=True)
+                own_bias = weights[bias.name]
+            layer = EngineLinear(weight, own_bias)
+            layer.prepare(is_shared=is_shared)
+            name = f"{node.name}_{number}"
+            root.get_submodule(_LINEARS).add_module(name, layer)
+            with graph.inserting_before(user):
+                new = graph.call_module(f"{_LINEARS}.{name}", (user.args[0],))
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+        if node.users:
+            holder = root.get_submodule(_WEIGHTS)
+            if weight.is_floating_point():
+                holder.register_parameter(node.name, nn.Parameter(weight, requires_grad=False))
+            else:
+                holder.register_buffer(node.name, weight)
+            with graph.inserting_before(node):
+                attribute = graph.create_node("get_attr", f"{_WEIGHTS}.{node.name}")
+            node.replace_all_uses_with(attribute)
+
+
+class _TokensFirst(nn.Module):
+    """vLLM's attention, on operands [1, heads, tokens, size]."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = [operand[0].transpose(0, 1).flatten(1) for operand in (query, key, value)]
+        out: Tensor = self.attention(*rows)
+        return out.unflatten(1, (self.attention.num_heads, -1)).transpose(0, 1).unsqueeze(0)
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})  # type: ignore[untyped-decorator]
+class LaneBody(nn.Module):
+    """The graph from tokens to hidden states."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.lane: _LaneGraph | None = None
+        self.dtype = torch.int64
+        self.order: tuple[str, ...] = ()
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T], [T] -> [T, hidden size]."""
+        assert self.lane is not None and self.lane.graph is not None
+        feeds = {IDS: input_ids.to(self.dtype).unsqueeze(0), POSITIONS: positions.unsqueeze(0)}
+        arguments = [feeds[name] if name in feeds else getattr(self, name) for name in self.order]
+        return self.lane.graph(*arguments)[0][0]
+
+
+class KrakenForCausalLM(nn.Module):
+    """A lane of a compiled model; vLLM makes one in every process of a tensor-parallel group."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Read the graphs, and make the attentions, whose caches vLLM allocates."""
+        super().__init__()
+        model_config = vllm_config.model_config
+        artifact = open_artifact(Path(model_config.model), verify=False)
+        manifest, rank = artifact.manifest, get_tensor_model_parallel_rank()
+        artifact.verify(*rank_files(artifact, rank))
+        self._lane = EngineLane.load(artifact, rank)
+        self._device = torch.device(vllm_config.device_config.device)
+        self._capacity = model_config.max_model_len
+        kind = EngineOptions.of(vllm_config).collectives
+        self._body_graph, self._head = (
+            _LaneGraph(module, self._lane, self._device, kind) for module in (self._lane.body, self._lane.head)
+        )
+        record = self._lane.record
+        # Slopes and sinks follow from few weights: they are computed where those lie in the files.
+        self._prepared = self._lane.prepared(1, self._lane.weights, torch.device("cpu"))
+        self._body_graph.add_attentions(
+            {
+                number: self._attention(attention, number, vllm_config, prefix)
+                for number, attention in enumerate(record.attentions)
+            }
+        )
+        self.model = LaneBody(vllm_config=vllm_config, prefix=prefix)
+        self.model.dtype = getattr(torch, manifest.inputs[0].dtype)
+
+    def _attention(self, attention: EngineAttention, number: int, vllm_config: VllmConfig, prefix: str) -> Attention:
+        extra: dict[str, Any] = {}
+        if attention.slopes is not None:
+            extra["alibi_slopes"] = self._prepared[attention.slopes].tolist()
+        if attention.sinks is not None:
+            extra["sinks"] = self._prepared[attention.sinks].to(self._device)
+        if attention.softcap:
+            extra["logits_soft_cap"] = attention.softcap
+        return Attention(
+            attention.heads,
+            attention.head_size,
+            attention.scale,
+            num_kv_heads=attention.kv_heads,
+            cache_config=vllm_config.cache_config,
+            per_layer_sliding_window=attention.window or None,
+            prefix=f"{prefix}.layers.{number}.attn" if prefix else f"layers.{number}.attn",
+            **extra,
+        )
+
+    def load_lane(self) -> None:
+        """Put this lane's weights onto the device, and compute the tables."""
+        weights: dict[str, Tensor] = {}
+        for graph in (self._body_graph, self._head):
+            graph.load(weights)
+        needed = {name: weights.get(name, tensor) for name, tensor in self._lane.weights.items()}
+        needed = {name: tensor.to(self._device) for name, tensor in needed.items() if _reads(self._lane.prepare, name)}
+        prepared = self._lane.prepared(self._capacity, needed, self._device)
+        self.model.lane = self._body_graph
+        self.model.order = tuple(self._body_graph.names)
+        self._head_order = tuple(self._head.names)
+        for name, table in self._lane.tables(prepared).items():
+            for owner, order in ((self.model, self.model.order), (self._head, self._head_order)):
+                if name in order:
+                    owner.register_buffer(name, table, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        **others: object,
+    ) -> Tensor:
+        """Token ids [T] and positions [T] of any number of sequences -> hidden states [T, hidden size]."""
+        if input_ids is None:
+            raise ValueError("a compiled model takes token ids, not embeddings")
+        hidden: Tensor = self.model(input_ids, positions)
+        return hidden
+
+    def compute_logits(self, hidden_states: Tensor, *others: object) -> Tensor:
+        """Hidden states [n, hidden size] -> logits [n, vocabulary], on every rank."""
+        assert self._head.graph is not None, "the weights are not loaded"
+        feeds = {HIDDEN: hidden_states.unsqueeze(0)}
+        arguments = [feeds[name] if name in feeds else getattr(self._head, name) for name in self._head_order]
+        logits: Tensor = self._head.graph(*arguments)[0][0]
+        return logits
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Not there: the embedding is a part of the body."""
+        raise NotImplementedError("a compiled model embeds tokens inside its graph; it takes no embeddings")
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Not there: weights come out of the artifact alone, see `LaneLoader`."""
+        raise NotImplementedError("a compiled model takes its weights out of its artifact; leave --load-format out")
+
+
+def _reads(module: fx.GraphModule, name: str) -> bool:
+    return any(node.name == name for node in module.graph.find_nodes(op="placeholder"))
+
+

@@ -1,0 +1,44 @@
+"""What can be chosen of a compiled model in vLLM: `--additional-config '{"kraken": {...}}'`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OPTIONS_KEY = "kraken"
+
+OWN, ENGINE, NONE = "own", "engine", "none"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of a compiled model.
+
+    Attributes:
+        collectives: What adds up the lanes' parts where something hides the sum: "own" is a side stream on GPUs and our
+            messages on CPUs, "engine" vLLM's own all-reduce, awaited at once, and "none" leaves sums out, which
+            computes something else: the bound for benchmarks.
+    """
+
+    collectives: str = OWN
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Self:
+        """The options that were given.
+
+        Raises:
+            ValueError: There is no such option or value.
+        """
+        extra = vllm_config.additional_config
+        given = extra.get(OPTIONS_KEY, {}) if isinstance(extra, dict) else {}
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"--additional-config: kraken has no option '{unknown[0]}' (known: {', '.join(known)})")
+        options = cls(**given)
+        if options.collectives not in (OWN, ENGINE, NONE):
+            raise ValueError(f"--additional-config: collectives '{options.collectives}': choose {OWN}, {ENGINE} or {NONE}")
+        return options

@@ -1,0 +1,1 @@
+"""Writes what vLLM needs of an artifact. Knows nothing of vLLM."""

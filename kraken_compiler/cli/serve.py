@@ -1,0 +1,91 @@
+"""`kraken-serve DIR`: `vllm serve` with the options that a compiled model needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, run_app
+from kraken_compiler.errors import UsageError
+
+_DESCRIPTION = """Serve an artifact with vLLM, behind an API like OpenAI's.
+
+All other options are vLLM's own and go to `vllm serve` as they are, e.g. --port 8000 --max-model-len 4096."""
+
+_TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(
+    help=_DESCRIPTION,
+    epilog=EXIT_CODES,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(
+    context: typer.Context,
+    artifact: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote with --backend vllm.")
+    ],
+) -> None:
+    """Become vLLM's server."""
+    with errors_as_exit_codes():
+        command = serve_command(artifact, context.args)
+        # Imported late, so that --help answers at once.
+        from kraken_compiler.backends.vllm.run.environment import serve_environment
+
+        sys.stdout.flush()
+        os.execvpe(command[0], command, serve_environment(os.environ))
+
+
+def serve_command(directory: Path, others: list[str]) -> list[str]:
+    """The command line of vLLM's server for an artifact.
+
+    Args:
+        directory: The artifact.
+        others: Options of vLLM's own.
+
+    Raises:
+        UsageError: vLLM is not installed, the artifact is not for it, or an option contradicts it.
+        InputFileError: The artifact is damaged.
+    """
+    from kraken_compiler.artifact.read import open_artifact
+    from kraken_compiler.backends.registry import backends_of
+    from kraken_compiler.backends.vllm.backend import VllmBackend
+    from kraken_compiler.backends.vllm.run.environment import require_vllm
+
+    artifact = open_artifact(directory, verify=False)
+    if not any(isinstance(backend, VllmBackend) for backend in backends_of(artifact)):
+        there = ", ".join(artifact.manifest.backends)
+        raise UsageError(f"{directory} was compiled without the vllm backend (it has: {there}); compile it with "
+                         "--backend vllm")
+    degree = artifact.manifest.degree
+    for place, option in enumerate(others):
+        name, _, value = option.partition("=")
+        if name not in _TENSOR_PARALLEL:
+            continue
+        value = value or (others[place + 1] if place + 1 < len(others) else "")
+        if value != str(degree):
+            raise UsageError(f"{directory} has {degree} lanes, so {name} {value} is refused; leave it out, or compile "
+                             "for that degree")
+    require_vllm("kraken-serve")
+    # That of this environment, whatever else the shell would find.
+    beside = Path(sys.executable).with_name("vllm")
+    program = str(beside) if beside.exists() else shutil.which("vllm") or "vllm"
+    has_size = any(option.partition("=")[0] in _TENSOR_PARALLEL for option in others)
+    size = [] if has_size else ["--tensor-parallel-size", str(degree)]
+    return [program, "serve", str(directory), *size, *others]
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app, "kraken-serve")
+
+
+if __name__ == "__main__":
+    main()
