@@ -186,6 +186,17 @@ class TextEngine(Protocol):
         """Say that something got done, and what comes next."""
 
 
+class OwnEngine(TextEngine, Protocol):
+    """An engine of a backend's own, which can be compared with the lanes."""
+
+    def first_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[Array]:
+        """The logarithms of the probabilities of all tokens behind prompts, float32 [vocabulary] each.
+
+        Args:
+            prompts: Token ids; all are read at once.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What an engine of a backend's own is asked for.
@@ -195,12 +206,14 @@ class EngineSettings:
         capacity: Most tokens of a sequence; None leaves it to the engine.
         threads: Threads that every lane computes with; None leaves it to the engine.
         verbose: Show what it says while it works.
+        checking: It will be compared with the lanes.
     """
 
     rows: int = 1
     capacity: int | None = None
     threads: int | None = None
     verbose: bool = False
+    checking: bool = False
 
 
 class Backend(ABC, Generic[OptionsKind]):
@@ -280,7 +293,7 @@ class Backend(ABC, Generic[OptionsKind]):
             InputFileError: A file is damaged.
         """
 
-    def engine(self, artifact: Artifact, settings: EngineSettings) -> AbstractContextManager[TextEngine] | None:
+    def engine(self, artifact: Artifact, settings: EngineSettings) -> AbstractContextManager[OwnEngine] | None:
         """An engine of the backend's own that runs all lanes, for requests from this process.
 
         Args:

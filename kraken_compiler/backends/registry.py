@@ -121,6 +121,23 @@ def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None
     return backends
 
 
+def backend_of(artifact: Artifact, name: str) -> Backend[Any]:
+    """One of the backends that wrote an artifact.
+
+    Raises:
+        UsageError: It did not.
+        InputFileError: See `backends_of`.
+    """
+    found = next((backend for backend in backends_of(artifact) if backend.name == name), None)
+    if found is None:
+        there = ", ".join(artifact.manifest.backends)
+        raise UsageError(
+            f"{artifact.directory} was compiled without the {name} backend (it has: {there}); compile it with "
+            f"--backend {name}"
+        )
+    return found
+
+
 def keeper_of_lanes(artifact: Artifact) -> Backend[Any] | None:
     """The backend of an artifact that keeps the lane program itself; None if none does.
 

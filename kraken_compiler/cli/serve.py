@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,15 +54,11 @@ def serve_command(directory: Path, others: list[str]) -> list[str]:
         InputFileError: The artifact is damaged.
     """
     from kraken_compiler.artifact.read import open_artifact
-    from kraken_compiler.backends.registry import backends_of
-    from kraken_compiler.backends.vllm.backend import VllmBackend
-    from kraken_compiler.backends.vllm.run.environment import require_vllm
+    from kraken_compiler.backends.registry import backend_of
+    from kraken_compiler.backends.vllm.run.environment import require_vllm, server
 
     artifact = open_artifact(directory, verify=False)
-    if not any(isinstance(backend, VllmBackend) for backend in backends_of(artifact)):
-        there = ", ".join(artifact.manifest.backends)
-        raise UsageError(f"{directory} was compiled without the vllm backend (it has: {there}); compile it with "
-                         "--backend vllm")
+    backend_of(artifact, "vllm")
     degree = artifact.manifest.degree
     for place, option in enumerate(others):
         name, _, value = option.partition("=")
@@ -74,12 +69,9 @@ def serve_command(directory: Path, others: list[str]) -> list[str]:
             raise UsageError(f"{directory} has {degree} lanes, so {name} {value} is refused; leave it out, or compile "
                              "for that degree")
     require_vllm("kraken-serve")
-    # That of this environment, whatever else the shell would find.
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.exists() else shutil.which("vllm") or "vllm"
     has_size = any(option.partition("=")[0] in _TENSOR_PARALLEL for option in others)
     size = [] if has_size else ["--tensor-parallel-size", str(degree)]
-    return [program, "serve", str(directory), *size, *others]
+    return [*server(str(directory)), *size, *others]
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.base import Reference
-from kraken_compiler.backends.registry import lanes_in
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.base import EngineSettings, Reference
+from kraken_compiler.backends.registry import backend_of, lanes_in
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.commands.source import as_compiled, lowered_as, source_of
 from kraken_compiler.errors import UsageError
@@ -20,6 +20,7 @@ from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.ranks.environment import require_timeout
+from kraken_compiler.verify.against_engine import LENGTHS, compare_with_engine
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
@@ -56,9 +57,11 @@ def verify_artifact(
     with show.stage("check hashes"):
         artifact = open_artifact(path)
     with show.stage("run on ranks"):
-        result = verify_programs(path, None, timeout)
+        result = verify_programs(path, None, timeout, backend=options.backend)
     result.require_passed()
     lanes = lanes_in(artifact)
+    if lanes is not None:
+        result = _with_engine(result, artifact, lanes, options.backend, show)
     who = " and ".join(check.backend.ranks_are for check in result.checks)
     source_record = artifact.manifest.source
     where = source if source is not None else source_record.path
@@ -89,8 +92,9 @@ def verify_artifact(
         program = lowered_as(captured, artifact.manifest)
         lanes = Reference(program, read_from_source(program, captured.store.read))
         with show.stage("run on ranks"):
-            result = verify_programs(path, None, timeout, lanes)
-    result = replace(result, comparisons=(*result.comparisons, *comparisons), skipped=skipped)
+            result = verify_programs(path, None, timeout, lanes, options.backend)
+        result = _with_engine(result, artifact, lanes, options.backend, show)
+    result = replace(result, comparisons=(*result.comparisons, *comparisons), skipped=(*result.skipped, *skipped))
     result.require_passed()
     choice = TextChoice.of(text, text_tokens)
     result = with_quality(result, artifact, lanes, captured, choice, show)
@@ -100,4 +104,24 @@ def verify_artifact(
         if isinstance(costs, str):
             return replace(result, skipped=(*result.skipped, costs))
         result = replace(result, sensitivity=costs)
+    return result
+
+
+def _with_engine(
+    result: Verification, artifact: Artifact, lanes: Reference, backend: str | None, show: Progress
+) -> Verification:
+    """A verification with the comparison of the backend's own engine, where that was asked for and has one."""
+    if backend is None:
+        return result
+    one = backend_of(artifact, backend)
+    try:
+        starting = one.engine(artifact, EngineSettings(rows=len(LENGTHS), checking=True))
+    except UsageError as error:
+        return replace(result, skipped=(*result.skipped, f"no run in the engine of the {backend} backend: {error}"))
+    if starting is None:
+        return result
+    with show.stage(f"run {backend}"), starting as engine:
+        comparisons = compare_with_engine(engine, lanes, backend)
+    result = replace(result, comparisons=(*result.comparisons, *comparisons))
+    result.require_passed()
     return result

@@ -58,14 +58,19 @@ class Runs(list[Any]):
 class StreamingProgram(fx.Interpreter):
     """Runs all lanes of a program, one after the other at every node.
 
-    Args:
+    Attributes:
         program: The program; its graph is not changed.
-        read_lane: Gives the weights.
     """
 
     def __init__(self, program: Program, read_lane: ReadLane) -> None:
+        """Prepare.
+
+        Args:
+            program: See the class.
+            read_lane: Gives the weights.
+        """
         super().__init__(program.module, garbage_collect_values=True)
-        self._program = program
+        self.program = program
         self._read_lane = read_lane
         self._taps: dict[str, Any] = {}
         self._tap_names: frozenset[str] = frozenset()
@@ -73,7 +78,7 @@ class StreamingProgram(fx.Interpreter):
     def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run on the graph's inputs, in the order of `program.inputs`; returns the graph's outputs."""
         with torch.no_grad():
-            outputs: tuple[Tensor, ...] = self.run(*self._program.weights.values(), *inputs, enable_io_processing=False)
+            outputs: tuple[Tensor, ...] = self.run(*self.program.weights.values(), *inputs, enable_io_processing=False)
         return outputs
 
     def run_each(self, inputs: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
@@ -109,7 +114,7 @@ class StreamingProgram(fx.Interpreter):
         if not self._differs((args, kwargs)):
             return self._call(target, *self._on_lane((args, kwargs), 0))
         values = Lanes()
-        for lane in range(self._program.degree):
+        for lane in range(self.program.degree):
             values.append(self._call(target, *self._on_lane((args, kwargs), lane)))
         return values
 
@@ -120,7 +125,7 @@ class StreamingProgram(fx.Interpreter):
     def _reduce(self, value: Any) -> Tensor:
         if not isinstance(value, Lanes):
             assert isinstance(value, Tensor)
-            return value * self._program.degree if self._program.degree > 1 else value
+            return value * self.program.degree if self.program.degree > 1 else value
         first, *rest = value
         total: Tensor = first
         for part in rest:

@@ -20,6 +20,12 @@ class VerifyOptions(CommandOptions):
     source: Source = None
     trust_pickle: TrustPickle = False
     timeout: Timeout = CHECK_TIMEOUT
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this backend's programs alone, and in its own engine, if it has one: vllm. (default: all)"
+        ),
+    ] = None
     by_layer: Annotated[
         bool,
         typer.Option(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend, Reference
-from kraken_compiler.backends.registry import backends_of, lanes_in
+from kraken_compiler.backends.registry import backend_of, backends_of, lanes_in
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import RanWindow, Window
 from kraken_compiler.passes.sample_inputs import sample_inputs
@@ -135,6 +135,7 @@ def verify_programs(
     sizes: Sequence[tuple[int, int]] | None = None,
     timeout: float = 120.0,
     lanes: Reference | None = None,
+    backend: str | None = None,
 ) -> Verification:
     """Check an artifact's programs: real ranks against the lanes in one process, and the schedule of what will run.
 
@@ -144,8 +145,10 @@ def verify_programs(
         timeout: Seconds without progress after which a rank counts as hanging.
         lanes: Where the lanes come from if the artifact does not hold them; without, programs are only checked for
             their schedule.
+        backend: Name of the backend whose programs are checked; None checks those of all.
 
     Raises:
+        UsageError: The artifact has no programs of that backend.
         VerificationError: A window that the form promises is empty, or a rank computes something else.
         RankFailedError: A rank died or hung.
     """
@@ -155,8 +158,8 @@ def verify_programs(
     lanes = lanes_in(artifact) or lanes
     comparisons: list[Comparison] = []
     checks = []
-    for backend in backends_of(artifact):
-        check, backend_comparisons = _check(backend, artifact, lanes, sizes, timeout)
+    for one in [backend_of(artifact, backend)] if backend is not None else backends_of(artifact):
+        check, backend_comparisons = _check(one, artifact, lanes, sizes, timeout)
         checks.append(check)
         comparisons += backend_comparisons
     windows = next((check.windows for check in reversed(checks) if check.windows), ())

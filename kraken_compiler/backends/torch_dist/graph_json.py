@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from kraken_compiler import _torch_compat as compat
-from kraken_compiler.ops import cached_attention
+from kraken_compiler.ops import cached_attention, engine_attention
 from kraken_compiler.ops import collectives as ops
 from kraken_compiler.ops.structure_safety import FILE_OPS, is_value_name
 
@@ -101,7 +101,7 @@ def graph_from_json(text: str) -> fx.Graph:
         ValueError, RecursionError: It is no JSON.
         LookupError, TypeError, AttributeError, RuntimeError: It is no graph.
     """
-    assert None not in (ops, cached_attention)  # importing them defines the kraken ops that the graph calls
+    assert None not in (ops, cached_attention, engine_attention)  # importing them defines the kraken ops that the graph calls
     content = json.loads(text, parse_constant=_refuse_number)
     version = content[_VERSION_KEY]
     if version != VERSION:

@@ -18,7 +18,7 @@ from kraken_compiler.backends.base import (
     EngineSettings,
     RankModel,
     Reference,
-    TextEngine,
+    OwnEngine,
 )
 from kraken_compiler.backends.vllm.format import RECORD_FILE, rank_files, read_record
 
@@ -71,7 +71,7 @@ class VllmBackend(Backend[VllmOptions]):
         # Only to be compared: else vLLM runs them, see `engine`.
         return StubModel(artifact, ranks)
 
-    def engine(self, artifact: Artifact, settings: EngineSettings) -> AbstractContextManager[TextEngine]:
+    def engine(self, artifact: Artifact, settings: EngineSettings) -> AbstractContextManager[OwnEngine]:
         from kraken_compiler.backends.vllm.run.environment import require_vllm
 
         require_vllm("--backend vllm")

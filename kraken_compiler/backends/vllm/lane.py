@@ -22,8 +22,8 @@ from kraken_compiler.backends.vllm.format import (
     read_record,
 )
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ops import engine_attention
 from kraken_compiler.ops.devices import retarget
+from kraken_compiler.ops.engine_attention import ENGINE_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class EngineLane:
         Raises:
             InputFileError: A file is missing or damaged, or the files do not belong together.
         """
-        assert engine_attention is not None  # importing it defines the op that the graphs call
         record = read_record(artifact.path(RECORD_FILE))
         graphs = [load_graph(artifact.path(name)) for name in (BODY_FILE, HEAD_FILE, PREPARE_FILE)]
-        numbers = [node.args[3] for node in graphs[0].graph.find_nodes(op="call_function", target=_ATTENTION)]
+        numbers = [node.args[3] for node in graphs[0].graph.find_nodes(op="call_function", target=ENGINE_ATTENTION)]
         if numbers != list(range(len(record.attentions))):
             raise InputFileError(f"{artifact.directory}: its engine files do not belong together")
         return cls(record, *graphs, load_lane_weights(artifact, lane, artifact.manifest.weight_table))
@@ -82,6 +81,3 @@ class EngineLane:
     def tables(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tables among what `prepared` gave, by the names of the graphs' inputs."""
         return {f"{TABLE}{number}": table for number, table in enumerate(prepared[: self.record.tables])}
-
-
-_ATTENTION = engine_attention.ENGINE_ATTENTION

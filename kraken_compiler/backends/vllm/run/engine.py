@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import EngineSettings
@@ -46,7 +49,7 @@ class VllmEngine:
 
     def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
         """See `TextEngine`."""
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._check(request)
@@ -62,10 +65,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        names = [str(self._requests + row) for row in range(len(request.prompts))]
-        self._requests += len(names)
-        for name, prompt in zip(names, request.prompts):
-            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params.clone())
+        names = self._add(request.prompts, params)
         tokens: dict[str, deque[int]] = {name: deque() for name in names}
         running = set(names)
         while running or any(tokens.values()):
@@ -77,6 +77,32 @@ class VllmEngine:
                         running.discard(output.request_id)
             if any(tokens.values()):
                 yield [tokens[name].popleft() if tokens[name] else None for name in names]
+
+    def first_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """See `OwnEngine`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, ignore_eos=True, detokenize=False)
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        names = self._add(prompts, params)
+        while len(found) < len(names):
+            for output in self._engine.step():
+                (completion,) = output.outputs
+                (of_token,) = completion.logprobs
+                row = np.full(self._vocabulary, -np.inf, np.float32)
+                row[list(of_token)] = [entry.logprob for entry in of_token.values()]
+                found[output.request_id] = row
+        return [found[name] for name in names]
+
+    def _add(self, prompts: Sequence[Sequence[int]], params: Any) -> list[str]:
+        """Hand requests over; returns their names."""
+        from vllm import TokensPrompt
+
+        names = [str(self._requests + row) for row in range(len(prompts))]
+        self._requests += len(names)
+        for name, prompt in zip(names, prompts):
+            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params.clone())
+        return names
 
     def idle(self) -> None:
         """See `TextEngine`; its processes wait by themselves."""
@@ -125,6 +151,7 @@ def vllm_engine(artifact: Artifact, settings: EngineSettings, *, compiled: bool)
             kv_cache_memory_bytes=_CACHE_BYTES + settings.rows * capacity * _token_bytes(artifact),
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            max_logprobs=-1 if settings.checking else 20,
         )
     try:
         yield VllmEngine(artifact, llm)

@@ -14,8 +14,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.vllm.format import MODEL_TYPE, RECORD_FILE
-from kraken_compiler.backends.vllm.run.environment import share_cores
 from kraken_compiler.backends.vllm.run.options import OPTIONS_KEY, EngineOptions
+from kraken_compiler.backends.vllm.run.shared_host import share_host
 from kraken_compiler.errors import KrakenError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class EngineConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         """
         artifact = _artifact(vllm_config.model_config)
         _require_possible(artifact, vllm_config)
-        share_cores(vllm_config.parallel_config.local_world_size)
+        share_host(vllm_config)
         EngineOptions.of(vllm_config)
         vllm_config.load_config.load_format = LOAD_FORMAT
         # What vLLM compiled is kept by its configuration: an artifact of another content must not find it.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from kraken_compiler.backends.base import EngineSettings
 from kraken_compiler.errors import UsageError
 
 
-_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def require_vllm(what: str) -> None:
@@ -27,6 +30,20 @@ def require_vllm(what: str) -> None:
         raise UsageError(f"{what} needs vLLM: pip install 'kraken-compiler[vllm]' (on CPUs: vllm-cpu)")
 
 
+def server(model: str) -> list[str]:
+    """The command line of vLLM's server in this environment, as far as the model.
+
+    `vllm serve` asks for the version of a package of that name. Where vLLM was installed by another one, `vllm-cpu` for
+    instance, it ends there, and the module that it would run is run.
+    """
+    beside = Path(sys.executable).with_name("vllm")
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [str(beside) if beside.exists() else "vllm", "serve", model]
+
+
 @contextmanager
 def engine_environment(settings: EngineSettings) -> Iterator[None]:
     """Set the environment for processes of vLLM that start meanwhile; what the user has set is left."""
@@ -34,7 +51,7 @@ def engine_environment(settings: EngineSettings) -> Iterator[None]:
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "INFO" if settings.verbose else "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        **({_BIND: "nobind"} if settings.threads else {}),
+        **({THREADS_BIND: "nobind"} if settings.threads else {}),
         **({"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}),
     }
     added = {name: value for name, value in defaults.items() if name not in os.environ}
@@ -44,23 +61,6 @@ def engine_environment(settings: EngineSettings) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-def share_cores(local_ranks: int) -> None:
-    """Let the ranks of a host share its cores, where vLLM would refuse: by default it wants a NUMA node for each.
-
-    What the user has set is left.
-
-    Args:
-        local_ranks: How many ranks this host has.
-    """
-    from vllm.platforms import current_platform
-    from vllm.utils.cpu_resource_utils import get_visible_memory_node
-
-    if not current_platform.is_cpu() or _BIND in os.environ or len(get_visible_memory_node()) >= local_ranks:
-        return
-    os.environ[_BIND] = "nobind"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // local_ranks, 1)))
 
 
 def serve_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What needs vLLM, in an environment of its own: `make test-vllm`."""
