@@ -66,8 +66,10 @@ def serve_command(directory: Path, others: list[str]) -> list[str]:
             continue
         value = value or (others[place + 1] if place + 1 < len(others) else "")
         if value != str(degree):
-            raise UsageError(f"{directory} has {degree} lanes, so {name} {value} is refused; leave it out, or compile "
-                             "for that degree")
+            raise UsageError(
+                f"{directory} has {degree} lanes, so {name} {value} is refused; leave it out, or compile "
+                "for that degree"
+            )
     require_vllm("kraken-serve")
     has_size = any(option.partition("=")[0] in _TENSOR_PARALLEL for option in others)
     size = [] if has_size else ["--tensor-parallel-size", str(degree)]

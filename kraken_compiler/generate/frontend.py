@@ -159,9 +159,7 @@ def _converse(engine: TextEngine, options: RunOptions) -> None:
     chat = _chats(engine, codec, terminal) if options.chat is None else options.chat
     manifest = engine.artifact.manifest
     rules = token_rules(manifest.call, manifest.inputs)
-    capacity = options.max_context or longest_allowed(
-        rules, min(CONTEXT, engine.positions, _max_positions(engine))
-    )
+    capacity = options.max_context or longest_allowed(rules, min(CONTEXT, engine.positions, _max_positions(engine)))
     if capacity > _max_positions(engine):
         note = f"there is room for {capacity:,} tokens, the model was made for {_max_positions(engine):,} positions"
         _tell(engine, f"{note} (max_position_embeddings): what it writes beyond them may be nonsense", terminal)
@@ -219,7 +217,9 @@ def _next_line(engine: TextEngine, lines: Lines, terminal: bool) -> str | None:
     return line
 
 
-def _stream(engine: TextEngine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int) -> str:
+def _stream(
+    engine: TextEngine, codec: TextCodec, prompt: list[int], options: RunOptions, chat: bool, capacity: int
+) -> str:
     """Print an answer as it grows; returns it."""
     begins = _answer_begins(engine) if engine.reads_source else prompt
     room = capacity - len(begins)

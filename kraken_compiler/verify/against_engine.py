@@ -54,7 +54,9 @@ def compare_with_engine(engine: OwnEngine, lanes: Reference, who: str) -> list[C
         noise = measure_noise(program, lanes.read_lane, [ids])
         tolerance = rank_tolerance({first[0].dtype} | computed_dtypes(program), noise)
     return [
-        Comparison(f"logits of the first token by {who} against the lanes", size, absolute, relative, tolerance, "", noise),
+        Comparison(
+            f"logits of the first token by {who} against the lanes", size, absolute, relative, tolerance, "", noise
+        ),
         Comparison(f"tokens that {who} continues with against the lanes", size, worst, worst, tolerance, "", noise),
     ]
 

@@ -29,7 +29,10 @@ def save_model(kind: str, directory: Path) -> None:
         config = transformers.GPT2Config(n_embd=192, n_layer=3, n_head=6, vocab_size=VOCABULARY, n_positions=512)
     elif kind == "gemma3":
         config = transformers.Gemma3TextConfig(
-            **_SIZES, **_HEADS, sliding_window=24, layer_types=["sliding_attention", "full_attention"] + ["sliding_attention"]
+            **_SIZES,
+            **_HEADS,
+            sliding_window=24,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
     else:
         name = {"llama": "LlamaConfig", "qwen3": "Qwen3Config"}[kind]

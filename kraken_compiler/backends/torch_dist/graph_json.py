@@ -101,7 +101,11 @@ def graph_from_json(text: str) -> fx.Graph:
         ValueError, RecursionError: It is no JSON.
         LookupError, TypeError, AttributeError, RuntimeError: It is no graph.
     """
-    assert None not in (ops, cached_attention, engine_attention)  # importing them defines the kraken ops that the graph calls
+    assert None not in (
+        ops,
+        cached_attention,
+        engine_attention,
+    )  # importing them defines the kraken ops that the graph calls
     content = json.loads(text, parse_constant=_refuse_number)
     version = content[_VERSION_KEY]
     if version != VERSION:

@@ -16,9 +16,9 @@ from kraken_compiler.backends.base import (
     Backend,
     BackendOptions,
     EngineSettings,
+    OwnEngine,
     RankModel,
     Reference,
-    OwnEngine,
 )
 from kraken_compiler.backends.vllm.format import RECORD_FILE, rank_files, read_record
 

@@ -91,5 +91,7 @@ def read_record(path: Path) -> EngineRecord:
     except (ValidationError, ValueError) as error:
         raise InputFileError(f"{path}: damaged, or of another version; compile the model again") from error
     if record.version != _VERSION:
-        raise InputFileError(f"{path}: version {record.version}, this version reads {_VERSION}; compile the model again")
+        raise InputFileError(
+            f"{path}: version {record.version}, this version reads {_VERSION}; compile the model again"
+        )
     return record

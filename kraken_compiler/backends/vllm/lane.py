@@ -50,11 +50,11 @@ class EngineLane:
             InputFileError: A file is missing or damaged, or the files do not belong together.
         """
         record = read_record(artifact.path(RECORD_FILE))
-        graphs = [load_graph(artifact.path(name)) for name in (BODY_FILE, HEAD_FILE, PREPARE_FILE)]
-        numbers = [node.args[3] for node in graphs[0].graph.find_nodes(op="call_function", target=ENGINE_ATTENTION)]
+        body, head, prepare = (load_graph(artifact.path(name)) for name in (BODY_FILE, HEAD_FILE, PREPARE_FILE))
+        numbers = [node.args[3] for node in body.graph.find_nodes(op="call_function", target=ENGINE_ATTENTION)]
         if numbers != list(range(len(record.attentions))):
             raise InputFileError(f"{artifact.directory}: its engine files do not belong together")
-        return cls(record, *graphs, load_lane_weights(artifact, lane, artifact.manifest.weight_table))
+        return cls(record, body, head, prepare, load_lane_weights(artifact, lane, artifact.manifest.weight_table))
 
     def prepared(self, capacity: int, weights: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """What is computed once at load: the tables for sequences up to a length, then slopes and sinks.

@@ -45,7 +45,7 @@ class _AttentionSums(StreamingProgram):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in ATTENTIONS:
-            for lane in range(self._program.degree if self._differs((args, kwargs)) else 1):
+            for lane in range(self.program.degree if self._differs((args, kwargs)) else 1):
                 lane_args, lane_kwargs = self._on_lane((args, kwargs), lane)
                 self._add(target, *lane_args, **lane_kwargs)
         return super().call_function(target, args, kwargs)

@@ -124,8 +124,8 @@ class _Runner(StreamingProgram):
         keep: Collection[fx.Node],
     ) -> dict[fx.Node, Any]:
         """The values of the nodes in `keep`, out of those that are known; others go when nothing more reads them."""
-        placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
-        arguments = dict(zip(placeholders, [*self._program.weights.values(), *inputs], strict=True))
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        arguments = dict(zip(placeholders, [*self.program.weights.values(), *inputs], strict=True))
         self.env = {**arguments, **values}
         last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
         with torch.no_grad():

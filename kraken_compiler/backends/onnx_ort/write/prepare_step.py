@@ -28,7 +28,7 @@ from kraken_compiler.backends.onnx_ort.write import attention_ops
 from kraken_compiler.backends.onnx_ort.write.number_operands import type_number_operands
 from kraken_compiler.ir.cache import PAST, PICKS, POSITIONS, SLOTS
 from kraken_compiler.ir.program import CachedProgram, Program
-from kraken_compiler.ops import cached_attention
+from kraken_compiler.ops.cached_attention import CACHED_ATTENTION
 from kraken_compiler.passes.shapes import fake_mode_of
 
 
@@ -59,7 +59,7 @@ def prepare_step(cached: CachedProgram) -> PreparedGraph:
     Every `kraken::cached_attention` becomes `kraken_onnx::attention`; `slots` and `past`, which only say how long
     things are, become the attention mask. Tables stay inputs here, they will be stored with the weights.
     """
-    assert None not in (attention_ops, cached_attention)  # importing them defines the ops
+    assert attention_ops is not None  # importing it defines the ops
     plan = cached.plan
     graph = cached.step.copy().graph
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}

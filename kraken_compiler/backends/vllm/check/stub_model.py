@@ -95,7 +95,8 @@ class StubModel(RankModel):
         return on_host(logits[0])
 
     def _with_attention(self, graph: fx.Graph) -> fx.Graph:
-        copy, values = fx.Graph(), {}
+        copy = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             values[node] = copy.node_copy(node, values.__getitem__)
             if node.target is ENGINE_ATTENTION:
@@ -119,9 +120,9 @@ class _Batch:
         self.tables = lane.tables(self.prepared)
         self._caches = [
             [
-                tuple(
-                    torch.zeros(1, attention.kv_heads, capacity, size, dtype=dtype)
-                    for size in (attention.head_size, attention.value_size)
+                (
+                    torch.zeros(1, attention.kv_heads, capacity, attention.head_size, dtype=dtype),
+                    torch.zeros(1, attention.kv_heads, capacity, attention.value_size, dtype=dtype),
                 )
                 for _ in range(rows)
             ]
@@ -142,19 +143,25 @@ class _Batch:
             new = slice(start, start + count)
             start += count
             if count:
-                parts = (operand[:, :, new] for operand in (query, key, value))
-                results.append(self._attend_row(*parts, attention, self._caches[number][row], self.lengths[row]))
+                parts = query[:, :, new], key[:, :, new], value[:, :, new]
+                results.append(self._attend_row(parts, attention, self._caches[number][row], self.lengths[row]))
         return torch.cat(results, dim=2)
 
     def _attend_row(
-        self, query: Tensor, key: Tensor, value: Tensor, attention: EngineAttention, caches: tuple[Tensor, ...], end: int
+        self,
+        parts: tuple[Tensor, Tensor, Tensor],
+        attention: EngineAttention,
+        caches: tuple[Tensor, Tensor],
+        end: int,
     ) -> Tensor:
+        query, key, value = parts
         slots, begin = torch.arange(end), end - query.shape[2]
         return cached_attention(
             query,
             key,
             value,
-            *caches,
+            caches[0],
+            caches[1],
             slots[begin:].reshape(1, -1),
             slots,
             slots[:begin],

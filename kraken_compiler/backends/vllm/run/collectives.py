@@ -5,9 +5,9 @@ On CUDA a sum that something hides runs on a stream of its own, by vLLM's own co
     out = kraken_engine::start(part)                the side stream waits for what has been computed, then reduces
     kraken_engine::wait(out, part, after)           the stream that computes waits for the side stream
 
-`out` and `part` lie in memory of the stream that computes and live until the wait, so no allocator hands either out while
-the other stream uses it. `after` is the last matrix product of the window: it keeps compilers from moving a wait up.
-On CPUs sums are our own messages (`ranks/communicators/ops.py`). A sum that nothing hides is vLLM's all-reduce.
+`out` and `part` lie in memory of the stream that computes and live until the wait, so no allocator hands either out
+while the other stream uses it. `after` is the last matrix product of the window: it keeps compilers from moving a wait
+up. On CPUs sums are our own messages (`ranks/communicators/ops.py`). A sum that nothing hides is vLLM's all-reduce.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _SideStream:
 
     def get(self) -> Any:
         if self.stream is None:
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return self.stream
 
 

@@ -27,7 +27,7 @@ _KEEP_THE_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": Fal
 """Settings of Inductor, which else moves starts down to their waits to free memory sooner."""
 
 
-class KrakenConfig(PretrainedConfig):  # type: ignore[misc]
+class KrakenConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """The config of a compiled model; `config.json` at an artifact's root."""
 
     model_type = MODEL_TYPE
@@ -58,7 +58,10 @@ class EngineConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         EngineOptions.of(vllm_config)
         vllm_config.load_config.load_format = LOAD_FORMAT
         # What vLLM compiled is kept by its configuration: an artifact of another content must not find it.
-        vllm_config.additional_config = {**vllm_config.additional_config, OPTIONS_KEY + "_artifact": artifact.fingerprint()}
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            OPTIONS_KEY + "_artifact": artifact.fingerprint(),
+        }
         compilation = vllm_config.compilation_config
         compilation.inductor_compile_config = {**_KEEP_THE_ORDER, **compilation.inductor_compile_config}
         if compilation.splitting_ops is None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from kraken_compiler.backends.base import EngineSettings
 from kraken_compiler.errors import UsageError
 
-
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 

@@ -50,9 +50,7 @@ class _LaneGraph(nn.Module):
         self._on_device: dict[str, Tensor] = {}
         # A graph of its own: one that a module owns takes calls of that module's parts only.
         self._graph, self._root, self._device = copy_graph(module.graph), root, device
-        self.names = [
-            node.name for node in module.graph.find_nodes(op="placeholder") if node.name not in self._weights
-        ]
+        self.names = [node.name for node in module.graph.find_nodes(op="placeholder") if node.name not in self._weights]
         self.graph: fx.GraphModule | None = None
 
     def add_attentions(self, attentions: dict[int, Attention]) -> None:
@@ -132,10 +130,11 @@ class _TokensFirst(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows = [operand[0].transpose(0, 1).flatten(1) for operand in (query, key, value)]
         out: Tensor = self.attention(*rows)
-        return out.unflatten(1, (self.attention.num_heads, -1)).transpose(0, 1).unsqueeze(0)
+        by_head = out.view(out.shape[0], self.attention.num_heads, -1)
+        return by_head.transpose(0, 1).unsqueeze(0)
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})  # type: ignore[untyped-decorator]
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class LaneBody(nn.Module):
     """The graph from tokens to hidden states."""
 
@@ -147,10 +146,12 @@ class LaneBody(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T], [T] -> [T, hidden size]."""
-        assert self.lane is not None and self.lane.graph is not None
+        assert self.lane is not None
+        assert self.lane.graph is not None
         feeds = {IDS: input_ids.to(self.dtype).unsqueeze(0), POSITIONS: positions.unsqueeze(0)}
         arguments = [feeds[name] if name in feeds else getattr(self, name) for name in self.order]
-        return self.lane.graph(*arguments)[0][0]
+        hidden: Tensor = self.lane.graph(*arguments)[0][0]
+        return hidden
 
 
 class KrakenForCausalLM(nn.Module):
@@ -250,5 +251,3 @@ class KrakenForCausalLM(nn.Module):
 
 def _reads(module: fx.GraphModule, name: str) -> bool:
     return any(node.name == name for node in module.graph.find_nodes(op="placeholder"))
-
-

@@ -40,5 +40,7 @@ class EngineOptions:
             raise ValueError(f"--additional-config: kraken has no option '{unknown[0]}' (known: {', '.join(known)})")
         options = cls(**given)
         if options.collectives not in (OWN, ENGINE, NONE):
-            raise ValueError(f"--additional-config: collectives '{options.collectives}': choose {OWN}, {ENGINE} or {NONE}")
+            raise ValueError(
+                f"--additional-config: collectives '{options.collectives}': choose {OWN}, {ENGINE} or {NONE}"
+            )
         return options

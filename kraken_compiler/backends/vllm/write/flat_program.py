@@ -11,11 +11,8 @@ logits are wanted the engine says between body and head.
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -29,7 +26,6 @@ from kraken_compiler.ops.op_sets import PROJECTIONS
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten, calls, descendants, module_path
 from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import fake_mode_of, is_tensor, refresh_shapes, same_size, shape_of
-
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class _Flattener:
 
     def run(self) -> FlatProgram | Rejection:
         self._take_all_tokens()
-        attentions = []
+        attentions: list[EngineAttention] = []
         for node in list(calls(self.graph, CACHED_ATTENTION)):
             attention = self._attention(node, len(attentions))
             if isinstance(attention, Rejection):

@@ -1,4 +1,4 @@
-"""Writes what vLLM and its clients look for at the root of a model's directory: config, tokenizer, generation config."""
+"""Writes what vLLM and its clients look for at a model's root: config, tokenizer, generation config."""
 
 from __future__ import annotations
 
