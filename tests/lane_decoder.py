@@ -55,7 +55,7 @@ class LaneDecoder:
         Args:
             ids: int64 [batch, tokens].
             positions: int64 [batch, tokens], of every token.
-            positional: Leave the shapes alone and let the positions say where tokens go, as a CUDA graph does it.
+            positional: Let the positions say where tokens go, in a cache of which all is looked at, whatever the rows.
             picks: int64 [batch, k], whose logits are wanted; None means all.
             cut: How many of the tokens the first half has; None runs all at once.
 

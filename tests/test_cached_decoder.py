@@ -19,6 +19,7 @@ from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.cache import PAST, POSITIONS, SLOTS
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.ranks.communicators.none import NoCommunication
 from kraken_compiler.verify.prefixes import expected
@@ -70,6 +71,29 @@ def test_a_model_without_positions_is_stored_without_tables(tmp_path: Path) -> N
 def test_compiled_steps_are_the_same(name: str) -> None:
     rank, logits = program(name)
     close(replayed(rank.decoder(3, 16, compiled=True), IDS), expected(logits, *split_lengths(*IDS.shape)))
+
+
+def test_rows_of_one_length_see_their_past_without_a_mask() -> None:
+    """On every device: a step is given the slots that are filled, and says that it stands behind all of them."""
+    rank, logits = program()
+    decoder = rank.decoder(3, 16)
+    seen: list[tuple[int, int, int]] = []
+    run = decoder._steps[0]
+
+    def noted(*operands: Tensor) -> tuple[Tensor, ...]:
+        feeds = dict(zip(reversed(decoder._names), reversed(operands)))
+        seen.append((len(feeds[POSITIONS]), len(feeds[SLOTS]), len(feeds[PAST])))
+        return run(*operands)
+
+    decoder._steps = [noted]
+    decoder.prefill(IDS[:, :9].numpy(), np.full(3, 9))
+    for at in range(9, 12):
+        close(torch.from_numpy(decoder.step(IDS[:, at].numpy())), logits[:, at])
+    assert seen == [(1, 9, 0), (1, 10, 9), (1, 11, 10), (1, 12, 11)]
+    decoder.reset()
+    decoder.prefill(IDS[:, :9].numpy(), np.array([9, 3, 5]))
+    decoder.step(IDS[:, 0].numpy())
+    assert seen[-1] == (3, 10, 0), "of rows of different lengths the positions say where they stand"
 
 
 def test_a_second_prefill_goes_on_where_the_rows_end() -> None:

@@ -36,7 +36,7 @@ def test_ranks_use_nccl(tmp_path):
 
 
 def test_a_compiled_rank_runs_as_an_eager_one():
-    """One lane of two, nothing sent: what torch.compile, its CUDA graphs and the schedule check do on a GPU."""
+    """One lane of two, nothing sent: what torch.compile and the schedule check do on a GPU."""
     from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
     from kraken_compiler.ranks.communicators.group import GroupCommunicator
     from kraken_compiler.weights.store import MemoryStore
@@ -59,6 +59,37 @@ def test_a_compiled_rank_runs_as_an_eager_one():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_runs_on_a_gpu_as_it_does_on_the_cpu(name, compiled):
+    """Rows of one length, which see their past without a mask, and rows of several; compiled for any length at once."""
+    import numpy as np
+
+    from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
+    from kraken_compiler.ranks.communicators.group import GroupCommunicator
+    from kraken_compiler.ranks.communicators.none import NoCommunication
+    from tests.test_families import lane_program, recognized
+
+    program, read = lane_program(name, 1, "standard"), recognized(name).read
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        alone, group = NoCommunication(0, 1), GroupCommunicator(torch.distributed.group.WORLD)
+        cpu, gpu = (RankProgram.from_program(program, read, communicator=one) for one in (alone, group))
+        decoders = cpu.decoder(2, 20), gpu.to("cuda").decoder(2, 20, compiled=compiled)
+        ids = token_batch(SUPPORTED[name](), 2, 6).numpy()
+        for lengths in ([6, 6], [6, 3]):
+            want, have = ([one.prefill(ids, np.array(lengths))] for one in decoders)
+            for step in range(8):
+                want.append(decoders[0].step(ids[:, step % 6]))
+                with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                    have.append(decoders[1].step(ids[:, step % 6]))
+            np.testing.assert_allclose(np.stack(have), np.stack(want), rtol=1e-3, atol=1e-3)
+            for one in decoders:
+                one.reset()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_compiled_ranks_use_nccl(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -77,8 +108,9 @@ def test_compiled_ranks_use_nccl(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_tokens_behind_a_past_see_it_without_a_mask(dtype, kv_heads):
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_tokens_behind_a_past_see_it_without_a_mask(dtype, kv_heads, tokens):
     from tests.attention_cases import behind_a_past
 
-    have, want = behind_a_past(kv_heads, dtype=dtype, device="cuda")
+    have, want = behind_a_past(kv_heads, tokens=tokens, dtype=dtype, device="cuda")
     torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)

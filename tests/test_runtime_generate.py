@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
 from kraken_compiler.backends.torch_dist.run.cached_decoder import on_host
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError
@@ -71,12 +70,6 @@ def test_a_decoder_can_be_used_again() -> None:
     assert list(generate(decoder, [[3, 4, 5], [4]], 1)) == list(generate(decoder, [[5], [8, 4]], 1)) == [[6, 5]]
     decoder.reset()
     assert decoder.prefill(np.array([[1, 2], [5, 0]]), np.array([2, 1])).argmax(-1).tolist() == [3, 6]
-
-
-def test_what_a_decoder_promises_is_declared_and_not_guessed() -> None:
-    assert "identical_on_all_ranks" in dir(Decoder)
-    for kind in (RecomputingDecoder, ArrayDecoder):
-        assert kind.identical_on_all_ranks is False
 
 
 def test_values_of_tensors_leave_the_device_as_they_are() -> None:

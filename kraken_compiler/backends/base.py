@@ -87,6 +87,8 @@ class RankModel(ABC):
         vocabulary: Number of tokens a language model knows, None if its graph does not say.
         positions: The longest sequence that the model takes, as far as its graph says.
         can_cut_rows: True if `run_rows` runs batches as two halves.
+        identical_on_all_ranks: True promises that `run` and `run_rows` give all ranks the same logits to the last bit,
+            whatever machines they are on.
         first_seconds: How long it may take, beyond computing, before its first results are there.
         setting: What its times depend on: who computes, and how.
     """
@@ -94,6 +96,7 @@ class RankModel(ABC):
     vocabulary: int | None
     positions: int
     can_cut_rows: bool = False
+    identical_on_all_ranks: bool = False
     first_seconds: float = 0.0
     setting: str = ""
 

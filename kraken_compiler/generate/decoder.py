@@ -23,7 +23,7 @@ class Decoder(Protocol):
     Attributes:
         batch: Number of rows.
         capacity: Most tokens a row can have, prompt and new ones together.
-        identical_on_all_ranks: True promises that ranks that run the same kernels get the same logits to the last bit.
+        identical_on_all_ranks: True promises that all ranks get the same logits to the last bit.
     """
 
     @property
@@ -105,11 +105,9 @@ class RecomputingDecoder:
     Rows of different lengths are padded on the right, which a causal model does not notice.
 
     Attributes:
-        batch, capacity, identical_on_all_ranks: See `Decoder`; of any function nothing is promised.
+        batch, capacity, identical_on_all_ranks: See `Decoder`.
         can_split, split_from: See `SplitDecoder`; its halves are halves of the rows.
     """
-
-    identical_on_all_ranks = False
 
     def __init__(
         self,
@@ -117,6 +115,8 @@ class RecomputingDecoder:
         batch: int,
         capacity: int,
         in_halves: Callable[[Array], Array] | None = None,
+        *,
+        identical_on_all_ranks: bool = False,
     ) -> None:
         """Wrap a language model.
 
@@ -125,9 +125,11 @@ class RecomputingDecoder:
             batch: Number of rows.
             capacity: Most tokens of a row.
             in_halves: The same, run as two halves of the rows; None if nothing does.
+            identical_on_all_ranks: Whether these logits are; of any function nothing is known.
         """
         self.batch = batch
         self.capacity = capacity
+        self.identical_on_all_ranks = identical_on_all_ranks
         self.can_split = in_halves is not None
         self.split_from: int | None = None
         self._in_halves = in_halves
@@ -177,11 +179,10 @@ class SeparateRows:
         identical_on_all_ranks: See `Decoder`.
     """
 
-    identical_on_all_ranks = False
-
     def __init__(self, rows: Sequence[Decoder]) -> None:
         """Put rows together; there must be one."""
         self.batch, self.capacity = len(rows), min(row.capacity for row in rows)
+        self.identical_on_all_ranks = all(row.identical_on_all_ranks for row in rows)
         self._rows = rows
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
@@ -218,15 +219,16 @@ def decoder_of(
     if decoder is not None:
         return decoder
     logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
+    recomputing = partial(RecomputingDecoder, identical_on_all_ranks=model.identical_on_all_ranks)
     if not reads_source(manifest.inputs):
         in_halves = None
         if model.can_cut_rows and batch > 1:
             in_halves = logits_function(manifest.inputs, manifest.call, partial(model.run_rows, cut=batch // 2))
-        return RecomputingDecoder(logits_of, batch, capacity, in_halves)
+        return recomputing(logits_of, batch, capacity, in_halves)
 
     def row(source: Sequence[int]) -> RecomputingDecoder:
         text = np.array([source], np.int64)
-        return RecomputingDecoder(lambda ids: logits_of(ids, text), 1, capacity)
+        return recomputing(lambda ids: logits_of(ids, text), 1, capacity)
 
     # It reads source and answer again for every token.
     return SeparateRows(list(map(row, sources)))

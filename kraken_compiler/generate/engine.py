@@ -181,7 +181,7 @@ class Engine:
             request.max_new_tokens,
             sampling=request.sampling,
             eos=request.eos,
-            agree=self._agreement(decoder),
+            agree=self._agreement(decoder, request.sampling),
             known=known,
         )
         for step, tokens in enumerate(steps, start=1):
@@ -218,10 +218,12 @@ class Engine:
         elements = sum(math.prod(spec.source_shape) for spec in manifest.weights) / manifest.degree
         return 2.0 * elements * tokens / _SLOWEST_ACCELERATOR
 
-    def _agreement(self, decoder: Decoder) -> Callable[[Array], Array] | None:
+    def _agreement(self, decoder: Decoder, sampling: Sampling) -> Callable[[Array], Array] | None:
         """The function by which ranks agree on choices; None if they make the same ones anyway."""
-        # Equal sums make equal logits only where the same kernels run, and another machine may have other ones.
-        identical = self.ranks.one_machine and decoder.identical_on_all_ranks
+        # The largest of the same numbers is the same everywhere. Drawing takes exponentials, of which numpy has several
+        # kinds and picks one by the processor.
+        chosen_alike = sampling.temperature == 0 or self.ranks.one_machine
+        identical = decoder.identical_on_all_ranks and chosen_alike
         return None if self.ranks.degree == 1 or identical else first_rank_decides(self.ranks)
 
     def _decoder_for(self, request: GenerationRequest) -> Decoder:

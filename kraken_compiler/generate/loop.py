@@ -4,7 +4,8 @@ Ranks must choose the same tokens, or they would go on with different texts and 
 logits are not the same to the last bit in general: collectives may sum in another request on every rank, and libraries
 pick kernels by device and by number of threads; at a near tie that is another token, greedy or sampled. So `agree`
 sends rank 0's choice to all at every step, [batch] whole numbers, which holds whatever the logits do. It can be left
-out where logits are identical: a choice is a function of the logits, the seed, the row and the step.
+out where logits are identical, as they are where ranks gather them: a choice is a function of the logits, the seed, the
+row and the step; a greedy one of nothing but comparisons, a sampled one of how a processor computes exponentials too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the device:
     past + tokens == slots     contiguous: the new tokens of every row sit at past, past + 1, ...; the caches are cut to
                                `slots`, and a fresh prefill (past == 0) needs neither the caches nor a mask
     else                       positional: every token goes where `positions` says and sees the slots up to there; used
-                               for ragged batches, and for decode in a CUDA graph with slots == capacity
+                               for rows of different lengths
 
 Legend: B batch, H query heads, K KV heads, T new tokens, C capacity, L slots, D head size.
 """

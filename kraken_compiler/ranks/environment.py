@@ -29,17 +29,19 @@ class Place:
         rank: Number among all ranks.
         degree: How many there are.
         local_rank, local_degree: The same among those of this machine.
+        knows_machine: False if nothing said how many ranks this machine has; then `local_degree` is that of all.
     """
 
     rank: int
     degree: int
     local_rank: int
     local_degree: int
+    knows_machine: bool = True
 
     @property
     def one_machine(self) -> bool:
-        """True if all ranks are here."""
-        return self.local_degree == self.degree
+        """True if all ranks are known to be here."""
+        return self.knows_machine and self.local_degree == self.degree
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -64,7 +66,7 @@ class Place:
             raise UsageError(f"{assignments} are no whole numbers") from None
         if not 0 <= rank < degree:
             raise UsageError(f"RANK={rank} is none of WORLD_SIZE={degree} ranks, which are numbered from 0")
-        return cls(rank, degree, local_rank, local_degree)
+        return cls(rank, degree, local_rank, local_degree, "LOCAL_WORLD_SIZE" in os.environ)
 
     @classmethod
     def alone(cls) -> Self:

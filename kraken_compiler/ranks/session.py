@@ -102,7 +102,7 @@ class Ranks(ArraySums):
 
     @property
     def one_machine(self) -> bool:
-        """True if all ranks are on one machine."""
+        """True if all ranks are known to be on one machine."""
         return self.place.one_machine
 
     def broadcast(self, content: bytes | None) -> bytes:

@@ -22,10 +22,12 @@ class Communicator(ABC):
         name: Under which compiled code finds it (`communicator_named`); the same on all ranks and in every run.
         reduce_dtype: To which every rank rounds its part of a sum before it is sent; None sends it as it is.
         identical_on_all_ranks: True if a sum is the same on all ranks to the last bit.
+        gathers: False if `all_gather` does not give all ranks the same: every rank's part, to the last bit.
         in_flight: Handles of the sums that compiled code awaits, by the address of the part.
     """
 
     kind: ClassVar[str]
+    gathers: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class NoCommunication(Communicator):
     """
 
     kind: ClassVar[str] = "none"
+    gathers: ClassVar[bool] = False
 
     def __init__(self, rank: int, degree: int, name: str = "none") -> None:
         super().__init__(rank, degree, name, identical_on_all_ranks=False)

@@ -18,6 +18,7 @@ from kraken_compiler.backends.onnx_ort.format import (
     present_name,
 )
 from kraken_compiler.backends.onnx_ort.run.device_program import DeviceProgram
+from kraken_compiler.backends.onnx_ort.run.gathered_outputs import is_gathered
 from kraken_compiler.backends.sequences import (
     Array,
     cut_of,
@@ -44,12 +45,11 @@ class ArrayDecoder:
     Attributes:
         batch: Number of sequences.
         capacity: Most tokens of a sequence, prompt and new ones together.
-        identical_on_all_ranks: False: nothing promises that ONNX Runtime makes the same of equal sums, to the last bit.
+        identical_on_all_ranks: True if the devices gather the logits; nothing promises that ONNX Runtime makes the same
+            of equal sums, to the last bit.
         can_split: True if tokens may be read as two halves.
         split_from: The fewest tokens that are; None if all are read at once.
     """
-
-    identical_on_all_ranks = False
 
     def __init__(self, program: DeviceProgram, batch: int, capacity: int, *, can_split: bool = True) -> None:
         """Allocate the caches.
@@ -69,6 +69,7 @@ class ArrayDecoder:
         bytes_per_token = token_bytes(model.caches, lambda dtype: np.dtype(dtype).itemsize)
         require_memory(_SIDES * batch * capacity * bytes_per_token, capacity)
         self.batch, self.capacity = batch, capacity
+        self.identical_on_all_ranks = is_gathered(model.proto.graph, LOGITS)
         self._program = program
         self.split_from: int | None = None
         self.can_split = can_split and model.degree > 1

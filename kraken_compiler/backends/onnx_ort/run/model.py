@@ -19,6 +19,7 @@ from kraken_compiler.backends.onnx_ort.run.array_decoder import ArrayDecoder
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
 from kraken_compiler.backends.onnx_ort.run.device_program import CPU_PROVIDER, DeviceProgram
 from kraken_compiler.backends.onnx_ort.run.feeds import whole_feeds
+from kraken_compiler.backends.onnx_ort.run.gathered_outputs import is_gathered
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ranks.communicators.agreement import Claims
@@ -71,8 +72,9 @@ class OnnxModel(RankModel):
             self._rows = replace(rows, outputs=(rows.outputs[manifest.call.logits],)) if cached else rows
         self.can_cut_rows = self._rows is not None
         self._names = [spec.name for spec in manifest.inputs]
-        shape = self.program.outputs[LOGITS if cached else manifest.call.output_names[manifest.call.logits]]
-        dims = shape.type.tensor_type.shape.dim
+        logits = LOGITS if cached else manifest.call.output_names[manifest.call.logits]
+        self.identical_on_all_ranks = is_gathered(device.proto.graph, logits)
+        dims = self.program.outputs[logits].type.tensor_type.shape.dim
         self.vocabulary: int | None = (dims[-1].dim_value or None) if dims else None
         self.positions = sys.maxsize if device.positions is None else device.positions
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import Window
 
-_PARTITION = re.compile(r"^ *def partition_(\d+)\(.*\n((?:(?: .*)?\n)*)", re.MULTILINE)
-_RUN_PARTITION = re.compile(r"\bpartitions\[(\d+)\]\(")
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 _RENAMING = re.compile(r"^(\w+) = (?:reinterpret_tensor\()?(\w+)\b(?!\.|\()")
 _FIRST = r"\.default\((?:reinterpret_tensor\()?(\w+)"
@@ -144,20 +142,12 @@ def _calls(code: str) -> list[_Call]:
 
 
 def _statements(code: str) -> Iterator[str]:
-    """The lines that run, in order: of the function `call`, and in their places those of the partitions it runs.
-
-    Partitions are what one CUDA graph holds.
-    """
-    partitions = {match[1]: match[2] for match in _PARTITION.finditer(code)}
+    """The lines of the function `call` that run, in order."""
     for line in code.partition("def call(")[2].splitlines():
         text = line.strip()
         if text.startswith("return "):
             return
-        partition_call = _RUN_PARTITION.search(text)
-        inner = partitions[partition_call[1]] if partition_call is not None else text
-        yield from (
-            statement for statement in map(str.strip, inner.splitlines()) if not statement.startswith("return ")
-        )
+        yield text
 
 
 def _origin(origins: Mapping[str, str], name: str) -> str:

@@ -56,7 +56,7 @@ class CachedDecoder:
             weights: This lane's weights, in the order of the placeholders.
             batch, capacity: See the class.
             device: Where it all lives.
-            identical_on_all_ranks: Whether the collectives give all ranks the same bits.
+            identical_on_all_ranks: See the class.
             require_lengths: Raises a `UsageError` if the model takes no sequences of these lengths.
 
         Raises:
@@ -148,16 +148,13 @@ class CachedDecoder:
         total = max(total, longest + tokens)
         require_space(total, self.capacity)
         self._require_lengths([length + count for length, count in zip(self._lengths, counts)])
-        alike = longest == min(self._lengths)
-        # On a GPU decode steps keep their shapes, so that one CUDA graph serves all of them.
-        static = self._device.type == "cuda" and tokens == 1 and self.capacity > 1
-        if alike and not static:
-            slots, past = longest + tokens, longest
+        alike, slots = longest == min(self._lengths), longest + tokens
+        if alike:
             positions = self._every_slot[longest:slots].view(1, -1)
         else:
-            slots, past = (self.capacity if static else longest + tokens), 0
             starts = torch.tensor(self._lengths, device=self._device).view(-1, 1)
             positions = starts + self._every_slot[:tokens]
+        past = longest if alike else 0
         feeds = {
             **self._fixed_inputs,
             POSITIONS: positions,
@@ -168,7 +165,7 @@ class CachedDecoder:
         }
         names = self._names[: self._unsplit_inputs]
         if cut:
-            feeds |= self._halves(cut, slots, past, contiguous=past + tokens == slots)
+            feeds |= self._halves(cut, slots, past, contiguous=alike)
             names = self._names
         run = self._steps[1 if cut else 0]
         (logits,) = run(*self._weights, *(feeds[name] for name in names))

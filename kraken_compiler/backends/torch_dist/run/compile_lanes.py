@@ -101,8 +101,6 @@ class CompiledGraph:
         windows = check_schedule(module, self._plan)
         _wait_for_windows(module, windows)
         settings = {**KEEP_THE_ORDER, **self._options}
-        if self._device.type == "cuda" and all(size < 2 for size in kind):
-            settings.setdefault("triton.cudagraphs", True)  # decode: always the same shapes
         # Only inputs are looked at before a call; there are hundreds of weights, which do not change.
         settings["guard_filter_fn"] = _input_guards
         run = torch.compile(module.forward, fullgraph=True, options=settings)

@@ -19,8 +19,8 @@ Replace = Callable[[fx.Graph, fx.Node], fx.Node]
 def bind_collectives(module: fx.GraphModule, communicator: Communicator) -> fx.GraphModule:
     """Replace every `kraken::` collective by a communicator's, in place.
 
-    A process group's collectives become functional collectives, which compilers and CUDA graphs understand. Of any
-    other communicator the graph calls the methods.
+    A process group's collectives become functional collectives, which compilers understand. Of any other
+    communicator the graph calls the methods.
 
     Returns:
         `module`, recompiled.

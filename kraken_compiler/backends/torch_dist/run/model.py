@@ -55,8 +55,10 @@ class TorchModel(RankModel):
             artifact, ranks.rank, device=self.device, verify=False, communicator=communicator_of(ranks, self.device)
         )
         self.can_cut_rows = self.program.can_cut_rows
+        self.identical_on_all_ranks = self.program.gathers(manifest.call.logits)
         self.first_seconds = _COMPILE_SECONDS if options.compile else 0.0
         self._compiled = options.compile
+        self._one_machine = ranks.one_machine
         self.setting = f"torch {self.device.type}{' compiled' if options.compile else ''}"
         self._inputs = manifest.inputs
         graph = Program(
@@ -82,7 +84,7 @@ class TorchModel(RankModel):
 
     def decoder(self, batch: int, capacity: int) -> CachedDecoder:
         """See `RankModel.decoder`."""
-        return self.program.decoder(batch, capacity, compiled=self._compiled)
+        return self.program.decoder(batch, capacity, compiled=self._compiled, one_machine=self._one_machine)
 
     def _tensor(self, dtype: str, array: Array) -> Tensor:
         return torch.tensor(array, dtype=getattr(torch, dtype), device=self.device)

@@ -17,6 +17,7 @@ from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.row_graph import RowGraph
 from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder, RunStep
+from kraken_compiler.backends.torch_dist.run.gathered_outputs import is_gathered
 from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.run.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.errors import UsageError
@@ -278,6 +279,18 @@ class RankProgram(nn.Module):
             self._halves = self._row_graph()
         return self._halves
 
+    def gathers(self, output: int) -> bool:
+        """True if an output is the same on all ranks to the last bit, whatever machines they are on.
+
+        Args:
+            output: Its number among the graph's outputs.
+        """
+        graphs = [(self._lane_graph, output)]
+        if self.can_cut_rows:
+            halves = self._rows()
+            graphs += [(halves.module.graph, half * len(halves.dims.outputs) + output) for half in range(2)]
+        return self.communicator.gathers and all(is_gathered(graph, place) for graph, place in graphs)
+
     def measure_halves(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """Measure whether a batch runs faster as two halves of its rows; if so, batches of as many rows do so from now.
 
@@ -360,13 +373,14 @@ class RankProgram(nn.Module):
         """True if `decoder` can give one."""
         return self._cached_graphs is not None
 
-    def decoder(self, batch: int, capacity: int, *, compiled: bool = False) -> CachedDecoder:
+    def decoder(self, batch: int, capacity: int, *, compiled: bool = False, one_machine: bool = False) -> CachedDecoder:
         """A decoder for a batch of sequences with a KV cache.
 
         Args:
             batch: Number of sequences.
             capacity: Most tokens of a sequence, prompt and new ones together.
             compiled: Run the steps through torch.compile.
+            one_machine: Whether all ranks are known to be on one machine, where equal sums make equal logits.
 
         Raises:
             UsageError: The program has no cache, or its positions end before the capacity.
@@ -380,6 +394,8 @@ class RankProgram(nn.Module):
         if graphs.split is not None:
             inputs = (*graphs.inputs, *graphs.split_inputs)
             steps.append(self._step(graphs.split, inputs, graphs.split_plan, compiled))
+        communicator, programs = self.communicator, (graphs.step, graphs.split)
+        gathers = communicator.gathers and all(is_gathered(one.graph) for one in programs if one is not None)
         return CachedDecoder(
             list(map(self._agreeing, steps)),
             graphs,
@@ -387,7 +403,8 @@ class RankProgram(nn.Module):
             batch=batch,
             capacity=capacity,
             device=self._device(),
-            identical_on_all_ranks=self.communicator.identical_on_all_ranks,
+            # Elsewhere other kernels may run, which make other logits of equal sums.
+            identical_on_all_ranks=gathers or (one_machine and communicator.identical_on_all_ranks),
             require_lengths=partial(require_lengths, self.call, token_rules(self.call, self.inputs), batch),
         )
 
