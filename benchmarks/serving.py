@@ -4,12 +4,12 @@
     python benchmarks/serving.py --rates 1,2,4 --rounds 2 --json OUT.json
 
 A Llama-shaped model of random weights is served by vLLM's own class and by compiled artifacts, at the same tensor
-parallel size, one server after the other and all of them again in the opposite order (`--rounds`). The load is vLLM's own
-benchmark client: prompts of random tokens, as many requests a second as `--rates` says, and one at a time (`alone`). On
-CPUs every worker computes with its share of the cores; on GPUs nothing has to be changed.
+parallel size, one server after the other and all of them again in the opposite order (`--rounds`). The load is vLLM's
+own benchmark client: prompts of random tokens, as many requests a second as `--rates` says, and one at a time. On CPUs
+every worker computes with its share of the cores; on GPUs nothing has to be changed.
 
-`kraken` is served once more with other collectives: vLLM's own all-reduce in place of ours, and none at all, which computes
-wrong numbers in the time that no communication could beat.
+`kraken` is served once more with other collectives: vLLM's own all-reduce in place of ours, and none at all, which
+computes wrong numbers in the time that no communication could beat.
 """
 
 from __future__ import annotations
