@@ -151,7 +151,7 @@ def test_lines_are_continued_where_nobody_asked_to_chat(
     assert [order.prompts for order in engine.requests] == [[[71, 72]], [[71, 78]]]
     assert len(capsys.readouterr().out.splitlines()) == 2
     # A default that is missing is nobody's mistake.
-    assert len(engine.ranks.status.notes) == (template is not NAMED)
+    assert len(engine.notes) == (template is not NAMED)
     lines_on_standard_input(monkeypatch, b"hi\n")
     with pytest.raises(UsageError, match="chat template"):
         said(artifact, [33, 34], chat=True)
@@ -159,7 +159,7 @@ def test_lines_are_continued_where_nobody_asked_to_chat(
 
 def test_prompts_do_not_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = with_tokenizer(tmp_path / "a", tokenizer(chat_template='{{ "a" + none }}').save_pretrained)
-    assert said(artifact, [33], prompt=["hi"]).ranks.status.notes == []
+    assert said(artifact, [33], prompt=["hi"]).notes == []
     assert capsys.readouterr().out == "B\n"
     with pytest.raises(UsageError, match="cannot be rendered: TypeError"):
         said(artifact, [33], prompt=["hi"], chat=True)

@@ -159,7 +159,7 @@ def test_more_positions_than_the_model_was_made_for(
     artifact = with_tokenizer(tmp_path / "a", max_positions=10)
     engine = said(artifact, [33] * 40, prompt=["hiho"], max_new_tokens=new_tokens, json=True)
     document = json.loads(capsys.readouterr().out)
-    assert document["notes"] == engine.ranks.status.notes
+    assert document["notes"] == engine.notes
     assert len(document["notes"]) == bool(note)
     assert not note or document["notes"][0].startswith(note)
     assert len(document["results"][0]["ids"]) == new_tokens
@@ -167,7 +167,7 @@ def test_more_positions_than_the_model_was_made_for(
 
 def test_a_prompt_that_is_too_long_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = said(with_tokenizer(tmp_path / "a", max_positions=3), [33], prompt=["ok", "hiho"], max_new_tokens=1)
-    (note,) = engine.ranks.status.notes
+    (note,) = engine.notes
     assert note.startswith("the prompt takes 4 positions, the model was made for 3 (max_position_embeddings)")
     assert capsys.readouterr().out == "--- 1: ok\nB\n\n--- 2: hiho\nB\n"
 
@@ -184,14 +184,14 @@ def test_a_conversation_beyond_it(
     monkeypatch.setattr("os.isatty", lambda descriptor: False)
     engine = said(with_tokenizer(tmp_path / "a", max_positions=10), [33] * 40, max_context=room)
     assert capsys.readouterr().out == "B" * (7 if room == 11 else 6) + "\n"
-    assert [note.split(":")[0] for note in engine.ranks.status.notes] == (
+    assert [note.split(":")[0] for note in engine.notes] == (
         ["there is room for 11 tokens, the model was made for 10 positions (max_position_embeddings)"] * (room == 11)
     )
 
 
 def test_a_model_that_does_not_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = said(with_tokenizer(tmp_path / "a"), [33], prompt=["x" * 5000])
-    assert engine.ranks.status.notes == []
+    assert engine.notes == []
     assert capsys.readouterr().out == "B\n"
 
 

@@ -20,43 +20,20 @@ END = 256
 
 
 @dataclass
-class Status:
-    """Collects what a user is told."""
-
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, stage: str, extra: float = 0.0) -> None:
-        pass
-
-
-@dataclass
-class Rank:
-    status: Status = field(default_factory=Status)
-
-
-@dataclass
-class Model:
-    vocabulary: int | None = None
-    positions: int = 1 << 20
-
-
-@dataclass
 class SayingEngine:
     """Answers every request with the same tokens, as far as they go and are no stop tokens.
 
     Attributes:
         requests: What was asked for.
+        notes: What a user is told.
     """
 
     artifact: Artifact
     tokens: Sequence[int]
-    ranks: Rank = field(default_factory=Rank)
     reads_source: bool = False
-    model: Model = field(default_factory=Model)
+    positions: int = 1 << 20
     requests: list[GenerationRequest] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
         self.requests.append(request)
@@ -66,6 +43,12 @@ class SayingEngine:
             yield [token] * len(request.prompts)
 
     def idle(self) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, stage: str) -> None:
         pass
 
 
