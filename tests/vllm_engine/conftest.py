@@ -32,6 +32,7 @@ def save_model(kind: str, directory: Path) -> None:
             **_SIZES,
             **_HEADS,
             sliding_window=24,
+            tie_word_embeddings=False,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         )
     else:
@@ -39,9 +40,10 @@ def save_model(kind: str, directory: Path) -> None:
         config = getattr(transformers, name)(**_SIZES, **_HEADS)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)  # so that the most likely token is so by more than rounding
+        for name, parameter in model.named_parameters():
+            # So that the most likely token is so by more than rounding, and, with a tied head, not the last one again.
+            if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
+                parameter.mul_(6.0)
     model.save_pretrained(directory)
 
 
