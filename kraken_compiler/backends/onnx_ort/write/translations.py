@@ -48,6 +48,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.square.default: square,
         torch.ops.kraken.dequantize.default: dequantize,
         torch.ops.kraken.expert_linear.default: _expert_linear,
+        torch.ops.kraken.lane_embedding.default: _lane_embedding,
         torch.ops.kraken_onnx.attention.default: _attention,
         torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
@@ -61,6 +62,15 @@ def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
         op.Constant(value_ints=[-1]),
     )
     return out if bias is None else op.Add(out, op.Gather(bias, experts))
+
+
+def _lane_embedding(weight: Any, ids: Any, first_row: Any, padding_idx: int = -1) -> Any:
+    """See `kraken::lane_embedding`; nothing here has gradients."""
+    rows = op.Sub(ids, first_row)
+    own_rows = op.Clip(rows, op.Constant(value_int=0), op.Constant(value_int=weight.shape[0] - 1))
+    found = op.Gather(weight, own_rows)
+    is_here = op.Unsqueeze(op.Equal(own_rows, rows), op.Constant(value_ints=[-1]))
+    return op.Where(is_here, found, op.CastLike(op.Constant(value_float=0.0), found))
 
 
 def _attention(
