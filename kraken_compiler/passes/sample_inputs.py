@@ -91,23 +91,19 @@ def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torc
 
 def _rows(program: Program, name: str) -> int | None:
     """Rows of the smallest embedding that an input indexes; None if it indexes none."""
-    counting_names = [
-        _counting(node) for node in program.graph.nodes if node.target in _LOOKUPS and index_of(node) == name
-    ]
-    rows = [program.weights[one].source_shape[0] for one in counting_names if one in program.weights]
-    return min(rows, default=None)
+    lookups = [node for node in program.graph.nodes if node.target in _LOOKUPS and index_of(node) == name]
+    rows = [_rows_of_table(program, node) for node in lookups]
+    return min((number for number in rows if number is not None), default=None)
 
 
-def _counting(lookup: fx.Node) -> str:
-    """The weight whose source has as many rows as the table; of lanes, the number of their first row has that.
-
-    Their rows themselves may be the lanes' own tensors, with those that a lane is padded with.
-    """
-    if lookup.target is not LANE_EMBEDDING:
-        return _table(lookup)
-    first_row = lookup.args[2]
-    assert isinstance(first_row, fx.Node)
-    return first_row.name
+def _rows_of_table(program: Program, lookup: fx.Node) -> int | None:
+    """Rows of the whole table that a lookup takes some of; None if it is computed."""
+    if lookup.target is LANE_EMBEDDING:
+        rows = lookup.args[3]
+        assert isinstance(rows, int)
+        return rows
+    table = program.weights.get(_table(lookup))
+    return None if table is None else table.source_shape[0]
 
 
 def _table(lookup: fx.Node) -> str:

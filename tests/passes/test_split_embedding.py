@@ -234,10 +234,7 @@ def test_the_sum_over_lanes_is_the_row_to_the_last_bit(padding_idx: int) -> None
     weight = torch.randn(10, 4)
     weight[0], weight[4], weight[5], weight[9] = math.inf, math.nan, -math.inf, -0.0
     ids = torch.arange(10).reshape(2, 5)
-    parts = [
-        lane_embedding(weight[first : first + 5], ids, torch.tensor([first]), padding_idx=padding_idx)
-        for first in (0, 5)
-    ]
+    parts = [lane_embedding(weight[first : first + 5], ids, torch.tensor([first]), 10, padding_idx) for first in (0, 5)]
     want = F.embedding(ids, weight)
     torch.testing.assert_close(parts[0] + parts[1], want, rtol=0, atol=0, equal_nan=True)
     assert not parts[0][1].any()
@@ -246,8 +243,9 @@ def test_the_sum_over_lanes_is_the_row_to_the_last_bit(padding_idx: int) -> None
 
 def test_lanes_at_once() -> None:
     weight, ids, first = torch.randn(3, 4, 2), torch.tensor([[0, 11, 5]]), torch.tensor([[0], [4], [8]])
-    at_once = torch.vmap(lane_embedding, (0, None, 0))(weight, ids, first)
-    assert torch.equal(at_once, torch.stack([lane_embedding(weight[lane], ids, first[lane]) for lane in range(3)]))
+    at_once = torch.vmap(lane_embedding, (0, None, 0, None))(weight, ids, first, 12)
+    one_by_one = [lane_embedding(weight[lane], ids, first[lane], 12) for lane in range(3)]
+    assert torch.equal(at_once, torch.stack(one_by_one))
     assert torch.equal(at_once.sum(0), F.embedding(ids, weight.flatten(0, 1)))
 
 

@@ -1,6 +1,6 @@
 """Split embeddings by rows, as the head is split: a lane looks up its own rows, and one sum gives all lanes all rows.
 
-%x = embedding(%w, %ids)        [b, s, 64]       ->     %p = kraken.lane_embedding(%w_lane, %ids, %first)   [b, s, 64]
+%x = embedding(%w, %ids)        [b, s, 64]       ->     %p = kraken.lane_embedding(%w_lane, %ids, %first, 97)
                                                         %x = kraken.wait(kraken.all_reduce_start(%p))
 
 Of the lanes' parts all but one are zeros, so the sum is exact. A head that is the same tensor reads the same rows of
@@ -69,8 +69,8 @@ class SplitEmbedding(Pass[Recognized]):
         """Split one table; False if it is too small to be worth it."""
         program = splitter.program
         spec = program.weights.get(table.name)
-        if spec is None:
-            return near_miss("its rows are computed from other tensors", table)
+        if spec is None or not spec.torch_dtype.is_floating_point:
+            return near_miss("its rows are computed from other tensors, or are whole numbers", table)
         other = next((user for user in table.users if user not in lookups), None)
         if other is not None:
             return near_miss(f"'{other.name}' reads all of the table", table)
@@ -80,10 +80,10 @@ class SplitEmbedding(Pass[Recognized]):
         blocks = vocabulary_blocks(spec.source_shape[0], program.degree, self.smallest)
         if blocks is None or (self.choice == AUTO and _saved_share(spec, program) < self.least_share):
             return False
-        rows = splitter.part(table, (blocks, None))
+        part = splitter.part(table, (blocks, None))
         first_row = _first_row(spec.source_shape[0], blocks, splitter)
         for lookup in lookups:
-            _look_up(lookup, rows, first_row)
+            _look_up(lookup, part, first_row, spec.source_shape[0])
         return True
 
 
@@ -103,18 +103,19 @@ def _source_bytes(spec: WeightSpec) -> int:
 
 
 def _first_row(rows: int, blocks: tuple[IndexSet, ...], splitter: WeightSplitter) -> fx.Node:
-    """The number of a lane's first row, cut out of the numbers of all rows: so the table's length stays known."""
-    first_rows = tuple(((block[0][0], block[0][0] + 1),) for block in blocks)
-    return splitter.add_constant(f"kraken.positions.{rows}", torch.arange(rows), (DimShard(0, first_rows),))
+    """The number of a lane's first row, [1]."""
+    numbers = torch.tensor([block[0][0] for block in blocks])
+    lanes = tuple(((lane, lane + 1),) for lane in range(len(blocks)))
+    return splitter.add_constant(f"kraken.first_rows.{rows}", numbers, (DimShard(0, lanes),))
 
 
-def _look_up(lookup: fx.Node, rows: fx.Node, first_row: fx.Node) -> None:
+def _look_up(lookup: fx.Node, part: fx.Node, first_row: fx.Node, rows: int) -> None:
     """Let a lookup await the sum of the lanes' parts. It stays the node that the layer table names."""
     ids, padding_idx = args_of(lookup)[1], argument(lookup, 2, "padding_idx", -1)
     graph = lookup.graph
     with graph.inserting_before(lookup):
-        part = graph.call_function(LANE_EMBEDDING, (rows, ids, first_row, padding_idx))
-        start = graph.call_function(_START, (part,))
-    for node in (part, start):
+        found = graph.call_function(LANE_EMBEDDING, (part, ids, first_row, rows, padding_idx))
+        start = graph.call_function(_START, (found,))
+    for node in (found, start):
         node.meta = dict(lookup.meta)
     lookup.target, lookup.args, lookup.kwargs = _WAIT, (start,), {}

@@ -64,12 +64,12 @@ def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
     return out if bias is None else op.Add(out, op.Gather(bias, experts))
 
 
-def _lane_embedding(weight: Any, ids: Any, first_row: Any, padding_idx: int = -1) -> Any:
+def _lane_embedding(weight: Any, ids: Any, first_row: Any, rows: int = 0, padding_idx: int = -1) -> Any:
     """See `kraken::lane_embedding`; nothing here has gradients."""
-    rows = op.Sub(ids, first_row)
-    own_rows = op.Clip(rows, op.Constant(value_int=0), op.Constant(value_int=weight.shape[0] - 1))
+    places = op.Sub(ids, first_row)
+    own_rows = op.Clip(places, op.Constant(value_int=0), op.Constant(value_int=weight.shape[0] - 1))
     found = op.Gather(weight, own_rows)
-    is_here = op.Unsqueeze(op.Equal(own_rows, rows), op.Constant(value_ints=[-1]))
+    is_here = op.Unsqueeze(op.Equal(own_rows, places), op.Constant(value_ints=[-1]))
     return op.Where(is_here, found, op.CastLike(op.Constant(value_float=0.0), found))
 
 
