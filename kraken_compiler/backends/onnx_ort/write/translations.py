@@ -66,7 +66,8 @@ def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
 
 def _lane_embedding(weight: Any, ids: Any, first_row: Any, rows: int = 0, padding_idx: int = -1) -> Any:
     """See `kraken::lane_embedding`; nothing here has gradients."""
-    places = op.Sub(ids, first_row)
+    # Ids may be of 32 bits.
+    places = op.Sub(op.CastLike(ids, first_row), first_row)
     own_rows = op.Clip(places, op.Constant(value_int=0), op.Constant(value_int=weight.shape[0] - 1))
     found = op.Gather(weight, own_rows)
     is_here = op.Unsqueeze(op.Equal(own_rows, places), op.Constant(value_ints=[-1]))
