@@ -5,8 +5,8 @@
 
 A reduce is a kernel on a stream of its own that occupies some multiprocessors for d microseconds, as a real one would,
 and adds nothing up. The time of a prefill against d is measured for `standard`, which waits for every reduce, and for
-`kraken`, which hides it behind the next attention, launched one by one (eager) and replayed as one CUDA graph. Until d fills the
-window, `kraken` must stay within 3 % of its time with d = 0: then overlap is real, and survives the capture.
+`kraken`, which hides it behind the next attention, launched one by one (eager) and replayed as one CUDA graph. Until d
+fills the window, `kraken` must stay within 3 % of its time with d = 0: then overlap is real, and survives the capture.
 """
 
 from __future__ import annotations

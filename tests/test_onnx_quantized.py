@@ -199,12 +199,23 @@ def test_what_is_stored(kind: str, tmp_path: Path) -> None:
     assert all(-(-size // DEGREE) == stored[name].dims[0] for name, size in quantized.items())
 
 
-def test_a_head_that_is_the_embedding_too_stays(tmp_path: Path) -> None:
-    """On one device GPT-2 looks tokens up in the tensor that its head multiplies by."""
-    (model,) = write("gpt2", "int4", tmp_path / "files", degree=1, form="standard")
-    kinds = [node.op_type for node in model.proto.graph.node]
-    assert kinds.count("MatMul") == 1
-    assert kinds.count(QUANTIZED_PRODUCT) > 4
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_head_that_is_the_embedding_too_is_looked_up_in_its_integers(degree: int, tmp_path: Path) -> None:
+    """GPT-2 looks tokens up in the tensor that its head multiplies by, in 8 bits as always."""
+    models = write("gpt2", "int4", tmp_path / "files", degree=degree, form="standard")
+    graph = models[0].proto.graph
+    assert "MatMul" not in {node.op_type for node in graph.node}
+    stored = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    head = next(node for node in reversed(graph.node) if node.op_type == QUANTIZED_PRODUCT)
+    looked_up = [node.input[0] for node in graph.node if node.op_type == "Gather"]
+    assert {*head.input[1:4]} <= {*looked_up}
+    assert [-(-97 // degree), 64] not in stored.values()
+    found = recognized("gpt2")
+    program = lane_program("gpt2", degree, "standard") if degree > 1 else lower(found.captured, 1, "standard")[0]
+    ids = token_batch(found.model, 2, 9)
+    lanes = StreamingProgram(program, read_as_quantized(models[0], read_from_source(program, found.read)))
+    exact = logits_of_devices([model.with_exact_products() for model in models], ids)
+    assert relative_error(exact, lanes.run_flat([ids])[0]) < 1e-5
 
 
 def test_other_weights_than_are_known_are_refused(tmp_path: Path) -> None:

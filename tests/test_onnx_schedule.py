@@ -89,14 +89,16 @@ def test_products_run_between_start_and_wait_on_every_device(artifact: Path, run
     devices = measured(artifact / "lanes", runs)
     require_run_overlap(devices)
     for windows in devices:
-        assert [bool(one.window.promised) for one in windows] == [True, True, False]
-        for one in windows[:-1]:
+        # The first is of the embedding's rows.
+        assert [bool(one.window.promised) for one in windows] == [False, True, True, False]
+        for one in windows[1:-1]:
             names = {node.name for node in (*one.products, *one.attentions)}
             assert names == set(one.window.gemms)
             assert {node.op for node in one.products} == {"FusedMatMul"}
             assert (len(one.products), len(one.attentions)) == (4, 1)
             assert one.hiding_us > 0
-        assert (windows[-1].products, windows[-1].attentions) == ((), ())
+        for one in (windows[0], windows[-1]):
+            assert (one.products, one.attentions) == ((), ())
         assert all(one.start_us < other.start_us for one, other in pairwise(windows))
         assert all(one.wait_us >= 0 for one in windows)
 
@@ -150,16 +152,18 @@ def test_a_device_that_waits_early_is_found_though_its_numbers_are_right(
     with pytest.raises(VerificationError) as caught:
         require_run_overlap(devices)
     assert str(caught.value) == (
-        "2 of 3 reduces lost their overlap in the run: no matrix product was executed between start and wait "
-        "of reduce 0 (AllReduceStart to AllReduceWait) on rank 1, "
-        "reduce 1 (AllReduceStart_1 to AllReduceWait_1) on rank 1"
+        "2 of 4 reduces lost their overlap in the run: no matrix product was executed between start and wait "
+        "of reduce 1 (AllReduceStart to AllReduceWait) on rank 1, "
+        "reduce 2 (AllReduceStart_1 to AllReduceWait_1) on rank 1"
     )
 
 
 def test_a_run_of_other_reduces_is_refused(artifact: Path, runs: list[Run]) -> None:
     windows = windows_of(artifact / "lanes")
     _, events = runs[0]
-    with pytest.raises(VerificationError, match=r"ran the AllReduceStart nodes AllReduceStart, .*; its file has Other"):
+    with pytest.raises(
+        VerificationError, match=r"ran the AllReduceStart nodes \S*/AllReduceStart, .*; its file has Other"
+    ):
         ran_windows(events, (replace(windows[0], start="Other"), *windows[1:]))
     with pytest.raises(VerificationError, match="ran the AllReduceWait nodes"):
         ran_windows([event for event in events if event.name != "AllReduceWait"], windows)
@@ -197,8 +201,8 @@ def test_devices_are_verified_with_their_own_profile(verification: Verification)
     verification.require_passed()
     assert [one.sizes for one in verification.comparisons] == [(1, 5), (1, 5), (2, 9), (2, 9)]
     schedule = json.loads(json.dumps(verification.to_dict()))["schedule"]
-    assert [len(entry["devices"]) for entry in schedule] == [DEGREE] * 3
-    for entry in schedule[:-1]:
+    assert [len(entry["devices"]) for entry in schedule] == [DEGREE] * 4
+    for entry in schedule[1:-1]:
         for device in entry["devices"]:
             names = [node["name"] for node in device["products"] + device["attentions"]]
             assert sorted(names) == sorted(entry["gemms"])
@@ -214,13 +218,14 @@ def test_the_schedule_for_people(verification: Verification) -> None:
     title, header, *rows = verification.schedule_lines()
     assert title.startswith("one run of batch 2 x 9, in us")
     assert header.split()[:3] == ["reduce", "device", "start"]
-    assert len(rows) == 3
-    assert "model.layers.1.self_attn  k_proj " in rows[0]
-    assert "Attention" in rows[0]
+    assert len(rows) == 4
+    assert "nothing" in rows[0], "the embedding's rows"
+    assert "model.layers.1.self_attn  k_proj " in rows[1]
+    assert "Attention" in rows[1]
     assert "nothing" in rows[-1]
     _, *rows = replace(verification, checks=()).schedule_lines()
-    assert rows[0].split()[:2] == ["0", "AllReduceStart"]
-    assert "model.layers.1.self_attn.q_proj/MatMul" in rows[0]
+    assert rows[1].split()[:2] == ["1", "AllReduceStart"]
+    assert "model.layers.1.self_attn.q_proj/MatMul" in rows[1]
 
 
 def test_files_are_read_once(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,10 +216,27 @@ def test_it_trains(name: str, form: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_places_of_a_tied_weight_share_its_gradient() -> None:
-    """The embedding is whole and the head is split, so they are two parameters; together they get the source's."""
+def test_a_tied_weight_is_one_parameter_with_the_gradient_of_both_its_places() -> None:
     source = SUPPORTED["qwen2"]()
     module = kraken_compiler.transform(source, 2, "standard")
+    ids = token_batch(source, 2, 9)
+    for model in (module, source):
+        model(ids).logits.square().mean().backward()
+    (spec,) = (spec for spec in module.program.weights.values() if spec.source_shape == (97, 64))
+    table = module.get_parameter(f"weights.{spec.name}")
+    # 97 rows over two lanes: the second has a row of padding, which no logit comes from and no token is looked up in.
+    assert table.shape == (2, 49, 64)
+    assert table.grad is not None
+    assert not table.grad[1, 48].any()
+    wanted = source.get_input_embeddings().weight.grad
+    assert errors(table.grad.flatten(0, 1)[:97], wanted)[1] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_places_of_a_tied_weight_share_its_gradient() -> None:
+    """With a whole embedding and a split head they are two parameters; together they get the source's."""
+    source = SUPPORTED["qwen2"]()
+    module = kraken_compiler.transform(source, 2, "standard", embedding="whole")
     ids = token_batch(source, 2, 9)
     for model in (module, source):
         model(ids).logits.square().mean().backward()

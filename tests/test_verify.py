@@ -251,7 +251,7 @@ def test_an_emptied_window_is_found() -> None:
     require_overlap(check_schedule(program.module, program.plan))
     windows = check_schedule(emptied(program).module, program.plan)
     with pytest.raises(
-        VerificationError, match=r"1 of 3 reduces lost their overlap: no matrix multiplication .*reduce"
+        VerificationError, match=r"1 of 4 reduces lost their overlap: no matrix multiplication .*reduce"
     ):
         require_overlap(windows)
 

@@ -29,7 +29,7 @@ from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
-from kraken_compiler.passes.lower import lower_split, split_source
+from kraken_compiler.passes.lower import lower_split, require_embedding, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
 from kraken_compiler.passes.stages import with_halves
@@ -120,6 +120,7 @@ class _Compile:
         require_timeout(options.timeout)
         if options.overlap not in OVERLAPS:
             raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
+        require_embedding(options.embedding)
         self.backends = chosen_backends(options.backends, options.backend_options)
         self.texts = [Path(one) for one in options.calibrate]
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
@@ -149,7 +150,7 @@ class _Compile:
             captured = self._capture()
             runner = PassRunner(self.dumps)
             with self.show.stage("split"):
-                split = split_source(captured.program, options.degree, runner)
+                split = split_source(captured.program, options.degree, runner, embedding=options.embedding)
             program = self._rewrite(captured, split, runner)
             report = make_report(program, runner.history, self.notes)
             if reservation is None:

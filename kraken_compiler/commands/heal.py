@@ -21,7 +21,7 @@ from kraken_compiler.backends.registry import backends_of, require_lanes
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
-from kraken_compiler.commands.source import lowered_as, source_of
+from kraken_compiler.commands.source import embedding_choice, lowered_as, source_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program
 from kraken_compiler.lanes.reference import read_from_lane_files
@@ -173,7 +173,8 @@ def _train(
     timeout: float,
 ) -> Outcome:
     degree = artifact.manifest.degree if settings.ranks else 1
-    source, _ = lower(captured.program, degree, "standard", cached=False)
+    embedding = embedding_choice(artifact.manifest)
+    source, _ = lower(captured.program, degree, "standard", embedding=embedding, cached=False)
     read = captured.store.read
     if settings.ranks:
         return heal_on_ranks(artifact, source, read, text, settings, folder, watch, timeout)

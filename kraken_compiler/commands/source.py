@@ -12,7 +12,8 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
-from kraken_compiler.ir.schedule import NO_OVERLAP, ROWS, TOKENS
+from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, ROWS, TOKENS
+from kraken_compiler.ir.shards import WHOLE
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.verify.against_model import with_rules
@@ -64,7 +65,7 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     Raises:
         InputFileError: It comes out otherwise: the artifact was compiled by another version.
     """
-    program, _ = lower(captured.program, manifest.degree, manifest.forms)
+    program, _ = lower(captured.program, manifest.degree, manifest.forms, embedding=embedding_choice(manifest))
     weights = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
     manifest_weights = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
     if weights != manifest_weights:
@@ -72,6 +73,13 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     has_split = manifest.cache is not None and manifest.cache.split is not None
     overlap = TOKENS if has_split else ROWS if manifest.rows is not None else NO_OVERLAP
     return with_halves(as_compiled(program, manifest), overlap)
+
+
+def embedding_choice(manifest: Manifest) -> str:
+    """What an artifact's lanes hold of embeddings, as `lower` takes it."""
+    if not any(reduce.is_lookup for reduce in manifest.plan.reduces):
+        return WHOLE
+    return str(manifest.options.get("embedding", AUTO))
 
 
 def as_compiled(program: LaneProgram, manifest: Manifest) -> LaneProgram:

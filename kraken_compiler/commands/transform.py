@@ -15,6 +15,7 @@ from kraken_compiler.backends.registry import require_lanes
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.ir.program import Split
+from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.lower import FormChoice, lower_split, split_source
@@ -33,6 +34,7 @@ def transform(
     layers: str | Sequence[int] | None = None,
     example_inputs: ExampleInputs | None = None,
     check: bool = True,
+    embedding: str = AUTO,
 ) -> LaneModule:
     """Rewrite a model into N parallel lanes that run in one process.
 
@@ -47,6 +49,8 @@ def transform(
             Hugging Face models.
         check: Compare the lanes with the model itself on random inputs, at sizes other than the example's. What is
             compared is the standard form of the same degree; of another form, one weight at a time.
+        embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
+            wherever that is possible (`split`), or all of them (`whole`).
 
     Returns:
         A module with the model's call signature and output structure. It trains, moves between devices and saves.
@@ -54,7 +58,7 @@ def transform(
         train stay frozen; it computes as in evaluation mode, without dropout, also after `train()`.
 
     Raises:
-        UsageError: Unknown form, wrong degree or layers, missing example inputs.
+        UsageError: Unknown form or choice, wrong degree or layers, missing example inputs.
         UnsupportedModelError: A part of the model cannot be rewritten; names module, node and reason.
         InputFileError: A model file is missing or damaged.
         VerificationError: The lanes compute something else than the model.
@@ -62,7 +66,7 @@ def transform(
     with undisturbed() as surroundings:
         captured = capture(model, example_inputs=example_inputs)
         runner = PassRunner()
-        split = split_source(captured.program, degree, runner)
+        split = split_source(captured.program, degree, runner, embedding=embedding)
         program = lower_split(split, form, layers, runner=runner)
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
         module.report = make_report(program, runner.history, (*surroundings, *captured.notes))

@@ -11,7 +11,7 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import EngineSettings, Reference
 from kraken_compiler.backends.registry import backend_of, lanes_in
 from kraken_compiler.capture.example_inputs import ExampleInputs
-from kraken_compiler.commands.source import as_compiled, lowered_as, source_of
+from kraken_compiler.commands.source import as_compiled, embedding_choice, lowered_as, source_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.options.verify import VerifyOptions
@@ -80,7 +80,9 @@ def verify_artifact(
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
-        standard, _ = lower(captured.program, artifact.manifest.degree, "standard", cached=False)
+        embedding = embedding_choice(artifact.manifest)
+        degree = artifact.manifest.degree
+        standard, _ = lower(captured.program, degree, "standard", embedding=embedding, cached=False)
         model_check = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
     skipped, comparisons = tuple(model_check.skipped), tuple(model_check.comparisons)
     if lanes is None and has_lane_tensors(artifact.manifest.weights):

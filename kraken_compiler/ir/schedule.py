@@ -24,7 +24,8 @@ class Reduce:
 
     Attributes:
         index: Number in launch order, 0-based.
-        first, last: The branches whose partial outputs it sums, inclusive, 1-based.
+        first, last: The branches whose partial outputs it sums, inclusive, 1-based. None, `first` = `last` + 1, where
+            it sums the rows of an embedding that lanes looked up, for a stream that begins behind branch `last`.
         awaited_by: The branch whose read needs the sum first; None when only the model's end needs it.
         window: The branches that run between its start and its wait.
         bytes_per_token: Payload per token of the batch.
@@ -41,6 +42,11 @@ class Reduce:
     def is_inside(self) -> bool:
         """True if its own branch awaits it: the means of norms over split columns."""
         return self.awaited_by == self.last
+
+    @property
+    def is_lookup(self) -> bool:
+        """True if it sums no branches' outputs, but the rows of an embedding."""
+        return self.first > self.last
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kraken_compiler.ir.index_set import IndexSet
+from kraken_compiler.ir.schedule import AUTO
+
+SPLIT, WHOLE = "split", "whole"
+EMBEDDINGS = (AUTO, SPLIT, WHOLE)
+"""What a lane holds of an embedding: its own rows where that saves enough memory, its own rows, or all rows."""
 
 KeptDim = tuple[IndexSet, ...] | None
 """One index set per lane, or None if every lane keeps the whole dimension."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from kraken_compiler.ops.capped_attention import capped_attention
 from kraken_compiler.ops.dequantize import dequantize
 from kraken_compiler.ops.expert_linear import autocast_expert_linear
-from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR
+from kraken_compiler.ops.lane_embedding import lane_embedding
+from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION, DEQUANTIZE, EXPERT_LINEAR, LANE_EMBEDDING
 from kraken_compiler.surroundings import autocast_is_on
 
 
@@ -36,4 +37,5 @@ BATCHED_AS: dict[Any, Callable[..., Tensor]] = {
     CAPPED_ATTENTION: capped_attention,
     DEQUANTIZE: dequantize,
     EXPERT_LINEAR: autocast_expert_linear,
+    LANE_EMBEDDING: lane_embedding,
 }

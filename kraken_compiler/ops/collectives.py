@@ -20,6 +20,7 @@ from kraken_compiler.ops import (
     capped_attention,  # noqa: F401  (importing defines their ops)
     dequantize,  # noqa: F401  (importing defines their ops)
     expert_linear,  # noqa: F401  (importing defines their ops)
+    lane_embedding,  # noqa: F401  (importing defines their ops)
 )
 
 

@@ -8,6 +8,7 @@ from kraken_compiler.ops import (
     capped_attention,  # noqa: F401  (registers our own)
     dequantize,  # noqa: F401  (registers our own)
     expert_linear,  # noqa: F401  (registers our own)
+    lane_embedding,  # noqa: F401  (registers our own)
 )
 
 aten = torch.ops.aten
@@ -15,6 +16,8 @@ aten = torch.ops.aten
 LINEAR = aten.linear.default
 EXPERT_LINEAR = torch.ops.kraken.expert_linear.default
 DEQUANTIZE = torch.ops.kraken.dequantize.default
+EMBEDDING = aten.embedding.default
+LANE_EMBEDDING = torch.ops.kraken.lane_embedding.default
 PROJECTIONS = frozenset({LINEAR, EXPERT_LINEAR})
 """Products with weights; their operands are x, the weight [..., out, in] and the bias, in this order."""
 

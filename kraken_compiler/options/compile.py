@@ -68,6 +68,13 @@ class CompileOptions(CommandOptions):
             "Changes no number. (default: auto)"
         ),
     ] = AUTO
+    embedding: Annotated[
+        str,
+        typer.Option(
+            help="What a lane holds of an embedding. split: its own rows, which a sum at the beginning puts together; "
+            "whole: all rows; auto: its own where that saves a lane a hundredth of its memory. (default: auto)"
+        ),
+    ] = AUTO
     backends: Annotated[
         Sequence[str],
         CommandLineType(list[str]),

@@ -12,7 +12,8 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS, STANDARD, Form
 from kraken_compiler.ir.layers import Branch, LayerTable
 from kraken_compiler.ir.program import LaneProgram, Program, Split
-from kraken_compiler.ir.schedule import NO_OVERLAP
+from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP
+from kraken_compiler.ir.shards import EMBEDDINGS
 from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, PassRunner
 from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
@@ -29,6 +30,7 @@ def lower(
     form: FormChoice = "kraken",
     layers: str | Sequence[int] | None = None,
     *,
+    embedding: str = AUTO,
     cached: bool = True,
     dump_directory: Path | None = None,
     progress: Callable[[str], None] | None = None,
@@ -42,6 +44,8 @@ def lower(
         form: A row of the forms table, by name or as a `Form`; or one such row for every layer.
         layers: The layers that take the form, the others stay standard: numbers (negative ones count from the end) or
             text such as "15-29"; None means all.
+        embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
+            wherever that is possible (`split`), or all of them (`whole`).
         cached: Also make the program with a KV cache, which takes as long as all the rest.
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
@@ -50,21 +54,26 @@ def lower(
         The lane program and the record of every pass.
 
     Raises:
-        UsageError: Unknown form, layer or degree; the message lists what is valid.
+        UsageError: Unknown form, layer, degree or choice; the message lists what is valid.
         UnsupportedModelError: A part of the model cannot be rewritten.
     """
     row = _rows(form)
+    require_embedding(embedding)
     runner = PassRunner(dump_directory, progress)
     recognized = recognize(captured, runner)
     forms = forms_of_layers(row, layers, len(recognized.layers.layers))
-    lane = schedule(split(recognized, find_degree(degree, recognized.layers), runner), forms, runner)
+    split_program = split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding)
+    lane = schedule(split_program, forms, runner)
     return with_cache(lane, runner) if cached else lane, tuple(runner.history)
 
 
-def split_source(captured: Program, degree: int | None = None, runner: PassRunner | None = None) -> Split:
+def split_source(
+    captured: Program, degree: int | None = None, runner: PassRunner | None = None, *, embedding: str = AUTO
+) -> Split:
     """Recognise a captured model and split it, for all forms that are wanted of it. See `lower`."""
+    require_embedding(embedding)
     recognized = recognize(captured, runner)
-    return split(recognized, find_degree(degree, recognized.layers), runner)
+    return split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding)
 
 
 def lower_split(
@@ -115,6 +124,12 @@ def find_form(form: str | Form) -> Form:
         return FORMS[form]
     nearest = difflib.get_close_matches(form, FORMS, n=1, cutoff=0.0)
     raise UsageError(f"there is no form '{form}'; did you mean '{nearest[0]}'? Forms: {', '.join(FORMS)}")
+
+
+def require_embedding(embedding: str) -> None:
+    """Refuse what is no choice for embeddings with a `UsageError`."""
+    if embedding not in EMBEDDINGS:
+        raise UsageError(f"--embedding {embedding}: choose from {', '.join(EMBEDDINGS)}")
 
 
 def find_layers(layers: str | Sequence[int] | None, count: int) -> tuple[int, ...] | None:

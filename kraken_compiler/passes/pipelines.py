@@ -6,7 +6,7 @@ from typing import Any
 
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ir.schedule import NO_OVERLAP, ROWS, TOKENS
+from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, ROWS, TOKENS
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.assign_forms import AssignForms
@@ -41,6 +41,7 @@ from kraken_compiler.passes.shard.plan_shards import PlanShards
 from kraken_compiler.passes.shard.separate_projections import SeparateProjections
 from kraken_compiler.passes.shard.share_means import ShareMeans
 from kraken_compiler.passes.shard.split_branches import SplitBranches
+from kraken_compiler.passes.shard.split_embedding import SplitEmbedding
 from kraken_compiler.passes.shard.split_head import SplitHead
 
 RECOGNIZE: tuple[Pass[Program], ...] = (
@@ -69,7 +70,7 @@ RECOGNIZE: tuple[Pass[Program], ...] = (
 """From a captured model to its layer table. Keeps the numbers."""
 
 
-def split_over(degree: int) -> tuple[Pass[Any], ...]:
+def split_over(degree: int, embedding: str = AUTO) -> tuple[Pass[Any], ...]:
     """From a recognised model to what one of `degree` lanes computes of it, whatever the form."""
     return (
         SeparateProjections(degree),
@@ -80,6 +81,7 @@ def split_over(degree: int) -> tuple[Pass[Any], ...]:
         SplitBranches(degree),
         ShareMeans(),
         SplitHead(),
+        SplitEmbedding(embedding),
     )
 
 

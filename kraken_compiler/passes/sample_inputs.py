@@ -8,12 +8,13 @@ from torch import Tensor, fx
 from kraken_compiler.ir.calls import DECODER_IDS
 from kraken_compiler.ir.program import InputSpec, Program
 from kraken_compiler.ir.size_rules import broken_rule
+from kraken_compiler.ops.op_sets import EMBEDDING, LANE_EMBEDDING
 from kraken_compiler.passes.position_lookups import longest_sequence, lookups
 
 NO_LIMIT = 1 << 30
 """More positions than anybody asks for."""
 
-_LOOKUPS = (torch.ops.aten.embedding.default,)
+_LOOKUPS = (EMBEDDING, LANE_EMBEDDING)
 
 _RESHAPES = frozenset(
     getattr(torch.ops.aten, name).default
@@ -90,12 +91,19 @@ def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torc
 
 def _rows(program: Program, name: str) -> int | None:
     """Rows of the smallest embedding that an input indexes; None if it indexes none."""
-    rows = [
-        program.weights[_table(node)].source_shape[0]
-        for node in program.graph.nodes
-        if node.target in _LOOKUPS and _index(node) == name and _table(node) in program.weights
-    ]
-    return min(rows, default=None)
+    lookups = [node for node in program.graph.nodes if node.target in _LOOKUPS and index_of(node) == name]
+    rows = [_rows_of_table(program, node) for node in lookups]
+    return min((number for number in rows if number is not None), default=None)
+
+
+def _rows_of_table(program: Program, lookup: fx.Node) -> int | None:
+    """Rows of the whole table that a lookup takes some of; None if it is computed."""
+    if lookup.target is LANE_EMBEDDING:
+        rows = lookup.args[3]
+        assert isinstance(rows, int)
+        return rows
+    table = program.weights.get(_table(lookup))
+    return None if table is None else table.source_shape[0]
 
 
 def _table(lookup: fx.Node) -> str:
@@ -121,7 +129,7 @@ def _rows_of(program: Program, table: fx.Node) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _index(lookup: fx.Node) -> str:
+def index_of(lookup: fx.Node) -> str:
     """Name of the node whose numbers a lookup takes, whatever their shape."""
     node = lookup.args[1]
     while isinstance(node, fx.Node) and node.target in _RESHAPES:

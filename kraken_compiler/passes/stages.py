@@ -40,14 +40,20 @@ def recognize(captured: Program, runner: PassRunner | None = None) -> Recognized
     return _run_pipeline(Recognized, captured, RECOGNIZE, runner)
 
 
-def split(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> Split:
-    """Cut every branch to the share of one of `degree` lanes.
+def split(recognized: Recognized, degree: int, runner: PassRunner | None = None, *, embedding: str = AUTO) -> Split:
+    """Cut every branch to the share of one of `degree` lanes, and the vocabulary.
+
+    Args:
+        recognized: A recognised program.
+        degree: Number of lanes.
+        runner: Gathers the history.
+        embedding: What lanes hold of embeddings, see `SplitEmbedding`.
 
     Raises:
         UnsupportedModelError: A branch cannot be cut so; the hint names another degree only if that was found to work.
     """
     try:
-        return _run_pipeline(Split, recognized, split_over(degree), runner)
+        return _run_pipeline(Split, recognized, split_over(degree, embedding), runner)
     except UnsupportedModelError as error:
         if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
             raise

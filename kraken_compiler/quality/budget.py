@@ -104,10 +104,12 @@ class Payloads:
     Attributes:
         part: Bytes per token of a branch's output.
         inside: For branches whose norms need whole sums themselves, by number: the bytes per token of those.
+        lookups: Bytes per token of the embeddings' sums, which every form waits for.
     """
 
     part: int = 1
     inside: Mapping[int, int] = field(default_factory=dict)
+    lookups: int = 0
 
     @classmethod
     def of(cls, standard: FormPlan) -> Payloads:
@@ -116,7 +118,9 @@ class Payloads:
         for reduce in standard.reduces:
             if reduce.is_inside:
                 inside[reduce.last] = inside.get(reduce.last, 0) + reduce.bytes_per_token
-        return cls(min(reduce.bytes_per_token for reduce in standard.reduces if not reduce.is_inside), inside)
+        parts = [reduce for reduce in standard.reduces if not reduce.is_inside and not reduce.is_lookup]
+        lookups = sum(reduce.bytes_per_token for reduce in standard.reduces if reduce.is_lookup)
+        return cls(min(reduce.bytes_per_token for reduce in parts), inside, lookups)
 
 
 def traffic(branches: Sequence[Branch], forms: Sequence[str], payloads: Payloads = Payloads()) -> Traffic:
@@ -137,7 +141,7 @@ def _bytes_sent(branches: Sequence[Branch], plan: FormPlan, payloads: Payloads) 
     # A branch that reads its peers late takes the means of its own columns and sends nothing.
     fresh = [read.branch for read in plan.reads if read.own == read.peers == branches[read.branch - 1].reads]
     inside = sum(payloads.inside.get(number, 0) for number in fresh)
-    return inside + sum(reduce.bytes_per_token for reduce in plan.reduces)
+    return payloads.lookups + inside + sum(reduce.bytes_per_token for reduce in plan.reduces)
 
 
 @dataclass(frozen=True)

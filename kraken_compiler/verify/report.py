@@ -53,6 +53,7 @@ class Report:
                 ("layer", "module", "form", "reduces", "bytes/token", "window (matrix products)"),
                 _layer_rows(data["layers"]),
             ),
+            *_embedding_lines(data["embedding"]),
             *([data["halves"]] if data["halves"] else []),
             *(f"note      {note}" for note in data["notes"]),
             *_check_lines(data.get("check")),
@@ -95,7 +96,7 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
     rows = []
     for layer in layers.layers:
         last = {branch.index for branch in layer.branches}
-        reduces = [reduce for reduce in plan.reduces if reduce.last in last]
+        reduces = [reduce for reduce in plan.reduces if reduce.last in last and not reduce.is_lookup]
         rows.append(
             {
                 "layer": layer.index,
@@ -123,6 +124,7 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
             "padding": {kind: padding(layers, program.degree, kind) for kind in ("attention", "ffn")},
             "degrees_without_padding": list(even_degrees(layers)),
             "lanes": [{"lane": index, **lane} for index in range(program.degree)],
+            "embedding": [_reduce_entry(one, windows.get(one.index)) for one in plan.reduces if one.is_lookup],
             "layers": rows,
             "halves": _halves(program),
             "passes": [vars(record) for record in history],
@@ -179,6 +181,15 @@ def _reduce_entry(reduce: Reduce, window: Window | None) -> dict[str, Any]:
         "window_branches": list(reduce.window),
         "window_gemms": list(window.gemms) if window else [],
     }
+
+
+def _embedding_lines(reduces: Sequence[dict[str, Any]]) -> list[str]:
+    """A line on embeddings of which a lane has its own rows; none if all lanes have all rows."""
+    if not reduces:
+        return []
+    sums = "1 reduce" if len(reduces) == 1 else f"{len(reduces)} reduces"
+    width = sum(reduce["bytes_per_token"] for reduce in reduces)
+    return [f"a lane looks up its own rows of the embedding: {sums} more, {width} bytes/token, where the stream begins"]
 
 
 def _padding_line(shares: dict[str, float], without: Sequence[int]) -> str:

@@ -25,7 +25,10 @@ class NumpyModel(RankModel):
     def __init__(self, artifact: Artifact, ranks: Ranks, graph: LaneGraph, dtype: str) -> None:
         files = (f"{LANES_DIRECTORY}/{lane_file_name(ranks.rank)}", f"{LANES_DIRECTORY}/{SHARED_FILE}")
         weights = {name: value for file in files for name, value in load_file(artifact.path(file)).items()}
-        self._weights = {name: value.astype(dtype) for name, value in weights.items()}
+        # Numbers of rows stay whole numbers.
+        self._weights = {
+            name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in weights.items()
+        }
         self._graph, self._names = graph, [spec.name for spec in artifact.manifest.inputs]
         self._operators = OPERATORS | {
             "kraken::all_reduce_start": lambda x: ranks.start(x),

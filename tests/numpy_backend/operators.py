@@ -50,6 +50,12 @@ def flatten(x: Array, start: int = 0, end: int = -1) -> Array:
     return x.reshape(*x.shape[:start], -1, *x.shape[last + 1 :])
 
 
+def lane_embedding(weight: Array, ids: Array, first_row: Array, rows: int, padding_idx: int = -1) -> Array:
+    places = ids - first_row
+    own_rows = places.clip(0, len(weight) - 1)
+    return np.where((places == own_rows)[..., None], weight[own_rows], weight.dtype.type(0))
+
+
 def sliced(x: Array, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
     return x[(slice(None),) * dim + (slice(start, end, step),)]
 
@@ -73,6 +79,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "aten::unbind": lambda x, dim=0: list(np.moveaxis(x, dim, 0)),
     "aten::unsqueeze": lambda x, dim: np.expand_dims(x, dim),
     "aten::view": lambda x, shape: x.reshape(shape),
+    "kraken::lane_embedding": lane_embedding,
     "getitem": lambda values, index: values[index],
 }
 """By name."""

@@ -36,7 +36,7 @@ class UnrolledGpt:
             pieces = list(value.chunk(self.degree, dim=1))
         elif name.endswith(("o.bias", "down.bias")):
             pieces = [value / self.degree]
-        elif name.startswith("head."):
+        elif name.startswith(("head.", "tokens.")):
             pieces = list(value.split(-(-VOCAB // self.degree)))
         else:
             pieces = [value]
@@ -44,7 +44,7 @@ class UnrolledGpt:
         return leaves if len(leaves) == self.degree else leaves * self.degree
 
     def __call__(self, ids: Tensor) -> Tensor:
-        embedding = F.embedding(ids, self.parts["tokens.weight"][0])
+        embedding = F.embedding(ids, torch.cat(self.parts["tokens.weight"]))
         outputs: list[list[Tensor]] = []
 
         def own(lane: int, point: int) -> Tensor:

@@ -45,17 +45,17 @@ def test_standard_is_exact(degree: int) -> None:
     """Also where several lanes hold a KV head, whose columns must count once."""
     program = sample().lanes(degree, STANDARD)
     assert_close(sample().run(program), sample().expected())
-    # One for the parts and one for the means of every branch: q's and k's travel together.
-    assert len(program.plan.reduces) == 8
-    assert [reduce.index for reduce in program.plan.reduces] == list(range(8))
-    assert [reduce.bytes_per_token // 8 for reduce in program.plan.reduces] == [3, D, 2, D] * 2
-    assert len(program.windows[0].gemms) == 1, "the values' projection hides the means of q and k"
+    # One for the rows of the embedding; of every branch one for the parts and one for the means: q's and k's travel
+    # together.
+    assert [reduce.index for reduce in program.plan.reduces] == list(range(9))
+    assert [reduce.bytes_per_token // 8 for reduce in program.plan.reduces] == [D, *[3, D, 2, D] * 2]
+    assert len(program.windows[1].gemms) == 1, "the values' projection hides the means of q and k"
 
 
 def test_late_branches_take_the_mean_of_what_they_have() -> None:
     """Only the first branch of a kraken model reads what the source reads."""
     program = sample().lanes(2, KRAKEN)
-    assert len(program.plan.reduces) == 3
+    assert [reduce.is_lookup for reduce in program.plan.reduces] == [True, False, False, False]
     check_idempotent(OpenWideNorms(2), program)
 
 

@@ -34,15 +34,17 @@ def test_halves_compute_the_same(form: Form, cut: int) -> None:
 
 
 def test_each_half_hides_behind_the_other() -> None:
-    """Of a standard form, which hides nothing by itself: all but the last two, of picked tokens."""
+    """Of a standard form, which hides nothing by itself: all but the first, of what the first half looks up, and the
+    last two, of picked tokens.
+    """
     program = split()
     assert program.cached is not None
     halves = program.cached.split
     assert halves is not None
     windows = measure_windows(halves.program.graph, halves.plan)
-    assert halves.once == (2, 3)
-    assert [window.promised for window in windows] == [(1,), (2,), (2,), (3,), (), ()]
-    assert [len(window.gemms) for window in windows] == [5, 2, 2, 4, 0, 0]
+    assert halves.once == (3, 4)
+    assert [window.promised for window in windows] == [(), (1,), (1,), (2,), (2,), (3,), (), ()]
+    assert [len(window.gemms) for window in windows] == [0, 5, 5, 2, 2, 4, 0, 0]
 
 
 def test_a_changed_form_hides_behind_both() -> None:
@@ -52,11 +54,11 @@ def test_a_changed_form_hides_behind_both() -> None:
     assert halves is not None
     own = [len(window.gemms) for window in program.windows]
     windows = measure_windows(halves.program.graph, halves.plan)
-    assert halves.once == (2, 3)
-    assert all(len(one.gemms) > own[number // 2] for number, one in enumerate(windows[:4]))
-    assert windows[4].promised == program.windows[2].promised
-    assert windows[4].gemms
-    assert len(windows) == 6
+    assert halves.once == (3, 4)
+    assert [len(one.gemms) > own[number // 2] for number, one in enumerate(windows[:6])] == [False, *[True] * 5]
+    assert windows[6].promised == program.windows[3].promised
+    assert windows[6].gemms
+    assert len(windows) == 8
 
 
 def test_the_first_half_writes_its_keys_first() -> None:

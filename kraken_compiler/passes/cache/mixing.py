@@ -10,7 +10,7 @@ from torch import fx
 from kraken_compiler._torch_compat import OpOverload, arguments_by_name, op_name
 from kraken_compiler.ir.size_checks import BATCH, SEQUENCE
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
-from kraken_compiler.ops.op_sets import NORMS, PROJECTIONS, SHAPE_ONLY
+from kraken_compiler.ops.op_sets import LANE_EMBEDDING, NORMS, PROJECTIONS, SHAPE_ONLY
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of
 
@@ -19,6 +19,7 @@ _TOKEN_BY_TOKEN = frozenset(
         *PROJECTIONS,
         *SHAPE_ONLY,
         aten.embedding.default,
+        LANE_EMBEDDING,
         aten.reshape.default,
         aten.permute.default,
         aten.expand.default,

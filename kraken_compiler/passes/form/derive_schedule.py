@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.layers import Branch
@@ -44,6 +45,12 @@ def derive_plan(branches: Sequence[Branch], forms: Sequence[Form], bytes_per_tok
         payload = bytes_per_token * len(sums_of(branches, first, last))
         reduces.append(Reduce(index, first, last, awaited_by, tuple(range(last + 1, stop)), payload))
     return FormPlan(tuple(form.name for form in forms), reads, tuple(reduces))
+
+
+def with_lookups(plan: FormPlan, lookups: Sequence[Reduce]) -> FormPlan:
+    """The plan with the reduces of embeddings, which come before all others and have nothing to hide behind."""
+    reduces = (*lookups, *plan.reduces)
+    return replace(plan, reduces=tuple(replace(one, index=index) for index, one in enumerate(reduces)))
 
 
 def sums_of(branches: Sequence[Branch], first: int, last: int) -> tuple[tuple[int, int], ...]:

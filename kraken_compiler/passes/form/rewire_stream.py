@@ -41,12 +41,13 @@ class RewireStream(Pass[Planned]):
     requires: ClassVar[type[Program]] = Planned
 
     def run(self, program: Planned) -> PassResult:
-        if any(node.target is _START for node in program.graph.nodes):
+        starts = sum(node.target is _START for node in program.graph.nodes)
+        if starts == len(program.plan.reduces):
             return PassResult()
         builder = _Builder(program)
         program.module = fx.GraphModule(program.module, builder.build())
         program.layers = builder.renamed_layers()
-        return PassResult(len(program.plan.reduces))
+        return PassResult(len(builder.reduces))
 
 
 class _Builder:
@@ -54,6 +55,8 @@ class _Builder:
 
     def __init__(self, program: Planned) -> None:
         self.program, self.layers, self.plan = program, program.layers, program.plan
+        # Those of embeddings are in the graph, in front of the streams.
+        self.reduces = [reduce for reduce in program.plan.reduces if not reduce.is_lookup]
         self.old = {node.name: node for node in program.graph.nodes}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
@@ -158,7 +161,7 @@ class _Builder:
             values[node] = self.copies[node, read]
         part = values[self.old[branch.output]]
         self.parts.append(part)
-        for reduce in self.plan.reduces:
+        for reduce in self.reduces:
             if reduce.last == branch.index:
                 self.handles[reduce.index] = self._like(_START, self._payload(reduce))
 
@@ -225,7 +228,7 @@ class _Builder:
         return self.replays[replay, value][-1]
 
     def _reduce_ending_at(self, point: int) -> Reduce:
-        return next(reduce for reduce in self.plan.reduces if reduce.last == point)
+        return next(reduce for reduce in self.reduces if reduce.last == point)
 
     def _sum(self, first: int, last: int) -> fx.Node:
         """The lane's own parts of branches first..last."""

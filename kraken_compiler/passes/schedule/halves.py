@@ -87,12 +87,16 @@ def turns_of(
 
 
 def plan_of_both(plan: FormPlan, turns: Turns) -> FormPlan:
-    """The plan of both halves: A's reduces hide behind B's share of the same branch, B's behind A's next one."""
+    """The plan of both halves: A's reduces hide behind B's share of the same branch, B's behind A's next one.
+
+    Where a share has no products, as the lookup of an embedding has none, it hides nothing.
+    """
     reduces: list[Reduce] = []
     for reduce, following in zip(plan.reduces, [*plan.reduces[1:], None]):
         is_followed = following is not None and following.index in turns.with_products
         behind_next = (following.last,) if following is not None and is_followed else ()
-        for others in ((),) if reduce.index in turns.once else ((reduce.last,), behind_next):
+        behind_same = (reduce.last,) if reduce.index in turns.with_products else ()
+        for others in ((),) if reduce.index in turns.once else (behind_same, behind_next):
             window = tuple(dict.fromkeys((*others, *reduce.window)))
             reduces.append(replace(reduce, index=len(reduces), window=window))
     return replace(plan, reduces=tuple(reduces))

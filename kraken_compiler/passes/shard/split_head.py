@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from kraken_compiler.ir.index_set import IndexSet
+from kraken_compiler.ir.index_set import size
 from kraken_compiler.ir.program import Program, Recognized
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import LINEAR
@@ -23,6 +23,7 @@ from kraken_compiler.passes.graph_tools import replace as replace_node
 from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.passes.shard.split_branches import sort_weights
 from kraken_compiler.passes.shard.split_weights import WeightSplitter, original_shapes
+from kraken_compiler.passes.shard.vocabulary_blocks import SMALLEST_BLOCK, vocabulary_blocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SplitHead(Pass[Recognized]):
         smallest: Rows per lane below which a head stays whole; gathering it would cost more than it saves.
     """
 
-    smallest: int = 16
+    smallest: int = SMALLEST_BLOCK
 
     name: ClassVar[str] = "split-head"
     requires: ClassVar[type[Program]] = Recognized
@@ -44,10 +45,9 @@ class SplitHead(Pass[Recognized]):
         if head is None or degree == 1 or any(user.target is _ALL_GATHER for user in head.users):
             return PassResult()
         rows = int(shape_of(head)[-1])
-        size = -(-rows // degree)
-        if size < self.smallest or (degree - 1) * size >= rows:
+        lanes = vocabulary_blocks(rows, degree, self.smallest)
+        if lanes is None:
             return PassResult()
-        lanes: tuple[IndexSet, ...] = tuple(((lane * size, min((lane + 1) * size, rows)),) for lane in range(degree))
         splitter = WeightSplitter(program, original_shapes(program))
         weight, bias = args_of(head)[1], argument(head, 2, "bias")
         assert isinstance(weight, fx.Node)
@@ -58,7 +58,7 @@ class SplitHead(Pass[Recognized]):
         with graph.inserting_before(head):
             local = graph.call_function(LINEAR, tuple(parts))
             whole = graph.call_function(_ALL_GATHER, (local, len(shape_of(head)) - 1, degree))
-            if size * degree > rows:
+            if size(lanes[0]) * degree > rows:
                 whole = graph.call_function(aten.slice.Tensor, (whole, len(shape_of(head)) - 1, 0, rows))
         local.meta["nn_module_stack"] = head.meta.get("nn_module_stack", {})
         replace_node(head, whole)

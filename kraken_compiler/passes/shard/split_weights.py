@@ -34,7 +34,11 @@ class WeightSplitter:
     shapes: dict[str, tuple[Any, ...]]
 
     def __post_init__(self) -> None:
-        self._nodes_by_key: dict[Any, fx.Node] = {}
+        placeholders = {node.name: node for node in self.program.graph.find_nodes(op="placeholder")}
+        # Parts that another pass has made are taken again: a tied head and its embedding are one row of the table.
+        self._nodes_by_key: dict[Any, fx.Node] = {
+            _row(spec): placeholders[name] for name, spec in self.program.weights.items()
+        }
         self._fake_mode = fake_mode_of(self.program.graph)
 
     def part(self, node: fx.Node, kept_sets: Kept, scale: float = 1.0) -> fx.Node:
@@ -149,7 +153,7 @@ class WeightSplitter:
     def add_weight(self, spec: WeightSpec, near: fx.Node | None = None) -> fx.Node:
         """A placeholder for a new row of the weight table."""
         graph = self.program.graph
-        key = (spec.source, spec.shards, spec.scale)
+        key = _row(spec)
         if key in self._nodes_by_key:
             return self._nodes_by_key[key]
         first = near if near is not None else next(iter(graph.nodes))
@@ -193,6 +197,10 @@ class WeightSplitter:
 
     def _lanes(self, kept_sets: Kept) -> int:
         return next(len(lanes) for lanes in kept_sets if lanes is not None)
+
+
+def _row(spec: WeightSpec) -> tuple[str, tuple[DimShard, ...], float]:
+    return spec.source, spec.shards, spec.scale
 
 
 def _cut(spec: WeightSpec, dim: int, lanes: KeptDim) -> DimShard | None:

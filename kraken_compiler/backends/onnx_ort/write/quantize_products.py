@@ -3,16 +3,16 @@
     MatMul(x, weight [K, N])     ->  MatMulNBits(x, weight_Q4, weight_scales, weight_zero_points)
     Gemm(x, weight [K, N], bias) ->  the same, with the bias; also of a weight [N, K] and transB
 
-A weight that anything else reads too (an embedding that is also the head), and what is no right operand of a product
-(embeddings, norms, biases, tables) stay as they are. The last product, a language model's head, has 8 bits in any case:
-nothing comes after it that could even its errors out.
+An embedding that is also the head is looked up in the same integers, of 8 bits. A weight that anything else reads too,
+and what is no right operand of a product (other embeddings, norms, biases, tables) stay as they are. The last product,
+a language model's head, has 8 bits in any case: nothing comes after it that could even its errors out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir
@@ -27,6 +27,7 @@ from kraken_compiler.backends.onnx_ort.format import (
 )
 from kraken_compiler.backends.onnx_ort.write.export_graph import ExportedGraph
 from kraken_compiler.backends.onnx_ort.write.quantization import QUANTIZATIONS, Quantization
+from kraken_compiler.backends.onnx_ort.write.quantized_lookups import is_lookup, look_up_quantized
 
 INT8_ACTIVATIONS = 4
 """Of `PRODUCT_ACCURACY`: the other operand is rounded to 8 bits too, in blocks. Others have no fast 8-bit kernels."""
@@ -50,33 +51,66 @@ def quantize_products(exported: ExportedGraph, kind: str, transposes: Mapping[st
     origins = Counter(transposes.get(name, name) for name in exported.weights)
     last = next((node for node in reversed(exported.model.graph) if node.op_type in _PRODUCTS), None)
     for name, value in exported.weights.items():
-        products = [use.node for use in value.uses()]
+        reads = _reads(value)
         is_computed = name in exported.tables and name not in transposes
         origin = transposes.get(name, name)
-        if is_computed or origins[origin] > 1 or not products or not all(_is_product(node, value) for node in products):
-            continue
-        flips = {_is_flipped(node) for node in products}
-        if len(flips) > 1:
+        if is_computed or origins[origin] > 1 or reads is None:
             continue
         assert value.shape is not None
         rows, columns = value.shape.numpy()
-        if flips == {True}:
+        if reads.flipped:
             rows, columns = columns, rows
             transposed ^= {name}
         del weights[name]
-        quantization = quantized[name] = QUANTIZATIONS["int8" if last in products else kind]
+        quantization = quantized[name] = QUANTIZATIONS["int8" if last in reads.products or reads.lookups else kind]
         parts = _parts(quantization, name, value, rows, columns)
         weights.update({str(part.name): part for part in parts})
         notes = {
             NODE_WEIGHT: origin,
             NODE_TRANSPOSED: str((name in transposed) != (name in transposes)),
         }
-        for node in products:
+        for node in reads.products:
             _replace(node, parts, quantization, rows, columns)
             node.metadata_props.update(notes)
+        for node in reads.lookups:
+            look_up_quantized(node, parts, rows)
+        exported.model.graph.remove(reads.transposes, safe=True)
     if quantized:
         exported.model.opset_imports[MICROSOFT_DOMAIN] = MICROSOFT_VERSION
     return replace(exported, weights=weights, transposed=frozenset(transposed), quantized=quantized)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """All that reads a weight.
+
+    Attributes:
+        products: Products with it.
+        flipped: They multiply with it transposed.
+        lookups: Lookups of its rows.
+        transposes: What transposes it for its products.
+    """
+
+    products: list[onnx_ir.Node]
+    flipped: bool
+    lookups: list[onnx_ir.Node]
+    transposes: list[onnx_ir.Node]
+
+
+def _reads(weight: onnx_ir.Value) -> _Reads | None:
+    """What reads a weight; None if there is no product among it, or anything but products and lookups of rows."""
+    nodes = [use.node for use in weight.uses()]
+    lookups = [node for node in nodes if is_lookup(node, weight)]
+    transposes = [node for node in nodes if lookups and node.op_type == "Transpose"]
+    products = [(node, weight) for node in nodes if node not in lookups and node not in transposes]
+    products += [(use.node, node.outputs[0]) for node in transposes for use in node.outputs[0].uses()]
+    if not products or not all(_is_product(node, operand) for node, operand in products):
+        return None
+    flips = {_is_flipped(node) == (operand is weight) for node, operand in products}
+    # A row that is looked up must be a column of what products sum over.
+    if len(flips) > 1 or (lookups and flips != {True}):
+        return None
+    return _Reads([node for node, _ in products], flips == {True}, lookups, transposes)
 
 
 def _is_product(node: onnx_ir.Node, weight: onnx_ir.Value) -> bool:

@@ -48,6 +48,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.square.default: square,
         torch.ops.kraken.dequantize.default: dequantize,
         torch.ops.kraken.expert_linear.default: _expert_linear,
+        torch.ops.kraken.lane_embedding.default: _lane_embedding,
         torch.ops.kraken_onnx.attention.default: _attention,
         torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
@@ -61,6 +62,16 @@ def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
         op.Constant(value_ints=[-1]),
     )
     return out if bias is None else op.Add(out, op.Gather(bias, experts))
+
+
+def _lane_embedding(weight: Any, ids: Any, first_row: Any, rows: int = 0, padding_idx: int = -1) -> Any:
+    """See `kraken::lane_embedding`; nothing here has gradients."""
+    # Ids may be of 32 bits.
+    places = op.Sub(op.CastLike(ids, first_row), first_row)
+    own_rows = op.Clip(places, op.Constant(value_int=0), op.Constant(value_int=weight.shape[0] - 1))
+    found = op.Gather(weight, own_rows)
+    is_here = op.Unsqueeze(op.Equal(own_rows, places), op.Constant(value_ints=[-1]))
+    return op.Where(is_here, found, op.CastLike(op.Constant(value_float=0.0), found))
 
 
 def _attention(
