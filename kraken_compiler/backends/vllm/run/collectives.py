@@ -21,6 +21,7 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather, ten
 from kraken_compiler.backends.torch_dist.run.insert_collectives import replace_collectives
 from kraken_compiler.backends.vllm.run.options import ENGINE, NONE
 from kraken_compiler.ir.windows import measure_windows
+from kraken_compiler.ops.op_sets import PROJECTIONS
 from kraken_compiler.ranks.communicators import ops
 from kraken_compiler.ranks.communicators.message import MessageCommunicator
 
@@ -87,8 +88,9 @@ def bind_engine_collectives(module: fx.GraphModule, device: torch.device, kind: 
         if kind == NONE:
             return graph.call_function(torch.ops.aten.clone.default, (part,))
         if kind == ENGINE or not gemms:
-            # It may be computed in place, and a lane reads its own part again where its peers' come late.
-            return part if len(part.users) == 1 else graph.call_function(torch.ops.aten.clone.default, (part,))
+            # vLLM adds up in place, so nothing else may read the part, or what it is a view of.
+            is_alone = part.target in PROJECTIONS and len(part.users) == 1
+            return part if is_alone else graph.call_function(torch.ops.aten.clone.default, (part,))
         target = torch.ops.kraken_rank.start.default if is_cpu else torch.ops.kraken_engine.start.default
         handle = graph.call_function(target, (part, _NAME) if is_cpu else (part,))
         hidden[handle] = nodes[gemms[-1]]

@@ -68,15 +68,21 @@ class VllmEngine:
         names = self._add(request.prompts, params)
         tokens: dict[str, deque[int]] = {name: deque() for name in names}
         running = set(names)
-        while running or any(tokens.values()):
-            while any(not tokens[name] for name in running):
-                for output in self._engine.step():
-                    (completion,) = output.outputs
-                    tokens[output.request_id].extend(completion.token_ids)
-                    if output.finished:
-                        running.discard(output.request_id)
-            if any(tokens.values()):
-                yield [tokens[name].popleft() if tokens[name] else None for name in names]
+        try:
+            while running or any(tokens.values()):
+                while any(not tokens[name] for name in running):
+                    for output in self._engine.step():
+                        (completion,) = output.outputs
+                        # The token that ends a row is none of its text.
+                        new = (token for token in completion.token_ids if token not in request.eos)
+                        tokens[output.request_id].extend(new)
+                        if output.finished:
+                            running.discard(output.request_id)
+                if any(tokens.values()):
+                    yield [tokens[name].popleft() if tokens[name] else None for name in names]
+        finally:
+            # Whoever has read enough leaves requests behind.
+            self._engine.abort_request(list(running))
 
     def first_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """See `OwnEngine`."""
