@@ -89,7 +89,7 @@ def main() -> int:
             for contender in order:
                 with server(contender, models[contender.form], arguments, Path(place)) as address:
                     for rate in (ALONE, *arguments.rates):
-                        found = load(address, models[contender.form], rate, arguments, Path(place))
+                        found = load(address, models[None], rate, arguments, Path(place))
                         results.setdefault(contender.name, {}).setdefault(rate, []).append(found)
                         tell(f"round {number + 1}: {contender.name}, {rate}: {found}")
     print("\n".join(report(results)))
@@ -175,14 +175,14 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise SystemExit(f"no server:\n{log.read_text()[-3000:]}")
 
 
-def load(address: str, model: Path, rate: str, arguments: argparse.Namespace, place: Path) -> dict[str, float]:
+def load(address: str, tokenizer: Path, rate: str, arguments: argparse.Namespace, place: Path) -> dict[str, float]:
     """Let vLLM's client send requests; returns its times in ms, and tokens per second."""
     count = arguments.requests
     options = {
         "--backend": "openai",
         "--base-url": address,
         "--model": "m",
-        "--tokenizer": str(model),
+        "--tokenizer": str(tokenizer),
         "--dataset-name": "random",
         "--random-input-len": str(arguments.prompt),
         "--random-output-len": str(arguments.new_tokens),

@@ -54,7 +54,9 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, mo
     best = wide["choice"]["best"]  # type: ignore[index]
     count = len(best["forms"])
     assert best["forms"] == ["kraken"] * count
-    assert best["spared"] == pytest.approx(1 - 1 / (2 * count))
+    # Of two sums a branch and the embedding's, its last one and the embedding's are waited for.
+    most = 1 - 2 / (2 * count + 1)
+    assert best["spared"] == pytest.approx(most)
     assert (tmp_path / "wide.sensitivity.json").exists()
     measured = wide["calibration"]["quality"][0]["after"]  # type: ignore[index]
     limit = 0.5 * measured["kl"]
@@ -65,7 +67,7 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, mo
     best = narrow["choice"]["best"]  # type: ignore[index]
     measured = narrow["calibration"]["quality"][0]["after"]  # type: ignore[index]
     assert best["forms"] != ["kraken"] * count
-    assert 0 < best["spared"] < 1 - 1 / (2 * count)
+    assert 0 < best["spared"] < most
     assert best["kl"] <= limit
     assert measured["kl"] <= limit
     frontier = [candidate["spared"] for candidate in narrow["choice"]["frontier"]]  # type: ignore[index]
