@@ -233,7 +233,9 @@ def test_an_execution_provider_that_is_not_there(artifacts: Artifacts) -> None:
 
 
 def test_options_that_do_not_go_together(artifacts: Artifacts) -> None:
-    assert "unknown backend 'tensorrt' (known: torch, onnx)" in refused(2, artifacts.standard, "--backend", "tensorrt")
+    assert "unknown backend 'tensorrt' (known: torch, onnx, vllm)" in refused(
+        2, artifacts.standard, "--backend", "tensorrt"
+    )
     for options, message in {
         "--backend onnx --compile": "--compile does not go with the onnx backend",
         "--backend onnx --device cuda": "--device does not go with the onnx backend: it is an option of torch",
