@@ -64,6 +64,9 @@ class ShardsAndGraph:
         write_lane_shards(program, read, directory, progress)
         return ()
 
+    def complete(self, *arguments: object) -> None:
+        """There is nothing beside the lanes."""
+
 
 def write(target: Path, note: str, swap: bool = True, digest: str = SHA256) -> list[str]:
     """Write the artifact; returns what was read for it."""

@@ -57,7 +57,7 @@ def verify_artifact(
     with show.stage("check hashes"):
         artifact = open_artifact(path)
     with show.stage("run on ranks"):
-        result = verify_programs(path, None, timeout, backend=options.backend)
+        result = verify_programs(path, None, timeout, None, options.backend)
     result.require_passed()
     lanes = lanes_in(artifact)
     if lanes is not None:
