@@ -14,6 +14,7 @@ import typer
 
 from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, run_app
 from kraken_compiler.errors import RankFailedError, UsageError
+from kraken_compiler.standard_streams import tell
 
 _DESCRIPTION = """Serve an artifact with vLLM, behind an API like OpenAI's.
 
@@ -68,6 +69,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> None:
         signal.signal(number, forward)
     code = process.wait()
     if not asked:
+        tell("")  # the last line of what it said may have no end
         raise RankFailedError(
             f"vLLM's server ended by itself (exit code {code}): it could not start, or one of its workers died; what "
             "it said above says why"
