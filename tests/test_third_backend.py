@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reports.small_models import LM, VOCABULARY
+from tests.reports.small_models import LM, VOCABULARY, pickled
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,10 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pickled decoder."""
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    torch.manual_seed(0)
-    torch.save(LM().eval(), path)
-    return path
+    return pickled(LM, tmp_path_factory.mktemp("model"))
 
 
 def command(name: str, environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:

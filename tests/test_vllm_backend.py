@@ -15,7 +15,7 @@ from kraken_compiler.cli.run import app as run_app
 from kraken_compiler.cli.serve import app as serve_app
 from kraken_compiler.cli.verify import app as verify_app
 from tests.cli_command import Command
-from tests.reports.small_models import LM, VOCABULARY
+from tests.reports.small_models import LM, VOCABULARY, pickled
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,10 +25,7 @@ DEGREE = 3
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    torch.manual_seed(0)
-    torch.save(LM().eval(), path)
-    return path
+    return pickled(LM, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

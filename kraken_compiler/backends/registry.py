@@ -121,21 +121,34 @@ def backends_of(artifact: Artifact, run_options: Mapping[str, Any] | None = None
     return backends
 
 
-def backend_of(artifact: Artifact, name: str) -> Backend[Any]:
+def backend_of(artifact: Artifact, name: str, run_options: Mapping[str, Any] | None = None) -> Backend[Any]:
     """One of the backends that wrote an artifact.
+
+    Args:
+        artifact: The artifact.
+        name: Its name.
+        run_options: See `backends_of`.
+
+    Raises:
+        UsageError: It did not; and see `backends_of`.
+        InputFileError: See `backends_of`.
+    """
+    require_backend(artifact, name)
+    return next(backend for backend in backends_of(artifact, run_options) if backend.name == name)
+
+
+def require_backend(artifact: Artifact, name: str) -> None:
+    """Make sure that a backend wrote an artifact.
 
     Raises:
         UsageError: It did not.
-        InputFileError: See `backends_of`.
     """
-    found = next((backend for backend in backends_of(artifact) if backend.name == name), None)
-    if found is None:
-        there = ", ".join(artifact.manifest.backends)
+    there = artifact.manifest.backends
+    if name not in there:
         raise UsageError(
-            f"{artifact.directory} was compiled without the {name} backend (it has: {there}); compile it with "
-            f"--backend {name}"
+            f"{artifact.directory} was compiled without the {name} backend (it has: {', '.join(there)}); "
+            f"compile it with --backend {name}"
         )
-    return found
 
 
 def keeper_of_lanes(artifact: Artifact) -> Backend[Any] | None:

@@ -74,6 +74,22 @@ def require_prompts(ids: Array, lengths: Array, batch: int) -> None:
         raise UsageError(f"every sequence must bring 1 to {ids.shape[1]} tokens, got {lengths.tolist()}")
 
 
+def require_tokens(rows: Iterable[Iterable[int]], vocabulary: int | None) -> None:
+    """Make sure that token ids are the model's.
+
+    Args:
+        rows: Token ids of every sequence.
+        vocabulary: How many tokens the model has; None if nobody knows.
+
+    Raises:
+        UsageError: One is not.
+    """
+    for token in (token for row in rows for token in row):
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
+            raise UsageError(f"there is no token {token}{has}")
+
+
 def require_space(tokens: int, capacity: int) -> None:
     """Make sure that a cache is not full.
 

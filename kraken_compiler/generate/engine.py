@@ -18,6 +18,7 @@ import numpy as np
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import RankModel
+from kraken_compiler.backends.sequences import require_tokens
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.decoder import Array, CacheDecoder, Decoder, SplitDecoder, check_capacity, decoder_of
 from kraken_compiler.generate.loop import generate
@@ -138,10 +139,7 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> None:
         vocabulary, positions = self.model.vocabulary, self.model.positions
-        for token in (token for prompt in (*request.prompts, *request.sources) for token in prompt):
-            if token < 0 or (vocabulary is not None and token >= vocabulary):
-                has = f"; the model has the tokens 0 to {vocabulary - 1}" if vocabulary is not None else ""
-                raise UsageError(f"there is no token {token}{has}")
+        require_tokens((*request.prompts, *request.sources), vocabulary)
         longest = max(map(len, request.sources), default=0)
         if longest > positions:
             raise UsageError(f"the prompt needs {longest} positions, the model has {positions}; shorten it")

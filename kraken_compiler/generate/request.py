@@ -15,7 +15,7 @@ import typer
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.registry import backend_named, backend_rows, backends_of, options_of
+from kraken_compiler.backends.registry import backend_named, backend_of, backend_rows, options_of, require_backend
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandOptions
@@ -180,17 +180,18 @@ class RunOptions(CommandOptions):
         """
         there = artifact.manifest.backends
         name = self.backend or next((name for name in backend_rows() if name in there), None)
-        if name is None or name not in there:
-            clause = f"without the {name} backend" if name is not None else "for no backend that is here"
-            hint = f"; compile it with --backend {name}" if name is not None else ""
-            raise UsageError(f"{artifact.directory} was compiled {clause} (it has: {', '.join(there)}){hint}")
+        if name is None:
+            raise UsageError(
+                f"{artifact.directory} was compiled for no backend that is here (it has: {', '.join(there)})"
+            )
+        require_backend(artifact, name)
         for option in self.backend_options:
             if option not in options_of(name, at_run=True):
                 owners = [other for other in backend_rows() if option in options_of(other, at_run=True)]
                 raise UsageError(
                     f"--{option} does not go with the {name} backend: it is an option of {' and '.join(owners)}"
                 )
-        return next(backend for backend in backends_of(artifact, self.backend_options) if backend.name == name)
+        return backend_of(artifact, name, self.backend_options)
 
     def prompts(self) -> list[str]:
         """The prompts that are text.

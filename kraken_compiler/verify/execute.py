@@ -16,7 +16,7 @@ from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.backends.open_model import open_model
-from kraken_compiler.backends.registry import backends_of
+from kraken_compiler.backends.registry import backend_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.decoder import CacheDecoder
 from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT
@@ -120,7 +120,7 @@ def _execute(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     directory, sets = Path(payload["exchange"]), payload["sets"]
 
     def choose(artifact: Artifact) -> Backend[Any]:
-        return next(backend for backend in backends_of(artifact) if backend.name == payload["backend"])
+        return backend_of(artifact, payload["backend"])
 
     artifact, model = open_model(payload["artifact"], ranks, choose, checking=True)
     arrays = load_file(directory / "in.safetensors")

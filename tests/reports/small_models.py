@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence, D stream width, H heads, E head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,11 @@ def greedy(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
         for _ in range(count):
             found.append(int(logits(model(torch.tensor([[*prompt, *found]])))[0, -1].argmax()))
     return found
+
+
+def pickled(build: Callable[[], nn.Module], directory: Path) -> Path:
+    """The file of a model of fixed weights that was pickled."""
+    path = directory / "model.pt"
+    torch.manual_seed(0)
+    torch.save(build().eval(), path)
+    return path

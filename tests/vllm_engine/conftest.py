@@ -27,6 +27,10 @@ def save_model(kind: str, directory: Path) -> None:
     torch.manual_seed(0)
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=192, n_layer=3, n_head=6, vocab_size=VOCABULARY, n_positions=512)
+    elif kind == "bloom":
+        config = transformers.BloomConfig(
+            hidden_size=192, n_layer=3, n_head=6, vocab_size=VOCABULARY, tie_word_embeddings=False
+        )
     elif kind == "gemma3":
         config = transformers.Gemma3TextConfig(
             **_SIZES,

@@ -58,7 +58,7 @@ def generated(llm: Any, ids: list[list[int]]) -> tuple[list[list[int]], list[int
 
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("form", ["standard", "kraken"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2", "bloom"])
 def test_many_requests_at_once(compiled: Callable[..., Path], kind: str, form: str, degree: int) -> None:
     artifact = compiled(kind, degree, form)
     ids = prompts()

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.torch_dist.graph_file import load_graph
 from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights
+from kraken_compiler.backends.torch_dist.run.cached_decoder import run_tables
 from kraken_compiler.backends.vllm.format import (
     BODY_FILE,
     HEAD_FILE,
@@ -21,8 +22,7 @@ from kraken_compiler.backends.vllm.format import (
     EngineRecord,
     read_record,
 )
-from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.ops.devices import retarget
+from kraken_compiler.errors import InputFileError
 from kraken_compiler.ops.engine_attention import ENGINE_ATTENTION
 
 
@@ -61,22 +61,14 @@ class EngineLane:
 
         Args:
             capacity: The length.
-            weights: By placeholder, on the device.
+            weights: By placeholder, on the device; those that the graph reads are enough.
             device: Where to compute.
 
         Raises:
             UsageError: The model's positions do not reach that far.
         """
-        retarget(self.prepare, device)
-        names = [node.name for node in self.prepare.graph.nodes if node.op == "placeholder"]
-        ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
-        try:
-            with torch.no_grad():
-                outputs: tuple[Tensor, ...] = self.prepare(*(weights[name] for name in names[:-1]), ids)
-        except (IndexError, RuntimeError) as error:
-            # Stored position tables end somewhere, and only running into it shows where.
-            raise UsageError(f"the model's positions do not reach {capacity} tokens: {error}") from error
-        return outputs
+        *names, _ = (node.name for node in self.prepare.graph.find_nodes(op="placeholder"))
+        return run_tables(self.prepare, [weights[name] for name in names], capacity, device)
 
     def tables(self, prepared: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tables among what `prepared` gave, by the names of the graphs' inputs."""

@@ -77,7 +77,11 @@ class CachedDecoder:
         with torch.inference_mode(False):
             self._every_slot = torch.arange(capacity, device=device)
             self._fixed_inputs = dict(
-                zip(plan.tables, _run_tables(graphs.tables, weights, capacity, device), strict=True)
+                zip(
+                    plan.tables,
+                    () if graphs.tables is None else run_tables(graphs.tables, weights, capacity, device),
+                    strict=True,
+                )
             )
             for cache in plan.caches:
                 dtype: torch.dtype = getattr(torch, cache.dtype)
@@ -185,11 +189,20 @@ def on_host(values: Tensor) -> Array:
     return array
 
 
-def _run_tables(
-    tables: fx.GraphModule | None, weights: Sequence[Tensor], capacity: int, device: torch.device
+def run_tables(
+    tables: fx.GraphModule, weights: Sequence[Tensor], capacity: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    if tables is None:
-        return ()
+    """Compute what is computed once for a capacity.
+
+    Args:
+        tables: The graph: weights, then token ids of any value. It is moved to the device.
+        weights: What it reads, in its order, on the device.
+        capacity: The longest sequence that it is for.
+        device: Where to compute.
+
+    Raises:
+        UsageError: The model's positions do not reach that far.
+    """
     retarget(tables, device)
     ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
     try:

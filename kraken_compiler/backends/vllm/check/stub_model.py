@@ -46,15 +46,14 @@ class StubModel(RankModel):
         assert manifest.cache is not None, "only programs with a KV cache are written"
         self.lane = EngineLane.load(artifact, ranks.rank)
         self.vocabulary = self.lane.record.vocabulary
-        self.positions = manifest.cache.plan.limit or manifest.source.max_positions or sys.maxsize
+        self.positions = manifest.cache.plan.limit or sys.maxsize
         self.ids_name, self.ids_dtype = manifest.inputs[0].name, getattr(torch, manifest.inputs[0].dtype)
         self.cache_dtypes = [getattr(torch, spec.dtype) for spec in manifest.cache.plan.caches]
         communicator = communicator_of(ranks, _CPU)
         self.batch: _Batch | None = None
-        self._body, self._head = (
-            bind_collectives(fx.GraphModule({}, self._with_attention(module.graph)), communicator)
-            for module in (self.lane.body, self.lane.head)
-        )
+        for node in self.lane.body.graph.find_nodes(op="call_function", target=ENGINE_ATTENTION):
+            node.target = self._attend
+        self._body, self._head = (bind_collectives(one, communicator) for one in (self.lane.body, self.lane.head))
 
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         """See `RankModel.run`: every row is a sequence of its own, and all lie in one row."""
@@ -93,16 +92,6 @@ class StubModel(RankModel):
         (hidden,) = _call(self._body, feeds)
         (logits,) = _call(self._head, {**feeds, HIDDEN: hidden[:, list(picks)]})
         return on_host(logits[0])
-
-    def _with_attention(self, graph: fx.Graph) -> fx.Graph:
-        copy = fx.Graph()
-        values: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            values[node] = copy.node_copy(node, values.__getitem__)
-            if node.target is ENGINE_ATTENTION:
-                values[node].target = self._attend
-        copy.lint()
-        return copy
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, number: int) -> Tensor:
         assert self.batch is not None, "there are no sequences"
@@ -185,7 +174,7 @@ class StubDecoder:
     def __init__(self, model: StubModel, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
         self._model = model
-        self.reset()
+        self._batch = _Batch(model, batch, capacity)
 
     def prefill(self, ids: Array, lengths: Array) -> Array:
         """See `Decoder.prefill`: the longest prompt is read in two chunks, the first with the other prompts."""
@@ -209,7 +198,8 @@ class StubDecoder:
 
     def reset(self) -> None:
         """See `Decoder.reset`."""
-        self._batch = _Batch(self._model, self.batch, self.capacity)
+        # What the caches hold lies behind what is seen, until it is written over.
+        self._batch.lengths = [0] * self.batch
 
     def _append(self, rows: Sequence[Array]) -> Array:
         """Append to every sequence; returns the logits of the last token of each that got one."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import EngineSettings
+from kraken_compiler.backends.sequences import require_tokens, token_bytes
 from kraken_compiler.backends.vllm.run.environment import engine_environment
 from kraken_compiler.errors import UsageError
 from kraken_compiler.standard_streams import tell
@@ -121,9 +122,7 @@ class VllmEngine:
         """See `TextEngine`; nobody watches it."""
 
     def _check(self, request: GenerationRequest) -> None:
-        for token in (token for prompt in request.prompts for token in prompt):
-            if not 0 <= token < self._vocabulary:
-                raise UsageError(f"there is no token {token}; the model has the tokens 0 to {self._vocabulary - 1}")
+        require_tokens(request.prompts, self._vocabulary)
         total = max(map(len, request.prompts)) + request.max_new_tokens
         if total > self._longest:
             raise UsageError(
@@ -167,8 +166,6 @@ def vllm_engine(artifact: Artifact, settings: EngineSettings, *, compiled: bool)
 
 def _token_bytes(artifact: Artifact) -> int:
     import torch
-
-    from kraken_compiler.backends.sequences import token_bytes
 
     assert artifact.manifest.cache is not None
     return token_bytes(artifact.manifest.cache.plan.caches, lambda dtype: getattr(torch, dtype).itemsize)

@@ -21,14 +21,10 @@ class EngineLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._multiply = dispatch_unquantized_gemm()
 
-    def prepare(self, *, is_shared: bool) -> None:
-        """Lay the weight out for the kernel, where that wants one of its own.
-
-        Args:
-            is_shared: Something else reads the weight as it is.
-        """
+    def prepare(self) -> None:
+        """Lay the weight out for the kernel, where that wants one of its own; then the layer holds no other."""
         if self.weight.device.type == "cpu":
-            dispatch_cpu_unquantized_gemm(self, remove_weight=not is_shared)
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,6 @@ class _LaneGraph(nn.Module):
             for node in module.graph.find_nodes(op="placeholder")
             if node.name in lane.weights
         }
-        self._on_device: dict[str, Tensor] = {}
         # A graph of its own: one that a module owns takes calls of that module's parts only.
         self._graph, self._root, self._device = copy_graph(module.graph), root, device
         self.names = [node.name for node in module.graph.find_nodes(op="placeholder") if node.name not in self._weights]
@@ -86,23 +85,35 @@ class _LaneGraph(nn.Module):
         self.graph = module.eval()
         self._weights = {}
 
+    def add_tables(self, tables: Mapping[str, Tensor]) -> None:
+        """Keep those of the tables that the graph reads."""
+        for name in self.names:
+            if name in tables:
+                self.register_buffer(name, tables[name], persistent=False)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The graph's result of inputs by name, without the dim of its one row; tables are its own."""
+        assert self.graph is not None, "the weights are not loaded"
+        result: Tensor = self.graph(*(inputs[name] if name in inputs else getattr(self, name) for name in self.names))[
+            0
+        ]
+        return result[0]
+
     def _bind(self, node: fx.Node, weights: dict[str, Tensor]) -> None:
         """Replace a weight's placeholder: by linear layers where it is the matrix of some, by the weight elsewhere."""
         graph, root, weight = self._graph, self._root, weights[node.name]
         linears = [user for user in node.users if user.target is LINEAR and user.args[1] is node and takes(weight)]
-        is_shared = len(linears) < len(node.users) or len(linears) > 1
         for number, user in enumerate(linears):
             bias = user.args[2] if len(user.args) > 2 else None
             own_bias = None
             if isinstance(bias, fx.Node):
                 if bias.name not in weights:
                     if bias.name not in self._weights:
-                        is_shared = True
                         continue  # it is computed: the operator takes it
                     weights[bias.name] = self._weights[bias.name].to(self._device, copy=True)
                 own_bias = weights[bias.name]
             layer = EngineLinear(weight, own_bias)
-            layer.prepare(is_shared=is_shared)
+            layer.prepare()
             name = f"{node.name}_{number}"
             root.get_submodule(_LINEARS).add_module(name, layer)
             with graph.inserting_before(user):
@@ -138,19 +149,13 @@ class _TokensFirst(nn.Module):
 class LaneBody(nn.Module):
     """The graph from tokens to hidden states."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, lane: _LaneGraph, dtype: torch.dtype, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.lane: _LaneGraph | None = None
-        self.dtype = torch.int64
-        self.order: tuple[str, ...] = ()
+        self.lane, self.dtype = lane, dtype
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T], [T] -> [T, hidden size]."""
-        assert self.lane is not None
-        assert self.lane.graph is not None
-        feeds = {IDS: input_ids.to(self.dtype).unsqueeze(0), POSITIONS: positions.unsqueeze(0)}
-        arguments = [feeds[name] if name in feeds else getattr(self, name) for name in self.order]
-        hidden: Tensor = self.lane.graph(*arguments)[0][0]
+        hidden: Tensor = self.lane(**{IDS: input_ids.to(self.dtype).unsqueeze(0), POSITIONS: positions.unsqueeze(0)})
         return hidden
 
 
@@ -168,20 +173,23 @@ class KrakenForCausalLM(nn.Module):
         self._device = torch.device(vllm_config.device_config.device)
         self._capacity = model_config.max_model_len
         kind = EngineOptions.of(vllm_config).collectives
-        self._body_graph, self._head = (
+        body, self._head = (
             _LaneGraph(module, self._lane, self._device, kind) for module in (self._lane.body, self._lane.head)
         )
-        record = self._lane.record
-        # Slopes and sinks follow from few weights: they are computed where those lie in the files.
-        self._prepared = self._lane.prepared(1, self._lane.weights, torch.device("cpu"))
-        self._body_graph.add_attentions(
+        attentions = self._lane.record.attentions
+        self._prepared: tuple[Tensor, ...] = ()
+        if any(attention.slopes is not None or attention.sinks is not None for attention in attentions):
+            # They follow from few weights, and are computed where those lie in the files; slopes show on two tokens.
+            self._prepared = self._lane.prepared(2, self._lane.weights, torch.device("cpu"))
+        body.add_attentions(
             {
                 number: self._attention(attention, number, vllm_config, prefix)
-                for number, attention in enumerate(record.attentions)
+                for number, attention in enumerate(attentions)
             }
         )
-        self.model = LaneBody(vllm_config=vllm_config, prefix=prefix)
-        self.model.dtype = getattr(torch, manifest.inputs[0].dtype)
+        dtype = getattr(torch, manifest.inputs[0].dtype)
+        # By name: what the decorator is given by position it compares with annotations, which are texts here.
+        self.model = LaneBody(lane=body, dtype=dtype, vllm_config=vllm_config, prefix=prefix)
 
     def _attention(self, attention: EngineAttention, number: int, vllm_config: VllmConfig, prefix: str) -> Attention:
         extra: dict[str, Any] = {}
@@ -205,18 +213,18 @@ class KrakenForCausalLM(nn.Module):
     def load_lane(self) -> None:
         """Put this lane's weights onto the device, and compute the tables."""
         weights: dict[str, Tensor] = {}
-        for graph in (self._body_graph, self._head):
+        graphs = (self.model.lane, self._head)
+        for graph in graphs:
             graph.load(weights)
-        needed = {name: weights.get(name, tensor) for name, tensor in self._lane.weights.items()}
-        needed = {name: tensor.to(self._device) for name, tensor in needed.items() if _reads(self._lane.prepare, name)}
-        prepared = self._lane.prepared(self._capacity, needed, self._device)
-        self.model.lane = self._body_graph
-        self.model.order = tuple(self._body_graph.names)
-        self._head_order = tuple(self._head.names)
-        for name, table in self._lane.tables(prepared).items():
-            for owner, order in ((self.model, self.model.order), (self._head, self._head_order)):
-                if name in order:
-                    owner.register_buffer(name, table, persistent=False)
+        names = {node.name for node in self._lane.prepare.graph.find_nodes(op="placeholder")}
+        needed = {
+            name: weights.get(name, tensor).to(self._device)
+            for name, tensor in self._lane.weights.items()
+            if name in names
+        }
+        tables = self._lane.tables(self._lane.prepared(self._capacity, needed, self._device))
+        for graph in graphs:
+            graph.add_tables(tables)
 
     def forward(
         self,
@@ -234,10 +242,7 @@ class KrakenForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor, *others: object) -> Tensor:
         """Hidden states [n, hidden size] -> logits [n, vocabulary], on every rank."""
-        assert self._head.graph is not None, "the weights are not loaded"
-        feeds = {HIDDEN: hidden_states.unsqueeze(0)}
-        arguments = [feeds[name] if name in feeds else getattr(self._head, name) for name in self._head_order]
-        logits: Tensor = self._head.graph(*arguments)[0][0]
+        logits: Tensor = self._head(**{HIDDEN: hidden_states.unsqueeze(0)})
         return logits
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -247,7 +252,3 @@ class KrakenForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Not there: weights come out of the artifact alone, see `LaneLoader`."""
         raise NotImplementedError("a compiled model takes its weights out of its artifact; leave --load-format out")
-
-
-def _reads(module: fx.GraphModule, name: str) -> bool:
-    return any(node.name == name for node in module.graph.find_nodes(op="placeholder"))

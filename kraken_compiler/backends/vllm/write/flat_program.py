@@ -11,7 +11,7 @@ logits are wanted the engine says between body and head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -19,13 +19,13 @@ from torch import fx
 from kraken_compiler.backends.vllm.format import HIDDEN, IDS, POSITIONS, TABLE, EngineAttention, EngineRecord
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir import cache
-from kraken_compiler.ir.program import CachedProgram, Program
+from kraken_compiler.ir.program import CachedProgram
 from kraken_compiler.ops.cached_attention import CACHED_ATTENTION
 from kraken_compiler.ops.engine_attention import ENGINE_ATTENTION
 from kraken_compiler.ops.op_sets import PROJECTIONS
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten, calls, descendants, module_path
 from kraken_compiler.passes.graph_tools import replace as replace_node
-from kraken_compiler.passes.shapes import fake_mode_of, is_tensor, refresh_shapes, same_size, shape_of
+from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def flattened(cached: CachedProgram, weights: Iterable[str]) -> FlatProgram | Re
 class _Flattener:
     def __init__(self, cached: CachedProgram, weights: frozenset[str]) -> None:
         self.plan, self.weights = cached.plan, weights
-        self.graph = _copy(cached.step)
-        self.prepare = _copy(cached.tables)
+        self.graph = cached.step.copy().graph
+        self.prepare = cached.tables.copy().graph
         self.inputs = {node.name: node for node in self.graph.find_nodes(op="placeholder")}
         self.ids = self.inputs[cached.step.inputs[0].name]
         self.batch, self.tokens = shape_of(self.ids)
-        (self.outputs,) = ([*args_of(self.prepare.output_node())[0]],)
+        self.outputs = [*args_of(self.prepare.output_node())[0]]
 
     def run(self) -> FlatProgram | Rejection:
         self._take_all_tokens()
@@ -78,10 +78,12 @@ class _Flattener:
         cut = self._hidden_states(logits)
         if isinstance(cut, Rejection):
             return cut
-        head = self._head(cut, logits)
+        head = self._part({cut: HIDDEN}, logits)
         if isinstance(head, Rejection):
             return head
-        body = self._body(cut)
+        body = self._part({self.ids: IDS, self.inputs[POSITIONS]: POSITIONS}, cut)
+        if isinstance(body, Rejection):
+            return body
         self.prepare.erase_node(self.prepare.output_node())
         self.prepare.output(tuple(self.outputs))
         for node in self.prepare.find_nodes(op="placeholder"):
@@ -169,40 +171,28 @@ class _Flattener:
         is_row = len(shape) == 3 and same_size(shape[0], self.batch) and same_size(shape[1], self.tokens)
         return is_row and isinstance(shape[2], int)
 
-    def _head(self, cut: fx.Node, logits: fx.Node) -> fx.Graph | Rejection:
+    def _part(self, inputs: Mapping[fx.Node, str], result: fx.Node) -> fx.Graph | Rejection:
+        """The graph from some values, its inputs of these names, to a result; it also reads weights and tables."""
         graph, values = fx.Graph(), {}
-        needed = ancestors(logits, stop={cut})
-        for node in self.graph.find_nodes(op="placeholder"):
-            if node in needed and (node.name in self.weights or node.name.startswith(TABLE)):
-                values[node] = graph.placeholder(node.name)
-        values[cut] = graph.placeholder(HIDDEN)
-        for node in self.graph.nodes:
-            if node not in needed or node in values or node.op == "placeholder":
-                continue
+        needed = ancestors(result, stop=inputs.keys())
+        for node in (node for node in self.graph.find_nodes(op="placeholder") if node in needed):
+            assert node.name in self.weights or node.name.startswith(TABLE), f"{node.name} is neither weight nor table"
+            values[node] = graph.placeholder(node.name)
+        for node, name in inputs.items():
+            values[node] = graph.placeholder(name)
+        for node in (node for node in self.graph.nodes if node in needed and node not in values):
             if not is_tensor(node) and any(operand not in values for operand in node.all_input_nodes):
-                dims = [dim for dim in (0, 1) if same_size(node.meta["val"], shape_of(cut)[dim])]
-                if not dims:
+                # A size of what lies before the inputs: they have it too, or there is no such graph.
+                places = [
+                    (one, dim) for one in inputs for dim in (0, 1) if same_size(node.meta["val"], shape_of(one)[dim])
+                ]
+                if not places:
                     return Rejection("behind its last branch it needs a size that hidden states lack", (node.name,))
-                values[node] = graph.call_function(aten.sym_size.int, (values[cut], dims[0]))
+                (source, dim), *_ = places
+                values[node] = graph.call_function(aten.sym_size.int, (values[source], dim))
             else:
                 values[node] = graph.node_copy(node, values.__getitem__)
-        graph.output((values[logits],))
-        graph.lint()
-        return graph
-
-    def _body(self, cut: fx.Node) -> fx.Graph:
-        graph, values = fx.Graph(), {}
-        needed = ancestors(cut)
-        names = {self.ids: IDS}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                is_input = node is self.ids or node.name == POSITIONS
-                if is_input or (node in needed and (node.name in self.weights or node.name.startswith(TABLE))):
-                    values[node] = graph.placeholder(names.get(node, node.name))
-            elif node in needed:
-                values[node] = graph.node_copy(node, values.__getitem__)
-                values[node].meta = dict(node.meta)
-        graph.output((values[cut],))
+        graph.output((values[result],))
         graph.lint()
         return graph
 
@@ -210,10 +200,3 @@ class _Flattener:
 def _read_inputs(node: fx.Node) -> set[fx.Node]:
     """The inputs that a value follows from."""
     return {other for other in ancestors(node) if other.op == "placeholder"}
-
-
-def _copy(program: Program) -> fx.Graph:
-    """A program's graph, with its shapes."""
-    graph = program.copy().graph
-    assert fake_mode_of(graph) is not None
-    return graph
