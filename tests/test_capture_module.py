@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from kraken_compiler.capture import Capture, capture
+from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.example_inputs import parse_input_spec
+from kraken_compiler.capture.export_module import functionalize
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.lanes.calling import bind, unflatten_output
+from kraken_compiler.ops.devices import move_program
+from kraken_compiler.passes.lower import lower
+from tests.zoo import SUPPORTED
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 
@@ -103,6 +109,27 @@ def test_parameters_are_shared_and_the_model_is_left_as_it_was() -> None:
     assert model.dropout.training
     assert not model.first.training
     assert captured.store.read("embed.weight").data_ptr() == model.embed.weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_a_program_is_on_the_cpu_wherever_it_was_traced(name: str) -> None:
+    """The meta device stands in for a GPU."""
+    model = SUPPORTED[name]()
+    exported = torch.export.export(model, (), {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}, strict=False)
+    exported = functionalize(exported)
+    move_program(exported.graph_module, "meta")
+    assert devices_in(exported.graph_module) == {"meta"}
+    program, _ = build_program(exported)
+    assert devices_in(program.module) == {"cpu"}
+    lower(program, 2, "kraken")
+
+
+def devices_in(module: fx.GraphModule) -> set[str]:
+    """The kinds of devices that a graph and those that it calls name, or compute on."""
+    nodes = [node for part in module.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+    values = tree_leaves([(node.args, node.kwargs, node.meta.get("val")) for node in nodes])
+    tensors = [value.device.type for value in values if isinstance(value, Tensor)]
+    return {*tensors, *(value.type for value in values if isinstance(value, torch.device))}
 
 
 def test_in_place_ops_are_functionalized() -> None:

@@ -10,6 +10,7 @@ from tests.zoo import SUPPORTED, logits_of, token_batch
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -22,6 +23,26 @@ def test_all_lanes_run_on_a_gpu_as_they_do_on_the_cpu(name):
     want = logits_of(lanes, ids)
     have = logits_of(lanes.to("cuda"), ids.to("cuda")).cpu()
     torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["standard", "kraken"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bert"])
+def test_a_model_on_a_gpu_is_compiled_as_one_on_the_cpu(name, form):
+    model = SUPPORTED[name]()
+    ids = token_batch(model, 2, 9)
+    want = logits_of(kraken_compiler.transform(model, 2, form), ids)
+    lanes = kraken_compiler.transform(model.to("cuda"), 2, form)
+    assert {weight.device.type for weight in lanes.parameters()} == {"cuda"}
+    torch.testing.assert_close(logits_of(lanes, ids.to("cuda")).cpu(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_on_a_gpu_becomes_an_artifact(tmp_path):
+    model = SUPPORTED["llama"]().to("cuda")
+    ids = token_batch(model, 2, 9)
+    kraken_compiler.compile(model, tmp_path / "a.kraken", degree=2, form="standard", example_inputs={"input_ids": ids})
+    lanes = kraken_compiler.load_lanes(tmp_path / "a.kraken")
+    have = logits_of(lanes, ids)
+    torch.testing.assert_close(have, logits_of(model, ids.to("cuda")).cpu(), rtol=1e-3, atol=1e-3)
 
 
 def test_ranks_use_nccl(tmp_path):
@@ -114,3 +135,31 @@ def test_tokens_behind_a_past_see_it_without_a_mask(dtype, kv_heads, tokens):
 
     have, want = behind_a_past(kv_heads, tokens=tokens, dtype=dtype, device="cuda")
     torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_late_sum_on_a_side_stream_is_waited_for(is_compiled, monkeypatch):
+    """In a CUDA graph, too: neither what reads the sum comes early, nor is the part's memory used again."""
+    from kraken_compiler.backends.torch_dist.run.compile_lanes import KEEP_THE_ORDER
+    from kraken_compiler.backends.vllm.run import side_stream
+    from tests.test_vllm_side_stream import layer, operands
+
+    cycles = [0]
+
+    def late(part):
+        torch.cuda._sleep(cycles[0])
+        return part * 2
+
+    monkeypatch.setattr(side_stream, "reduce", late)
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+    x, weights = operands("cuda")
+    run = torch.compile(layer, fullgraph=True, options=KEEP_THE_ORDER) if is_compiled else layer
+    want = run(x, weights)
+    cycles[0] = 10_000_000
+    torch.testing.assert_close(run(x, weights), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        have = run(x, weights)
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(have, want)

@@ -18,6 +18,7 @@ from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.program import CallSpec, InputSpec, Program
 from kraken_compiler.ir.size_rules import all_in_words
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.ops.devices import move_program
 
 _WEIGHT_KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -30,7 +31,7 @@ Scalar = bool | int | float | str | None
 def build_program(
     exported: ExportedProgram, *, parameters: Sequence[str] = (), model_class: str = ""
 ) -> tuple[Program, tuple[str, ...]]:
-    """Turn an exported program into ours; the graph is taken over, not copied.
+    """Turn an exported program into ours, on the CPU; the graph is taken over, not copied.
 
     Args:
         exported: The traced model, free of in-place ops.
@@ -73,6 +74,8 @@ def build_program(
     symbols = _name_symbols([placeholders[name] for name, _ in inputs])
     _drop_outputs(exported.graph, [spec in unread_writes for spec in signature.output_specs])
     _flatten_output(exported.graph, none_outputs)
+    # Stores read to the CPU, whatever device the model is on.
+    move_program(exported.graph_module, "cpu")
     exported.graph_module.recompile()
 
     arguments = {name: (tree, tuple(arg.name for arg in args)) for name, (tree, args) in call_inputs.items()}
@@ -180,7 +183,7 @@ def _constant_value(exported: ExportedProgram, name: str) -> Tensor:
     assert isinstance(value, Tensor), f"constant '{name}' has no value"
     if compat.is_fake(value):
         raise _unsupported(f"the tensor '{name}' that its forward creates depends on the weights", name)
-    return value.detach()
+    return value.detach().cpu()
 
 
 def _is_table(exported: ExportedProgram, spec: ExportInput) -> bool:

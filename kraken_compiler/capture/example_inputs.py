@@ -18,6 +18,7 @@ from kraken_compiler import _torch_compat as compat
 from kraken_compiler.errors import UsageError, first_line
 from kraken_compiler.ir.calls import DECODER_IDS, INPUT_IDS
 from kraken_compiler.ir.program import Program
+from kraken_compiler.ops.devices import device_of
 
 HOW_TO = (
     "give one with --input input_ids=int64[2,16] "
@@ -139,7 +140,7 @@ def parse_input_specs(texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs: Sequence[str]) -> CallExample:
-    """The call to capture: what the user gave, else what a Hugging Face model's config implies.
+    """The call to capture, on the model's device: what the user gave, else what a Hugging Face model's config implies.
 
     Raises:
         UsageError: Nothing was given and nothing can be inferred, an argument is unknown, or a size is below 2.
@@ -154,6 +155,8 @@ def resolve(model: nn.Module, example_inputs: ExampleInputs | None, input_specs:
         example = CallExample(kwargs=_infer(model))
     example = _by_name(model, example)
     _check_sizes(example)
+    if (device := device_of(model)) is not None:
+        example = example.map_tensors(lambda tensor: tensor.to(device))
     return _without_cache(model, _with_distinct_tensors(example))
 
 

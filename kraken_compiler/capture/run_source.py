@@ -24,6 +24,7 @@ from kraken_compiler.capture.training_mode import in_evaluation
 from kraken_compiler.capture.untouched import untouched
 from kraken_compiler.capture.unwrap import without_caches
 from kraken_compiler.ir.calls import InputSpec
+from kraken_compiler.ops.devices import device_of
 from kraken_compiler.weights.store import WeightStore
 
 RunModel = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -47,7 +48,7 @@ def module_reference(model: nn.Module, example: CallExample, inputs: Sequence[In
 def _run(
     model: nn.Module, example: CallExample, inputs: Sequence[InputSpec], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    device = next((tensor.device for tensor in model.parameters() if tensor.device.type != "meta"), None)
+    device = device_of(model)
     groups: dict[str, list[Tensor]] = defaultdict(list)
     for spec, tensor in zip(inputs, tensors, strict=True):
         groups[spec.parameter].append(tensor if device is None else tensor.to(device))

@@ -18,6 +18,7 @@ from kraken_compiler.ir.program import Split
 from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
+from kraken_compiler.ops.devices import device_of
 from kraken_compiler.passes.lower import FormChoice, lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.surroundings import undisturbed
@@ -53,9 +54,9 @@ def transform(
             wherever that is possible (`split`), or all of them (`whole`).
 
     Returns:
-        A module with the model's call signature and output structure. It trains, moves between devices and saves.
-        `.program` is the lane program, `.report` what was recognised and scheduled. Parameters that the model does not
-        train stay frozen; it computes as in evaluation mode, without dropout, also after `train()`.
+        A module with the model's call signature and output structure, on the model's device. It trains, moves between
+        devices and saves. `.program` is the lane program, `.report` what was recognised and scheduled. Parameters that
+        the model does not train stay frozen; it computes as in evaluation mode, without dropout, also after `train()`.
 
     Raises:
         UsageError: Unknown form or choice, wrong degree or layers, missing example inputs.
@@ -72,7 +73,9 @@ def transform(
         module.report = make_report(program, runner.history, (*surroundings, *captured.notes))
         if check:
             module = _check(module, captured, split)
-    return module.train(isinstance(model, nn.Module) and model.training)
+    if not isinstance(model, nn.Module):
+        return module.eval()
+    return module.train(model.training).to(device_of(model))
 
 
 def _check(module: LaneModule, captured: Capture, split: Split) -> LaneModule:

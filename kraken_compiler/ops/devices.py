@@ -1,11 +1,18 @@
-"""Moves a graph between devices: factory calls such as `arange` name theirs as a literal."""
+"""Moves a graph between devices: factory calls such as `arange` name theirs as a literal. And where a module is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+
+from kraken_compiler._torch_compat import tree_map
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device of a module's first parameter that has values; None if there is none."""
+    return next((tensor.device for tensor in module.parameters() if tensor.device.type != "meta"), None)
 
 
 def retarget(module: fx.GraphModule, device: torch.device | str) -> bool:
@@ -32,3 +39,18 @@ def retarget(module: fx.GraphModule, device: torch.device | str) -> bool:
     if is_changed:
         module.recompile()
     return is_changed
+
+
+def move_program(module: fx.GraphModule, device: torch.device | str) -> None:
+    """Rewrite a traced graph, and those that it calls, as if traced on `device`: what they name, and their metadata."""
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        retarget(part, device)
+        for node in part.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(lambda value: _moved(value, device), node.meta["val"])
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from kraken_compiler.capture import Capture
@@ -19,7 +18,6 @@ from kraken_compiler.passes.sample_inputs import all_sizes
 from kraken_compiler.verify.against_source import ModelFailedError, compare_with_source
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
-from kraken_compiler.weights.store import MemoryStore
 
 _FEW = range(2, 7)
 """Sizes beside a size of 1."""
@@ -101,7 +99,7 @@ class _Check:
         self, captured: Capture, standard: LaneProgram, model: RunModel | None, lanes: Run, failures: list[str]
     ) -> None:
         self._captured, self._standard, self._model, self._lanes = captured, standard, model, lanes
-        self._failures, self._device = failures, _device(captured)
+        self._failures = failures
 
     def at_all_sizes(self, find_rules: bool) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
         """The comparisons, and the rules that were found."""
@@ -127,7 +125,6 @@ class _Check:
                 model=self._model,
                 lanes=self._lanes,
                 padded=size[0] > 1,
-                device=self._device,
             )[0]
         except ModelFailedError as error:
             self._failures.append(f"no comparison at batch {size[0]} x {size[1]}: {error}")
@@ -167,13 +164,6 @@ class _Check:
     def allows(self, size: tuple[int, int]) -> bool:
         """True if no rule that is known already forbids a size."""
         return all_sizes(self._standard, *size) is not None
-
-
-def _device(captured: Capture) -> torch.device:
-    """The device of a module's weights; those of files are read into the host's memory."""
-    specs = [spec.source for spec in captured.program.weights.values() if spec.source not in captured.program.constants]
-    in_memory = isinstance(captured.store, MemoryStore) and specs
-    return captured.store.read(specs[0]).device if in_memory else torch.device("cpu")
 
 
 def _streaming(program: Program, captured: Capture) -> Run:

@@ -35,7 +35,6 @@ def compare_with_source(
     model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] | None = None,
     lanes: Run | None = None,
     padded: bool = False,
-    device: torch.device | str = "cpu",
 ) -> list[Comparison]:
     """Run the source and a lane program that must equal it.
 
@@ -47,7 +46,6 @@ def compare_with_source(
         model: Runs the model itself on the program's inputs; None runs the captured program in its place, streaming.
         lanes: Runs the lane program; None streams it.
         padded: Let masks hide tokens.
-        device: Where the weights are.
 
     Raises:
         ModelFailedError: The model raised an error.
@@ -57,7 +55,7 @@ def compare_with_source(
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
         sample = sample_inputs(source, batch, sequence, seed, padded=padded)
-        inputs = [tensor.to(device) for tensor in sample.values()]
+        inputs = [*sample.values()]
         want = _run_model(model, inputs) if model is not None else _streaming(source, read).run_flat(inputs)
         dtypes = {one.dtype for one in want if one.is_floating_point()} | inside
         tolerance, noise = source_tolerance(dtypes), None
