@@ -2,14 +2,16 @@
 
     python benchmarks/serving.py                         in the environment of `make test-vllm`
     python benchmarks/serving.py --rates 1,2,4 --rounds 2 --json OUT.json
+    python benchmarks/serving.py --hosts 2 --links 1     every rank on a host of its own (root; network namespaces)
 
 A Llama-shaped model of random weights is served by vLLM's own class and by compiled artifacts, at the same tensor
 parallel size, one server after the other and all of them again in the opposite order (`--rounds`). The load is vLLM's
 own benchmark client: prompts of random tokens, as many requests a second as `--rates` says, and one at a time. On CPUs
-every worker computes with its share of the cores; on GPUs nothing has to be changed.
+every worker is bound to its share of the cores, vLLM's own class, too; on GPUs nothing has to be changed.
 
 `kraken` is served once more with other collectives: vLLM's own all-reduce in place of ours, and none at all, which
-computes wrong numbers in the time that no communication could beat.
+computes wrong numbers in the time that no communication could beat. How long a server takes from its start to its first
+answer is measured, too: in the first round nothing of it is compiled yet.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from ttft_parts.network import UNLIMITED, Network, network
+
+from kraken_compiler.backends.vllm.run.environment import server as vllm_server
 
 SHAPE = {
     "hidden_size": 1024,
@@ -41,10 +46,22 @@ SHAPE = {
 }
 ALONE = "alone"
 START_SECONDS = 600
+START = "seconds to the first answer"
 _CLIENT = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())\n"
+)
+_FIRST_ANSWER = (
+    "import json, sys, time, urllib.request\n"
+    "body = json.dumps({'model': 'm', 'prompt': 'Hello', 'max_tokens': 1}).encode()\n"
+    "request = urllib.request.Request(sys.argv[1], body, {'Content-Type': 'application/json'})\n"
+    "while True:\n"
+    "    try:\n"
+    "        urllib.request.urlopen(request, timeout=60).read()\n"
+    "        break\n"
+    "    except OSError:\n"
+    "        time.sleep(0.1)\n"
 )
 METRICS = ("ttft", "tpot")
 
@@ -61,13 +78,15 @@ class Contender:
 
     name: str
     form: str | None = None
-    collectives: str = "own"
+    collectives: str = "auto"
 
-    def options(self, degree: int) -> list[str]:
-        """Options of `vllm serve`."""
+    def command(self, model: Path, degree: int) -> list[str]:
+        """The command line of its server, as far as it is its own."""
+        if self.form is None:
+            return [*vllm_server(str(model)), "--tensor-parallel-size", str(degree)]
         extra = {"kraken": {"collectives": self.collectives}}
-        own = [] if self.form is None else ["--additional-config", json.dumps(extra)]
-        return ["--tensor-parallel-size", str(degree), *own]
+        serve = [sys.executable, "-m", "kraken_compiler.cli.serve", str(model)]
+        return [*serve, "--additional-config", json.dumps(extra)]
 
 
 CONTENDERS = (
@@ -79,24 +98,43 @@ CONTENDERS = (
 )
 
 
+Results = dict[str, dict[str, list[dict[str, float]]]]
+"""Of every contender and load, one measurement a round."""
+
+
 def main() -> int:
     arguments = _arguments()
-    with tempfile.TemporaryDirectory(prefix="kraken-serving-") as place:
+    results: Results = {}
+    hosts = network(arguments.hosts, "namespaces") if arguments.hosts > 1 else network(1, "loopback")
+    with tempfile.TemporaryDirectory(prefix="kraken-serving-") as place, hosts as net:
         models = write_models(Path(place), arguments.degree, arguments.dtype)
-        results: dict[str, dict[str, list[dict[str, float]]]] = {}
         for number in range(arguments.rounds):
             order = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
             for contender in order:
-                with server(contender, models[contender.form], arguments, Path(place)) as address:
-                    for rate in (ALONE, *arguments.rates):
-                        found = load(address, models[None], rate, arguments, Path(place))
-                        results.setdefault(contender.name, {}).setdefault(rate, []).append(found)
-                        tell(f"round {number + 1}: {contender.name}, {rate}: {found}")
+                net.set_link(UNLIMITED)
+                with server(contender, models[contender.form], net, arguments, Path(place)) as (address, seconds):
+                    of_contender = results.setdefault(contender.name, {})
+                    of_contender.setdefault(START, []).append({START: round(seconds, 1)})
+                    tell(f"round {number + 1}: {contender.name}, {seconds:.1f} s to the first answer")
+                    for link in arguments.links:
+                        net.set_link(link)
+                        for rate in (ALONE, *arguments.rates):
+                            found = load(address, models[None], rate, net, arguments, Path(place))
+                            of_contender.setdefault(_title(rate, link, net), []).append(found)
+                            tell(f"round {number + 1}: {contender.name}, {_title(rate, link, net)}: {found}")
+            if arguments.json is not None:
+                settings = {name: str(value) for name, value in vars(arguments).items()}
+                whole = {"settings": settings, "results": results}
+                arguments.json.write_text(json.dumps(whole, indent=1), encoding="utf-8")
     print("\n".join(report(results)))
-    if arguments.json is not None:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1), encoding="utf-8")
     return 0
+
+
+def _title(rate: str, link: str, net: Network) -> str:
+    load = "one request at a time" if rate == ALONE else f"{rate} requests a second"
+    if net.kind == "loopback":
+        return load
+    return f"{load}, {'unlimited link' if link == UNLIMITED else f'{link} Gbit/s'}"
 
 
 def write_models(place: Path, degree: int, dtype: str) -> dict[str | None, Path]:
@@ -122,60 +160,86 @@ def write_models(place: Path, degree: int, dtype: str) -> dict[str | None, Path]
 
 
 @contextmanager
-def server(contender: Contender, model: Path, arguments: argparse.Namespace, place: Path) -> Iterator[str]:
-    """A running server's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--served-model-name",
-        "m",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", arguments.dtype, "--no-enable-prefix-caching"]
-    command += ["--max-model-len", "2048", *contender.options(arguments.degree), *arguments.server_options.split()]
-    log = place / "server.log"
+def server(
+    contender: Contender, model: Path, net: Network, arguments: argparse.Namespace, place: Path
+) -> Iterator[tuple[str, float]]:
+    """A running server's address, and how many seconds it took to its first answer."""
+    port, master_port = _free_ports(2)
+    address = f"http://{net.address}:{port}"
+    command = [*contender.command(model, arguments.degree), "--served-model-name", "m"]
+    command += ["--dtype", arguments.dtype, "--no-enable-prefix-caching", "--max-model-len", "2048"]
+    command += arguments.server_options.split()
+    logs = [place / f"server{rank}.log" for rank in range(arguments.hosts)]
     begin = time.perf_counter()
-    with log.open("wb") as output:
-        environment = {**_cpu_settings(arguments.degree), **os.environ}
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
-        try:
-            _wait(process, f"http://127.0.0.1:{port}/health", log)
-            tell(f"{contender.name}: ready after {time.perf_counter() - begin:.0f} s")
-            yield f"http://127.0.0.1:{port}"
-        finally:
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            nodes = ["--nnodes", str(arguments.hosts), "--node-rank", str(rank), "--master-addr", net.address]
+            nodes += ["--master-port", str(master_port)]
+            own = ["--headless"] if rank else ["--host", net.address, "--port", str(port)]
+            whole = net.command(rank, [*command, *own, *(nodes if arguments.hosts > 1 else [])])
+            environment = {**_settings(net, rank, arguments, place), **os.environ}
+            with log.open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        whole, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+                    )
+                )
+        _wait(processes, net.command(0, [sys.executable, "-c", _FIRST_ANSWER, f"{address}/v1/completions"]), logs)
+        yield address, time.perf_counter() - begin
+    finally:
+        for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
+        for process in processes:
             process.wait(120)
 
 
-def _cpu_settings(degree: int) -> dict[str, str]:
-    """As compiled models share a host with too few NUMA nodes, for vLLM's own class, too: it would not start."""
-    threads = max(len(os.sched_getaffinity(0)) // degree, 1)
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
-def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _settings(net: Network, rank: int, arguments: argparse.Namespace, place: Path) -> dict[str, str]:
+    """What is compiled is kept for this run alone, and on CPUs every worker has cores of its own, wherever it is."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // arguments.degree, 1)
+    lanes = [cores[lane * share : (lane + 1) * share] or cores for lane in range(arguments.degree)]
+    bound = [",".join(map(str, lane)) for lane in lanes]
+    settings = {
+        "VLLM_CACHE_ROOT": str(place / f"cache{rank}"),
+        "TORCHINDUCTOR_CACHE_DIR": str(place / f"inductor{rank}"),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(bound) if arguments.hosts == 1 else bound[rank],
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    if net.kind != "loopback":
+        # No name server knows these hosts.
+        first, _, number = net.address.rpartition(".")
+        settings |= {"VLLM_HOST_IP": f"{first}.{int(number) + rank}", "GLOO_SOCKET_IFNAME": net.interface}
+    return settings
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], question: list[str], logs: Sequence[Path]) -> None:
+    """Ask until there is an answer."""
     end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise SystemExit(f"no server:\n{log.read_text()[-3000:]}")
+    asking = subprocess.Popen(question)
+    try:
+        while asking.poll() is None and time.monotonic() < end and all(one.poll() is None for one in processes):
+            time.sleep(0.05)
+    finally:
+        asking.kill()
+    if asking.wait() != 0:
+        raise SystemExit("no server:\n" + "\n".join(log.read_text()[-3000:] for log in logs))
 
 
-def load(address: str, tokenizer: Path, rate: str, arguments: argparse.Namespace, place: Path) -> dict[str, float]:
+def load(
+    address: str, tokenizer: Path, rate: str, net: Network, arguments: argparse.Namespace, place: Path
+) -> dict[str, float]:
     """Let vLLM's client send requests; returns its times in ms, and tokens per second."""
     count = arguments.requests
     options = {
@@ -202,7 +266,7 @@ def load(address: str, tokenizer: Path, rate: str, arguments: argparse.Namespace
         "--disable-tqdm",
         *(["--max-concurrency", "1"] if rate == ALONE else []),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(net.command(0, command), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the client failed:\n{done.stderr[-3000:]}")
     found = json.loads((place / "result.json").read_text())
@@ -215,18 +279,18 @@ def report(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
     """Medians over the rounds, ratios to vLLM's own class, and the share of the communication that each one hides."""
     names = [contender.name for contender in CONTENDERS]
     lines = []
-    for rate in next(iter(results.values())):
-        of_rate = {name: _medians(results[name][rate]) for name in names}
-        metrics = list(next(iter(of_rate.values())))
-        title = "one request at a time" if rate == ALONE else f"{rate} requests a second"
-        lines += ["", f"{title} (ms; over vLLM's own class)", "".ljust(28) + "".join(one.rjust(20) for one in metrics)]
+    for title in next(iter(results.values())):
+        of_load = {name: _medians(results[name][title]) for name in names}
+        metrics = list(next(iter(of_load.values())))
+        unit = "" if title == START else " (ms; over vLLM's own class)"
+        lines += ["", f"{title}{unit}", "".ljust(28) + "".join(one.rjust(20) for one in metrics if one != START)]
         for name in names:
-            cells = [f"{of_rate[name][one]:.1f} ({of_rate[name][one] / of_rate[names[0]][one]:.2f})" for one in metrics]
+            cells = [f"{of_load[name][one]:.1f} ({of_load[name][one] / of_load[names[0]][one]:.2f})" for one in metrics]
             lines.append(name.ljust(28) + "".join(cell.rjust(20) for cell in cells))
-        for metric in (f"{metric} p50" for metric in METRICS):
-            standard, bound = of_rate["standard"][metric], of_rate["no communication"][metric]
+        for metric in (f"{metric} p50" for metric in METRICS if title != START):
+            standard, bound = of_load["standard"][metric], of_load["no communication"][metric]
             for name in names[2:4]:
-                saved, lost = standard - of_rate[name][metric], standard - bound
+                saved, lost = standard - of_load[name][metric], standard - bound
                 share = f"{saved / lost:.0%} of {lost:.1f} ms" if lost > 0 else "nothing is lost"
                 lines.append(f"{metric}: {name} hides {share}")
     return lines
@@ -244,14 +308,26 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--degree", type=int, default=2, help="tensor parallel size (default: 2)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
-    parser.add_argument("--rates", type=lambda text: text.split(","), default=["1", "2", "4"], help="requests a second")
+    parser.add_argument("--hosts", type=int, default=1, help="1, or the tensor parallel size (default: 1)")
+    parser.add_argument(
+        "--links",
+        type=lambda text: text.split(","),
+        default=[UNLIMITED],
+        help="Gbit/s between hosts (default: unlimited)",
+    )
+    parser.add_argument(
+        "--rates", type=lambda text: text.split(",") if text else [], default=["1", "2", "4"], help="requests a second"
+    )
     parser.add_argument("--requests", type=int, default=24, help="requests for every rate (default: 24)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt (default: 512)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (default: 32)")
     parser.add_argument("--rounds", type=int, default=2, help="how often all servers are started (default: 2)")
     parser.add_argument("--server-options", default="", help="more options of vLLM's server, in one text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.hosts not in (1, arguments.degree):
+        parser.error(f"--hosts {arguments.hosts}: choose 1 or {arguments.degree}, a host for every rank")
+    return arguments
 
 
 if __name__ == "__main__":

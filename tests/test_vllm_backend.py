@@ -130,6 +130,6 @@ def test_a_model_that_keeps_no_keys_and_values_is_refused(tmp_path: Path) -> Non
 
 
 def test_without_a_package_called_vllm_its_module_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server("DIR")[1:] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "DIR"]
+    assert server("DIR")[1:] == ["-m", "kraken_compiler.backends.vllm.run.command_line", "serve", "DIR"]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0")
     assert server("DIR")[-2:] == ["serve", "DIR"]

@@ -1,7 +1,8 @@
 """The collectives of a lane graph inside vLLM.
 
-A sum that something hides runs on a stream of its own on CUDA (`side_stream.py`), as our own messages on CPUs
-(`ranks/communicators/ops.py`). A sum that nothing hides is vLLM's all-reduce.
+A sum that something hides runs on a stream of its own on CUDA (`side_stream.py`), as our own messages between CPUs
+(`ranks/communicators/ops.py`). A sum that nothing hides is vLLM's all-reduce, and so is every one of CPUs that share
+memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import fx
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
 from kraken_compiler.backends.torch_dist.run.insert_collectives import replace_collectives
-from kraken_compiler.backends.vllm.run.options import ENGINE, NONE
+from kraken_compiler.backends.vllm.run.options import AUTO, ENGINE, NONE
 from kraken_compiler.backends.vllm.run.side_stream import START, WAIT
 from kraken_compiler.ir.windows import measure_windows
 from kraken_compiler.ops.op_sets import PROJECTIONS
@@ -33,7 +34,9 @@ def bind_engine_collectives(module: fx.GraphModule, device: torch.device, kind: 
     windows = {window.start: window for window in measure_windows(module.graph)}
     nodes = {node.name: node for node in module.graph.nodes}
     is_cpu = device.type == "cpu"
-    if is_cpu and kind != NONE and any(window.gemms for window in windows.values()):
+    if kind == AUTO and is_cpu and _share_memory():
+        kind = ENGINE
+    if is_cpu and kind not in (ENGINE, NONE) and any(window.gemms for window in windows.values()):
         _message_communicator()
     hidden: dict[fx.Node, fx.Node] = {}  # what was started -> the last product of its window
 
@@ -67,6 +70,12 @@ def bind_engine_collectives(module: fx.GraphModule, device: torch.device, kind: 
         return graph.call_function(tensor_model_parallel_all_gather, node.args[:2])
 
     replace_collectives(module, start, wait, gather)
+
+
+def _share_memory() -> bool:
+    """True if vLLM adds up in memory that the ranks share, and not by torch's process group."""
+    communicator = get_tp_group().device_communicator
+    return communicator is not None and communicator.dist_module is not torch.distributed
 
 
 def _message_communicator() -> None:

