@@ -1,8 +1,8 @@
 """The collectives of a lane graph inside vLLM.
 
-A sum that something hides runs on a stream of its own on CUDA (`side_stream.py`), as our own messages between CPUs
-(`ranks/communicators/ops.py`). A sum that nothing hides is vLLM's all-reduce, and so is every one of CPUs that share
-memory.
+On CUDA a sum that something hides runs on a stream of its own (`side_stream.py`), and one that nothing hides is vLLM's
+all-reduce. Between CPUs all are our own messages (`ranks/communicators/ops.py`), which take half the time of gloo's; of
+CPUs that share memory all are vLLM's.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def bind_engine_collectives(module: fx.GraphModule, device: torch.device, kind: 
     is_cpu = device.type == "cpu"
     if kind == AUTO and is_cpu and _share_memory():
         kind = ENGINE
-    if is_cpu and kind not in (ENGINE, NONE) and any(window.gemms for window in windows.values()):
+    if is_cpu and kind not in (ENGINE, NONE) and windows:
         _message_communicator()
-    hidden: dict[fx.Node, fx.Node] = {}  # what was started -> the last product of its window
+    hidden: dict[fx.Node, fx.Node | None] = {}  # what was started -> the last product of its window
 
     def start(graph: fx.Graph, node: fx.Node) -> fx.Node:
         part, gemms = node.args[0], windows[node.name].gemms
         assert isinstance(part, fx.Node)
         if kind == NONE:
             return graph.call_function(torch.ops.aten.clone.default, (part,))
-        if kind == ENGINE or not gemms:
+        if kind == ENGINE or not (gemms or is_cpu):
             # vLLM adds up in place, so nothing else may read the part, or what it is a view of.
             is_alone = part.target in PROJECTIONS and len(part.users) == 1
             return part if is_alone else graph.call_function(torch.ops.aten.clone.default, (part,))
         target = torch.ops.kraken_rank.start.default if is_cpu else START
         handle = graph.call_function(target, (part, _NAME) if is_cpu else (part,))
-        hidden[handle] = nodes[gemms[-1]]
+        hidden[handle] = nodes[gemms[-1]] if gemms else None
         return handle
 
     def wait(graph: fx.Graph, node: fx.Node) -> fx.Node:
