@@ -23,7 +23,7 @@ BENCH_OUT ?= build/bench
 # What reads torch's own output: captures, graph files, emitted code, its ONNX exporter.
 NEWEST_TESTS := $(addprefix tests/,test_capture_torch_compat.py test_capture_archive.py test_capture_module.py \
 	test_compiled_lanes.py test_onnx_device_files.py test_onnx_nccl.py test_onnx_schedule.py test_onnx_tables.py \
-	test_torch_dist_graph_file.py test_torch_dist_schedule.py test_transform.py test_versions.py)
+	test_lane_graph_file.py test_torch_dist_schedule.py test_transform.py test_versions.py)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all test-newest test-vllm fuzz lint type bench bench-onnx bench-memory bench-shard bench-compile tables clean

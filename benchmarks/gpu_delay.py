@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from kraken_compiler.backends.torch_dist.run.compile_lanes import KEEP_THE_ORDER
+from kraken_compiler.backends.lane_graph.run_graph import KEEP_THE_ORDER
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.backends.vllm.format import IDS, POSITIONS
 from kraken_compiler.backends.vllm.lane import EngineLane

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.torch_dist.lane_files import read_weights
+from kraken_compiler.backends.lane_graph.lane_files import read_weights
 from kraken_compiler.backends.torch_dist.lanes import load_program
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import fx
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.insert_collectives import with_real_collectives
 from kraken_compiler.backends.load import load
 from kraken_compiler.backends.torch_dist.lanes import load_program
-from kraken_compiler.backends.torch_dist.run.insert_collectives import with_real_collectives
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.lanes.module import LaneModule

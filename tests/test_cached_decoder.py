@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.lane_files import TABLES_FILE
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.lane_files import TABLES_FILE
 from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.backends.write_artifact import write_artifact

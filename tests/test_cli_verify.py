@@ -170,7 +170,7 @@ def test_what_is_no_artifact(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_lost_overlap_fails(artifact: Path) -> None:
-    from kraken_compiler.backends.torch_dist.graph_file import save_graph
+    from kraken_compiler.backends.lane_graph.graph_file import save_graph
     from kraken_compiler.capture import capture
     from kraken_compiler.passes.lower import lower
 

@@ -140,7 +140,7 @@ def test_tokens_behind_a_past_see_it_without_a_mask(dtype, kv_heads, tokens):
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_late_sum_on_a_side_stream_is_waited_for(is_compiled, monkeypatch):
     """In a CUDA graph, too: neither what reads the sum comes early, nor is the part's memory used again."""
-    from kraken_compiler.backends.torch_dist.run.compile_lanes import KEEP_THE_ORDER
+    from kraken_compiler.backends.lane_graph.run_graph import KEEP_THE_ORDER
     from kraken_compiler.backends.vllm.run import side_stream
     from tests.test_vllm_side_stream import layer, operands
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.lane_files import map_weights
 from kraken_compiler.backends.onnx_ort import format as device_format
 from kraken_compiler.backends.onnx_ort.run.cut_model import cut
 from kraken_compiler.backends.onnx_ort.run.device_model import DeviceModel
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import map_weights
 from kraken_compiler.capture.archive_safety import inspect_archive
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.lanes.calling import bind, unflatten_output

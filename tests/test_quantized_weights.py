@@ -25,9 +25,9 @@ from torchao.quantization import (
 from torchao.quantization.quant_primitives import MappingType
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.lane_files import SHARED_WEIGHTS, lane_file
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.onnx_ort.format import weight_files
-from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, lane_file
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.commands.compile import CompileResult, compile_model

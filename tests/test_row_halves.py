@@ -15,9 +15,9 @@ from torch import nn
 
 from kraken_compiler.artifact.consistency import check_rows
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.lane_graph.lane_files import ROWS_FILE
 from kraken_compiler.backends.onnx_ort.backend import OnnxBackend
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.lane_files import ROWS_FILE
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.commands.source import lowered_as, source_of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.run_graph import on_host
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.torch_dist.run.cached_decoder import on_host
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.decoder import Array, Decoder, RecomputingDecoder

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.lane_graph.lane_files import SHARED_WEIGHTS, map_weights
 from kraken_compiler.backends.load import load
-from kraken_compiler.backends.torch_dist.lane_files import SHARED_WEIGHTS, map_weights
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import InputFileError, RankFailedError, UsageError
 from kraken_compiler.lanes.module import LaneModule

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import fx
 
+from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+from kraken_compiler.backends.lane_graph.insert_collectives import bind_collectives, with_real_collectives
 from kraken_compiler.backends.registry import backend_named
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, with_real_collectives
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ranks.communicators.none import NoCommunication

@@ -19,10 +19,10 @@ from torch import nn
 
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+from kraken_compiler.backends.lane_graph.graph_file import save_graph
+from kraken_compiler.backends.lane_graph.lane_files import GRAPH_FILE, lane_file, read_weights
 from kraken_compiler.backends.torch_dist.backend import TorchBackend
-from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.graph_file import save_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, lane_file, read_weights
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import capture
 from kraken_compiler.errors import VerificationError
@@ -224,7 +224,7 @@ def test_a_rank_that_computes_something_else(artifact: Path, monkeypatch: pytest
         read = read_weights(artifact, degree)
         return lambda spec, lane: whole[spec.name] if lane == 1 and spec.name in whole else read(spec, lane)
 
-    monkeypatch.setattr("kraken_compiler.backends.torch_dist.lane_files.read_weights", untampered)
+    monkeypatch.setattr("kraken_compiler.backends.lane_graph.lane_files.read_weights", untampered)
     comparison, cached = verify_programs(artifact, SIZES, timeout=60).comparisons
     for found in (comparison, cached):
         assert not found.passed

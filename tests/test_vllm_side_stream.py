@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken_compiler.backends.torch_dist.run.compile_lanes import KEEP_THE_ORDER
+from kraken_compiler.backends.lane_graph.run_graph import KEEP_THE_ORDER
 from kraken_compiler.backends.vllm.run import side_stream
 
 pytestmark = pytest.mark.slow

@@ -58,7 +58,7 @@ class TorchBackend(Backend[TorchOptions]):
         return write_lanes(program, read, directory, progress)
 
     def rank_files(self, artifact: Artifact, rank: int) -> Sequence[str]:
-        from kraken_compiler.backends.torch_dist.lane_files import rank_files
+        from kraken_compiler.backends.lane_graph.lane_files import rank_files
 
         return rank_files(artifact, rank)
 
@@ -68,23 +68,23 @@ class TorchBackend(Backend[TorchOptions]):
         return TorchModel(artifact, ranks, self.options)
 
     def reference(self, artifact: Artifact, lanes: Reference | None = None) -> Reference:
-        from kraken_compiler.backends.torch_dist.lane_files import read_weights
+        from kraken_compiler.backends.lane_graph.lane_files import read_weights
         from kraken_compiler.backends.torch_dist.lanes import load_program
 
         program = load_program(artifact)
         return Reference(program, read_weights(artifact, program.degree))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
+        from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
         from kraken_compiler.backends.torch_dist.lanes import load_program
 
         program = load_program(artifact)
         return check_schedule(program.module, program.plan)
 
     def split_schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-        from kraken_compiler.backends.torch_dist.graph_file import load_graph
-        from kraken_compiler.backends.torch_dist.lane_files import ROWS_FILE, SPLIT_FILE
+        from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+        from kraken_compiler.backends.lane_graph.graph_file import load_graph
+        from kraken_compiler.backends.lane_graph.lane_files import ROWS_FILE, SPLIT_FILE
 
         cache, rows = artifact.manifest.cache, artifact.manifest.rows
         if rows is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import SPLIT_FILE, STEP_FILE, TABLES_FILE
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.lane_files import SPLIT_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.program import CachedProgram, InputSpec
 from kraken_compiler.ir.schedule import FormPlan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.lane_files import GRAPH_FILE, load_lane_weights
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.lanes.module import LaneModule
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import ROWS_FILE
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.lane_files import ROWS_FILE
 from kraken_compiler.ir.program import InputSpec, SplitRun
 from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ir.schedule import FormPlan

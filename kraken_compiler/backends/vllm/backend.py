@@ -83,13 +83,13 @@ class VllmBackend(Backend[VllmOptions]):
         # The graph of a lane program is not kept, its weights are.
         if lanes is None:
             return None
-        from kraken_compiler.backends.torch_dist.lane_files import read_weights
+        from kraken_compiler.backends.lane_graph.lane_files import read_weights
 
         return Reference(lanes.program, read_weights(artifact, lanes.program.degree))
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
-        from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-        from kraken_compiler.backends.torch_dist.graph_file import load_graph
+        from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+        from kraken_compiler.backends.lane_graph.graph_file import load_graph
         from kraken_compiler.backends.vllm.format import BODY_FILE
 
         return check_schedule(load_graph(artifact.path(BODY_FILE)), artifact.manifest.plan)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from kraken_compiler.artifact.read import Artifact
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import load_lane_weights
-from kraken_compiler.backends.torch_dist.run.cached_decoder import run_tables
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.lane_files import load_lane_weights
+from kraken_compiler.backends.lane_graph.run_graph import run_tables
 from kraken_compiler.backends.vllm.format import (
     BODY_FILE,
     HEAD_FILE,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from kraken_compiler.backends.lane_graph.run_graph import on_host, run_tables
 from kraken_compiler.backends.sequences import (
     Array,
     cut_of,
@@ -19,7 +20,6 @@ from kraken_compiler.backends.sequences import (
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import CUT, FIRST_SLOTS, PAST, PICKS, POSITIONS, SECOND_PAST, SLOTS
-from kraken_compiler.ops.devices import retarget
 
 RunStep = Callable[..., tuple[Tensor, ...]]
 """The step graph: the weights, then its inputs."""
@@ -181,34 +181,3 @@ class CachedDecoder:
         seen_by_first, past_of_second = (past + cut, past + cut) if contiguous else (slots, 0)
         sizes = {CUT: cut, FIRST_SLOTS: seen_by_first, SECOND_PAST: past_of_second}
         return {name: self._every_slot[:size] for name, size in sizes.items()}
-
-
-def on_host(values: Tensor) -> Array:
-    """A tensor's values as a numpy array; numpy knows no bfloat16, which comes as float32."""
-    array: Array = (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
-    return array
-
-
-def run_tables(
-    tables: fx.GraphModule, weights: Sequence[Tensor], capacity: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Compute what is computed once for a capacity.
-
-    Args:
-        tables: The graph: weights, then token ids of any value. It is moved to the device.
-        weights: What it reads, in its order, on the device.
-        capacity: The longest sequence that it is for.
-        device: Where to compute.
-
-    Raises:
-        UsageError: The model's positions do not reach that far.
-    """
-    retarget(tables, device)
-    ids = torch.zeros(1, capacity, dtype=torch.int64, device=device)
-    try:
-        with torch.no_grad():
-            values: tuple[Tensor, ...] = tables(*weights, ids)
-    except (IndexError, RuntimeError) as error:
-        # Stored position tables end somewhere, and only running into it shows where.
-        raise UsageError(f"the model's positions do not reach {capacity} tokens: {error}") from error
-    return values

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from kraken_compiler._torch_compat import generated_code, mark_sizes
-from kraken_compiler.backends.torch_dist.check.check_emitted import require_emitted_overlap
-from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.run.insert_collectives import (
+from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+from kraken_compiler.backends.lane_graph.insert_collectives import (
     copy_graph,
     replace_collectives,
     with_real_collectives,
 )
+from kraken_compiler.backends.lane_graph.run_graph import KEEP_THE_ORDER
+from kraken_compiler.backends.torch_dist.check.check_emitted import require_emitted_overlap
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import FormPlan, Window
 from kraken_compiler.ops.devices import retarget
@@ -23,11 +24,9 @@ from kraken_compiler.ranks.communicators import ops, packed
 from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 
-KEEP_THE_ORDER: dict[str, Any] = {
-    # Each of these moves starts down to their waits, or waits up to their starts, to free memory sooner.
-    "reorder_for_peak_memory": False,
-    "reorder_for_locality": False,
-    # And these do the opposite for the collectives of a process group.
+_OPTIONS: dict[str, Any] = {
+    **KEEP_THE_ORDER,
+    # These move starts up and waits down, for the collectives of a process group.
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
 }
@@ -67,7 +66,7 @@ class CompiledGraph:
             dynamic: The dims of inputs that change from call to call, by placeholder.
             opaque: Of these also no special code is made for 0 and 1; only ops that torch does not look into may read
                 such an input.
-            options: Settings of Inductor that go before `KEEP_THE_ORDER`.
+            options: Settings of Inductor that go before our own.
         """
         self._graph = module.graph
         self._weights = dict(weights)
@@ -100,7 +99,7 @@ class CompiledGraph:
         module = self._rank_module()
         windows = check_schedule(module, self._plan)
         _wait_for_windows(module, windows)
-        settings = {**KEEP_THE_ORDER, **self._options}
+        settings = {**_OPTIONS, **self._options}
         # Only inputs are looked at before a call; there are hundreds of weights, which do not change.
         settings["guard_filter_fn"] = _input_guards
         run = torch.compile(module.forward, fullgraph=True, options=settings)

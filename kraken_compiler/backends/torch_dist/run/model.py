@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Array, RankModel
-from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder, on_host
+from kraken_compiler.backends.lane_graph.run_graph import on_host
+from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder
 from kraken_compiler.backends.torch_dist.run.rank_program import RankProgram
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.program import Program

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from kraken_compiler.backends.lane_graph.graph_file import load_graph
+from kraken_compiler.backends.lane_graph.insert_collectives import bind_collectives, copy_graph
+from kraken_compiler.backends.lane_graph.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.open_model import rank_claims
 from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
-from kraken_compiler.backends.torch_dist.graph_file import load_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, load_lane_weights, rank_files
 from kraken_compiler.backends.torch_dist.row_graph import RowGraph
 from kraken_compiler.backends.torch_dist.run.cached_decoder import CachedDecoder, RunStep
 from kraken_compiler.backends.torch_dist.run.gathered_outputs import is_gathered
-from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives, copy_graph
 from kraken_compiler.backends.torch_dist.run.lane_of_rank import check_lane, checked_group, lane_of_rank
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.cache import SIZES

@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.graph_file import save_graph
-from kraken_compiler.backends.torch_dist.lane_files import GRAPH_FILE, ROWS_FILE, SPLIT_FILE, STEP_FILE, TABLES_FILE
+from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+from kraken_compiler.backends.lane_graph.graph_file import save_graph
+from kraken_compiler.backends.lane_graph.lane_files import GRAPH_FILE, ROWS_FILE, SPLIT_FILE, STEP_FILE, TABLES_FILE
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import Window
 from kraken_compiler.ir.source_reader import SourceReader

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Array, RankModel
+from kraken_compiler.backends.lane_graph.insert_collectives import bind_collectives
+from kraken_compiler.backends.lane_graph.run_graph import on_host
 from kraken_compiler.backends.sequences import require_batch, require_prompts, require_space
-from kraken_compiler.backends.torch_dist.run.cached_decoder import on_host
-from kraken_compiler.backends.torch_dist.run.insert_collectives import bind_collectives
 from kraken_compiler.backends.vllm.format import HIDDEN, IDS, POSITIONS, EngineAttention
 from kraken_compiler.backends.vllm.lane import EngineLane
 from kraken_compiler.errors import UsageError

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
-from kraken_compiler.backends.torch_dist.run.insert_collectives import replace_collectives
+from kraken_compiler.backends.lane_graph.insert_collectives import replace_collectives
 from kraken_compiler.backends.vllm.run.options import AUTO, ENGINE, NONE
 from kraken_compiler.backends.vllm.run.side_stream import START, WAIT
 from kraken_compiler.ir.windows import measure_windows

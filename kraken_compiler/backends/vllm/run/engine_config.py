@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.lane_graph.run_graph import KEEP_THE_ORDER
 from kraken_compiler.backends.vllm.format import MODEL_TYPE, RECORD_FILE
 from kraken_compiler.backends.vllm.run.options import OPTIONS_KEY, EngineOptions
 from kraken_compiler.backends.vllm.run.shared_host import share_host
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 LOAD_FORMAT = "kraken"
-
-_KEEP_THE_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
-"""Settings of Inductor, which else moves starts down to their waits to free memory sooner."""
 
 
 class KrakenConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -63,7 +61,7 @@ class EngineConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
             OPTIONS_KEY + "_artifact": artifact.fingerprint(),
         }
         compilation = vllm_config.compilation_config
-        compilation.inductor_compile_config = {**_KEEP_THE_ORDER, **compilation.inductor_compile_config}
+        compilation.inductor_compile_config = {**KEEP_THE_ORDER, **compilation.inductor_compile_config}
         if compilation.splitting_ops is None:
             # By default graphs are cut at attentions, which lie between starts and waits.
             compilation.splitting_ops = []

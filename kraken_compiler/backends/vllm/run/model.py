@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.backends.torch_dist.run.insert_collectives import copy_graph
+from kraken_compiler.backends.lane_graph.insert_collectives import copy_graph
 from kraken_compiler.backends.vllm.format import HIDDEN, IDS, POSITIONS, EngineAttention, rank_files
 from kraken_compiler.backends.vllm.lane import EngineLane
 from kraken_compiler.backends.vllm.run.collectives import bind_engine_collectives

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kraken_compiler.backends.torch_dist.check.check_schedule import check_schedule
-from kraken_compiler.backends.torch_dist.graph_file import save_graph
+from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
+from kraken_compiler.backends.lane_graph.graph_file import save_graph
 from kraken_compiler.backends.vllm.format import BODY_FILE, HEAD_FILE, PREPARE_FILE, RECORD_FILE
 from kraken_compiler.backends.vllm.write.flat_program import flattened
 from kraken_compiler.errors import Rejection, UsageError, naming

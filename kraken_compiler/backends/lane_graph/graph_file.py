@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import fx
 
-from kraken_compiler.backends.torch_dist.graph_json import UnknownGraphError, graph_from_json, graph_to_json
+from kraken_compiler.backends.lane_graph.graph_json import UnknownGraphError, graph_from_json, graph_to_json
 from kraken_compiler.errors import InputFileError, naming
 
 MAX_GRAPH_BYTES = 256 << 20

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 from torch._export.serde import serialize
 
-from kraken_compiler.backends.torch_dist import graph_json
-from kraken_compiler.backends.torch_dist.graph_file import load_graph, save_graph
-from kraken_compiler.backends.torch_dist.graph_json import graph_from_json, graph_to_json
+from kraken_compiler.backends.lane_graph import graph_json
+from kraken_compiler.backends.lane_graph.graph_file import load_graph, save_graph
+from kraken_compiler.backends.lane_graph.graph_json import graph_from_json, graph_to_json
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ops.devices import retarget
 from tests.toy_lane_program import toy_program, toy_sources
@@ -58,7 +58,7 @@ def test_order_and_numbers_survive(saved: Path) -> None:
 @pytest.mark.slow
 def test_the_same_graph_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     program = "from tests.toy_lane_program import toy_program; from pathlib import Path; import sys; "
-    program += "from kraken_compiler.backends.torch_dist.graph_file import save_graph; "
+    program += "from kraken_compiler.backends.lane_graph.graph_file import save_graph; "
     program += "save_graph(toy_program(2).graph, Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "again.json")], check=True)
     assert (tmp_path / "again.json").read_bytes() == saved.read_bytes()

@@ -1,4 +1,4 @@
-"""The torch backend's files inside an artifact: their names, and the lanes' weights as tensors."""
+"""The files of lanes inside an artifact: their names, and the weights as tensors."""
 
 from __future__ import annotations
 
