@@ -229,6 +229,7 @@ class Backend(ABC, Generic[OptionsKind]):
         Options: What can be chosen.
         ranks_are: What its ranks are called where they are compared, e.g. "ranks".
         computes_in: Parts of the paths of files in which a rank of it computes: one that hangs there waits for another.
+        runs_lane_files: Its ranks run graphs and weights of the lanes' directory, and read nothing else.
         options: What was chosen.
     """
 
@@ -237,6 +238,7 @@ class Backend(ABC, Generic[OptionsKind]):
     writes_all_weights: ClassVar[bool] = False
     ranks_are: ClassVar[str] = "ranks"
     computes_in: ClassVar[tuple[str, ...]] = ()
+    runs_lane_files: ClassVar[bool] = False
 
     def __init__(self, options: OptionsKind | None = None) -> None:
         settings: Any = self.Options() if options is None else options

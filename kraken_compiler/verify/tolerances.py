@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.shapes import is_tensor, value_of
+from kraken_compiler.verify.compare import Comparison
 
 NOISE_FACTOR = 10
 """Two right programs may differ by this many times the noise of their rounding (`noise.measure_noise`)."""
 
 LARGEST_NOISE = 1e-2
-"""A program that is noisier than this cannot be told from a wrong one, and fails."""
+"""A program that is noisier than this cannot be told from a wrong one, and fails, or is compared in float32, too."""
 
 _SOURCE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 # Ten times the rounding of float16: ONNX Runtime rounds at other operators than torch does, and over twelve families,
@@ -41,6 +43,18 @@ def rank_tolerance(dtypes: Iterable[torch.dtype], noise: float = 0.0) -> float:
         dtypes, noise: See `source_tolerance`.
     """
     return max(_least_exact(_RANK_TOLERANCE, dtypes), min(NOISE_FACTOR * noise, LARGEST_NOISE))
+
+
+def is_within_noise(comparison: Comparison) -> bool:
+    """True if an error is none beside what rounding alone makes of the program's results, however much that is."""
+    return comparison.noise is not None and comparison.max_rel_error <= NOISE_FACTOR * comparison.noise
+
+
+def with_noise_allowed(comparison: Comparison) -> Comparison:
+    """A comparison that passes if it is within the noise, for a program that was compared in float32, too."""
+    if comparison.passed or comparison.noise is None:
+        return comparison
+    return replace(comparison, tolerance=NOISE_FACTOR * comparison.noise)
 
 
 def computed_dtypes(program: Program) -> set[torch.dtype]:

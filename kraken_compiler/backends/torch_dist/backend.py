@@ -48,6 +48,7 @@ class TorchBackend(Backend[TorchOptions]):
     name: ClassVar[str] = "torch"
     writes_all_weights: ClassVar[bool] = True
     computes_in: ClassVar[tuple[str, ...]] = ("<eval_with_key>", "torch/distributed/", "torch/_ops.py")
+    runs_lane_files: ClassVar[bool] = True
     Options = TorchOptions
 
     def write(

@@ -48,6 +48,7 @@ class VllmBackend(Backend[VllmOptions]):
     name: ClassVar[str] = "vllm"
     ranks_are: ClassVar[str] = "lanes as vLLM runs them"
     computes_in: ClassVar[tuple[str, ...]] = ("<eval_with_key>", "torch/_ops.py")
+    runs_lane_files: ClassVar[bool] = True
     Options = VllmOptions
 
     def write(
