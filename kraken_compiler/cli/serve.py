@@ -22,6 +22,8 @@ All other options are vLLM's own and go to `vllm serve` as they are, e.g. --port
 
 _TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 
+_ASK_AGAIN_SECONDS = 5
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -64,9 +66,16 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> None:
     def forward(number: int, _: object) -> None:
         asked.append(number)
         process.send_signal(number)
+        signal.alarm(_ASK_AGAIN_SECONDS)
+
+    def ask_again(*_: object) -> None:
+        # While it starts, it loses what it is sent.
+        process.send_signal(signal.SIGTERM)
+        signal.alarm(_ASK_AGAIN_SECONDS)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
+    signal.signal(signal.SIGALRM, ask_again)
     code = process.wait()
     if not asked:
         tell("")  # the last line of what it said may have no end
