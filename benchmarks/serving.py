@@ -283,7 +283,9 @@ def report(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
         of_load = {name: _medians(results[name][title]) for name in names}
         metrics = list(next(iter(of_load.values())))
         unit = "" if title == START else " (ms; over vLLM's own class)"
-        lines += ["", f"{title}{unit}", "".ljust(28) + "".join(one.rjust(20) for one in metrics if one != START)]
+        lines += ["", f"{title}{unit}"]
+        if title != START:
+            lines.append("".ljust(28) + "".join(one.rjust(20) for one in metrics))
         for name in names:
             cells = [f"{of_load[name][one]:.1f} ({of_load[name][one] / of_load[names[0]][one]:.2f})" for one in metrics]
             lines.append(name.ljust(28) + "".join(cell.rjust(20) for cell in cells))
