@@ -43,14 +43,15 @@ def retarget(module: fx.GraphModule, device: torch.device | str) -> bool:
 
 def move_program(module: fx.GraphModule, device: torch.device | str) -> None:
     """Rewrite a traced graph, and those that it calls, as if traced on `device`: what they name, and their metadata."""
+    target = torch.device(device)
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
             continue
-        retarget(part, device)
+        retarget(part, target)
         for node in part.graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = tree_map(lambda value: _moved(value, device), node.meta["val"])
+                node.meta["val"] = tree_map(lambda value: _moved(value, target), node.meta["val"])
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) and value.device != device else value

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import Backend, Reference
+from kraken_compiler.backends.lane_graph.run_graph import on_host
 from kraken_compiler.backends.registry import backend_of, backends_of, lanes_in
 from kraken_compiler.errors import VerificationError
 from kraken_compiler.ir.schedule import RanWindow, Window
@@ -19,7 +19,7 @@ from kraken_compiler.passes.sample_inputs import sample_inputs
 from kraken_compiler.verify.against_lanes import compare_with_lanes
 from kraken_compiler.verify.choose_sizes import check_sizes
 from kraken_compiler.verify.compare import Comparison
-from kraken_compiler.verify.execute import Array, execute_on_ranks
+from kraken_compiler.verify.execute import Execution, execute_on_ranks
 from kraken_compiler.verify.in_float32 import can_be_in_float32, in_float32, program_in_float32
 from kraken_compiler.verify.overlap import require_overlap, require_run_overlap
 from kraken_compiler.verify.show_schedule import hiding, schedule_entries, schedule_table
@@ -189,8 +189,7 @@ def _check(
     if sizes is None:
         # Rows of the last size also grow in the cache, which keeps to the rules at every length.
         sizes = check_sizes(reference.program, growing=True)
-    inputs = [sample_inputs(reference.program, *size, seed) for seed, size in enumerate(sizes)]
-    execution = execute_on_ranks(artifact.directory, _arrays(inputs), backend.name, timeout=timeout)
+    inputs, execution = _run(backend, artifact, reference, sizes, timeout)
     runs = tuple(run for record in execution.records if (run := backend.ran(record, windows)))
     require_run_overlap(runs)
     comparisons = compare_with_lanes(execution, reference, inputs, sizes, windows, who=backend.ranks_are)
@@ -208,15 +207,15 @@ def _compare_in_float32(
     with in_float32(artifact, backend.name) as exact:
         lanes = backend.reference(exact, replace(reference, program=program_in_float32(reference.program)))
         assert lanes is not None, "they were given"
-        inputs = [sample_inputs(lanes.program, *size, seed) for seed, size in enumerate(sizes)]
-        execution = execute_on_ranks(exact.directory, _arrays(inputs), backend.name, timeout=timeout)
+        inputs, execution = _run(backend, exact, lanes, sizes, timeout)
         who = f"{backend.ranks_are} in float32"
         return compare_with_lanes(execution, lanes, inputs, sizes, backend.schedule(exact), who=who)
 
 
-def _arrays(inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Array]]:
-    """Input sets as numpy has them, which knows no bfloat16: such a program takes float32 for it."""
-    return [
-        {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in input_set.items()}
-        for input_set in inputs
-    ]
+def _run(
+    backend: Backend[Any], artifact: Artifact, reference: Reference, sizes: Sequence[tuple[int, int]], timeout: float
+) -> tuple[list[dict[str, Tensor]], Execution]:
+    """Run an artifact's ranks on an input set of every size; numpy knows no bfloat16, for which it takes float32."""
+    inputs = [sample_inputs(reference.program, *size, seed) for seed, size in enumerate(sizes)]
+    arrays = [{name: on_host(value) for name, value in input_set.items()} for input_set in inputs]
+    return inputs, execute_on_ranks(artifact.directory, arrays, backend.name, timeout=timeout)
