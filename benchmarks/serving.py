@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                         in the environment of `make test-vllm`
     python benchmarks/serving.py --rates 1,2,4 --rounds 2 --json OUT.json
+    python benchmarks/serving.py --only own,standard     some of the servers, for more rounds in the same time
     python benchmarks/serving.py --hosts 2 --links 1     every rank on a host of its own (root; network namespaces)
 
 A Llama-shaped model of random weights is served by vLLM's own class and by compiled artifacts, at the same tensor
@@ -89,14 +90,14 @@ class Contender:
         return [*serve, "--additional-config", json.dumps(extra)]
 
 
-CONTENDERS = (
-    Contender("vLLM's own class"),
-    Contender("standard", "standard"),
-    Contender("kraken", "kraken"),
-    Contender("kraken, vLLM's all-reduce", "kraken", "engine"),
-    Contender("no communication", "kraken", "none"),
-)
-
+CONTENDERS = {
+    "own": Contender("vLLM's own class"),
+    "standard": Contender("standard", "standard"),
+    "kraken": Contender("kraken", "kraken"),
+    "engine": Contender("kraken, vLLM's all-reduce", "kraken", "engine"),
+    "none": Contender("no communication", "kraken", "none"),
+}
+"""By the names of `--only`."""
 
 Results = dict[str, dict[str, list[dict[str, float]]]]
 """Of every contender and load, one measurement a round."""
@@ -105,11 +106,12 @@ Results = dict[str, dict[str, list[dict[str, float]]]]
 def main() -> int:
     arguments = _arguments()
     results: Results = {}
+    contenders = [CONTENDERS[name] for name in arguments.only]
     hosts = network(arguments.hosts, "namespaces") if arguments.hosts > 1 else network(1, "loopback")
     with tempfile.TemporaryDirectory(prefix="kraken-serving-") as place, hosts as net:
-        models = write_models(Path(place), arguments.degree, arguments.dtype)
+        models = write_models(Path(place), contenders, arguments.degree, arguments.dtype)
         for number in range(arguments.rounds):
-            order = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
+            order = contenders if number % 2 == 0 else contenders[::-1]
             for contender in order:
                 net.set_link(UNLIMITED)
                 with server(contender, models[contender.form], net, arguments, Path(place)) as (address, seconds):
@@ -137,7 +139,7 @@ def _title(rate: str, link: str, net: Network) -> str:
     return f"{load}, {'unlimited link' if link == UNLIMITED else f'{link} Gbit/s'}"
 
 
-def write_models(place: Path, degree: int, dtype: str) -> dict[str | None, Path]:
+def write_models(place: Path, contenders: Sequence[Contender], degree: int, dtype: str) -> dict[str | None, Path]:
     """Write the source model, with a tokenizer, and compile it into every form that is served."""
     import torch
     from packaged_model import packaged_model
@@ -150,7 +152,7 @@ def write_models(place: Path, degree: int, dtype: str) -> dict[str | None, Path]
     model.save_pretrained(place / "source")
     tokenizer.save_pretrained(place / "source")
     models: dict[str | None, Path] = {None: place / "source"}
-    for form in dict.fromkeys(contender.form for contender in CONTENDERS if contender.form is not None):
+    for form in dict.fromkeys(contender.form for contender in contenders if contender.form is not None):
         models[form] = place / form
         options = ("--degree", str(degree), "--form", form, "--backend", "vllm", "-o", str(place / form), "--quiet")
         subprocess.run(
@@ -276,13 +278,15 @@ def load(
 
 
 def report(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> list[str]:
-    """Medians over the rounds, ratios to vLLM's own class, and the share of the communication that each one hides."""
-    names = [contender.name for contender in CONTENDERS]
+    """Medians over the rounds, ratios to the first server, and the share of the communication that each one hides."""
+    names = [contender.name for contender in CONTENDERS.values() if contender.name in results]
+    standard, bound = CONTENDERS["standard"].name, CONTENDERS["none"].name
+    hidden = [CONTENDERS[key].name for key in ("kraken", "engine") if {standard, bound} <= set(names)]
     lines = []
     for title in next(iter(results.values())):
         of_load = {name: _medians(results[name][title]) for name in names}
         metrics = list(next(iter(of_load.values())))
-        unit = "" if title == START else " (ms; over vLLM's own class)"
+        unit = "" if title == START else f" (ms; over {names[0]})"
         lines += ["", f"{title}{unit}"]
         if title != START:
             lines.append("".ljust(28) + "".join(one.rjust(20) for one in metrics))
@@ -290,9 +294,9 @@ def report(results: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -
             cells = [f"{of_load[name][one]:.1f} ({of_load[name][one] / of_load[names[0]][one]:.2f})" for one in metrics]
             lines.append(name.ljust(28) + "".join(cell.rjust(20) for cell in cells))
         for metric in (f"{metric} p50" for metric in METRICS if title != START):
-            standard, bound = of_load["standard"][metric], of_load["no communication"][metric]
-            for name in names[2:4]:
-                saved, lost = standard - of_load[name][metric], standard - bound
+            for name in (name for name in hidden if name in names):
+                slowest = of_load[standard][metric]
+                saved, lost = slowest - of_load[name][metric], slowest - of_load[bound][metric]
                 share = f"{saved / lost:.0%} of {lost:.1f} ms" if lost > 0 else "nothing is lost"
                 lines.append(f"{metric}: {name} hides {share}")
     return lines
@@ -324,11 +328,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt (default: 512)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer (default: 32)")
     parser.add_argument("--rounds", type=int, default=2, help="how often all servers are started (default: 2)")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=list(CONTENDERS),
+        metavar="NAMES",
+        help=f"which servers, of {','.join(CONTENDERS)} (default: all)",
+    )
     parser.add_argument("--server-options", default="", help="more options of vLLM's server, in one text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     arguments = parser.parse_args()
     if arguments.hosts not in (1, arguments.degree):
         parser.error(f"--hosts {arguments.hosts}: choose 1 or {arguments.degree}, a host for every rank")
+    unknown = [name for name in arguments.only if name not in CONTENDERS]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: choose among {','.join(CONTENDERS)}")
     return arguments
 
 
