@@ -47,8 +47,11 @@ def test_calibrated_layers_cost_less(single: SingleLayers) -> None:
     source = captured("llama")
     wanted = [(FORM, run) for run in single_layers(3)]
     unseen = batches(1, 2)
-    before = measure_sensitivity(source, 2, wanted, unseen, "numbers")
-    after = measure_sensitivity(source, 2, wanted, unseen, "numbers", calibrated=single.tokens, reader=single.reader)
+    split = split_source(source.program, 2)
+    before = measure_sensitivity(source, split, wanted, unseen, "numbers")
+    after = measure_sensitivity(
+        source, split, wanted, unseen, "numbers", calibrated=single.tokens, reader=single.reader
+    )
     assert "not calibrated" in before.lines()[0]
     assert f"each calibrated on {single.tokens:,} tokens" in after.lines()[0]
     assert sum(after.cost(FORM, layer) for layer in range(3)) < sum(before.cost(FORM, layer) for layer in range(3))

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import PurePosixPath
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_rows, check_weights
+from kraken_compiler.artifact.packed_sets import packed, unpacked, unpacked_weight
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec, InputSpec
+from kraken_compiler.ir.index_set import IndexSet, from_indices, to_indices
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ir.schedule import FormPlan, Window
+from kraken_compiler.ir.shards import LaneUnits
 from kraken_compiler.ir.weight_table import WeightSpec
 
 FORMAT_VERSION = 3
@@ -111,6 +124,50 @@ class RowsRecord(_Record):
     plan: FormPlan
 
 
+class AssignmentRecord(_Record):
+    """The heads or columns of one branch that lanes were given otherwise than in the order of the files.
+
+    Attributes:
+        branch: Number of the branch.
+        units: How many there are to give: FFN columns, KV heads with their query heads.
+        lanes: Those of every lane.
+    """
+
+    branch: Annotated[int, Field(ge=1)]
+    units: Annotated[int, Field(ge=1, le=1 << 24)]
+    lanes: tuple[IndexSet, ...]
+
+    @classmethod
+    def of(cls, branch: int, lanes: LaneUnits) -> Self:
+        """The record of a branch's units."""
+        return cls(branch=branch, units=sum(map(len, lanes)), lanes=tuple(map(from_indices, lanes)))
+
+    @property
+    def lane_units(self) -> LaneUnits:
+        """The units of every lane."""
+        return tuple(tuple(to_indices(lane)) for lane in self.lanes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpack(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or type(data.get("units")) is not int or not isinstance(data.get("lanes"), list):
+            return data
+        return {**data, "lanes": [unpacked(lane, data["units"]) for lane in data["lanes"]]}
+
+    @model_validator(mode="after")
+    def _is_partition(self) -> Self:
+        bounds = [bound for lane in self.lanes for interval in lane for bound in interval]
+        if max(bounds, default=0) > self.units:
+            raise ValueError(f"a lane has more than the {self.units} units of branch {self.branch}")
+        if sorted(unit for lane in self.lane_units for unit in lane) != list(range(self.units)):
+            raise ValueError(f"the lanes do not share the {self.units} units of branch {self.branch}")
+        return self
+
+    @field_serializer("lanes")
+    def _pack(self, lanes: tuple[IndexSet, ...]) -> list[IndexSet | str]:
+        return [packed(lane, self.units) for lane in lanes]
+
+
 class HealingRecord(_Record):
     """A training of the lanes by self-distillation.
 
@@ -143,6 +200,7 @@ class Manifest(_Record):
         dtype: The dtype most parameters have.
         inputs, call: How the program is called.
         weights: The weight table, in the order of the graph's placeholders.
+        assignment: Which heads and columns lanes have, where that is not the order of the files.
         layers, plan, windows: What the passes found; windows are those of the emitted program.
         cache: The program with a KV cache; None if there is none.
         no_cache: Why there is none.
@@ -165,6 +223,7 @@ class Manifest(_Record):
     inputs: tuple[InputSpec, ...]
     call: CallSpec
     weights: tuple[WeightSpec, ...]
+    assignment: tuple[AssignmentRecord, ...] = ()
     layers: LayerTable
     plan: FormPlan
     windows: tuple[Window, ...]
@@ -178,12 +237,32 @@ class Manifest(_Record):
     healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inner_path)], FileRecord]
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _unpack(cls, weights: Any) -> Any:
+        return [unpacked_weight(weight) for weight in weights] if isinstance(weights, list) else weights
+
+    @field_serializer("weights")
+    def _pack(self, weights: tuple[WeightSpec, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                **asdict(spec),
+                "shards": [
+                    {"dim": shard.dim, "lanes": [packed(lane, spec.source_shape[shard.dim]) for lane in shard.lanes]}
+                    for shard in spec.shards
+                ],
+            }
+            for spec in weights
+        ]
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         caches = self.cache.plan.caches if self.cache is not None else ()
         inputs = (*self.inputs, *(self.cache.inputs if self.cache is not None else ()))
         check_dtypes(part.dtype for parts in (self.weights, inputs, caches) for part in parts)
         check_weights(self.weights, self.degree)
+        if any(len(record.lanes) != self.degree for record in self.assignment):
+            raise ValueError(f"a branch is not assigned to {self.degree} lanes")
         check_call(self.call, self.inputs)
         if self.rows is not None:
             check_rows(self.rows.dims, self.inputs, self.call)

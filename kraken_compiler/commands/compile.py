@@ -24,6 +24,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.schedule import OVERLAPS, ROWS, TOKENS
+from kraken_compiler.ir.shards import AFFINITY
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
@@ -34,6 +35,7 @@ from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
 from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
 from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
 from kraken_compiler.quality.calibration.on_text import calibrate_on_text
 from kraken_compiler.quality.calibration.record import Calibration
@@ -121,6 +123,7 @@ class _Compile:
         if options.overlap not in OVERLAPS:
             raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
         require_embedding(options.embedding)
+        require_lanes_choice(options.lanes)
         self.backends = chosen_backends(options.backends, options.backend_options)
         self.texts = [Path(one) for one in options.calibrate]
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
@@ -149,8 +152,14 @@ class _Compile:
         with reserved(place, options.force, inputs) if place is not None else nullcontext() as reservation:
             captured = self._capture()
             runner = PassRunner(self.dumps)
+            # A plan reads no weight, so there is nothing to choose lanes by.
+            by_affinity = options.lanes == AFFINITY and reservation is not None
+            choice = self._lane_choice(captured) if by_affinity else None
             with self.show.stage("split"):
-                split = split_source(captured.program, options.degree, runner, embedding=options.embedding)
+                split = split_source(
+                    captured.program, options.degree, runner, embedding=options.embedding, assign=choice
+                )
+            self.notes = (*self.notes, *([choice.note] if choice is not None and choice.note else []))
             program = self._rewrite(captured, split, runner)
             report = make_report(program, runner.history, self.notes)
             if reservation is None:
@@ -196,6 +205,11 @@ class _Compile:
             )
             self.notes = (*captured.notes, *_tokenizer_notes(captured))
         return captured
+
+    def _lane_choice(self, captured: Capture) -> LaneChoice:
+        """Within a budget every layer may become one in the form that is asked for by default."""
+        options = self.options
+        return LaneChoice(captured, options.form, options.layers, self.texts, options.calibrate_tokens, self.show)
 
     def _rewrite(self, captured: Capture, split: Split, runner: PassRunner) -> LaneProgram:
         """The lane program in the form that was asked for, or in the forms that a budget allows."""

@@ -13,7 +13,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, ROWS, TOKENS
-from kraken_compiler.ir.shards import WHOLE
+from kraken_compiler.ir.shards import WHOLE, Assignment
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.verify.against_model import with_rules
@@ -65,7 +65,13 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     Raises:
         InputFileError: It comes out otherwise: the artifact was compiled by another version.
     """
-    program, _ = lower(captured.program, manifest.degree, manifest.forms, embedding=embedding_choice(manifest))
+    program, _ = lower(
+        captured.program,
+        manifest.degree,
+        manifest.forms,
+        embedding=embedding_choice(manifest),
+        assign=lambda planned: assignment_of(manifest),
+    )
     weights = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
     manifest_weights = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
     if weights != manifest_weights:
@@ -73,6 +79,11 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     has_split = manifest.cache is not None and manifest.cache.split is not None
     overlap = TOKENS if has_split else ROWS if manifest.rows is not None else NO_OVERLAP
     return with_halves(as_compiled(program, manifest), overlap)
+
+
+def assignment_of(manifest: Manifest) -> Assignment:
+    """The heads and columns that an artifact's lanes have, where that is not the order of the files."""
+    return {record.branch: record.lane_units for record in manifest.assignment}
 
 
 def embedding_choice(manifest: Manifest) -> str:

@@ -16,11 +16,13 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.ir.program import Split
 from kraken_compiler.ir.schedule import AUTO
+from kraken_compiler.ir.shards import AFFINITY
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.ops.devices import device_of
 from kraken_compiler.passes.lower import FormChoice, lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
+from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
 from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.report import is_exact, make_report
@@ -36,6 +38,7 @@ def transform(
     example_inputs: ExampleInputs | None = None,
     check: bool = True,
     embedding: str = AUTO,
+    lanes: str = AFFINITY,
 ) -> LaneModule:
     """Rewrite a model into N parallel lanes that run in one process.
 
@@ -43,8 +46,8 @@ def transform(
         model: A module, or the path of anything `kraken-compile` takes. Its weights are copied one tensor at a time.
         degree: Number of lanes; None means the number of visible accelerators if there are several, else the smallest
             valid degree above 1.
-        form: A row of the forms table: "standard", "kraken", "ladder", "sync-drop", "parallel", or a `Form`; or one of
-            these for every layer.
+        form: A row of the forms table: "standard", "kraken", "ladder", "delayed", "sync-drop", "parallel", or a `Form`;
+            or one of these for every layer.
         layers: The layers that take the form, e.g. "15-29" or [0, -1]; the others stay standard. None means all.
         example_inputs: Arguments to trace with, a tuple or a dict of tensors whose sizes are at least 2; inferred for
             Hugging Face models.
@@ -52,6 +55,8 @@ def transform(
             compared is the standard form of the same degree; of another form, one weight at a time.
         embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
             wherever that is possible (`split`), or all of them (`whole`).
+        lanes: Which heads and FFN columns share a lane of a changed form: those that read most of each other when the
+            model runs on random inputs (`affinity`), or as they lie in the files (`order`).
 
     Returns:
         A module with the model's call signature and output structure, on the model's device. It trains, moves between
@@ -64,13 +69,17 @@ def transform(
         InputFileError: A model file is missing or damaged.
         VerificationError: The lanes compute something else than the model.
     """
+    require_lanes_choice(lanes)
     with undisturbed() as surroundings:
         captured = capture(model, example_inputs=example_inputs)
         runner = PassRunner()
-        split = split_source(captured.program, degree, runner, embedding=embedding)
+        has_values = captured.model is not None or captured.origin.path is not None
+        choice = LaneChoice(captured, form, layers) if lanes == AFFINITY and has_values else None
+        split = split_source(captured.program, degree, runner, embedding=embedding, assign=choice)
+        lane_notes = (choice.note,) if choice is not None and choice.note else ()
         program = lower_split(split, form, layers, runner=runner)
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
-        module.report = make_report(program, runner.history, (*surroundings, *captured.notes))
+        module.report = make_report(program, runner.history, (*surroundings, *captured.notes, *lane_notes))
         if check:
             module = _check(module, captured, split)
     if not isinstance(model, nn.Module):

@@ -11,11 +11,11 @@ from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.base import EngineSettings, Reference
 from kraken_compiler.backends.registry import backend_of, lanes_in
 from kraken_compiler.capture.example_inputs import ExampleInputs
-from kraken_compiler.commands.source import as_compiled, embedding_choice, lowered_as, source_of
+from kraken_compiler.commands.source import as_compiled, assignment_of, embedding_choice, lowered_as, source_of
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.options.verify import VerifyOptions
-from kraken_compiler.passes.lower import lower
+from kraken_compiler.passes.lower import lower_split, split_source
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
@@ -80,10 +80,14 @@ def verify_artifact(
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
-        embedding = embedding_choice(artifact.manifest)
-        degree = artifact.manifest.degree
-        standard, _ = lower(captured.program, degree, "standard", embedding=embedding, cached=False)
-        model_check = compare_with_model(captured, as_compiled(standard, artifact.manifest), find_rules=False)
+        split = split_source(
+            captured.program,
+            artifact.manifest.degree,
+            embedding=embedding_choice(artifact.manifest),
+            assign=lambda planned: assignment_of(artifact.manifest),
+        )
+        standard = as_compiled(lower_split(split, "standard", cached=False), artifact.manifest)
+        model_check = compare_with_model(captured, standard, find_rules=False)
     skipped, comparisons = tuple(model_check.skipped), tuple(model_check.comparisons)
     if lanes is None and has_lane_tensors(artifact.manifest.weights):
         no_comparison = f"no comparison of the {who} with the lanes: only they hold their calibrated weights"
@@ -102,7 +106,7 @@ def verify_artifact(
     result = with_quality(result, artifact, lanes, captured, choice, show)
     if by_layer:
         manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
-        costs = sensitivity_of(captured, manifest.degree, manifest.forms, choice, cache, show)
+        costs = sensitivity_of(captured, split, manifest.forms, choice, cache, show)
         if isinstance(costs, str):
             return replace(result, skipped=(*result.skipped, costs))
         result = replace(result, sensitivity=costs)

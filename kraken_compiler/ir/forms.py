@@ -8,8 +8,8 @@ G[m] is the embedding plus everything all lanes contributed up to branch m, O^i[
 the lag on the lane's own contributions and `p` on its peers' (o <= p). o = p = 1 is the standard model. A form is a row
 of this table and nothing else: reduces, starts and waits are derived from it (`passes/form/derive_schedule.py`).
 
-Sources: Kraken, arXiv 2408.07802; Ladder Residual, arXiv 2501.06589; Sync-Point Drop, arXiv 2502.20727;
-parallel attention and FFN, GPT-J (2021).
+Sources: Kraken, arXiv 2408.07802; Ladder Residual, arXiv 2501.06589; Delayed Tensor Parallelism, arXiv 2609.13846;
+Sync-Point Drop, arXiv 2502.20727; parallel attention and FFN, GPT-J (2021).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ STANDARD = Form("standard", Lag(1, 1), Lag(1, 1), "plain tensor parallelism, exa
 KRAKEN = Form("kraken", Lag(1, 3), Lag(1, 2), "one all-reduce a layer, hidden behind the next attention")
 LADDER = Form("ladder", Lag(2, 2), Lag(2, 2), "two all-reduces a layer, each hidden behind the next branch")
 SYNC_DROP = Form("sync-drop", Lag(1, 1), Lag(1, 2), "one all-reduce a layer, the one after attention dropped")
+DELAYED = Form("delayed", Lag(1, 2), Lag(1, 2), "as ladder, but a lane reads its own parts at once")
 PARALLEL = Form("parallel", Lag(1, 1), Lag(2, 2), "attention and FFN read the same point, one all-reduce a layer")
 
-FORMS: dict[str, Form] = {form.name: form for form in (STANDARD, KRAKEN, LADDER, SYNC_DROP, PARALLEL)}
+FORMS: dict[str, Form] = {form.name: form for form in (STANDARD, KRAKEN, LADDER, DELAYED, SYNC_DROP, PARALLEL)}

@@ -25,7 +25,7 @@ from kraken_compiler.ir.calls import InputSpec as InputSpec
 from kraken_compiler.ir.layers import LayerTable
 from kraken_compiler.ir.rows import RowDims
 from kraken_compiler.ir.schedule import FormPlan, Window
-from kraken_compiler.ir.shards import BranchShards
+from kraken_compiler.ir.shards import Assignment, BranchShards
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.ir.windows import measure_windows
@@ -114,9 +114,11 @@ class Recognized(Program):
 
     Attributes:
         layers: The residual stream and its branches.
+        assignment: The heads and columns that lanes were given otherwise than in the order of the files.
     """
 
     layers: LayerTable
+    assignment: Assignment = field(default_factory=dict)
 
     def _names(self) -> dict[str, Iterable[str]]:
         return super()._names() | {"layers": self.layers.names()}
@@ -125,6 +127,8 @@ class Recognized(Program):
 @dataclass(kw_only=True)
 class Split(Recognized):
     """A program of which every lane computes its share of every branch. It does not depend on the form.
+
+    While its degree still is 1, the shares are planned and nothing is cut.
 
     Attributes:
         shards: One for every branch: which part of its tensors is which lane's.

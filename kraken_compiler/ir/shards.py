@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kraken_compiler.ir.index_set import IndexSet
@@ -10,6 +11,15 @@ from kraken_compiler.ir.schedule import AUTO
 SPLIT, WHOLE = "split", "whole"
 EMBEDDINGS = (AUTO, SPLIT, WHOLE)
 """What a lane holds of an embedding: its own rows where that saves enough memory, its own rows, or all rows."""
+
+ORDER, AFFINITY = LANES = ("order", "affinity")
+"""How lanes get their heads and columns: in the order of the files, or those together that read most of each other."""
+
+LaneUnits = tuple[tuple[int, ...], ...]
+"""Of one branch the units (FFN columns, KV heads with their query heads) of every lane, ascending."""
+
+Assignment = Mapping[int, LaneUnits]
+"""The units of lanes by number of the branch; a branch that is not among them keeps the order of the files."""
 
 KeptDim = tuple[IndexSet, ...] | None
 """One index set per lane, or None if every lane keeps the whole dimension."""

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.schedule import AUTO
+from kraken_compiler.ir.shards import AFFINITY
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
@@ -53,13 +54,21 @@ class CompileOptions(CommandOptions):
     form: Annotated[
         Any,
         CommandLineType(str),
-        typer.Option(help="standard, kraken, ladder, sync-drop or parallel. (default: kraken)"),
+        typer.Option(help="standard, kraken, ladder, delayed, sync-drop or parallel. (default: kraken)"),
     ] = "kraken"
     layers: Annotated[
         str | Sequence[int] | None,
         CommandLineType(str | None),
         typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard."),
     ] = None
+    lanes: Annotated[
+        str,
+        typer.Option(
+            help="Which heads and FFN columns share a lane of a changed form. affinity: those that read most of each "
+            "other, on the texts of --calibrate or on random inputs; order: as they lie in the files. "
+            "(default: affinity)"
+        ),
+    ] = AFFINITY
     overlap: Annotated[
         str,
         typer.Option(

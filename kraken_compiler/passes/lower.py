@@ -18,7 +18,7 @@ from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, PassRunner
 from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
-from kraken_compiler.passes.stages import recognize, schedule, split, with_cache, with_halves
+from kraken_compiler.passes.stages import Assign, recognize, schedule, split, with_cache, with_halves
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -31,6 +31,7 @@ def lower(
     layers: str | Sequence[int] | None = None,
     *,
     embedding: str = AUTO,
+    assign: Assign | None = None,
     cached: bool = True,
     dump_directory: Path | None = None,
     progress: Callable[[str], None] | None = None,
@@ -46,6 +47,7 @@ def lower(
             text such as "15-29"; None means all.
         embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
             wherever that is possible (`split`), or all of them (`whole`).
+        assign: Chooses heads and columns for the lanes; None takes them in the order of the files.
         cached: Also make the program with a KV cache, which takes as long as all the rest.
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
@@ -62,18 +64,24 @@ def lower(
     runner = PassRunner(dump_directory, progress)
     recognized = recognize(captured, runner)
     forms = forms_of_layers(row, layers, len(recognized.layers.layers))
-    split_program = split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding)
+    lanes = find_degree(degree, recognized.layers)
+    split_program = split(recognized, lanes, runner, embedding=embedding, assign=assign)
     lane = schedule(split_program, forms, runner)
     return with_cache(lane, runner) if cached else lane, tuple(runner.history)
 
 
 def split_source(
-    captured: Program, degree: int | None = None, runner: PassRunner | None = None, *, embedding: str = AUTO
+    captured: Program,
+    degree: int | None = None,
+    runner: PassRunner | None = None,
+    *,
+    embedding: str = AUTO,
+    assign: Assign | None = None,
 ) -> Split:
     """Recognise a captured model and split it, for all forms that are wanted of it. See `lower`."""
     require_embedding(embedding)
     recognized = recognize(captured, runner)
-    return split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding)
+    return split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding, assign=assign)
 
 
 def lower_split(
@@ -91,9 +99,14 @@ def lower_split(
         split, form, layers, cached, runner: See `lower`.
         overlap: What runs as two halves besides, see `with_halves`.
     """
-    lane = schedule(split, forms_of_layers(_rows(form), layers, len(split.layers.layers)), runner)
+    lane = schedule(split, rows_of_layers(form, layers, len(split.layers.layers)), runner)
     lane = with_cache(lane, runner) if cached else lane
     return with_halves(lane, overlap, runner)
+
+
+def rows_of_layers(form: FormChoice, layers: str | Sequence[int] | None, count: int) -> tuple[Form, ...]:
+    """The rows of the forms table of a model's layers, from what a user chose. See `lower`."""
+    return forms_of_layers(_rows(form), layers, count)
 
 
 def _rows(form: FormChoice) -> Form | tuple[Form, ...]:

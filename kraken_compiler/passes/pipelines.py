@@ -7,6 +7,7 @@ from typing import Any
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, ROWS, TOKENS
+from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.assign_forms import AssignForms
@@ -34,6 +35,7 @@ from kraken_compiler.passes.schedule.place_collectives import PlaceCollectives
 from kraken_compiler.passes.schedule.reduce_means import ReduceMeans
 from kraken_compiler.passes.schedule.split_rows import SplitRows
 from kraken_compiler.passes.schedule.split_tokens import SplitTokens
+from kraken_compiler.passes.shard.assign_lanes import AssignLanes
 from kraken_compiler.passes.shard.copy_shared import CopyShared
 from kraken_compiler.passes.shard.open_wide_norms import OpenWideNorms
 from kraken_compiler.passes.shard.pick_kv_heads import PickKvHeads
@@ -70,19 +72,26 @@ RECOGNIZE: tuple[Pass[Program], ...] = (
 """From a captured model to its layer table. Keeps the numbers."""
 
 
-def split_over(degree: int, embedding: str = AUTO) -> tuple[Pass[Any], ...]:
-    """From a recognised model to what one of `degree` lanes computes of it, whatever the form."""
+def plan_over(degree: int) -> tuple[Pass[Any], ...]:
+    """From a recognised model to the plan of which part of every branch is which of `degree` lanes'."""
+    return (SeparateProjections(degree), PickKvHeads(degree), OpenWideNorms(degree), PlanShards(degree))
+
+
+def cut_to(degree: int, embedding: str = AUTO, assignment: Assignment | None = None) -> tuple[Pass[Any], ...]:
+    """From that plan to what one lane computes, whatever the form; perhaps with other heads and columns on lanes."""
     return (
-        SeparateProjections(degree),
-        PickKvHeads(degree),
-        OpenWideNorms(degree),
-        PlanShards(degree),
+        AssignLanes(assignment or {}),
         CopyShared(),
         SplitBranches(degree),
         ShareMeans(),
         SplitHead(),
         SplitEmbedding(embedding),
     )
+
+
+def split_over(degree: int, embedding: str = AUTO) -> tuple[Pass[Any], ...]:
+    """From a recognised model to what one of `degree` lanes computes of it, in the order of the files."""
+    return (*plan_over(degree), *cut_to(degree, embedding))
 
 
 def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:

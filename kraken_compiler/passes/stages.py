@@ -1,7 +1,7 @@
 """The stages of a compile: captured, recognised, split, scheduled, with a KV cache. None changes what it is given.
 
     recognize(captured)          ->  Recognized    once a model
-    split(recognized, degree)    ->  Split         once a degree: nothing up to here depends on the form
+    split(recognized, degree)    ->  Split         once a degree; which lane has what may be chosen for a form
     schedule(split, forms)       ->  LaneProgram   once for every choice of forms
     with_cache(lane)             ->  LaneProgram   once for what is written
     with_halves(lane, overlap)   ->  LaneProgram   likewise
@@ -11,7 +11,7 @@ Each runs one pipeline of `pipelines.py`. A runner that goes from stage to stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,14 @@ from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.ir.forms import Form
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split, Stage
 from kraken_compiler.ir.schedule import AUTO, ROWS, TOKENS
+from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
-from kraken_compiler.passes.pipelines import CACHE, HALVES, RECOGNIZE, schedule_as, split_over
+from kraken_compiler.passes.pipelines import CACHE, HALVES, RECOGNIZE, cut_to, plan_over, schedule_as, split_over
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, even_degrees, valid_degrees
+
+Assign = Callable[[Split], Assignment]
+"""Function from a program whose split is planned to the heads and columns that lanes take."""
 
 _MOST_TRIES = 3
 _NO_DEGREE_HINT = (
@@ -40,7 +44,14 @@ def recognize(captured: Program, runner: PassRunner | None = None) -> Recognized
     return _run_pipeline(Recognized, captured, RECOGNIZE, runner)
 
 
-def split(recognized: Recognized, degree: int, runner: PassRunner | None = None, *, embedding: str = AUTO) -> Split:
+def split(
+    recognized: Recognized,
+    degree: int,
+    runner: PassRunner | None = None,
+    *,
+    embedding: str = AUTO,
+    assign: Assign | None = None,
+) -> Split:
     """Cut every branch to the share of one of `degree` lanes, and the vocabulary.
 
     Args:
@@ -48,12 +59,15 @@ def split(recognized: Recognized, degree: int, runner: PassRunner | None = None,
         degree: Number of lanes.
         runner: Gathers the history.
         embedding: What lanes hold of embeddings, see `SplitEmbedding`.
+        assign: Chooses heads and columns for the lanes; None takes them in the order of the files.
 
     Raises:
         UnsupportedModelError: A branch cannot be cut so; the hint names another degree only if that was found to work.
     """
     try:
-        return _run_pipeline(Split, recognized, split_over(degree, embedding), runner)
+        planned = _run_pipeline(Split, recognized, plan_over(degree), runner)
+        assignment = assign(planned) if assign is not None else {}
+        return _run_pipeline(Split, planned, cut_to(degree, embedding, assignment), runner)
     except UnsupportedModelError as error:
         if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
             raise

@@ -130,13 +130,12 @@ def _costs_of_layers(
     with show.steps("cost of single layers") as advance:
         alone = measure_sensitivity(
             captured,
-            split.degree,
+            split,
             [(form, (layer, layer)) for form in forms for layer in order],
             rows.evaluation_batches[:1],
             rows.name,
             calibrated=single.tokens,
             reader=single.reader,
-            split=split,
             cache=cache,
             advance=advance,
         )

@@ -10,7 +10,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Reference
 from kraken_compiler.capture import Capture
 from kraken_compiler.ir.forms import STANDARD
-from kraken_compiler.ir.program import Program
+from kraken_compiler.ir.program import Program, Split
 from kraken_compiler.lanes.logits import LogitsOf, lane_logits
 from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.progress import Advance, Progress
@@ -93,13 +93,13 @@ def with_quality(
 
 
 def sensitivity_of(
-    captured: Capture, degree: int, forms: Sequence[str], text: TextChoice, cache: Path, show: Progress
+    captured: Capture, split: Split, forms: Sequence[str], text: TextChoice, cache: Path, show: Progress
 ) -> Sensitivity | str:
     """Measure what the forms of a model's layers cost in every layer alone, and from every layer to the end.
 
     Args:
         captured: The source model.
-        degree: Number of lanes.
+        split: Its program, split over the lanes.
         forms: The form of every layer.
         text: What to measure on; no more than some thousand tokens of it are read.
         cache: A file that remembers what was measured.
@@ -117,4 +117,4 @@ def sensitivity_of(
     runs = [*single_layers(len(forms)), *ends(len(forms))]
     form_runs = [(form, run) for form in changed_forms for run in runs]
     with show.steps("cost of layers") as advance:
-        return measure_sensitivity(captured, degree, form_runs, list(tokens), tokens.name, cache=cache, advance=advance)
+        return measure_sensitivity(captured, split, form_runs, list(tokens), tokens.name, cache=cache, advance=advance)

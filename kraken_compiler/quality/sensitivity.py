@@ -21,7 +21,7 @@ from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Split
 from kraken_compiler.lanes.logits import lane_logits, recorded
 from kraken_compiler.lanes.reference import ReadLane, read_from_source
-from kraken_compiler.passes.lower import lower_split, split_source
+from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.text import json_text, number_text, table
@@ -58,6 +58,7 @@ class Sensitivity:
     Attributes:
         source: Hash of the source model.
         degree: Number of lanes.
+        lanes: Hash of the heads and columns that they have, "" for the order of the files.
         text, tokens: What was read, and how much of it.
         digest: Hash of the token ids.
         calibrated: How many tokens every layer was calibrated on by itself; 0 if the weights are the source's.
@@ -66,6 +67,7 @@ class Sensitivity:
 
     source: str
     degree: int
+    lanes: str
     text: str
     tokens: int
     digest: str
@@ -113,14 +115,13 @@ def ends(count: int) -> list[Run]:
 
 def measure_sensitivity(
     captured: Capture,
-    degree: int,
+    split: Split,
     form_runs: Iterable[tuple[str, Run]],
     batches: Sequence[Tensor],
     text: str,
     *,
     calibrated: int = 0,
     reader: Reader | None = None,
-    split: Split | None = None,
     cache: Path | None = None,
     advance: Advance | None = None,
 ) -> Sensitivity:
@@ -128,28 +129,27 @@ def measure_sensitivity(
 
     Args:
         captured: The source model.
-        degree: Number of lanes.
+        split: Its program, split over the lanes.
         form_runs: Form names and runs of layers.
         batches: Token ids, int64 [B, S]; the source's logits for all of them are kept in memory.
         text: What the tokens are, for the record.
         calibrated: How many tokens the weights of `reader` were calibrated on, for the record.
         reader: Gives the weights of single layers; None takes the source's.
-        split: The program, split over the lanes, if it has been; else it is if something is to be measured.
-        cache: A file that remembers costs; those of another model, degree, text or calibration are forgotten.
+        cache: A file that remembers costs; those of another model, split, text or calibration are forgotten.
         advance: Is told how many runs are done.
 
     Raises:
-        UsageError: An unknown form, or a degree the model cannot be divided to.
+        UsageError: An unknown form.
         InputFileError: The cache cannot be read or written.
     """
     tokens = sum(ids.numel() for ids in batches)
     digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in batches)).hexdigest()
-    empty = Sensitivity(captured.origin.sha256, degree, text, tokens, digest, calibrated, ())
+    lanes = hashlib.sha256(repr(sorted(split.assignment.items())).encode()).hexdigest() if split.assignment else ""
+    empty = Sensitivity(captured.origin.sha256, split.degree, lanes, text, tokens, digest, calibrated, ())
     sensitivity = _load(cache, empty) if cache is not None else empty
     order = list(dict.fromkeys(form_runs))
     missing_runs = [(form, run) for form, run in order if sensitivity.of(form, run) is None]
     if missing_runs:
-        split = split or split_source(captured.program, degree)
         sensitivity = _measure(captured, split, sensitivity, missing_runs, batches, reader, advance)
         if cache is not None:
             _save(cache, sensitivity)
