@@ -14,12 +14,11 @@ from pydantic import (
     Field,
     JsonValue,
     field_serializer,
-    field_validator,
     model_validator,
 )
 
 from kraken_compiler.artifact.consistency import check_call, check_dtypes, check_rows, check_weights
-from kraken_compiler.artifact.packed_sets import packed, unpacked, unpacked_weight
+from kraken_compiler.artifact.packed_sets import packed
 from kraken_compiler.ir.cache import CachePlan
 from kraken_compiler.ir.calls import CallSpec, InputSpec
 from kraken_compiler.ir.index_set import IndexSet, from_indices, to_indices
@@ -147,13 +146,6 @@ class AssignmentRecord(_Record):
         """The units of every lane."""
         return tuple(tuple(to_indices(lane)) for lane in self.lanes)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _unpack(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or type(data.get("units")) is not int or not isinstance(data.get("lanes"), list):
-            return data
-        return {**data, "lanes": [unpacked(lane, data["units"]) for lane in data["lanes"]]}
-
     @model_validator(mode="after")
     def _is_partition(self) -> Self:
         bounds = [bound for lane in self.lanes for interval in lane for bound in interval]
@@ -236,11 +228,6 @@ class Manifest(_Record):
     has_tokenizer: bool
     healed: tuple[HealingRecord, ...] = ()
     files: Mapping[Annotated[str, AfterValidator(_inner_path)], FileRecord]
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _unpack(cls, weights: Any) -> Any:
-        return [unpacked_weight(weight) for weight in weights] if isinstance(weights, list) else weights
 
     @field_serializer("weights")
     def _pack(self, weights: tuple[WeightSpec, ...]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ import numpy as np
 from kraken_compiler.ir.index_set import IndexSet, from_indices, to_indices
 
 _MOST_RANGES = 16
+_MOST_POSITIONS = 1 << 26
+"""More than any dim that is split column by column; what claims more is not unpacked."""
 
 
 def packed(index_set: IndexSet, size: int) -> IndexSet | str:
@@ -39,7 +41,7 @@ def unpacked(value: object, size: int) -> object:
     Raises:
         ValueError: The text is no index set of so many positions.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or size > _MOST_POSITIONS:
         return value
     length = -(-size // 8)
     try:
@@ -53,19 +55,39 @@ def unpacked(value: object, size: int) -> object:
     return from_indices(np.flatnonzero(bits[:size]).tolist())
 
 
-def unpacked_weight(weight: object) -> object:
-    """A row of the weight table as it is in a manifest's JSON, with its index sets unpacked."""
-    if not isinstance(weight, Mapping):
+def unpacked_manifest(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's JSON with its index sets unpacked; what is no index set is left to be checked by others.
+
+    Raises:
+        ValueError: One is damaged.
+    """
+    weights, records = content.get("weights"), content.get("assignment")
+    if isinstance(weights, list):
+        content = {**content, "weights": [_unpacked_weight(weight) for weight in weights]}
+    if isinstance(records, list):
+        content = {**content, "assignment": [_unpacked_record(record) for record in records]}
+    return content
+
+
+def _unpacked_weight(weight: Any) -> Any:
+    if not isinstance(weight, Mapping) or not isinstance(weight.get("shards"), list):
         return weight
     shape = weight.get("source_shape")
-    return {**weight, "shards": [_unpacked_shard(shard, shape) for shard in weight.get("shards") or ()]}
+    return {**weight, "shards": [_unpacked_shard(shard, shape) for shard in weight["shards"]]}
 
 
 def _unpacked_shard(shard: Any, shape: Any) -> Any:
-    """A shard with its index sets unpacked, if it has any and says of which dim."""
-    if not isinstance(shard, Mapping) or not isinstance(shard.get("lanes"), list) or not isinstance(shape, list):
+    dim = shard.get("dim") if isinstance(shard, Mapping) else None
+    if type(dim) is not int or not isinstance(shape, list) or not 0 <= dim < len(shape):
         return shard
-    dim = shard.get("dim")
-    if type(dim) is not int or not 0 <= dim < len(shape) or type(shape[dim]) is not int or shape[dim] < 0:
-        return shard
-    return {**shard, "lanes": [unpacked(lane, shape[dim]) for lane in shard["lanes"]]}
+    return _with_lanes(shard, shape[dim])
+
+
+def _unpacked_record(record: Any) -> Any:
+    return _with_lanes(record, record.get("units")) if isinstance(record, Mapping) else record
+
+
+def _with_lanes(record: Mapping[str, Any], size: Any) -> Mapping[str, Any]:
+    if type(size) is not int or size < 0 or not isinstance(record.get("lanes"), list):
+        return record
+    return {**record, "lanes": [unpacked(lane, size) for lane in record["lanes"]]}

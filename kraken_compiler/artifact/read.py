@@ -18,6 +18,7 @@ from kraken_compiler.artifact.manifest import (
     TOKENIZER_DIRECTORY,
     Manifest,
 )
+from kraken_compiler.artifact.packed_sets import unpacked_manifest
 from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.weights.lane_file_names import LANES_DIRECTORY
 
@@ -150,9 +151,11 @@ def open_artifact(directory: Path | str, verify: bool = True) -> Artifact:
         )
     try:
         # JSON has no tuples, so only JSON mode may turn its lists into ours.
-        manifest = Manifest.model_validate_json(json.dumps(content), strict=True)
+        manifest = Manifest.model_validate_json(json.dumps(unpacked_manifest(content)), strict=True)
     except ValidationError as error:
         raise InputFileError(f"{path}: {_first_problem(error)}") from error
+    except ValueError as error:
+        raise InputFileError(f"{path}: {error}") from error
     artifact = Artifact(directory, manifest)
     artifact.verify_sizes()
     if verify:

@@ -66,8 +66,7 @@ def split(
     """
     try:
         planned = _run_pipeline(Split, recognized, plan_over(degree), runner)
-        assignment = assign(planned) if assign is not None else {}
-        return _run_pipeline(Split, planned, cut_to(degree, embedding, assignment), runner)
+        return cut(planned, assign(planned) if assign is not None else {}, runner, embedding=embedding)
     except UnsupportedModelError as error:
         if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
             raise
@@ -77,6 +76,12 @@ def split(
             for rejection in error.rejections
         ]
         raise UnsupportedModelError(rejections) from None
+
+
+def cut(planned: Split, assignment: Assignment, runner: PassRunner | None = None, *, embedding: str = AUTO) -> Split:
+    """Cut a program whose split is planned to one lane, which has the heads and columns of an assignment."""
+    degree = len(planned.shards[0].owned)
+    return _run_pipeline(Split, planned, cut_to(degree, embedding, assignment), runner)
 
 
 def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | None = None) -> LaneProgram:

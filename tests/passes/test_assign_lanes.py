@@ -1,9 +1,10 @@
-"""Units of branches and their lanes: any assignment gives the source's function in standard form, and no other graph."""
+"""Units of branches and their lanes: any assignment gives the source's function in standard form."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from torch import nn
@@ -51,7 +52,7 @@ def shuffled(program: Split, seed: int = 0) -> Assignment:
             random.Random(seed + number).shuffle(order)
             order.append(found.count - 1)
             cuts = [sum(map(len, found.lanes[:lane])) for lane in range(len(found.lanes) + 1)]
-            assignment[number] = tuple(tuple(sorted(order[a:b])) for a, b in zip(cuts, cuts[1:], strict=False))
+            assignment[number] = tuple(tuple(sorted(order[a:b])) for a, b in pairwise(cuts))
     return assignment
 
 
@@ -115,7 +116,7 @@ def test_uneven_shares_are_padded_with_what_follows() -> None:
     columns = [to_indices(lane) for lane in program.shards[0].columns]
     assert columns[0] == list(range(4, 12))
     assert [len(lane) for lane in columns] == [8, 8, 8]
-    assert [to_indices(lane) for lane in program.shards[0].owned][0] == list(range(4, 8))
+    assert to_indices(program.shards[0].owned[0]) == list(range(4, 8))
 
 
 def test_it_changes_the_plan_once() -> None:

@@ -8,7 +8,7 @@ does not. It begins with the order of the files: random beginnings find as much 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,14 +74,20 @@ class Reading:
         return np.eye(len(self.units[branch].lanes))[lanes[branch]]
 
 
-def choose_lanes(reading: Reading) -> Lanes:
-    """The lanes in which most of what is read is found."""
+def choose_lanes(reading: Reading, in_order: Collection[int] = ()) -> Lanes:
+    """The lanes in which most of what is read is found.
+
+    Args:
+        reading: What is read.
+        in_order: The branches that keep the order of the files.
+    """
     lanes = reading.in_order()
     found = reading.found(lanes)
     for _ in range(_SWEEPS):
         before = found
         for branch in reading.branches:
-            reading.improve(lanes, branch)
+            if branch not in in_order:
+                reading.improve(lanes, branch)
         found = reading.found(lanes)
         if found <= before * (1 + _LEAST):
             break

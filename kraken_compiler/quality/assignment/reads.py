@@ -187,11 +187,16 @@ class _Run:
             for number in range(self._count):
                 self._values.drop(f"kept-{number}-{node.name}")
 
-    def weight(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
-        """A weight, or what is computed of weights."""
-        if node in values:
-            return torch.as_tensor(values[node]).float()
-        return self.read_lane(self.program.weights[node.name], 0).float()
+    def weight(self, node: fx.Node) -> Tensor:
+        """A weight, or what is computed of weights alone, in float32."""
+        behind = ancestors(node) | {node}
+        nodes = [node for node in self.program.graph.nodes if node in behind]
+        values = {
+            node: self.read_lane(self.program.weights[node.name], 0) for node in nodes if node.op == "placeholder"
+        }
+        value = _evaluate([node for node in nodes if node not in values], values)[node]
+        assert isinstance(value, Tensor)
+        return value.float()
 
 
 @dataclass
@@ -216,9 +221,7 @@ def _measure(
     generator = torch.Generator().manual_seed(branch.index)
     region = _Backward(run, branch, linears)
     sums = [_Sums() for _ in pairs]
-    values: dict[fx.Node, Any] = {}
-    between = (node for pair in pairs for node in (pair.stop, *_weights(pair.source_linears)))
-    targets = dict.fromkeys([*region.targets, *between])
+    targets = dict.fromkeys([*region.targets, *(pair.stop for pair in pairs)])
     for values in run.batches(branch.index, targets):
         region.add(values, generator)
         for pair, of_pair in zip(pairs, sums, strict=True):
@@ -226,13 +229,13 @@ def _measure(
     rows, unit_of_row = [], []
     for node, strengths in region.strengths().items():
         if (layout := _last_layout(units[branch.index], node)) is not None:
-            rows.append(run.weight(args_of(node)[1], values) * strengths.sqrt()[:, None])
+            rows.append(run.weight(args_of(node)[1]) * strengths.sqrt()[:, None])
             unit_of_row.append(_unit_of_position(layout))
     matrix_RC, reading_unit_R = _probed(torch.cat(rows), torch.cat(unit_of_row), generator)
     share = _ATTENTION_SHARE if branch.kind == "attention" else 1.0
     reads = []
     for pair, of_pair in zip(pairs, sums, strict=True):
-        matrix_CD = run.weight(args_of(pair.source_linears.projections.output)[1], values)
+        matrix_CD = run.weight(args_of(pair.source_linears.projections.output)[1])
         columns_DC, source_unit_D = _parts(of_pair, matrix_CD, units[pair.source].columns)
         energy = torch.zeros(units[branch.index].count, len(columns_DC), dtype=torch.float64)
         energy.index_add_(0, reading_unit_R, (matrix_RC @ columns_DC.T).double().pow(2))
@@ -254,11 +257,6 @@ def _probed(matrix: Tensor, unit_of_row: Tensor, generator: torch.Generator) -> 
     return torch.cat(probes), torch.arange(len(counts)).repeat_interleave(_PROBES)
 
 
-def _weights(linears: _Linears) -> list[fx.Node]:
-    projections = linears.projections
-    return [args_of(node)[1] for node in (*projections.inputs, projections.output)]
-
-
 class _Backward:
     """How much a change behind a branch's input projections changes what the branch adds to the stream."""
 
@@ -276,7 +274,6 @@ class _Backward:
         outside = {operand for node in self._nodes for operand in node.all_input_nodes} - reached - self._weights
         stream = [self._stream] if self._stream is not None else []
         self.targets = [*self._leaves, *(node for node in outside if node not in self._leaves), self._end, *stream]
-        self.targets += _weights(linears)
         self._sums: dict[fx.Node, Tensor] = {}
         self._tokens = 0
 
