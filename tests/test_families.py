@@ -17,13 +17,16 @@ from kraken_compiler.capture import capture
 from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.program import LaneProgram, Program, Recognized, Split
+from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.lower import lower, lower_split
 from kraken_compiler.passes.stages import recognize, split
+from kraken_compiler.quality.assignment.on_model import LaneChoice
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.overlap import require_overlap
 from kraken_compiler.verify.report import is_exact
+from tests.lane_assignments import random_lanes
 from tests.quick_tests import mostly_slow
 from tests.table_notes import note
 from tests.zoo import REJECTED, SUPPORTED, logits_of, random_tokens, token_batch
@@ -106,6 +109,31 @@ def test_forms_equal_the_source_or_change_it_as_they_say(name: str) -> None:
             standard += found * (form == "standard")
     note("lanes", name, error=max(standard), forms=list(FORMS))
     assert not wrong, "\n".join(wrong)
+
+
+@EVERY_FAMILY
+def test_any_lanes_are_the_source(name: str) -> None:
+    """Whichever lanes have the heads and columns: those of an odd degree at random, those that affinity chooses."""
+    source = recognized(name)
+    ids = token_batch(source.model, 3, 13)
+    wanted = logits_of(source.model, ids)
+    assigned = []
+
+    def shuffled(planned: Split) -> Assignment:
+        assigned.append(random_lanes(planned))
+        return assigned[-1]
+
+    def chosen(planned: Split) -> Assignment:
+        choice = LaneChoice(
+            capture(source.model, example_inputs={"input_ids": token_batch(source.model, 2, 16)}), "kraken"
+        )
+        return choice(planned)
+
+    for degree, assign in ((3, shuffled), (2, shuffled), (2, chosen)):
+        program = lower_split(split(source.program, degree, assign=assign), "standard", cached=False)
+        found = logits_of(LaneModule.from_program(program, source.read), ids)
+        assert relative_error(found, wanted) < 1e-4, f"degree {degree}"
+    assert any(assigned)
 
 
 @pytest.mark.slow

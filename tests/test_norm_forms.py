@@ -121,5 +121,12 @@ def test_norms_add_no_reduce_and_take_no_window(name: str) -> None:
         plans[form] = program.plan.reduces
         assert all(window.gemms for window in program.windows if window.promised)
     counts = {form: len(reduces) for form, reduces in plans.items()}
-    assert counts == {"standard": 1 + 6, "kraken": 1 + 3, "ladder": 1 + 5, "sync-drop": 1 + 3, "parallel": 1 + 3}
+    assert counts == {
+        "standard": 1 + 6,
+        "kraken": 1 + 3,
+        "ladder": 1 + 5,
+        "delayed": 1 + 5,
+        "sync-drop": 1 + 3,
+        "parallel": 1 + 3,
+    }
     assert {sum(reduce.bytes_per_token for reduce in reduces) for reduces in plans.values()} == {(1 + 6) * D * 4}

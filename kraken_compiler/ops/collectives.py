@@ -77,6 +77,21 @@ def _mean_power_shape(x: Tensor, power: int, width: int, share: Tensor | None = 
     return x.new_empty((*x.shape[:-1], 1))
 
 
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.power, ctx.width, share = inputs
+    ctx.save_for_backward(x, share)
+
+
+def _mean_power_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """With respect to the columns alone: their shares are 0 or 1."""
+    x, share = ctx.saved_tensors
+    result = gradient * ctx.power * x ** (ctx.power - 1) / ctx.width
+    return (result if share is None else result * share), None, None, None
+
+
+mean_power.register_autograd(_mean_power_backward, setup_context=_remember)
+
+
 _library: Any = torch.library.Library("kraken", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "

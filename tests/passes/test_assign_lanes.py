@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 from torch import nn
@@ -14,8 +12,9 @@ from kraken_compiler.ir.index_set import to_indices
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.passes.pipelines import RECOGNIZE, cut_to, plan_over
-from kraken_compiler.passes.shard.assign_lanes import AssignLanes, Layout, Units, units_of
+from kraken_compiler.passes.shard.assign_lanes import AssignLanes, Layout, Units
 from kraken_compiler.passes.stages import schedule, split
+from tests.lane_assignments import random_lanes, units
 from tests.passes.helpers import Sample, assert_close, captured, check_idempotent, gpt
 from tests.passes.models import AlibiAttention, Attention, FusedQkv, GainAttention, GatedFfn, Gpt
 
@@ -38,24 +37,6 @@ def planned(sample: Sample, degree: int) -> Split:
     return program
 
 
-def units(program: Split) -> dict[int, Units | str]:
-    pairs = zip(program.layers.branches, program.shards, strict=True)
-    return {branch.index: units_of(branch, plan) for branch, plan in pairs}
-
-
-def shuffled(program: Split, seed: int = 0) -> Assignment:
-    """Random lanes for all units, but for the last one, which stays with a lane that has the most."""
-    assignment = {}
-    for number, found in units(program).items():
-        if isinstance(found, Units):
-            order = list(range(found.count - 1))
-            random.Random(seed + number).shuffle(order)
-            order.append(found.count - 1)
-            cuts = [sum(map(len, found.lanes[:lane])) for lane in range(len(found.lanes) + 1)]
-            assignment[number] = tuple(tuple(sorted(order[a:b])) for a, b in pairwise(cuts))
-    return assignment
-
-
 def lanes_of(sample: Sample, degree: int, assignment: Assignment, form: Form) -> LaneProgram:
     return schedule(split(sample.recognized, degree, assign=lambda _: assignment), form)
 
@@ -70,7 +51,7 @@ def test_positions_of_units() -> None:
 def test_standard_stays_the_source(name: str, degree: int) -> None:
     """Also where the degree does not divide the heads; the columns are divided whatever becomes of the heads."""
     sample = captured(MODELS[name]())
-    assignment = shuffled(planned(sample, degree))
+    assignment = random_lanes(planned(sample, degree))
     assert {2, 4} <= assignment.keys()
     program = lanes_of(sample, degree, assignment, STANDARD)
     program.check()
@@ -85,7 +66,7 @@ def test_standard_stays_the_source(name: str, degree: int) -> None:
 
 def test_a_changed_form_depends_on_it() -> None:
     sample = gpt(2)
-    assignment = shuffled(planned(sample, 2))
+    assignment = random_lanes(planned(sample, 2))
     one, other = (sample.run(lanes_of(sample, 2, lanes, KRAKEN)) for lanes in (assignment, {}))
     assert all((left - right).abs().max() > 1e-3 for left, right in zip(one, other, strict=True))
 
@@ -121,7 +102,7 @@ def test_uneven_shares_are_padded_with_what_follows() -> None:
 
 def test_it_changes_the_plan_once() -> None:
     program = planned(gpt(2), 2)
-    step = AssignLanes(shuffled(program))
+    step = AssignLanes(random_lanes(program))
     assert step.run(program).matches == len(step.assignment)
     check_idempotent(step, program)
     assert cut_to(2)[0].run(planned(gpt(2), 2)).matches == 0

@@ -32,6 +32,7 @@ from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.graph_tools import ancestors, args_of, descendants
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
 from kraken_compiler.passes.recognize.projections import Projections, find_projections
+from kraken_compiler.passes.shapes import same_shape
 from kraken_compiler.passes.shard.assign_lanes import Layout, Units
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
@@ -88,10 +89,11 @@ def measure_reads(
     found = {number: _linears(program, branch) for number, branch in branches.items() if number in units}
     linears = {number: one for number, one in found.items() if one is not None}
     pairs = [
-        _Pair(program, linears[source], linears[reader], source, reader)
+        _Pair(program, linears[source], operand, source, reader)
         for reader, sources in sorted(wanted.items())
         for source in sources
         if reader in linears and source in linears
+        for operand in linears[reader].operands_like(linears[source].end)
     ]
     reads: list[Reads] = []
     with tempfile.TemporaryDirectory(prefix="kraken-reads-") as folder, torch.no_grad():
@@ -122,6 +124,14 @@ class _Linears:
         """What the output projection multiplies."""
         return _operand(self.projections.output)
 
+    def operands_like(self, stream: fx.Node) -> list[fx.Node]:
+        """What input projections multiply, if it has the stream's shape: what lies between scales channels then.
+
+        The others read something narrower that was computed from it, or the result of an encoder.
+        """
+        operands = dict.fromkeys(map(_operand, self.projections.inputs))
+        return [operand for operand in operands if same_shape(operand, stream)]
+
 
 def _linears(program: Split, branch: Branch) -> _Linears | None:
     nodes = {node.name: node for node in program.graph.nodes}
@@ -136,11 +146,10 @@ def _linears(program: Split, branch: Branch) -> _Linears | None:
 class _Pair:
     """A source branch and one that reads it, and what lies between them."""
 
-    def __init__(self, program: Split, source_linears: _Linears, reader_linears: _Linears, source: int, reader: int):
+    def __init__(self, program: Split, source_linears: _Linears, stop: fx.Node, source: int, reader: int) -> None:
         self.source, self.reader = source, reader
         self.source_linears = source_linears
-        self.start = source_linears.end
-        self.stop = _operand(reader_linears.projections.inputs[0])
+        self.start, self.stop = source_linears.end, stop
         nodes = {node.name: node for node in program.graph.nodes}
         others = {nodes[branch.output] for branch in program.layers.branches}
         between = (ancestors(self.stop, others) | {self.stop}) & descendants([self.start])
@@ -226,15 +235,19 @@ def _measure(
         region.add(values, generator)
         for pair, of_pair in zip(pairs, sums, strict=True):
             _add(of_pair, pair, run, values, units[pair.source].columns, generator)
-    rows, unit_of_row = [], []
-    for node, strengths in region.strengths().items():
-        if (layout := _last_layout(units[branch.index], node)) is not None:
-            rows.append(run.weight(args_of(node)[1]) * strengths.sqrt()[:, None])
-            unit_of_row.append(_unit_of_position(layout))
-    matrix_RC, reading_unit_R = _probed(torch.cat(rows), torch.cat(unit_of_row), generator)
+    strengths = region.strengths()
     share = _ATTENTION_SHARE if branch.kind == "attention" else 1.0
     reads = []
     for pair, of_pair in zip(pairs, sums, strict=True):
+        rows, unit_of_row = [], []
+        for node in linears.projections.inputs:
+            layout = _last_layout(units[branch.index], node)
+            if layout is not None and _operand(node) is pair.stop:
+                rows.append(run.weight(args_of(node)[1]) * strengths[node].sqrt()[:, None])
+                unit_of_row.append(_unit_of_position(layout))
+        if not rows:
+            continue
+        matrix_RC, reading_unit_R = _probed(torch.cat(rows), torch.cat(unit_of_row), generator)
         matrix_CD = run.weight(args_of(pair.source_linears.projections.output)[1])
         columns_DC, source_unit_D = _parts(of_pair, matrix_CD, units[pair.source].columns)
         energy = torch.zeros(units[branch.index].count, len(columns_DC), dtype=torch.float64)
