@@ -48,7 +48,7 @@ def test_every_run_is_measured_alone(captured: Capture, split: Split) -> None:
     source = transform(model, 2, "standard", example_inputs={"input_ids": BATCHES[0]})
     for cost in found.costs:
         layers = list(range(cost.first, cost.last + 1))
-        lanes = transform(model, 2, cost.form, layers, example_inputs={"input_ids": BATCHES[0]}, lanes="order")
+        lanes = transform(model, 2, cost.form, layers, example_inputs={"input_ids": BATCHES[0]})
         with torch.inference_mode():
             direct = evaluate(source, lanes, BATCHES, "numbers")
         assert cost.kl == pytest.approx(direct.kl, rel=1e-3, abs=1e-7)

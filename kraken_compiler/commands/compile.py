@@ -24,7 +24,7 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.schedule import OVERLAPS, ROWS, TOKENS
-from kraken_compiler.ir.shards import AFFINITY
+from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
@@ -123,7 +123,9 @@ class _Compile:
         if options.overlap not in OVERLAPS:
             raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
         require_embedding(options.embedding)
-        require_lanes_choice(options.lanes)
+        # Without text the model is run for nothing else, and is of little use in a form that changes it.
+        self.lanes = options.lanes or (AFFINITY if options.calibrate else ORDER)
+        require_lanes_choice(self.lanes)
         self.backends = chosen_backends(options.backends, options.backend_options)
         self.texts = [Path(one) for one in options.calibrate]
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
@@ -153,7 +155,7 @@ class _Compile:
             captured = self._capture()
             runner = PassRunner(self.dumps)
             # A plan reads no weight, so there is nothing to choose lanes by.
-            by_affinity = options.lanes == AFFINITY and reservation is not None
+            by_affinity = self.lanes == AFFINITY and reservation is not None
             choice = self._lane_choice(captured) if by_affinity else None
             with self.show.stage("split"):
                 split = split_source(

@@ -16,7 +16,7 @@ from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.ir.program import Split
 from kraken_compiler.ir.schedule import AUTO
-from kraken_compiler.ir.shards import AFFINITY
+from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.ops.devices import device_of
@@ -38,7 +38,7 @@ def transform(
     example_inputs: ExampleInputs | None = None,
     check: bool = True,
     embedding: str = AUTO,
-    lanes: str = AFFINITY,
+    lanes: str = ORDER,
 ) -> LaneModule:
     """Rewrite a model into N parallel lanes that run in one process.
 
@@ -55,8 +55,8 @@ def transform(
             compared is the standard form of the same degree; of another form, one weight at a time.
         embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
             wherever that is possible (`split`), or all of them (`whole`).
-        lanes: Which heads and FFN columns share a lane of a changed form: those that read most of each other when the
-            model runs on random inputs (`affinity`), or as they lie in the files (`order`).
+        lanes: Which heads and FFN columns share a lane of a changed form: as they lie in the files (`order`), or those
+            that read most of each other when the model runs on random inputs (`affinity`).
 
     Returns:
         A module with the model's call signature and output structure, on the model's device. It trains, moves between

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator
 from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.schedule import AUTO
-from kraken_compiler.ir.shards import AFFINITY
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
@@ -62,13 +61,13 @@ class CompileOptions(CommandOptions):
         typer.Option(help="Layers that take the form, e.g. 15-29 or -4--1; the others stay standard."),
     ] = None
     lanes: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Which heads and FFN columns share a lane of a changed form. affinity: those that read most of each "
             "other, on the texts of --calibrate or on random inputs; order: as they lie in the files. "
-            "(default: affinity)"
+            "(default: affinity with --calibrate, else order)"
         ),
-    ] = AFFINITY
+    ] = None
     overlap: Annotated[
         str,
         typer.Option(
