@@ -96,8 +96,8 @@ class LaneChoice:
 
     def _batches(self, planned: Split) -> list[list[Tensor]]:
         if self.paths:
-            inputs_of = inputs_function(planned.inputs)
             text = calibration_text(self.captured, self.paths, self.tokens)
+            inputs_of = inputs_function(planned.inputs)
             row = max(ids.shape[1] for ids in text.fitted)
             rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
             every = max(1, len(rows) * row // _TEXT_TOKENS)
