@@ -14,8 +14,10 @@ from torch import Tensor
 from kraken_compiler.artifact.manifest import AssignmentRecord
 from kraken_compiler.artifact.packed_sets import packed, unpacked
 from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.backends.registry import require_lanes
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.commands.heal import heal_artifact
 from kraken_compiler.commands.transform import transform
 from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.errors import InputFileError, UsageError
@@ -32,6 +34,7 @@ from kraken_compiler.quality.assignment.on_model import LaneChoice
 from kraken_compiler.quality.assignment.reads import Reads, measure_reads, withheld
 from kraken_compiler.quality.assignment.transport import best_lanes
 from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.quality.healing.settings import HealSettings
 from tests.zoo import SUPPORTED, token_batch
 
 
@@ -194,3 +197,24 @@ def test_an_artifact_remembers_its_lanes(tmp_path: Path, backend: str) -> None:
 def test_choices_are_checked() -> None:
     with pytest.raises(UsageError, match="--lanes best: choose from order, affinity"):
         transform(SUPPORTED["llama"](), 2, lanes="best")
+
+
+@pytest.mark.slow
+def test_healing_keeps_the_lanes(tmp_path: Path) -> None:
+    """ALiBi's slopes belong to heads and are no weights that training would bring along: a healed artifact is the one
+    that was healed, but for its weights, and verifies."""
+    model = SUPPORTED["bloom"]()
+    model.save_pretrained(tmp_path / "model")
+    compile_model(tmp_path / "model", tmp_path / "out", degree=2, lanes="affinity")
+    before = open_artifact(tmp_path / "out").manifest
+    assert before.assignment
+    ids = torch.cat([token_batch(model, 4, 32, seed) for seed in range(16)])
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    settings = HealSettings(steps=1, batch=2, sequence=32, learning_rate=1e-9, evaluate_tokens=64)
+    heal_artifact(tmp_path / "out", settings, tokens=[tmp_path / "ids.npy"], output=tmp_path / "healed")
+    after = open_artifact(tmp_path / "healed")
+    assert after.manifest.assignment == before.assignment
+    lanes = [require_lanes(open_artifact(tmp_path / name)) for name in ("out", "healed")]
+    one, other = (lane_logits(found.program, found.read_lane)(ids[:2]) for found in lanes)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert verify_artifact(tmp_path / "healed").comparisons
