@@ -155,6 +155,11 @@ class Capture:
     model: OpenModel | None = field(default=None, repr=False, compare=False)
     frozen: frozenset[str] = frozenset()
 
+    @property
+    def has_values(self) -> bool:
+        """False for a module in memory whose weights have none (on the meta device)."""
+        return self.model is not None or self.origin.path is not None
+
 
 def digest_files(files: tuple[Path, ...]) -> str:
     """sha256 over the files' names and contents; a single file's own sha256 for one file.

@@ -161,7 +161,7 @@ class _Compile:
                 split = split_source(
                     captured.program, options.degree, runner, embedding=options.embedding, assign=choice
                 )
-            self.notes = (*self.notes, *([choice.note] if choice is not None and choice.note else []))
+            self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
             program = self._rewrite(captured, split, runner)
             report = make_report(program, runner.history, self.notes)
             if reservation is None:

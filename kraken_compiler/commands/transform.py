@@ -56,7 +56,8 @@ def transform(
         embedding: What a lane holds of an embedding: its own rows where that saves enough memory (`auto`), its own rows
             wherever that is possible (`split`), or all of them (`whole`).
         lanes: Which heads and FFN columns share a lane of a changed form: as they lie in the files (`order`), or those
-            that read most of each other when the model runs on random inputs (`affinity`).
+            that read most of each other when the model runs on random inputs (`affinity`; a model whose weights have no
+            values keeps the order).
 
     Returns:
         A module with the model's call signature and output structure, on the model's device. It trains, moves between
@@ -73,13 +74,12 @@ def transform(
     with undisturbed() as surroundings:
         captured = capture(model, example_inputs=example_inputs)
         runner = PassRunner()
-        has_values = captured.model is not None or captured.origin.path is not None
-        choice = LaneChoice(captured, form, layers) if lanes == AFFINITY and has_values else None
+        choice = LaneChoice(captured, form, layers) if lanes == AFFINITY and captured.has_values else None
         split = split_source(captured.program, degree, runner, embedding=embedding, assign=choice)
-        lane_notes = (choice.note,) if choice is not None and choice.note else ()
+        notes = (*surroundings, *captured.notes, *(choice.notes if choice is not None else ()))
         program = lower_split(split, form, layers, runner=runner)
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
-        module.report = make_report(program, runner.history, (*surroundings, *captured.notes, *lane_notes))
+        module.report = make_report(program, runner.history, notes)
         if check:
             module = _check(module, captured, split)
     if not isinstance(model, nn.Module):
@@ -92,7 +92,7 @@ def _check(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
     start = time.perf_counter()
     program, run = module.program, None
     assert module.report is not None
-    if captured.model is None and captured.origin.path is None:
+    if not captured.has_values:
         module.report = module.report.with_check((), (), ("not compared with the model, which has no values",), 0.0)
         return module
     if is_exact(program):

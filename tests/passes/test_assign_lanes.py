@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
+from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.ir.forms import KRAKEN, STANDARD, Form
 from kraken_compiler.ir.index_set import to_indices
 from kraken_compiler.ir.program import LaneProgram, Split
@@ -106,3 +107,22 @@ def test_it_changes_the_plan_once() -> None:
     assert step.run(program).matches == len(step.assignment)
     check_idempotent(step, program)
     assert cut_to(2)[0].run(planned(gpt(2), 2)).matches == 0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "reason"),
+    [
+        ({1: ((0,), (1, 2, 3))}, "do not have as many"),
+        ({1: ((0, 1), (1, 3))}, "do not share"),
+        ({1: ((1, 0), (2, 3))}, "not in an order"),
+    ],
+)
+def test_an_assignment_that_does_not_fit_is_refused(assignment: Assignment, reason: str) -> None:
+    """It may come out of an artifact that somebody has changed."""
+    with pytest.raises(UnsupportedModelError, match=reason):
+        split(gpt(2).recognized, 2, assign=lambda _: assignment)
+
+
+def test_a_padded_lane_needs_something_behind_its_own() -> None:
+    with pytest.raises(UnsupportedModelError, match="not in an order"):
+        split(gpt(2).recognized, 3, assign=lambda _: {1: ((3,), (0,), (1, 2))})

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.index_set import IndexSet, from_indices
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Program, Split
@@ -98,16 +99,26 @@ def units_of(branch: Branch, plan: BranchShards) -> Units | str:
 
 
 def reassigned(plan: BranchShards, units: Units, lanes: LaneUnits) -> BranchShards:
-    """The split of a branch with other units on the lanes, as many on each as before."""
-    assert sorted(unit for lane in lanes for unit in lane) == list(range(units.count))
-    assert [len(lane) for lane in lanes] == [len(lane) for lane in units.lanes]
-    lanes = tuple(tuple(sorted(lane)) for lane in lanes)
+    """The split of a branch with other units on the lanes; they must fit, see `misfit`."""
     computed = tuple(map(units.computed_by, lanes))
     kept_sets: dict[str, Kept] = {
         name: tuple(None if layout is None else _sets(layout, computed) for layout in layouts)
         for name, layouts in units.layouts.items()
     }
     return replace(plan, kept_sets=kept_sets, columns=_sets(units.columns, computed), owned=_sets(units.columns, lanes))
+
+
+def misfit(units: Units | str, lanes: LaneUnits) -> str:
+    """Why lanes cannot have these units, which may be an artifact's; "" if they can."""
+    if isinstance(units, str):
+        return units
+    if [len(lane) for lane in lanes] != [len(lane) for lane in units.lanes]:
+        return "lanes do not have as many heads or columns as in the order of the files"
+    if sorted(unit for lane in lanes for unit in lane) != list(range(units.count)):
+        return "lanes do not share its heads or columns"
+    if any(lane != tuple(sorted(lane)) or units.computed_by(lane)[-1] >= units.count for lane in lanes):
+        return "a lane's heads or columns are not in an order that it can be padded in"
+    return ""
 
 
 def _sets(layout: Layout, lanes: LaneUnits) -> tuple[IndexSet, ...]:
@@ -143,7 +154,10 @@ class AssignLanes(Pass[Split]):
         for branch, plan in zip(program.layers.branches, program.shards, strict=True):
             if (lanes := self.assignment.get(branch.index)) is not None:
                 units = units_of(branch, plan)
-                assert isinstance(units, Units), units
+                if reason := misfit(units, lanes):
+                    hint = "Compile the model again."
+                    return PassResult(rejections=(Rejection(reason, (branch.output,), branch.path, hint),))
+                assert isinstance(units, Units)
                 plan = reassigned(plan, units, lanes)
             shards.append(plan)
         program.shards, program.assignment = tuple(shards), self.assignment

@@ -31,6 +31,7 @@ from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.assignment.choose import Lanes, Reading, choose_lanes, units_of_lanes
 from kraken_compiler.quality.assignment.reads import measure_reads, withheld
 from kraken_compiler.quality.calibration.rows import calibration_text
+from kraken_compiler.quality.healing.loss import distillation_loss
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -58,7 +59,7 @@ class LaneChoice:
         paths, tokens: Texts to run the model on, and how many tokens of them calibration will read; without any it runs
             on random inputs, which tell nearly as much.
         show: Is told how far it is.
-        note: What was found, for people; "" before, and if there was nothing to choose.
+        notes: What was found, for people; nothing before, and if there was nothing to choose.
     """
 
     captured: Capture
@@ -67,7 +68,7 @@ class LaneChoice:
     paths: Sequence[Path] = ()
     tokens: int = 0
     show: Progress = field(default_factory=Silent)
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     def __call__(self, planned: Split) -> Assignment:
         """The lanes of every branch for which it matters."""
@@ -87,10 +88,10 @@ class LaneChoice:
             trial = _Trial(self.captured, planned, forms, batches, units)
             lanes = _tried(reading, trial)
         before, after = reading.found(reading.in_order()), reading.found(lanes)
-        self.note = (
+        self.notes = (
             f"lanes find {after:.0%} of what they read late of each other on themselves ({before:.0%} in the order "
             f"of the files); {trial.measure} before calibration {trial.of(reading.in_order()):.3g} -> "
-            f"{trial.of(lanes):.3g}"
+            f"{trial.of(lanes):.3g}",
         )
         return trial.assignment(lanes)
 
@@ -176,8 +177,8 @@ class _Trial:
         for one, other in zip(found, expected, strict=True):
             one, other = one.float(), other.float()
             if self.measure == "KL":
-                log_q, log_p = one.log_softmax(-1), other.log_softmax(-1)
-                total += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+                student_TV, teacher_TV = one.flatten(0, -2), other.flatten(0, -2)
+                total += float(distillation_loss(student_TV, teacher_TV)) / len(student_TV)
             else:
                 total += float((one - other).pow(2).sum() / other.pow(2).sum().clamp_min(1e-12))
         return total / max(1, len(found))

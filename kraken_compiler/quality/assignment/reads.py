@@ -35,6 +35,7 @@ from kraken_compiler.passes.recognize.projections import Projections, find_proje
 from kraken_compiler.passes.shapes import same_shape
 from kraken_compiler.passes.shard.assign_lanes import Layout, Units
 from kraken_compiler.progress import Advance
+from kraken_compiler.quality.calibration.branch_fit import rows
 from kraken_compiler.quality.calibration.lockstep import Lockstep, Values
 
 _PROBES = 64
@@ -239,15 +240,15 @@ def _measure(
     share = _ATTENTION_SHARE if branch.kind == "attention" else 1.0
     reads = []
     for pair, of_pair in zip(pairs, sums, strict=True):
-        rows, unit_of_row = [], []
+        matrices, unit_of_row = [], []
         for node in linears.projections.inputs:
             layout = _last_layout(units[branch.index], node)
             if layout is not None and _operand(node) is pair.stop:
-                rows.append(run.weight(args_of(node)[1]) * strengths[node].sqrt()[:, None])
+                matrices.append(run.weight(args_of(node)[1]) * strengths[node].sqrt()[:, None])
                 unit_of_row.append(_unit_of_position(layout))
-        if not rows:
+        if not matrices:
             continue
-        matrix_RC, reading_unit_R = _probed(torch.cat(rows), torch.cat(unit_of_row), generator)
+        matrix_RC, reading_unit_R = _probed(torch.cat(matrices), torch.cat(unit_of_row), generator)
         matrix_CD = run.weight(args_of(pair.source_linears.projections.output)[1])
         columns_DC, source_unit_D = _parts(of_pair, matrix_CD, units[pair.source].columns)
         energy = torch.zeros(units[branch.index].count, len(columns_DC), dtype=torch.float64)
@@ -305,9 +306,9 @@ class _Backward:
             signs = _signs(result.shape, generator)
             gradients = torch.autograd.grad((result.float() * signs / size).sum(), leaves, allow_unused=True)
         for node, leaf, gradient in zip(self._leaves, leaves, gradients, strict=True):
-            square = torch.zeros(leaf.shape[-1]) if gradient is None else _rows(gradient).pow(2).sum(0)
+            square = torch.zeros(leaf.shape[-1]) if gradient is None else rows(gradient).pow(2).sum(0)
             self._sums[node] = self._sums.get(node, torch.zeros_like(square)) + square
-        self._tokens += _rows(result).shape[0]
+        self._tokens += rows(result).shape[0]
 
     def strengths(self) -> dict[fx.Node, Tensor]:
         """For every input projection the mean square of the gradient behind every row."""
@@ -344,9 +345,9 @@ def _add(
     step = _STEP * start.float().pow(2).mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
     environment[pair.start] = (start.float() + step * signs).to(start.dtype)
     # What lies between scales every channel by itself, but for little: a change of random signs shows by how much.
-    gains_TC = _rows((_evaluate(pair.chain, environment)[pair.stop].float() - before) * signs / step)
+    gains_TC = rows((_evaluate(pair.chain, environment)[pair.stop].float() - before) * signs / step)
     scales_T = gains_TC.pow(2).mean(-1).sqrt().clamp_min(1e-12)
-    features_TD = _rows(values[pair.source_linears.features]) * scales_T[:, None]
+    features_TD = rows(values[pair.source_linears.features]) * scales_T[:, None]
     if layout.outer * layout.inner == 1:
         sums.features = sums.features + features_TD.pow(2).sum(0, keepdim=True)
     else:
@@ -371,10 +372,6 @@ def _operand(projection: fx.Node) -> fx.Node:
     operand = args_of(projection)[0]
     assert isinstance(operand, fx.Node)
     return operand
-
-
-def _rows(value: Tensor) -> Tensor:
-    return value.reshape(-1, value.shape[-1]).float()
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
