@@ -104,6 +104,17 @@ def test_steps_that_cost_least_for_their_bytes_come_first() -> None:
     assert choice.best.forms == ("sync-drop", "kraken", "standard")
 
 
+def test_of_forms_that_spare_the_same_a_layer_takes_the_cheaper() -> None:
+    def measure(forms: tuple[str, ...]) -> Quality:
+        return quality(0.1 * forms.count("kraken") + 0.06 * forms.count("delayed"))
+
+    costs = {"kraken": [1.0, 3.0, 3.0], "delayed": [2.0, 2.0, 2.0], "sync-drop": [5.0, 5.0, 5.0]}
+    choice = choose_forms(branches(3), costs, measure, Budget(1.0))
+    assert choice.best is not None
+    assert choice.best.forms == ("kraken", "delayed", "delayed")
+    assert "delayed" in choice.lines()[0]
+
+
 def test_good_expectations_save_measurements() -> None:
     asked = []
 

@@ -34,7 +34,10 @@ def test_strengths_are_chosen_on_texts_of_their_own() -> None:
     assert {text for text, _ in held} == {2}
     assert 2 not in {text for text, _ in fitted}
     assert len(fitted) + len(held) == 30 == found.tokens // 3
-    assert not unseen & (fitted | held)
+    watched = numbers((found.watched,))
+    assert len(watched) == 3
+    assert not unseen & (fitted | held | watched)
+    assert not watched & (fitted | held)
 
 
 def test_some_rows_are_cut_into_single_tokens_for_more_first_ones() -> None:
@@ -51,8 +54,9 @@ def test_some_rows_are_cut_into_single_tokens_for_more_first_ones() -> None:
 def test_a_single_text_holds_back_its_end() -> None:
     found = divide([rows(0, 24)], count=100, singles=False)
     fitted, held, unseen = numbers(found.fitted), numbers(found.held_out), numbers(found.unseen)
-    assert max(fitted) < min(held) < max(held) < min(unseen)
-    assert len(fitted) + len(held) + len(unseen) == 24
+    (watched,) = numbers((found.watched,))
+    assert max(fitted) < min(held) < max(held) < watched < min(unseen)
+    assert len(fitted) + len(held) + 1 + len(unseen) == 24
 
 
 def test_too_little_text_is_refused() -> None:

@@ -22,6 +22,7 @@ from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.ir.forms import DELAYED
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.schedule import OVERLAPS, ROWS, TOKENS
 from kraken_compiler.ir.shards import AFFINITY, ORDER
@@ -209,9 +210,10 @@ class _Compile:
         return captured
 
     def _lane_choice(self, captured: Capture) -> LaneChoice:
-        """Within a budget every layer may become one in the form that is asked for by default."""
+        """Within a budget every layer may take the form that hides all it sends and changes least."""
         options = self.options
-        return LaneChoice(captured, options.form, options.layers, self.texts, options.calibrate_tokens, self.show)
+        form = options.form if self.budget is None else DELAYED.name
+        return LaneChoice(captured, form, options.layers, self.texts, options.calibrate_tokens, self.show)
 
     def _rewrite(self, captured: Capture, split: Split, runner: PassRunner) -> LaneProgram:
         """The lane program in the form that was asked for, or in the forms that a budget allows."""
@@ -219,7 +221,14 @@ class _Compile:
         if self.budget is not None:
             cache = Path(f"{self.directory}.sensitivity.json")
             self.choice = forms_within(
-                captured, split, self.texts, options.calibrate_tokens, self.budget, self.show, cache
+                captured,
+                split,
+                self.texts,
+                options.calibrate_tokens,
+                options.calibrate_passes,
+                self.budget,
+                self.show,
+                cache,
             )
             form = _best(self.choice)
         with self.show.stage("rewrite"):
@@ -252,7 +261,14 @@ class _Compile:
                 self.notes = (*self.notes, *_no_halves(program))
         if self.texts:
             self.calibration = calibrate_on_text(
-                captured, standard, program, self.texts, options.calibrate_tokens, self._text, self.show
+                captured,
+                standard,
+                program,
+                self.texts,
+                options.calibrate_tokens,
+                options.calibrate_passes,
+                self._text,
+                self.show,
             )
             program, read = self.calibration.weights.in_program(program, read)
         if self.budget is not None and self.calibration is not None:

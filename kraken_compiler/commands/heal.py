@@ -39,6 +39,7 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
 from kraken_compiler.quality.healing.watch import SilentWatch, TensorBoard, ToAll, Watch
 from kraken_compiler.ranks.environment import require_timeout
+from kraken_compiler.surroundings import fast_products
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -179,7 +180,8 @@ def _train(
     if settings.ranks:
         return heal_on_ranks(artifact, source, read, text, settings, folder, watch, timeout)
     trainer = trainer_of_all_lanes(artifact, source, read, settings, _device())
-    outcome = train(trainer, text.train, text.held_out, folder, state, watch)
+    with fast_products():
+        outcome = train(trainer, text.train, text.held_out, folder, state, watch)
     write_results(trainer, folder, artifact.manifest.degree)
     return outcome
 

@@ -17,6 +17,7 @@ from kraken_compiler.options.command_options import CommandLineType, CommandOpti
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
 CALIBRATION_TOKENS = 65536
+CALIBRATION_PASSES = 1
 
 
 def _names(value: Any) -> Any:
@@ -110,6 +111,14 @@ class CompileOptions(CommandOptions):
     calibrate_tokens: Annotated[
         int, typer.Option(min=1, help=f"How many tokens of it. (default: {CALIBRATION_TOKENS})")
     ] = CALIBRATION_TOKENS
+    calibrate_passes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How often to train on it end to end after the weights were refitted in closed form. "
+            f"(default: {CALIBRATION_PASSES})",
+        ),
+    ] = CALIBRATION_PASSES
     max_kl: Annotated[
         float | None,
         typer.Option(

@@ -1,7 +1,8 @@
 """Chooses a form for every layer, so that as little communication as possible is waited for within a quality budget.
 
 Layers give up communication in small steps: from `standard` to `sync-drop`, which halves what a layer waits for, from
-there or at once to `kraken`, which hides the rest. Steps are ordered by what they cost in a layer alone for every byte
+there or at once to `delayed`, which sends as much as `standard` and hides it, or to `kraken`, which hides half as much
+and sends no more. Steps are ordered by what they cost in a layer alone for every byte
 that they spare, so a prefix of them is what a knapsack would take; the longest prefix within the budget is found by
 bisection. The costs, scaled to what was measured last, say where to look next; but every candidate is calibrated and
 measured, none is taken on a prediction.
@@ -17,12 +18,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.forms import FORMS, KRAKEN, STANDARD, SYNC_DROP
+from kraken_compiler.ir.forms import DELAYED, FORMS, KRAKEN, STANDARD, SYNC_DROP
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.schedule import FormPlan
 from kraken_compiler.passes.form.derive_schedule import derive_plan
 from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.text import number_text, table
+
+CHANGES = (KRAKEN.name, DELAYED.name, SYNC_DROP.name)
+"""Forms that a layer may take within a budget."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class Choice:
 
     def lines(self) -> list[str]:
         """A table for people: quality against the share of communication that nobody waits for."""
-        header = ("kraken", "sync-drop", "not waited for", "of what is sent, hidden", "KL", "perplexity", "")
+        header = (*CHANGES, "not waited for", "of what is sent, hidden", "KL", "perplexity", "")
         return table(header, (_row(candidate, candidate is self.best) for candidate in self.frontier))
 
 
@@ -223,7 +227,7 @@ def choose_forms(
         return traffic(branches, forms, payloads)
 
     steps = _steps(costs, traffic_of)
-    path = list(itertools.accumulate(steps, _with_step, initial=(STANDARD.name,) * len(costs[KRAKEN.name])))
+    path = list(itertools.accumulate(steps, _with_step, initial=(STANDARD.name,) * _count(costs)))
     expected_costs = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
     spared_shares = [traffic_of(forms).spared for forms in path]
     candidates: list[Candidate] = []
@@ -266,7 +270,7 @@ class _Step:
 
 def _steps(costs: Mapping[str, Sequence[float]], traffic_of: Callable[[Sequence[str]], Traffic]) -> list[_Step]:
     """The steps of all layers, the cheapest for their bytes first; a layer's own are in the order it takes them."""
-    layers = len(costs[KRAKEN.name])
+    layers = _count(costs)
     steps = []
     for layer in range(layers):
         spared_bytes, cost = 0, 0.0
@@ -286,6 +290,11 @@ def _steps(costs: Mapping[str, Sequence[float]], traffic_of: Callable[[Sequence[
             spared_bytes, cost = spared_bytes - less, cost + step.cost
             forms.remove(step.form)
     return sorted(steps, key=lambda step: step.rate)
+
+
+def _count(costs: Mapping[str, Sequence[float]]) -> int:
+    """Number of layers."""
+    return len(next(iter(costs.values())))
 
 
 def _with_step(forms: tuple[str, ...], step: _Step) -> tuple[str, ...]:
@@ -308,8 +317,7 @@ def _next(expected_costs: Sequence[float], lower: int, upper: int, limit: float 
 
 def _row(candidate: Candidate, best: bool) -> tuple[str, ...]:
     return (
-        str(candidate.forms.count(KRAKEN.name)),
-        str(candidate.forms.count(SYNC_DROP.name)),
+        *(str(candidate.forms.count(form)) for form in CHANGES),
         f"{candidate.traffic.spared:.0%}",
         f"{candidate.traffic.hidden_share:.0%}",
         number_text(candidate.kl, ".4f"),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kraken_compiler.ir.forms import KRAKEN, SYNC_DROP
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.lanes.logits import inputs_function, lane_logits, recorded
-from kraken_compiler.lanes.reference import ReadLane, read_from_source
+from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
-from kraken_compiler.quality.budget import Budget, Choice, Payloads, choose_forms
-from kraken_compiler.quality.calibration.calibrate import calibrate
-from kraken_compiler.quality.calibration.rows import calibration_text
+from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, choose_forms
+from kraken_compiler.quality.calibration.on_text import fit_and_train
+from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import measure_sensitivity
@@ -36,6 +35,7 @@ def forms_within(
     split: Split,
     paths: Sequence[Path],
     tokens: int,
+    passes: int,
     budget: Budget,
     show: Progress,
     cache: Path | None = None,
@@ -50,6 +50,7 @@ def forms_within(
         split: Its program, split over the lanes.
         paths: Text files, and directories of them.
         tokens: How many tokens to calibrate on.
+        passes: How often to train on them, see `fit_and_train`.
         budget: The limit.
         show: Is told how far it is.
         cache: A file that remembers what forms cost in single layers.
@@ -58,88 +59,66 @@ def forms_within(
         UsageError: The model reads no text, or the texts are too short.
         InputFileError: A text or the cache cannot be read.
     """
-    rows = _rows(captured, paths, tokens)
+    text, evaluation_batches = _part_aside(calibration_text(captured, paths, tokens))
+    name = f"a part of {', '.join(map(str, paths))}"
     standard = lower_split(split, "standard", cached=False)
-    read_lane = read_from_source(standard, captured.store.read)
-    inputs = list(map(inputs_function(standard.inputs), rows.batches))
-    costs = _costs_of_layers(captured, split, standard, read_lane, inputs, rows, show, cache)
+    costs = _costs_of_layers(captured, split, standard, text, evaluation_batches[0], name, show, cache)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    source_logits = [source(ids) for ids in rows.evaluation_batches]
+    source_logits = [source(ids) for ids in evaluation_batches]
 
     def measure(forms: tuple[str, ...]) -> Quality:
         program = lower_split(split, forms, cached=False)
-        count = len(layers_of(forms))
-        with show.steps(f"{count} layers changed: calibrate") as advance:
-            calibration = calibrate(standard, program, read_lane, inputs, rows.batch_is_held_out, advance=advance)
-        return evaluate(
-            recorded(source_logits),
-            lane_logits(program, calibration.weights.read_lane),
-            rows.evaluation_batches,
-            rows.name,
-        )
+        title = f"{len(layers_of(forms))} layers changed: "
+        weights = fit_and_train(captured, standard, program, text, passes, show, title).weights
+        return evaluate(recorded(source_logits), lane_logits(program, weights.read_lane), evaluation_batches, name)
 
     return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Token ids that a search reads.
-
-    Attributes:
-        batches: Token ids to calibrate on.
-        batch_is_held_out: See `calibrate`.
-        evaluation_batches: Token ids to measure on.
-        name: What they are, for the record.
-    """
-
-    batches: list[Tensor]
-    batch_is_held_out: list[bool]
-    evaluation_batches: list[Tensor]
-    name: str
-
-
-def _rows(captured: Capture, paths: Sequence[Path], tokens: int) -> _Rows:
-    """Divide the rows that the result is calibrated on: the last long ones are evaluated, the others are fitted."""
-    text = calibration_text(captured, paths, tokens)
-    row = text.fitted[0].shape[1]
-    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
-    short = [ids for ids in text.fitted if ids.shape[1] != row]
+def _part_aside(text: CalibrationText) -> tuple[CalibrationText, list[Tensor]]:
+    """Take the last long rows that are fitted out of a text, to measure on them."""
+    length = max(ids.shape[1] for ids in text.fitted)
+    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == length])
+    short = [ids for ids in text.fitted if ids.shape[1] != length]
     count = min(_MOST_EVALUATION_ROWS, max(1, len(rows) // 6))
-    batches = [*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short]
-    batch_is_held_out = [False] * len(batches) + [True] * len(text.held_out)
-    name = f"a part of {', '.join(map(str, paths))}"
-    return _Rows([*batches, *text.held_out], batch_is_held_out, list(torch.split(rows[-count:], _ROWS_AT_ONCE)), name)
+    fitted = (*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short)
+    return replace(text, fitted=fitted), list(torch.split(rows[-count:], _ROWS_AT_ONCE))
 
 
 def _costs_of_layers(
     captured: Capture,
     split: Split,
     standard: LaneProgram,
-    read_lane: ReadLane,
-    inputs: Sequence[list[Tensor]],
-    rows: _Rows,
+    text: CalibrationText,
+    evaluation_batch: Tensor,
+    name: str,
     show: Progress,
     cache: Path | None,
 ) -> dict[str, list[float]]:
     """Measure, by form, the costs in every layer alone, calibrated for that."""
-    few = _few(rows.batches, rows.batch_is_held_out)
-    batch_is_held_out = [rows.batch_is_held_out[at] for at in few]
-    single = SingleLayers(split, standard, read_lane, [inputs[at] for at in few], batch_is_held_out)
+    few = _few(text.batches, text.batch_is_held_out)
+    inputs_of = inputs_function(standard.inputs)
+    single = SingleLayers(
+        split,
+        standard,
+        read_from_source(standard, captured.store.read),
+        [inputs_of(text.batches[at]) for at in few],
+        [text.batch_is_held_out[at] for at in few],
+    )
     order = single.in_order()
-    forms = (KRAKEN.name, SYNC_DROP.name)
     with show.steps("cost of single layers") as advance:
         alone = measure_sensitivity(
             captured,
             split,
-            [(form, (layer, layer)) for form in forms for layer in order],
-            rows.evaluation_batches[:1],
-            rows.name,
+            [(form, (layer, layer)) for form in CHANGES for layer in order],
+            [evaluation_batch],
+            name,
             calibrated=single.tokens,
             reader=single.reader,
             cache=cache,
             advance=advance,
         )
-    return {form: [alone.cost(form, layer) for layer in sorted(order)] for form in forms}
+    return {form: [alone.cost(form, layer) for layer in sorted(order)] for form in CHANGES}
 
 
 def _few(batches: Sequence[Tensor], batch_is_held_out: Sequence[bool]) -> list[int]:

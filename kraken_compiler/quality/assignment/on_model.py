@@ -99,10 +99,8 @@ class LaneChoice:
         if self.paths:
             text = calibration_text(self.captured, self.paths, self.tokens)
             inputs_of = inputs_function(planned.inputs)
-            row = max(ids.shape[1] for ids in text.fitted)
-            rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == row])
-            every = max(1, len(rows) * row // _TEXT_TOKENS)
-            return [inputs_of(ids) for ids in torch.split(rows[::every], 4)]
+            every = max(1, text.rows.numel() // _TEXT_TOKENS)
+            return [inputs_of(ids) for ids in torch.split(text.rows[::every], 4)]
         limit = position_limit(planned)
         sizes = (size for size in _RANDOM_SIZES if size[1] <= limit and all_sizes(planned, *size) is not None)
         batch, sequence = next(sizes, _RANDOM_SIZES[-1])

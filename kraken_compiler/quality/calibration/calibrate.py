@@ -69,7 +69,7 @@ def calibrate(
     weights = LaneWeights(read_lane, program.degree)
     records: list[BranchRecord] = []
     pairs = list(zip(find_refittable(standard), find_refittable(program), strict=True))
-    first = _first_stale(program)
+    first = first_stale(program)
     ends = [_branch_outputs(one) for one in (standard, program)]
     with tempfile.TemporaryDirectory(prefix="kraken-calibration-") as folder:
         values = Values(Path(folder), memory)
@@ -109,7 +109,7 @@ def _importance(standard: LaneProgram, read_lane: ReadLane, batches: Sequence[li
     return [weight_S[: inputs[0].shape[-1]].repeat(len(inputs[0])) for inputs in batches]
 
 
-def _first_stale(program: LaneProgram) -> int:
+def first_stale(program: LaneProgram) -> int:
     """The first branch that reads something else than in the source; all later ones inherit its error."""
     for branch, read in zip(program.layers.branches, program.plan.reads, strict=True):
         if not read.own == read.peers == branch.reads:

@@ -54,8 +54,8 @@ class Moments:
             metric_TT: M, symmetric; None means the identity.
         """
         assert self.energy_TT is not None
-        error_TT = self.energy_TT
+        error = float(self.energy_TT.trace() if metric_TT is None else (self.energy_TT * metric_TT).sum())
         if solution_PT is not None:
-            explained_TT = solution_PT.T @ self.cross_PT
-            error_TT = error_TT - explained_TT - explained_TT.T + solution_PT.T @ self.gram_PP @ solution_PT
-        return float(error_TT.trace() if metric_TT is None else (error_TT * metric_TT).sum())
+            weighed_PT = solution_PT if metric_TT is None else solution_PT @ metric_TT
+            error += float(((self.gram_PP @ solution_PT - 2 * self.cross_PT) * weighed_PT).sum())
+        return error

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from torch import Tensor
 
 from kraken_compiler.ir.program import LaneProgram
@@ -15,7 +16,8 @@ from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
-from kraken_compiler.quality.calibration.rows import calibration_text
+from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text
+from kraken_compiler.quality.calibration.train_on import train_on
 from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
 
@@ -29,6 +31,7 @@ def calibrate_on_text(
     program: LaneProgram,
     paths: Sequence[Path],
     tokens: int,
+    passes: int,
     other_choice: TextChoice,
     show: Progress,
 ) -> Calibration:
@@ -40,6 +43,7 @@ def calibrate_on_text(
         program: The lane program.
         paths: Text files, and directories of them.
         tokens: How many tokens to calibrate on.
+        passes: How often to train on them, see `fit_and_train`.
         other_choice: The other text.
         show: Is told how far it is.
 
@@ -49,14 +53,8 @@ def calibrate_on_text(
     """
     text = calibration_text(captured, paths, tokens)
     other = evaluation_text(captured, other_choice)
-    inputs_of = inputs_function(program.inputs)
+    calibration = fit_and_train(captured, standard, program, text, passes, show)
     read_lane = read_from_source(program, captured.store.read)
-    ids = [*text.fitted, *text.held_out]
-    batch_is_held_out = [False] * len(text.fitted) + [True] * len(text.held_out)
-    with show.steps("calibrate") as advance:
-        calibration = calibrate(
-            standard, program, read_lane, list(map(inputs_of, ids)), batch_is_held_out, advance=advance
-        )
     qualities = []
     evaluation_texts: list[tuple[str, Iterable[Tensor]]] = [("unseen parts of the calibration text", text.unseen)]
     if isinstance(other, TokenText):
@@ -68,3 +66,44 @@ def calibrate_on_text(
             before, after = (evaluate(source, logits, batches, name) for logits in lanes)
             qualities.append((before, after))
     return replace(calibration, texts=tuple(map(str, paths)), qualities=tuple(qualities))
+
+
+def fit_and_train(
+    captured: Capture,
+    standard: LaneProgram,
+    program: LaneProgram,
+    text: CalibrationText,
+    passes: int,
+    show: Progress,
+    title: str = "",
+) -> Calibration:
+    """Refit the lanes branch by branch, then train them end to end on the same rows.
+
+    Args:
+        captured: The source model.
+        standard: It, split over the lanes in `standard` form.
+        program: The lane program.
+        text: The rows.
+        passes: How often to train on them; 0 leaves it at the closed form.
+        show: Is told how far it is.
+        title: What is calibrated, where there are several.
+    """
+    read_lane = read_from_source(program, captured.store.read)
+    inputs = list(map(inputs_function(program.inputs), text.batches))
+    with show.steps(f"{title}calibrate") as advance:
+        calibration = calibrate(standard, program, read_lane, inputs, text.batch_is_held_out, advance=advance)
+    if not passes:
+        return calibration
+    with show.steps(f"{title}train") as advance:
+        training = train_on(
+            standard,
+            read_lane,
+            program,
+            calibration.weights,
+            text.rows,
+            text.watched,
+            passes,
+            free_memory=lambda: psutil.virtual_memory().available,
+            advance=advance,
+        )
+    return replace(calibration, training=training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +48,38 @@ class BranchRecord:
 
 
 @dataclass(frozen=True)
+class TrainingRecord:
+    """What the training did.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        tokens: Number of tokens they read, those of every pass counted.
+        before, after: KL on rows that nothing was fitted to; NaN if it was not measured.
+        kept: False if the weights stay what they were.
+        note: Why there were no steps or not all of them, "" otherwise.
+    """
+
+    steps: int
+    tokens: int
+    before: float = math.nan
+    after: float = math.nan
+    kept: bool = False
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; None stands for what was not measured."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    def line(self) -> str:
+        """A line for people."""
+        if not self.steps:
+            return f"not trained: {self.note}"
+        outcome = "kept" if self.kept else "not kept"
+        kl = f"KL on rows aside {self.before:.3g} -> {self.after:.3g}, {outcome}"
+        return f"trained on {self.tokens:,} tokens in {self.steps} steps: {kl}{f' ({self.note})' if self.note else ''}"
+
+
+@dataclass(frozen=True)
 class Calibration:
     """New weights for the lanes, and how they came about.
 
@@ -54,6 +87,7 @@ class Calibration:
         weights: The changed weights.
         branches: What was done to every branch.
         tokens: Number of tokens it read.
+        training: What training end to end did after it; None if it was not asked for.
         texts: What it read.
         qualities: For every text it was measured on: before and after.
     """
@@ -61,6 +95,7 @@ class Calibration:
     weights: LaneWeights
     branches: tuple[BranchRecord, ...]
     tokens: int
+    training: TrainingRecord | None = None
     texts: tuple[str, ...] = ()
     qualities: tuple[tuple[Quality, Quality], ...] = ()
 
@@ -70,6 +105,7 @@ class Calibration:
             "tokens": self.tokens,
             "texts": list(self.texts),
             "branches": [asdict(record) for record in self.branches],
+            "training": self.training.to_dict() if self.training is not None else None,
             "quality": [{"before": old.to_dict(), "after": new.to_dict()} for old, new in self.qualities],
         }
 
@@ -77,6 +113,8 @@ class Calibration:
         """Lines for people, one a text."""
         fits = [fit for branch in self.branches for fit in branch.fits]
         lines = [f"on {self.tokens:,} tokens: {sum(fit.kept for fit in fits)} of {len(fits)} fits help and are kept"]
+        if self.training is not None:
+            lines.append(self.training.line())
         for old, new in self.qualities:
             lines.append(
                 f"{new.text}, {new.tokens:,} tokens: KL {number_text(old.kl, '.3g')} -> {number_text(new.kl, '.3g')}, "

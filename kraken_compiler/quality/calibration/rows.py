@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 6
 _HELD_OUT_SHARE = 6
-_UNSEEN_ROWS = 16
+_UNSEEN_ROWS, _WATCHED_ROWS = 16, 8
 _ROWS_AT_ONCE = 8
 _UNSEEN_ROWS_AT_ONCE = 2
 """Rows whose logits are held at once: with a large vocabulary they take more than the model."""
 _SINGLE_SHARE = 8
 """One in so many of the rows to fit, and to choose strengths on, is cut into rows of a single token."""
+
+_Row = tuple[int, list[int]]
+"""A row with the number of its text."""
 
 Tokenize = Callable[[str], list[int]]
 
@@ -42,17 +45,36 @@ class CalibrationText:
         fitted: Batches int64 [rows, sequence] to fit: of long rows, and then of rows of a single token.
         held_out: Batches to choose the ridge strengths on. With four texts or more they are texts of their own: a
             strength that holds on another text holds on text that nobody has seen.
+        watched: Rows int64 [rows, sequence] that nothing is fitted to, to decide whether training on the others helped;
+            none if the texts are short.
         unseen: Batches that calibration leaves alone, to measure it on.
     """
 
     fitted: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
+    watched: Tensor
     unseen: tuple[Tensor, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens that calibration uses."""
-        return sum(ids.numel() for ids in (*self.fitted, *self.held_out))
+        return sum(ids.numel() for ids in self.batches)
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All batches that it uses, those held out last."""
+        return [*self.fitted, *self.held_out]
+
+    @property
+    def batch_is_held_out(self) -> list[bool]:
+        """For each of them, see `calibrate`."""
+        return [False] * len(self.fitted) + [True] * len(self.held_out)
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows that are no single tokens, int64 [rows, sequence]."""
+        length = max(ids.shape[1] for ids in self.batches)
+        return torch.cat([ids for ids in self.batches if ids.shape[1] == length])
 
 
 def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> CalibrationText:
@@ -73,7 +95,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     documents = [text.shape[-1] for text in texts if isinstance(text, np.ndarray)]
     row = min([longest_row(captured), *documents])
     count = max(1, tokens // row)
-    quota = -(-(count + _UNSEEN_ROWS) // len(texts))
+    quota = -(-(count + _UNSEEN_ROWS + _WATCHED_ROWS) // len(texts))
     tokenizer = cache(lambda: load_tokenizer(captured, "--calibrate"))
 
     def tokenize(text: str) -> list[int]:
@@ -98,24 +120,30 @@ def divide(texts: Sequence[Sequence[list[int]]], count: int, *, singles: bool = 
     total = sum(map(len, texts))
     if total < 3:
         raise UsageError(f"--calibrate: the text has {total} rows of tokens, at least 3 are needed")
-    aside = min(_UNSEEN_ROWS, max(1, total // 8))
     in_turn = _in_turn(texts)
     # The last rows of the longest texts: next to nothing of what is fitted.
-    unseen = in_turn[-aside:]
-    selection = in_turn[:-aside][:count]
+    in_turn, unseen = _without_last(in_turn, min(_UNSEEN_ROWS, max(1, total // 8)))
+    in_turn, watched = _without_last(in_turn, min(_WATCHED_ROWS, total // 16))
+    selection = in_turn[:count]
     several = len({text for text, _ in selection}) >= 4
     last = selection[-max(1, len(selection) // _HELD_OUT_SHARE) :]
     held_out = [entry for entry in selection if entry[0] % 4 == 2] if several else last
     held_out_ids = {id(row) for _, row in held_out}
     fitted_rows = [row for _, row in selection if id(row) not in held_out_ids]
     batches = _with_singles if singles else _batches
-    unseen_rows = torch.tensor([row for _, row in unseen])
     return CalibrationText(
-        batches(fitted_rows), batches([row for _, row in held_out]), torch.split(unseen_rows, _UNSEEN_ROWS_AT_ONCE)
+        batches(fitted_rows),
+        batches([row for _, row in held_out]),
+        torch.tensor([row for _, row in watched], dtype=torch.int64),
+        torch.split(torch.tensor([row for _, row in unseen]), _UNSEEN_ROWS_AT_ONCE),
     )
 
 
-def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[tuple[int, list[int]]]:
+def _without_last(rows: list[_Row], count: int) -> tuple[list[_Row], list[_Row]]:
+    return rows[: len(rows) - count], rows[len(rows) - count :]
+
+
+def _in_turn(texts: Sequence[Sequence[list[int]]]) -> list[_Row]:
     """Every text's first row, every text's second row, ..., with the text's number."""
     longest = max(map(len, texts))
     return [(number, text[place]) for place in range(longest) for number, text in enumerate(texts) if place < len(text)]

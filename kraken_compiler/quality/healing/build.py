@@ -11,7 +11,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.registry import keeper_of_lanes, require_lanes
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
+from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.lora import add_lora
@@ -39,13 +39,7 @@ def trainer_of_all_lanes(
     """
     lanes = require_lanes(artifact)
     program, read_lane = lanes.program, lanes.read_lane
-
-    def read_stacked(spec: WeightSpec) -> Tensor:
-        if spec.shared:
-            return read_lane(spec, 0)
-        return torch.stack([read_lane(spec, lane) for lane in range(program.degree)])
-
-    parameters = _parameters(LaneParameters(program.weights, read_stacked, device), settings, settings.seed)
+    parameters = _parameters(LaneParameters.of_all_lanes(program, read_lane, device), settings, settings.seed)
     student = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
     weights = lane_weights(source.weights, 0, source.reader(read))
     teacher = teacher_of(LaneRunner(source, device=device), _on_device(weights, device))

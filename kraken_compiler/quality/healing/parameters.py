@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.weights.lane_tensors import ReadLane
 
 
 class TrainedWeight(nn.Module):
@@ -31,7 +33,12 @@ class LaneParameters(nn.Module):
     """
 
     def __init__(
-        self, table: Mapping[str, WeightSpec], read: Callable[[WeightSpec], Tensor], device: torch.device | str = "cpu"
+        self,
+        table: Mapping[str, WeightSpec],
+        read: Callable[[WeightSpec], Tensor],
+        device: torch.device | str = "cpu",
+        *,
+        trained: Callable[[WeightSpec], bool] | None = None,
     ) -> None:
         """Read all weights.
 
@@ -39,6 +46,7 @@ class LaneParameters(nn.Module):
             table: The weight table.
             read: Gives a weight as the program takes it; what it gives is changed by training.
             device: Where they go.
+            trained: Whether a weight is trained, of those that a model learns; None means all.
         """
         super().__init__()
         self.table = dict(table)
@@ -46,10 +54,28 @@ class LaneParameters(nn.Module):
         self.fixed: dict[str, Tensor] = {}
         for name, spec in table.items():
             value = read(spec).to(device)
-            if is_trained(spec):
+            if is_trained(spec) and (trained is None or trained(spec)):
                 self.trainable[name] = TrainedWeight(value.float())
             else:
                 self.fixed[name] = value
+
+    @classmethod
+    def of_all_lanes(
+        cls,
+        program: Program,
+        read_lane: ReadLane,
+        device: torch.device | str = "cpu",
+        *,
+        trained: Callable[[WeightSpec], bool] | None = None,
+    ) -> LaneParameters:
+        """The weights of a lane program as `LaneRunner` takes them in one process; those that differ are stacked."""
+
+        def read(spec: WeightSpec) -> Tensor:
+            if spec.shared:
+                return read_lane(spec, 0)
+            return torch.stack([read_lane(spec, lane) for lane in range(program.degree)])
+
+        return cls(program.weights, read, device, trained=trained)
 
     def operands(self) -> dict[str, Tensor]:
         """Every weight in the program's element type; gradients flow to those that are trained."""

@@ -1,0 +1,127 @@
+"""Trains calibrated lanes on the calibration's text: passes of self-distillation over all that regression has fitted.
+
+Regression fits one branch after the other to the source's stream. What that leaves has its cause in many branches at
+once, and its worth only the logits tell: KL(source || lanes) of the next-token distributions, differentiated through
+all lanes. The rows are those that the regressions have fitted, so both need no more text than one of them.
+
+Some rows that neither has read tell whether it helped; the weights stay as they were if it did not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from kraken_compiler import _torch_compat as compat
+from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.ir.weight_table import WeightSpec
+from kraken_compiler.lanes.reference import ReadLane
+from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.ops.op_sets import DEQUANTIZE
+from kraken_compiler.progress import Advance
+from kraken_compiler.quality.calibration.calibrate import first_stale
+from kraken_compiler.quality.calibration.lane_weights import LaneWeights
+from kraken_compiler.quality.calibration.record import TrainingRecord
+from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
+from kraken_compiler.quality.healing.parameters import LaneParameters, is_trained
+from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer, teacher_of
+
+_TOKENS_OF_A_STEP, _FEWEST_STEPS = 2048, 8
+"""A pass over little text takes at least so many steps, of fewer tokens each."""
+_LEARNING_RATE = 2e-4
+_COPIES = 4
+"""Of every trained weight, in float32: itself, its gradient, and AdamW's two moments."""
+
+
+def train_on(
+    standard: LaneProgram,
+    read_lane: ReadLane,
+    program: LaneProgram,
+    weights: LaneWeights,
+    rows: Tensor,
+    aside: Tensor,
+    passes: int,
+    *,
+    free_memory: Callable[[], int] | None = None,
+    advance: Advance | None = None,
+) -> TrainingRecord:
+    """Train the weights of all branches that read something else than in the source.
+
+    Args:
+        standard: The source model split over the same lanes in `standard` form.
+        read_lane: Gives its weights.
+        program: The lane program.
+        weights: The lanes' weights, which are changed.
+        rows: Token ids to train on, int64 [rows, S].
+        aside: Token ids that nothing was fitted to, int64 [rows, S].
+        passes: How often every row is read.
+        free_memory: Tells how many bytes may be used; None means any number.
+        advance: Is told how many steps are done.
+    """
+    if any(node.target is DEQUANTIZE for node in standard.graph.nodes):
+        return TrainingRecord(0, 0, note="some weights are quantised, and integers cannot be trained")
+    if not len(aside):
+        return TrainingRecord(0, 0, note="the texts are too short to tell whether it helps")
+    names = _late_weights(program)
+    if not names:
+        return TrainingRecord(0, 0, note="no branch reads something else than in the source")
+    need = _bytes(standard, program, names)
+    if free_memory is not None and need > (free := free_memory()):
+        return TrainingRecord(
+            0, 0, note=f"it takes about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; see kraken-heal"
+        )
+    batch = max(1, min(_TOKENS_OF_A_STEP // rows.shape[1], len(rows) // _FEWEST_STEPS))
+    settings = HealSettings(
+        steps=passes * -(-len(rows) // batch),
+        sequence=rows.shape[1],
+        batch=batch,
+        learning_rate=_LEARNING_RATE,
+        precision="bfloat16" if compat.has_bfloat16_units() else "float32",
+    )
+    parameters = LaneParameters.of_all_lanes(program, weights.read_lane, trained=lambda spec: spec.name in names)
+    of_source = LaneParameters.of_all_lanes(standard, read_lane, trained=lambda spec: False)
+    teacher = teacher_of(LaneRunner(standard), of_source.operands())
+    trainer = Trainer(LaneRunner(program), parameters, teacher, settings)
+    before = trainer.evaluate(aside, "").kl
+    note, step = "", 0
+    try:
+        for step in range(settings.steps):
+            trainer.step(rows_of_step(rows, settings, step), learning_rate(settings, step))
+            if advance is not None:
+                advance(step + 1, settings.steps, "steps")
+        after = trainer.evaluate(aside, "").kl
+    except DivergenceError as error:
+        note, after = f"{error} is not finite", math.inf
+    kept = after < before
+    if kept:
+        for spec, value in parameters.results():
+            weights.change(spec, [value] * program.degree if spec.shared else list(value))
+    return TrainingRecord(step + 1, (step + 1) * batch * rows.shape[1], before, after, kept, note)
+
+
+def _late_weights(program: LaneProgram) -> set[str]:
+    """Names of the weights that branches read from the first on that does not read what it reads in the source."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    late = [branch for branch in program.layers.branches if branch.index >= first_stale(program)]
+    readers = [nodes[name] for branch in late for name in branch.nodes]
+    late_names = {operand.name for node in readers for operand in node.all_input_nodes}
+    # What other parts of the model read, too, stays what it is: an embedding, or a weight of an earlier layer.
+    inside = {node.name for node in readers}
+    return {
+        name
+        for name, spec in program.weights.items()
+        if name in late_names and is_trained(spec) and {user.name for user in nodes[name].users} <= inside
+    }
+
+
+def _bytes(standard: LaneProgram, program: LaneProgram, names: set[str]) -> int:
+    """Memory that training takes besides activations, about."""
+
+    def numbers(specs: Iterable[WeightSpec]) -> int:
+        return sum(math.prod(spec.shape) * (1 if spec.shared else program.degree) for spec in specs)
+
+    trained = numbers(program.weights[name] for name in names)
+    return 4 * (2 * numbers(standard.weights.values()) + (_COPIES - 1) * trained)
