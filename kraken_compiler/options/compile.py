@@ -17,7 +17,7 @@ from kraken_compiler.options.command_options import CommandLineType, CommandOpti
 from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
 
 CALIBRATION_TOKENS = 65536
-CALIBRATION_PASSES = 1
+CALIBRATION_PASSES = 3
 
 
 def _names(value: Any) -> Any:
