@@ -30,8 +30,8 @@ DEGREE = 3  # The model has 9 heads and 3 KV heads.
 EXPLANATION = """\
 The standard version computes what the source model computes, with two all-reduces a layer that nothing hides. In the
 Kraken version the last 15 layers have one, hidden behind the next attention, but each branch sees something else than
-in the source. Their weights were refitted to that in closed form on some news; nothing was trained. KL is how far the
-predictions have moved from the source's on another kind of text."""
+in the source. Their weights were fitted to that on some news, in closed form and then in three passes of training. KL
+is how far the predictions have moved from the source's on another kind of text."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, mo
     wide = compiled(llama, words, tmp_path / "wide", "--max-kl", "10")
     best = wide["choice"]["best"]  # type: ignore[index]
     count = len(best["forms"])
-    assert best["forms"] == ["kraken"] * count
-    # Of two sums a branch and the embedding's, its last one and the embedding's are waited for.
+    # Which of the two costs less in a layer is known when it is measured; they spare the same.
+    assert set(best["forms"]) <= {"kraken", "delayed"}
+    # Of two sums a layer and the embedding's, its last one and the embedding's are waited for.
     most = 1 - 2 / (2 * count + 1)
     assert best["spared"] == pytest.approx(most)
     assert (tmp_path / "wide.sensitivity.json").exists()
@@ -66,7 +67,6 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, mo
     assert len(recognized) == 2
     best = narrow["choice"]["best"]  # type: ignore[index]
     measured = narrow["calibration"]["quality"][0]["after"]  # type: ignore[index]
-    assert best["forms"] != ["kraken"] * count
     assert 0 < best["spared"] < most
     assert best["kl"] <= limit
     assert measured["kl"] <= limit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.program import LaneProgram
-from kraken_compiler.lanes.logits import lane_logits
+from kraken_compiler.lanes.logits import LogitsOf, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.calibration import train_on as module
@@ -38,13 +38,16 @@ def lanes_of(captured: Capture, layers: str | None = None) -> tuple[LaneProgram,
     return program, LaneWeights(read_from_source(program, captured.store.read), 2)
 
 
+def source_of(captured: Capture) -> LogitsOf:
+    """The model itself."""
+    return lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
+
+
 def trained(captured: Capture, program: LaneProgram, weights: LaneWeights, passes: int = 6) -> TrainingRecord:
     """Train on 64 rows."""
-    standard = lower(captured.program, 2, "standard", cached=False)[0]
-    read_lane = read_from_source(standard, captured.store.read)
+    source = source_of(captured)
     return train_on(
-        standard,
-        read_lane,
+        source,
         program,
         weights,
         rows(1, 64),
@@ -58,7 +61,7 @@ def trained(captured: Capture, program: LaneProgram, weights: LaneWeights, passe
 def test_training_brings_lanes_closer_to_the_source(family: str) -> None:
     captured = capture(SUPPORTED[family]())
     program, weights = lanes_of(captured)
-    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
+    source = source_of(captured)
     before = evaluate(source, lane_logits(program, weights.read_lane), [rows(3)], "")
     record = trained(captured, program, weights)
     after = evaluate(source, lane_logits(program, weights.read_lane), [rows(3)], "")
@@ -94,9 +97,8 @@ def test_why_there_is_no_training() -> None:
     program, weights = lanes_of(captured)
 
     def note(aside: Tensor, free: int) -> str:
-        standard = lower(captured.program, 2, "standard", cached=False)[0]
-        read_lane = read_from_source(standard, captured.store.read)
-        found = train_on(standard, read_lane, program, weights, rows(1), aside, 1, free_memory=lambda: free)
+        source = source_of(captured)
+        found = train_on(source, program, weights, rows(1), aside, 1, free_memory=lambda: free)
         assert found.steps == 0
         assert math.isnan(found.before)
         assert found.to_dict()["before"] is None

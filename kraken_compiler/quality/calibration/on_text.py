@@ -94,10 +94,10 @@ def fit_and_train(
         calibration = calibrate(standard, program, read_lane, inputs, text.batch_is_held_out, advance=advance)
     if not passes:
         return calibration
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     with show.steps(f"{title}train") as advance:
         training = train_on(
-            standard,
-            read_lane,
+            source,
             program,
             calibration.weights,
             text.rows,

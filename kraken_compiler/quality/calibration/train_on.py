@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from kraken_compiler import _torch_compat as compat
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.weight_table import WeightSpec
-from kraken_compiler.lanes.reference import ReadLane
+from kraken_compiler.lanes.logits import LogitsOf
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.ops.op_sets import DEQUANTIZE
 from kraken_compiler.progress import Advance
@@ -27,7 +28,7 @@ from kraken_compiler.quality.calibration.record import TrainingRecord
 from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.quality.healing.parameters import LaneParameters, is_trained
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer, teacher_of
+from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer
 
 _TOKENS_OF_A_STEP, _FEWEST_STEPS = 2048, 8
 """A pass over little text takes at least so many steps, of fewer tokens each."""
@@ -37,8 +38,7 @@ _COPIES = 4
 
 
 def train_on(
-    standard: LaneProgram,
-    read_lane: ReadLane,
+    source: LogitsOf,
     program: LaneProgram,
     weights: LaneWeights,
     rows: Tensor,
@@ -51,8 +51,7 @@ def train_on(
     """Train the weights of all branches that read something else than in the source.
 
     Args:
-        standard: The source model split over the same lanes in `standard` form.
-        read_lane: Gives its weights.
+        source: The source model; it computes in its own element types.
         program: The lane program.
         weights: The lanes' weights, which are changed.
         rows: Token ids to train on, int64 [rows, S].
@@ -61,14 +60,14 @@ def train_on(
         free_memory: Tells how many bytes may be used; None means any number.
         advance: Is told how many steps are done.
     """
-    if any(node.target is DEQUANTIZE for node in standard.graph.nodes):
+    if any(node.target is DEQUANTIZE for node in program.graph.nodes):
         return TrainingRecord(0, 0, note="some weights are quantised, and integers cannot be trained")
     if not len(aside):
         return TrainingRecord(0, 0, note="the texts are too short to tell whether it helps")
     names = _late_weights(program)
     if not names:
         return TrainingRecord(0, 0, note="no branch reads something else than in the source")
-    need = _bytes(standard, program, names)
+    need = _bytes(program, names)
     if free_memory is not None and need > (free := free_memory()):
         return TrainingRecord(
             0, 0, note=f"it takes about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; see kraken-heal"
@@ -82,9 +81,7 @@ def train_on(
         precision="bfloat16" if compat.has_bfloat16_units() else "float32",
     )
     parameters = LaneParameters.of_all_lanes(program, weights.read_lane, trained=lambda spec: spec.name in names)
-    of_source = LaneParameters.of_all_lanes(standard, read_lane, trained=lambda spec: False)
-    teacher = teacher_of(LaneRunner(standard), of_source.operands())
-    trainer = Trainer(LaneRunner(program), parameters, teacher, settings)
+    trainer = Trainer(LaneRunner(program), parameters, _without_autocast(source), settings)
     before = trainer.evaluate(aside, "").kl
     note, step = "", 0
     try:
@@ -117,11 +114,18 @@ def _late_weights(program: LaneProgram) -> set[str]:
     }
 
 
-def _bytes(standard: LaneProgram, program: LaneProgram, names: set[str]) -> int:
+def _without_autocast(source: LogitsOf) -> LogitsOf:
+    def logits_of(ids: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, enabled=False):
+            return source(ids)
+
+    return logits_of
+
+
+def _bytes(program: LaneProgram, names: set[str]) -> int:
     """Memory that training takes besides activations, about."""
 
     def numbers(specs: Iterable[WeightSpec]) -> int:
         return sum(math.prod(spec.shape) * (1 if spec.shared else program.degree) for spec in specs)
 
-    trained = numbers(program.weights[name] for name in names)
-    return 4 * (2 * numbers(standard.weights.values()) + (_COPIES - 1) * trained)
+    return 4 * (numbers(program.weights.values()) + (_COPIES - 1) * numbers(program.weights[name] for name in names))
