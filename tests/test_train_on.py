@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -90,6 +92,30 @@ def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert not record.kept
     assert not record.after < record.before
     assert weights.names == ()
+
+
+def test_with_little_memory_the_inside_of_branches_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = capture(SUPPORTED["llama"]())
+    needs: list[int] = []
+    measure = module._bytes
+
+    def noting(*arguments: Any, **keywords: Any) -> int:
+        needs.append(measure(*arguments, **keywords))
+        return needs[-1]
+
+    monkeypatch.setattr(module, "_bytes", noting)
+    results = []
+    for free in (1 << 40, 0):
+        program, weights = lanes_of(captured)
+        room = needs[0] - 1 if free == 0 else free
+        record = train_on(
+            source_of(captured), program, weights, rows(1, 64), rows(2), 1, free_memory=partial(int, room)
+        )
+        assert record.steps == 8
+        results.append(record.after)
+    assert needs[3] < needs[2] == needs[0]
+    # Steps are the same but for how bfloat16 rounds what is computed again.
+    assert results[1] == pytest.approx(results[0], rel=0.02)
 
 
 def test_why_there_is_no_training() -> None:

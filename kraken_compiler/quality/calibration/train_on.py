@@ -21,6 +21,8 @@ from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lanes.logits import LogitsOf
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.ops.op_sets import DEQUANTIZE
+from kraken_compiler.passes.sample_inputs import vocabulary
+from kraken_compiler.passes.shapes import shape_of
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.calibrate import first_stale
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
@@ -35,6 +37,8 @@ _TOKENS_OF_A_STEP, _FEWEST_STEPS = 2048, 8
 _LEARNING_RATE = 2e-4
 _COPIES = 4
 """Of every trained weight, in float32: itself, its gradient, and AdamW's two moments."""
+_STREAMS, _COLUMNS, _LOGITS = 16, 4, 3
+"""Values of a token that a branch keeps, in widths of the stream and of its inside, and of its logits."""
 
 
 def train_on(
@@ -51,7 +55,7 @@ def train_on(
     """Train the weights of all branches that read something else than in the source.
 
     Args:
-        source: The source model; it computes in its own element types.
+        source: The source model.
         program: The lane program.
         weights: The lanes' weights, which are changed.
         rows: Token ids to train on, int64 [rows, S].
@@ -67,12 +71,13 @@ def train_on(
     names = _late_weights(program)
     if not names:
         return TrainingRecord(0, 0, note="no branch reads something else than in the source")
-    need = _bytes(program, names)
-    if free_memory is not None and need > (free := free_memory()):
-        return TrainingRecord(
-            0, 0, note=f"it takes about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; see kraken-heal"
-        )
     batch = max(1, min(_TOKENS_OF_A_STEP // rows.shape[1], len(rows) // _FEWEST_STEPS))
+    free = free_memory() if free_memory is not None else math.inf
+    recompute = _bytes(program, names, batch * rows.shape[1]) > free
+    need = _bytes(program, names, batch * rows.shape[1], recompute=recompute)
+    if need > free:
+        note = f"it takes about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; see kraken-heal"
+        return TrainingRecord(0, 0, note=note)
     settings = HealSettings(
         steps=passes * -(-len(rows) // batch),
         sequence=rows.shape[1],
@@ -81,7 +86,7 @@ def train_on(
         precision="bfloat16" if compat.has_bfloat16_units() else "float32",
     )
     parameters = LaneParameters.of_all_lanes(program, weights.read_lane, trained=lambda spec: spec.name in names)
-    trainer = Trainer(LaneRunner(program), parameters, _without_autocast(source), settings)
+    trainer = Trainer(LaneRunner(program, recompute=recompute), parameters, _teacher(source, rows[0]), settings)
     before = trainer.evaluate(aside, "").kl
     note, step = "", 0
     try:
@@ -114,18 +119,37 @@ def _late_weights(program: LaneProgram) -> set[str]:
     }
 
 
-def _without_autocast(source: LogitsOf) -> LogitsOf:
-    def logits_of(ids: Tensor) -> Tensor:
+def _teacher(source: LogitsOf, row: Tensor) -> LogitsOf:
+    """The source under autocast if all its operators take mixed element types, else without."""
+
+    def without_autocast(ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, enabled=False):
             return source(ids)
 
-    return logits_of
+    try:
+        with torch.autocast(row.device.type, torch.bfloat16):
+            source(row[None])
+    except RuntimeError:  # Torch has no class of its own for operands of two types.
+        return without_autocast
+    return source
 
 
-def _bytes(program: LaneProgram, names: set[str]) -> int:
-    """Memory that training takes besides activations, about."""
+def _bytes(program: LaneProgram, names: set[str], tokens: int, *, recompute: bool = False) -> int:
+    """Memory that training takes, about.
+
+    Args:
+        program: The lane program.
+        names: The weights that are trained.
+        tokens: Tokens of a step.
+        recompute: Keep what goes from branch to branch only, and the inside of one branch at a time.
+    """
 
     def numbers(specs: Iterable[WeightSpec]) -> int:
         return sum(math.prod(spec.shape) * (1 if spec.shared else program.degree) for spec in specs)
 
-    return 4 * (numbers(program.weights.values()) + (_COPIES - 1) * numbers(program.weights[name] for name in names))
+    weights = numbers(program.weights.values()) + (_COPIES - 1) * numbers(program.weights[name] for name in names)
+    nodes = {node.name: node for node in program.graph.nodes}
+    width = int(shape_of(nodes[program.layers.branches[0].output])[-1])
+    insides = [_STREAMS * width + _COLUMNS * branch.columns for branch in program.layers.branches]
+    kept = 2 * width * len(insides) + max(insides) if recompute else sum(insides)
+    return 4 * (weights + tokens * (kept + _LOGITS * vocabulary(program)))
