@@ -48,11 +48,6 @@ def new_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
-def has_bfloat16_units() -> bool:
-    """True if this CPU multiplies bfloat16 faster than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 @contextmanager
 def on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Let ops on a mode's fake tensors give fakes in the block, symbolic sizes included.
@@ -523,6 +518,11 @@ def size_functions() -> dict[str, Callable[..., Any]]:
 def multiplies_bfloat16() -> bool:
     """True if oneDNN multiplies bfloat16 on this machine."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_bfloat16_units() -> bool:
+    """True if this CPU multiplies bfloat16 faster than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def reorder_linear_weight(weight: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.record import TrainingRecord
 from kraken_compiler.quality.calibration.train_on import train_on
 from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.text import json_text
 from tests.test_quantized_weights import INT8
 from tests.test_quantized_weights import captured as quantized
 from tests.zoo import SUPPORTED, random_tokens
@@ -55,7 +57,7 @@ def trained(captured: Capture, program: LaneProgram, weights: LaneWeights, passe
         rows(1, 64),
         rows(2),
         passes,
-        free_memory=lambda: 1 << 40,
+        free_memory=1 << 40,
     )
 
 
@@ -91,6 +93,7 @@ def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None
     record = trained(captured, program, weights, passes=1)
     assert not record.kept
     assert not record.after < record.before
+    json.loads(json_text(asdict(record)))
     assert weights.names == ()
 
 
@@ -105,12 +108,10 @@ def test_with_little_memory_the_inside_of_branches_is_computed_twice(monkeypatch
 
     monkeypatch.setattr(module, "_bytes", noting)
     results = []
-    for free in (1 << 40, 0):
+    for is_short in (False, True):
         program, weights = lanes_of(captured)
-        room = needs[0] - 1 if free == 0 else free
-        record = train_on(
-            source_of(captured), program, weights, rows(1, 64), rows(2), 1, free_memory=partial(int, room)
-        )
+        room = needs[0] - 1 if is_short else 1 << 40
+        record = train_on(source_of(captured), program, weights, rows(1, 64), rows(2), 1, free_memory=room)
         assert record.steps == 8
         results.append(record.after)
     assert needs[3] < needs[2] == needs[0]
@@ -124,10 +125,10 @@ def test_why_there_is_no_training() -> None:
 
     def note(aside: Tensor, free: int) -> str:
         source = source_of(captured)
-        found = train_on(source, program, weights, rows(1), aside, 1, free_memory=lambda: free)
+        found = train_on(source, program, weights, rows(1), aside, 1, free_memory=free)
         assert found.steps == 0
         assert math.isnan(found.before)
-        assert found.to_dict()["before"] is None
+        assert json.loads(json_text(asdict(found)))["before"] is None
         return found.line()
 
     assert "the texts are too short" in note(rows(2)[:0], 1 << 40)

@@ -17,7 +17,7 @@ from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
 from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, choose_forms
 from kraken_compiler.quality.calibration.on_text import fit_and_train
-from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text
+from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text, long_rows
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import measure_sensitivity
@@ -77,9 +77,7 @@ def forms_within(
 
 def _part_aside(text: CalibrationText) -> tuple[CalibrationText, list[Tensor]]:
     """Take the last long rows that are fitted out of a text, to measure on them."""
-    length = max(ids.shape[1] for ids in text.fitted)
-    rows = torch.cat([ids for ids in text.fitted if ids.shape[1] == length])
-    short = [ids for ids in text.fitted if ids.shape[1] != length]
+    rows, short = long_rows(text.fitted)
     count = min(_MOST_EVALUATION_ROWS, max(1, len(rows) // 6))
     fitted = (*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short)
     return replace(text, fitted=fitted), list(torch.split(rows[-count:], _ROWS_AT_ONCE))
@@ -96,14 +94,15 @@ def _costs_of_layers(
     cache: Path | None,
 ) -> dict[str, list[float]]:
     """Measure, by form, the costs in every layer alone, calibrated for that."""
-    few = _few(text.batches, text.batch_is_held_out)
+    batches, batch_is_held_out = text.batches, text.batch_is_held_out
+    few = _few(batches, batch_is_held_out)
     inputs_of = inputs_function(standard.inputs)
     single = SingleLayers(
         split,
         standard,
         read_from_source(standard, captured.store.read),
-        [inputs_of(text.batches[at]) for at in few],
-        [text.batch_is_held_out[at] for at in few],
+        [inputs_of(batches[at]) for at in few],
+        [batch_is_held_out[at] for at in few],
     )
     order = single.in_order()
     with show.steps("cost of single layers") as advance:

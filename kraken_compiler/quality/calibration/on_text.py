@@ -103,7 +103,7 @@ def fit_and_train(
             text.rows,
             text.watched,
             passes,
-            free_memory=lambda: psutil.virtual_memory().available,
+            free_memory=psutil.virtual_memory().available,
             advance=advance,
         )
     return replace(calibration, training=training)

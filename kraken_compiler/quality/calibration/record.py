@@ -66,16 +66,13 @@ class TrainingRecord:
     kept: bool = False
     note: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; None stands for what was not measured."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
-
     def line(self) -> str:
         """A line for people."""
         if not self.steps:
             return f"not trained: {self.note}"
         outcome = "kept" if self.kept else "not kept"
-        kl = f"KL on rows aside {self.before:.3g} -> {self.after:.3g}, {outcome}"
+        before, after = (number_text(kl, ".3g") for kl in (self.before, self.after))
+        kl = f"KL on rows aside {before} -> {after}, {outcome}"
         return f"trained on {self.tokens:,} tokens in {self.steps} steps: {kl}{f' ({self.note})' if self.note else ''}"
 
 
@@ -105,7 +102,7 @@ class Calibration:
             "tokens": self.tokens,
             "texts": list(self.texts),
             "branches": [asdict(record) for record in self.branches],
-            "training": self.training.to_dict() if self.training is not None else None,
+            "training": asdict(self.training) if self.training is not None else None,
             "quality": [{"before": old.to_dict(), "after": new.to_dict()} for old, new in self.qualities],
         }
 

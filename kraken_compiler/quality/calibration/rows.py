@@ -73,8 +73,16 @@ class CalibrationText:
     @property
     def rows(self) -> Tensor:
         """All rows that are no single tokens, int64 [rows, sequence]."""
-        length = max(ids.shape[1] for ids in self.batches)
-        return torch.cat([ids for ids in self.batches if ids.shape[1] == length])
+        return long_rows(self.batches)[0]
+
+
+def long_rows(batches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The longest rows of batches as one tensor, and the batches of shorter ones."""
+    length = max(ids.shape[1] for ids in batches)
+    return (
+        torch.cat([ids for ids in batches if ids.shape[1] == length]),
+        [ids for ids in batches if ids.shape[1] != length],
+    )
 
 
 def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> CalibrationText:

@@ -10,7 +10,7 @@ Some rows that neither has read tell whether it helped; the weights stay as they
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def train_on(
     aside: Tensor,
     passes: int,
     *,
-    free_memory: Callable[[], int] | None = None,
+    free_memory: int,
     advance: Advance | None = None,
 ) -> TrainingRecord:
     """Train the weights of all branches that read something else than in the source.
@@ -61,7 +61,7 @@ def train_on(
         rows: Token ids to train on, int64 [rows, S].
         aside: Token ids that nothing was fitted to, int64 [rows, S].
         passes: How often every row is read.
-        free_memory: Tells how many bytes may be used; None means any number.
+        free_memory: Bytes that may be used.
         advance: Is told how many steps are done.
     """
     if any(node.target is DEQUANTIZE for node in program.graph.nodes):
@@ -72,11 +72,10 @@ def train_on(
     if not names:
         return TrainingRecord(0, 0, note="no branch reads something else than in the source")
     batch = max(1, min(_TOKENS_OF_A_STEP // rows.shape[1], len(rows) // _FEWEST_STEPS))
-    free = free_memory() if free_memory is not None else math.inf
-    recompute = _bytes(program, names, batch * rows.shape[1]) > free
+    recompute = _bytes(program, names, batch * rows.shape[1]) > free_memory
     need = _bytes(program, names, batch * rows.shape[1], recompute=recompute)
-    if need > free:
-        note = f"it takes about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; see kraken-heal"
+    if need > free_memory:
+        note = f"it takes about {need / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free; see kraken-heal"
         return TrainingRecord(0, 0, note=note)
     settings = HealSettings(
         steps=passes * -(-len(rows) // batch),
@@ -88,12 +87,13 @@ def train_on(
     parameters = LaneParameters.of_all_lanes(program, weights.read_lane, trained=lambda spec: spec.name in names)
     trainer = Trainer(LaneRunner(program, recompute=recompute), parameters, _teacher(source, rows[0]), settings)
     before = trainer.evaluate(aside, "").kl
-    note, step = "", 0
+    note, steps = "", 0
     try:
-        for step in range(settings.steps):
-            trainer.step(rows_of_step(rows, settings, step), learning_rate(settings, step))
+        while steps < settings.steps:
+            trainer.step(rows_of_step(rows, settings, steps), learning_rate(settings, steps))
+            steps += 1
             if advance is not None:
-                advance(step + 1, settings.steps, "steps")
+                advance(steps, settings.steps, "steps")
         after = trainer.evaluate(aside, "").kl
     except DivergenceError as error:
         note, after = f"{error} is not finite", math.inf
@@ -101,13 +101,13 @@ def train_on(
     if kept:
         for spec, value in parameters.results():
             weights.change(spec, [value] * program.degree if spec.shared else list(value))
-    return TrainingRecord(step + 1, (step + 1) * batch * rows.shape[1], before, after, kept, note)
+    return TrainingRecord(steps, steps * batch * rows.shape[1], before, after, kept, note)
 
 
 def _late_weights(program: LaneProgram) -> set[str]:
     """Names of the weights that branches read from the first on that does not read what it reads in the source."""
     nodes = {node.name: node for node in program.graph.nodes}
-    late = [branch for branch in program.layers.branches if branch.index >= first_stale(program)]
+    late = program.layers.branches[first_stale(program) - 1 :]
     readers = [nodes[name] for branch in late for name in branch.nodes]
     late_names = {operand.name for node in readers for operand in node.all_input_nodes}
     # What other parts of the model read, too, stays what it is: an embedding, or a weight of an earlier layer.
