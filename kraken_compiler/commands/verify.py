@@ -20,12 +20,15 @@ from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_quality
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.ranks.environment import require_timeout
+from kraken_compiler.surroundings import fast_products
 from kraken_compiler.verify.against_engine import LENGTHS, compare_with_engine
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 
 
+# As the compile multiplies, so that the same artifact gets the same figures.
+@fast_products()
 def verify_artifact(
     directory: str | os.PathLike[str],
     options: VerifyOptions | None = None,
