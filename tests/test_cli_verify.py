@@ -208,4 +208,7 @@ def test_costs_by_layer_and_their_plot(place: Path, artifact: Path, tmp_path: Pa
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert Path(f"{artifact}.sensitivity.json").exists()
     assert "kraken there alone" in invoke(artifact, "--by-layer").stdout
+    several = verified(artifact, "--source", place / "llama", "--forms", "kraken,delayed", "--plot", plot)
+    assert {cost["form"] for cost in several["sensitivity"]["costs"]} == {"kraken", "delayed"}
+    assert "did you mean 'delayed'" in refused(2, artifact, "--forms", "delay")
     assert "--plot" in refused(2, artifact, "--plot", tmp_path / "kl.nonsense")

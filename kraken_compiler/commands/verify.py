@@ -15,9 +15,10 @@ from kraken_compiler.commands.source import as_compiled, assignment_of, embeddin
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.options.verify import VerifyOptions
-from kraken_compiler.passes.lower import lower_split, split_source
+from kraken_compiler.passes.lower import find_form, lower_split, split_source
 from kraken_compiler.progress import Progress, Silent
-from kraken_compiler.quality.measure import sensitivity_of, with_quality
+from kraken_compiler.quality.measure import sensitivity_of, with_accuracies, with_quality
+from kraken_compiler.quality.multiple_choice import read_questions
 from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
@@ -48,14 +49,17 @@ def verify_artifact(
 
     Raises:
         InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
-        UsageError: `text` was given, but there is no source to compare with.
+        UsageError: `text` or `choices` was given, but there is no source to compare with.
         VerificationError, RankFailedError: See `compile_model`.
     """
     options = options if options is not None else VerifyOptions.of(keywords)
-    source, text, text_tokens, by_layer = options.source, options.text, options.text_tokens, options.by_layer
+    source, text, text_tokens = options.source, options.text, options.text_tokens
+    by_layer = options.by_layer or bool(options.forms)
     trust_pickle, timeout = options.trust_pickle, options.timeout
     show = progress or Silent()
     require_timeout(timeout)
+    forms = [find_form(name).name for name in options.forms]
+    question_sets = [(Path(file).name, read_questions(Path(file))) for file in options.choices]
     path = Path(directory)
     with show.stage("check hashes"):
         artifact = open_artifact(path)
@@ -75,7 +79,7 @@ def verify_artifact(
             if where
             else ("no comparison with the source: it was a module in memory; name a file of it with --source")
         )
-        if text is not None or by_layer:
+        if text is not None or by_layer or question_sets:
             raise UsageError(reason)
         if lanes is None:
             reason = f"no comparison of the {who} with the lanes, and {reason}"
@@ -107,9 +111,10 @@ def verify_artifact(
     result.require_passed()
     choice = TextChoice.of(text, text_tokens)
     result = with_quality(result, artifact, lanes, captured, choice, show)
+    result = with_accuracies(result, lanes, captured, question_sets, show)
     if by_layer:
-        manifest, cache = artifact.manifest, Path(f"{path}.sensitivity.json")
-        costs = sensitivity_of(captured, split, manifest.forms, choice, cache, show)
+        cache, own = Path(f"{path}.sensitivity.json"), artifact.manifest.forms
+        costs = sensitivity_of(captured, split, forms or own, len(own), choice, cache, show)
         if isinstance(costs, str):
             return replace(result, skipped=(*result.skipped, costs))
         result = replace(result, sensitivity=costs)

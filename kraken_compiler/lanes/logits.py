@@ -55,6 +55,16 @@ def lane_logits(program: Program, read_lane: ReadLane) -> LogitsOf:
     return logits_function(program.inputs, program.call, StreamingProgram(program, read_lane).run_flat)
 
 
+def is_causal(logits_of: LogitsOf, ids: Tensor) -> bool:
+    """True if the logits of a row's first token are those of a row of that token alone.
+
+    Args:
+        logits_of: The model.
+        ids: int64 [B, S], S at least 2.
+    """
+    return torch.allclose(logits_of(ids[:, :1])[:, 0], logits_of(ids)[:, 0], rtol=1e-3, atol=1e-3)
+
+
 def recorded(logits: Sequence[Tensor]) -> LogitsOf:
     """A model that repeats its earlier logits of the same batches in the same order."""
     following = iter(logits)

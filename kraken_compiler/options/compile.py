@@ -14,18 +14,10 @@ from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
-from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle, names_in
 
 CALIBRATION_TOKENS = 65536
 CALIBRATION_PASSES = 3
-
-
-def _names(value: Any) -> Any:
-    """Split a text that names several backends, or each of a list of such texts."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return value
-    return [name.strip() for text in texts for name in text.split(",")]
 
 
 def share_of(value: Any) -> Any:
@@ -88,7 +80,7 @@ class CompileOptions(CommandOptions):
         Sequence[str],
         CommandLineType(list[str]),
         typer.Option("--backend", help="torch or onnx; several separated by commas, or repeated. (default: torch)"),
-        BeforeValidator(_names),
+        BeforeValidator(names_in),
     ] = (DEFAULT_BACKEND,)
     dtype: Annotated[
         Any, CommandLineType(str | None), typer.Option(help="float32, bfloat16 or float16. (default: the model's own)")

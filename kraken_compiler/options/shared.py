@@ -38,3 +38,11 @@ Timeout = Annotated[
     Gt(0),
     Le(LONGEST_TIMEOUT),
 ]
+
+
+def names_in(value: Any) -> Any:
+    """Split a text that names several things with commas between, or each of a list of such texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [name.strip() for text in texts for name in text.split(",")]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from pydantic import BeforeValidator
 
-from kraken_compiler.options.command_options import CommandOptions
-from kraken_compiler.options.shared import CHECK_TIMEOUT, Source, Text, TextTokens, Timeout, TrustPickle
+from kraken_compiler.options.command_options import CommandLineType, CommandOptions
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Source, Text, TextTokens, Timeout, TrustPickle, names_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +35,19 @@ class VerifyOptions(CommandOptions):
             "--by-layer", help="Also measure what the form costs in every layer alone, and from every layer to the end."
         ),
     ] = False
+    forms: Annotated[
+        Sequence[str],
+        CommandLineType(list[str]),
+        typer.Option(
+            "--forms", help="Measure --by-layer for these forms, separated by commas. (default: the artifact's own)"
+        ),
+        BeforeValidator(names_in),
+    ] = ()
+    choices: Annotated[
+        Sequence[Any],
+        CommandLineType(list[Path]),
+        typer.Option(
+            help="Multiple-choice questions that the artifact and its source answer: JSON lines "
+            '{"context": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}. May be repeated.'
+        ),
+    ] = ()

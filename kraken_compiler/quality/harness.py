@@ -152,6 +152,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             answers.append((value, bool((says.argmax(-1) == targets).all())))
         return answers
 
+    def log_probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-probability of the second text of each pair after the first."""
+        requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+        return [value for value, _ in self.loglikelihood(requests, disable_tqdm=True)]
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The most likely continuation up to a stop string; the prefix is computed again for every token."""
         texts = []

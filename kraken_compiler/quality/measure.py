@@ -15,6 +15,7 @@ from kraken_compiler.lanes.logits import LogitsOf, lane_logits
 from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.progress import Advance, Progress
 from kraken_compiler.quality.evaluate import Quality, evaluate
+from kraken_compiler.quality.multiple_choice import Question, measure_accuracy
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
 from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.quality.thread_ranks import logits_in_threads
@@ -92,15 +93,33 @@ def with_quality(
     return verification
 
 
+def with_accuracies(
+    verification: Verification,
+    lanes: Reference,
+    captured: Capture,
+    question_sets: Sequence[tuple[str, Sequence[Question]]],
+    show: Progress,
+) -> Verification:
+    """Answer multiple-choice questions, by the name of their file, with the lanes and with their source."""
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
+    rewritten = lane_logits(lanes.program, lanes.read_lane)
+    accuracies = []
+    for name, questions in question_sets:
+        with show.steps(f"questions of {name}") as advance:
+            accuracies.append(measure_accuracy(captured, questions, name, source, rewritten, advance=advance))
+    return replace(verification, accuracies=tuple(accuracies))
+
+
 def sensitivity_of(
-    captured: Capture, split: Split, forms: Sequence[str], text: TextChoice, cache: Path, show: Progress
+    captured: Capture, split: Split, forms: Sequence[str], layers: int, text: TextChoice, cache: Path, show: Progress
 ) -> Sensitivity | str:
-    """Measure what the forms of a model's layers cost in every layer alone, and from every layer to the end.
+    """Measure what forms cost in every layer alone, and from every layer to the end.
 
     Args:
         captured: The source model.
         split: Its program, split over the lanes.
-        forms: The form of every layer.
+        forms: Names of the forms, each as often as you like.
+        layers: How many the model has.
         text: What to measure on; no more than some thousand tokens of it are read.
         cache: A file that remembers what was measured.
         show: Is told how far it is.
@@ -114,7 +133,7 @@ def sensitivity_of(
     tokens = evaluation_text(captured, replace(text, limit=min(text.limit or _MOST_BY_LAYER, _MOST_BY_LAYER)))
     if isinstance(tokens, str):
         return tokens
-    runs = [*single_layers(len(forms)), *ends(len(forms))]
+    runs = [*single_layers(layers), *ends(layers)]
     form_runs = [(form, run) for form in changed_forms for run in runs]
     with show.steps("cost of layers") as advance:
         return measure_sensitivity(captured, split, form_runs, list(tokens), tokens.name, cache=cache, advance=advance)

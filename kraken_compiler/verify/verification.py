@@ -27,6 +27,7 @@ from kraken_compiler.verify.tolerances import is_within_noise, with_noise_allowe
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.evaluate import Quality
+    from kraken_compiler.quality.multiple_choice import Accuracy
     from kraken_compiler.quality.sensitivity import Sensitivity
 
 
@@ -63,6 +64,7 @@ class Verification:
         checks: What was found out about every backend's programs.
         rounded: What the form and the rounded weights of a backend cost together, by what they are rounded to.
         halves: The schedule of a prefill or a batch that runs as two halves, if one can.
+        accuracies: How often multiple-choice questions were answered rightly, for every file of them.
         sensitivity: What the artifact's forms cost in single layers and from each to the end; None if nobody asked.
     """
 
@@ -73,6 +75,7 @@ class Verification:
     checks: tuple[BackendCheck, ...] = ()
     rounded: Mapping[str, Quality] = field(default_factory=dict)
     halves: tuple[Window, ...] = ()
+    accuracies: tuple[Accuracy, ...] = ()
     sensitivity: Sensitivity | None = None
 
     def require_passed(self) -> None:
@@ -97,6 +100,7 @@ class Verification:
             "schedule_of_halves": schedule_entries(self.halves, ()),
             "quality": self.quality.to_dict() if self.quality else None,
             "quality_of_rounded_weights": {name: quality.to_dict() for name, quality in self.rounded.items()},
+            "multiple_choice": [accuracy.to_dict() for accuracy in self.accuracies],
             "sensitivity": self.sensitivity.to_dict() if self.sensitivity else None,
             "skipped": list(self.skipped),
         }
@@ -118,6 +122,7 @@ class Verification:
             lines += [f"quality   {line}" for line in self.quality.lines()]
         for name, quality in self.rounded.items():
             lines += [f"{name:<10}{line}" for line in quality.lines()]
+        lines += [f"choices   {accuracy.line()}" for accuracy in self.accuracies]
         lines += [f"skipped   {reason}" for reason in self.skipped]
         return lines + (["", *self.sensitivity.lines()] if self.sensitivity is not None else [])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.lanes.logits import lane_logits
+from kraken_compiler.lanes.logits import is_causal, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
@@ -110,7 +110,9 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
         return token_ids(tokenizer(), text, vocabulary(captured.program), "--calibrate", special=False)
 
     rows = [text_rows for text in texts if (text_rows := _rows(text, quota, row, tokenize))]
-    return divide(rows, count, singles=bool(rows) and _first_stands_alone(captured, rows[0][:_UNSEEN_ROWS_AT_ONCE]))
+    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
+    singles = bool(rows) and is_causal(source, torch.tensor(rows[0][:_UNSEEN_ROWS_AT_ONCE]))
+    return divide(rows, count, singles=singles)
 
 
 def divide(texts: Sequence[Sequence[list[int]]], count: int, *, singles: bool = True) -> CalibrationText:
@@ -164,13 +166,6 @@ def _with_singles(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
         return _batches(rows)
     single = torch.tensor(rows[_SINGLE_SHARE - 1 :: _SINGLE_SHARE]).reshape(-1, 1)
     return (*_batches(whole), *torch.split(single, _ROWS_AT_ONCE * len(rows[0])))
-
-
-def _first_stands_alone(captured: Capture, rows: Sequence[list[int]]) -> bool:
-    """True if the source's logits of a row's first token are those of a row of that token alone."""
-    source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    ids = torch.tensor(rows)
-    return torch.allclose(source(ids[:, :1])[:, 0], source(ids)[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def _batches(rows: Sequence[list[int]]) -> tuple[Tensor, ...]:
