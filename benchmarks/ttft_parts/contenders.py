@@ -14,7 +14,7 @@ DTENSOR = "dtensor"
 BOUND = "bound"
 SINGLE = "single"
 PEERS = (TP_PLAN, DTENSOR)
-FORMS = ("standard", "kraken", "ladder", "sync-drop")
+FORMS = ("standard", "kraken", "ladder", "delayed", "sync-drop")
 SPLIT = "+split"
 """Behind a form: prefills run as two halves of the tokens, whose reduces fly while the other half computes."""
 SPLITS = tuple(form + SPLIT for form in ("standard", "kraken", "sync-drop"))
@@ -76,7 +76,7 @@ ALL = (
         for mode in ("eager", "compiled")
         for family in ("standard", *SPLITS[:2], "kraken", BOUND)
     ),
-    *(Contender(family, mode) for family in ("ladder", "sync-drop", SPLITS[2]) for mode in ("eager", "compiled")),
+    *(Contender(family, mode) for family in ("ladder", "delayed", "sync-drop", SPLITS[2]) for mode in ("eager", "compiled")),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),
 )
 ONNX = tuple(Contender(family, "ort") for family in (SINGLE, "standard", *SPLITS[:2], "kraken", BOUND))

@@ -18,6 +18,7 @@ _COLORS = {
     "kraken": "#e45756",
     "kraken+split": "#ff9d98",
     "ladder": "#f2a65a",
+    "delayed": "#b279a2",
     "sync-drop": "#72b7b2",
     "sync-drop+split": "#b2dfdb",
     "bound": "#2f2f2f",

@@ -62,6 +62,7 @@ AIMS = (
     Aim("ttft", "standard/gloo", "kraken/gloo"),
     Aim("ttft", "standard", BOUND),
     Aim("ttft", "standard", "ladder"),
+    Aim("ttft", "standard", "delayed"),
     Aim("ttft", "standard", "sync-drop"),
     Aim("ttft", "standard", "standard+split"),
     Aim("ttft", "standard+split", "kraken", at_most=1.08, prompt=512),

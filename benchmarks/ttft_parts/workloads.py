@@ -86,7 +86,7 @@ WORKLOADS = {
             new_tokens=32,
             contenders=(
                 *("tp_plan", "dtensor/compiled", "standard", "standard+split", "kraken", "kraken+split"),
-                *("ladder", "sync-drop", "sync-drop+split", "bound"),
+                *("ladder", "delayed", "sync-drop", "sync-drop+split", "bound"),
             ),
             has_aims=True,
         ),
