@@ -14,7 +14,7 @@ import pytest
 
 LAYERS = (
     *("errors", "text", "progress", "standard_streams", "_torch_compat", "surroundings"),
-    *("ops", "ir", "weights", "artifact", "passes", "capture", "ranks", "lanes", "backends", "options"),
+    *("ops", "ir", "weights", "artifact", "passes", "capture", "ranks", "lanes", "latency", "backends", "options"),
     *("generate", "verify", "quality", "commands", "cli"),
 )
 """The parts of the package from the lowest to the highest; see docs/architecture.md."""

@@ -76,7 +76,11 @@ ALL = (
         for mode in ("eager", "compiled")
         for family in ("standard", *SPLITS[:2], "kraken", BOUND)
     ),
-    *(Contender(family, mode) for family in ("ladder", "delayed", "sync-drop", SPLITS[2]) for mode in ("eager", "compiled")),
+    *(
+        Contender(family, mode)
+        for family in ("ladder", "delayed", "sync-drop", SPLITS[2])
+        for mode in ("eager", "compiled")
+    ),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),
 )
 ONNX = tuple(Contender(family, "ort") for family in (SINGLE, "standard", *SPLITS[:2], "kraken", BOUND))

@@ -67,19 +67,24 @@ def compile_command(command_line: CommandLine) -> None:
 
 def _show(result: CompileResult, directory: Path, output: Output) -> None:
     """Print what became of a compile; people read the artifact's path as they gave it, machines the whole one."""
+    from kraken_compiler.latency.table import compared_lines
+
     if output.json:
         print_json(
             {
                 "artifact": str(result.directory) if result.directory else None,
                 "report": result.report.to_dict(),
                 "notes": list(result.notes),
+                "latency": [one.to_dict() for one in result.latencies],
                 "choice": result.choice.to_dict() if result.choice else None,
                 "calibration": result.calibration.to_dict() if result.calibration else None,
                 "verification": result.verification.to_dict() if result.verification else None,
             }
         )
     elif not output.quiet:
-        lines = result.report.lines()
+        lines = result.report.lines() if len(result.latencies) < 2 else compared_lines(result.latencies)
+        if len(result.latencies) == 1:
+            lines += ["", *result.latencies[0].lines()]
         if result.choice is not None:
             lines += ["", f"forms within a budget of {result.choice.budget}", *result.choice.lines()]
         if result.calibration is not None:

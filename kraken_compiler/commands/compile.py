@@ -29,6 +29,9 @@ from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.latency.machine import Machine, load_machine
+from kraken_compiler.latency.predict import Predictor
+from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.passes.lower import lower_split, require_embedding, split_source
@@ -65,6 +68,7 @@ class CompileResult:
         notes: What a user should know about the capture, one sentence each.
         calibration: What calibration did; None if there was none.
         choice: How the forms were chosen; None if they were given.
+        latencies: Predicted times, for every degree that a plan was asked for; none without a machine.
     """
 
     report: Report
@@ -73,6 +77,7 @@ class CompileResult:
     notes: tuple[str, ...] = ()
     calibration: Calibration | None = None
     choice: Choice | None = None
+    latencies: tuple[LatencyTable, ...] = ()
 
 
 def compile_model(
@@ -132,6 +137,7 @@ class _Compile:
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
         self.dtype = dtype_named(options.dtype)
         self.budget = self._budget()
+        self.machine = self._machine()
         self._require_checkable()
         if directory is not None and self.dumps is not None:
             _require_apart(directory, self.dumps)
@@ -158,15 +164,17 @@ class _Compile:
             # A plan reads no weight, so there is nothing to choose lanes by.
             by_affinity = self.lanes == AFFINITY and reservation is not None
             choice = self._lane_choice(captured) if by_affinity else None
-            with self.show.stage("split"):
-                split = split_source(
-                    captured.program, options.degree, runner, embedding=options.embedding, assign=choice
-                )
-            self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
-            program = self._rewrite(captured, split, runner)
+            latencies = []
+            for degree in self.degrees:
+                with self.show.stage("split"):
+                    split = split_source(captured.program, degree, runner, embedding=options.embedding, assign=choice)
+                self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
+                program = self._rewrite(captured, split, runner)
+                if self.machine is not None:
+                    latencies.append(self._latencies(captured, split, program, self.machine))
             report = make_report(program, runner.history, self.notes)
             if reservation is None:
-                return CompileResult(report, notes=self.notes)
+                return CompileResult(report, notes=self.notes, latencies=tuple(latencies))
             program, read = self._compare_and_calibrate(captured, split, program)
             report = report.with_halves(program)
             artifact_directory = self._write(captured, program, read, report, reservation)
@@ -186,6 +194,27 @@ class _Compile:
         if not self.texts:
             raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
         return Budget(options.max_kl, options.max_perplexity_increase)
+
+    def _machine(self) -> Machine | None:
+        degree, machine = self.options.degree, self.options.machine
+        self.degrees = degree if isinstance(degree, Sequence) else (degree,)
+        if machine is not None and self.directory is not None:
+            raise UsageError("--machine predicts times for --plan")
+        if len(self.degrees) > 1 and machine is None:
+            raise UsageError("one --degree is compiled at a time; several can be compared: --plan --machine")
+        return load_machine(machine) if machine is not None else None
+
+    def _latencies(self, captured: Capture, split: Split, program: LaneProgram, machine: Machine) -> LatencyTable:
+        """Predicted times of a plan: the standard form's, and those of the form that was asked for."""
+        with self.show.stage("predict"):
+            forms = dict.fromkeys(program.plan.forms)
+            name = next(iter(forms)) if len(forms) == 1 else "as asked"
+            standard, asked = (
+                one if one.cached is None else with_halves(one, TOKENS)
+                for one in (program if name == "standard" else lower_split(split, "standard"), program)
+            )
+            most = [limit for limit in (_max_positions(captured.config), _cache_limit(program)) if limit is not None]
+            return latency_table(standard, asked, name, Predictor(machine), most=min(most, default=None))
 
     def _require_checkable(self) -> None:
         uncheckable = [backend.name for backend in self.backends if not backend.gives_reference]
@@ -320,6 +349,10 @@ class _Compile:
     def _text(self) -> TextChoice:
         """The text that a changed form is measured on."""
         return TextChoice.of(self.options.text, self.options.text_tokens)
+
+
+def _cache_limit(program: LaneProgram) -> int | None:
+    return program.cached.plan.limit if program.cached is not None else None
 
 
 def _no_halves(program: LaneProgram) -> list[str]:

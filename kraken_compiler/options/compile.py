@@ -14,7 +14,16 @@ from kraken_compiler.backends.registry import DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
-from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Text, TextTokens, Timeout, TrustPickle, names_in
+from kraken_compiler.options.shared import (
+    CHECK_TIMEOUT,
+    Force,
+    Text,
+    TextTokens,
+    Timeout,
+    TrustPickle,
+    degrees_in,
+    names_in,
+)
 
 CALIBRATION_TOKENS = 65536
 CALIBRATION_PASSES = 3
@@ -38,10 +47,13 @@ class CompileOptions(CommandOptions):
     """
 
     degree: Annotated[
-        int | None,
+        int | Sequence[int] | None,
+        CommandLineType(int | list[int] | None),
         typer.Option(
-            min=1, help="Number of lanes. (default: the visible accelerators, else the smallest valid degree above 1)"
+            help="Number of lanes; several for --plan --machine. (default: the visible accelerators, else the smallest "
+            "valid degree above 1)"
         ),
+        BeforeValidator(degrees_in),
     ] = None
     form: Annotated[
         Any,
@@ -122,6 +134,13 @@ class CompileOptions(CommandOptions):
         float | None,
         typer.Option("--max-ppl-increase", help="The same for the growth of the perplexity, e.g. 2%."),
         BeforeValidator(share_of),
+    ] = None
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="With --plan: predict times on this machine, a .toml file (of kraken-probe, say) or one of these: "
+            "a100-40gb-sxm, a100-80gb-sxm, h100-sxm, h200-sxm, l40s-pcie."
+        ),
     ] = None
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = True
     dump_directory: Annotated[

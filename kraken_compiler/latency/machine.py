@@ -1,0 +1,230 @@
+"""What a machine does: a TOML file of measured or published figures, each with its source.
+
+    name = "eight A100-40GB SXM"
+    [memory]                        # bytes a second that go to or from memory, by how many lie side by side
+    [launch]                        # seconds that the host takes for every kernel
+    [[products]]                    # FLOP/s of [rows, in] @ [in, out], by rows and by numbers of the weight
+    [[attention]]                   # FLOP/s of attention, by queries
+    [[all_reduce]]                  # seconds of one, by bytes, for every number of ranks
+
+Between points figures are interpolated in logarithmic scales. Nothing else is assumed about a machine anywhere.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.latency.curve import between
+from kraken_compiler.text import ENCODING, not_utf8
+
+_FOLDER = "machines"
+Figures = TypeVar("Figures", bound="Products | Attention")
+
+
+def _ascending(values: list[float]) -> list[float]:
+    if any(left >= right for left, right in pairwise(values)):
+        raise ValueError("must ascend")
+    return values
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Values = Annotated[list[Positive], Field(min_length=1)]
+Places = Annotated[Values, AfterValidator(_ascending)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    source: str = Field(min_length=1)
+
+
+class Memory(_Table):
+    """Bytes a second that one operator reads and writes together, by how many bytes there are."""
+
+    bytes: Places
+    rate: Values
+
+    @model_validator(mode="after")
+    def _is_even(self) -> Memory:
+        _require_pairs(self.bytes, self.rate, "rate", "bytes")
+        return self
+
+    def seconds(self, moved: float) -> float:
+        """Time to move that many bytes."""
+        return moved / between(self.bytes, self.rate, moved) if moved > 0 else 0.0
+
+
+class Launch(_Table):
+    """Seconds of the host for a kernel, node by node (`eager`) and in a compiled program."""
+
+    eager: Annotated[float, Field(ge=0)]
+    compiled: Annotated[float, Field(ge=0)]
+    step: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds for every run of the whole program: what the host does before and after it."""
+
+
+class Products(_Table):
+    """FLOP/s of a product with a weight, by rows of the other operand and by numbers in the weight."""
+
+    dtypes: list[str] = Field(min_length=1)
+    rows: Places
+    weights: Places
+    rate: Annotated[list[Values], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_even(self) -> Products:
+        _require_pairs(self.rows, self.rate, "rate", "rows")
+        for row in self.rate:
+            _require_pairs(self.weights, row, "each row of rate", "weights")
+        return self
+
+    def at(self, rows: float, weights: float) -> float:
+        """FLOP/s."""
+        return between(self.rows, [between(self.weights, row, weights) for row in self.rate], rows)
+
+
+class Attention(_Table):
+    """FLOP/s of attention, products of queries with keys and of weights with values, by queries of a row."""
+
+    dtypes: list[str] = Field(min_length=1)
+    queries: Places
+    rate: Values
+
+    @model_validator(mode="after")
+    def _is_even(self) -> Attention:
+        _require_pairs(self.queries, self.rate, "rate", "queries")
+        return self
+
+
+class AllReduce(_Table):
+    """Seconds of an all-reduce that is awaited at once, and how long of it the device computes nothing else."""
+
+    ranks: int = Field(ge=2)
+    bytes: Places
+    seconds: Values
+    busy: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_even(self) -> AllReduce:
+        _require_pairs(self.bytes, self.seconds, "seconds", "bytes")
+        _require_pairs(self.bytes, self.busy, "busy", "bytes")
+        if any(busy > whole for busy, whole in zip(self.busy, self.seconds)):
+            raise ValueError("busy is longer than seconds")
+        return self
+
+    def times(self, payload: float) -> tuple[float, float]:
+        """Seconds of all of it, and those that the device is busy; beyond the last point both grow with the bytes."""
+        beyond = max(1.0, payload / self.bytes[-1])
+        whole = between(self.bytes, self.seconds, payload) * beyond
+        # Interpolated as a share of the whole, since nothing may be busy for 0 seconds in a logarithmic scale.
+        shares = [max(busy / seconds, 1e-9) for busy, seconds in zip(self.busy, self.seconds)]
+        return whole, whole * between(self.bytes, shares, payload)
+
+
+class Machine(BaseModel):
+    """A machine of several devices, one lane on each.
+
+    Attributes:
+        name: What it is.
+        memory, launch, products, attention, all_reduce: Its tables.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(min_length=1)
+    memory: Memory
+    launch: Launch
+    products: list[Products] = Field(min_length=1)
+    attention: list[Attention] = Field(min_length=1)
+    all_reduce: list[AllReduce] = []
+
+    def reduces(self, ranks: int) -> AllReduce:
+        """The table for that many ranks.
+
+        Raises:
+            UsageError: There is none; says for how many there are.
+        """
+        for table in self.all_reduce:
+            if table.ranks == ranks:
+                return table
+        there = ", ".join(str(table.ranks) for table in self.all_reduce) or "none"
+        raise UsageError(f"machine '{self.name}' has no all-reduce among {ranks} ranks; it has them for: {there}")
+
+    def product_seconds(self, batch: int, rows: int, inside: int, columns: int, dtype: str, size: int) -> float:
+        """Time of `batch` products [rows, inside] @ [inside, columns]: of computing or of moving, what is longer.
+
+        Args:
+            batch, rows, inside, columns: Their sizes.
+            dtype: Of their numbers.
+            size: Bytes of a number.
+
+        Raises:
+            UsageError: The machine has no figures for this element type.
+        """
+        table = _for_dtype(self.products, dtype, self.name, "products")
+        flops = 2.0 * batch * rows * inside * columns
+        moved = float(size) * batch * (rows * inside + inside * columns + rows * columns)
+        return max(flops / table.at(rows, inside * columns), self.memory.seconds(moved))
+
+    def attention_seconds(self, flops: float, queries: int, moved: float, dtype: str) -> float:
+        """Time of an attention of so many floating-point operations that moves so many bytes."""
+        table = _for_dtype(self.attention, dtype, self.name, "attention")
+        return max(flops / between(table.queries, table.rate, queries), self.memory.seconds(moved))
+
+
+def load_machine(name: str) -> Machine:
+    """A machine from a TOML file, or a ready-made one by its name.
+
+    Raises:
+        UsageError: There is no such file, and no such name.
+        InputFileError: The file cannot be read, or is no machine; says where.
+    """
+    path = Path(name)
+    if path.suffix != ".toml" and name in machine_names():
+        return _parse(files("kraken_compiler.latency").joinpath(_FOLDER, f"{name}.toml").read_text(ENCODING), name)
+    if not path.exists():
+        raise UsageError(f"there is no machine '{name}': give a .toml file, or one of {', '.join(machine_names())}")
+    try:
+        return _parse(path.read_text(ENCODING), str(path))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, "--machine") from error
+    except OSError as error:
+        raise InputFileError(f"--machine: cannot read {path}: {error.strerror or error}") from error
+
+
+def machine_names() -> list[str]:
+    """The ready-made machines."""
+    folder = files("kraken_compiler.latency").joinpath(_FOLDER)
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _parse(text: str, where: str) -> Machine:
+    try:
+        return Machine.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise InputFileError(f"--machine: {where} is no TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise InputFileError(f"--machine: {where}: {place}: {first['msg']}") from error
+
+
+def _for_dtype(tables: Sequence[Figures], dtype: str, machine: str, what: str) -> Figures:
+    for table in tables:
+        if dtype in table.dtypes:
+            return table
+    there = ", ".join(name for table in tables for name in table.dtypes)
+    raise UsageError(f"machine '{machine}' has no figures for {what} in {dtype}; it has: {there}")
+
+
+def _require_pairs(places: Sequence[Any], values: Sequence[Any], what: str, of: str) -> None:
+    if len(places) != len(values):
+        raise ValueError(f"{what} has {len(values)} entries, {of} {len(places)}")

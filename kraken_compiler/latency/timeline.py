@@ -1,0 +1,162 @@
+"""Lays a scheduled graph on a machine's two streams: what the device computes, and what its link carries.
+
+A reduce takes the link from its start on, one after the other. A wait stops the device until the sum has landed. Where
+a device itself copies, sends and adds, as CPUs do, it is busy for a part of it at the start and for a part at the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kraken_compiler.latency.machine import Machine
+from kraken_compiler.latency.node_costs import KINDS, Cost, is_collective, node_costs
+
+_START = torch.ops.kraken.all_reduce_start.default
+_WAIT = torch.ops.kraken.wait.default
+
+_NOTHING = 1e-9
+"""Of a sum of times, what is rounding."""
+COMPUTE, LINK = STREAMS = ("compute", "link")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that takes a stream.
+
+    Attributes:
+        name: The node, or the reduce.
+        stream: One of `STREAMS`.
+        kind: What it is: one of the kinds of compute, "launch", "reduce", "busy" or "wait".
+        begin, end: Seconds from the beginning of the run.
+    """
+
+    name: str
+    stream: str
+    kind: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Timeline:
+    """A run of a program.
+
+    Attributes:
+        seconds: Until its result is there.
+        spent: Seconds of the device by what they go to: the kinds of compute, "launches", and "reduces" that it takes
+            part in.
+        waited: Seconds in which the device waits for sums.
+        carried: Seconds in which the link carries sums.
+        events: All of it, in order.
+    """
+
+    seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
+    carried: float = 0.0
+    events: list[Event] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as plain values, in seconds; without the events."""
+        return {"seconds": self.seconds, "spent": self.spent, "waited": self.waited, "hidden": self.hidden}
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of sums on the link that nobody waits for."""
+        hidden = self.carried - self.waited
+        return hidden if hidden > _NOTHING * self.carried else 0.0
+
+
+def lay_out(
+    graph: fx.Graph, sizes: Mapping[fx.Node, Any], machine: Machine, ranks: int, *, fused: bool, silent: bool = False
+) -> Timeline:
+    """The timeline of one run of a graph.
+
+    Args:
+        graph: A lane graph with its collectives where they run.
+        sizes: The shapes of its values.
+        machine: What runs it.
+        ranks: How many lanes there are, one a device.
+        fused: The program is compiled; see `node_costs`.
+        silent: Leave all communication out: the time that no schedule can beat.
+
+    Raises:
+        UsageError: The machine has no figures for this number of ranks, or for an element type.
+    """
+    costs = node_costs(graph, sizes, machine, fused=fused)
+    builder = _Builder(machine, ranks if not silent else 1, machine.launch.compiled if fused else machine.launch.eager)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is _START:
+            builder.start(node, sizes[node].bytes)
+        elif node.target is _WAIT:
+            builder.wait(node)
+        elif is_collective(node):
+            builder.gather(node, sizes[node].bytes)
+        else:
+            builder.compute(node.name, costs[node])
+    builder.timeline.seconds = builder.now + machine.launch.step
+    builder.timeline.spent["launches"] = builder.timeline.spent.get("launches", 0.0) + machine.launch.step
+    return builder.timeline
+
+
+class _Builder:
+    def __init__(self, machine: Machine, ranks: int, launch: float) -> None:
+        self.table = machine.reduces(ranks) if ranks > 1 else None
+        self.launch = launch
+        self.now = self.link_free = 0.0
+        self.landing: dict[fx.Node, tuple[float, float]] = {}
+        self.timeline = Timeline(spent=dict.fromkeys((*KINDS, "launches", "reduces"), 0.0))
+
+    def compute(self, name: str, cost: Cost) -> None:
+        self._take(name, cost.kind, cost.kind, cost.seconds)
+        self._take(name, "launch", "launches", cost.launches * self.launch)
+
+    def start(self, node: fx.Node, payload: int) -> None:
+        if self.table is None:
+            return
+        whole, busy = self.table.times(payload)
+        self._take(node.name, "busy", "reduces", busy / 2)
+        begin = max(self.now, self.link_free)
+        self.link_free = begin + whole - busy
+        self.timeline.carried += whole - busy
+        self.timeline.events.append(Event(node.name, LINK, "reduce", begin, self.link_free))
+        self.landing[node] = (self.link_free, busy / 2)
+
+    def wait(self, node: fx.Node) -> None:
+        if self.table is None:
+            return
+        (start,) = node.all_input_nodes
+        landed, busy = self.landing[start]
+        self._wait_until(node.name, landed)
+        self._take(node.name, "busy", "reduces", busy)
+
+    def gather(self, node: fx.Node, payload: int) -> None:
+        """Nothing hides a gather: half of an all-reduce, which scatters the sum before it gathers it."""
+        if self.table is None:
+            return
+        whole, busy = (seconds / 2 for seconds in self.table.times(payload))
+        begin = max(self.now, self.link_free)
+        self.link_free = begin + whole - busy
+        self.timeline.carried += whole - busy
+        self.timeline.events.append(Event(node.name, LINK, "reduce", begin, self.link_free))
+        self._wait_until(node.name, self.link_free)
+        self._take(node.name, "busy", "reduces", busy)
+
+    def _wait_until(self, name: str, landed: float) -> None:
+        if landed > self.now:
+            self.timeline.waited += landed - self.now
+            self.timeline.events.append(Event(name, COMPUTE, "wait", self.now, landed))
+            self.now = landed
+
+    def _take(self, name: str, kind: str, account: str, seconds: float) -> None:
+        if seconds:
+            self.timeline.events.append(Event(name, COMPUTE, kind, self.now, self.now + seconds))
+            self.timeline.spent[account] += seconds
+            self.now += seconds

@@ -1,0 +1,195 @@
+"""Predicted times: what a machine file may say, the shapes of a graph, and what lies on the two streams."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kraken_compiler.capture import capture
+from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.latency.curve import between
+from kraken_compiler.latency.machine import Machine, load_machine, machine_names
+from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.latency.sized import Sized, Sizer
+from kraken_compiler.latency.table import HALVES, SILENT, compared_lines, latency_table
+from kraken_compiler.passes.lower import lower_split, split_source
+from tests.zoo import SUPPORTED
+
+TOML = """
+name = "two of them"
+[memory]
+source = "made up"
+bytes = [1e3]
+rate = [1e10]
+[launch]
+source = "made up"
+eager = 1e-5
+compiled = 1e-6
+step = 1e-4
+[[products]]
+source = "made up"
+dtypes = ["float32"]
+rows = [1, 100]
+weights = [1e3, 1e5]
+rate = [[1e9, 2e9], [1e10, 2e10]]
+[[attention]]
+source = "made up"
+dtypes = ["float32"]
+queries = [1]
+rate = [1e10]
+[[all_reduce]]
+source = "made up"
+ranks = 2
+bytes = [100, 1e6]
+seconds = [1e-4, 1e-3]
+busy = [0, 1e-4]
+"""
+
+
+def machine(folder: Path, text: str = TOML) -> Machine:
+    file = folder / "machine.toml"
+    file.write_text(text)
+    return load_machine(str(file))
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, LaneProgram]:
+    split = split_source(capture(SUPPORTED["llama"]()).program, 2)
+    return {form: lower_split(split, form, overlap="tokens") for form in ("standard", "kraken", "delayed")}
+
+
+def test_values_between_points_lie_on_lines_in_logarithmic_scales() -> None:
+    assert [between([1, 100], [1, 10], place) for place in (0.5, 1, 10, 100, 1e4)] == pytest.approx(
+        [1, 1, 10**0.5, 10, 10]
+    )
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_machines_that_are_there(name: str) -> None:
+    found = load_machine(name)
+    assert found.product_seconds(1, 2048, 8192, 1024, "bfloat16", 2) > 0
+    assert {table.ranks for table in found.all_reduce} == {2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "two of them"', "", "name: Field required"),
+        ('name = "two of them"', "name = ", "is no TOML"),
+        ("bytes = [100, 1e6]", "bytes = [1e6, 100]", "must ascend"),
+        ("seconds = [1e-4, 1e-3]", "seconds = [1e-4]", "seconds has 1 entries, bytes 2"),
+        ("busy = [0, 1e-4]", "busy = [0, 1]", "busy is longer than seconds"),
+        ("rate = [[1e9, 2e9], [1e10, 2e10]]", "rate = [[1e9], [1e10]]", "each row of rate has 1 entries, weights 2"),
+        ("eager = 1e-5", "eagre = 1e-5", "launch.eager: Field required"),
+        ("queries = [1]", "queries = [0]", "greater than 0"),
+        ('source = "made up"\nranks', "ranks", "source: Field required"),
+    ],
+)
+def test_what_is_no_machine_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TOML
+    with pytest.raises(InputFileError, match=message):
+        machine(tmp_path, TOML.replace(old, new))
+
+
+def test_what_a_machine_does_not_say_is_not_guessed(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+    with pytest.raises(UsageError, match=r"there is no machine 'h1000'.*h100-sxm"):
+        load_machine("h1000")
+    found = machine(tmp_path)
+    with pytest.raises(UsageError, match="has no all-reduce among 4 ranks; it has them for: 2"):
+        found.reduces(4)
+    with pytest.raises(UsageError, match="no figures for products in float16; it has: float32"):
+        found.product_seconds(1, 1, 1, 1, "float16", 2)
+    with pytest.raises(UsageError, match="no figures for products in float32; it has: bfloat16, float16"):
+        Predictor(load_machine("h100-sxm")).predict(programs["standard"], Load(16))
+
+
+def test_products_take_what_is_longer_of_computing_and_moving(tmp_path: Path) -> None:
+    found = machine(tmp_path)
+    assert found.product_seconds(1, 100, 100, 1000, "float32", 4) == pytest.approx(2 * 100 * 1e5 / 2e10)
+    one_row = 4 * (1000 + 1e6 + 1000) / 1e10
+    assert found.product_seconds(1, 1, 1000, 1000, "float32", 4) == pytest.approx(max(one_row, 2e6 / 2e9))
+    whole, busy = found.reduces(2).times(2e6)
+    assert (whole, busy) == pytest.approx((2e-3, 2e-4))
+
+
+def test_shapes_are_those_of_a_run(programs: dict[str, LaneProgram]) -> None:
+    program = programs["kraken"]
+    spec = program.inputs[0]
+    sizes = Sizer().sizes(program.graph, {spec.name: (3, 11)}, 11)
+    interpreter = _Shapes(program.module)
+    weights = [torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for one in program.weights.values()]
+    interpreter.run(*weights, torch.ones(3, 11, dtype=torch.int64))
+    assert len(interpreter.found) > 50
+    for node, value in interpreter.found.items():
+        assert sizes[node] == value, node.name
+
+
+class _Shapes(torch.fx.Interpreter):
+    """Runs a graph and notes its shapes."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[torch.fx.Node, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.op == "call_function":
+            self.found[n] = Sized(tuple(value.shape), value.dtype)
+        return value
+
+
+def test_standard_waits_for_all_it_sends(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+    predictor = Predictor(machine(tmp_path))
+    load = Load(prompt=32, batch=2, new_tokens=8)
+    silent = predictor.predict(programs["standard"], load, silent=True)
+    standard = predictor.predict(programs["standard"], load)
+    for with_sums, without in ((standard.prefill, silent.prefill), (standard.decode, silent.decode)):
+        assert without.waited == without.carried == without.spent["reduces"] == 0
+        assert with_sums.hidden == 0
+        assert with_sums.waited == pytest.approx(with_sums.carried)
+        assert with_sums.seconds == pytest.approx(without.seconds + with_sums.waited + with_sums.spent["reduces"])
+        assert with_sums.seconds == pytest.approx(sum(with_sums.spent.values()) + with_sums.waited)
+    assert standard.total == pytest.approx(standard.ttft + 7 * standard.tpot)
+
+
+def test_what_hides_is_not_waited_for(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+    predictor = Predictor(machine(tmp_path))
+    load = Load(prompt=64, new_tokens=8)
+    times = {name: predictor.predict(program, load) for name, program in programs.items()}
+    halves = predictor.predict(programs["standard"], load, halves=True)
+    silent = predictor.predict(programs["standard"], load, silent=True)
+    assert times["kraken"].prefill.hidden > 0
+    assert times["kraken"].prefill.carried < times["delayed"].prefill.carried
+    assert silent.ttft < times["kraken"].ttft < times["standard"].ttft
+    assert times["delayed"].ttft < times["standard"].ttft
+    assert halves.prefill.hidden > 0
+    assert halves.tpot == times["standard"].tpot
+
+
+def test_streams_carry_one_thing_at_a_time(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+    timeline = Predictor(machine(tmp_path)).predict(programs["delayed"], Load(64)).prefill
+    for stream in ("compute", "link"):
+        events = [event for event in timeline.events if event.stream == stream]
+        assert events
+        assert all(event.begin < event.end for event in events)
+        assert all(earlier.end <= later.begin + 1e-12 for earlier, later in pairwise(events))
+
+
+def test_a_table_for_people(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+    predictor = Predictor(machine(tmp_path))
+    found = latency_table(
+        programs["standard"], programs["kraken"], "kraken", predictor, prompts=(16, 32, 4096), batches=(1, 4), most=512
+    )
+    assert [(load.batch, load.prompt) for load in found.rows] == [(1, 16), (1, 32), (4, 16), (4, 32)]
+    names = ["standard", f"standard, {HALVES}", "kraken", f"kraken, {HALVES}", SILENT]
+    assert all(list(predictions) == names for predictions in found.rows.values())
+    lines = found.lines()
+    assert lines[0].startswith("predicted on two of them, 2 devices")
+    assert "prompts of 4096 tokens are left out: the model takes 512" in lines
+    assert found.to_dict()["loads"][0]["predictions"]["kraken"]["prefill"]["waited"] >= 0
+    assert "2: fastest" in compared_lines([found])[1]
