@@ -12,11 +12,13 @@ import torch
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.heal import HealCommand
+from kraken_compiler.cli.probe import ProbeCommand
 from kraken_compiler.cli.verify import VerifyCommand
 from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.heal import HealOptions
+from kraken_compiler.options.probe import ProbeOptions
 from kraken_compiler.options.verify import VerifyOptions
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
@@ -89,6 +91,7 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
     "kraken-compile": (CompileCommand, CompileOptions),
     "kraken-run": (RunOptions,),
     "kraken-verify": (VerifyCommand, VerifyOptions),
+    "kraken-probe": (ProbeCommand, ProbeOptions),
     "kraken-heal": (HealCommand, HealOptions, HealSettings),
 }
 

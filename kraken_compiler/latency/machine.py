@@ -75,6 +75,8 @@ class Products(_Table):
     """FLOP/s of a product with a weight, by rows of the other operand and by numbers in the weight."""
 
     dtypes: list[str] = Field(min_length=1)
+    includes_memory: bool = False
+    """The rates are those of products whose weights come from memory, and not of the arithmetic alone."""
     rows: Places
     weights: Places
     rate: Annotated[list[Values], Field(min_length=1)]
@@ -95,6 +97,7 @@ class Attention(_Table):
     """FLOP/s of attention, products of queries with keys and of weights with values, by queries of a row."""
 
     dtypes: list[str] = Field(min_length=1)
+    includes_memory: bool = False
     queries: Places
     rate: Values
 
@@ -158,6 +161,19 @@ class Machine(BaseModel):
         there = ", ".join(str(table.ranks) for table in self.all_reduce) or "none"
         raise UsageError(f"machine '{self.name}' has no all-reduce among {ranks} ranks; it has them for: {there}")
 
+    def lines(self) -> list[str]:
+        """What it does at most, as lines for people."""
+        best = [
+            f"products    {', '.join(one.dtypes)}: up to {max(map(max, one.rate)) / 1e9:,.0f} GFLOP/s"
+            for one in self.products
+        ]
+        reduces = [
+            f"all-reduce  {one.ranks} ranks: {one.seconds[0] * 1e6:.3g} us for {one.bytes[0]:.0f} bytes, "
+            f"{one.bytes[-1] / one.seconds[-1] / 1e9:.3g} GB/s for {one.bytes[-1] / 2**20:.0f} MiB"
+            for one in self.all_reduce
+        ]
+        return [self.name, f"memory      up to {max(self.memory.rate) / 1e9:,.0f} GB/s", *best, *reduces]
+
     def product_seconds(self, batch: int, rows: int, inside: int, columns: int, dtype: str, size: int) -> float:
         """Time of `batch` products [rows, inside] @ [inside, columns]: of computing or of moving, what is longer.
 
@@ -170,14 +186,16 @@ class Machine(BaseModel):
             UsageError: The machine has no figures for this element type.
         """
         table = _for_dtype(self.products, dtype, self.name, "products")
-        flops = 2.0 * batch * rows * inside * columns
-        moved = float(size) * batch * (rows * inside + inside * columns + rows * columns)
-        return max(flops / table.at(rows, inside * columns), self.memory.seconds(moved))
+        seconds = 2.0 * batch * rows * inside * columns / table.at(rows, inside * columns)
+        if table.includes_memory:
+            return seconds
+        return max(seconds, self.memory.seconds(float(size) * batch * (rows * inside + (inside + rows) * columns)))
 
     def attention_seconds(self, flops: float, queries: int, moved: float, dtype: str) -> float:
         """Time of an attention of so many floating-point operations that moves so many bytes."""
         table = _for_dtype(self.attention, dtype, self.name, "attention")
-        return max(flops / between(table.queries, table.rate, queries), self.memory.seconds(moved))
+        seconds = flops / between(table.queries, table.rate, queries)
+        return seconds if table.includes_memory else max(seconds, self.memory.seconds(moved))
 
 
 def load_machine(name: str) -> Machine:
@@ -189,11 +207,13 @@ def load_machine(name: str) -> Machine:
     """
     path = Path(name)
     if path.suffix != ".toml" and name in machine_names():
-        return _parse(files("kraken_compiler.latency").joinpath(_FOLDER, f"{name}.toml").read_text(ENCODING), name)
+        return parse_machine(
+            files("kraken_compiler.latency").joinpath(_FOLDER, f"{name}.toml").read_text(ENCODING), name
+        )
     if not path.exists():
         raise UsageError(f"there is no machine '{name}': give a .toml file, or one of {', '.join(machine_names())}")
     try:
-        return _parse(path.read_text(ENCODING), str(path))
+        return parse_machine(path.read_text(ENCODING), str(path))
     except UnicodeDecodeError as error:
         raise not_utf8(path, "--machine") from error
     except OSError as error:
@@ -206,7 +226,12 @@ def machine_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def _parse(text: str, where: str) -> Machine:
+def parse_machine(text: str, where: str) -> Machine:
+    """A machine from the text of a file, called `where` in messages.
+
+    Raises:
+        InputFileError: It is no machine; says where.
+    """
     try:
         return Machine.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:

@@ -1,0 +1,288 @@
+"""Measures what a machine does, on the ranks that will run there: one device, or one share of the cores, each.
+
+All ranks measure at the same time, as they compute at the same time: memory is shared on one host. Weights are taken by
+turns, so that they come from where those of a model come from. Rank 0's figures count.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
+from kraken_compiler.ranks.session import Ranks
+
+DTYPES = ("float32", "bfloat16")
+
+_SECONDS, _LEAST, _MOST = 0.06, 3, 200
+"""A figure is the median of so many seconds of repetitions, at least and at most so many."""
+_MOVED = tuple(2**power for power in range(14, 29, 2))
+_ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
+_SIDES = (128, 256, 512, 1024, 2048, 4096)
+"""Of square weights."""
+_MOST_FLOPS = 1e11
+"""Larger products are as fast as the largest of those."""
+_COLD_BYTES = 1 << 27
+"""Weights that are taken by turns are so many bytes together."""
+_QUERIES, _HEADS, _HEAD, _PAST = (1, 16, 128, 512, 2048), 8, 64, 1024
+_PAYLOADS = tuple(2**power for power in (9, 12, 14, 16, 18, 20, 21, 22, 24, 26))
+_LAUNCHES = 2000
+
+Figures = dict[str, Any]
+Note = Callable[[int, int], None]
+"""Is told how many figures of how many are there."""
+
+
+def probe(ranks: Ranks, dtypes: Sequence[str], note: Note) -> Figures:
+    """Measure; all ranks must call it together.
+
+    Args:
+        ranks: This rank.
+        dtypes: Element types of products and attentions.
+        note: Is told how far it is.
+
+    Returns:
+        A machine as `Machine` reads it, but for its name.
+
+    Raises:
+        UsageError: There is no such element type.
+    """
+    for name in dtypes:
+        require_dtype(name)
+    device = rank_device(None, ranks.place)
+    ranks.status.computes_here = device.type == "cpu"
+    tasks = _Tasks(ranks, device, note, _count(dtypes, ranks.degree))
+    source = f"kraken-probe on {ranks.degree} ranks, {device_name(device)}, torch {torch.__version__}"
+    figures: Figures = {
+        "memory": {"source": source, "bytes": list(_MOVED), "rate": [tasks.moving(moved) for moved in _MOVED]},
+        "launch": {"source": source, **tasks.launching(), "step": 0.0},
+        "products": [_products(tasks, name, source) for name in dtypes],
+        "attention": [_attention(tasks, name, source) for name in dtypes],
+        "all_reduce": [],
+    }
+    if ranks.degree > 1:
+        communicator = communicator_of(ranks, device)
+        times = [tasks.reducing(communicator, payload) for payload in _PAYLOADS]
+        figures["all_reduce"] = [
+            {
+                "source": source,
+                "ranks": ranks.degree,
+                "bytes": list(_PAYLOADS),
+                "seconds": [whole for whole, _ in times],
+                "busy": [busy for _, busy in times],
+            }
+        ]
+    return figures
+
+
+def probe_rank(payload: dict[str, Any], ranks: Ranks) -> Figures:
+    """One of several local ranks: notes how far it is by the size of a file."""
+    progress = Path(payload["progress"])
+
+    def note(done: int, total: int) -> None:
+        ranks.status.progress(f"figure {done} of {total}")
+        if ranks.rank == 0:
+            progress.write_bytes(b"." * done)
+
+    return probe(ranks, payload["dtypes"], note)
+
+
+def figure_count(dtypes: Sequence[str], degree: int) -> int:
+    """How many figures a probe measures."""
+    return _count(dtypes, degree)
+
+
+def device_name(device: torch.device) -> str:
+    """What a rank computes on, for the record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads each"
+
+
+def _count(dtypes: Sequence[str], degree: int) -> int:
+    of_a_type = len(_ROWS) * len(_SIDES) + len(_QUERIES)
+    return len(_MOVED) + 1 + of_a_type * len(dtypes) + (len(_PAYLOADS) if degree > 1 else 0)
+
+
+def _products(tasks: _Tasks, name: str, source: str) -> Figures:
+    dtype = require_dtype(name)
+    return {
+        "source": source,
+        "dtypes": [name],
+        "includes_memory": True,
+        "rows": list(_ROWS),
+        "weights": [side * side for side in _SIDES],
+        "rate": [[tasks.multiplying(rows, side, dtype) for side in _SIDES] for rows in _ROWS],
+    }
+
+
+def _attention(tasks: _Tasks, name: str, source: str) -> Figures:
+    dtype = require_dtype(name)
+    rates = [tasks.attending(queries, dtype) for queries in _QUERIES]
+    return {
+        "source": source,
+        "dtypes": [name],
+        "includes_memory": True,
+        "queries": list(_QUERIES),
+        "rate": rates,
+    }
+
+
+def require_dtype(name: str) -> torch.dtype:
+    """An element type of products by its name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"--dtype {name}: there is no such element type for products")
+    return dtype
+
+
+class _Tasks:
+    """Measures one figure after the other."""
+
+    def __init__(self, ranks: Ranks, device: torch.device, note: Note, total: int) -> None:
+        self._ranks, self._device, self._note, self._total = ranks, device, note, total
+        self._done = 0
+
+    def moving(self, moved: int) -> float:
+        """Bytes a second of a sum of two tensors into a third."""
+        count = max(1, moved // 12)
+        left, right, out = (torch.ones(count, device=self._device) for _ in range(3))
+        return moved / self._seconds([lambda: torch.add(left, right, out=out)])
+
+    def launching(self) -> dict[str, float]:
+        """Seconds of the host for an operator of next to no numbers, called by name and as compiled code calls it."""
+        x, y, out = (torch.ones(8, device=self._device) for _ in range(3))
+        call, direct = torch.ops.aten.add.Tensor, torch.ops.aten.add.out
+
+        def named() -> None:
+            for _ in range(_LAUNCHES):
+                call(x, y)
+
+        def compiled() -> None:
+            for _ in range(_LAUNCHES):
+                direct(x, y, out=out)
+
+        eager = self._seconds([named], counts=False) / _LAUNCHES
+        return {"eager": eager, "compiled": self._seconds([compiled]) / _LAUNCHES}
+
+    def multiplying(self, rows: int, side: int, dtype: torch.dtype) -> float:
+        """FLOP/s of a product with a square weight."""
+        rows = max(1, min(rows, int(_MOST_FLOPS / (2 * side * side))))
+        copies = min(256, max(2, _COLD_BYTES // (side * side * dtype.itemsize)))
+        x = torch.randn(rows, side, device=self._device).to(dtype)
+        weights = [torch.randn(side, side, device=self._device).to(dtype) for _ in range(copies)]
+        return 2.0 * rows * side * side / self._seconds([_linear(x, weight) for weight in weights])
+
+    def attending(self, queries: int, dtype: torch.dtype) -> float:
+        """FLOP/s of causal attention to what stands before; of a single query, to a past."""
+        keys = queries if queries > 1 else _PAST
+        q, k, v = (
+            torch.randn(1, _HEADS, length, _HEAD, device=self._device).to(dtype) for length in (queries, keys, keys)
+        )
+        seen = (queries + 1) / 2 if queries > 1 else keys
+        flops = 4.0 * _HEADS * queries * seen * _HEAD
+        return flops / self._seconds([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)])
+
+    def reducing(self, communicator: Communicator, payload: int) -> tuple[float, float]:
+        """Seconds of a sum that is awaited at once, and of its calls where it has landed meanwhile."""
+        part = torch.ones(payload // 4, device=self._device)
+
+        def at_once() -> None:
+            communicator.wait(communicator.start(part))
+
+        self._ranks.barrier()
+        whole = self._agreed(self._seconds([at_once], agreed=True))
+        busy = []
+        for _ in range(_LEAST + 2):
+            self._ranks.barrier()
+            begin = time.perf_counter()
+            handle = communicator.start(part)
+            started = time.perf_counter()
+            time.sleep(2 * whole + 1e-4)
+            landed = time.perf_counter()
+            communicator.wait(handle)
+            self._synchronize()
+            busy.append(started - begin + time.perf_counter() - landed)
+        return whole, min(whole, self._agreed(statistics.median(busy)))
+
+    def _seconds(self, runs: Sequence[Callable[[], Any]], *, counts: bool = True, agreed: bool = False) -> float:
+        """The median time of one of the runs, which are taken by turns.
+
+        Args:
+            runs: What is timed.
+            counts: It is a figure of its own.
+            agreed: All ranks must run it equally often.
+        """
+        self._ranks.barrier()
+        first = self._timed(runs[0])
+        again = self._timed(runs[-1])
+        expected = min(first, again)
+        if agreed:
+            expected = self._agreed(expected)
+        repetitions = max(_LEAST, min(_MOST, math.ceil(_SECONDS / max(expected, 1e-7))))
+        times = [self._timed(runs[number % len(runs)]) for number in range(repetitions)]
+        if counts:
+            self._done += 1
+            self._note(self._done, self._total)
+        return statistics.median(times)
+
+    def _timed(self, run: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        run()
+        self._synchronize()
+        return time.perf_counter() - begin
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def _agreed(self, value: float) -> float:
+        """Rank 0's value."""
+        return float(self._ranks.broadcast(repr(value).encode() if self._ranks.rank == 0 else None).decode())
+
+
+def _linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.linear(x, weight)
+
+
+def machine_toml(name: str, figures: Figures) -> str:
+    """A machine as a TOML file."""
+    lines = [f"name = {_value(name)}"]
+    for table in ("memory", "launch"):
+        lines += ["", f"[{table}]", *_entries(figures[table])]
+    for table in ("products", "attention", "all_reduce"):
+        for one in figures[table]:
+            lines += ["", f"[[{table}]]", *_entries(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _entries(table: Figures) -> Iterable[str]:
+    return [f"{key} = {_value(value)}" for key, value in table.items()]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "[\n" + "".join(f"    {_value(row)},\n" for row in value) + "]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
