@@ -115,6 +115,22 @@ def test_of_forms_that_spare_the_same_a_layer_takes_the_cheaper() -> None:
     assert "delayed" in choice.lines()[0]
 
 
+def test_where_times_are_known_they_count_and_not_bytes() -> None:
+    """Layer 1's communication is free already, however many bytes it sends."""
+
+    def seconds(forms: tuple[str, ...]) -> float:
+        return 1.0 - sum(0.1 for layer in (0, 2) if forms[layer] != "standard")
+
+    costs = {"kraken": [1.0, 0.1, 1.0], "sync-drop": [2.0, 0.1, 2.0]}
+    choice = choose_forms(branches(3), costs, lambda forms: quality(0.1), Budget(1.0), seconds_of=seconds)
+    assert choice.best is not None
+    assert choice.best.forms == ("kraken", "standard", "kraken")
+    assert choice.best.seconds == pytest.approx(0.8)
+    assert choice.standard_seconds == 1.0
+    assert choice.lines()[-1] == "standard takes 1000 ms"
+    assert choice.to_dict()["best"]["seconds"] == choice.best.seconds
+
+
 def test_good_expectations_save_measurements() -> None:
     asked = []
 

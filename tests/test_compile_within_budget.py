@@ -15,6 +15,7 @@ from kraken_compiler.passes.compiler_pass import PassResult
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.quality.budget import Budget
 from tests.test_cli_compile import done, refused, save_model
+from tests.test_latency import TOML
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +76,18 @@ def test_a_wide_and_a_narrow_budget(llama: Path, words: Path, tmp_path: Path, mo
     manifest = json.loads((tmp_path / "narrow" / "manifest.json").read_text())
     assert manifest["forms"] == best["forms"]
     assert json.loads((tmp_path / "narrow" / "report.json").read_text())["choice"]["best"]["forms"] == best["forms"]
+
+
+def test_a_budget_on_a_machine_saves_time(llama: Path, words: Path, tmp_path: Path) -> None:
+    machine = tmp_path / "machine.toml"
+    machine.write_text(TOML)
+    load = ("--machine", machine, "--prompt", "32", "--new-tokens", "8")
+    found = compiled(llama, words, tmp_path / "out", "--max-kl", "10", *load)
+    choice = found["choice"]
+    assert 0 < choice["best"]["seconds"] < choice["standard_seconds"]  # type: ignore[index]
+    frontier = [candidate["seconds"] for candidate in choice["frontier"]]  # type: ignore[index]
+    assert frontier == sorted(frontier, reverse=True)
+    assert "--machine predicts times for" in refused(2, llama, "--machine", machine)
 
 
 def test_a_budget_that_cannot_be_kept(

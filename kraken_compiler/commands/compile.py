@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
 from kraken_compiler.ir.forms import DELAYED
 from kraken_compiler.ir.program import LaneProgram, Split
-from kraken_compiler.ir.schedule import OVERLAPS, ROWS, TOKENS
+from kraken_compiler.ir.schedule import AUTO, OVERLAPS, ROWS, TOKENS
 from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.latency.machine import Machine, load_machine
-from kraken_compiler.latency.predict import Predictor
+from kraken_compiler.latency.predict import Load, Predictor
 from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
@@ -40,7 +41,7 @@ from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabu
 from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
-from kraken_compiler.quality.budget import Budget, Choice, perplexity_increase
+from kraken_compiler.quality.budget import Budget, Choice, SecondsOf, perplexity_increase
 from kraken_compiler.quality.calibration.on_text import calibrate_on_text
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.forms_within import forms_within
@@ -170,7 +171,7 @@ class _Compile:
                     split = split_source(captured.program, degree, runner, embedding=options.embedding, assign=choice)
                 self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
                 program = self._rewrite(captured, split, runner)
-                if self.machine is not None:
+                if self.machine is not None and reservation is None:
                     latencies.append(self._latencies(captured, split, program, self.machine))
             report = make_report(program, runner.history, self.notes)
             if reservation is None:
@@ -198,11 +199,22 @@ class _Compile:
     def _machine(self) -> Machine | None:
         degree, machine = self.options.degree, self.options.machine
         self.degrees = degree if isinstance(degree, Sequence) else (degree,)
-        if machine is not None and self.directory is not None:
-            raise UsageError("--machine predicts times for --plan")
+        if machine is not None and self.directory is not None and self.budget is None:
+            raise UsageError("--machine predicts times for --plan, or for a budget: --max-kl")
         if len(self.degrees) > 1 and machine is None:
             raise UsageError("one --degree is compiled at a time; several can be compared: --plan --machine")
         return load_machine(machine) if machine is not None else None
+
+    def _seconds_of(self, split: Split, machine: Machine) -> SecondsOf:
+        """Predicted times of the load that the options describe, for forms of the layers."""
+        predictor, load = Predictor(machine), Load(self.options.prompt, 1, self.options.new_tokens)
+
+        @cache
+        def seconds(forms: tuple[str, ...]) -> float:
+            program = lower_split(split, forms, overlap=AUTO)
+            return predictor.fastest(program, load).total
+
+        return seconds
 
     def _latencies(self, captured: Capture, split: Split, program: LaneProgram, machine: Machine) -> LatencyTable:
         """Predicted times of a plan: the standard form's, and those of the form that was asked for."""
@@ -248,7 +260,7 @@ class _Compile:
         """The lane program in the form that was asked for, or in the forms that a budget allows."""
         options, form = self.options, self.options.form
         if self.budget is not None:
-            cache = Path(f"{self.directory}.sensitivity.json")
+            costs = Path(f"{self.directory}.sensitivity.json")
             self.choice = forms_within(
                 captured,
                 split,
@@ -257,7 +269,8 @@ class _Compile:
                 options.calibrate_passes,
                 self.budget,
                 self.show,
-                cache,
+                costs,
+                self._seconds_of(split, self.machine) if self.machine is not None else None,
             )
             form = _best(self.choice)
         with self.show.stage("rewrite"):

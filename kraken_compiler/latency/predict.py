@@ -99,6 +99,13 @@ class Predictor:
         prefill = self._run(cached, load.batch, load.prompt, 0, program.degree, halves=halves, silent=silent)
         return Prediction(load, prefill, decode)
 
+    def fastest(self, program: LaneProgram, load: Load) -> Prediction:
+        """The times of a load with its prompt read at once or as two halves, as is faster. See `predict`."""
+        at_once = self.predict(program, load)
+        if program.cached is None or program.cached.split is None or load.prompt < 2:
+            return at_once
+        return min(at_once, self.predict(program, load, halves=True), key=lambda prediction: prediction.ttft)
+
     def _run(
         self, cached: CachedProgram, batch: int, tokens: int, past: int, ranks: int, *, halves: bool, silent: bool
     ) -> Timeline:

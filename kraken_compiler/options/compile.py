@@ -138,10 +138,16 @@ class CompileOptions(CommandOptions):
     machine: Annotated[
         str | None,
         typer.Option(
-            help="With --plan: predict times on this machine, a .toml file (of kraken-probe, say) or one of these: "
-            "a100-40gb-sxm, a100-80gb-sxm, h100-sxm, h200-sxm, l40s-pcie."
+            help="With --plan, predict times on this machine; with a budget, save as much of its time as possible. A .toml"
+            " file (of kraken-probe, say), or a100-40gb-sxm, a100-80gb-sxm, h100-sxm, h200-sxm, l40s-pcie."
         ),
     ] = None
+    prompt: Annotated[
+        int, typer.Option(min=2, help="Tokens of a prompt, for a budget on a machine. (default: 2048)")
+    ] = 2048
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that are generated behind it, for the same. (default: 256)")
+    ] = 256
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result. (default: on)")] = True
     dump_directory: Annotated[
         Any,

@@ -1,9 +1,12 @@
 """Chooses a form for every layer, so that as little communication as possible is waited for within a quality budget.
 
+What counts is the share of the standard form's bytes that nobody waits for any more, or, where a machine is known, the
+share of its predicted time that is saved.
+
 Layers give up communication in small steps: from `standard` to `sync-drop`, which halves what a layer waits for, from
 there or at once to `delayed`, which sends as much as `standard` and hides it, or to `kraken`, which hides half as much
-and sends no more. Steps are ordered by what they cost in a layer alone for every byte
-that they spare, so a prefix of them is what a knapsack would take; the longest prefix within the budget is found by
+and sends no more. Steps are ordered by what they cost in a layer alone for what they
+save, so a prefix of them is what a knapsack would take; the longest prefix within the budget is found by
 bisection. The costs, scaled to what was measured last, say where to look next; but every candidate is calibrated and
 measured, none is taken on a prediction.
 """
@@ -158,6 +161,7 @@ class Candidate:
         kl: KL to the source, nats per token.
         perplexity_increase: As a share of the source's perplexity.
         used: The share of the budget that it uses.
+        seconds: What the load takes with it, as predicted; None if no machine is known.
     """
 
     forms: tuple[str, ...]
@@ -165,6 +169,7 @@ class Candidate:
     kl: float
     perplexity_increase: float
     used: float
+    seconds: float | None = None
 
     @property
     def within(self) -> bool:
@@ -181,29 +186,45 @@ class Choice:
 
     Attributes:
         budget: The limit, for people.
-        best: The candidate that waits for least within the budget; None if only the standard form is.
-        frontier: Everything that was measured, from the least spared to the most.
+        best: The candidate that saves most within the budget; None if only the standard form is.
+        frontier: Everything that was measured, from the least saved to the most.
+        standard_seconds: What the load takes in standard form, as predicted; None if no machine is known.
     """
 
     budget: str
     best: Candidate | None
     frontier: tuple[Candidate, ...] = field(default=())
+    standard_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "budget": self.budget,
             "best": self.best.to_dict() if self.best else None,
             "frontier": [candidate.to_dict() for candidate in self.frontier],
+            "standard_seconds": self.standard_seconds,
         }
 
     def lines(self) -> list[str]:
-        """A table for people: quality against the share of communication that nobody waits for."""
-        header = (*CHANGES, "not waited for", "of what is sent, hidden", "KL", "perplexity", "")
-        return table(header, (_row(candidate, candidate is self.best) for candidate in self.frontier))
+        """A table for people: quality against the share of communication that nobody waits for, and predicted time."""
+        standard = self.standard_seconds
+        header = (
+            *CHANGES,
+            "not waited for",
+            "of what is sent, hidden",
+            *(("ms",) if standard else ()),
+            "KL",
+            "perplexity",
+            "",
+        )
+        lines = table(header, (_row(candidate, candidate is self.best) for candidate in self.frontier))
+        return lines if standard is None else [*lines, f"standard takes {standard * 1e3:.4g} ms"]
 
 
 Measure = Callable[[tuple[str, ...]], Quality]
 """Calibrates the model with these forms of its layers, and measures it on text that it was not fitted to."""
+
+SecondsOf = Callable[[tuple[str, ...]], float]
+"""Predicts how long the load takes with these forms of the layers."""
 
 
 def choose_forms(
@@ -212,8 +233,9 @@ def choose_forms(
     measure: Measure,
     budget: Budget,
     payloads: Payloads = Payloads(),
+    seconds_of: SecondsOf | None = None,
 ) -> Choice:
-    """Search for the forms that wait for the least communication within a budget.
+    """Search for the forms that wait for the least communication, or take the least time, within a budget.
 
     Args:
         branches: Of the whole model, in order.
@@ -221,45 +243,57 @@ def choose_forms(
         measure: Measures a choice, never the same one twice.
         budget: The limit.
         payloads: What the branches send.
+        seconds_of: Predicts times, which then count in place of bytes.
     """
+    all_standard = (STANDARD.name,) * _count(costs)
+    standard_seconds = seconds_of(all_standard) if seconds_of is not None else None
 
     def traffic_of(forms: Sequence[str]) -> Traffic:
         return traffic(branches, forms, payloads)
 
-    steps = _steps(costs, traffic_of)
-    path = list(itertools.accumulate(steps, _with_step, initial=(STANDARD.name,) * _count(costs)))
+    def saved(forms: tuple[str, ...]) -> float:
+        """Share of the standard form's bytes that nobody waits for, or of its time that is saved."""
+        if seconds_of is None or standard_seconds is None:
+            return traffic_of(forms).spared
+        return 1 - seconds_of(forms) / standard_seconds
+
+    steps = _steps(costs, saved)
+    path = list(itertools.accumulate(steps, _with_step, initial=all_standard))
     expected_costs = list(itertools.accumulate((step.cost for step in steps), initial=0.0))
-    spared_shares = [traffic_of(forms).spared for forms in path]
+    saved_shares = [saved(forms) for forms in path]
     candidates: list[Candidate] = []
     lower, upper, scale = 0, len(path), 0.0
-    while upper - lower > 1 and (upper == len(path) or spared_shares[upper] - spared_shares[lower] > _FINE):
+    while upper - lower > 1 and (upper == len(path) or saved_shares[upper] - saved_shares[lower] > _FINE):
         middle = _next(expected_costs, lower, upper, 1 / scale if scale > 0 else None)
         quality = measure(path[middle])
         share, increase = budget.used(quality), perplexity_increase(quality)
-        candidates.append(Candidate(path[middle], traffic_of(path[middle]), quality.kl, increase, share))
+        seconds = seconds_of(path[middle]) if seconds_of is not None else None
+        candidates.append(Candidate(path[middle], traffic_of(path[middle]), quality.kl, increase, share, seconds))
         if share <= 1:
             lower = middle
         else:
             upper = middle
         scale = share / expected_costs[middle] if expected_costs[middle] > 0 else 0.0
-    candidates.sort(key=lambda candidate: (candidate.traffic.spared, candidate.kl))
+    candidates.sort(key=lambda candidate: (saved(candidate.forms), candidate.kl))
     within = [candidate for candidate in candidates if candidate.within]
-    return Choice(str(budget), within[-1] if within else None, tuple(candidates))
+    return Choice(str(budget), within[-1] if within else None, tuple(candidates), standard_seconds)
 
 
 _FINE = 1 / 40
-"""The search ends when the next choice over the budget would spare no more than this share of the bytes besides."""
+"""The search ends when the next choice over the budget would save no more than this share besides."""
+_NOTHING = 1e-9
+"""A smaller share is rounding."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Change of one layer to a form that spares more.
+    """Change of one layer to a form that saves more.
 
     Attributes:
         layer: Its number.
         form: Its new form.
         cost: What that costs beyond the layer's form before.
-        rate: The same for every byte that it spares beyond that form.
+        rate: The same for the share that it saves beyond that form.
     """
 
     layer: int
@@ -268,26 +302,26 @@ class _Step:
     rate: float
 
 
-def _steps(costs: Mapping[str, Sequence[float]], traffic_of: Callable[[Sequence[str]], Traffic]) -> list[_Step]:
-    """The steps of all layers, the cheapest for their bytes first; a layer's own are in the order it takes them."""
+def _steps(costs: Mapping[str, Sequence[float]], saved: Callable[[tuple[str, ...]], float]) -> list[_Step]:
+    """The steps of all layers, the cheapest for what they save first; a layer's own are in the order it takes them."""
     layers = _count(costs)
     steps = []
     for layer in range(layers):
-        spared_bytes, cost = 0, 0.0
+        share, cost = 0.0, 0.0
         forms = list(costs)
         while forms:
             changes = []
             for form in forms:
-                alone = [form if other == layer else STANDARD.name for other in range(layers)]
-                more = traffic_of(alone).spared_bytes - spared_bytes
-                if more > 0:
+                alone = tuple(form if other == layer else STANDARD.name for other in range(layers))
+                more = saved(alone) - share
+                if more > _NOTHING:
                     extra = costs[form][layer] - cost
                     changes.append((extra / more, -more, _Step(layer, form, extra, extra / more)))
             if not changes:
                 break
             _, less, step = min(changes, key=lambda one: one[:2])
             steps.append(step)
-            spared_bytes, cost = spared_bytes - less, cost + step.cost
+            share, cost = share - less, cost + step.cost
             forms.remove(step.form)
     return sorted(steps, key=lambda step: step.rate)
 
@@ -320,6 +354,7 @@ def _row(candidate: Candidate, best: bool) -> tuple[str, ...]:
         *(str(candidate.forms.count(form)) for form in CHANGES),
         f"{candidate.traffic.spared:.0%}",
         f"{candidate.traffic.hidden_share:.0%}",
+        *(() if candidate.seconds is None else (f"{candidate.seconds * 1e3:.4g}",)),
         number_text(candidate.kl, ".4f"),
         f"{number_text(candidate.perplexity_increase * 100, '+.1f')} %",
         "chosen" if best else "" if candidate.within else "over the budget",

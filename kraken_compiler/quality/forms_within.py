@@ -15,7 +15,7 @@ from kraken_compiler.lanes.logits import inputs_function, lane_logits, recorded
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
-from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, choose_forms
+from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, SecondsOf, choose_forms
 from kraken_compiler.quality.calibration.on_text import fit_and_train
 from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text, long_rows
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
@@ -39,8 +39,9 @@ def forms_within(
     budget: Budget,
     show: Progress,
     cache: Path | None = None,
+    seconds_of: SecondsOf | None = None,
 ) -> Choice:
-    """Search for the forms that wait for the least communication within a budget.
+    """Search for the forms that wait for the least communication, or take the least time, within a budget.
 
     The search calibrates on most of what the calibration of the result will see and measures on the rest of that; the
     parts of the text that the result is measured on stay unseen.
@@ -54,6 +55,7 @@ def forms_within(
         budget: The limit.
         show: Is told how far it is.
         cache: A file that remembers what forms cost in single layers.
+        seconds_of: Predicts times, see `choose_forms`.
 
     Raises:
         UsageError: The model reads no text, or the texts are too short.
@@ -72,7 +74,7 @@ def forms_within(
         weights = fit_and_train(captured, standard, program, text, passes, show, title).weights
         return evaluate(recorded(source_logits), lane_logits(program, weights.read_lane), evaluation_batches, name)
 
-    return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan))
+    return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan), seconds_of)
 
 
 def _part_aside(text: CalibrationText) -> tuple[CalibrationText, list[Tensor]]:
