@@ -138,7 +138,7 @@ class CompileOptions(CommandOptions):
     machine: Annotated[
         str | None,
         typer.Option(
-            help="With --plan, predict times on this machine; with a budget, save as much of its time as possible. A .toml"
+            help="With --plan, predict times on this machine; with a budget, save most of its time. A .toml"
             " file (of kraken-probe, say), or a100-40gb-sxm, a100-80gb-sxm, h100-sxm, h200-sxm, l40s-pcie."
         ),
     ] = None
