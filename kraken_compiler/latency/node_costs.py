@@ -73,10 +73,10 @@ def node_costs(graph: fx.Graph, sizes: Mapping[fx.Node, Any], machine: Machine, 
 
 def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: bool) -> Cost:
     operands, result = [sizes[one] for one in node.all_input_nodes], sizes[node]
-    if not isinstance(node.target, OpOverload) or is_view(node) or not isinstance(result, (Sized, tuple, list)):
+    if not isinstance(node.target, OpOverload) or not isinstance(result, (Sized, tuple, list)) or is_collective(node):
         return FREE
-    if is_collective(node):
-        return FREE
+    if is_view(node):
+        return FREE if fused else Cost(OTHER, 0.0)
     if node.target in ATTENTIONS or node.target in (CACHED_ATTENTION, _LANE_ATTENTION):
         return _attention(node, sizes, machine)
     product = _product(node, sizes)

@@ -60,30 +60,36 @@ def probe(ranks: Ranks, dtypes: Sequence[str], note: Note) -> Figures:
     """
     for name in dtypes:
         require_dtype(name)
-    device = rank_device(None, ranks.place)
-    ranks.status.computes_here = device.type == "cpu"
-    tasks = _Tasks(ranks, device, note, _count(dtypes, ranks.degree))
-    source = f"kraken-probe on {ranks.degree} ranks, {device_name(device)}, torch {torch.__version__}"
+    tasks = _tasks(ranks, note, _count(dtypes, ranks.degree))
+    source = tasks.source
     figures: Figures = {
         "memory": {"source": source, "bytes": list(_MOVED), "rate": [tasks.moving(moved) for moved in _MOVED]},
         "launch": {"source": source, **tasks.launching(), "step": 0.0},
         "products": [_products(tasks, name, source) for name in dtypes],
         "attention": [_attention(tasks, name, source) for name in dtypes],
-        "all_reduce": [],
     }
-    if ranks.degree > 1:
-        communicator = communicator_of(ranks, device)
-        times = [tasks.reducing(communicator, payload) for payload in _PAYLOADS]
-        figures["all_reduce"] = [
-            {
-                "source": source,
-                "ranks": ranks.degree,
-                "bytes": list(_PAYLOADS),
-                "seconds": [whole for whole, _ in times],
-                "busy": [busy for _, busy in times],
-            }
-        ]
-    return figures
+    return {**figures, "all_reduce": _sums(tasks)}
+
+
+def probe_sums(ranks: Ranks) -> list[Figures]:
+    """Measure all-reduces alone, as where nothing but the link has changed; all ranks must call it together."""
+    return _sums(_tasks(ranks, lambda done, total: None, len(_PAYLOADS)))
+
+
+def _tasks(ranks: Ranks, note: Note, total: int) -> _Tasks:
+    device = rank_device(None, ranks.place)
+    ranks.status.computes_here = device.type == "cpu"
+    return _Tasks(ranks, device, note, total)
+
+
+def _sums(tasks: _Tasks) -> list[Figures]:
+    ranks = tasks.ranks
+    if ranks.degree == 1:
+        return []
+    communicator = communicator_of(ranks, tasks.device)
+    times = [tasks.reducing(communicator, payload) for payload in _PAYLOADS]
+    figures = {"bytes": list(_PAYLOADS), "seconds": [one[0] for one in times], "busy": [one[1] for one in times]}
+    return [{"source": tasks.source, "ranks": ranks.degree, **figures}]
 
 
 def probe_rank(payload: dict[str, Any], ranks: Ranks) -> Figures:
@@ -155,18 +161,23 @@ class _Tasks:
     """Measures one figure after the other."""
 
     def __init__(self, ranks: Ranks, device: torch.device, note: Note, total: int) -> None:
-        self._ranks, self._device, self._note, self._total = ranks, device, note, total
+        self.ranks, self.device, self._note, self._total = ranks, device, note, total
         self._done = 0
+
+    @property
+    def source(self) -> str:
+        """Where the figures are from, for the record."""
+        return f"kraken-probe on {self.ranks.degree} ranks, {device_name(self.device)}, torch {torch.__version__}"
 
     def moving(self, moved: int) -> float:
         """Bytes a second of a sum of two tensors into a third."""
         count = max(1, moved // 12)
-        left, right, out = (torch.ones(count, device=self._device) for _ in range(3))
+        left, right, out = (torch.ones(count, device=self.device) for _ in range(3))
         return moved / self._seconds([lambda: torch.add(left, right, out=out)])
 
     def launching(self) -> dict[str, float]:
         """Seconds of the host for an operator of next to no numbers, called by name and as compiled code calls it."""
-        x, y, out = (torch.ones(8, device=self._device) for _ in range(3))
+        x, y, out = (torch.ones(8, device=self.device) for _ in range(3))
         call, direct = torch.ops.aten.add.Tensor, torch.ops.aten.add.out
 
         def named() -> None:
@@ -184,15 +195,15 @@ class _Tasks:
         """FLOP/s of a product with a square weight."""
         rows = max(1, min(rows, int(_MOST_FLOPS / (2 * side * side))))
         copies = min(256, max(2, _COLD_BYTES // (side * side * dtype.itemsize)))
-        x = torch.randn(rows, side, device=self._device).to(dtype)
-        weights = [torch.randn(side, side, device=self._device).to(dtype) for _ in range(copies)]
+        x = torch.randn(rows, side, device=self.device).to(dtype)
+        weights = [torch.randn(side, side, device=self.device).to(dtype) for _ in range(copies)]
         return 2.0 * rows * side * side / self._seconds([_linear(x, weight) for weight in weights])
 
     def attending(self, queries: int, dtype: torch.dtype) -> float:
         """FLOP/s of causal attention to what stands before; of a single query, to a past."""
         keys = queries if queries > 1 else _PAST
         q, k, v = (
-            torch.randn(1, _HEADS, length, _HEAD, device=self._device).to(dtype) for length in (queries, keys, keys)
+            torch.randn(1, _HEADS, length, _HEAD, device=self.device).to(dtype) for length in (queries, keys, keys)
         )
         seen = (queries + 1) / 2 if queries > 1 else keys
         flops = 4.0 * _HEADS * queries * seen * _HEAD
@@ -200,16 +211,16 @@ class _Tasks:
 
     def reducing(self, communicator: Communicator, payload: int) -> tuple[float, float]:
         """Seconds of a sum that is awaited at once, and of its calls where it has landed meanwhile."""
-        part = torch.ones(payload // 4, device=self._device)
+        part = torch.ones(payload // 4, device=self.device)
 
         def at_once() -> None:
             communicator.wait(communicator.start(part))
 
-        self._ranks.barrier()
+        self.ranks.barrier()
         whole = self._agreed(self._seconds([at_once], agreed=True))
         busy = []
         for _ in range(_LEAST + 2):
-            self._ranks.barrier()
+            self.ranks.barrier()
             begin = time.perf_counter()
             handle = communicator.start(part)
             started = time.perf_counter()
@@ -228,7 +239,7 @@ class _Tasks:
             counts: It is a figure of its own.
             agreed: All ranks must run it equally often.
         """
-        self._ranks.barrier()
+        self.ranks.barrier()
         first = self._timed(runs[0])
         again = self._timed(runs[-1])
         expected = min(first, again)
@@ -248,12 +259,12 @@ class _Tasks:
         return time.perf_counter() - begin
 
     def _synchronize(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def _agreed(self, value: float) -> float:
         """Rank 0's value."""
-        return float(self._ranks.broadcast(repr(value).encode() if self._ranks.rank == 0 else None).decode())
+        return float(self.ranks.broadcast(repr(value).encode() if self.ranks.rank == 0 else None).decode())
 
 
 def _linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
