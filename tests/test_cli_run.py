@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -103,6 +104,34 @@ def test_token_ids_run_anywhere(artifact: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(artifact, tmp_path / "moved")
     out = printed(moved, "--input-ids", "5,6,40", "--max-new-tokens", "4")
     assert out == ids(continuation([5, 6, 40], 4)) + "\n"
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_trace_of_what_ranks_do(artifact: Path, tmp_path: Path, backend: str) -> None:
+    file, one = tmp_path / "trace.json", tmp_path / "llama.kraken"
+    compile_model(artifact.parent / "llama", one, degree=2, form="kraken", backends=(backend,), verify=False)
+    printed(one, "--input-ids", "5,6,7,8", "--max-new-tokens", "3", "--trace", file)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    names = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    for rank in (0, 1):
+        streams: dict[str, list[dict[str, float]]] = {}
+        for span in spans:
+            if span["pid"] == rank:
+                streams.setdefault(names[rank, span["tid"]], []).append(span)
+        assert [span["name"] for span in streams["runs"]] == ["prefill", "step", "step"]
+        reduces = [span for span in streams["link"] if str(span["name"]).startswith("reduce")]
+        assert reduces
+        assert len(reduces) % 3 == 0, "every run has as many"
+        compute = streams["compute"]
+        for earlier, later in itertools.pairwise(compute):
+            assert earlier["ts"] + earlier["dur"] <= later["ts"] + 1e-3
+        for run in streams["runs"]:
+            inside = [one for one in compute if run["ts"] <= one["ts"] < run["ts"] + run["dur"]]
+            # All of a run is computing, beginning sums, or waiting.
+            assert sum(one["dur"] for one in inside) == pytest.approx(run["dur"], rel=1e-3, abs=50)
+    assert "no such directory" in refused(2, artifact, "--input-ids", "5", "--trace", tmp_path / "absent" / "t.json")
 
 
 def test_several_prompts(artifact: Path, tmp_path: Path) -> None:

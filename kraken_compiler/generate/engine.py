@@ -88,6 +88,7 @@ class Engine:
         self._decoder: tuple[tuple[int, int, Sequence[Sequence[int]]], Decoder] | None = None
         self._read: Sequence[int] = ()
         self._has_measured = False
+        self._traced: Decoder | None = None
 
     def run(self, request: GenerationRequest) -> Iterator[list[int | None]]:
         """Carry out a request, as rank 0: the others are told first.
@@ -171,6 +172,10 @@ class Engine:
         # Without a cache all is read again for every token.
         most = request.capacity if self.artifact.manifest.cache is None else longest
         self._measure_halves(decoder, most - self._known_tokens(decoder, request.prompts))
+        if self.ranks.trace is not None and self._traced is not decoder:
+            # Only now, so that what was run to measure halves is not in the trace.
+            self.ranks.trace.name_runs(decoder)
+            self._traced = decoder
         known = self._known_tokens(decoder, request.prompts)
         read, self._read = [*request.prompts[0]], ()
         steps = generate(

@@ -119,6 +119,12 @@ class RunOptions(CommandOptions):
             min=1, max=_MOST_THREADS, help="Threads that every rank computes with. (default: its share of the cores)"
         ),
     ] = None
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what every rank computes and has on its way, for chrome://tracing or ui.perfetto.dev (.json)."
+        ),
+    ] = None
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -164,6 +170,8 @@ class RunOptions(CommandOptions):
             raise UsageError(f"--reduce-dtype {self.reduce_dtype}: choose bfloat16 or float16")
         if self.timeout is not None:
             require_timeout(self.timeout)
+        if self.trace is not None and not self.trace.absolute().parent.is_dir():
+            raise UsageError(f"--trace {self.trace}: there is no such directory")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise UsageError("--top-k and --top-p need a --temperature above 0; 0 takes the most likely token")
         Sampling(self.temperature, self.top_k, self.top_p, self.seed or 0)
@@ -225,7 +233,7 @@ class RunOptions(CommandOptions):
     def from_json(cls, text: str) -> Self:
         """The options that `to_json` wrote."""
         values = json.loads(text)
-        for name in ("artifact", "prompt_file"):
+        for name in ("artifact", "prompt_file", "trace"):
             values[name] = Path(values[name]) if values[name] is not None else None
         return cls(**values)
 

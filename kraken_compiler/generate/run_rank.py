@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kraken_compiler.backends.open_model import open_model
-from kraken_compiler.errors import KrakenError
+from kraken_compiler.errors import KrakenError, os_errors_as
 from kraken_compiler.generate.engine import Engine
 from kraken_compiler.generate.frontend import serve
 from kraken_compiler.generate.request import RunOptions, options_app
 from kraken_compiler.ranks.session import joined
+from kraken_compiler.ranks.trace import Trace, chrome_trace, spans_from
 from kraken_compiler.standard_streams import prepare_streams, tell
 
 OPTIONS_FILE = "--options-file"
@@ -52,10 +54,21 @@ def run_rank(options: RunOptions) -> None:
         # Backends, which are imported later, take it from here.
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with joined(options.timeout, options.reduce_dtype) as ranks:
+        if options.trace is not None:
+            ranks.trace = Trace()
+            ranks.trace.watch(ranks)
         artifact, model = open_model(options.artifact, ranks, options.backend_of)
         engine = Engine(artifact, model, ranks)
+        if ranks.trace is not None:
+            ranks.barrier()
+            ranks.trace.begin()
         if ranks.rank == 0:
             serve(engine, options)
             engine.end()
         else:
             engine.follow()
+        if ranks.trace is not None and options.trace is not None:
+            of_ranks = [spans_from(content) for content in ranks.gather(ranks.trace.to_json())]
+            if ranks.rank == 0:
+                with os_errors_as(f"--trace: cannot write {options.trace}"):
+                    options.trace.write_text(json.dumps(chrome_trace(of_ranks)), encoding="utf-8")

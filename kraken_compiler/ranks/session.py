@@ -30,6 +30,7 @@ from kraken_compiler.ranks.communicators.rendezvous import (
 from kraken_compiler.ranks.communicators.sums import Exchange
 from kraken_compiler.ranks.environment import Place, collective_timeout
 from kraken_compiler.ranks.heartbeat import StatusWriter
+from kraken_compiler.ranks.trace import Trace
 
 
 class Ranks(ArraySums):
@@ -44,7 +45,10 @@ class Ranks(ArraySums):
         exchange: Moves bytes between the ranks, for sums of other arrays than numpy's; None for a single rank.
         host: Address or interface at which peers reach this rank.
         timeout: Seconds without an answer after which a peer counts as dead.
+        trace: Records what this rank does; None if nobody asked.
     """
+
+    trace: Trace | None = None
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from kraken_compiler.errors import UsageError
 from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.group import GroupCommunicator
 from kraken_compiler.ranks.communicators.message import MessageCommunicator
@@ -42,10 +43,16 @@ def communicator_of(ranks: Ranks, device: torch.device) -> Communicator:
     Args:
         ranks: This rank; on GPUs, all must call it together.
         device: Where the parts are.
+
+    Raises:
+        UsageError: A trace was asked for, of what the host of a GPU knows no times of.
     """
     reduce_dtype = None if ranks.reduce_dtype is None else getattr(torch, ranks.reduce_dtype.name)
     if device.type == "cpu":
-        return MessageCommunicator(ranks.rank, ranks.degree, _NAME, lambda: ranks.exchange, reduce_dtype)
+        watch = ranks.trace.watch if ranks.trace is not None else None
+        return MessageCommunicator(ranks.rank, ranks.degree, _NAME, lambda: ranks.exchange, reduce_dtype, watch)
+    if ranks.trace is not None:
+        raise UsageError("--trace records ranks on CPUs; on GPUs torch.profiler knows when kernels run")
     return GroupCommunicator(process_group(ranks, device), reduce_dtype)
 
 

@@ -81,6 +81,7 @@ class MessageCommunicator(Communicator):
         name: str,
         connect: Callable[[], Exchange | None],
         reduce_dtype: torch.dtype | None = None,
+        watch: Callable[[TensorSums], None] | None = None,
     ) -> None:
         """Prepare for the ranks.
 
@@ -88,9 +89,10 @@ class MessageCommunicator(Communicator):
             rank, degree, name: See `Communicator`.
             connect: Connects the ranks, at the first operation; gives None for a single one.
             reduce_dtype: To which parts are rounded before they are sent; None leaves them.
+            watch: Is given what sums before it does; None if nobody watches.
         """
         super().__init__(rank, degree, name, reduce_dtype=reduce_dtype)
-        self._connect = connect
+        self._connect, self._watch = connect, watch
         self._sums: TensorSums | None = None
 
     @classmethod
@@ -142,4 +144,6 @@ class MessageCommunicator(Communicator):
     def _open(self) -> TensorSums:
         if self._sums is None:
             self._sums = TensorSums(self.rank, self.degree, self._connect(), self.reduce_dtype)
+            if self._watch is not None:
+                self._watch(self._sums)
         return self._sums
