@@ -33,7 +33,7 @@ from ttft_parts.workloads import WORKLOADS, Workload
 
 from kraken_compiler.capture import capture
 from kraken_compiler.latency.machine import Machine
-from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.passes.lower import lower_split, split_source
 
@@ -115,7 +115,7 @@ def _predicted(workload: Workload, plan: Plan, machines: dict[str, Machine], wor
     for dtype in plan.dtypes:
         split = split_source(capture(work / "model", dtype=dtype_named(dtype)).program, workload.degree)
         forms = {one.form for one in plan.contenders if one.form is not None}
-        programs = {form: lower_split(split, form, overlap="tokens") for form in forms}
+        programs = {form: RunGraphs.of(lower_split(split, form, overlap="tokens")) for form in forms}
         for link, machine in machines.items():
             predictors = {mode: Predictor(machine, fused=mode == "compiled") for mode in ("eager", "compiled")}
             for prompt in plan.prompts:

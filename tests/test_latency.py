@@ -14,7 +14,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.latency.curve import between
 from kraken_compiler.latency.machine import Machine, load_machine, machine_names
-from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.sized import Sized, Sizer
 from kraken_compiler.latency.table import HALVES, SILENT, compared_lines, latency_table
 from kraken_compiler.passes.lower import lower_split, split_source
@@ -58,9 +58,14 @@ def machine(folder: Path, text: str = TOML) -> Machine:
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[str, LaneProgram]:
+def lanes() -> dict[str, LaneProgram]:
     split = split_source(capture(SUPPORTED["llama"]()).program, 2)
     return {form: lower_split(split, form, overlap="tokens") for form in ("standard", "kraken", "delayed")}
+
+
+@pytest.fixture(scope="module")
+def programs(lanes: dict[str, LaneProgram]) -> dict[str, RunGraphs]:
+    return {form: RunGraphs.of(program) for form, program in lanes.items()}
 
 
 def test_values_between_points_lie_on_lines_in_logarithmic_scales() -> None:
@@ -96,7 +101,7 @@ def test_what_is_no_machine_is_refused(tmp_path: Path, old: str, new: str, messa
         machine(tmp_path, TOML.replace(old, new))
 
 
-def test_what_a_machine_does_not_say_is_not_guessed(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+def test_what_a_machine_does_not_say_is_not_guessed(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     with pytest.raises(UsageError, match=r"there is no machine 'h1000'.*h100-sxm"):
         load_machine("h1000")
     found = machine(tmp_path)
@@ -117,10 +122,10 @@ def test_products_take_what_is_longer_of_computing_and_moving(tmp_path: Path) ->
     assert (whole, busy) == pytest.approx((2e-3, 2e-4))
 
 
-def test_shapes_are_those_of_a_run(programs: dict[str, LaneProgram]) -> None:
-    program = programs["kraken"]
-    spec = program.inputs[0]
-    sizes = Sizer().sizes(program.graph, {spec.name: (3, 11)}, 11)
+def test_shapes_are_those_of_a_run(lanes: dict[str, LaneProgram]) -> None:
+    program = lanes["kraken"]
+    given = {name: Sized(tuple(spec.shape), getattr(torch, spec.dtype)) for name, spec in program.weights.items()}
+    sizes = Sizer().sizes(program.graph, given | {program.inputs[0].name: Sized((3, 11), torch.int64)})
     interpreter = _Shapes(program.module)
     weights = [torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for one in program.weights.values()]
     interpreter.run(*weights, torch.ones(3, 11, dtype=torch.int64))
@@ -143,7 +148,7 @@ class _Shapes(torch.fx.Interpreter):
         return value
 
 
-def test_standard_waits_for_all_it_sends(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+def test_standard_waits_for_all_it_sends(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     predictor = Predictor(machine(tmp_path))
     load = Load(prompt=32, batch=2, new_tokens=8)
     silent = predictor.predict(programs["standard"], load, silent=True)
@@ -157,7 +162,7 @@ def test_standard_waits_for_all_it_sends(tmp_path: Path, programs: dict[str, Lan
     assert standard.total == pytest.approx(standard.ttft + 7 * standard.tpot)
 
 
-def test_what_hides_is_not_waited_for(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+def test_what_hides_is_not_waited_for(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     predictor = Predictor(machine(tmp_path))
     load = Load(prompt=64, new_tokens=8)
     times = {name: predictor.predict(program, load) for name, program in programs.items()}
@@ -171,7 +176,7 @@ def test_what_hides_is_not_waited_for(tmp_path: Path, programs: dict[str, LanePr
     assert halves.tpot == times["standard"].tpot
 
 
-def test_streams_carry_one_thing_at_a_time(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+def test_streams_carry_one_thing_at_a_time(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     timeline = Predictor(machine(tmp_path)).predict(programs["delayed"], Load(64)).prefill
     for stream in ("compute", "link"):
         events = [event for event in timeline.events if event.stream == stream]
@@ -180,7 +185,7 @@ def test_streams_carry_one_thing_at_a_time(tmp_path: Path, programs: dict[str, L
         assert all(earlier.end <= later.begin + 1e-12 for earlier, later in pairwise(events))
 
 
-def test_a_table_for_people(tmp_path: Path, programs: dict[str, LaneProgram]) -> None:
+def test_a_table_for_people(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     predictor = Predictor(machine(tmp_path))
     found = latency_table(
         programs["standard"], programs["kraken"], "kraken", predictor, prompts=(16, 32, 4096), batches=(1, 4), most=512

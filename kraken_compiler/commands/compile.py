@@ -31,7 +31,7 @@ from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.latency.machine import Machine, load_machine
-from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
@@ -212,7 +212,7 @@ class _Compile:
         @cache
         def seconds(forms: tuple[str, ...]) -> float:
             program = lower_split(split, forms, overlap=AUTO)
-            return predictor.fastest(program, load).total
+            return predictor.fastest(RunGraphs.of(program), load).total
 
         return seconds
 
@@ -222,7 +222,7 @@ class _Compile:
             forms = dict.fromkeys(program.plan.forms)
             name = next(iter(forms)) if len(forms) == 1 else "as asked"
             standard, asked = (
-                one if one.cached is None else with_halves(one, TOKENS)
+                RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
                 for one in (program if name == "standard" else lower_split(split, "standard"), program)
             )
             most = [limit for limit in (_max_positions(captured.config), _cache_limit(program)) if limit is not None]

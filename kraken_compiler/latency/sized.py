@@ -1,7 +1,7 @@
 """Shapes of a graph's values for sizes that are numbers.
 
-A graph's own shapes are symbolic, and one on two halves has none. Operators are asked once for every combination of
-operands: the layers of a model are alike.
+A graph's own shapes are symbolic, and one that was read from a file has none. Operators are asked once for every
+combination of operands: the layers of a model are alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from kraken_compiler._torch_compat import FakeTensorMode, on_fakes
-from kraken_compiler.passes.shapes import shape_of, symbols_of, value_of
 
 aten = torch.ops.aten
 
@@ -48,40 +47,24 @@ class Sizer:
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
 
-    def sizes(self, graph: fx.Graph, inputs: Mapping[str, tuple[int, ...]], otherwise: int) -> dict[fx.Node, Any]:
+    def sizes(self, graph: fx.Graph, placeholders: Mapping[str, Sized]) -> dict[fx.Node, Any]:
         """The shapes of all values.
 
         Args:
-            graph: Its placeholders carry `meta["val"]`, or are among `inputs`.
-            inputs: Shapes of inputs, by name. What their symbols become, they become in other placeholders, too.
-            otherwise: What the symbols are that no input has: the length of caches and tables.
+            graph: A graph; whether its nodes carry `meta["val"]` does not matter.
+            placeholders: What it is given, by name.
 
         Returns:
             A `Sized` for every node that computes a tensor, tuples of them, and plain numbers.
         """
-        symbols: dict[Any, int] = {}
-        placeholders = graph.find_nodes(op="placeholder")
-        for node in placeholders:
-            if node.name in inputs and "val" in node.meta:
-                for size, number in zip(shape_of(node), inputs[node.name], strict=True):
-                    for symbol in symbols_of(size):
-                        symbols.setdefault(symbol, number)
         found: dict[fx.Node, Any] = {}
         with on_fakes(FakeTensorMode(allow_non_fake_inputs=True)):
             for node in graph.nodes:
                 if node.op == "placeholder":
-                    found[node] = self._placeholder(node, inputs, symbols, otherwise)
+                    found[node] = placeholders[node.name]
                 elif node.op == "call_function":
                     found[node] = self._call(node, found)
         return found
-
-    def _placeholder(
-        self, node: fx.Node, inputs: Mapping[str, tuple[int, ...]], symbols: Mapping[Any, int], otherwise: int
-    ) -> Sized:
-        dtype = value_of(node).dtype if "val" in node.meta else torch.int64
-        if node.name in inputs:
-            return Sized(inputs[node.name], dtype)
-        return Sized(tuple(_number(size, symbols, otherwise) for size in shape_of(node)), dtype)
 
     def _call(self, node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
@@ -93,12 +76,6 @@ class Sizer:
             target = aten.reshape.default if node.target is aten.view.default else node.target
             self._known[key] = _mapped(target(*fake_args, **fake_kwargs), _sized)
         return self._known[key]
-
-
-def _number(size: Any, symbols: Mapping[Any, int], otherwise: int) -> int:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return int(size.node.expr.xreplace({symbol: symbols.get(symbol, otherwise) for symbol in symbols_of(size)}))
 
 
 def _key(value: Any) -> Any:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kraken_compiler.ir.program import LaneProgram
-from kraken_compiler.latency.predict import Load, Prediction, Predictor
+from kraken_compiler.latency.predict import Load, Prediction, Predictor, RunGraphs
 from kraken_compiler.text import table
 
 PROMPTS, BATCHES = (128, 512, 2048, 8192), (1, 8, 32)
@@ -71,8 +70,8 @@ class LatencyTable:
 
 
 def latency_table(
-    standard: LaneProgram,
-    asked: LaneProgram,
+    standard: RunGraphs,
+    asked: RunGraphs,
     name: str,
     predictor: Predictor,
     *,
@@ -105,7 +104,7 @@ def latency_table(
             predictions: dict[str, Prediction] = {}
             for form, program in programs.items():
                 predictions[form] = predictor.predict(program, load)
-                if program.cached is not None and program.cached.split is not None:
+                if program.split is not None:
                     predictions[f"{form}, {HALVES}"] = predictor.predict(program, load, halves=True)
             predictions[SILENT] = predictor.predict(standard, load, silent=True)
             rows[load] = predictions
