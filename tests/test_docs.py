@@ -13,12 +13,14 @@ from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.heal import HealCommand
 from kraken_compiler.cli.probe import ProbeCommand
+from kraken_compiler.cli.report import ReportCommand
 from kraken_compiler.cli.verify import VerifyCommand
 from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.heal import HealOptions
 from kraken_compiler.options.probe import ProbeOptions
+from kraken_compiler.options.report import ReportOptions
 from kraken_compiler.options.verify import VerifyOptions
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
@@ -92,6 +94,7 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
     "kraken-run": (RunOptions,),
     "kraken-verify": (VerifyCommand, VerifyOptions),
     "kraken-probe": (ProbeCommand, ProbeOptions),
+    "kraken-report": (ReportCommand, ReportOptions),
     "kraken-heal": (HealCommand, HealOptions, HealSettings),
 }
 

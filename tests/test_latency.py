@@ -187,9 +187,8 @@ def test_streams_carry_one_thing_at_a_time(tmp_path: Path, programs: dict[str, R
 
 def test_a_table_for_people(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
     predictor = Predictor(machine(tmp_path))
-    found = latency_table(
-        programs["standard"], programs["kraken"], "kraken", predictor, prompts=(16, 32, 4096), batches=(1, 4), most=512
-    )
+    two = {name: programs[name] for name in ("standard", "kraken")}
+    found = latency_table(two, predictor, prompts=(16, 32, 4096), batches=(1, 4), most=512)
     assert [(load.batch, load.prompt) for load in found.rows] == [(1, 16), (1, 32), (4, 16), (4, 32)]
     names = ["standard", f"standard, {HALVES}", "kraken", f"kraken, {HALVES}", SILENT]
     assert all(list(predictions) == names for predictions in found.rows.values())
@@ -197,4 +196,7 @@ def test_a_table_for_people(tmp_path: Path, programs: dict[str, RunGraphs]) -> N
     assert lines[0].startswith("predicted on two of them, 2 devices")
     assert "prompts of 4096 tokens are left out: the model takes 512" in lines
     assert found.to_dict()["loads"][0]["predictions"]["kraken"]["prefill"]["waited"] >= 0
+    assert [(load.prompt, load.new_tokens) for load in latency_table(two, predictor, batches=(2,), most=8).rows] == [
+        (4, 4)
+    ]
     assert "2: fastest" in compared_lines([found])[1]

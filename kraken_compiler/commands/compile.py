@@ -221,12 +221,13 @@ class _Compile:
         with self.show.stage("predict"):
             forms = dict.fromkeys(program.plan.forms)
             name = next(iter(forms)) if len(forms) == 1 else "as asked"
-            standard, asked = (
-                RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
-                for one in (program if name == "standard" else lower_split(split, "standard"), program)
-            )
+            forms_of = {"standard": lower_split(split, "standard"), name: program}
+            graphs = {
+                form: RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
+                for form, one in forms_of.items()
+            }
             most = [limit for limit in (_max_positions(captured.config), _cache_limit(program)) if limit is not None]
-            return latency_table(standard, asked, name, Predictor(machine), most=min(most, default=None))
+            return latency_table(graphs, Predictor(machine), most=min(most, default=None))
 
     def _require_checkable(self) -> None:
         uncheckable = [backend.name for backend in self.backends if not backend.gives_reference]

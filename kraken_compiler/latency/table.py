@@ -51,7 +51,7 @@ class LatencyTable:
         names = list(next(iter(self.rows.values())))
         asked = next((name for name in names if name not in ("standard", SILENT) and HALVES not in name), "standard")
         times = [
-            [str(load.batch), str(load.prompt), *(_times(predictions[name]) for name in names)]
+            [str(load.batch), str(load.prompt), *(times_text(predictions[name]) for name in names)]
             for load, predictions in self.rows.items()
         ]
         parts = [
@@ -70,21 +70,17 @@ class LatencyTable:
 
 
 def latency_table(
-    standard: RunGraphs,
-    asked: RunGraphs,
-    name: str,
+    programs: Mapping[str, RunGraphs],
     predictor: Predictor,
     *,
     prompts: Sequence[int] = PROMPTS,
     batches: Sequence[int] = BATCHES,
     most: int | None = None,
 ) -> LatencyTable:
-    """Predict a model's standard form and another one, with and without prefills in two halves.
+    """Predict programs of one degree, with and without prefills in two halves.
 
     Args:
-        standard: The model in standard form.
-        asked: It in the form that was asked for, which may be the same.
-        name: What that is called.
+        programs: By what they are called; the first without communication is what nothing can beat.
         predictor: Knows the machine.
         prompts, batches: The loads.
         most: The longest sequence that the model takes; None if nothing bounds it.
@@ -92,25 +88,23 @@ def latency_table(
     Raises:
         UsageError: See `Predictor.predict`.
     """
-    programs = {"standard": standard} if name == "standard" else {"standard": standard, name: asked}
-    rows, left_out = {}, []
-    for prompt in prompts:
-        new_tokens = Load(prompt).new_tokens
-        if most is not None and prompt + new_tokens > most:
-            left_out.append(prompt)
-            continue
-        for batch in batches:
-            load = Load(prompt, batch)
-            predictions: dict[str, Prediction] = {}
-            for form, program in programs.items():
-                predictions[form] = predictor.predict(program, load)
-                if program.split is not None:
-                    predictions[f"{form}, {HALVES}"] = predictor.predict(program, load, halves=True)
-            predictions[SILENT] = predictor.predict(standard, load, silent=True)
-            rows[load] = predictions
-    by_batch = dict(sorted(rows.items(), key=lambda item: (item[0].batch, item[0].prompt)))
+    first = next(iter(programs.values()))
+    loads = [Load(prompt, batch) for batch in batches for prompt in prompts]
+    fitting = [load for load in loads if most is None or load.prompt + load.new_tokens <= most]
+    if not fitting and most is not None:
+        # A model of short sequences: half for the prompt.
+        fitting = [Load(max(1, most // 2), batch, max(1, most // 2)) for batch in batches]
+    rows: dict[Load, dict[str, Prediction]] = {}
+    for load in fitting:
+        rows[load] = predictions = {}
+        for name, program in programs.items():
+            predictions[name] = predictor.predict(program, load)
+            if program.split is not None and load.prompt > 1:
+                predictions[f"{name}, {HALVES}"] = predictor.predict(program, load, halves=True)
+        predictions[SILENT] = predictor.predict(first, load, silent=True)
+    left_out = dict.fromkeys(load.prompt for load in loads if load not in rows)
     note = f"prompts of {', '.join(map(str, left_out))} tokens are left out: the model takes {most}"
-    return LatencyTable(predictor.machine.name, standard.degree, by_batch, (note,) if left_out else ())
+    return LatencyTable(predictor.machine.name, first.degree, rows, (note,) if left_out else ())
 
 
 def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:
@@ -121,7 +115,7 @@ def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:
         for one in tables:
             predictions = {name: value for name, value in one.rows[load].items() if name != SILENT}
             best = min(predictions, key=lambda name: predictions[name].ttft)
-            cells += [_times(predictions["standard"]), f"{_times(predictions[best])} {best}"]
+            cells += [times_text(predictions["standard"]), f"{times_text(predictions[best])} {best}"]
         rows.append(cells)
     header = [f"{one.degree}: {what}" for one in tables for what in ("standard", "fastest")]
     return [
@@ -131,14 +125,16 @@ def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:
     ]
 
 
-def _times(prediction: Prediction) -> str:
-    return f"{_ms(prediction.ttft)} / {_ms(prediction.tpot)}"
+def times_text(prediction: Prediction) -> str:
+    """Time to the first token and per following token, in ms."""
+    return f"{milliseconds(prediction.ttft)} / {milliseconds(prediction.tpot)}"
 
 
 def _parts(prediction: Prediction) -> list[str]:
     prefill = prediction.prefill
-    return [_ms(sum(prefill.spent.values())), _ms(prefill.waited), _ms(prefill.hidden)]
+    return [milliseconds(sum(prefill.spent.values())), milliseconds(prefill.waited), milliseconds(prefill.hidden)]
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """A time in ms, as text."""
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"

@@ -179,19 +179,37 @@ def _measure(
     return replace(sensitivity, costs=tuple(costs))
 
 
+def costs_alone(path: Path) -> dict[tuple[str, int], float]:
+    """What forms cost in single layers, from a file that remembers them; nothing if there is none.
+
+    Returns:
+        KL by form and layer.
+
+    Raises:
+        InputFileError: The file cannot be read, or is none of these.
+    """
+    found = _read(path)
+    alone = [] if found is None else [cost for cost in found.costs if cost.first == cost.last]
+    return {(cost.form, cost.first): cost.kl for cost in alone}
+
+
 def _load(path: Path, empty: Sensitivity) -> Sensitivity:
     """Read the costs of the same measurement from a file; none if it is of another one."""
+    found = _read(path)
+    return found if found is not None and replace(found, costs=()) == empty else empty
+
+
+def _read(path: Path) -> Sensitivity | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         costs = tuple(RunCost(**cost) for cost in data.pop("costs"))
-        sensitivity = Sensitivity(**data, costs=costs)
+        return Sensitivity(**data, costs=costs)
     except FileNotFoundError:
-        return empty
+        return None
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path}: is no record of sensitivities; remove it to measure again") from error
-    return sensitivity if replace(sensitivity, costs=()) == empty else empty
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +124,19 @@ class Trace:
 def spans_from(content: bytes) -> list[Span]:
     """The record that `Trace.to_json` wrote."""
     return [Span(**span) for span in json.loads(content)]
+
+
+def spans_of_chrome(trace: Mapping[str, Any], rank: int) -> list[Span]:
+    """One rank's record from a trace that `chrome_trace` made.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: It is none.
+    """
+    return [
+        Span(event["name"], STREAMS[event["tid"]], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+        for event in trace["traceEvents"]
+        if event["ph"] == "X" and event["pid"] == rank
+    ]
 
 
 def chrome_trace(of_ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:

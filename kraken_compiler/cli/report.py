@@ -1,0 +1,68 @@
+"""`kraken-report DIR -o report.html`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kraken_compiler.cli.console import (
+    EXIT_CODES,
+    ConsoleProgress,
+    errors_as_exit_codes,
+    print_json,
+    print_lines,
+    quiet_libraries,
+    run_app,
+    set_up_logging,
+)
+from kraken_compiler.options.command_line import CommandLine, command
+from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
+from kraken_compiler.options.report import ReportOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """Arguments of the command line beside `ReportOptions`."""
+
+    artifact: Annotated[
+        Path, COMMAND_LINE_ONLY, typer.Argument(metavar="DIR", help="An artifact that kraken-compile wrote.")
+    ]
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html")
+
+
+def report(command_line: CommandLine) -> None:
+    """Write the page, and say where it is."""
+    output = command_line.output
+    set_up_logging(output.verbose)
+    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+        arguments, options = command_line.options(ReportCommand, ReportOptions)
+        # Imported late, so that --help does not load torch.
+        from kraken_compiler.commands.report import report_on
+
+        progress = ConsoleProgress(output.quiet or output.json)
+        report_on(arguments.artifact, arguments.output, options, progress=progress)
+        if output.json:
+            print_json({"report": str(arguments.output)})
+        elif not output.quiet:
+            print_lines([f"wrote {arguments.output}"])
+
+
+app = command(
+    report,
+    ReportCommand,
+    ReportOptions,
+    description="Write one page about an artifact: its forms, what they cost, where its time goes. Needs no network.",
+    epilog=EXIT_CODES,
+)
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app, "kraken-report")
+
+
+if __name__ == "__main__":
+    main()

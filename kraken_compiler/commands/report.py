@@ -1,0 +1,115 @@
+"""`report_on`: one page about an artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kraken_compiler.artifact.manifest import REPORT_FILE
+from kraken_compiler.artifact.read import Artifact, open_artifact
+from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
+from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
+from kraken_compiler.latency.machine import load_machine
+from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
+from kraken_compiler.latency.table import latency_table
+from kraken_compiler.options.report import ReportOptions
+from kraken_compiler.progress import Progress, Silent
+from kraken_compiler.quality.sensitivity import costs_alone
+from kraken_compiler.ranks.trace import Span, spans_of_chrome
+from kraken_compiler.report import sections
+from kraken_compiler.report.page import Section, page
+
+_BACKEND = "torch"
+
+
+def report_on(
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: ReportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write a page about an artifact: its forms, what they cost, and where its time goes.
+
+    Args:
+        directory: The artifact.
+        output: The HTML file, which is replaced.
+        options: What is asked for; None takes the defaults.
+        progress: Is told about long stages.
+
+    Raises:
+        InputFileError: The artifact or the trace is damaged, or the page cannot be written.
+        UsageError: Times cannot be predicted of the artifact, or there is no such machine.
+    """
+    options = options if options is not None else ReportOptions()
+    show, path = progress or Silent(), Path(output)
+    with show.stage("check hashes"):
+        artifact = open_artifact(Path(directory))
+    manifest = artifact.manifest
+    report = _json(artifact.path(REPORT_FILE))
+    runs = sections.runs_of(_first_rank(options.trace)) if options.trace is not None else []
+    costs = costs_alone(Path(f"{artifact.directory}.sensitivity.json"))
+    found: list[Section | None] = [
+        sections.model_section(manifest, report),
+        sections.quality_section(report),
+        sections.layers_section(manifest, report, costs),
+    ]
+    if report.get("choice"):
+        found.append(sections.frontier_section(report["choice"]))
+    if options.machine is not None:
+        with show.stage("predict"):
+            predictor, graphs = Predictor(load_machine(options.machine)), _graphs(artifact)
+            limits = (manifest.source.max_positions, graphs.plan.limit)
+            most = min((limit for limit in limits if limit is not None), default=None)
+            prediction = predictor.fastest(graphs, Load(options.prompt))
+            found += [
+                sections.times_section(latency_table({"as compiled": graphs}, predictor, most=most)),
+                sections.timeline_section(prediction, runs),
+            ]
+    elif runs:
+        raise UsageError("--trace is shown beside what is predicted: name a --machine")
+    title = f"{manifest.source.name}, {manifest.degree} devices"
+    text = page(title, str(artifact.directory), [section for section in found if section is not None])
+    partial = path.with_name(f"{path.name}.partial")
+    with os_errors_as(f"--output: cannot write {path}"):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def _graphs(artifact: Artifact) -> RunGraphs:
+    manifest = artifact.manifest
+    if manifest.cache is None:
+        raise UsageError(f"times are predicted of programs with a KV cache only: {manifest.no_cache}")
+    if _BACKEND not in manifest.backends:
+        raise UsageError(f"times are predicted of graphs of the {_BACKEND} backend, which the artifact does not hold")
+    cached = CachedGraphs.load(artifact)
+    return RunGraphs(
+        step=cached.step.graph,
+        split=cached.split.graph if cached.split is not None else None,
+        tables=cached.tables.graph if cached.tables is not None else None,
+        weights=manifest.weight_table,
+        ids=cached.inputs[0].name,
+        plan=cached.plan,
+        degree=manifest.degree,
+    )
+
+
+def _first_rank(path: Path) -> list[Span]:
+    try:
+        return spans_of_chrome(_json(path), 0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputFileError(f"--trace: {path} is no trace of kraken-run") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputFileError(f"{path}: is no JSON") from error
+    if not isinstance(found, dict):
+        raise InputFileError(f"{path}: is no JSON object")
+    return found
