@@ -145,6 +145,7 @@ class Capture:
         notes: What a user should know, one sentence each (e.g. a dimension that turned out to be fixed).
         model: Opens the model itself, to compare with; None if there is none to run.
         frozen: Names of the weights that the source does not train.
+        lanes: How many lanes the model itself has, of which the program is one; None for a model that has none yet.
     """
 
     program: Program
@@ -154,6 +155,7 @@ class Capture:
     notes: tuple[str, ...] = ()
     model: OpenModel | None = field(default=None, repr=False, compare=False)
     frozen: frozenset[str] = frozenset()
+    lanes: int | None = None
 
     @property
     def has_values(self) -> bool:

@@ -169,7 +169,7 @@ def _open(path: Path, *, trust_pickle: bool, require_weights: bool, hash_early: 
         raise without_weights(base, files)
     if quantization == "torchao" and parts.adapter:
         raise unsupported("it holds an adapter beside quantized weights", "Merge it before they are quantized.")
-    tokenizer = _tokenizer(path) or _tokenizer(base)
+    tokenizer = tokenizer_in(path) or tokenizer_in(base)
     return _DirectoryContents(path, parts, files, checkpoint, config, quantization, digest, tokenizer)
 
 
@@ -261,6 +261,7 @@ def _reference(
     )
 
 
-def _tokenizer(directory: Path) -> TokenizerSource | None:
+def tokenizer_in(directory: Path) -> TokenizerSource | None:
+    """The tokenizer of a directory; None if it has none."""
     has_files = any((directory / name).is_file() for name in _TOKENIZER_FILES)
     return TokenizerSource(str(directory)) if has_files else None

@@ -35,7 +35,7 @@ from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
-from kraken_compiler.passes.lower import lower_split, require_embedding, split_source
+from kraken_compiler.passes.lower import lower_native, lower_split, require_embedding, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
 from kraken_compiler.passes.stages import with_halves
@@ -164,13 +164,17 @@ class _Compile:
             runner = PassRunner(self.dumps)
             # A plan reads no weight, so there is nothing to choose lanes by.
             by_affinity = self.lanes == AFFINITY and reservation is not None
-            choice = self._lane_choice(captured) if by_affinity else None
+            choice = self._lane_choice(captured) if by_affinity and captured.lanes is None else None
             latencies = []
             for degree in self.degrees:
-                with self.show.stage("split"):
-                    split = split_source(captured.program, degree, runner, embedding=options.embedding, assign=choice)
-                self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
-                program = self._rewrite(captured, split, runner)
+                split = None
+                if captured.lanes is None:
+                    with self.show.stage("split"):
+                        split = split_source(
+                            captured.program, degree, runner, embedding=options.embedding, assign=choice
+                        )
+                    self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
+                program = self._rewrite(captured, split, degree, runner)
                 if self.machine is not None and reservation is None:
                     latencies.append(self._latencies(captured, split, program, self.machine))
             report = make_report(program, runner.history, self.notes)
@@ -216,12 +220,15 @@ class _Compile:
 
         return seconds
 
-    def _latencies(self, captured: Capture, split: Split, program: LaneProgram, machine: Machine) -> LatencyTable:
+    def _latencies(
+        self, captured: Capture, split: Split | None, program: LaneProgram, machine: Machine
+    ) -> LatencyTable:
         """Predicted times of a plan: the standard form's, and those of the form that was asked for."""
         with self.show.stage("predict"):
             forms = dict.fromkeys(program.plan.forms)
             name = next(iter(forms)) if len(forms) == 1 else "as asked"
-            forms_of = {"standard": lower_split(split, "standard"), name: program}
+            forms_of = {} if split is None else {"standard": lower_split(split, "standard")}
+            forms_of[name] = program
             graphs = {
                 form: RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
                 for form, one in forms_of.items()
@@ -257,10 +264,10 @@ class _Compile:
         form = options.form if self.budget is None else DELAYED.name
         return LaneChoice(captured, form, options.layers, self.texts, options.calibrate_tokens, self.show)
 
-    def _rewrite(self, captured: Capture, split: Split, runner: PassRunner) -> LaneProgram:
-        """The lane program in the form that was asked for, or in the forms that a budget allows."""
+    def _rewrite(self, captured: Capture, split: Split | None, degree: int | None, runner: PassRunner) -> LaneProgram:
+        """The lane program in the form that was asked for, in the forms that a budget allows, or in the model's own."""
         options, form = self.options, self.options.form
-        if self.budget is not None:
+        if split is not None and self.budget is not None:
             costs = Path(f"{self.directory}.sensitivity.json")
             self.choice = forms_within(
                 captured,
@@ -275,7 +282,12 @@ class _Compile:
             )
             form = _best(self.choice)
         with self.show.stage("rewrite"):
-            program = lower_split(split, form, options.layers, overlap=options.overlap, runner=runner)
+            if split is None:
+                assert captured.lanes is not None, "it has no split"
+                self._require_no_form()
+                program = lower_native(captured.program, captured.lanes, degree, overlap=options.overlap, runner=runner)
+            else:
+                program = lower_split(split, form, options.layers, overlap=options.overlap, runner=runner)
         if program.no_cache and token_input(program) is not None:
             no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
             self.notes = (*self.notes, no_cache)
@@ -285,12 +297,26 @@ class _Compile:
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
         return program
 
+    def _require_no_form(self) -> None:
+        """A Kraken model has the form that it was trained in."""
+        options = self.options
+        given = {
+            "--form": options.form != "kraken",
+            "--layers": options.layers is not None,
+            "--lanes": options.lanes is not None,
+            "--calibrate": bool(self.texts),
+            "--embedding": options.embedding != AUTO,
+        }
+        wrong = next((name for name, is_given in given.items() if is_given), None)
+        if wrong is not None:
+            raise UsageError(f"{wrong}: a Kraken model runs in the form that it was trained in; leave it out")
+
     def _compare_and_calibrate(
-        self, captured: Capture, split: Split, program: LaneProgram
+        self, captured: Capture, split: Split | None, program: LaneProgram
     ) -> tuple[LaneProgram, SourceReader]:
         """Add the rules that a comparison with the model finds to the program, and calibrated weights."""
         options, read, standard = self.options, captured.store.read, program
-        if (options.verify or self.texts) and not is_exact(program):
+        if split is not None and (options.verify or self.texts) and not is_exact(program):
             standard = lower_split(split, "standard", cached=False)
         if options.verify:
             with self.show.stage("compare with the source"):

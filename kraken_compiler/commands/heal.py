@@ -127,6 +127,8 @@ def heal_artifact(
     settings = _with_precision(settings, artifact.manifest.degree)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
+    if captured.lanes is not None:
+        raise UsageError(f"{path}: a Kraken model computes what it was trained to; there is nothing to heal")
     _require_trainable(path, captured.program)
     with show.stage("read the texts"):
         text = read_texts(captured, [Path(name) for name in texts], [Path(name) for name in tokens], settings)

@@ -14,7 +14,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, ROWS, TOKENS
 from kraken_compiler.ir.shards import WHOLE, Assignment
-from kraken_compiler.passes.lower import lower
+from kraken_compiler.passes.lower import lower, lower_native
 from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.verify.against_model import with_rules
 
@@ -65,13 +65,16 @@ def lowered_as(captured: Capture, manifest: Manifest) -> LaneProgram:
     Raises:
         InputFileError: It comes out otherwise: the artifact was compiled by another version.
     """
-    program, _ = lower(
-        captured.program,
-        manifest.degree,
-        manifest.forms,
-        embedding=embedding_choice(manifest),
-        assign=lambda planned: assignment_of(manifest),
-    )
+    if captured.lanes is not None:
+        program = lower_native(captured.program, captured.lanes)
+    else:
+        program, _ = lower(
+            captured.program,
+            manifest.degree,
+            manifest.forms,
+            embedding=embedding_choice(manifest),
+            assign=lambda planned: assignment_of(manifest),
+        )
     weights = {name: (spec.shape, spec.dtype) for name, spec in program.weights.items()}
     manifest_weights = {spec.name: (spec.shape, spec.dtype) for spec in manifest.weights}
     if weights != manifest_weights:

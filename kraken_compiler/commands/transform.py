@@ -20,7 +20,7 @@ from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.ops.devices import device_of
-from kraken_compiler.passes.lower import FormChoice, lower_split, split_source
+from kraken_compiler.passes.lower import FormChoice, lower_native, lower_split, split_source
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
 from kraken_compiler.surroundings import undisturbed
@@ -74,10 +74,15 @@ def transform(
     with undisturbed() as surroundings:
         captured = capture(model, example_inputs=example_inputs)
         runner = PassRunner()
-        choice = LaneChoice(captured, form, layers) if lanes == AFFINITY and captured.has_values else None
-        split = split_source(captured.program, degree, runner, embedding=embedding, assign=choice)
-        notes = (*surroundings, *captured.notes, *(choice.notes if choice is not None else ()))
-        program = lower_split(split, form, layers, runner=runner)
+        chooses = lanes == AFFINITY and captured.has_values and captured.lanes is None
+        choice = LaneChoice(captured, form, layers) if chooses else None
+        notes = (*surroundings, *captured.notes)
+        if captured.lanes is not None:
+            split, program = None, lower_native(captured.program, captured.lanes, degree, runner=runner)
+        else:
+            split = split_source(captured.program, degree, runner, embedding=embedding, assign=choice)
+            notes = (*notes, *(choice.notes if choice is not None else ()))
+            program = lower_split(split, form, layers, runner=runner)
         module = LaneModule.from_program(program, captured.store.read, captured.frozen)
         module.report = make_report(program, runner.history, notes)
         if check:
@@ -87,7 +92,7 @@ def transform(
     return module.train(model.training).to(device_of(model))
 
 
-def _check(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
+def _check(module: LaneModule, captured: Capture, split: Split | None) -> LaneModule:
     """Compare a module with its model; the one returned refuses the sizes at which the model computes otherwise."""
     start = time.perf_counter()
     program, run = module.program, None
@@ -95,7 +100,7 @@ def _check(module: LaneModule, captured: Capture, split: Split) -> LaneModule:
     if not captured.has_values:
         module.report = module.report.with_check((), (), ("not compared with the model, which has no values",), 0.0)
         return module
-    if is_exact(program):
+    if split is None or is_exact(program):
         run = module.run_flat
     else:
         program = lower_split(split, "standard", cached=False)

@@ -15,7 +15,7 @@ from kraken_compiler.commands.source import as_compiled, assignment_of, embeddin
 from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.options.verify import VerifyOptions
-from kraken_compiler.passes.lower import find_form, lower_split, split_source
+from kraken_compiler.passes.lower import find_form, lower_native, lower_split, split_source
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_accuracies, with_quality
 from kraken_compiler.quality.multiple_choice import read_questions
@@ -87,13 +87,22 @@ def verify_artifact(
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     with show.stage("compare with the source"):
-        split = split_source(
-            captured.program,
-            artifact.manifest.degree,
-            embedding=embedding_choice(artifact.manifest),
-            assign=lambda planned: assignment_of(artifact.manifest),
+        split = (
+            None
+            if captured.lanes is not None
+            else split_source(
+                captured.program,
+                artifact.manifest.degree,
+                embedding=embedding_choice(artifact.manifest),
+                assign=lambda planned: assignment_of(artifact.manifest),
+            )
         )
-        standard = as_compiled(lower_split(split, "standard", cached=False), artifact.manifest)
+        if split is None:
+            assert captured.lanes is not None, "it has no split"
+            exact = lower_native(captured.program, captured.lanes, artifact.manifest.degree, cached=False)
+        else:
+            exact = lower_split(split, "standard", cached=False)
+        standard = as_compiled(exact, artifact.manifest)
         model_check = compare_with_model(captured, standard, find_rules=False)
     skipped, comparisons = tuple(model_check.skipped), tuple(model_check.comparisons)
     if lanes is None and has_lane_tensors(artifact.manifest.weights):
@@ -112,7 +121,10 @@ def verify_artifact(
     choice = TextChoice.of(text, text_tokens)
     result = with_quality(result, artifact, lanes, captured, choice, show)
     result = with_accuracies(result, lanes, captured, question_sets, show)
-    if by_layer:
+    if by_layer and split is None:
+        reason = "no costs by layer: a Kraken model runs in the form that it was trained in"
+        return replace(result, skipped=(*result.skipped, reason))
+    if by_layer and split is not None:
         cache, own = Path(f"{path}.sensitivity.json"), artifact.manifest.forms
         costs = sensitivity_of(captured, split, forms or own, len(own), choice, cache, show)
         if isinstance(costs, str):

@@ -18,7 +18,7 @@ from kraken_compiler.passes.form.derive_schedule import parse_layers
 from kraken_compiler.passes.manager import PassRecord, PassRunner
 from kraken_compiler.passes.shard.degrees import count, even_degrees, smallest_degree, valid_degrees
 from kraken_compiler.passes.shard.scale_groups import HINT
-from kraken_compiler.passes.stages import Assign, recognize, schedule, split, with_cache, with_halves
+from kraken_compiler.passes.stages import Assign, join, recognize, schedule, split, with_cache, with_halves
 
 FormChoice = str | Form | Sequence[str | Form]
 """A form by name or as a row of the forms table, or one of these for every layer."""
@@ -82,6 +82,37 @@ def split_source(
     require_embedding(embedding)
     recognized = recognize(captured, runner)
     return split(recognized, find_degree(degree, recognized.layers), runner, embedding=embedding, assign=assign)
+
+
+def lower_native(
+    captured: Program,
+    lanes: int,
+    degree: int | None = None,
+    *,
+    cached: bool = True,
+    overlap: str = NO_OVERLAP,
+    runner: PassRunner | None = None,
+) -> LaneProgram:
+    """The lane program of a model that has lanes of its own (`native/`), one of which was captured.
+
+    Args:
+        captured: The first lane.
+        lanes: How many the model has.
+        degree: How many were asked for; None takes the model's own.
+        cached, runner: See `lower`.
+        overlap: See `lower_split`.
+
+    Raises:
+        UsageError: Another degree was asked for.
+        UnsupportedModelError: The lanes are not joined as those of a Kraken model.
+    """
+    if degree not in (None, lanes):
+        raise UsageError(
+            f"degree {degree}: this Kraken model was trained with {lanes} lanes and runs on as many devices, no others"
+        )
+    lane = join(recognize(captured, runner), lanes, runner)
+    lane = with_cache(lane, runner) if cached else lane
+    return with_halves(lane, overlap, runner)
 
 
 def lower_split(

@@ -11,6 +11,7 @@ from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.passes.cache.cache_attention import CacheAttention
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.form.assign_forms import AssignForms
+from kraken_compiler.passes.form.join_streams import JoinStreams, SpreadLanes
 from kraken_compiler.passes.form.rewire_stream import RewireStream
 from kraken_compiler.passes.form.take_own_means import TakeOwnMeans
 from kraken_compiler.passes.normalize.canonicalize_layout import CanonicalizeLayout
@@ -92,6 +93,11 @@ def cut_to(degree: int, embedding: str = AUTO, assignment: Assignment | None = N
 def split_over(degree: int, embedding: str = AUTO) -> tuple[Pass[Any], ...]:
     """From a recognised model to what one of `degree` lanes computes of it, in the order of the files."""
     return (*plan_over(degree), *cut_to(degree, embedding))
+
+
+def join_lanes(degree: int) -> tuple[Pass[Any], ...]:
+    """From a recognised lane of a Kraken model to a lane program of its degree."""
+    return (SpreadLanes(degree), SplitHead(), JoinStreams(), PlaceCollectives())
 
 
 def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:

@@ -22,7 +22,16 @@ from kraken_compiler.ir.schedule import AUTO, ROWS, TOKENS
 from kraken_compiler.ir.shards import Assignment
 from kraken_compiler.passes.compiler_pass import Pass
 from kraken_compiler.passes.manager import PassRunner
-from kraken_compiler.passes.pipelines import CACHE, HALVES, RECOGNIZE, cut_to, plan_over, schedule_as, split_over
+from kraken_compiler.passes.pipelines import (
+    CACHE,
+    HALVES,
+    RECOGNIZE,
+    cut_to,
+    join_lanes,
+    plan_over,
+    schedule_as,
+    split_over,
+)
 from kraken_compiler.passes.shard.degrees import DEGREE_HINT, even_degrees, valid_degrees
 
 Assign = Callable[[Split], Assignment]
@@ -91,6 +100,20 @@ def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | 
         UnsupportedModelError: Nothing would run while a reduce is under way that a form hides.
     """
     return _run_pipeline(LaneProgram, split, schedule_as(forms), runner)
+
+
+def join(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> LaneProgram:
+    """Make the recognised lane of a Kraken model a lane program: its weights are one of many, and lanes meet.
+
+    Args:
+        recognized: The first lane by itself.
+        degree: How many lanes the model has.
+        runner: Gathers the history.
+
+    Raises:
+        UnsupportedModelError: Its lanes are not joined as those of a Kraken model.
+    """
+    return _run_pipeline(LaneProgram, recognized, join_lanes(degree), runner)
 
 
 def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:

@@ -11,6 +11,7 @@ from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import LaneProgram, parameter_count
 from kraken_compiler.ir.schedule import Reduce, Window
 from kraken_compiler.ir.windows import measure_windows
+from kraken_compiler.passes.form.join_streams import NATIVE
 from kraken_compiler.passes.manager import PassRecord
 from kraken_compiler.passes.shard.degrees import even_degrees, kv_shares, padding, spread
 from kraken_compiler.text import format_bytes, table
@@ -86,12 +87,14 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
     layers, plan = program.layers, program.plan
     attentions = [branch for branch in layers.branches if branch.kind == "attention"]
     windows = {window.reduce: window for window in program.windows}
-    heads = spread(attentions[0].heads, program.degree, attentions[0].unit)[0]
+    # The branches of a model with lanes of its own are a lane's already.
+    shared_by = 1 if NATIVE in plan.forms else program.degree
+    heads = spread(attentions[0].heads, shared_by, attentions[0].unit)[0]
     lane = {
         "parameters": parameter_count(program),
         "bytes": sum(spec.nbytes for spec in program.weights.values()),
         "heads": heads.stop - heads.start,
-        "kv_heads": _kv_heads_of_a_lane(attentions[0], program.degree),
+        "kv_heads": _kv_heads_of_a_lane(attentions[0], shared_by),
     }
     rows = []
     for layer in layers.layers:
@@ -121,8 +124,8 @@ def make_report(program: LaneProgram, history: Sequence[PassRecord] = (), notes:
             "model_class": program.call.model_class,
             "degree": program.degree,
             "exact": is_exact(program),
-            "padding": {kind: padding(layers, program.degree, kind) for kind in ("attention", "ffn")},
-            "degrees_without_padding": list(even_degrees(layers)),
+            "padding": {kind: padding(layers, shared_by, kind) for kind in ("attention", "ffn")},
+            "degrees_without_padding": [program.degree] if NATIVE in plan.forms else list(even_degrees(layers)),
             "lanes": [{"lane": index, **lane} for index in range(program.degree)],
             "embedding": [_reduce_entry(one, windows.get(one.index)) for one in plan.reduces if one.is_lookup],
             "layers": rows,

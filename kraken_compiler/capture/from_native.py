@@ -1,0 +1,116 @@
+"""Capture a Kraken model (`native/`): one of its lanes, whose graph is that of all.
+
+By itself a lane is an ordinary Transformer of the width of its stream, so recognition finds its branches by dataflow as
+in any other. What the lanes do together is not in that graph; `passes/form/join_streams.py` puts it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors, files_digester
+from kraken_compiler.capture.example_inputs import CallExample
+from kraken_compiler.capture.from_huggingface import tokenizer_in
+from kraken_compiler.capture.from_module import capture_module, class_name
+from kraken_compiler.capture.run_source import module_reference
+from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.native.directory import CONFIG_FILE, WEIGHTS_FILE, load_native
+from kraken_compiler.native.model import KrakenLM
+from kraken_compiler.passes.form.join_streams import ANY_LANE, lane_source
+from kraken_compiler.weights.store import MemoryStore
+
+
+class _Lane(nn.Module):
+    """The first lane of a model by itself."""
+
+    def __init__(self, model: KrakenLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        model, lane = self.model, self.model.lane(0)
+        x, rotation = model.embedded(input_ids), model.rotation(input_ids)
+        for number in range(model.config.layers):
+            layer = lane.layer(number)
+            own = x + layer.attend(x, rotation)
+            x = own + layer.think(own)
+        return model.logits(lane.joined(x))
+
+
+class _Store(MemoryStore):
+    """The tensors of a model; of a name with `ANY_LANE` those of all lanes, one behind the other."""
+
+    def __init__(self, model: KrakenLM) -> None:
+        super().__init__(model.state_dict())
+        self._degree = model.config.degree
+
+    @property
+    def read(self) -> SourceReader:
+        whole = super().read
+
+        def read_source(name: str) -> Tensor:
+            if ANY_LANE not in name:
+                return whole(name)
+            return torch.cat([whole(lane_source(name, lane)) for lane in range(self._degree)])
+
+        return SourceReader(read_source, lambda name: None if ANY_LANE in name else whole.rows_of(name))
+
+
+def capture_native(
+    model: KrakenLM,
+    *,
+    dtype: torch.dtype | None = None,
+    path: str | None = None,
+    digest: Callable[[], str] | None = None,
+    tokenizer: TokenizerSource | None = None,
+) -> Capture:
+    """Capture a Kraken model.
+
+    Args:
+        model: The model.
+        dtype: Convert it to this type first, in place.
+        path, digest, tokenizer: For `Origin`, if it was loaded from a directory.
+
+    Raises:
+        UnsupportedModelError: It cannot be captured.
+    """
+    if dtype is not None:
+        model.to(dtype)
+    ids = torch.ones(2, min(16, model.config.context), dtype=torch.int64, device=model.embedding.weight.device)
+    captured = capture_module(_Lane(model).train(model.training), example_inputs={"input_ids": ids})
+    program = replace(captured.program, call=replace(captured.program.call, model_class=class_name(model)))
+    store = _Store(model)
+    return replace(
+        captured,
+        program=program,
+        store=store,
+        origin=Origin(
+            kind="native",
+            path=path,
+            model_class=class_name(model),
+            digest=digest or (lambda: digest_tensors(store)),
+            tokenizer=tokenizer,
+        ),
+        config={"max_position_embeddings": model.config.context, **model.config.to_dict()},
+        model=partial(module_reference, model, CallExample(kwargs={"input_ids": ids}), program.inputs),
+        frozen=frozenset(),
+        lanes=model.config.degree,
+    )
+
+
+def capture_native_directory(path: Path, *, dtype: torch.dtype | None = None, hash_early: bool = False) -> Capture:
+    """Capture the Kraken model that a directory holds.
+
+    Raises:
+        InputFileError: A file is missing or damaged.
+        UsageError, UnsupportedModelError: See `capture_native`.
+    """
+    model = load_native(path, dtype)
+    digest = files_digester((path / CONFIG_FILE, path / WEIGHTS_FILE), early=hash_early)
+    return capture_native(model, path=str(path), digest=digest, tokenizer=tokenizer_in(path))
