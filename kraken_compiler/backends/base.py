@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kraken_compiler.ir.schedule import RanWindow, Window
     from kraken_compiler.ir.source_reader import SourceReader
     from kraken_compiler.lanes.reference import ReadLane
+    from kraken_compiler.latency.predict import RunGraphs
     from kraken_compiler.progress import Advance
     from kraken_compiler.ranks.session import Ranks
 
@@ -322,6 +323,14 @@ class Backend(ABC, Generic[OptionsKind]):
 
         Returns:
             None if the artifact does not hold them and nobody has them.
+
+        Raises:
+            InputFileError: A file is damaged.
+        """
+        return None
+
+    def run_graphs(self, artifact: Artifact) -> RunGraphs | None:
+        """The graphs that its ranks execute with a KV cache, of which times can be predicted; None if it keeps none.
 
         Raises:
             InputFileError: A file is damaged.

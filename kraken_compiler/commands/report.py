@@ -9,7 +9,7 @@ from typing import Any
 
 from kraken_compiler.artifact.manifest import REPORT_FILE
 from kraken_compiler.artifact.read import Artifact, open_artifact
-from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
+from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.latency.machine import load_machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
@@ -20,8 +20,6 @@ from kraken_compiler.quality.sensitivity import costs_alone
 from kraken_compiler.ranks.trace import Span, spans_of_chrome
 from kraken_compiler.report import sections
 from kraken_compiler.report.page import Section, page
-
-_BACKEND = "torch"
 
 
 def report_on(
@@ -82,18 +80,11 @@ def _graphs(artifact: Artifact) -> RunGraphs:
     manifest = artifact.manifest
     if manifest.cache is None:
         raise UsageError(f"times are predicted of programs with a KV cache only: {manifest.no_cache}")
-    if _BACKEND not in manifest.backends:
-        raise UsageError(f"times are predicted of graphs of the {_BACKEND} backend, which the artifact does not hold")
-    cached = CachedGraphs.load(artifact)
-    return RunGraphs(
-        step=cached.step.graph,
-        split=cached.split.graph if cached.split is not None else None,
-        tables=cached.tables.graph if cached.tables is not None else None,
-        weights=manifest.weight_table,
-        ids=cached.inputs[0].name,
-        plan=cached.plan,
-        degree=manifest.degree,
-    )
+    graphs = (backend.run_graphs(artifact) for backend in backends_of(artifact))
+    found = next((one for one in graphs if one is not None), None)
+    if found is None:
+        raise UsageError(f"{artifact.directory}: no backend in it keeps graphs of which times can be predicted")
+    return found
 
 
 def _first_rank(path: Path) -> list[Span]:

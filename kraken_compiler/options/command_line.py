@@ -140,6 +140,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     kind = option.kind
     if any(isinstance(part, BeforeValidator) for part in option.validators) and get_origin(kind) is not list:
         kind = str  # the validator makes it what it is
+    if getattr(option.info, "parser", None) is not None:
+        kind = str  # so does a parser
     if option.required and isinstance(option.info, ArgumentInfo):
         return _flag(option.name, kind, option.info, inspect.Parameter.empty)
     return _flag(option.name, kind | None, option.info)

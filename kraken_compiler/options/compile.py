@@ -16,6 +16,7 @@ from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
 from kraken_compiler.options.shared import (
     CHECK_TIMEOUT,
+    Degree,
     Force,
     Text,
     TextTokens,
@@ -48,12 +49,13 @@ class CompileOptions(CommandOptions):
 
     degree: Annotated[
         int | Sequence[int] | None,
-        CommandLineType(int | list[int] | None),
+        CommandLineType(Degree | list[Degree] | None),
         typer.Option(
+            parser=degrees_in,
+            metavar="INTEGER",
             help="Number of lanes; several for --plan --machine. (default: the visible accelerators, else the smallest "
-            "valid degree above 1)"
+            "valid degree above 1)",
         ),
-        BeforeValidator(degrees_in),
     ] = None
     form: Annotated[
         Any,

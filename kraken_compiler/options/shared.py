@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 
-from kraken_compiler.errors import UsageError
 from kraken_compiler.options.command_options import CommandLineType
 from kraken_compiler.ranks.environment import LONGEST_TIMEOUT
 
@@ -49,13 +48,17 @@ def names_in(value: Any) -> Any:
     return [name.strip() for text in texts for name in text.split(",")]
 
 
-def degrees_in(value: Any) -> Any:
-    """A degree as a command line or a config file has it: a whole number, or several with commas between."""
-    texts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+Degree = Annotated[int, Ge(1)]
+
+
+def degrees_in(text: str) -> int | list[int]:
+    """A degree as a command line has it: a whole number, or several with commas between.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
     try:
-        degrees = [int(text) for text in texts]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--degree {value}: give a whole number, or several for --plan --machine: 2,4,8") from error
-    if min(degrees, default=0) < 1:
-        raise UsageError(f"--degree {value}: a degree is at least 1")
+        degrees = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter("give a whole number, or several for --plan --machine: 2,4,8") from error
     return degrees[0] if len(degrees) == 1 else degrees

@@ -87,7 +87,7 @@ def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
         ('degree = "2"', 'degree: must be a whole number, not the text "2"'),
         ("degree = true", "degree: must be a whole number, not the truth value true"),
         ("degree = 2.0", "degree: must be a whole number, not the number 2.0"),
-        ("degree = [2]", "degree: must be a whole number, not a list"),
+        ('degree = ["2"]', "degree: must be a whole number, not a list"),
         ("degree = 0", "degree: Input should be greater than or equal to 1"),
         ("[model]\npath = 1", "model: must be text in quotes, not a table"),
         ("[[calibrate]]\npath = 1", "calibrate (entry 1): must be text in quotes, not a table"),
@@ -109,7 +109,7 @@ def test_an_input_that_is_too_large_ends_the_command(tmp_path: Path) -> None:
         ('calibrate = ["a", "b\\u0000"]', "calibrate: holds a NUL character, which no name has"),
         ('dump-graphs = "\\u0000"', "dump-graphs: holds a NUL character, which no name has"),
         ("degre = 2", "there is no key 'degre'; did you mean 'degree'?"),
-        ("compile.degree = 2", "there is no key 'compile'; did you mean 'collectives'?"),
+        ("compile.degree = 2", "there is no key 'compile'; did you mean 'prompt'?"),
         ('"a\\nb" = 1', r"there is no key 'a\nb'; did you mean 'calibrate'?"),
     ],
 )

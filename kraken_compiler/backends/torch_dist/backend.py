@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kraken_compiler.ir.program import LaneProgram
     from kraken_compiler.ir.schedule import Window
     from kraken_compiler.ir.source_reader import SourceReader
+    from kraken_compiler.latency.predict import RunGraphs
     from kraken_compiler.progress import Advance
     from kraken_compiler.ranks.session import Ranks
 
@@ -74,6 +75,23 @@ class TorchBackend(Backend[TorchOptions]):
 
         program = load_program(artifact)
         return Reference(program, read_weights(artifact, program.degree))
+
+    def run_graphs(self, artifact: Artifact) -> RunGraphs | None:
+        from kraken_compiler.backends.torch_dist.cached_graphs import CachedGraphs
+        from kraken_compiler.latency.predict import RunGraphs
+
+        if artifact.manifest.cache is None:
+            return None
+        cached = CachedGraphs.load(artifact)
+        return RunGraphs(
+            step=cached.step.graph,
+            split=cached.split.graph if cached.split is not None else None,
+            tables=cached.tables.graph if cached.tables is not None else None,
+            weights=artifact.manifest.weight_table,
+            ids=cached.inputs[0].name,
+            plan=cached.plan,
+            degree=artifact.manifest.degree,
+        )
 
     def schedule(self, artifact: Artifact) -> tuple[Window, ...]:
         from kraken_compiler.backends.lane_graph.check_schedule import check_schedule
