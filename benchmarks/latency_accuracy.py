@@ -32,6 +32,7 @@ from ttft_parts.script import names
 from ttft_parts.workloads import WORKLOADS, Workload
 
 from kraken_compiler.capture import capture
+from kraken_compiler.commands.probe import tiny_artifact
 from kraken_compiler.latency.machine import Machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.options.dtypes import dtype_named
@@ -100,7 +101,8 @@ def _machines(links: tuple[str, ...], dtypes: tuple[str, ...], degree: int) -> d
         for link in links:
             where.set_link(link)
             if not figures:
-                figures = ranks.tell("probe", dtypes=list(dtypes))[0]
+                artifact = tiny_artifact(Path(folder), degree, dtypes[0])
+                figures = ranks.tell("probe", dtypes=list(dtypes), artifact=str(artifact))[0]
             else:
                 figures = {**figures, "all_reduce": ranks.tell("probe_sums")[0]}
             found[link] = Machine.model_validate({"name": f"two hosts, {link}", **figures})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kraken_compiler.latency.probe import Figures, probe, probe_sums
+from kraken_compiler.commands.probe import measured_figures
+from kraken_compiler.latency.probe import Figures, probe_sums
 from kraken_compiler.ranks.environment import Place
 from kraken_compiler.ranks.heartbeat import StatusWriter
 from kraken_compiler.ranks.session import Ranks
@@ -26,9 +28,9 @@ class Rank:
     def hello(self) -> None:
         """Only to be answered: the group is complete."""
 
-    def probe(self, dtypes: list[str]) -> Figures:
+    def probe(self, dtypes: list[str], artifact: str) -> Figures:
         """All figures of the machine, and sums on the link as it is now."""
-        return probe(self.ranks, dtypes, lambda done, total: None)
+        return measured_figures(self.ranks, dtypes, Path(artifact), lambda done, total: None)
 
     def probe_sums(self) -> list[Figures]:
         """Sums on the link as it is now."""

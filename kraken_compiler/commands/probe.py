@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from kraken_compiler.backends.open_model import open_model
+from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_named
+from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError, os_errors_as
 from kraken_compiler.latency.machine import Machine, parse_machine
-from kraken_compiler.latency.probe import DTYPES, Figures, figure_count, machine_toml, probe, probe_rank, require_dtype
+from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.latency.probe import DTYPES, Figures, Note, figure_count, machine_toml, probe, require_dtype
+from kraken_compiler.native import KrakenConfig, KrakenLM
 from kraken_compiler.options.probe import ProbeOptions
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.ranks.run_ranks import run_ranks
-from kraken_compiler.ranks.session import joined
+from kraken_compiler.ranks.session import Ranks, joined
 
 _LOOK_SECONDS = 0.2
+_STEPS = 20
+"""Of a tiny program, that are timed after as many others."""
 
 
 def probe_machine(
@@ -70,18 +81,71 @@ def probe_machine(
     return machine
 
 
+def probe_rank(payload: Mapping[str, Any], ranks: Ranks) -> Figures:
+    """One of several local ranks: notes how far it is by the size of a file."""
+    progress = Path(payload["progress"])
+
+    def note(done: int, total: int) -> None:
+        ranks.status.progress(f"figure {done} of {total}")
+        if ranks.rank == 0:
+            progress.write_bytes(b"." * done)
+
+    return measured_figures(ranks, payload["dtypes"], Path(payload["artifact"]), note)
+
+
+def measured_figures(ranks: Ranks, dtypes: Sequence[str], artifact: Path, note: Note) -> Figures:
+    """All figures, and what a run of a whole program takes beside what they predict of it.
+
+    Args:
+        ranks: This rank; all must call it together.
+        dtypes: Element types.
+        artifact: See `tiny_artifact`.
+        note: Is told how far it is.
+    """
+    figures = probe(ranks, dtypes, note)
+    backend = backend_named(DEFAULT_BACKEND)
+    opened, model = open_model(artifact, ranks, lambda _: backend)
+    decoder, graphs = model.decoder(1, 2 * _STEPS + 1), backend.run_graphs(opened)
+    assert decoder is not None, "it was compiled with a cache"
+    assert graphs is not None, "it was compiled with a cache"
+    token = np.zeros(1, np.int64)
+    decoder.prefill(token[None], np.ones(1, np.int64))
+    seconds = []
+    for _ in range(2 * _STEPS):
+        ranks.barrier()
+        began = time.perf_counter()
+        decoder.step(token)
+        seconds.append(time.perf_counter() - began)
+    machine = Machine.model_validate({"name": "here", **figures})
+    predicted = Predictor(machine, fused=False).predict(graphs, Load(_STEPS, 1, 2)).tpot
+    figures["launch"]["step"] = max(0.0, statistics.median(seconds[_STEPS:]) - predicted)
+    return figures
+
+
+def tiny_artifact(folder: Path, degree: int, dtype: str) -> Path:
+    """A program that computes next to nothing, for as many ranks as there are."""
+    config = KrakenConfig(layers=2, width=16, heads=1, degree=degree, vocabulary=64, context=4 * _STEPS)
+    compile_model(KrakenLM(config).eval(), folder / "tiny.kraken", dtype=dtype, verify=False, force=True)
+    return folder / "tiny.kraken"
+
+
 def _as_rank(dtypes: list[str], show: Progress) -> Figures | None:
-    with joined() as ranks, show.steps("measure") as advance:
-        figures = probe(ranks, dtypes, lambda done, total: advance(done, total, "figures"))
+    with joined() as ranks, tempfile.TemporaryDirectory(prefix="kraken-probe-") as folder:
+        # Every host makes its own: what is random in it must be alike.
+        torch.manual_seed(0)
+        artifact = tiny_artifact(Path(folder), ranks.degree, dtypes[0])
+        with show.steps("measure") as advance:
+            figures = measured_figures(ranks, dtypes, artifact, lambda done, total: advance(done, total, "figures"))
         return figures if ranks.rank == 0 else None
 
 
 def _on_local_ranks(dtypes: list[str], degree: int, timeout: float, show: Progress) -> Figures:
-    with tempfile.TemporaryDirectory(prefix="kraken-probe-") as folder, show.steps("measure") as advance:
+    with tempfile.TemporaryDirectory(prefix="kraken-probe-") as folder:
+        artifact = tiny_artifact(Path(folder), degree, dtypes[0])
         file = Path(folder) / "progress"
         file.write_bytes(b"")
-        with _size_watched(file, figure_count(dtypes, degree), advance):
-            payload = {"dtypes": dtypes, "progress": str(file)}
+        with show.steps("measure") as advance, _size_watched(file, figure_count(dtypes, degree), advance):
+            payload = {"dtypes": dtypes, "progress": str(file), "artifact": str(artifact)}
             function = f"{probe_rank.__module__}:{probe_rank.__name__}"
             figures: Figures = run_ranks(function, degree, payload, timeout=timeout)[0]
     return figures

@@ -11,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def probe(ranks: Ranks, dtypes: Sequence[str], note: Note) -> Figures:
     source = tasks.source
     figures: Figures = {
         "memory": {"source": source, "bytes": list(_MOVED), "rate": [tasks.moving(moved) for moved in _MOVED]},
-        "launch": {"source": source, **tasks.launching(), "step": 0.0},
+        "launch": {"source": source, **tasks.launching(), "step": 0.0},  # what runs programs measures that
         "products": [_products(tasks, name, source) for name in dtypes],
         "attention": [_attention(tasks, name, source) for name in dtypes],
     }
@@ -90,18 +89,6 @@ def _sums(tasks: _Tasks) -> list[Figures]:
     times = [tasks.reducing(communicator, payload) for payload in _PAYLOADS]
     figures = {"bytes": list(_PAYLOADS), "seconds": [one[0] for one in times], "busy": [one[1] for one in times]}
     return [{"source": tasks.source, "ranks": ranks.degree, **figures}]
-
-
-def probe_rank(payload: dict[str, Any], ranks: Ranks) -> Figures:
-    """One of several local ranks: notes how far it is by the size of a file."""
-    progress = Path(payload["progress"])
-
-    def note(done: int, total: int) -> None:
-        ranks.status.progress(f"figure {done} of {total}")
-        if ranks.rank == 0:
-            progress.write_bytes(b"." * done)
-
-    return probe(ranks, payload["dtypes"], note)
 
 
 def figure_count(dtypes: Sequence[str], degree: int) -> int:
