@@ -53,6 +53,14 @@ def test_adding_a_pass() -> None:
     check_untouched(step, captured(Apply(lambda x: x * x.cos().sigmoid()), hidden(4)))
 
 
+@pytest.mark.slow
+def test_a_native_model_is_trained_and_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_first_block("native.md")
+    assert names["loss"].item() == pytest.approx(torch.tensor(512.0).log().item(), rel=0.1)
+    assert (tmp_path / "native.kraken" / "manifest.json").exists()
+
+
 def test_adding_a_backend(tmp_path: Path) -> None:
     backend = run_first_block("adding-a-backend.md")["TextBackend"]()
     program, _ = lower(gpt(2).program, 2, "kraken")
