@@ -14,6 +14,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.latency.curve import between
 from kraken_compiler.latency.machine import Machine, load_machine, machine_names
+from kraken_compiler.latency.node_costs import node_costs
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.sized import Sized, Sizer
 from kraken_compiler.latency.table import HALVES, SILENT, compared_lines, latency_table
@@ -200,3 +201,25 @@ def test_a_table_for_people(tmp_path: Path, programs: dict[str, RunGraphs]) -> N
         (4, 4)
     ]
     assert "2: fastest" in compared_lines([found])[1]
+
+
+def test_neighbours_that_move_numbers_are_one_kernel(tmp_path: Path) -> None:
+    """Between two products: in compiled code what lies there is read once and written once."""
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    aten = torch.ops.aten
+    first = graph.call_function(aten.linear.default, (x, weight))
+    turned = graph.call_function(aten.permute.default, (first, [1, 0]))
+    once = graph.call_function(aten.add.Tensor, (turned, turned))
+    twice = graph.call_function(aten.neg.default, (once,))
+    back = graph.call_function(aten.permute.default, (twice, [1, 0]))
+    graph.output(graph.call_function(aten.linear.default, (back, weight)))
+    given = {"x": Sized((10, 20), torch.float32), "weight": Sized((20, 20), torch.float32)}
+    sizes, found = Sizer().sizes(graph, given), machine(tmp_path)
+    numbers = 4 * 200
+    eager, fused = (node_costs(graph, sizes, found, fused=fused) for fused in (False, True))
+    # One operand twice is one that is read.
+    assert [eager[node].seconds for node in (once, twice)] == pytest.approx([2 * numbers / 1e10] * 2)
+    assert [fused[node].seconds for node in (once, twice)] == pytest.approx([numbers / 1e10] * 2)
+    assert [sum(cost.launches for cost in costs.values()) for costs in (eager, fused)] == [6, 3]
+    assert fused[first] == eager[first]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ _VIEWS = frozenset(
 """Operators that only say otherwise how numbers lie."""
 _LOOKUPS = frozenset({"aten::embedding", "kraken::lane_embedding", "aten::index", "aten::gather", "aten::index_select"})
 """Operators that read of their first operand only what they give."""
-_LANE_ATTENTION = torch.ops.kraken.attention.default
+_PRODUCTS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "kraken::expert_linear"})
+_ATTENTIONS = ATTENTIONS | {CACHED_ATTENTION, torch.ops.kraken.attention.default}
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ def node_costs(graph: fx.Graph, sizes: Mapping[fx.Node, Any], machine: Machine, 
 
 
 def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: bool) -> Cost:
-    operands, result = [sizes[one] for one in node.all_input_nodes], sizes[node]
+    result = sizes[node]
     if not isinstance(node.target, OpOverload) or not isinstance(result, (Sized, tuple, list)) or is_collective(node):
         return FREE
     if is_view(node):
         return FREE if fused else Cost(OTHER, 0.0)
-    if node.target in ATTENTIONS or node.target in (CACHED_ATTENTION, _LANE_ATTENTION):
+    if node.target in _ATTENTIONS:
         return _attention(node, sizes, machine)
     product = _product(node, sizes)
     if product is not None:
@@ -86,10 +87,8 @@ def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: 
         dtype = str(result.dtype).removeprefix("torch.")
         seconds = machine.product_seconds(batch, rows, inside, columns, dtype, result.dtype.itemsize)
         return Cost(PRODUCT, seconds)
-    moved = sum(_bytes(value) for value in _written(node, sizes, fused)) + sum(
-        _bytes(value) for value in _read(node, operands, sizes, fused)
-    )
-    joined = fused and all(_moves_numbers(user) for user in node.users)
+    joined = fused and all(map(_moves_numbers, _readers(node)))
+    moved = (0 if joined else _bytes(result)) + _bytes_read(node, sizes, fused)
     return Cost(OTHER, machine.memory.seconds(moved), 0 if joined else 1)
 
 
@@ -109,16 +108,25 @@ def is_collective(node: fx.Node) -> bool:
 
 def _moves_numbers(node: fx.Node) -> bool:
     """True for an operator that a compiler can join with its neighbours."""
-    if node.op != "call_function" or is_collective(node) or node.target in (CACHED_ATTENTION, _LANE_ATTENTION):
+    if node.op != "call_function" or is_collective(node) or node.target in _ATTENTIONS:
         return False
-    return node.target not in ATTENTIONS and not _is_product(node)
+    return not _is_product(node)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads a node's numbers, through views of them as well."""
+    return [reader for user in node.users for reader in (_readers(user) if is_view(user) else [user])]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose numbers a view shows."""
+    while is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_product(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and op_name(node.target) in _PRODUCTS
-
-
-_PRODUCTS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "kraken::expert_linear"})
 
 
 def _product(node: fx.Node, sizes: Mapping[fx.Node, Any]) -> tuple[int, int, int, int] | None:
@@ -162,18 +170,11 @@ def _is_causal(node: fx.Node) -> bool:
     return node.target is CACHED_ATTENTION or bool(argument(node, 5, "is_causal", False))
 
 
-def _written(node: fx.Node, sizes: Mapping[fx.Node, Any], fused: bool) -> Sequence[Any]:
-    return () if fused and node.users and all(_moves_numbers(user) for user in node.users) else (sizes[node],)
-
-
-def _read(node: fx.Node, operands: Sequence[Any], sizes: Mapping[fx.Node, Any], fused: bool) -> Sequence[Any]:
+def _bytes_read(node: fx.Node, sizes: Mapping[fx.Node, Any], fused: bool) -> int:
     if isinstance(node.target, OpOverload) and op_name(node.target) in _LOOKUPS:
-        return (sizes[node],)
-    return [
-        value
-        for one, value in zip(node.all_input_nodes, operands, strict=True)
-        if not (fused and _moves_numbers(one) and not is_view(one))
-    ]
+        return _bytes(sizes[node])
+    operands = [one for one in node.all_input_nodes if not (fused and _moves_numbers(_origin(one)))]
+    return sum(_bytes(sizes[one]) for one in operands)
 
 
 def _bytes(value: Any) -> int:
