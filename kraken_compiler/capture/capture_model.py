@@ -16,8 +16,7 @@ from kraken_compiler.capture.from_module import capture_module
 from kraken_compiler.capture.source_kind import SourceKind, detect
 from kraken_compiler.capture.unwrap import what_to_pass
 from kraken_compiler.errors import UsageError
-from kraken_compiler.native.directory import native_config
-from kraken_compiler.native.model import KrakenLM
+from kraken_compiler.native.directory import native_config, native_model
 
 Model = nn.Module | ExportedProgram | str | os.PathLike[str]
 """A module, or the path of anything that can be captured."""
@@ -54,10 +53,11 @@ def capture(
     if dtype is not None and not dtype.is_floating_point:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(f"a model cannot be compiled as {name}: give an element type of fractions, e.g. bfloat16")
-    if isinstance(source, KrakenLM):
+    native = native_model(source)
+    if native is not None:
         from kraken_compiler.capture.from_native import capture_native
 
-        return capture_native(source, dtype=dtype)
+        return capture_native(native, dtype=dtype)
     if isinstance(source, nn.Module):
         return capture_module(source, example_inputs=example_inputs, input_specs=input_specs, dtype=dtype)
     if isinstance(source, ExportedProgram):

@@ -16,6 +16,9 @@ from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.model import KrakenLM
 
 MODEL_TYPE = "kraken_lm"
+_HUB_PREFIX = "model."
+"""Before every name where `KrakenForCausalLM` has written the weights."""
+_HUB_NAMES = {"vocab_size": "vocabulary", "max_position_embeddings": "context"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -52,6 +55,7 @@ def load_native(directory: Path, dtype: torch.dtype | None = None) -> KrakenLM:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise InputFileError(f"{weights}: cannot be read: {error}") from error
+    tensors = {name.removeprefix(_HUB_PREFIX): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = KrakenLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -62,6 +66,12 @@ def load_native(directory: Path, dtype: torch.dtype | None = None) -> KrakenLM:
         raise InputFileError(f"{weights}: '{wrong}' {shape}; config.json wants {list(expected[wrong])}")
     model.load_state_dict({name: tensors[name] for name in expected}, assign=True)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def native_model(source: object) -> KrakenLM | None:
+    """A Kraken model, by itself or behind transformers' interface; None if something is neither."""
+    inside = getattr(source, "model", None)
+    return next((one for one in (source, inside) if isinstance(one, KrakenLM)), None)
 
 
 def native_config(directory: Path) -> KrakenConfig | None:
@@ -78,6 +88,7 @@ def native_config(directory: Path) -> KrakenConfig | None:
         return None  # whoever reads other models' configs says what is wrong
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         return None
+    values = {_HUB_NAMES.get(name, name): value for name, value in values.items()}
     names = {field.name for field in fields(KrakenConfig)}
     try:
         return KrakenConfig(**{name: value for name, value in values.items() if name in names})

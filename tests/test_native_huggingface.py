@@ -1,0 +1,73 @@
+"""A Kraken model behind transformers' interface: saved, loaded, generated from, trained and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kraken_compiler
+from kraken_compiler.capture import capture
+from kraken_compiler.native.directory import load_native
+from kraken_compiler.native.huggingface import KrakenForCausalLM, KrakenHubConfig
+
+CONFIG: dict[str, Any] = {"layers": 2, "width": 48, "heads": 4, "degree": 2, "vocab_size": 100}
+
+
+@pytest.fixture
+def model() -> KrakenForCausalLM:
+    torch.manual_seed(0)
+    return KrakenForCausalLM(KrakenHubConfig(**CONFIG, max_position_embeddings=64)).eval()
+
+
+def test_names_of_both_kinds_mean_the_same() -> None:
+    hub = KrakenHubConfig(**CONFIG, max_position_embeddings=64)
+    ours = KrakenHubConfig(layers=2, width=48, heads=4, degree=2, vocabulary=100, context=64)
+    assert hub.kraken() == ours.kraken()
+    assert (hub.num_hidden_layers, hub.hidden_size, ours.vocab_size) == (2, 48, 100)
+
+
+def test_what_is_saved_is_loaded_and_captured(model: KrakenForCausalLM, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(100, (2, 9))
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(load_native(tmp_path / "model")(ids), model(ids).logits)
+    assert capture(tmp_path / "model").lanes == 2
+    lanes = kraken_compiler.transform(model)
+    torch.testing.assert_close(lanes(ids), model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_it_generates_its_most_likely_tokens(model: KrakenForCausalLM) -> None:
+    ids = torch.randint(100, (2, 5))
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, ids)
+
+
+def test_labels_that_are_left_out_cost_nothing(model: KrakenForCausalLM) -> None:
+    ids = torch.randint(100, (1, 8))
+    labels = ids.clone()
+    labels[:, 4:] = -100
+    logits = model(ids).logits
+    wanted = torch.nn.functional.cross_entropy(logits[0, :3], ids[0, 1:4])
+    torch.testing.assert_close(model(ids, labels=labels).loss, wanted)
+
+
+@pytest.mark.slow
+def test_the_trainer_trains_it(model: KrakenForCausalLM, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(16).repeat(16, 2)]
+    options = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=20, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    before = model(torch.arange(16)[None], labels=torch.arange(16)[None]).loss.item()
+    Trainer(model=model, args=options, train_dataset=rows).train()
+    after = model.eval()(torch.arange(16)[None], labels=torch.arange(16)[None]).loss.item()
+    assert after < before / 2
