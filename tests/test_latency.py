@@ -92,6 +92,8 @@ def test_machines_that_are_there(name: str) -> None:
         ("busy = [0, 1e-4]", "busy = [0, 1]", "busy is longer than seconds"),
         ("rate = [[1e9, 2e9], [1e10, 2e10]]", "rate = [[1e9], [1e10]]", "each row of rate has 1 entries, weights 2"),
         ("eager = 1e-5", "eagre = 1e-5", "launch.eager: Field required"),
+        ("weights = [1e3, 1e5]", "", "by weights or by columns"),
+        ("weights = [1e3, 1e5]", "weights = [1e3, 1e5]\ncolumns = [1, 2]", "by weights or by columns"),
         ("queries = [1]", "queries = [0]", "greater than 0"),
         ('source = "made up"\nranks', "ranks", "source: Field required"),
     ],
@@ -121,6 +123,27 @@ def test_products_take_what_is_longer_of_computing_and_moving(tmp_path: Path) ->
     assert found.product_seconds(1, 1, 1000, 1000, "float32", 4) == pytest.approx(max(one_row, 2e6 / 2e9))
     whole, busy = found.reduces(2).times(2e6)
     assert (whole, busy) == pytest.approx((2e-3, 2e-4))
+
+
+def test_products_may_be_known_by_their_columns(tmp_path: Path) -> None:
+    by_columns = machine(tmp_path, TOML.replace("weights = [1e3, 1e5]", "columns = [10, 1000]"))
+    assert by_columns.products[0].at(1, 7777, 10) == 1e9
+    assert by_columns.products[0].at(100, 1, 1000) == 2e10
+
+
+def test_a_host_that_runs_ahead_costs_only_what_the_device_waits_for(
+    tmp_path: Path, programs: dict[str, RunGraphs]
+) -> None:
+    """The device is never faster than the host begins kernels, and launches hide behind kernels that are longer."""
+    load = Load(64, 1, 8)
+    in_turn = Predictor(machine(tmp_path), fused=True, recorded=False).predict(programs["standard"], load, silent=True)
+    ahead = machine(tmp_path, TOML.replace("eager = 1e-5", "eager = 1e-5\nahead = true"))
+    found = Predictor(ahead, fused=True, recorded=False).predict(programs["standard"], load, silent=True).prefill
+    work = sum(found.spent[kind] for kind in ("products", "attention", "others"))
+    launches = in_turn.prefill.spent["launches"]
+    assert max(work, launches) <= found.seconds < work + launches
+    recorded = Predictor(ahead, fused=True).predict(programs["standard"], load, silent=True)
+    assert recorded.prefill.seconds < in_turn.prefill.seconds
 
 
 def test_shapes_are_those_of_a_run(lanes: dict[str, LaneProgram]) -> None:

@@ -72,7 +72,7 @@ def capture(
     if kind is SourceKind.HUGGINGFACE and native_config(path) is not None:
         from kraken_compiler.capture.from_native import capture_native_directory
 
-        return capture_native_directory(path, dtype=dtype, hash_early=hash_early)
+        return capture_native_directory(path, dtype=dtype, with_weights=require_weights, hash_early=hash_early)
     if kind is SourceKind.HUGGINGFACE:
         from kraken_compiler.capture.from_huggingface import capture_directory
 

@@ -7,6 +7,7 @@ in any other. What the lanes do together is not in that graph; `passes/form/join
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors, files_digester
 from kraken_compiler.capture.example_inputs import CallExample
+from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_huggingface import tokenizer_in
-from kraken_compiler.capture.from_module import capture_module, class_name
+from kraken_compiler.capture.from_module import class_name
+from kraken_compiler.capture.live_weights import require_weights
 from kraken_compiler.capture.run_source import module_reference
+from kraken_compiler.capture.weightless import fake_parameters
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.native.directory import CONFIG_FILE, WEIGHTS_FILE, load_native
+from kraken_compiler.native.config import KrakenConfig
+from kraken_compiler.native.directory import CONFIG_FILE, WEIGHTS_FILE, load_native, native_config
 from kraken_compiler.native.model import KrakenLM
 from kraken_compiler.passes.form.join_streams import ANY_LANE, lane_source
 from kraken_compiler.weights.store import MemoryStore
@@ -82,12 +88,60 @@ def capture_native(
     """
     if dtype is not None:
         model.to(dtype)
-    ids = torch.ones(2, min(16, model.config.context), dtype=torch.int64, device=model.embedding.weight.device)
-    captured = capture_module(_Lane(model).train(model.training), example_inputs={"input_ids": ids})
-    program = replace(captured.program, call=replace(captured.program.call, model_class=class_name(model)))
+    require_weights(model)
+    return _captured(model, path=path, digest=digest, tokenizer=tokenizer)
+
+
+def capture_native_directory(
+    path: Path, *, dtype: torch.dtype | None = None, with_weights: bool = True, hash_early: bool = False
+) -> Capture:
+    """Capture the Kraken model that a directory holds.
+
+    Args:
+        path: The directory.
+        dtype: Convert it to this element type; None leaves its own.
+        with_weights: False needs no weight file: a plan reads none.
+        hash_early: See `capture`.
+
+    Raises:
+        InputFileError: A file is missing or damaged.
+        UsageError, UnsupportedModelError: See `capture_native`.
+    """
+    if with_weights:
+        digest = files_digester((path / CONFIG_FILE, path / WEIGHTS_FILE), early=hash_early)
+        model = load_native(path, dtype)
+        return capture_native(model, path=str(path), digest=digest, tokenizer=tokenizer_in(path))
+    config = native_config(path)
+    assert config is not None, "the caller has looked"
+    return capture_native_config(config, dtype, path=str(path))
+
+
+def capture_native_config(
+    config: KrakenConfig, dtype: torch.dtype | None = None, *, path: str | None = None
+) -> Capture:
+    """Capture a Kraken model of which there are no weights, to plan with."""
+    with torch.device("meta"):
+        model = KrakenLM(config).to(dtype or torch.float32).eval()
+    captured = _captured(model, path=path, digest=lambda: "", tokenizer=None)
+    return replace(captured, model=None)
+
+
+def _captured(
+    model: KrakenLM,
+    *,
+    path: str | None,
+    digest: Callable[[], str] | None,
+    tokenizer: TokenizerSource | None,
+) -> Capture:
+    has_values = model.embedding.weight.device.type != "meta"
+    ids = torch.ones(2, min(16, model.config.context), dtype=torch.int64)
+    example = CallExample(kwargs={"input_ids": ids.to(model.embedding.weight.device) if has_values else ids})
+    with nullcontext() if has_values else fake_parameters(model) as mode:
+        call = example if mode is None else example.map_tensors(mode.from_tensor)
+        exported = export_module(_Lane(model).train(model.training), call, allow_strict=has_values)
+    program, notes = build_program(exported, parameters=("input_ids",), model_class=class_name(model))
     store = _Store(model)
-    return replace(
-        captured,
+    return Capture(
         program=program,
         store=store,
         origin=Origin(
@@ -98,19 +152,7 @@ def capture_native(
             tokenizer=tokenizer,
         ),
         config={"max_position_embeddings": model.config.context, **model.config.to_dict()},
-        model=partial(module_reference, model, CallExample(kwargs={"input_ids": ids}), program.inputs),
-        frozen=frozenset(),
+        notes=notes,
+        model=partial(module_reference, model, example, program.inputs),
         lanes=model.config.degree,
     )
-
-
-def capture_native_directory(path: Path, *, dtype: torch.dtype | None = None, hash_early: bool = False) -> Capture:
-    """Capture the Kraken model that a directory holds.
-
-    Raises:
-        InputFileError: A file is missing or damaged.
-        UsageError, UnsupportedModelError: See `capture_native`.
-    """
-    model = load_native(path, dtype)
-    digest = files_digester((path / CONFIG_FILE, path / WEIGHTS_FILE), early=hash_early)
-    return capture_native(model, path=str(path), digest=digest, tokenizer=tokenizer_in(path))

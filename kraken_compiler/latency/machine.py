@@ -3,7 +3,7 @@
     name = "eight A100-40GB SXM"
     [memory]                        # bytes a second that go to or from memory, by how many lie side by side
     [launch]                        # seconds that the host takes for every kernel
-    [[products]]                    # FLOP/s of [rows, in] @ [in, out], by rows and by numbers of the weight
+    [[products]]                    # FLOP/s of [rows, in] @ [in, out], by rows and by the weight's numbers or columns
     [[attention]]                   # FLOP/s of attention, by queries
     [[all_reduce]]                  # seconds of one, by bytes, for every number of ranks
 
@@ -63,34 +63,47 @@ class Memory(_Table):
 
 
 class Launch(_Table):
-    """Seconds of the host for a kernel, node by node (`eager`) and in a compiled program."""
+    """Seconds of the host for a kernel (`eager`), and between two that run as one graph or compiled (`compiled`)."""
 
     eager: Annotated[float, Field(ge=0)]
     compiled: Annotated[float, Field(ge=0)]
+    ahead: bool = False
+    """The host begins kernels while the device still computes others, as for GPUs; a kernel waits for both."""
     step: Annotated[float, Field(ge=0)] = 0.0
     """Seconds for every run of the whole program: what the host does before and after it."""
 
 
 class Products(_Table):
-    """FLOP/s of a product with a weight, by rows of the other operand and by numbers in the weight."""
+    """FLOP/s of a product with a weight, by rows of the other operand and by numbers in the weight, or by its columns.
+
+    Caches know how large a weight is, and a device of many cores how many tiles the result has.
+    """
 
     dtypes: list[str] = Field(min_length=1)
     includes_memory: bool = False
     """The rates are those of products whose weights come from memory, and not of the arithmetic alone."""
     rows: Places
-    weights: Places
+    weights: Places | None = None
+    columns: Places | None = None
     rate: Annotated[list[Values], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _is_even(self) -> Products:
+        if (self.weights is None) == (self.columns is None):
+            raise ValueError("products are known by weights or by columns, one of the two")
         _require_pairs(self.rows, self.rate, "rate", "rows")
         for row in self.rate:
-            _require_pairs(self.weights, row, "each row of rate", "weights")
+            _require_pairs(self._places, row, "each row of rate", "weights" if self.weights else "columns")
         return self
 
-    def at(self, rows: float, weights: float) -> float:
+    def at(self, rows: float, inside: float, columns: float) -> float:
         """FLOP/s."""
-        return between(self.rows, [between(self.weights, row, weights) for row in self.rate], rows)
+        place = columns if self.columns is not None else inside * columns
+        return between(self.rows, [between(self._places, row, place) for row in self.rate], rows)
+
+    @property
+    def _places(self) -> list[float]:
+        return self.weights or self.columns or []
 
 
 class Attention(_Table):
@@ -186,7 +199,7 @@ class Machine(BaseModel):
             UsageError: The machine has no figures for this element type.
         """
         table = _for_dtype(self.products, dtype, self.name, "products")
-        seconds = 2.0 * batch * rows * inside * columns / table.at(rows, inside * columns)
+        seconds = 2.0 * batch * rows * inside * columns / table.at(rows, inside, columns)
         if table.includes_memory:
             return seconds
         return max(seconds, self.memory.seconds(float(size) * batch * (rows * inside + (inside + rows) * columns)))

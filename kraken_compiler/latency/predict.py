@@ -145,14 +145,16 @@ class RunGraphs:
 class Predictor:
     """Predicts programs on one machine; the shapes of operators are found once for all of them."""
 
-    def __init__(self, machine: Machine, *, fused: bool = True) -> None:
+    def __init__(self, machine: Machine, *, fused: bool = True, recorded: bool | None = None) -> None:
         """Prepare.
 
         Args:
             machine: The machine.
             fused: Programs are compiled.
+            recorded: Their kernels run as one, as in a CUDA graph; None means where they are compiled.
         """
         self.machine, self.fused = machine, fused
+        self.recorded = fused if recorded is None else recorded
         self._sizer = Sizer()
 
     def predict(self, graphs: RunGraphs, load: Load, *, halves: bool = False, silent: bool = False) -> Prediction:
@@ -187,4 +189,6 @@ class Predictor:
                 raise UsageError("the program does not run as two halves")
             graph = graphs.split
         sizes = self._sizer.sizes(graph, placeholders)
-        return lay_out(graph, sizes, self.machine, graphs.degree, fused=self.fused, silent=silent)
+        return lay_out(
+            graph, sizes, self.machine, graphs.degree, fused=self.fused, recorded=self.recorded, silent=silent
+        )

@@ -73,7 +73,14 @@ class Timeline:
 
 
 def lay_out(
-    graph: fx.Graph, sizes: Mapping[fx.Node, Any], machine: Machine, ranks: int, *, fused: bool, silent: bool = False
+    graph: fx.Graph,
+    sizes: Mapping[fx.Node, Any],
+    machine: Machine,
+    ranks: int,
+    *,
+    fused: bool,
+    recorded: bool,
+    silent: bool = False,
 ) -> Timeline:
     """The timeline of one run of a graph.
 
@@ -83,13 +90,14 @@ def lay_out(
         machine: What runs it.
         ranks: How many lanes there are, one a device.
         fused: The program is compiled; see `node_costs`.
+        recorded: Its kernels run as one (a CUDA graph, code of a compiler): the host does not begin each by itself.
         silent: Leave all communication out: the time that no schedule can beat.
 
     Raises:
         UsageError: The machine has no figures for this number of ranks, or for an element type.
     """
     costs = node_costs(graph, sizes, machine, fused=fused)
-    builder = _Builder(machine, ranks if not silent else 1, machine.launch.compiled if fused else machine.launch.eager)
+    builder = _Builder(machine, ranks if not silent else 1, recorded)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -107,16 +115,22 @@ def lay_out(
 
 
 class _Builder:
-    def __init__(self, machine: Machine, ranks: int, launch: float) -> None:
+    def __init__(self, machine: Machine, ranks: int, recorded: bool) -> None:
         self.table = machine.reduces(ranks) if ranks > 1 else None
-        self.launch = launch
-        self.now = self.link_free = 0.0
+        self.launch = machine.launch.compiled if recorded else machine.launch.eager
+        self.ahead = machine.launch.ahead and not recorded
+        self.now = self.link_free = self.host = 0.0
         self.landing: dict[fx.Node, tuple[float, float]] = {}
         self.timeline = Timeline(spent=dict.fromkeys((*KINDS, "launches", "reduces"), 0.0))
 
     def compute(self, name: str, cost: Cost) -> None:
+        launch = cost.launches * self.launch
+        if self.ahead:
+            self.host += launch
+            self._take(name, "launch", "launches", max(0.0, self.host - self.now) if cost.launches else 0.0)
+            launch = 0.0
         self._take(name, cost.kind, cost.kind, cost.seconds)
-        self._take(name, "launch", "launches", cost.launches * self.launch)
+        self._take(name, "launch", "launches", launch)
 
     def start(self, node: fx.Node, payload: int) -> None:
         if self.table is None:
