@@ -17,7 +17,7 @@ from kraken_compiler.capture import capture
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.commands.heal import heal_artifact
 from kraken_compiler.commands.verify import verify_artifact
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import InputFileError, UnsupportedModelError, UsageError
 from kraken_compiler.native import PRESETS, KrakenConfig, KrakenLM
 from kraken_compiler.native.directory import CONFIG_FILE, WEIGHTS_FILE, load_native, save_native
 from kraken_compiler.passes.form.join_streams import ANY_LANE, lane_source
@@ -194,6 +194,47 @@ def test_what_a_native_model_has_no_use_for_is_refused(tmp_path: Path) -> None:
             compile_model(model, None, **options)
     with pytest.raises(UsageError, match="trained with 3 lanes"):
         kraken_compiler.transform(model, degree=4)
+
+
+def _other_kind(model: KrakenLM) -> None:
+    model.lane(1).layer(0).ffn = torch.nn.Identity()
+
+
+def _hooked(model: KrakenLM) -> None:
+    model.lane(1).layer(0).ffn.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _widened(model: KrakenLM) -> None:
+    model.lane(2).layer(1).ffn.up.bias = torch.nn.Parameter(torch.zeros(3))
+
+
+def _emptied(model: KrakenLM) -> None:
+    del model.lane(0).layer(0).ffn.up.bias
+    model.lane(0).layer(0).ffn.up.bias = None  # type: ignore[assignment]
+
+
+class _Louder(KrakenLM):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return 2 * super().forward(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_kind, "'lanes.1.layers.0.ffn': is a Identity"),
+        (_hooked, "'lanes.1.layers.0.ffn': has hooks"),
+        (_widened, "'lanes.2.layers.1.ffn.up.bias': does not have the shape"),
+        (_emptied, "'lanes.0.layers.0.ffn.up.bias': is missing"),
+    ],
+)
+def test_a_model_with_an_exchanged_part_is_refused(change: Any, message: str) -> None:
+    """One lane is captured for all of them, so nothing but a comparison would see what another one does."""
+    model = model_of(GPT)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        capture(model)
+    with pytest.raises(UnsupportedModelError, match="is a _Louder"):
+        capture(_Louder(GPT).eval())
 
 
 def test_a_plan_tells_its_times() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import kraken_compiler
 from kraken_compiler.capture import capture
+from kraken_compiler.errors import UnsupportedModelError
 from kraken_compiler.native.directory import load_native
 from kraken_compiler.native.huggingface import KrakenForCausalLM, KrakenHubConfig
 
@@ -40,6 +41,24 @@ def test_what_is_saved_is_loaded_and_captured(model: KrakenForCausalLM, tmp_path
     assert capture(tmp_path / "model").lanes == 2
     lanes = kraken_compiler.transform(model)
     torch.testing.assert_close(lanes(ids), model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class _Doubled(torch.nn.Module):
+    """Has a model inside, and does more than to call it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return 2 * self.model(input_ids)
+
+
+def test_what_only_has_a_model_inside_is_not_taken_for_it(model: KrakenForCausalLM) -> None:
+    with pytest.raises(UnsupportedModelError):
+        kraken_compiler.transform(
+            _Doubled(model.model), degree=2, example_inputs=(torch.ones(2, 8, dtype=torch.int64),)
+        )
 
 
 def test_it_generates_its_most_likely_tokens(model: KrakenForCausalLM) -> None:

@@ -24,6 +24,7 @@ from kraken_compiler.capture.from_module import class_name
 from kraken_compiler.capture.live_weights import require_weights
 from kraken_compiler.capture.run_source import module_reference
 from kraken_compiler.capture.weightless import fake_parameters
+from kraken_compiler.errors import Rejection, UnsupportedModelError
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.directory import CONFIG_FILE, WEIGHTS_FILE, load_native, native_config
@@ -84,12 +85,31 @@ def capture_native(
         path, digest, tokenizer: For `Origin`, if it was loaded from a directory.
 
     Raises:
-        UnsupportedModelError: It cannot be captured.
+        UnsupportedModelError: It cannot be captured, or a part of it was exchanged.
     """
     if dtype is not None:
         model.to(dtype)
     require_weights(model)
+    _require_plain(model)
     return _captured(model, path=path, digest=digest, tokenizer=tokenizer)
+
+
+def _require_plain(model: KrakenLM) -> None:
+    """Refuse a model in which somebody has exchanged a part: what is captured is one lane, for all of them."""
+    with torch.device("meta"):
+        plain = KrakenLM(model.config)
+    kinds = {name: type(module) for name, module in plain.named_modules()}
+    shapes = {name: tensor.shape for name, tensor in plain.named_parameters()}
+    for name, module in model.named_modules():
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if type(module) is not kinds.pop(name, None) or hooks:
+            what = "has hooks" if hooks else f"is a {type(module).__name__}, which no Kraken model has there"
+            raise UnsupportedModelError([Rejection(what, path=name, hint="Compile the model as it was built.")])
+    wrong = next((name for name, tensor in model.named_parameters() if shapes.pop(name, None) != tensor.shape), None)
+    missing = wrong or next(iter([*kinds, *shapes]), None)
+    if missing is not None:
+        reason = "does not have the shape that the config says" if wrong else "is missing"
+        raise UnsupportedModelError([Rejection(reason, path=missing, hint="Compile the model as it was built.")])
 
 
 def capture_native_directory(

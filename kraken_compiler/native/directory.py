@@ -69,9 +69,11 @@ def load_native(directory: Path, dtype: torch.dtype | None = None) -> KrakenLM:
 
 
 def native_model(source: object) -> KrakenLM | None:
-    """A Kraken model, by itself or behind transformers' interface; None if something is neither."""
-    inside = getattr(source, "model", None)
-    return next((one for one in (source, inside) if isinstance(one, KrakenLM)), None)
+    """A Kraken model, by itself or behind our own face for transformers; None if something is neither."""
+    # By name: importing it would import transformers. Whatever else has a model inside may do more than to call it.
+    is_face = f"{type(source).__module__}.{type(source).__qualname__}" == f"{__package__}.huggingface.KrakenForCausalLM"
+    found = getattr(source, "model", None) if is_face else source
+    return found if isinstance(found, KrakenLM) else None
 
 
 def native_config(directory: Path) -> KrakenConfig | None:
