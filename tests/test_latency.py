@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,18 @@ def test_products_may_be_known_by_their_columns(tmp_path: Path) -> None:
     by_columns = machine(tmp_path, TOML.replace("weights = [1e3, 1e5]", "columns = [10, 1000]"))
     assert by_columns.products[0].at(1, 7777, 10) == 1e9
     assert by_columns.products[0].at(100, 1, 1000) == 2e10
+
+
+def test_compiled_programs_may_multiply_otherwise(tmp_path: Path) -> None:
+    (of_both,) = re.findall(r"\[\[products\]\].*?(?=\[\[attention)", TOML, re.DOTALL)
+    faster = of_both.replace("2e9", "4e9").replace("2e10", "4e10")
+    apart = f"{of_both}compiled = false\n{faster}compiled = true\n"
+    found = machine(tmp_path, TOML.replace(of_both, apart))
+    seconds = [found.product_seconds(1, 100, 100, 1000, "float32", 4, compiled=compiled) for compiled in (False, True)]
+    assert seconds == pytest.approx([2e7 / 2e10, 2e7 / 4e10])
+    without = machine(tmp_path, TOML.replace(of_both, f"{of_both}compiled = true\n"))
+    with pytest.raises(UsageError, match="no figures for products in float32"):
+        without.product_seconds(1, 1, 1, 1, "float32", 4, compiled=False)
 
 
 def test_a_host_that_runs_ahead_costs_only_what_the_device_waits_for(

@@ -82,6 +82,8 @@ class Products(_Table):
     dtypes: list[str] = Field(min_length=1)
     includes_memory: bool = False
     """The rates are those of products whose weights come from memory, and not of the arithmetic alone."""
+    compiled: bool | None = None
+    """They are those of compiled programs, or of programs that are not; None: of both."""
     rows: Places
     weights: Places | None = None
     columns: Places | None = None
@@ -187,18 +189,22 @@ class Machine(BaseModel):
         ]
         return [self.name, f"memory      up to {max(self.memory.rate) / 1e9:,.0f} GB/s", *best, *reduces]
 
-    def product_seconds(self, batch: int, rows: int, inside: int, columns: int, dtype: str, size: int) -> float:
+    def product_seconds(
+        self, batch: int, rows: int, inside: int, columns: int, dtype: str, size: int, *, compiled: bool = True
+    ) -> float:
         """Time of `batch` products [rows, inside] @ [inside, columns]: of computing or of moving, what is longer.
 
         Args:
             batch, rows, inside, columns: Their sizes.
             dtype: Of their numbers.
             size: Bytes of a number.
+            compiled: Whether a compiled program multiplies, which may call another library.
 
         Raises:
             UsageError: The machine has no figures for this element type.
         """
-        table = _for_dtype(self.products, dtype, self.name, "products")
+        tables = [one for one in self.products if one.compiled in (None, compiled)]
+        table = _for_dtype(tables, dtype, self.name, "products")
         seconds = 2.0 * batch * rows * inside * columns / table.at(rows, inside, columns)
         if table.includes_memory:
             return seconds

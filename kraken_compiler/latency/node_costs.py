@@ -85,7 +85,8 @@ def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: 
         batch, rows, inside, columns = product
         assert isinstance(result, Sized)
         dtype = str(result.dtype).removeprefix("torch.")
-        seconds = machine.product_seconds(batch, rows, inside, columns, dtype, result.dtype.itemsize)
+        size = result.dtype.itemsize
+        seconds = machine.product_seconds(batch, rows, inside, columns, dtype, size, compiled=fused)
         return Cost(PRODUCT, seconds)
     joined = fused and all(map(_moves_numbers, _readers(node)))
     moved = (0 if joined else _bytes(result)) + _bytes_read(node, sizes, fused)

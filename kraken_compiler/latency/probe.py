@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.surroundings import fast_products
 
 DTYPES = ("float32", "bfloat16")
 
@@ -64,7 +66,7 @@ def probe(ranks: Ranks, dtypes: Sequence[str], note: Note) -> Figures:
     figures: Figures = {
         "memory": {"source": source, "bytes": list(_MOVED), "rate": [tasks.moving(moved) for moved in _MOVED]},
         "launch": {"source": source, **tasks.launching(), "step": 0.0},  # what runs programs measures that
-        "products": [_products(tasks, name, source) for name in dtypes],
+        "products": [_products(tasks, name, source, compiled) for name in dtypes for compiled in (False, True)],
         "attention": [_attention(tasks, name, source) for name in dtypes],
     }
     return {**figures, "all_reduce": _sums(tasks)}
@@ -104,19 +106,23 @@ def device_name(device: torch.device) -> str:
 
 
 def _count(dtypes: Sequence[str], degree: int) -> int:
-    of_a_type = len(_ROWS) * len(_SIDES) + len(_QUERIES)
+    of_a_type = 2 * len(_ROWS) * len(_SIDES) + len(_QUERIES)
     return len(_MOVED) + 1 + of_a_type * len(dtypes) + (len(_PAYLOADS) if degree > 1 else 0)
 
 
-def _products(tasks: _Tasks, name: str, source: str) -> Figures:
+def _products(tasks: _Tasks, name: str, source: str, compiled: bool) -> Figures:
+    """Products as a graph calls them, or as compiled code does: on CPUs always oneDNN's, which may be others."""
     dtype = require_dtype(name)
+    with fast_products() if compiled else nullcontext():
+        rate = [[tasks.multiplying(rows, side, dtype) for side in _SIDES] for rows in _ROWS]
     return {
         "source": source,
         "dtypes": [name],
         "includes_memory": True,
+        "compiled": compiled,
         "rows": list(_ROWS),
         "weights": [side * side for side in _SIDES],
-        "rate": [[tasks.multiplying(rows, side, dtype) for side in _SIDES] for rows in _ROWS],
+        "rate": rate,
     }
 
 
