@@ -119,3 +119,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     body = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(row[column]) for row in body) for column in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in body]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or not at all; an old one is replaced.
+
+    Raises:
+        OSError: It cannot be written; nothing of it is left, and the old one is untouched.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -28,7 +28,13 @@ GPT = KrakenConfig(layers=3, width=48, heads=4, degree=3, vocabulary=100, contex
 LLAMA = replace(
     GPT, degree=2, heads=4, kv_heads=2, norm="rms", ffn="swiglu", positions="rotary", expansion=2.5, layers=4
 )
-CONFIGS = {"gpt": GPT, "llama": LLAMA, "one layer": replace(GPT, layers=1), "four lanes": replace(LLAMA, degree=4)}
+CONFIGS = {
+    "one lane": replace(GPT, degree=1),
+    "gpt": GPT,
+    "llama": LLAMA,
+    "one layer": replace(GPT, layers=1),
+    "four lanes": replace(LLAMA, degree=4),
+}
 
 
 def model_of(config: KrakenConfig) -> KrakenLM:
@@ -158,6 +164,11 @@ def test_one_sum_a_layer_hides_behind_the_next_attention(name: str) -> None:
         assert len(window.gemms) == 5
     assert program.windows[-1].gemms == ()
     assert program.cached is not None
+
+
+def test_a_model_of_one_lane_is_compiled_too() -> None:
+    model, ids = model_of(CONFIGS["one lane"]), torch.randint(100, (2, 9))
+    torch.testing.assert_close(kraken_compiler.transform(model)(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 
 def test_transformed_lanes_are_the_model_and_train() -> None:

@@ -23,7 +23,7 @@ from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.errors import UsageError, VerificationError
-from kraken_compiler.ir.forms import DELAYED
+from kraken_compiler.ir.forms import DELAYED, STANDARD
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.ir.schedule import AUTO, OVERLAPS, ROWS, TOKENS
 from kraken_compiler.ir.shards import AFFINITY, ORDER
@@ -227,8 +227,8 @@ class _Compile:
         with self.show.stage("predict"):
             forms = dict.fromkeys(program.plan.forms)
             name = next(iter(forms)) if len(forms) == 1 else "as asked"
-            forms_of = {} if split is None else {"standard": lower_split(split, "standard")}
-            forms_of[name] = program
+            beside = {} if split is None or name == STANDARD.name else {STANDARD.name: lower_split(split, STANDARD)}
+            forms_of = {**beside, name: program}
             graphs = {
                 form: RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
                 for form, one in forms_of.items()

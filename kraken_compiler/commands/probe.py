@@ -28,6 +28,7 @@ from kraken_compiler.options.probe import ProbeOptions
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks, joined
+from kraken_compiler.text import replace_text
 
 _LOOK_SECONDS = 0.2
 _STEPS = 20
@@ -74,10 +75,8 @@ def probe_machine(
     text = machine_toml(options.name or socket.gethostname(), figures)
     machine = parse_machine(text, str(path))
     # Complete or not at all: a file of half the figures would be a slower machine.
-    partial = path.with_name(f"{path.name}.partial")
     with os_errors_as(f"--output: cannot write {path}"):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, text)
     return machine
 
 

@@ -20,6 +20,7 @@ from kraken_compiler.quality.sensitivity import costs_alone
 from kraken_compiler.ranks.trace import Span, spans_of_chrome
 from kraken_compiler.report import sections
 from kraken_compiler.report.page import Section, page
+from kraken_compiler.text import replace_text
 
 
 def report_on(
@@ -70,10 +71,8 @@ def report_on(
         raise UsageError("--trace is shown beside what is predicted: name a --machine")
     title = f"{manifest.source.name}, {manifest.degree} devices"
     text = page(title, str(artifact.directory), [section for section in found if section is not None])
-    partial = path.with_name(f"{path.name}.partial")
     with os_errors_as(f"--output: cannot write {path}"):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, text)
 
 
 def _graphs(artifact: Artifact) -> RunGraphs:

@@ -16,6 +16,7 @@ from kraken_compiler.generate.request import RunOptions, options_app
 from kraken_compiler.ranks.session import joined
 from kraken_compiler.ranks.trace import Trace, chrome_trace, spans_from
 from kraken_compiler.standard_streams import prepare_streams, tell
+from kraken_compiler.text import replace_text
 
 OPTIONS_FILE = "--options-file"
 """Option of ranks that kraken-run starts: a file with `RunOptions` as JSON, as an argument has a greatest length."""
@@ -71,4 +72,4 @@ def run_rank(options: RunOptions) -> None:
             of_ranks = [spans_from(content) for content in ranks.gather(ranks.trace.to_json())]
             if ranks.rank == 0:
                 with os_errors_as(f"--trace: cannot write {options.trace}"):
-                    options.trace.write_text(json.dumps(chrome_trace(of_ranks)), encoding="utf-8")
+                    replace_text(options.trace, json.dumps(chrome_trace(of_ranks)))

@@ -61,7 +61,7 @@ def probe(ranks: Ranks, dtypes: Sequence[str], note: Note) -> Figures:
     """
     for name in dtypes:
         require_dtype(name)
-    tasks = _tasks(ranks, note, _count(dtypes, ranks.degree))
+    tasks = _tasks(ranks, note, figure_count(dtypes, ranks.degree))
     source = tasks.source
     figures: Figures = {
         "memory": {"source": source, "bytes": list(_MOVED), "rate": [tasks.moving(moved) for moved in _MOVED]},
@@ -93,11 +93,6 @@ def _sums(tasks: _Tasks) -> list[Figures]:
     return [{"source": tasks.source, "ranks": ranks.degree, **figures}]
 
 
-def figure_count(dtypes: Sequence[str], degree: int) -> int:
-    """How many figures a probe measures."""
-    return _count(dtypes, degree)
-
-
 def device_name(device: torch.device) -> str:
     """What a rank computes on, for the record."""
     if device.type == "cuda":
@@ -105,7 +100,8 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads each"
 
 
-def _count(dtypes: Sequence[str], degree: int) -> int:
+def figure_count(dtypes: Sequence[str], degree: int) -> int:
+    """How many figures a probe measures."""
     of_a_type = 2 * len(_ROWS) * len(_SIDES) + len(_QUERIES)
     return len(_MOVED) + 1 + of_a_type * len(dtypes) + (len(_PAYLOADS) if degree > 1 else 0)
 

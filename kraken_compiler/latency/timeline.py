@@ -137,10 +137,7 @@ class _Builder:
             return
         whole, busy = self.table.times(payload)
         self._take(node.name, "busy", "reduces", busy / 2)
-        begin = max(self.now, self.link_free)
-        self.link_free = begin + whole - busy
-        self.timeline.carried += whole - busy
-        self.timeline.events.append(Event(node.name, LINK, "reduce", begin, self.link_free))
+        self._carry(node.name, whole - busy)
         self.landing[node] = (self.link_free, busy / 2)
 
     def wait(self, node: fx.Node) -> None:
@@ -156,12 +153,16 @@ class _Builder:
         if self.table is None:
             return
         whole, busy = (seconds / 2 for seconds in self.table.times(payload))
-        begin = max(self.now, self.link_free)
-        self.link_free = begin + whole - busy
-        self.timeline.carried += whole - busy
-        self.timeline.events.append(Event(node.name, LINK, "reduce", begin, self.link_free))
+        self._carry(node.name, whole - busy)
         self._wait_until(node.name, self.link_free)
         self._take(node.name, "busy", "reduces", busy)
+
+    def _carry(self, name: str, seconds: float) -> None:
+        """Take the link, from now on or from when it is free."""
+        begin = max(self.now, self.link_free)
+        self.link_free = begin + seconds
+        self.timeline.carried += seconds
+        self.timeline.events.append(Event(name, LINK, "reduce", begin, self.link_free))
 
     def _wait_until(self, name: str, landed: float) -> None:
         if landed > self.now:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Advance
 from kraken_compiler.quality.evaluate import evaluate
-from kraken_compiler.text import json_text, number_text, table
+from kraken_compiler.text import json_text, number_text, replace_text, table
 
 Run = tuple[int, int]
 """First and last layer, inclusive."""
@@ -213,12 +212,9 @@ def _read(path: Path) -> Sensitivity | None:
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(json_text(sensitivity.to_dict()), encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, json_text(sensitivity.to_dict()))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputFileError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

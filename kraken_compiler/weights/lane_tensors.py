@@ -81,6 +81,13 @@ def lane_tensor_reader(
     return SourceReader(read_source, lambda source: None if source in lane_specs else read.rows_of(source))
 
 
+def in_blocks(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
+    """A weight whose source tensor holds those of the lanes, one behind the other along the first dim."""
+    size, *rest = spec.shape
+    blocks = tuple(((lane * size, (lane + 1) * size),) for lane in range(degree))
+    return replace(spec, source=source, source_shape=(degree * size, *rest), shards=(DimShard(0, blocks),), scale=1.0)
+
+
 def _with_lane_sources(program: Stage, rows: Mapping[Row, str]) -> Stage:
     table = {
         name: _lane_spec(spec, rows[_row(spec)], program.degree) if _row(spec) in rows else spec
@@ -92,9 +99,7 @@ def _with_lane_sources(program: Stage, rows: Mapping[Row, str]) -> Stage:
 def _lane_spec(spec: WeightSpec, source: str, degree: int) -> WeightSpec:
     if spec.shared:
         return replace(spec, source=source, source_shape=spec.shape, scale=1.0)
-    size, *rest = spec.shape
-    blocks = tuple(((lane * size, (lane + 1) * size),) for lane in range(degree))
-    return replace(spec, source=source, source_shape=(degree * size, *rest), shards=(DimShard(0, blocks),), scale=1.0)
+    return in_blocks(spec, source, degree)
 
 
 def _row(spec: WeightSpec) -> Row:

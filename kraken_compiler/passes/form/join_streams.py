@@ -21,12 +21,13 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.program import Planned, Program, Recognized
 from kraken_compiler.ir.schedule import FormPlan, Read, Reduce
-from kraken_compiler.ir.weight_table import DimShard, WeightSpec
+from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import LINEAR
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import aten
 from kraken_compiler.passes.shapes import refresh_shapes, value_of
+from kraken_compiler.weights.lane_tensors import in_blocks
 
 NATIVE = "native"
 """What the layers' form is called: it is the model's own."""
@@ -56,7 +57,7 @@ class SpreadLanes(Pass[Recognized]):
     requires: ClassVar[type[Program]] = Recognized
 
     def run(self, program: Recognized) -> PassResult:
-        if program.degree == self.degree:
+        if not any(spec.source.startswith(_MODEL) for spec in program.weights.values()):
             return PassResult()
         program.weights = {name: self._spread(spec) for name, spec in program.weights.items()}
         program.degree = self.degree
@@ -66,14 +67,7 @@ class SpreadLanes(Pass[Recognized]):
         source = spec.source.removeprefix(_MODEL)
         if not source.startswith(_FIRST_LANE):
             return replace(spec, source=source)
-        size, *rest = spec.source_shape
-        blocks = tuple(((lane * size, (lane + 1) * size),) for lane in range(self.degree))
-        return replace(
-            spec,
-            source=source.replace(_FIRST_LANE, ANY_LANE, 1),
-            source_shape=(self.degree * size, *rest),
-            shards=(DimShard(0, blocks),),
-        )
+        return in_blocks(spec, source.replace(_FIRST_LANE, ANY_LANE, 1), self.degree)
 
 
 @dataclass(frozen=True)
