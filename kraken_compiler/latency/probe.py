@@ -11,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ranks.communicators.communicator import Communicator
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
+from kraken_compiler.ranks.communicators.packed import can_pack, packed_product
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.surroundings import fast_products
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,6 +37,8 @@ _COLD_BYTES = 1 << 27
 """Weights that are taken by turns are so many bytes together."""
 _QUERIES, _HEADS, _HEAD, _PAST = (1, 16, 128, 512, 2048), 8, 64, 1024
 _PAYLOADS = tuple(2**power for power in (9, 12, 14, 16, 18, 20, 21, 22, 24, 26))
+_PAIRS, _HIDING = 9, 256
+"""So often, at most, a sum is hidden behind products of so many rows and columns."""
 _LAUNCHES = 2000
 
 Figures = dict[str, Any]
@@ -107,10 +108,9 @@ def figure_count(dtypes: Sequence[str], degree: int) -> int:
 
 
 def _products(tasks: _Tasks, name: str, source: str, compiled: bool) -> Figures:
-    """Products as a graph calls them, or as compiled code does: on CPUs always oneDNN's, which may be others."""
+    """Products as a graph calls them, or as compiled code does: on CPUs with weights that were packed for it."""
     dtype = require_dtype(name)
-    with fast_products() if compiled else nullcontext():
-        rate = [[tasks.multiplying(rows, side, dtype) for side in _SIDES] for rows in _ROWS]
+    rate = [[tasks.multiplying(rows, side, dtype, compiled) for side in _SIDES] for rows in _ROWS]
     return {
         "source": source,
         "dtypes": [name],
@@ -180,13 +180,13 @@ class _Tasks:
         eager = self._seconds([named], counts=False) / _LAUNCHES
         return {"eager": eager, "compiled": self._seconds([compiled]) / _LAUNCHES}
 
-    def multiplying(self, rows: int, side: int, dtype: torch.dtype) -> float:
+    def multiplying(self, rows: int, side: int, dtype: torch.dtype, compiled: bool) -> float:
         """FLOP/s of a product with a square weight."""
         rows = max(1, min(rows, int(_MOST_FLOPS / (2 * side * side))))
         copies = min(256, max(2, _COLD_BYTES // (side * side * dtype.itemsize)))
         x = torch.randn(rows, side, device=self.device).to(dtype)
         weights = [torch.randn(side, side, device=self.device).to(dtype) for _ in range(copies)]
-        return 2.0 * rows * side * side / self._seconds([_linear(x, weight) for weight in weights])
+        return 2.0 * rows * side * side / self._seconds([_linear(x, weight, compiled) for weight in weights])
 
     def attending(self, queries: int, dtype: torch.dtype) -> float:
         """FLOP/s of causal attention to what stands before; of a single query, to a past."""
@@ -199,7 +199,7 @@ class _Tasks:
         return flops / self._seconds([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)])
 
     def reducing(self, communicator: Communicator, payload: int) -> tuple[float, float]:
-        """Seconds of a sum that is awaited at once, and of its calls where it has landed meanwhile."""
+        """Seconds of a sum that is awaited at once, and those by which it delays products that hide it."""
         part = torch.ones(payload // 4, device=self.device)
 
         def at_once() -> None:
@@ -207,18 +207,32 @@ class _Tasks:
 
         self.ranks.barrier()
         whole = self._agreed(self._seconds([at_once], agreed=True))
-        busy = []
-        for _ in range(_LEAST + 2):
-            self.ranks.barrier()
-            begin = time.perf_counter()
+        products = self._products_of(2 * whole)
+
+        def hidden() -> None:
             handle = communicator.start(part)
-            started = time.perf_counter()
-            time.sleep(2 * whole + 1e-4)
-            landed = time.perf_counter()
+            products()
             communicator.wait(handle)
-            self._synchronize()
-            busy.append(started - begin + time.perf_counter() - landed)
-        return whole, min(whole, self._agreed(statistics.median(busy)))
+
+        delays = []
+        for _ in range(max(_LEAST, min(_PAIRS, round(1 / whole)))):
+            self.ranks.barrier()
+            alone = self._timed(products)
+            self.ranks.barrier()
+            delays.append(self._timed(hidden) - alone)
+        return whole, min(whole, max(0.0, self._agreed(statistics.median(delays))))
+
+    def _products_of(self, seconds: float) -> Callable[[], None]:
+        """Products that take at least so long."""
+        x, weight = torch.randn(_HIDING, _HIDING, device=self.device), torch.randn(_HIDING, _HIDING, device=self.device)
+        once = min(self._timed(lambda: F.linear(x, weight)) for _ in range(_LEAST))
+        count = math.ceil(self._agreed(seconds / once)) + 1
+
+        def products() -> None:
+            for _ in range(count):
+                F.linear(x, weight)
+
+        return products
 
     def _seconds(self, runs: Sequence[Callable[[], Any]], *, counts: bool = True, agreed: bool = False) -> float:
         """The median time of one of the runs, which are taken by turns.
@@ -256,7 +270,10 @@ class _Tasks:
         return float(self.ranks.broadcast(repr(value).encode() if self.ranks.rank == 0 else None).decode())
 
 
-def _linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def _linear(x: Tensor, weight: Tensor, compiled: bool) -> Callable[[], Tensor]:
+    if compiled and can_pack(weight):
+        multiply = packed_product(weight)
+        return lambda: multiply(x)
     return lambda: F.linear(x, weight)
 
 

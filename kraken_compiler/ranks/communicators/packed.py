@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def can_pack(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return compat.multiplies_bfloat16()
     return weight.dtype == torch.float32
+
+
+def packed_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with a weight (columns x inputs) that can be packed, as compiled programs call it."""
+    copy = compat.reorder_linear_weight(weight)
+    return lambda x: _multiply(x, copy, None, "none", (), "")
 
 
 def packed_name(weight: Tensor) -> str:
