@@ -16,11 +16,12 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
-from kraken_compiler.quality.healing.parameters import LaneParameters
+from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
 from kraken_compiler.ranks.communicators.choose import default_communicator
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.parameters import LaneParameters
+from kraken_compiler.training.trainer import Trainer, logits_of
 from tests.torch_ranks import device_of, group_of
 
 
@@ -53,7 +54,7 @@ def compare_with_one_process(payload: Mapping[str, Any], ranks: Ranks) -> list[d
         )
         differences["norm"] = abs(on_ranks.clip_gradients() / alone.clip_gradients() - 1)
         for ids in batches:
-            kls = [trainer.step(ids, 1e-3).kl for trainer in (on_ranks, alone)]
+            kls = [trainer.step(ids, 1e-3).loss for trainer in (on_ranks, alone)]
         differences["kl"] = abs(kls[0] / kls[1] - 1)
         differences["weights"] = max(
             _relative(*pair) for pair in _pairs(on_ranks, alone, ranks.rank, lambda parameter: parameter.detach())
@@ -67,7 +68,7 @@ def compare_with_one_process(payload: Mapping[str, Any], ranks: Ranks) -> list[d
             default=0.0,
         )
         rows = batches.flatten(0, 1)
-        qualities = [trainer.evaluate(rows, "rows").kl for trainer in (on_ranks, alone)]
+        qualities = [trainer.evaluate(rows).loss for trainer in (on_ranks, alone)]
         differences["evaluated"] = abs(qualities[0] / qualities[1] - 1)
         found.append(differences)
     return found
@@ -78,7 +79,9 @@ def _all_lanes(artifact: Artifact, source: Artifact, settings: HealSettings) -> 
     parameters = LaneParameters(program.weights, _stacked(artifact, program))
     read = _stacked(source, standard)
     weights = {name: read(spec) for name, spec in standard.weights.items()}
-    return Trainer(LaneRunner(program), parameters, teacher_of(LaneRunner(standard), weights), settings)
+    return Trainer(
+        LaneRunner(program), parameters, Distillation(logits_of(LaneRunner(standard), lambda: weights)), settings
+    )
 
 
 def _stacked(artifact: Artifact, program: Program) -> Any:

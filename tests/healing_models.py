@@ -15,10 +15,11 @@ from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.passes.lower import lower
+from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.lora import add_lora
-from kraken_compiler.quality.healing.parameters import LaneParameters
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
+from kraken_compiler.training.parameters import LaneParameters
+from kraken_compiler.training.trainer import Trainer, logits_of
 from tests.zoo import SUPPORTED, random_tokens
 
 VOCABULARY = 97
@@ -67,5 +68,5 @@ def trainer_for(family: str, form: str, settings: HealSettings, degree: int = 2)
     student = LaneRunner(lowered(family, form, degree), recompute=settings.gradient_checkpointing)
     source = lowered(family, "standard", 1)
     weights = lane_weights(source.weights, 0, source.reader(captured(family).store.read))
-    teacher = teacher_of(LaneRunner(source), weights)
+    teacher = Distillation(logits_of(LaneRunner(source), lambda: weights))
     return Trainer(student, parameters_of(family, form, settings.lora, degree), teacher, settings)

@@ -20,15 +20,15 @@ from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.lanes.segments import Segment, cut
 from kraken_compiler.quality.healing import loss as loss_module
-from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
-from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
-from kraken_compiler.quality.healing.loop import train
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.loss import distillation_loss
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.state import STATE_FILE, Lock, RunState, open_state, read_state
-from kraken_compiler.quality.healing.trainer import Trainer
-from kraken_compiler.quality.healing.watch import SilentWatch, StepRecord
+from kraken_compiler.training.checkpoint import load_checkpoint, save_checkpoint
+from kraken_compiler.training.learning_rate import learning_rate, rows_of_step
+from kraken_compiler.training.loop import train
+from kraken_compiler.training.state import STATE_FILE, Lock, RunState, open_state, read_state
+from kraken_compiler.training.trainer import Trainer
+from kraken_compiler.training.watch import SilentWatch, StepRecord
 from kraken_compiler.weights.io import safetensors_writer
 from kraken_compiler.weights.lane_tensors import PREFIX, lane_tensor_reader, with_lane_tensors
 from tests.healing_models import captured, lowered, parameters_of, rows, stacked_reader, trainer_for
@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_the_held_out_kl(tmp_path: Path) -> None:
 
     class Collecting(SilentWatch):
         def stepped(self, record: StepRecord) -> None:
-            kls.append(record.kl)
+            kls.append(record.loss)
 
     state = open_state(tmp_path / "heal", {}, restart=False)
     outcome = train(trainer, rows(256), rows(16, seed=99), tmp_path / "heal", state, Collecting())
@@ -149,7 +149,7 @@ def test_lora_trains_updates_that_merge_into_the_weights() -> None:
     assert all("lora_" in name for name in trainer.parameters.trained())
     whole = parameters_of("llama", "kraken")
     torch.testing.assert_close(trainer.parameters.operands(), whole.operands(), rtol=0, atol=0)
-    kls = [trainer.step(rows(4), 1e-2).kl for _ in range(5)]
+    kls = [trainer.step(rows(4), 1e-2).loss for _ in range(5)]
     assert kls[-1] < kls[0]
     program = lowered("llama", "kraken")
     runner = LaneRunner(program)
@@ -236,9 +236,9 @@ def test_a_folder_is_one_run_s(tmp_path: Path) -> None:
     ):
         open_state(folder, {**wanted, "artifact": "b", "batch": 4, "lora": 8}, restart=False)
     with Lock(folder):
-        with pytest.raises(UsageError, match="another kraken-heal works on it"), Lock(folder):
+        with pytest.raises(UsageError, match="another run works on it"), Lock(folder):
             pass
-        with pytest.raises(UsageError, match="another kraken-heal works on it"):
+        with pytest.raises(UsageError, match="another run works on it"):
             open_state(folder, wanted, restart=True)
     assert read_state(folder).identity == wanted
     foreign = tmp_path / "foreign.heal"

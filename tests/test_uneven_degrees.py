@@ -16,10 +16,10 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.quality.calibration.calibrate import calibrate
-from kraken_compiler.quality.healing.loop import train
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.state import open_state
-from kraken_compiler.quality.healing.watch import SilentWatch
+from kraken_compiler.training.loop import train
+from kraken_compiler.training.state import open_state
+from kraken_compiler.training.watch import SilentWatch
 from kraken_compiler.verify.prefixes import expected
 from kraken_compiler.verify.replay import split_lengths
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors

@@ -20,7 +20,7 @@ from kraken_compiler.cli.console import (
     run_app,
     set_up_logging,
 )
-from kraken_compiler.cli.heal_bar import HealBar
+from kraken_compiler.cli.training_bar import TrainingBar
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandLineType
 from kraken_compiler.options.heal import HealOptions
@@ -56,7 +56,7 @@ def heal(command_line: CommandLine) -> None:
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.heal import heal_artifact
 
-        with HealBar(output.quiet or output.json) as bar:
+        with TrainingBar("heal", "KL", output.quiet or output.json) as bar:
             result = heal_artifact(
                 arguments.artifact, settings, options, progress=ConsoleProgress(output.quiet or output.json), watch=bar
             )

@@ -30,16 +30,19 @@ from kraken_compiler.options.heal import HealOptions
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.healing.build import trainer_of_all_lanes
-from kraken_compiler.quality.healing.data import HealingText, read_texts
-from kraken_compiler.quality.healing.loop import Outcome, train
-from kraken_compiler.quality.healing.parameters import is_trained
+from kraken_compiler.quality.healing.data import read_texts
+from kraken_compiler.quality.healing.distillation import Distillation
+from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.ranks import heal_on_ranks
-from kraken_compiler.quality.healing.results import write_results
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.quality.healing.watch import SilentWatch, TensorBoard, ToAll, Watch
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
+from kraken_compiler.training.loop import Outcome, train
+from kraken_compiler.training.parameters import is_trained
+from kraken_compiler.training.results import write_results
+from kraken_compiler.training.rows import TrainingText
+from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
+from kraken_compiler.training.watch import SilentWatch, TensorBoard, ToAll, Watch
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -134,7 +137,7 @@ def heal_artifact(
         text = read_texts(captured, [Path(name) for name in texts], [Path(name) for name in tokens], settings)
     folder = target.absolute().with_name(f"{target.name}.heal")
     state = open_state(folder, _identity(artifact, captured, text, settings), restart)
-    board = TensorBoard(Path(tensorboard), state.step) if tensorboard is not None else None
+    board = TensorBoard(Path(tensorboard), Distillation.name, state.step) if tensorboard is not None else None
     watches = [one for one in (watch, board) if one is not None]
     with Lock(folder):
         try:
@@ -168,7 +171,7 @@ def heal_artifact(
 def _train(
     artifact: Artifact,
     captured: Capture,
-    text: HealingText,
+    text: TrainingText,
     settings: HealSettings,
     folder: Path,
     state: RunState,
@@ -184,6 +187,7 @@ def _train(
     trainer = trainer_of_all_lanes(artifact, source, read, settings, _device())
     with fast_products():
         outcome = train(trainer, text.train, text.held_out, folder, state, watch)
+    merge_lora(trainer.parameters)
     write_results(trainer, folder, artifact.manifest.degree)
     return outcome
 
@@ -246,7 +250,7 @@ def _require_trainable(path: Path, program: Program) -> None:
         )
 
 
-def _identity(artifact: Artifact, captured: Capture, text: HealingText, settings: HealSettings) -> dict[str, Any]:
+def _identity(artifact: Artifact, captured: Capture, text: TrainingText, settings: HealSettings) -> dict[str, Any]:
     manifest = (artifact.directory / MANIFEST_FILE).read_bytes()
 
     return {

@@ -17,8 +17,8 @@ from kraken_compiler.artifact.reservation import check_target, reserved
 from kraken_compiler.cli.compile import app as compile_app
 from kraken_compiler.cli.heal import app as heal_app
 from kraken_compiler.errors import InputFileError, KrakenError, UsageError
-from kraken_compiler.quality.healing.data import _hashes
-from kraken_compiler.quality.healing.state import STATE_FILE, open_state, remove_run
+from kraken_compiler.training.rows import _hashes
+from kraken_compiler.training.state import STATE_FILE, open_state, remove_run
 from tests.cli_command import Command
 from tests.toy_lane_program import write_toy
 

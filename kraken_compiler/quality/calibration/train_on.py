@@ -27,10 +27,11 @@ from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.calibrate import first_stale
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.record import TrainingRecord
-from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
-from kraken_compiler.quality.healing.parameters import LaneParameters, is_trained
-from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer
+from kraken_compiler.quality.healing.distillation import Distillation
+from kraken_compiler.training.learning_rate import learning_rate, rows_of_step
+from kraken_compiler.training.parameters import LaneParameters, is_trained
+from kraken_compiler.training.settings import RunSettings
+from kraken_compiler.training.trainer import DivergenceError, Trainer
 
 _TOKENS_OF_A_STEP, _FEWEST_STEPS = 2048, 8
 """A pass over little text takes at least so many steps, of fewer tokens each."""
@@ -77,7 +78,7 @@ def train_on(
     if need > free_memory:
         note = f"it takes about {need / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free; see kraken-heal"
         return TrainingRecord(0, 0, note=note)
-    settings = HealSettings(
+    settings = RunSettings(
         steps=passes * -(-len(rows) // batch),
         sequence=rows.shape[1],
         batch=batch,
@@ -85,8 +86,9 @@ def train_on(
         precision="bfloat16" if compat.has_bfloat16_units() else "float32",
     )
     parameters = LaneParameters.of_all_lanes(program, weights.read_lane, trained=lambda spec: spec.name in names)
-    trainer = Trainer(LaneRunner(program, recompute=recompute), parameters, _teacher(source, rows[0]), settings)
-    before = trainer.evaluate(aside, "").kl
+    objective = Distillation(_teacher(source, rows[0]))
+    trainer = Trainer(LaneRunner(program, recompute=recompute), parameters, objective, settings)
+    before = trainer.evaluate(aside).loss
     note, steps = "", 0
     try:
         while steps < settings.steps:
@@ -94,7 +96,7 @@ def train_on(
             steps += 1
             if advance is not None:
                 advance(steps, settings.steps, "steps")
-        after = trainer.evaluate(aside, "").kl
+        after = trainer.evaluate(aside).loss
     except DivergenceError as error:
         note, after = f"{error} is not finite", math.inf
     kept = after < before

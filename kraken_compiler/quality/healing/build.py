@@ -14,12 +14,13 @@ from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.lora import add_lora
-from kraken_compiler.quality.healing.parameters import LaneParameters
-from kraken_compiler.quality.healing.peers import RankPeers
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.trainer import Trainer, teacher_of
 from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.training.parameters import LaneParameters
+from kraken_compiler.training.peers import RankPeers
+from kraken_compiler.training.trainer import Trainer, logits_of
 
 
 def trainer_of_all_lanes(
@@ -41,9 +42,9 @@ def trainer_of_all_lanes(
     program, read_lane = lanes.program, lanes.read_lane
     parameters = _parameters(LaneParameters.of_all_lanes(program, read_lane, device), settings, settings.seed)
     student = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
-    weights = lane_weights(source.weights, 0, source.reader(read))
-    teacher = teacher_of(LaneRunner(source, device=device), _on_device(weights, device))
-    return Trainer(student, parameters, teacher, settings, device=device)
+    weights = _on_device(lane_weights(source.weights, 0, source.reader(read)), device)
+    objective = Distillation(logits_of(LaneRunner(source, device=device), lambda: weights))
+    return Trainer(student, parameters, objective, settings, device=device)
 
 
 def trainer_of_one_lane(
@@ -72,8 +73,9 @@ def trainer_of_one_lane(
     parameters = _parameters(lane_parameters, settings, settings.seed + lane)
     student = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
     weights = {spec.name: source.read_lane(spec, lane).to(device) for spec in source.program.weights.values()}
-    teacher_logits = teacher_of(LaneRunner(source.program, OnRanks(communicator), device=device), weights)
-    return Trainer(student, parameters, teacher_logits, settings, peers=RankPeers(communicator, device), device=device)
+    exact = LaneRunner(source.program, OnRanks(communicator), device=device)
+    objective = Distillation(logits_of(exact, lambda: weights))
+    return Trainer(student, parameters, objective, settings, peers=RankPeers(communicator, device), device=device)
 
 
 def _parameters(parameters: LaneParameters, settings: HealSettings, seed: int) -> LaneParameters:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.quality.healing.parameters import LaneParameters, TrainedWeight
+from kraken_compiler.training.parameters import LaneParameters, TrainedWeight
 
 
 def add_lora(parameters: LaneParameters, rank: int, seed: int) -> None:

@@ -18,16 +18,17 @@ from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
-from kraken_compiler.quality.healing.data import HealingText
-from kraken_compiler.quality.healing.loop import Outcome, train
-from kraken_compiler.quality.healing.results import write_results
+from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.healing.state import read_state
-from kraken_compiler.quality.healing.watch import SilentWatch, ToFile, Watch, pass_on
 from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.loop import Outcome, train
+from kraken_compiler.training.results import write_results
+from kraken_compiler.training.rows import TrainingText
+from kraken_compiler.training.state import read_state
+from kraken_compiler.training.watch import SilentWatch, ToFile, Watch, pass_on
 
 _TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2
@@ -37,7 +38,7 @@ def heal_on_ranks(
     artifact: Artifact,
     source: LaneProgram,
     read: SourceReader,
-    text: HealingText,
+    text: TrainingText,
     settings: HealSettings,
     folder: Path,
     watch: Watch,
@@ -96,6 +97,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     state = read_state(folder)
     ranks.barrier()
     outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
+    merge_lora(trainer.parameters)
     write_results(trainer, folder, artifact.manifest.degree)
     return asdict(outcome)
 

@@ -1,114 +1,42 @@
-"""Settings of a healing run, which is resumed only with those that it began with."""
+"""Settings of a healing run."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
-from kraken_compiler.errors import UsageError
+from kraken_compiler.training.settings import RunSettings, require
 
-PRECISIONS = ("float32", "bfloat16")
-_SEEDS = 1 << 63
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 """Defaults for whole weights and for LoRA; how they were found is told in docs/healing.md."""
 
-_OF_NO_CONSEQUENCE = ("save_every", "evaluate_every")
-"""Settings that may change from one part of a run to the next: the weights that come out are the same."""
-
 
 @dataclass(frozen=True)
-class HealSettings:
-    """Settings of a healing run.
+class HealSettings(RunSettings):
+    """Settings of a healing run, see `RunSettings`.
 
     Attributes:
-        steps: Number of optimizer steps.
-        sequence: Tokens of a row, at most.
-        batch: Rows of a step.
-        learning_rate: AdamW's at its highest; None takes the default.
-        warmup: Steps in which it grows from zero; None takes a tenth of all.
-        clip: The gradient's largest global norm.
-        weight_decay: AdamW's.
-        seed: Of the order of the rows and of LoRA's first weights.
+        learning_rate: None takes 1e-4, for LoRA 1e-3.
         lora: Rank of the low-rank updates that are trained instead of the weights; None trains the weights.
-        precision: What products are computed in, float32 or bfloat16; None takes float32 on CPUs and bfloat16 on GPUs.
-            Weights, their gradients and the optimizer are float32.
-        gradient_checkpointing: Compute the inside of every branch again in the backward pass instead of keeping it.
         ranks: One process per lane.
-        hold_out: Share of every text that is not trained on.
-        evaluate_tokens: How much of it is evaluated on, at most.
-        save_every, evaluate_every: Steps between two checkpoints and two evaluations.
     """
 
-    steps: Annotated[int, typer.Option(help="Number of optimizer steps.")]
-    sequence: Annotated[int, typer.Option(help="Tokens of a row, at most. (default: 256)")] = 256
-    batch: Annotated[int, typer.Option(help="Rows of a step. (default: 4)")] = 4
     learning_rate: Annotated[
         float | None, typer.Option(help="AdamW's at its highest. (default: 1e-4, with --lora 1e-3)")
     ] = None
-    warmup: Annotated[
-        int | None, typer.Option(help="Steps in which the learning rate grows. (default: a tenth of all)")
-    ] = None
-    clip: Annotated[float, typer.Option(help="The gradient's largest norm. (default: 1)")] = 1.0
-    weight_decay: Annotated[float, typer.Option(help="AdamW's. (default: 0)")] = 0.0
-    seed: Annotated[int, typer.Option(help="Of the order of the rows. (default: 0)")] = 0
     lora: Annotated[
         int | None, typer.Option(metavar="RANK", help="Train updates of this rank instead of whole weights.")
     ] = None
-    precision: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. (default: float32 on CPUs, bfloat16 on GPUs)")
-    ] = None
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory: compute activations twice.")
-    ] = False
     ranks: Annotated[bool, typer.Option("--ranks", help="One process per lane.")] = False
-    hold_out: Annotated[float, typer.Option(help="Share of every text to evaluate on. (default: 0.1)")] = 0.1
-    evaluate_tokens: Annotated[int, typer.Option(help="How many tokens of it, at most. (default: 8192)")] = 8192
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints. (default: 50)")] = 50
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations. (default: 50)")] = 50
 
     def check(self) -> None:
-        """Make sure that all of it can be done.
-
-        Raises:
-            UsageError: Something cannot.
-        """
-        for name in ("steps", "batch", "save_every", "evaluate_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("sequence", "evaluate_tokens"):
-            _require(getattr(self, name) >= 2, name, getattr(self, name), "must be at least 2")
-        _require(self.peak > 0, "learning_rate", self.peak, "must be above 0")
-        _require(self.clip > 0, "clip", self.clip, "must be above 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        _require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "must not be negative")
-        _require(self.lora is None or self.lora >= 1, "lora", self.lora, "must be at least 1")
-        _require(0 < self.hold_out < 1, "hold_out", self.hold_out, "must lie between 0 and 1")
-        _require(-_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "must have at most 64 bits")
-        is_known = self.precision is None or self.precision in PRECISIONS
-        _require(is_known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
+        super().check()
+        require(self.lora is None or self.lora >= 1, "lora", self.lora, "must be at least 1")
 
     @property
     def peak(self) -> float:
-        """AdamW's highest learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
         return LEARNING_RATE if self.lora is None else LORA_LEARNING_RATE
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that must be the same when a run is resumed."""
-        return {name: value for name, value in asdict(self).items() if name not in _OF_NO_CONSEQUENCE}
-
-
-def option_name(field: str) -> str:
-    """A setting as the command line spells it."""
-    return "--" + field.replace("_", "-")
-
-
-def _require(holds: bool, field: str, value: object, reason: str) -> None:
-    if not holds:
-        raise UsageError(f"{option_name(field)} {value}: {reason}")

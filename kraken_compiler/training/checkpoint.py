@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import InputFileError
-from kraken_compiler.quality.healing.state import RunState, finished_step, keep_only, write_state, write_whole
-from kraken_compiler.quality.healing.trainer import Trainer
+from kraken_compiler.training.state import RunState, finished_step, keep_only, write_state, write_whole
+from kraken_compiler.training.trainer import Trainer
 from kraken_compiler.weights.io.safetensors_format import read_header, read_tensor
 from kraken_compiler.weights.io.safetensors_writer import new_safetensors
 
 _GENERATOR = "generator"
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -34,11 +35,12 @@ def save_checkpoint(trainer: Trainer, folder: Path, state: RunState, step: int) 
         InputFileError: A file cannot be written; the checkpoint before is still there.
     """
     peers = trainer.peers
-    tensors = _tensors(trainer)
-    path = folder / _file(step, peers.rank)
-    digest = write_whole(path, lambda partial: _write(partial, tensors))
-    digests = [part.hex() for part in peers.gather(bytes.fromhex(digest))]
-    state = finished_step(state, step, {_file(step, rank): rank_digest for rank, rank_digest in enumerate(digests)})
+    digest = bytes(_DIGEST_BYTES)
+    if peers.rank < peers.parts:
+        tensors = _tensors(trainer)
+        digest = write_whole(folder / _file(step, peers.rank), lambda partial: _write(partial, tensors))
+    digests = peers.gather(digest)[: peers.parts]
+    state = finished_step(state, step, {_file(step, rank): one.hex() for rank, one in enumerate(digests)})
     if peers.rank == 0:
         write_state(folder, state)
         keep_only(folder, state)
@@ -51,7 +53,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, state: RunState) -> None:
     Raises:
         InputFileError: The checkpoint is missing, damaged, or one of other weights.
     """
-    name = _file(state.step, trainer.peers.rank)
+    name = _file(state.step, min(trainer.peers.rank, trainer.peers.parts - 1))
     path = folder / name
     try:
         with path.open("rb") as file:

@@ -8,13 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training.settings import RunSettings
 
 _LAST_SHARE = 0.1
 """Of the highest learning rate, at the end."""
 
 
-def learning_rate(settings: HealSettings, step: int) -> float:
+def learning_rate(settings: RunSettings, step: int) -> float:
     """A linear warm-up, then a cosine.
 
     Args:
@@ -28,7 +28,7 @@ def learning_rate(settings: HealSettings, step: int) -> float:
     return settings.peak * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def rows_of_step(rows: Tensor, settings: HealSettings, step: int) -> Tensor:
+def rows_of_step(rows: Tensor, settings: RunSettings, step: int) -> Tensor:
     """The rows of a step: every pass over all rows has an order of its own.
 
     Args:

@@ -1,4 +1,4 @@
-"""The progress bar of a healing run: steps, tokens/s, KL now, KL on the held-out text."""
+"""The progress bar of a training run: steps, tokens/s, the objective now, and on the held-out text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from kraken_compiler.standard_streams import tell
 from kraken_compiler.text import number_text
 
 if TYPE_CHECKING:
-    from kraken_compiler.quality.healing.watch import StepRecord
+    from kraken_compiler.training.watch import StepRecord
 
 
-class HealBar:
+class TrainingBar:
     """Shows a run on standard error; a line per evaluation if that is no terminal."""
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, title: str, objective: str, quiet: bool) -> None:
+        """Prepare to show a run.
+
+        Args:
+            title: What is done, in a word.
+            objective: What is made small, as people call it.
+            quiet: Show nothing.
+        """
+        self._title, self._objective, self._quiet = title, objective, quiet
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -39,7 +46,7 @@ class HealBar:
 
     def stepped(self, record: StepRecord) -> None:
         """See `Watch.stepped`."""
-        self._now = f"{record.tokens_per_second:.0f} tokens/s  KL {number_text(record.kl, '.3g')}"
+        self._now = f"{record.tokens_per_second:.0f} tokens/s  {self._objective} {number_text(record.loss, '.3g')}"
         self._step, self._steps = record.step, record.steps
         self._show()
 
@@ -48,12 +55,12 @@ class HealBar:
         self._now = f"evaluating {done:,} of {total:,} tokens"
         self._show()
 
-    def evaluated(self, step: int, kl: float) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
         """See `Watch.evaluated`."""
-        self._held_out = f"held out {number_text(kl, '.3g')}"
+        self._held_out = f"held out {number_text(loss, '.3g')}"
         self._show()
         if not self._quiet:
-            line = f"step {step}: KL on the held-out text {number_text(kl, '.4g')}"
+            line = f"step {step}: {self._objective} on the held-out text {number_text(loss, '.4g')}"
             # The bar has to step aside, where there is one.
             self._console.print(line, highlight=False) if self._console.is_terminal else tell(line)
         if step and step == (self._steps or step):
@@ -64,7 +71,13 @@ class HealBar:
         if self._quiet or not self._console.is_terminal:
             return
         if self._bar is None:
-            columns = (TextColumn("heal"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RemainingColumn())
+            columns = (
+                TextColumn(self._title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                RemainingColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=self._console, transient=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()

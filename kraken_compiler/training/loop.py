@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.quality.evaluate import Quality
-from kraken_compiler.quality.healing.checkpoint import load_checkpoint, save_checkpoint
-from kraken_compiler.quality.healing.learning_rate import learning_rate, rows_of_step
-from kraken_compiler.quality.healing.state import RunState
-from kraken_compiler.quality.healing.trainer import DivergenceError, Trainer
-from kraken_compiler.quality.healing.watch import StepRecord, Watch
+from kraken_compiler.training.checkpoint import load_checkpoint, save_checkpoint
+from kraken_compiler.training.learning_rate import learning_rate, rows_of_step
+from kraken_compiler.training.objective import Measurement
+from kraken_compiler.training.state import RunState
+from kraken_compiler.training.trainer import DivergenceError, Trainer
+from kraken_compiler.training.watch import StepRecord, Watch
 
 Heartbeat = Callable[[str, float], None]
 """Called before work begins: what it is, and how many seconds it may take beyond what any work may."""
@@ -28,11 +28,11 @@ _SLOWER = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """Quality on the held-out text before and after training.
+    """What the held-out text showed.
 
     Attributes:
-        before, after: `Quality` as plain values.
-        held_out: (step, KL) of every evaluation.
+        before, after: The records of what was measured there before and after training.
+        held_out: (step, objective) of every evaluation.
     """
 
     before: dict[str, Any]
@@ -66,20 +66,18 @@ def train(
     settings = trainer.settings
     if state.step:
         load_checkpoint(trainer, folder, state)
-    quality: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
 
     def evaluate(step: int) -> dict[str, Any]:
         nonlocal state
         beat(f"evaluating after step {step}", _FIRST_SECONDS)
         measurement = _evaluate(trainer, held_out, watch, beat)
-        if step and not math.isfinite(measurement.kl):
-            raise _divergence_error("the KL on the held-out text", step, folder, state)
+        if step and not math.isfinite(measurement.loss):
+            raise _divergence_error("the loss on the held-out text", step, folder, state)
         earlier = tuple(entry for entry in state.held_out if entry[0] < step)
-        state = replace(state, held_out=(*earlier, (step, measurement.kl)))
-        watch.evaluated(step, measurement.kl)
-        plain = asdict(measurement)
-        del plain["by_position"]
-        return plain
+        state = replace(state, held_out=(*earlier, (step, measurement.loss)))
+        watch.evaluated(step, measurement.loss)
+        return measurement.record
 
     if state.before is None:
         before = evaluate(0)
@@ -96,18 +94,18 @@ def train(
             raise _divergence_error(str(error), step + 1, folder, state) from error
         seconds = time.perf_counter() - start
         watch.stepped(
-            StepRecord(step + 1, settings.steps, result.kl, rate, result.gradient_norm, ids.numel() / seconds)
+            StepRecord(step + 1, settings.steps, result.loss, rate, result.gradient_norm, ids.numel() / seconds)
         )
         last = step + 1 == settings.steps
-        quality = evaluate(step + 1) if last or (step + 1) % settings.evaluate_every == 0 else None
+        record = evaluate(step + 1) if last or (step + 1) % settings.evaluate_every == 0 else None
         if last or (step + 1) % settings.save_every == 0:
             beat("writing a checkpoint", _FIRST_SECONDS)
             state = save_checkpoint(trainer, folder, state, step + 1)
     assert state.before is not None
-    return Outcome(state.before, quality or evaluate(settings.steps), state.held_out)
+    return Outcome(state.before, record or evaluate(settings.steps), state.held_out)
 
 
-def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Heartbeat) -> Quality:
+def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Heartbeat) -> Measurement:
     tokens_done = 0
 
     def progress(tokens: int) -> None:
@@ -116,7 +114,7 @@ def _evaluate(trainer: Trainer, held_out: Tensor, watch: Watch, beat: Heartbeat)
         beat("evaluating", _FIRST_SECONDS)
         watch.evaluating(tokens_done, held_out.numel())
 
-    return trainer.evaluate(held_out, "the held-out part of the texts", progress)
+    return trainer.evaluate(held_out, progress)
 
 
 def _divergence_error(what: str, step: int, folder: Path, state: RunState) -> UsageError:

@@ -1,4 +1,4 @@
-"""One optimizer step of self-distillation, in one process or on every rank together."""
+"""One optimizer step, in one process or on every rank together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from kraken_compiler.lanes.logits import LogitsOf, logits_function
 from kraken_compiler.lanes.runner import LaneRunner
-from kraken_compiler.quality.evaluate import Quality, evaluate
-from kraken_compiler.quality.healing.loss import distillation_loss
-from kraken_compiler.quality.healing.parameters import LaneParameters
-from kraken_compiler.quality.healing.peers import Alone, Peers, share_of
-from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training.objective import Measurement, Objective
+from kraken_compiler.training.parameters import LaneParameters
+from kraken_compiler.training.peers import Alone, Peers
+from kraken_compiler.training.settings import RunSettings
 
 
 class DivergenceError(Exception):
@@ -27,19 +26,20 @@ class StepResult:
     """Measurements of one step.
 
     Attributes:
-        kl: Mean over the step's tokens of KL(teacher || student) before the step, in nats.
+        loss: The objective's mean over the step's tokens before the step, in nats.
         gradient_norm: Global norm of the gradient before clipping.
     """
 
-    kl: float
+    loss: float
     gradient_norm: float
 
 
 class Trainer:
-    """A student, its teacher and an optimizer.
+    """A lane program, what it is to learn, and an optimizer.
 
     Attributes:
         parameters: What is trained.
+        objective: What is made small.
         optimizer: AdamW over it.
         settings: The run's.
         peers: Who trains together.
@@ -49,8 +49,8 @@ class Trainer:
         self,
         student: LaneRunner,
         parameters: LaneParameters,
-        teacher: LogitsOf,
-        settings: HealSettings,
+        objective: Objective,
+        settings: RunSettings,
         *,
         peers: Peers | None = None,
         device: torch.device | str = "cpu",
@@ -60,19 +60,23 @@ class Trainer:
         Args:
             student: Runs the lane program.
             parameters: Its weights.
-            teacher: The source model: token ids [B, S] -> logits [B, S, V], in a tensor of its own every time.
+            objective: What is made small.
             settings: The run's.
             peers: Who trains together; None means that this process has all lanes.
             device: Where it computes.
         """
-        self.parameters, self.settings = parameters, settings
+        self.parameters, self.objective, self.settings = parameters, objective, settings
         self.peers: Peers = peers or Alone()
         self._device = torch.device(device)
-        self._teacher = teacher
-        self._student = _logits_of(student, parameters.operands)
+        self._student = logits_of(student, parameters.operands)
         self._trained_parameters = parameters.trained()
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, parameter in self._trained_parameters.items():
+            (matrices if parameters.is_matrix(name) else others).append(parameter)
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            self._trained_parameters.values(), lr=settings.peak, weight_decay=settings.weight_decay, fused=True
+            [group for group in groups if group["params"]], lr=settings.peak, betas=settings.betas, fused=True
         )
 
     def step(self, ids: Tensor, learning_rate: float) -> StepResult:
@@ -86,8 +90,8 @@ class Trainer:
             DivergenceError: The loss or its gradient is not finite; the weights are what they were before the step.
         """
         loss = self.loss(ids)
-        kl = self.peers.total(loss.detach()).item()
-        if not math.isfinite(kl):
+        mean = self.peers.total(loss.detach()).item()
+        if not math.isfinite(mean):
             raise DivergenceError("the loss")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -98,27 +102,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        return StepResult(kl, norm)
+        return StepResult(mean, norm)
 
     def loss(self, ids: Tensor) -> Tensor:
-        """This process's part of the mean over tokens of KL(teacher || student)."""
-        ids = ids.to(self._device)
+        """This process's part of the mean over tokens of the objective."""
+        own = ids[self.peers.rows_of(len(ids))].to(self._device)
+        if not len(own):
+            raise ValueError(f"{len(ids)} rows are too few for {self.peers.count} processes")
         with self._autocast():
-            with torch.no_grad():
-                teacher_TV = self._teacher(ids).flatten(0, 1)
-            student_TV = self._student(ids).flatten(0, 1)
-        tokens = len(student_TV)
-        if self.peers.count > 1:
-            own = share_of(self.peers, tokens)
-            student_TV, teacher_TV = student_TV[own], teacher_TV[own]
-        return distillation_loss(student_TV, teacher_TV) / tokens
+            return self.objective.loss(self._student, own, self.peers.tokens_of) * (len(own) / len(ids))
 
     def share_gradients(self) -> None:
-        """Give every process the whole gradient of the weights that all lanes hold alike, so that they stay alike."""
-        if self.peers.count == 1:
-            return
+        """Give every process the whole gradient of the weights that all have alike, so that they stay alike."""
         shared_gradients = [
-            parameter.grad for name, parameter in self._trained_parameters.items() if self.parameters.shared(name)
+            parameter.grad for name, parameter in self._trained_parameters.items() if self._has_alike(name)
         ]
         gradients = [gradient for gradient in shared_gradients if gradient is not None]
         if not gradients:
@@ -130,13 +127,13 @@ class Trainer:
             gradient.copy_(whole.view_as(gradient))
 
     def clip_gradients(self) -> float:
-        """Scale the gradient down to the largest norm; returns the norm it had. What all lanes hold counts once."""
+        """Scale the gradient down to the largest norm; returns the norm it had. What all processes have counts once."""
         own = shared = torch.zeros((), dtype=torch.float64, device=self._device)
         for name, parameter in self._trained_parameters.items():
             if parameter.grad is None:
                 continue
             square = torch.linalg.vector_norm(parameter.grad).double() ** 2
-            if self.peers.count > 1 and self.parameters.shared(name):
+            if self._has_alike(name):
                 shared = shared + square
             else:
                 own = own + square
@@ -147,27 +144,30 @@ class Trainer:
                     parameter.grad.mul_(self.settings.clip / norm)
         return norm
 
-    def evaluate(self, rows: Tensor, text: str, progress: Callable[[int], None] | None = None) -> Quality:
-        """Compare the student with its teacher.
+    def evaluate(self, rows: Tensor, progress: Callable[[int], None] | None = None) -> Measurement:
+        """Measure what was trained.
 
         Args:
             rows: int64 [rows, S].
-            text: What they are.
             progress: Called with the number of tokens of every finished batch.
         """
         batches = (batch.to(self._device) for batch in torch.split(rows, self.settings.batch))
         with torch.no_grad(), self._autocast():
-            return evaluate(self._teacher, self._student, batches, text, progress)
+            return self.objective.measure(self._student, batches, progress)
+
+    def _has_alike(self, name: str) -> bool:
+        return self.peers.has_alike(self.parameters.shared(name))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
 
-def teacher_of(runner: LaneRunner, weights: dict[str, Tensor]) -> LogitsOf:
-    """A program with fixed weights as a teacher."""
-    return _logits_of(runner, lambda: weights)
+def logits_of(runner: LaneRunner, weights: Callable[[], dict[str, Tensor]]) -> LogitsOf:
+    """A program as a function from token ids to logits.
 
-
-def _logits_of(runner: LaneRunner, weights: Callable[[], dict[str, Tensor]]) -> LogitsOf:
+    Args:
+        runner: Runs it.
+        weights: Gives its weights, at every call.
+    """
     program = runner.program
     return logits_function(program.inputs, program.call, lambda inputs: runner.run_flat(weights(), inputs))

@@ -1,12 +1,11 @@
-"""The trained weights as files, every lane's own and shared ones, from which the new artifact is written."""
+"""The trained weights as files, every lane's own and shared ones, from which the new model is written."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
 
-from kraken_compiler.quality.healing.lora import merge_lora
-from kraken_compiler.quality.healing.trainer import Trainer
+from kraken_compiler.training.trainer import Trainer
 from kraken_compiler.weights.io.safetensors_writer import SafetensorsWriter, new_safetensors
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 
@@ -14,14 +13,13 @@ from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
     """Write this process's lanes: only weights that were trained, in the program's element types.
 
-    Low-rank updates are merged; the trainer cannot go on after this.
-
     Raises:
         InputFileError: A file cannot be written.
     """
-    merge_lora(trainer.parameters)
     peers = trainer.peers
-    lanes = range(degree) if peers.count == 1 else (peers.rank,)
+    if peers.rank >= peers.parts:
+        return  # another process has the same weights
+    lanes = range(degree) if peers.parts == 1 else (peers.rank,)
     specs = [spec for spec, _ in trainer.parameters.results()]
     with ExitStack() as stack:
 
@@ -35,6 +33,6 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
         for spec, value in trainer.parameters.results():
             if not spec.shared:
                 for at, lane in enumerate(lanes):
-                    own[lane].append(spec.name, value[at] if len(lanes) > 1 else value)
+                    own[lane].append(spec.name, value[at] if peers.parts == 1 else value)
             elif common is not None:
                 common.append(spec.name, value)

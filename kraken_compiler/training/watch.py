@@ -1,4 +1,4 @@
-"""Observers of a healing run."""
+"""Observers of a training run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class StepRecord:
     Attributes:
         step: Number of steps that are done.
         steps: How many there will be.
-        kl: On the step's tokens, before it changed the weights; nats per token.
+        loss: The objective on the step's tokens, before it changed the weights; nats per token.
         learning_rate, gradient_norm: The step's; the norm is that before clipping.
         tokens_per_second: Of this step.
     """
 
     step: int
     steps: int
-    kl: float
+    loss: float
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
 
 
 class Watch(Protocol):
-    """Observer of a healing run."""
+    """Observer of a training run."""
 
     def stepped(self, record: StepRecord) -> None:
         """Called when a step is done."""
@@ -42,8 +42,8 @@ class Watch(Protocol):
         """Called when so many tokens of the held-out text are done."""
         ...
 
-    def evaluated(self, step: int, kl: float) -> None:
-        """Called with the KL on the held-out text after so many steps, in nats per token."""
+    def evaluated(self, step: int, loss: float) -> None:
+        """Called with the objective on the held-out text after so many steps, in nats per token."""
         ...
 
 
@@ -56,7 +56,7 @@ class SilentWatch:
     def evaluating(self, done: int, total: int) -> None:
         pass
 
-    def evaluated(self, step: int, kl: float) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
         pass
 
 
@@ -74,9 +74,9 @@ class ToAll:
         for watch in self._watches:
             watch.evaluating(done, total)
 
-    def evaluated(self, step: int, kl: float) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
         for watch in self._watches:
-            watch.evaluated(step, kl)
+            watch.evaluated(step, loss)
 
 
 class ToFile:
@@ -91,8 +91,8 @@ class ToFile:
     def evaluating(self, done: int, total: int) -> None:
         self._write("evaluating", {"done": done, "total": total})
 
-    def evaluated(self, step: int, kl: float) -> None:
-        self._write("evaluated", {"step": step, "kl": kl})
+    def evaluated(self, step: int, loss: float) -> None:
+        self._write("evaluated", {"step": step, "loss": loss})
 
     def _write(self, event: str, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"event": event, **values}) + "\n")
@@ -113,11 +113,12 @@ def pass_on(line: str, watch: Watch) -> None:
 class TensorBoard:
     """Curves for TensorBoard."""
 
-    def __init__(self, directory: Path, first_step: int = 0) -> None:
+    def __init__(self, directory: Path, objective: str, first_step: int = 0) -> None:
         """Open a log.
 
         Args:
             directory: Where it goes.
+            objective: What its curves call the objective.
             first_step: What an earlier part of the run logged from here on is dropped.
 
         Raises:
@@ -130,16 +131,18 @@ class TensorBoard:
                 f"--tensorboard needs packages that are not installed: pip install 'kraken-compiler[heal]' ({error})"
             ) from error
         self._writer: Any = SummaryWriter(str(directory), purge_step=first_step + 1)
+        self._objective = objective
 
     def stepped(self, record: StepRecord) -> None:
-        for name in ("kl", "learning_rate", "gradient_norm", "tokens_per_second"):
+        self._writer.add_scalar(f"train/{self._objective}", record.loss, record.step)
+        for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
             self._writer.add_scalar(f"train/{name}", getattr(record, name), record.step)
 
     def evaluating(self, done: int, total: int) -> None:
         pass
 
-    def evaluated(self, step: int, kl: float) -> None:
-        self._writer.add_scalar("held_out/kl", kl, step)
+    def evaluated(self, step: int, loss: float) -> None:
+        self._writer.add_scalar(f"held_out/{self._objective}", loss, step)
         self._writer.flush()
 
     def close(self) -> None:

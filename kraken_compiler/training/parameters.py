@@ -95,6 +95,10 @@ class LaneParameters(nn.Module):
         """True if all lanes hold a trained parameter alike; `name` is as `trained` gives it."""
         return self.table[name.partition(".")[0]].shared
 
+    def is_matrix(self, name: str) -> bool:
+        """True for a trained parameter of two dims or more in the model; `name` is as `trained` gives it."""
+        return len(self.table[name.partition(".")[0]].shape) > 1
+
     def results(self) -> Iterator[tuple[WeightSpec, Tensor]]:
         """The trained weights in the program's element type; LoRA's updates must have been merged."""
         for name, module in self.trainable.items():

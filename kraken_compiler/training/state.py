@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
-from kraken_compiler.quality.healing.settings import option_name
+from kraken_compiler.training.settings import option_name
 
 STATE_FILE = "state.json"
 _VERSION = 1
@@ -45,7 +45,7 @@ class RunState:
         step: Number of steps that the checkpoint has behind it.
         files: sha256 of the checkpoint's files by name; none at step 0.
         before: What the held-out text showed before the first step; None if it was not evaluated yet.
-        held_out: (step, KL) of every evaluation so far.
+        held_out: (step, objective) of every evaluation so far.
     """
 
     identity: dict[str, Any]
@@ -135,7 +135,7 @@ def write_state(folder: Path, state: RunState) -> None:
     write_whole(folder / STATE_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> str:
+def write_whole(path: Path, write: Callable[[Path], object]) -> bytes:
     """Write a file so that it is there completely or not at all; an old one is replaced.
 
     Returns:
@@ -148,7 +148,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> str:
     try:
         write(partial)
         with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").digest()
             os.fsync(file.fileno())
         partial.rename(path)
     except (OSError, InputFileError) as error:
@@ -182,7 +182,7 @@ class Lock:
             self._file = self._path.open("w")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"{self._path.parent}: another kraken-heal works on it") from error
+            raise UsageError(f"{self._path.parent}: another run works on it") from error
         except OSError as error:
             raise InputFileError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 

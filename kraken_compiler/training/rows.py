@@ -1,0 +1,113 @@
+"""The rows of tokens that are trained and evaluated on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kraken_compiler.errors import UsageError
+from kraken_compiler.quality.texts import read_text, token_ids
+from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
+from kraken_compiler.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Rows of token ids, int64 [rows, sequence].
+
+    Attributes:
+        train: What is trained on.
+        held_out: What is not; the last part of every file.
+        hashes: sha256 of every file, by its name.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    hashes: dict[str, str]
+
+
+def read_rows(
+    texts: Sequence[Path],
+    tokens: Sequence[Path],
+    tokenizer: Any,
+    vocabulary: int,
+    longest: int,
+    settings: RunSettings,
+) -> TrainingText:
+    """Read files of text and of token ids.
+
+    Args:
+        texts: UTF-8 files.
+        tokens: Files of token ids, see `read_token_file`.
+        tokenizer: Reads the texts; None if there are none.
+        vocabulary: How many tokens the model has.
+        longest: Most tokens of a row that the model takes.
+        settings: Say how long a row is and how much is held out.
+
+    Raises:
+        UsageError: There is too little of it.
+        InputFileError: A file cannot be read, or its tokens are not the model's.
+    """
+    streams = [read_token_file(path, vocabulary, "--tokens") for path in tokens]
+    # A row of a token file is a document, which may be short.
+    length = min([longest, settings.sequence, *(ids.shape[1] for ids in streams if ids.ndim == 2)])
+    parts = [_split_text(tokenizer, path, settings.hold_out, vocabulary) for path in texts]
+    parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
+    train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
+    if not len(train) or not len(held_out):
+        count = sum(len(ids) for part in parts for side in part for ids in side)
+        raise UsageError(
+            f"the texts are too short: {count:,} tokens give {len(train)} rows of {length} to train on and "
+            f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows)"
+        )
+    return TrainingText(train, spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
+
+
+def parts_of_text(path: Path, hold_out: float) -> tuple[str, str]:
+    """A text's beginning and its end, which is held out, cut where a line ends.
+
+    Raises:
+        InputFileError: It cannot be read.
+    """
+    text = read_text(path, "--text")
+    cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
+    return text[:cut], text[cut:]
+
+
+def _split_text(
+    tokenizer: Any, path: Path, hold_out: float, vocabulary: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    train, held_out = (token_ids(tokenizer, part, vocabulary, "--text") for part in parts_of_text(path, hold_out))
+    return [train], [held_out]
+
+
+def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+    cut = round(len(ids) * (1 - hold_out))
+    if ids.ndim == 1:
+        return [ids[:cut].tolist()], [ids[cut:].tolist()]
+    return ids[:cut].tolist(), ids[cut:].tolist()
+
+
+def _rows(streams: list[list[int]], length: int) -> Tensor:
+    """Whole rows of streams; the rest of a stream that fills none is left out."""
+    rows = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
+    return torch.cat(rows) if rows else torch.empty((0, length), dtype=torch.int64)
+
+
+def _hashes(*paths: Path) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        # What a manifest holds is text, and a name may be any bytes.
+        name, folder = (os.fsencode(part).decode("utf-8", "backslashreplace") for part in (path.name, path.parent.name))
+        while name in hashes:
+            name = f"{folder}/{name}"
+        with path.open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
