@@ -7,11 +7,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kraken_compiler.artifact.manifest import MANIFEST_FILE, HealingRecord
 from kraken_compiler.artifact.read import Artifact, open_artifact
@@ -37,6 +35,7 @@ from kraken_compiler.quality.healing.ranks import heal_on_ranks
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
+from kraken_compiler.training.devices import training_device, with_precision
 from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.parameters import is_trained
 from kraken_compiler.training.results import write_results
@@ -127,7 +126,7 @@ def heal_artifact(
     where = source if source is not None else artifact.manifest.source.path
     inputs = [Path(one) for one in (path, *texts, *tokens, where) if one and isinstance(one, str | os.PathLike)]
     _check_output(path, target, force, inputs)
-    settings = _with_precision(settings, artifact.manifest.degree)
+    settings = with_precision(settings, artifact.manifest.degree if settings.ranks else 1)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
     if captured.lanes is not None:
@@ -184,7 +183,7 @@ def _train(
     read = captured.store.read
     if settings.ranks:
         return heal_on_ranks(artifact, source, read, text, settings, folder, watch, timeout)
-    trainer = trainer_of_all_lanes(artifact, source, read, settings, _device())
+    trainer = trainer_of_all_lanes(artifact, source, read, settings, training_device())
     with fast_products():
         outcome = train(trainer, text.train, text.held_out, folder, state, watch)
     merge_lora(trainer.parameters)
@@ -259,19 +258,6 @@ def _identity(artifact: Artifact, captured: Capture, text: TrainingText, setting
         "texts": text.hashes,
         **settings.identity(),
     }
-
-
-def _with_precision(settings: HealSettings, degree: int) -> HealSettings:
-    """The settings with the precision filled in, which depends on this machine."""
-    if settings.precision is not None:
-        return settings
-    devices = torch.cuda.device_count()
-    on_gpu = devices >= degree if settings.ranks else devices > 0
-    return replace(settings, precision="bfloat16" if on_gpu else "float32")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _beside(path: Path) -> Path:

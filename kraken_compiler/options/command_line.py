@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -49,15 +49,19 @@ class CommandLine:
     config: Path | None
     output: Output
 
-    def options(self, *kinds: type[Any]) -> list[Any]:
+    def options(self, *kinds: type[Any], tables: Collection[str] = ()) -> list[Any]:
         """These options and those of the config file, as one object of every dataclass.
+
+        Args:
+            kinds: The dataclasses.
+            tables: Keys of the file that are no options, which somebody else reads.
 
         Raises:
             UsageError: An option that is needed was not given; and see `merged`.
             InputFileError: See `merged`.
         """
         options = command_options(*kinds)
-        merged_values = merged(options, self.config, self.values)
+        merged_values = merged(options, self.config, self.values, tables)
         missing_key = next(
             (option.key for option in options.values() if option.required and option.name not in merged_values), None
         )
@@ -103,6 +107,7 @@ def command(
     description: str,
     epilog: str | None = None,
     has_output_options: bool = True,
+    has_config: bool = True,
 ) -> typer.Typer:
     """A command line.
 
@@ -111,11 +116,13 @@ def command(
         kinds: Dataclasses whose fields are the options.
         description, epilog: First and last words of `--help`.
         has_output_options: It has `--json`, `--quiet` and `--verbose`; else it has its own.
+        has_config: It has `--config`; else an argument names such a file.
     """
     parameters = [_parameter(option) for option in command_options(*kinds).values()]
-    parameters.append(
-        _flag(CONFIG, Path | None, typer.Option(help="TOML file with the same keys; the command line wins."))
-    )
+    if has_config:
+        parameters.append(
+            _flag(CONFIG, Path | None, typer.Option(help="TOML file with the same keys; the command line wins."))
+        )
     if has_output_options:
         parameters += [
             _flag(JSON, bool, typer.Option("--json", help="Print one JSON document."), False),
@@ -124,7 +131,7 @@ def command(
         ]
 
     def run(**values: Any) -> None:
-        config = values.pop(CONFIG)
+        config = values.pop(CONFIG) if has_config else None
         output = Output(values.pop(JSON), values.pop(QUIET), values.pop(VERBOSE)) if has_output_options else Output()
         act(CommandLine({name: value for name, value in values.items() if value not in (None, [])}, config, output))
 

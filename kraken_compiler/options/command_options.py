@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -150,13 +150,16 @@ def _option(item: Field[Any], hint: Any) -> Option:
     return Option(item.name, key, kinds[0] if kinds else hint.__origin__, info, more, required)
 
 
-def merged(options: Mapping[str, Option], path: Path | None, command_line: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+    options: Mapping[str, Option], path: Path | None, command_line: Mapping[str, Any], tables: Collection[str] = ()
+) -> dict[str, Any]:
     """Merge the options of a config file and of the command line, which wins.
 
     Args:
         options: The options there are, by field name.
         path: The file, or None.
         command_line: Values from the command line, by field name.
+        tables: Keys of the file that are no options.
 
     Returns:
         Values by field name, of those options that were given.
@@ -166,7 +169,8 @@ def merged(options: Mapping[str, Option], path: Path | None, command_line: Mappi
         InputFileError: The file cannot be read or is no TOML.
     """
     model = _model(options)
-    table = _read_toml(path) if path is not None else {}
+    table = read_toml(path) if path is not None else {}
+    table = {key: value for key, value in table.items() if key not in tables}
     keys = [option.key for option in options.values() if option.in_config]
     for key in table:
         if key not in keys:
@@ -233,16 +237,25 @@ def _with_paths(kind: Any, value: Any) -> Any:
     return value
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The keys of a config file.
+
+    Args:
+        path: The file.
+        option: What named it, for messages.
+
+    Raises:
+        InputFileError: It cannot be read, or is no TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding=ENCODING))
     except OSError as error:
-        raise InputFileError(f"--config: cannot read {path}: {error.strerror or error}") from error
+        raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise not_utf8(path, "--config") from error
+        raise not_utf8(path, option) from error
     except (ValueError, RecursionError) as error:
         reason = first_line(error) if not isinstance(error, RecursionError) else "it is nested too deeply"
-        raise InputFileError(f"--config: {path} is no TOML: {reason}") from error
+        raise InputFileError(f"{option}: {path} is no TOML: {reason}") from error
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -91,6 +91,7 @@ def lower_native(
     *,
     cached: bool = True,
     overlap: str = NO_OVERLAP,
+    whole_head: bool = False,
     runner: PassRunner | None = None,
 ) -> LaneProgram:
     """The lane program of a model that has lanes of its own (`native/`), one of which was captured.
@@ -101,6 +102,7 @@ def lower_native(
         degree: How many were asked for; None takes the model's own.
         cached, runner: See `lower`.
         overlap: See `lower_split`.
+        whole_head: Every lane computes all logits, with the embedding as it is: for training.
 
     Raises:
         UsageError: Another degree was asked for.
@@ -110,7 +112,7 @@ def lower_native(
         raise UsageError(
             f"degree {degree}: this Kraken model was trained with {lanes} lanes and runs on as many devices, no others"
         )
-    lane = join(recognize(captured, runner), lanes, runner)
+    lane = join(recognize(captured, runner), lanes, runner, whole_head=whole_head)
     lane = with_cache(lane, runner) if cached else lane
     return with_halves(lane, overlap, runner)
 

@@ -95,9 +95,10 @@ def split_over(degree: int, embedding: str = AUTO) -> tuple[Pass[Any], ...]:
     return (*plan_over(degree), *cut_to(degree, embedding))
 
 
-def join_lanes(degree: int) -> tuple[Pass[Any], ...]:
-    """From a recognised lane of a Kraken model to a lane program of its degree."""
-    return (SpreadLanes(degree), SplitHead(), JoinStreams(), PlaceCollectives())
+def join_lanes(degree: int, whole_head: bool = False) -> tuple[Pass[Any], ...]:
+    """From a recognised lane of a Kraken model to a lane program of its degree, whose head is split or every lane's."""
+    head = () if whole_head else (SplitHead(),)
+    return (SpreadLanes(degree), *head, JoinStreams(), PlaceCollectives())
 
 
 def schedule_as(forms: Form | tuple[Form, ...]) -> tuple[Pass[Any], ...]:

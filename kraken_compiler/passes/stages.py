@@ -102,18 +102,21 @@ def schedule(split: Split, forms: Form | tuple[Form, ...], runner: PassRunner | 
     return _run_pipeline(LaneProgram, split, schedule_as(forms), runner)
 
 
-def join(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> LaneProgram:
+def join(
+    recognized: Recognized, degree: int, runner: PassRunner | None = None, *, whole_head: bool = False
+) -> LaneProgram:
     """Make the recognised lane of a Kraken model a lane program: its weights are one of many, and lanes meet.
 
     Args:
         recognized: The first lane by itself.
         degree: How many lanes the model has.
         runner: Gathers the history.
+        whole_head: Every lane computes all logits.
 
     Raises:
         UnsupportedModelError: Its lanes are not joined as those of a Kraken model.
     """
-    return _run_pipeline(LaneProgram, recognized, join_lanes(degree), runner)
+    return _run_pipeline(LaneProgram, recognized, join_lanes(degree, whole_head), runner)
 
 
 def with_cache(lane: LaneProgram, runner: PassRunner | None = None) -> LaneProgram:

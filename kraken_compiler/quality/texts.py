@@ -183,6 +183,24 @@ def read_text(path: Path, option: str) -> str:
         raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
 
 
+def text_files(path: Path, option: str) -> list[Path]:
+    """A file by itself; of a directory all files in it, at any depth, in the order of their names.
+
+    Args:
+        path: The file or directory.
+        option: The option that named it, for messages.
+
+    Raises:
+        InputFileError: The directory has none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    if not found:
+        raise InputFileError(f"{option}: there is no file in {path}")
+    return found
+
+
 def longest_row(captured: Capture, limit: int = _ROW) -> int:
     """The longest row of tokens, at most `limit`, that the model takes."""
     program = captured.program

@@ -29,6 +29,14 @@ from kraken_compiler.training.settings import option_name
 
 STATE_FILE = "state.json"
 _VERSION = 1
+_WITHOUT_VALUES = {
+    "artifact": "another artifact",
+    "source": "another source model",
+    "model": "another model",
+    "tokenizer": "another tokenizer",
+    "texts": "other texts",
+}
+"""What has changed of a run, where the values themselves say nothing to people."""
 _RUN_FILES = re.compile(
     r"(state\.json|step-\d+\.rank-\d+\.safetensors|lane-\d+\.safetensors|shared\.safetensors|rows\.safetensors)"
     r"(\.partial)?|lock|events\.jsonl|\.?teacher\.kraken(\.partial)?"
@@ -202,8 +210,8 @@ def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _change(name: str, before: object, now: object) -> str:
-    if name in ("artifact", "source", "texts"):
-        return {"artifact": "another artifact", "source": "another source model", "texts": "other texts"}[name]
+    if name in _WITHOUT_VALUES:
+        return _WITHOUT_VALUES[name]
     return f"{option_name(name)} was {_value_text(before)} and is {_value_text(now)}"
 
 

@@ -12,11 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_compiler.errors import InputFileError, UsageError
+from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.logits import is_causal, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.sample_inputs import vocabulary
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
+from kraken_compiler.quality.texts import (
+    load_tokenizer,
+    longest_row,
+    read_text,
+    require_one_text,
+    text_files,
+    token_ids,
+)
 from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:
@@ -98,7 +105,7 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
         InputFileError: A text cannot be read.
     """
     require_one_text(captured.program, "--calibrate")
-    texts = [_read_file(captured, file) for path in paths for file in _files(path)]
+    texts = [_read_file(captured, file) for path in paths for file in text_files(path, "--calibrate")]
     # A row of a token file is a document, which may be short.
     documents = [text.shape[-1] for text in texts if isinstance(text, np.ndarray)]
     row = min([longest_row(captured), *documents])
@@ -197,12 +204,3 @@ def _from_line_start(text: str, start: int, length: int) -> str:
     line = text.find("\n", start, start + length // 4) + 1 if start else 0
     begin = line or start
     return text[begin : begin + length]
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    if not files:
-        raise InputFileError(f"--calibrate: there is no file in {path}")
-    return files

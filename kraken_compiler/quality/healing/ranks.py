@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_class, backend_named
@@ -22,16 +20,15 @@ from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
-from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.training.loop import Outcome, train
+from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
 from kraken_compiler.training.state import read_state
-from kraken_compiler.training.watch import SilentWatch, ToFile, Watch, pass_on
+from kraken_compiler.training.watch import Watch
 
-_TEACHER, _ROWS, _EVENTS = "teacher.kraken", "rows.safetensors", "events.jsonl"
-_LISTEN_SECONDS = 0.2
+_TEACHER = "teacher.kraken"
 
 
 def heal_on_ranks(
@@ -67,17 +64,15 @@ def heal_on_ranks(
         write_artifact(
             source, source.reader(read), teacher, source=source_record, backends=[backend_named(DEFAULT_BACKEND)]
         )
-    save_file({"train": text.train, "held_out": text.held_out}, folder / _ROWS)
     payload = {
         "artifact": str(artifact.directory.absolute()),
         "folder": str(folder.absolute()),
         "settings": asdict(settings),
     }
-    with _event_listener(folder / _EVENTS, watch):
-        outcome = run_ranks(f"{__name__}:heal_rank", degree, payload, timeout=timeout)[0]
+    function = f"{heal_rank.__module__}:{heal_rank.__name__}"
+    outcome = train_on_ranks(function, degree, payload, text, folder, watch, timeout)
     shutil.rmtree(teacher, ignore_errors=True)
-    held_out = tuple((int(step), float(kl)) for step, kl in outcome.pop("held_out"))
-    return Outcome(**outcome, held_out=held_out)
+    return outcome
 
 
 def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -91,39 +86,12 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     ranks.status.computes_in = backend_class(DEFAULT_BACKEND).computes_in
     communicator = communicator_of(ranks, device)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
-    rows = load_file(folder / _ROWS)
-    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
+    rows = load_file(folder / ROWS_FILE)
     # All ranks must have read the state before one of them writes the next.
     state = read_state(folder)
     ranks.barrier()
+    watch = rank_watch(ranks, folder)
     outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
     merge_lora(trainer.parameters)
     write_results(trainer, folder, artifact.manifest.degree)
     return asdict(outcome)
-
-
-@contextmanager
-def _event_listener(path: Path, watch: Watch) -> Iterator[None]:
-    """Pass on what rank 0 writes to a file, until it has ended and all is read."""
-    path.write_text("")
-    end = threading.Event()
-
-    def listen() -> None:
-        with path.open(encoding="utf-8") as file:
-            rest = ""
-            while True:
-                last = end.is_set()
-                *lines, rest = (rest + file.read()).split("\n")
-                for line in lines:
-                    pass_on(line, watch)
-                if last:
-                    return
-                end.wait(_LISTEN_SECONDS)
-
-    listener = threading.Thread(target=listen, name="kraken-heal-events", daemon=True)
-    listener.start()
-    try:
-        yield
-    finally:
-        end.set()
-        listener.join()

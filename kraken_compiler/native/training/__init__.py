@@ -1,0 +1,1 @@
+"""Training of Kraken models from their first weights on."""

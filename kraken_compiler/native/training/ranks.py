@@ -1,0 +1,72 @@
+"""Train a Kraken model on ranks: this side starts them and listens, `train_rank` is one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from kraken_compiler.native.config import KrakenConfig
+from kraken_compiler.native.model import KrakenLM
+from kraken_compiler.native.training.build import trainer_of
+from kraken_compiler.native.training.settings import TrainSettings
+from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
+from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.loop import Outcome, train
+from kraken_compiler.training.objective import NextToken
+from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks
+from kraken_compiler.training.results import write_results
+from kraken_compiler.training.rows import TrainingText
+from kraken_compiler.training.state import read_state
+from kraken_compiler.training.watch import Watch
+
+
+def new_model(config: KrakenConfig, seed: int) -> KrakenLM:
+    """A model with first weights that follow from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KrakenLM(config)
+
+
+def train_native_on_ranks(
+    config: KrakenConfig, text: TrainingText, settings: TrainSettings, folder: Path, watch: Watch, timeout: float
+) -> Outcome:
+    """Train in several processes; the results lie in the folder.
+
+    Args:
+        config: Of the model.
+        text: What it is trained on.
+        settings: The run's.
+        folder: Where the run's state is.
+        watch: Is told what happens.
+        timeout: See `train_on_ranks`.
+
+    Raises:
+        RankFailedError, UsageError, InputFileError: See `train_on_ranks`.
+    """
+    payload = {"config": config.to_dict(), "settings": asdict(settings), "folder": str(folder.absolute())}
+    function = f"{train_rank.__module__}:{train_rank.__name__}"
+    return train_on_ranks(function, settings.processes, payload, text, folder, watch, timeout)
+
+
+def train_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One rank's part of `train_native_on_ranks`."""
+    folder, settings = Path(payload["folder"]), TrainSettings(**payload["settings"])
+    device = rank_device(None, ranks.place)
+    ranks.status.computes_here = device.type == "cpu"
+    communicator = communicator_of(ranks, device)
+    model = new_model(KrakenConfig(**payload["config"]), settings.seed)
+    trainer = trainer_of(model, NextToken(), settings, device, communicator)
+    rows = load_file(folder / ROWS_FILE)
+    state = read_state(folder)
+    # All ranks must have read the state before one of them writes the next.
+    ranks.barrier()
+    outcome = train(
+        trainer, rows["train"], rows["held_out"], folder, state, rank_watch(ranks, folder), ranks.status.progress
+    )
+    write_results(trainer, folder, model.config.degree)
+    return asdict(outcome)

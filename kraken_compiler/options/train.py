@@ -1,0 +1,44 @@
+"""Options of a training from scratch, beside those of every training (`TrainSettings`). Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kraken_compiler.options.command_options import CommandLineType, CommandOptions
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Timeout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(CommandOptions):
+    """Options of a training from scratch."""
+
+    texts: Annotated[
+        Sequence[Any],
+        CommandLineType(list[Path]),
+        typer.Option("--text", help="Text to train on, or a directory of texts; may be repeated."),
+    ] = ()
+    tokens: Annotated[
+        Sequence[Any],
+        CommandLineType(list[Path]),
+        typer.Option(help="Token ids to train on, .npy or .safetensors, instead of texts."),
+    ] = ()
+    tokenizer: Annotated[
+        Any,
+        CommandLineType(Path | None),
+        typer.Option(help="Directory of a tokenizer. (default: one is learnt from the texts)"),
+    ] = None
+    output: Annotated[
+        Any, CommandLineType(Path | None), typer.Option("--output", "-o", help="Directory for the model.")
+    ] = None
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; without, an unfinished run is resumed.")] = (
+        False
+    )
+    tensorboard: Annotated[
+        Any, CommandLineType(Path | None), typer.Option(help="Directory for TensorBoard curves.")
+    ] = None
+    timeout: Timeout = CHECK_TIMEOUT

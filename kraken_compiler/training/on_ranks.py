@@ -1,0 +1,83 @@
+"""A training on local ranks: starts them and passes on what rank 0 says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.loop import Outcome
+from kraken_compiler.training.rows import TrainingText
+from kraken_compiler.training.watch import SilentWatch, ToFile, Watch, pass_on
+
+ROWS_FILE, _EVENTS = "rows.safetensors", "events.jsonl"
+_LISTEN_SECONDS = 0.2
+
+
+def train_on_ranks(
+    function: str,
+    count: int,
+    payload: Mapping[str, Any],
+    text: TrainingText,
+    folder: Path,
+    watch: Watch,
+    timeout: float,
+) -> Outcome:
+    """Call a function on ranks that trains, and returns its `Outcome` as plain values.
+
+    Args:
+        function: "package.module:function", see `run_ranks`; it finds the rows in `ROWS_FILE`.
+        count: Number of ranks.
+        payload: What it is given.
+        text: What is trained on.
+        folder: Where the run's state is.
+        watch: Is told what happens.
+        timeout: Seconds without progress, beyond what work like this takes, after which a rank counts as hanging.
+
+    Raises:
+        RankFailedError: A rank died or hung.
+        UsageError, InputFileError: See `train`.
+    """
+    save_file({"train": text.train, "held_out": text.held_out}, folder / ROWS_FILE)
+    with _event_listener(folder / _EVENTS, watch):
+        outcome = run_ranks(function, count, payload, timeout=timeout)[0]
+    held_out = tuple((int(step), float(loss)) for step, loss in outcome.pop("held_out"))
+    return Outcome(**outcome, held_out=held_out)
+
+
+def rank_watch(ranks: Ranks, folder: Path) -> Watch:
+    """What a rank of `train_on_ranks` tells what happens."""
+    return ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
+
+
+@contextmanager
+def _event_listener(path: Path, watch: Watch) -> Iterator[None]:
+    """Pass on what rank 0 writes to a file, until it has ended and all is read."""
+    path.write_text("")
+    end = threading.Event()
+
+    def listen() -> None:
+        with path.open(encoding="utf-8") as file:
+            rest = ""
+            while True:
+                last = end.is_set()
+                *lines, rest = (rest + file.read()).split("\n")
+                for line in lines:
+                    pass_on(line, watch)
+                if last:
+                    return
+                end.wait(_LISTEN_SECONDS)
+
+    listener = threading.Thread(target=listen, name="kraken-training-events", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        end.set()
+        listener.join()
