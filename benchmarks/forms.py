@@ -21,8 +21,8 @@ from kraken_compiler.capture import capture
 from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.measure import measure_quality
-from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.text import table
+from kraken_compiler.texts.read import TextChoice
 
 
 def main() -> None:

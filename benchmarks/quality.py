@@ -29,9 +29,9 @@ from kraken_compiler.ir.forms import FORMS, STANDARD
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.quality.measure import measure_quality
-from kraken_compiler.quality.texts import TextChoice
-from kraken_compiler.quality.token_files import is_token_file
 from kraken_compiler.text import table
+from kraken_compiler.texts.read import TextChoice
+from kraken_compiler.texts.token_files import is_token_file
 
 _LAYERS = {"all": lambda count: None, "last-half": lambda count: f"{count // 2}-{count - 1}"}
 

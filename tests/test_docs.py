@@ -14,6 +14,7 @@ from kraken_compiler.cli.compile import CompileCommand
 from kraken_compiler.cli.heal import HealCommand
 from kraken_compiler.cli.probe import ProbeCommand
 from kraken_compiler.cli.report import ReportCommand
+from kraken_compiler.cli.train import TrainCommand
 from kraken_compiler.cli.verify import VerifyCommand
 from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
@@ -21,9 +22,11 @@ from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.heal import HealOptions
 from kraken_compiler.options.probe import ProbeOptions
 from kraken_compiler.options.report import ReportOptions
+from kraken_compiler.options.train import TrainOptions
 from kraken_compiler.options.verify import VerifyOptions
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training.from_scratch.settings import TrainSettings
 from tests.passes.helpers import captured, check_pass, check_untouched, gpt, hidden
 from tests.passes.test_drop_noops import Apply
 
@@ -104,6 +107,7 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
     "kraken-probe": (ProbeCommand, ProbeOptions),
     "kraken-report": (ReportCommand, ReportOptions),
     "kraken-heal": (HealCommand, HealOptions, HealSettings),
+    "kraken-train": (TrainCommand, TrainOptions, TrainSettings),
 }
 
 

@@ -23,14 +23,14 @@ from kraken_compiler.cli.train import app
 from kraken_compiler.commands.train import RECORD_FILE, TrainResult, train_model
 from kraken_compiler.errors import UsageError
 from kraken_compiler.native import KrakenConfig, KrakenLM
-from kraken_compiler.native.config_file import model_in
 from kraken_compiler.native.directory import load_native
-from kraken_compiler.native.training.build import trained_program, trainer_of
-from kraken_compiler.native.training.ranks import new_model
-from kraken_compiler.native.training.settings import TrainSettings
-from kraken_compiler.native.training.tokenizer import train_tokenizer
 from kraken_compiler.passes.form.join_streams import lane_source
-from kraken_compiler.quality.texts import sample_text
+from kraken_compiler.texts.read import sample_text
+from kraken_compiler.training.from_scratch.build import trained_program, trainer_of
+from kraken_compiler.training.from_scratch.config_file import model_in
+from kraken_compiler.training.from_scratch.ranks import new_model
+from kraken_compiler.training.from_scratch.settings import TrainSettings
+from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
 from kraken_compiler.training.objective import NextToken
 
 GPT = KrakenConfig(layers=2, width=32, heads=4, degree=2, vocabulary=64, context=32)

@@ -15,7 +15,7 @@ import pytest
 LAYERS = (
     *("errors", "text", "progress", "standard_streams", "_torch_compat", "surroundings"),
     *("ops", "ir", "native", "weights", "artifact", "passes", "capture", "ranks", "lanes", "latency", "backends"),
-    *("options", "generate", "verify", "quality", "report", "commands", "cli"),
+    *("options", "generate", "verify", "texts", "training", "quality", "report", "commands", "cli"),
 )
 """The parts of the package from the lowest to the highest; see docs/architecture.md."""
 

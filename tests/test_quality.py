@@ -15,7 +15,7 @@ from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.quality.evaluate import evaluate
-from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text, token_batches
+from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text, token_batches
 from tests.quick_tests import mostly_slow
 from tests.test_cli_compile import save_model
 from tests.zoo import SUPPORTED, token_batch
@@ -194,7 +194,7 @@ def test_a_long_text_is_read_piece_by_piece(
 ) -> None:
     (tmp_path / "text").write_text(words(3000, 10))
     whole = [batch.tolist() for batch in opened(with_tokenizer, tmp_path / "text")]
-    monkeypatch.setattr("kraken_compiler.quality.texts._PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("kraken_compiler.texts.read._PIECE_CHARACTERS", 100)
     text = opened(with_tokenizer, tmp_path / "text")
     reader = iter(text)
     first = next(reader).tolist()

@@ -21,8 +21,8 @@ from kraken_compiler.lanes.logits import logits_function
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.lower import lower, lower_split, split_source
 from kraken_compiler.quality.evaluate import Quality, evaluate
-from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.ranks.run_ranks import run_ranks
+from kraken_compiler.texts.read import TextChoice, evaluation_text
 from kraken_compiler.verify.compare import errors
 from kraken_compiler.verify.show_schedule import hiding
 from tests.table_notes import note_trained

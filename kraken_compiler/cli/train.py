@@ -19,12 +19,12 @@ from kraken_compiler.cli.console import (
     set_up_logging,
 )
 from kraken_compiler.cli.training_bar import TrainingBar
-from kraken_compiler.native.config_file import MODEL_TABLE, model_in
-from kraken_compiler.native.training.settings import TrainSettings
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
 from kraken_compiler.options.train import TrainOptions
 from kraken_compiler.text import number_text
+from kraken_compiler.training.from_scratch.config_file import MODEL_TABLE, model_in
+from kraken_compiler.training.from_scratch.settings import TrainSettings
 
 if TYPE_CHECKING:
     from kraken_compiler.commands.train import TrainResult

@@ -46,10 +46,10 @@ from kraken_compiler.quality.calibration.on_text import calibrate_on_text
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.forms_within import forms_within
 from kraken_compiler.quality.measure import with_quality
-from kraken_compiler.quality.texts import TextChoice, sample_text, token_ids
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.text import require_text
+from kraken_compiler.texts.read import TextChoice, sample_text, token_ids
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.report import Report, is_exact, make_report

@@ -18,16 +18,16 @@ from kraken_compiler.artifact.tokenizer_files import read_tokenizer
 from kraken_compiler.errors import InputFileError, UsageError, VerificationError, os_errors_as
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.directory import load_native, save_native
-from kraken_compiler.native.training.build import fill_from_lanes, trained_program, trainer_of
-from kraken_compiler.native.training.ranks import new_model, train_native_on_ranks
-from kraken_compiler.native.training.settings import TrainSettings
-from kraken_compiler.native.training.tokenizer import train_tokenizer
 from kraken_compiler.options.train import TrainOptions
 from kraken_compiler.progress import Progress, Silent
-from kraken_compiler.quality.texts import text_files
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
+from kraken_compiler.texts.read import text_files
 from kraken_compiler.training.devices import training_device, with_precision
+from kraken_compiler.training.from_scratch.build import fill_from_lanes, trained_program, trainer_of
+from kraken_compiler.training.from_scratch.ranks import new_model, train_native_on_ranks
+from kraken_compiler.training.from_scratch.settings import TrainSettings
+from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
 from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.objective import NextToken
 from kraken_compiler.training.results import write_results

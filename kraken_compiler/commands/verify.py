@@ -19,9 +19,9 @@ from kraken_compiler.passes.lower import find_form, lower_native, lower_split, s
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.measure import sensitivity_of, with_accuracies, with_quality
 from kraken_compiler.quality.multiple_choice import read_questions
-from kraken_compiler.quality.texts import TextChoice
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
+from kraken_compiler.texts.read import TextChoice
 from kraken_compiler.verify.against_engine import LENGTHS, compare_with_engine
 from kraken_compiler.verify.against_model import compare_with_model
 from kraken_compiler.verify.verification import Verification, verify_programs

@@ -17,8 +17,8 @@ from kraken_compiler.progress import Advance, Progress
 from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.multiple_choice import Question, measure_accuracy
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
-from kraken_compiler.quality.texts import TextChoice, evaluation_text
 from kraken_compiler.quality.thread_ranks import logits_in_threads
+from kraken_compiler.texts.read import TextChoice, evaluation_text
 from kraken_compiler.verify.verification import Verification
 
 _MOST_BY_LAYER = 2048

@@ -20,7 +20,7 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lanes.logits import LogitsOf, is_causal
 from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.progress import Advance
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, read_text, require_one_text, token_ids
+from kraken_compiler.texts.read import load_tokenizer, longest_row, read_text, require_one_text, token_ids
 
 if TYPE_CHECKING:
     from kraken_compiler.quality.harness import HarnessModel

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.quality.texts import read_text, token_ids
-from kraken_compiler.quality.token_files import TokenIds, read_token_file, spread
+from kraken_compiler.texts.read import read_text, token_ids
+from kraken_compiler.texts.token_files import TokenIds, read_token_file, spread
 from kraken_compiler.training.settings import RunSettings
 
 

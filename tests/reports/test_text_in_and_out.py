@@ -19,8 +19,8 @@ from kraken_compiler.generate.request import RunOptions
 from kraken_compiler.options.command_line import command_options
 from kraken_compiler.options.command_options import merged
 from kraken_compiler.options.compile import CompileOptions
-from kraken_compiler.quality.texts import TokenText as Text
-from kraken_compiler.quality.texts import _batches_of, read_text
+from kraken_compiler.texts.read import TokenText as Text
+from kraken_compiler.texts.read import _batches_of, read_text
 from tests.reports.text_functions import said, with_tokenizer
 
 MARK = b"\xef\xbb\xbf"

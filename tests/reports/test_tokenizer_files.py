@@ -143,7 +143,7 @@ def test_a_token_more_than_the_model_has(llama: Path, tmp_path: Path) -> None:
 
     from kraken_compiler.capture import capture
     from kraken_compiler.commands.compile import _tokenizer_notes
-    from kraken_compiler.quality.texts import TextChoice, evaluation_text
+    from kraken_compiler.texts.read import TextChoice, evaluation_text
 
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     save_tokenizer(model)

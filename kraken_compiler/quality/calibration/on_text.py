@@ -19,7 +19,7 @@ from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text
 from kraken_compiler.quality.calibration.train_on import train_on
 from kraken_compiler.quality.evaluate import evaluate
-from kraken_compiler.quality.texts import TextChoice, TokenText, evaluation_text
+from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

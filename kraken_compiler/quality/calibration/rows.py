@@ -16,7 +16,7 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.logits import is_causal, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.sample_inputs import vocabulary
-from kraken_compiler.quality.texts import (
+from kraken_compiler.texts.read import (
     load_tokenizer,
     longest_row,
     read_text,
@@ -24,7 +24,7 @@ from kraken_compiler.quality.texts import (
     text_files,
     token_ids,
 )
-from kraken_compiler.quality.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
+from kraken_compiler.texts.token_files import TokenIds, is_token_file, read_token_file, spread, token_rows
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

@@ -9,7 +9,7 @@ from kraken_compiler.capture import Capture
 from kraken_compiler.errors import UsageError
 from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.quality.healing.settings import HealSettings
-from kraken_compiler.quality.texts import load_tokenizer, longest_row, require_one_text
+from kraken_compiler.texts.read import load_tokenizer, longest_row, require_one_text
 from kraken_compiler.training.rows import TrainingText, read_rows
 
 

@@ -14,10 +14,10 @@ from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.native.model import KrakenLM
-from kraken_compiler.native.training.settings import TrainSettings
 from kraken_compiler.passes.form.join_streams import lane_source
 from kraken_compiler.passes.lower import lower_native
 from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.objective import Objective
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import Alone, Peers, RankPeers, Replicas

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.model import KrakenLM
-from kraken_compiler.native.training.build import trainer_of
-from kraken_compiler.native.training.settings import TrainSettings
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.from_scratch.build import trainer_of
+from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.objective import NextToken
 from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks

@@ -20,8 +20,8 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.size_checks import longest_allowed, token_rules
 from kraken_compiler.lanes.derived_inputs import find_derived
 from kraken_compiler.passes.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
-from kraken_compiler.quality.token_files import is_token_file, read_token_file, token_rows
 from kraken_compiler.text import ENCODING, not_utf8
+from kraken_compiler.texts.token_files import is_token_file, read_token_file, token_rows
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture
@@ -162,7 +162,7 @@ def token_ids(tokenizer: Any, text: str, vocabulary_size: int, option: str, *, s
 
 def sample_text() -> str:
     """The built-in sample."""
-    return files("kraken_compiler.quality").joinpath("sample.txt").read_text(encoding="utf-8")
+    return files("kraken_compiler.texts").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
 def read_text(path: Path, option: str) -> str:
@@ -267,7 +267,7 @@ def _pieces(file: TextIO, path: Path | None, name: str) -> Iterator[str]:
 @contextmanager
 def _open_text(path: Path | None) -> Iterator[tuple[TextIO, int]]:
     """Open a text; gives the file and its size in bytes."""
-    where: Any = path if path is not None else files("kraken_compiler.quality").joinpath("sample.txt")
+    where: Any = path if path is not None else files("kraken_compiler.texts").joinpath("sample.txt")
     with os_errors_as(f"--text: cannot read {path}"):
         file = where.open(encoding=ENCODING)
         size = path.stat().st_size if path is not None else len(where.read_bytes())
