@@ -189,7 +189,7 @@ def test_contenders_are_chosen_by_name_family_and_pattern() -> None:
         "kraken/compiled",
         "kraken/gloo",
     ]
-    assert len(contenders.chosen(["*/compiled"])) == 11
+    assert len(contenders.chosen(["*/compiled"])) == 12
     assert [one.split for one in contenders.chosen(["standard*/eager"])] == [False, True]
     assert {one.form for one in contenders.chosen(["standard", "standard+split"])} == {"standard"}
     with pytest.raises(ValueError, match="no contender matches 'krakn'"):

@@ -2,8 +2,8 @@
 
 What a contender generates is put behind the prompt and run through an unsplit model in this process, without a cache.
 If every token is the best one there, given the ones before it, the tokens are exactly what greedy decoding of the
-unsplit model gives. The peers and our standard form are held against transformers; the forms that change the function
-against all their lanes in one process.
+unsplit model gives. The peers and our standard form are held against transformers, a Kraken model against itself, and
+the forms that change the function against all their lanes in one process.
 
 In fp32 all tokens must agree. In bf16 rounding alone moves near ties, so the logits are compared: a contender may be
 twice as far from the fp32 model as the unsplit bf16 model is (relative L2 error of the worst token's logits). A split
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttft_parts.contenders import Contender
+from ttft_parts.contenders import NATIVE, Contender
+from ttft_parts.workloads import native_beside
 
 ALLOWED = {"float32": 1e-3, "bfloat16": None}
 SLACK = 2.0
@@ -91,8 +92,8 @@ class Judge:
 
     def _model(self, source: str, dtype: str) -> Forward:
         if (source, dtype) not in self._models:
-            load = self._transformers(dtype) if source == "transformers" else self._lanes(source, dtype)
-            self._models[source, dtype] = load
+            loads = {"transformers": self._transformers, NATIVE: self._native}
+            self._models[source, dtype] = loads[source](dtype) if source in loads else self._lanes(source, dtype)
         return self._models[source, dtype]
 
     def _transformers(self, dtype: str) -> Forward:
@@ -100,6 +101,11 @@ class Judge:
 
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, dtype)).eval()
         return lambda ids: model(ids, use_cache=False).logits
+
+    def _native(self, dtype: str) -> Forward:
+        from kraken_compiler.native.directory import load_native
+
+        return load_native(native_beside(self.model), getattr(torch, dtype))
 
     def _lanes(self, form: str, dtype: str) -> Forward:
         from kraken_compiler.artifact.read import open_artifact

@@ -13,6 +13,8 @@ TP_PLAN = "tp_plan"
 DTENSOR = "dtensor"
 BOUND = "bound"
 SINGLE = "single"
+NATIVE = "native"
+"""A Kraken model of the paper's own kind beside the standard one, see `Workload.write_native`."""
 PEERS = (TP_PLAN, DTENSOR)
 FORMS = ("standard", "kraken", "ladder", "delayed", "sync-drop")
 SPLIT = "+split"
@@ -26,6 +28,7 @@ MEANING = {
     **{form: f"ours, {form} form" for form in FORMS},
     **{split: f"ours, {split.removesuffix(SPLIT)} form, prefills in two halves" for split in SPLITS},
     BOUND: "ours, kraken form with the collectives removed: wrong numbers, the time no communication could beat",
+    NATIVE: "ours, a Kraken model as the paper has it, of as many parameters: another model, with random weights",
     SINGLE: "ours, standard form at degree 1: one process on one core, on the longest prompt only",
 }
 
@@ -43,7 +46,7 @@ class Contender:
 
     @property
     def form(self) -> str | None:
-        """The form to compile for it; None if it is not ours."""
+        """The form to compile for it; None if it is not ours. What is native has no other than its own."""
         form = None if self.family in PEERS else self.family.removesuffix(SPLIT)
         return {BOUND: "kraken", SINGLE: "standard"}.get(self.family, form)
 
@@ -78,7 +81,7 @@ ALL = (
     ),
     *(
         Contender(family, mode)
-        for family in ("ladder", "delayed", "sync-drop", SPLITS[2])
+        for family in ("ladder", "delayed", "sync-drop", SPLITS[2], NATIVE)
         for mode in ("eager", "compiled")
     ),
     *(Contender(family, "gloo") for family in ("standard", "kraken")),

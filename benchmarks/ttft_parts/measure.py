@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ttft_parts.check import Judge
-from ttft_parts.contenders import Contender, named, rotated
+from ttft_parts.contenders import NATIVE, Contender, named, rotated
 from ttft_parts.load import BUSY, OthersLoad
 from ttft_parts.network import UNLIMITED, Network, network
 from ttft_parts.ranks import TORCH_RANK, CommandError, Ranks, RanksFailedError, started
 from ttft_parts.windows import ELEMENT_BYTES
-from ttft_parts.workloads import Workload, prompt_ids
+from ttft_parts.workloads import Workload, native_beside, prompt_ids
 
 _LINK_PROBE_BYTES = 32_000_000
 
@@ -82,6 +82,8 @@ def run(plan: Plan, work: Path) -> dict[str, Any]:
     source = work / "model"
     _say(f"{plan.workload.name}: writing the model")
     shape = plan.workload.write(source)
+    if any(one.family == NATIVE for one in plan.contenders):
+        plan.workload.write_native(source, native_beside(source))
     degree = plan.workload.degree
     with network(degree, plan.network) as where:
         outcome.start(plan, shape, where, len(os.sched_getaffinity(0)) >= degree)
@@ -136,12 +138,14 @@ def compiled(
         assert one.form is not None
         target = work / f"{name}-{dtype}.kraken"
         _say(f"compiling {name}, {dtype}")
+        # A Kraken model has no other form and degree than its own.
+        own = one.family == NATIVE
         try:
             compile_model(
-                source,
+                native_beside(source) if own else source,
                 target,
                 degree=1 if one.alone else degree,
-                form=one.form,
+                **({} if own else {"form": one.form}),
                 dtype=getattr(torch, dtype),
                 backends=backends,
                 verify=False,

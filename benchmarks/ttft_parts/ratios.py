@@ -64,6 +64,8 @@ AIMS = (
     Aim("ttft", "standard", "ladder"),
     Aim("ttft", "standard", "delayed"),
     Aim("ttft", "standard", "sync-drop"),
+    Aim("ttft", "standard", "native"),
+    Aim("ttft", "kraken", "native"),
     Aim("ttft", "standard", "standard+split"),
     Aim("ttft", "standard+split", "kraken", at_most=1.08, prompt=512),
     Aim("ttft", "standard+split", BOUND),
@@ -76,6 +78,7 @@ AIMS = (
     Aim("tpot", "standard/gloo", "kraken/gloo"),
     Aim("tpot", "standard", BOUND),
     Aim("tpot", "kraken", BOUND),
+    Aim("tpot", "standard", "native"),
     Aim("tpot", TP_PLAN, "standard", at_least=1.0),
     Aim("tpot", DTENSOR, "standard", at_least=1.0),
 )

@@ -10,6 +10,9 @@ import torch
 from packaged_model import HOW, packaged_model, smollm2
 from torch import Tensor
 
+from kraken_compiler.native import KrakenConfig, KrakenLM
+from kraken_compiler.native.directory import save_native
+
 LLAMA = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -49,6 +52,43 @@ class Workload:
     contenders: tuple[str, ...]
     has_aims: bool = False
 
+    def write_native(self, standard: Path, directory: Path) -> None:
+        """Write a Kraken model of as many layers, lanes and parameters as the workload's model has.
+
+        Its embedding is its head. Where they are two in the other model, its embedding is not counted: nothing is
+        multiplied with it.
+
+        Args:
+            standard: The workload's model, see `write`.
+            directory: Where the Kraken model goes.
+        """
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(standard)
+        head = config.vocab_size * config.hidden_size
+        attention = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+        layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+        wanted = head + config.num_hidden_layers * layer
+        heads, kv_heads = (
+            max(1, count // self.degree) for count in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        sizes = {
+            "layers": config.num_hidden_layers,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "expansion": config.intermediate_size / config.hidden_size,
+            "ffn": "swiglu",
+            "norm": "rms",
+            "positions": "rotary",
+            "degree": self.degree,
+            "vocabulary": config.vocab_size,
+            "context": config.max_position_embeddings,
+        }
+        widths = range(2 * heads, config.hidden_size + 1, 2 * heads)
+        models = [KrakenConfig(width=width, **sizes) for width in widths]
+        torch.manual_seed(0)
+        save_native(KrakenLM(min(models, key=lambda one: abs(one.parameters - wanted))), directory)
+
     def write(self, directory: Path) -> dict[str, Any]:
         """Write the model as a Hugging Face directory; returns what the arithmetic needs to know of its shape."""
         from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
@@ -86,7 +126,7 @@ WORKLOADS = {
             new_tokens=32,
             contenders=(
                 *("tp_plan", "dtensor/compiled", "standard", "standard+split", "kraken", "kraken+split"),
-                *("ladder", "delayed", "sync-drop", "sync-drop+split", "bound"),
+                *("ladder", "delayed", "sync-drop", "sync-drop+split", "native", "bound"),
             ),
             has_aims=True,
         ),
@@ -110,6 +150,11 @@ WORKLOADS = {
         ),
     )
 }
+
+
+def native_beside(source: Path) -> Path:
+    """Where the Kraken model of `Workload.write_native` lies, beside the workload's own."""
+    return source.with_name(f"{source.name}-native")
 
 
 def prompt_ids(vocabulary: int, size: int) -> Tensor:
