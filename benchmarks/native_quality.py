@@ -33,8 +33,7 @@ from kraken_compiler.native import KrakenConfig
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.surroundings import fast_products
 from kraken_compiler.texts.read import text_files
-from kraken_compiler.training.from_scratch.build import trainer_of
-from kraken_compiler.training.from_scratch.ranks import new_model
+from kraken_compiler.training.from_scratch.build import new_model, trainer_of
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
 from kraken_compiler.training.loop import train

@@ -16,10 +16,10 @@ from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.weight_table import WeightSpec
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.build import trainer_of_one_lane
-from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.communicators.choose import default_communicator
 from kraken_compiler.ranks.session import Ranks
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.trainer import Trainer, logits_of
 from tests.torch_ranks import device_of, group_of

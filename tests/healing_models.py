@@ -15,9 +15,9 @@ from kraken_compiler.ir.weight_table import WeightSpec, lane_weights
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.passes.lower import lower
-from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.lora import add_lora
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.trainer import Trainer, logits_of
 from tests.zoo import SUPPORTED, random_tokens

@@ -10,8 +10,8 @@ import pytest
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.schedule import FormPlan, Reduce
+from kraken_compiler.lanes.evaluate import ByPosition, Quality
 from kraken_compiler.quality.budget import Budget, Payloads, choose_forms, perplexity_increase, traffic
-from kraken_compiler.quality.evaluate import ByPosition, Quality
 
 LAYERS = 7
 COSTS_OF_TWO = {"kraken": [1.0, 1.0], "sync-drop": [1.0, 1.0]}

@@ -12,6 +12,7 @@ from torch import Tensor
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import LogitsOf, inputs_function, logits_function
 from kraken_compiler.lanes.reference import StreamingProgram, read_from_source
 from kraken_compiler.passes.lower import lower
@@ -23,7 +24,6 @@ from kraken_compiler.quality.calibration.moments import Moments
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.refittable import find_refittable
 from kraken_compiler.quality.calibration.ridge import STRENGTHS, fit_ridge, solve_ridge
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.weights.lane_tensors import has_lane_tensors
 from tests.zoo import SUPPORTED, random_tokens
 

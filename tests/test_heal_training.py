@@ -19,13 +19,13 @@ from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.lanes.segments import Segment, cut
-from kraken_compiler.quality.healing import loss as loss_module
 from kraken_compiler.quality.healing.lora import merge_lora
-from kraken_compiler.quality.healing.loss import distillation_loss
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training import loss as loss_module
 from kraken_compiler.training.checkpoint import load_checkpoint, save_checkpoint
 from kraken_compiler.training.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.training.loop import train
+from kraken_compiler.training.loss import distillation_loss
 from kraken_compiler.training.state import STATE_FILE, Lock, RunState, open_state, read_state
 from kraken_compiler.training.trainer import Trainer
 from kraken_compiler.training.watch import SilentWatch, StepRecord

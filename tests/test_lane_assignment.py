@@ -23,6 +23,7 @@ from kraken_compiler.commands.verify import verify_artifact
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.ir.forms import FORMS
 from kraken_compiler.ir.index_set import from_indices
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.form.derive_schedule import derive_plan
@@ -33,7 +34,6 @@ from kraken_compiler.quality.assignment.choose import Reading, choose_lanes, uni
 from kraken_compiler.quality.assignment.on_model import LaneChoice
 from kraken_compiler.quality.assignment.reads import Reads, measure_reads, withheld
 from kraken_compiler.quality.assignment.transport import best_lanes
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.healing.settings import HealSettings
 from tests.zoo import SUPPORTED, token_batch
 

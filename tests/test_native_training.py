@@ -19,18 +19,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kraken_compiler.capture import capture
 from kraken_compiler.cli.train import app
 from kraken_compiler.commands.train import RECORD_FILE, TrainResult, train_model
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.native import KrakenConfig, KrakenLM
 from kraken_compiler.native.directory import load_native
 from kraken_compiler.passes.form.join_streams import lane_source
 from kraken_compiler.texts.read import sample_text
-from kraken_compiler.training.from_scratch.build import trained_program, trainer_of
+from kraken_compiler.training.from_scratch.build import new_model, trained_program, trainer_of
 from kraken_compiler.training.from_scratch.config_file import model_in
-from kraken_compiler.training.from_scratch.ranks import new_model
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
+from kraken_compiler.training.from_scratch.upcycle import upcycled
 from kraken_compiler.training.objective import NextToken
 
 GPT = KrakenConfig(layers=2, width=32, heads=4, degree=2, vocabulary=64, context=32)
@@ -219,3 +220,122 @@ def test_a_killed_run_ends_bit_equal(ranks: tuple[str, ...], tmp_path: Path) -> 
     for have, want in zip(*(load_native(tmp_path / name).state_dict().values() for name in ("killed", "whole"))):
         assert torch.equal(have, want)
     assert not (tmp_path / "killed.train").exists()
+
+
+def standard_model(family: str) -> Any:
+    """A tiny model of transformers whose head is its embedding, with weights far from the first ones."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    llama: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": True,
+    }
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_positions=32, n_embd=48, n_layer=2, n_head=6, bos_token_id=0, eos_token_id=0)
+        ),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**llama)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**llama)),
+        "untied": lambda: LlamaForCausalLM(LlamaConfig(**llama | {"tie_word_embeddings": False})),
+    }[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+WHOLE_MODELS = {
+    "gpt2": KrakenConfig(layers=2, width=48, heads=6, degree=1, expansion=4.0, vocabulary=64, context=32),
+    "llama": KrakenConfig(
+        layers=2,
+        width=48,
+        heads=6,
+        kv_heads=3,
+        degree=1,
+        expansion=112 / 48,
+        vocabulary=64,
+        context=32,
+        norm="rms",
+        ffn="swiglu",
+        positions="rotary",
+        norm_epsilon=1e-6,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WHOLE_MODELS)
+def test_a_model_of_one_whole_lane_is_the_standard_one(family: str) -> None:
+    standard = standard_model(family)
+    ids = torch.randint(64, (4, 20))
+    # The projection turns the stream; with its norms' factors that is exact where these are one.
+    model = upcycled(WHOLE_MODELS[family], capture(standard), ids)
+    want = standard(ids).logits
+    assert (model(ids) - want).abs().max() < 0.3 * want.abs().max()
+    with torch.no_grad():
+        for name, parameter in standard.named_parameters():
+            if "norm" in name or "ln_" in name:
+                parameter.copy_(torch.zeros_like(parameter) if name.endswith("bias") else torch.ones_like(parameter))
+    model = upcycled(WHOLE_MODELS[family], capture(standard), ids)
+    torch.testing.assert_close(model(ids), standard(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WHOLE_MODELS)
+def test_a_standard_models_weights_are_a_better_beginning(family: str, tmp_path: Path) -> None:
+    standard, rows = standard_model(family), torch.randint(64, (40, 24))
+    standard.save_pretrained(tmp_path / "standard")
+    # What the standard model says itself is what its weights are good for.
+    with torch.no_grad():
+        rows[:, 1:] = standard(rows).logits[:, :-1].argmax(-1)
+    np.save(tmp_path / "tokens.npy", rows.numpy())
+    config = replace(WHOLE_MODELS[family], degree=2, width=32, heads=4, kv_heads=2 if family == "llama" else None)
+    common = {"tokens": [tmp_path / "tokens.npy"], "teacher": tmp_path / "standard"}
+    scratch = train_model(config, SETTINGS, output=tmp_path / "scratch", **common)
+    begun = train_model(config, SETTINGS, output=tmp_path / "begun", begin=tmp_path / "standard", **common)
+    assert begun.outcome.before["kl"] < 0.9 * scratch.outcome.before["kl"]
+
+
+def test_a_standard_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    ids = torch.randint(64, (4, 20))
+    llama = WHOLE_MODELS["llama"]
+    for family, config, match in (
+        ("qwen3", llama, "computes something that no Kraken model does|other norms than one before"),
+        ("untied", llama, "computes something that no Kraken model does"),
+        ("llama", replace(llama, rotary_base=500.0), "computes something that no Kraken model does"),
+        ("llama", replace(llama, layers=3), "layers: 2 in that model, 3 in the one that is trained"),
+        ("llama", replace(llama, width=36, heads=3, kv_heads=3), "width of a head: 8 in that model, 12"),
+        ("llama", replace(llama, norm_epsilon=1e-5), "norm_epsilon: 1e-06 in that model, 1e-05"),
+        ("gpt2", replace(WHOLE_MODELS["gpt2"], norm="rms"), "norms that subtract the mean: 1 in that model, 0"),
+    ):
+        with pytest.raises((UsageError, UnsupportedModelError), match=match):
+            upcycled(config, capture(standard_model(family)), ids)
+    standard_model("llama").save_pretrained(tmp_path / "standard")
+    np.save(tmp_path / "tokens.npy", np.zeros(900, dtype=np.int64))
+    with pytest.raises(UsageError, match=r"--teacher .*: has 64 tokens, the model that is trained 50"):
+        train_model(
+            replace(llama, vocabulary=50),
+            SETTINGS,
+            tokens=[tmp_path / "tokens.npy"],
+            teacher=tmp_path / "standard",
+            output=tmp_path / "model",
+        )
+
+
+@pytest.mark.slow
+def test_ranks_distil_what_one_process_does(tmp_path: Path) -> None:
+    standard_model("gpt2").save_pretrained(tmp_path / "standard")
+    np.save(tmp_path / "tokens.npy", np.arange(2000) % 64)
+    config = replace(WHOLE_MODELS["gpt2"], degree=2, width=32, heads=4)
+    common = dict.fromkeys(("begin", "teacher"), tmp_path / "standard") | {"tokens": [tmp_path / "tokens.npy"]}
+    alone = train_model(config, SETTINGS, output=tmp_path / "alone", **common)
+    on_ranks = train_model(config, replace(SETTINGS, ranks=2), output=tmp_path / "ranks", **common)
+    assert on_ranks.outcome.after["kl"] == pytest.approx(alone.outcome.after["kl"], rel=1e-4)
+    for have, want in zip(_weights(on_ranks), _weights(alone), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
-from kraken_compiler.quality.evaluate import evaluate
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text, token_batches
 from tests.quick_tests import mostly_slow
 from tests.test_cli_compile import save_model

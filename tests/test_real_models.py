@@ -17,10 +17,10 @@ from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.capture.captured_model import TokenizerSource
 from kraken_compiler.commands.compile import compile_model
+from kraken_compiler.lanes.evaluate import Quality, evaluate
 from kraken_compiler.lanes.logits import logits_function
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.lower import lower, lower_split, split_source
-from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.texts.read import TextChoice, evaluation_text
 from kraken_compiler.verify.compare import errors

@@ -12,9 +12,9 @@ from kraken_compiler.capture import Capture, capture
 from kraken_compiler.commands.transform import transform
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Split
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.passes.lower import split_source
 from kraken_compiler.quality import sensitivity as module
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.quality.sensitivity import ends, measure_sensitivity, single_layers
 from tests.zoo import SUPPORTED, token_batch
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import LogitsOf, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower
@@ -19,7 +20,6 @@ from kraken_compiler.quality.calibration import train_on as module
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.record import TrainingRecord
 from kraken_compiler.quality.calibration.train_on import train_on
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.text import json_text
 from tests.test_quantized_weights import INT8
 from tests.test_quantized_weights import captured as quantized

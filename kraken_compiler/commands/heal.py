@@ -29,13 +29,13 @@ from kraken_compiler.passes.lower import lower
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.healing.build import trainer_of_all_lanes
 from kraken_compiler.quality.healing.data import read_texts
-from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.lora import merge_lora
 from kraken_compiler.quality.healing.ranks import heal_on_ranks
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
 from kraken_compiler.training.devices import training_device, with_precision
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.parameters import is_trained
 from kraken_compiler.training.results import write_results

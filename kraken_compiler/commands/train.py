@@ -15,28 +15,41 @@ from typing import Any
 import torch
 
 from kraken_compiler.artifact.tokenizer_files import read_tokenizer
+from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError, VerificationError, os_errors_as
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.directory import load_native, save_native
+from kraken_compiler.native.model import KrakenLM
 from kraken_compiler.options.train import TrainOptions
+from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
-from kraken_compiler.texts.read import text_files
+from kraken_compiler.texts.read import load_tokenizer, text_files
 from kraken_compiler.training.devices import training_device, with_precision
-from kraken_compiler.training.from_scratch.build import fill_from_lanes, trained_program, trainer_of
-from kraken_compiler.training.from_scratch.ranks import new_model, train_native_on_ranks
+from kraken_compiler.training.distillation import Distillation
+from kraken_compiler.training.from_scratch.build import (
+    fill_from_lanes,
+    new_model,
+    objective_from,
+    trained_program,
+    trainer_of,
+)
+from kraken_compiler.training.from_scratch.ranks import train_native_on_ranks
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
+from kraken_compiler.training.from_scratch.upcycle import upcycled
 from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.objective import NextToken
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText, parts_of_text, read_rows
 from kraken_compiler.training.settings import BFLOAT16
 from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.training.watch import SilentWatch, TensorBoard, ToAll, Watch
+from kraken_compiler.training.watch import TensorBoard, ToAll, Watch
 
 RECORD_FILE = "training.json"
+_ROWS_SEEN = 64
+"""Of a text, to find out what is in the stream of a standard model."""
 _AGREEMENT = 0.01
 """By how much the written model's loss may differ from that of the trained lanes, relative: rounding differs."""
 
@@ -119,19 +132,24 @@ def train_model(
         raise UsageError("name something to train on: --text FILE or DIR, or --tokens FILE")
     settings = with_precision(settings, settings.processes)
     texts = [file for path in options.texts for file in text_files(Path(path), "--text")]
+    begin, teacher = _standard_models(config, options, show)
     with show.stage("read the texts"):
-        tokenizer = _tokenizer(config, options.tokenizer, texts, settings)
+        tokenizer = _tokenizer(config, options.tokenizer, begin or teacher, texts, settings)
         tokens = [Path(path) for path in options.tokens]
         text = read_rows(texts, tokens, tokenizer, config.vocabulary, config.context, settings)
     folder = target.with_name(f"{target.name}.train")
-    state = open_state(folder, _identity(config, text, tokenizer, settings), options.restart)
-    board = TensorBoard(Path(options.tensorboard), NextToken.name, state.step) if options.tensorboard else None
+    with show.stage("first weights"):
+        model = new_model(config, settings.seed) if begin is None else upcycled(config, begin, text.train[:_ROWS_SEEN])
+    origins = {
+        name: None if one is None else one.origin.sha256 for name, one in (("from", begin), ("teacher", teacher))
+    }
+    state = open_state(folder, {**_identity(config, text, tokenizer, settings), **origins}, options.restart)
+    objective = NextToken.name if teacher is None else Distillation.name
+    board = TensorBoard(Path(options.tensorboard), objective, state.step) if options.tensorboard else None
     watches = [one for one in (watch, board) if one is not None]
     with Lock(folder):
         try:
-            outcome = _train(
-                config, text, settings, folder, state, ToAll(*watches) if watches else SilentWatch(), options.timeout
-            )
+            outcome = _train(model, teacher, text, settings, options, folder, state, ToAll(*watches))
         finally:
             if board is not None:
                 board.close()
@@ -144,21 +162,42 @@ def train_model(
 
 
 def _train(
-    config: KrakenConfig,
+    model: KrakenLM,
+    teacher: Capture | None,
     text: TrainingText,
     settings: TrainSettings,
+    options: TrainOptions,
     folder: Path,
     state: RunState,
     watch: Watch,
-    timeout: float,
 ) -> Outcome:
     if settings.ranks is not None:
-        return train_native_on_ranks(config, text, settings, folder, watch, timeout)
-    trainer = trainer_of(new_model(config, settings.seed), NextToken(), settings, training_device())
+        path = None if teacher is None else Path(options.teacher)
+        return train_native_on_ranks(model, path, text, settings, folder, watch, options.timeout)
+    device = training_device()
     with fast_products():
+        trainer = trainer_of(model, objective_from(teacher, device), settings, device)
         outcome = train(trainer, text.train, text.held_out, folder, state, watch)
-    write_results(trainer, folder, config.degree)
+    write_results(trainer, folder, model.config.degree)
     return outcome
+
+
+def _standard_models(
+    config: KrakenConfig, options: TrainOptions, show: Progress
+) -> tuple[Capture | None, Capture | None]:
+    """The model that the first weights are taken from, and the teacher."""
+    found: dict[str, Capture] = {}
+    for option, path in (("--from", options.begin), ("--teacher", options.teacher)):
+        if path is not None and str(path) not in found:
+            with show.stage("capture"):
+                captured = found[str(path)] = capture(path)
+            count = vocabulary(captured.program)
+            if captured.lanes is not None:
+                raise UsageError(f"{option} {path}: is a Kraken model; name a standard one")
+            if count != config.vocabulary:
+                raise UsageError(f"{option} {path}: has {count} tokens, the model that is trained {config.vocabulary}")
+    begin, teacher = (None if path is None else found[str(path)] for path in (options.begin, options.teacher))
+    return begin, teacher
 
 
 def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path) -> None:
@@ -189,13 +228,15 @@ def _require_trained(directory: Path, result: TrainResult, text: TrainingText) -
     bfloat16 = result.settings.precision == BFLOAT16
     with torch.no_grad(), fast_products(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         loss = NextToken().measure(model, torch.split(text.held_out, result.settings.batch)).loss
-    trained = result.outcome.after["loss"]
+    trained = math.log(result.outcome.after["perplexity"])
     if not math.isclose(loss, trained, rel_tol=_AGREEMENT):
         raise VerificationError(f"the model's loss is {loss:.5g} where that of the trained lanes is {trained:.5g}")
 
 
-def _tokenizer(config: KrakenConfig, given: Any, texts: Sequence[Path], settings: TrainSettings) -> Any:
-    """What reads the texts: the given tokenizer, or one that is learnt from their beginnings; None without texts."""
+def _tokenizer(
+    config: KrakenConfig, given: Any, standard: Capture | None, texts: Sequence[Path], settings: TrainSettings
+) -> Any:
+    """What reads the texts: the given tokenizer, a standard model's, or one that is learnt; None without texts."""
     if given is not None:
         directory = Path(given)
         if not directory.is_dir():
@@ -209,6 +250,8 @@ def _tokenizer(config: KrakenConfig, given: Any, texts: Sequence[Path], settings
         return tokenizer
     if not texts:
         return None
+    if standard is not None:
+        return load_tokenizer(standard, "--text", "give token ids with --tokens FILE")
     return train_tokenizer((parts_of_text(path, settings.hold_out)[0] for path in texts), config.vocabulary)
 
 

@@ -15,7 +15,7 @@ from kraken_compiler.options.shared import CHECK_TIMEOUT, Timeout
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(CommandOptions):
-    """Options of a training from scratch."""
+    """Options of a training from scratch; `begin` and `teacher` are models as `compile` takes them."""
 
     texts: Annotated[
         Sequence[Any],
@@ -31,6 +31,16 @@ class TrainOptions(CommandOptions):
         Any,
         CommandLineType(Path | None),
         typer.Option(help="Directory of a tokenizer. (default: one is learnt from the texts)"),
+    ] = None
+    begin: Annotated[
+        Any,
+        CommandLineType(Path | None),
+        typer.Option("--from", help="A standard model whose weights, projected onto the lanes, are the first."),
+    ] = None
+    teacher: Annotated[
+        Any,
+        CommandLineType(Path | None),
+        typer.Option(help="A standard model to distil from; without, the text alone is learnt."),
     ] = None
     output: Annotated[
         Any, CommandLineType(Path | None), typer.Option("--output", "-o", help="Directory for the model.")

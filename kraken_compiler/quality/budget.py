@@ -24,8 +24,8 @@ from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.forms import DELAYED, FORMS, KRAKEN, STANDARD, SYNC_DROP
 from kraken_compiler.ir.layers import Branch
 from kraken_compiler.ir.schedule import FormPlan
+from kraken_compiler.lanes.evaluate import Quality
 from kraken_compiler.passes.form.derive_schedule import derive_plan
-from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.text import number_text, table
 
 CHANGES = (KRAKEN.name, DELAYED.name, SYNC_DROP.name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.ir.program import LaneProgram, Split
+from kraken_compiler.lanes.evaluate import Quality, evaluate
 from kraken_compiler.lanes.logits import inputs_function, lane_logits, recorded
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower_split
@@ -19,7 +20,6 @@ from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, Se
 from kraken_compiler.quality.calibration.on_text import fit_and_train
 from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text, long_rows
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
-from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.sensitivity import measure_sensitivity
 
 if TYPE_CHECKING:

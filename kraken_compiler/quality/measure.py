@@ -11,10 +11,10 @@ from kraken_compiler.backends.base import Reference
 from kraken_compiler.capture import Capture
 from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import Program, Split
+from kraken_compiler.lanes.evaluate import Quality, evaluate
 from kraken_compiler.lanes.logits import LogitsOf, lane_logits
 from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.progress import Advance, Progress
-from kraken_compiler.quality.evaluate import Quality, evaluate
 from kraken_compiler.quality.multiple_choice import Question, measure_accuracy
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, measure_sensitivity, single_layers
 from kraken_compiler.quality.thread_ranks import logits_in_threads

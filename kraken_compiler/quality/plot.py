@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kraken_compiler.errors import InputFileError, UsageError, missing_packages
-from kraken_compiler.quality.evaluate import Quality
+from kraken_compiler.lanes.evaluate import Quality
 from kraken_compiler.quality.sensitivity import Sensitivity, ends, single_layers
 
 

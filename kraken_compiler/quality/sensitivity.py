@@ -18,11 +18,11 @@ from torch import Tensor
 from kraken_compiler.capture import Capture
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import Split
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import lane_logits, recorded
 from kraken_compiler.lanes.reference import ReadLane, read_from_source
 from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Advance
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.text import json_text, number_text, replace_text, table
 
 Run = tuple[int, int]

@@ -39,7 +39,7 @@ _WITHOUT_VALUES = {
 """What has changed of a run, where the values themselves say nothing to people."""
 _RUN_FILES = re.compile(
     r"(state\.json|step-\d+\.rank-\d+\.safetensors|lane-\d+\.safetensors|shared\.safetensors|rows\.safetensors)"
-    r"(\.partial)?|lock|events\.jsonl|\.?teacher\.kraken(\.partial)?"
+    r"(\.partial)?|lock|events\.jsonl|first|\.?teacher\.kraken(\.partial)?"
 )
 """Names of all that a run puts into its folder."""
 

@@ -26,7 +26,7 @@ from kraken_compiler.verify.show_schedule import hiding, schedule_entries, sched
 from kraken_compiler.verify.tolerances import is_within_noise, with_noise_allowed
 
 if TYPE_CHECKING:
-    from kraken_compiler.quality.evaluate import Quality
+    from kraken_compiler.lanes.evaluate import Quality
     from kraken_compiler.quality.multiple_choice import Accuracy
     from kraken_compiler.quality.sensitivity import Sensitivity
 

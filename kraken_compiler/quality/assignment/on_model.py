@@ -31,7 +31,7 @@ from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.assignment.choose import Lanes, Reading, choose_lanes, units_of_lanes
 from kraken_compiler.quality.assignment.reads import measure_reads, withheld
 from kraken_compiler.quality.calibration.rows import calibration_text
-from kraken_compiler.quality.healing.loss import distillation_loss
+from kraken_compiler.training.loss import distillation_loss
 
 if TYPE_CHECKING:
     from kraken_compiler.capture import Capture

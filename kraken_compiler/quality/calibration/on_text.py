@@ -11,6 +11,7 @@ import psutil
 from torch import Tensor
 
 from kraken_compiler.ir.program import LaneProgram
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import inputs_function, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.progress import Progress
@@ -18,7 +19,6 @@ from kraken_compiler.quality.calibration.calibrate import calibrate
 from kraken_compiler.quality.calibration.record import Calibration
 from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text
 from kraken_compiler.quality.calibration.train_on import train_on
-from kraken_compiler.quality.evaluate import evaluate
 from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text
 
 if TYPE_CHECKING:

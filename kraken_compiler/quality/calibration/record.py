@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kraken_compiler.lanes.evaluate import Quality
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
-from kraken_compiler.quality.evaluate import Quality
 from kraken_compiler.text import number_text
 
 

@@ -27,7 +27,7 @@ from kraken_compiler.progress import Advance
 from kraken_compiler.quality.calibration.calibrate import first_stale
 from kraken_compiler.quality.calibration.lane_weights import LaneWeights
 from kraken_compiler.quality.calibration.record import TrainingRecord
-from kraken_compiler.quality.healing.distillation import Distillation
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.learning_rate import learning_rate, rows_of_step
 from kraken_compiler.training.parameters import LaneParameters, is_trained
 from kraken_compiler.training.settings import RunSettings

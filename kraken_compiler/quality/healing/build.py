@@ -14,10 +14,10 @@ from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.runner import LaneRunner
-from kraken_compiler.quality.healing.distillation import Distillation
 from kraken_compiler.quality.healing.lora import add_lora
 from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import RankPeers
 from kraken_compiler.training.trainer import Trainer, logits_of

@@ -7,22 +7,51 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from kraken_compiler.capture import Capture
 from kraken_compiler.capture.from_native import capture_native
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
+from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.model import KrakenLM
 from kraken_compiler.passes.form.join_streams import lane_source
-from kraken_compiler.passes.lower import lower_native
+from kraken_compiler.passes.lower import lower, lower_native
 from kraken_compiler.ranks.communicators.communicator import Communicator
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.from_scratch.settings import TrainSettings
-from kraken_compiler.training.objective import Objective
+from kraken_compiler.training.objective import NextToken, Objective
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import Alone, Peers, RankPeers, Replicas
-from kraken_compiler.training.trainer import Trainer
+from kraken_compiler.training.trainer import Trainer, logits_of
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
+
+
+def new_model(config: KrakenConfig, seed: int) -> KrakenLM:
+    """A model with first weights that follow from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KrakenLM(config)
+
+
+def objective_from(teacher: Capture | None, device: torch.device) -> Objective:
+    """What is made small: KL(teacher || model), or without a teacher the cross-entropy of the text.
+
+    Args:
+        teacher: A standard model of the same tokens.
+        device: Where it computes.
+
+    Raises:
+        UnsupportedModelError: It cannot be rewritten as a program of one lane.
+    """
+    if teacher is None:
+        return NextToken()
+    program, _ = lower(teacher.program, 1, "standard", cached=False)
+    weights = lane_weights(program.weights, 0, program.reader(teacher.store.read))
+    on_device = {name: value.to(device) for name, value in weights.items()}
+    return Distillation(logits_of(LaneRunner(program, device=device), lambda: on_device))
 
 
 def trainer_of(

@@ -7,38 +7,40 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from kraken_compiler.native.config import KrakenConfig
+from kraken_compiler.capture import capture
+from kraken_compiler.native.directory import load_native, save_native
 from kraken_compiler.native.model import KrakenLM
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.training.from_scratch.build import trainer_of
+from kraken_compiler.training.from_scratch.build import objective_from, trainer_of
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.loop import Outcome, train
-from kraken_compiler.training.objective import NextToken
 from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
 from kraken_compiler.training.state import read_state
 from kraken_compiler.training.watch import Watch
 
-
-def new_model(config: KrakenConfig, seed: int) -> KrakenLM:
-    """A model with first weights that follow from a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return KrakenLM(config)
+_FIRST = "first"
+"""Directory of the first weights, in the folder of the run."""
 
 
 def train_native_on_ranks(
-    config: KrakenConfig, text: TrainingText, settings: TrainSettings, folder: Path, watch: Watch, timeout: float
+    model: KrakenLM,
+    teacher: Path | None,
+    text: TrainingText,
+    settings: TrainSettings,
+    folder: Path,
+    watch: Watch,
+    timeout: float,
 ) -> Outcome:
     """Train in several processes; the results lie in the folder.
 
     Args:
-        config: Of the model.
+        model: With its first weights.
+        teacher: What to distil from; None trains on the text alone.
         text: What it is trained on.
         settings: The run's.
         folder: Where the run's state is.
@@ -48,7 +50,14 @@ def train_native_on_ranks(
     Raises:
         RankFailedError, UsageError, InputFileError: See `train_on_ranks`.
     """
-    payload = {"config": config.to_dict(), "settings": asdict(settings), "folder": str(folder.absolute())}
+    first = folder / _FIRST
+    save_native(model, first)
+    payload = {
+        "model": str(first.absolute()),
+        "teacher": None if teacher is None else str(teacher.absolute()),
+        "settings": asdict(settings),
+        "folder": str(folder.absolute()),
+    }
     function = f"{train_rank.__module__}:{train_rank.__name__}"
     return train_on_ranks(function, settings.processes, payload, text, folder, watch, timeout)
 
@@ -59,8 +68,10 @@ def train_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     device = rank_device(None, ranks.place)
     ranks.status.computes_here = device.type == "cpu"
     communicator = communicator_of(ranks, device)
-    model = new_model(KrakenConfig(**payload["config"]), settings.seed)
-    trainer = trainer_of(model, NextToken(), settings, device, communicator)
+    model = load_native(Path(payload["model"]))
+    teacher = None if payload["teacher"] is None else capture(payload["teacher"])
+    objective = objective_from(teacher, device)
+    trainer = trainer_of(model, objective, settings, device, communicator)
     rows = load_file(folder / ROWS_FILE)
     state = read_state(folder)
     # All ranks must have read the state before one of them writes the next.

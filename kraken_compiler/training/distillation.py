@@ -1,4 +1,4 @@
-"""The objective of healing: KL(teacher || student) of the next token's distribution."""
+"""An objective with a teacher: KL(teacher || student) of the next token's distribution."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from kraken_compiler.lanes.evaluate import Quality, evaluate
 from kraken_compiler.lanes.logits import LogitsOf
-from kraken_compiler.quality.evaluate import Quality, evaluate
-from kraken_compiler.quality.healing.loss import distillation_loss
+from kraken_compiler.training.loss import distillation_loss
 from kraken_compiler.training.objective import Measurement, Share
 
 
