@@ -77,6 +77,7 @@ def _show(result: CompileResult, directory: Path, output: Output) -> None:
                 "notes": list(result.notes),
                 "latency": [one.to_dict() for one in result.latencies],
                 "choice": result.choice.to_dict() if result.choice else None,
+                "auto": result.auto.to_dict() if result.auto else None,
                 "calibration": result.calibration.to_dict() if result.calibration else None,
                 "verification": result.verification.to_dict() if result.verification else None,
             }
@@ -85,6 +86,8 @@ def _show(result: CompileResult, directory: Path, output: Output) -> None:
         lines = result.report.lines() if len(result.latencies) < 2 else compared_lines(result.latencies)
         if len(result.latencies) == 1:
             lines += ["", *result.latencies[0].lines()]
+        if result.auto is not None:
+            lines += ["", *result.auto.lines()]
         if result.choice is not None:
             lines += ["", f"forms within a budget of {result.choice.budget}", *result.choice.lines()]
         if result.calibration is not None:
