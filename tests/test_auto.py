@@ -13,17 +13,22 @@ from typing import Any
 import pytest
 
 from kraken_compiler.capture import capture
-from kraken_compiler.commands.auto import AutoChoice
+from kraken_compiler.commands import auto
+from kraken_compiler.commands.auto import AutoChoice, DegreeTimes
 from kraken_compiler.commands.compile import compile_model
-from kraken_compiler.ir.program import Program
+from kraken_compiler.errors import Rejection, UnsupportedModelError, UsageError
+from kraken_compiler.ir.program import Program, Recognized, Split
 from kraken_compiler.latency.forms import LoadTimes, seconds_of_forms
 from kraken_compiler.latency.machine import load_machine
 from kraken_compiler.latency.predict import Load, Predictor
+from kraken_compiler.native import KrakenConfig, KrakenLM
 from kraken_compiler.passes.compiler_pass import PassResult
 from kraken_compiler.passes.lower import split_source
+from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.recognize.find_layers import FindLayers
 from kraken_compiler.passes.shard.plan_shards import PlanShards
-from kraken_compiler.quality.budget import CHANGES
+from kraken_compiler.passes.stages import plan
+from kraken_compiler.quality.budget import CHANGES, Candidate, Choice, Traffic
 from tests.once import CaptureOnce
 from tests.test_cli_compile import done, refused, save_model
 from tests.test_latency import TOML
@@ -98,15 +103,15 @@ def test_the_degree_that_the_machine_makes_fastest(
     llama: Path, machines: dict[str, Path], ran: list[str], name: str, degree: int
 ) -> None:
     found = picked(llama, "--machine", machines[name], "--plan")
-    auto = found["auto"]
-    assert auto["degree"] == found["report"]["degree"] == degree
+    said = found["auto"]
+    assert said["degree"] == found["report"]["degree"] == degree
     assert found["report"]["exact"]
-    seconds = {one["degree"]: one["seconds"] for one in auto["degrees"]}
+    seconds = {one["degree"]: one["seconds"] for one in said["degrees"]}
     assert list(seconds) == [2, 4]
     assert seconds[degree] == min(seconds.values())
-    assert all(one["bound"] < one["seconds"] <= one["standard"] for one in auto["degrees"])
-    assert auto["load"] == {"prompt": 32, "batch": 1, "new_tokens": 8}
-    assert auto["forms"] == ["standard"] * len(auto["forms"])
+    assert all(one["bound"] < one["seconds"] <= one["standard"] for one in said["degrees"])
+    assert said["load"] == {"prompt": 32, "batch": 1, "new_tokens": 8}
+    assert said["forms"] == ["standard"] * len(said["forms"])
     assert ran == ["FindLayers", "PlanShards", "PlanShards"]
 
 
@@ -171,9 +176,9 @@ def test_within_a_budget_degrees_that_cannot_be_faster_are_not_searched(
     llama: Path, words: Path, machines: dict[str, Path], tmp_path: Path, ran: list[str]
 ) -> None:
     found = within(llama, words, tmp_path / "out", machines["four"], "--max-kl", "10")
-    auto = found["auto"]
-    two, four = auto["degrees"]
-    assert auto["degree"] == 4
+    said = found["auto"]
+    two, four = said["degrees"]
+    assert said["degree"] == 4
     assert four["choice"] is not None
     assert two["choice"] is None
     assert four["seconds"] <= two["bound"]
@@ -185,18 +190,18 @@ def test_within_a_budget_the_best_of_all_that_was_searched(
     llama: Path, words: Path, machines: dict[str, Path], tmp_path: Path, ran: list[str]
 ) -> None:
     found = within(llama, words, tmp_path / "out", machines["slow"], "--max-kl", "10", "--degree", "2,4")
-    auto, choice = found["auto"], found["choice"]
-    assert [one["choice"] is not None for one in auto["degrees"]] == [True, True]
-    best = min(auto["degrees"], key=lambda one: one["seconds"])
-    assert auto["degree"] == best["degree"]
+    said, choice = found["auto"], found["choice"]
+    assert [one["choice"] is not None for one in said["degrees"]] == [True, True]
+    best = min(said["degrees"], key=lambda one: one["seconds"])
+    assert said["degree"] == best["degree"]
     assert choice == best["choice"]
-    assert auto["forms"] == choice["best"]["forms"]
+    assert said["forms"] == choice["best"]["forms"]
     assert best["seconds"] < best["standard"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["degree"], manifest["forms"]) == (auto["degree"], auto["forms"])
+    assert (manifest["degree"], manifest["forms"]) == (said["degree"], said["forms"])
     assert ran == ["FindLayers", "PlanShards", "PlanShards"]
     costs = json.loads((tmp_path / "out.sensitivity.json").read_text())
-    assert costs["degree"] == auto["degree"]
+    assert costs["degree"] == said["degree"]
 
 
 @pytest.mark.slow
@@ -223,6 +228,35 @@ def test_what_does_not_go_with_it(llama: Path, machines: dict[str, Path], words:
     assert "describe a shorter load" in refused(2, llama, *four, "--plan", "--prompt", "1000000")
     budget = ("--machine", machines["four"], "--max-kl", "1", "--calibrate", words)
     assert "chosen from: --auto" in refused(2, llama, *budget, "--degree", "2,4")
+
+
+def test_degrees_that_cannot_be_had_are_left_out_unless_they_are_named(
+    llama: Path, machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> Split:
+        if degree == 4:
+            raise UnsupportedModelError([Rejection("made up")])
+        return plan(recognized, degree, runner)
+
+    monkeypatch.setattr(auto, "plan", refusing)
+    found = picked(llama, "--machine", machines["four"], "--plan")["auto"]
+    assert (found["degree"], found["left_out"]) == (2, {"4": "made up"})
+    assert "made up" in refused(3, llama, "--auto", "--machine", machines["four"], "--plan", *LOAD, "--degree", "2,4")
+
+
+def test_a_kraken_model_has_its_degree(machines: dict[str, Path]) -> None:
+    config = KrakenConfig(layers=2, width=16, heads=1, degree=2, vocabulary=64, context=64)
+    with pytest.raises(UsageError, match="--auto: a Kraken model has the lanes"):
+        compile_model(KrakenLM(config).eval(), None, auto=True, machine=str(machines["four"]))
+
+
+def test_a_choice_that_is_slower_than_standard_is_not_taken() -> None:
+    slow = Candidate(("kraken",), Traffic(2, 1, 1), 0.1, 0.01, 0.5, seconds=2.0)
+    times = DegreeTimes(2, LoadTimes(1.5, 1.0, 0.5), Choice("KL at most 1", slow, (slow,), 1.0))
+    found = AutoChoice("here", Load(8), 2, ("standard",), True, True, (times,))
+    assert times.seconds == 1.0
+    assert found.choice == Choice("KL at most 1", None, (slow,), 1.0)
+    assert found.lines()[0].startswith("picked      degree 2, standard, prompts in two halves;")
 
 
 def test_a_machine_of_other_degrees_than_the_models(llama: Path, tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ class AutoChoice:
         """What is known of the degree."""
         return next(one for one in self.degrees if one.degree == self.degree)
 
+    @property
+    def choice(self) -> Choice | None:
+        """What the degree's search found, without a best where the standard form is taken; None if there was none."""
+        one = self.of_degree
+        return one.choice if one.choice is None or one.best is not None else replace(one.choice, best=None)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values; seconds."""
         return {

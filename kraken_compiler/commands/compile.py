@@ -273,7 +273,7 @@ class _Compile:
             assign if choice is not None else None,
             search if self.budget is not None else None,
         )
-        self.auto, self.choice = pick.auto, pick.auto.of_degree.choice
+        self.auto, self.choice = pick.auto, pick.auto.choice
         self.notes = (*self.notes, *notes.get(pick.auto.degree, ()))
         if self.choice is not None:
             _keep_costs(self._costs_file(f"{pick.auto.degree}."), self._costs_file())
