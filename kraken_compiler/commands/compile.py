@@ -167,15 +167,15 @@ class _Compile:
             runner = PassRunner(self.dumps)
             # A plan reads no weight, so there is nothing to choose lanes by.
             by_affinity = self.lanes == AFFINITY and reservation is not None
-            choice = self._lane_choice(captured) if by_affinity and captured.lanes is None else None
+            lane_choice = self._lane_choice(captured) if by_affinity and captured.lanes is None else None
             latencies = []
             split: Split | None = None
             if self.options.auto:
-                split, program = self._picked(captured, choice, runner)
+                split, program = self._picked(captured, lane_choice, runner)
             else:
                 recognized = self._recognized(captured, runner)
                 for degree in self.degrees:
-                    split = self._split(recognized, degree, choice, runner)
+                    split = self._split(recognized, degree, lane_choice, runner)
                     program = self._in_form(captured, split, degree, runner)
                     if self.machine is not None and reservation is None:
                         latencies.append(self._latencies(captured, split, program, self.machine))
@@ -240,7 +240,9 @@ class _Compile:
         if self.texts and self.budget is None:
             raise UsageError("--calibrate: without a budget (--max-kl) --auto changes no form; leave it out")
 
-    def _picked(self, captured: Capture, choice: LaneChoice | None, runner: PassRunner) -> tuple[Split, LaneProgram]:
+    def _picked(
+        self, captured: Capture, lane_choice: LaneChoice | None, runner: PassRunner
+    ) -> tuple[Split, LaneProgram]:
         """The program of the least predicted time. Recognised once, and split once for every degree."""
         assert self.machine is not None, "--auto needs one"
         recognized = self._recognized(captured, runner)
@@ -257,9 +259,9 @@ class _Compile:
         notes: dict[int, tuple[str, ...]] = {}
 
         def assign(planned: Split) -> Assignment:
-            assert choice is not None, "it is asked for"
-            assignment = choice(planned)
-            notes[len(planned.shards[0].owned)] = choice.notes
+            assert lane_choice is not None, "it is asked for"
+            assignment = lane_choice(planned)
+            notes[len(planned.shards[0].owned)] = lane_choice.notes
             return assignment
 
         def search(split: Split, seconds_of: SecondsOf) -> Choice:
@@ -270,7 +272,7 @@ class _Compile:
             recognized,
             degrees,
             runner.history,
-            assign if choice is not None else None,
+            assign if lane_choice is not None else None,
             search if self.budget is not None else None,
         )
         self.auto, self.choice = pick.auto, pick.auto.choice
@@ -286,14 +288,14 @@ class _Compile:
         return stages.recognize(captured.program, runner) if captured.lanes is None else None
 
     def _split(
-        self, recognized: Recognized | None, degree: int | None, choice: LaneChoice | None, runner: PassRunner
+        self, recognized: Recognized | None, degree: int | None, lane_choice: LaneChoice | None, runner: PassRunner
     ) -> Split | None:
         if recognized is None:
             return None
         with self.show.stage("split"):
             lanes = find_degree(degree, recognized.layers)
-            found = stages.split(recognized, lanes, runner, embedding=self.options.embedding, assign=choice)
-        self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
+            found = stages.split(recognized, lanes, runner, embedding=self.options.embedding, assign=lane_choice)
+        self.notes = (*self.notes, *(lane_choice.notes if lane_choice is not None else ()))
         return found
 
     def _in_form(self, captured: Capture, split: Split | None, degree: int | None, runner: PassRunner) -> LaneProgram:
