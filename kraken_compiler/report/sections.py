@@ -32,7 +32,7 @@ _MEASURED_KEY = [
         ("computes", "compute"),
         ("begins a sum", "busy"),
         ("waits", "wait"),
-        ("a sum on its way", "reduce"),
+        ("a sum, from its start to the end of its wait", "reduce"),
     )
 ]
 _ZOOM = 0.12
@@ -126,7 +126,8 @@ def timeline_section(prediction: Prediction, runs: Sequence[Sequence[Span]]) -> 
             # First runs are slower than what follows.
             several = f", the median of {len(measured)}" if len(measured) > 1 else ""
             pictures += _measured(f"{name}, measured on rank 0{several}", measured[len(measured) // 2])
-    return Section("Where the time goes", (), pictures=pictures)
+    compiled = "Predicted are programs that are compiled, as with kraken-run --compile."
+    return Section("Where the time goes", (compiled,), pictures=pictures)
 
 
 def frontier_section(choice: Mapping[str, Any]) -> Section:
@@ -161,7 +162,7 @@ def runs_of(spans: Sequence[Span]) -> list[list[Span]]:
 
 def _predicted(name: str, one: Timeline) -> list[Picture]:
     bars = [Bar(event.stream, event.kind, event.name, event.begin, event.end) for event in one.events]
-    waits = f"of which {milliseconds(one.waited)} waiting; {milliseconds(one.hidden)} ms of sums are hidden"
+    waits = f"of which {milliseconds(one.waited)} ms waiting; {milliseconds(one.hidden)} ms of sums are hidden"
     title = f"{name}, predicted: {milliseconds(one.seconds)} ms, {waits}"
     return _pictures(title, bars, STREAMS, one.seconds, _PREDICTED_KEY)
 
@@ -181,7 +182,7 @@ def _measured(name: str, spans: Sequence[Span]) -> list[Picture]:
     ]
     seconds = _run(spans).end
     waits = sum(bar.end - bar.begin for bar in bars if bar.kind == "wait")
-    title = f"{name}: {milliseconds(seconds)} ms, of which {milliseconds(waits)} in waits"
+    title = f"{name}: {milliseconds(seconds)} ms, of which {milliseconds(waits)} ms in waits"
     return _pictures(title, bars, (COMPUTE, LINK), seconds, _MEASURED_KEY)
 
 
