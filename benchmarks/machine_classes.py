@@ -27,6 +27,7 @@ from ttft_parts.report import table
 from ttft_parts.workloads import LLAMA
 
 from kraken_compiler.capture import capture
+from kraken_compiler.errors import KrakenError
 from kraken_compiler.latency.machine import Machine, load_machine
 from kraken_compiler.latency.predict import Load, Prediction, Predictor, RunGraphs
 from kraken_compiler.options.dtypes import dtype_named
@@ -103,7 +104,10 @@ def main() -> int:
         name, _, file = entry.partition("=")
         if name not in CLASSES:
             parser.error(f"--machines {name}: choose from {', '.join(CLASSES)}")
-        files[name] = load_machine(file or name)
+        try:
+            files[name] = load_machine(file or name)
+        except KrakenError as error:
+            parser.error(str(error))
     cells = [cell for name, machine in files.items() for cell in predicted(name, machine)]
     print("\n".join(lines(cells)))
     if options.json:
