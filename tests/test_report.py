@@ -92,6 +92,20 @@ def test_a_page_of_all_there_is(artifact: Path, tmp_path: Path, machine: str) ->
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".partial"] == []
 
 
+def test_of_many_decode_steps_the_median_is_shown(artifact: Path, tmp_path: Path, machine: str) -> None:
+    ends = (0.5, 0.004, 0.003)
+    begins = (0.0, 1.0, 2.0)
+    runs = [(begin, begin + seconds) for begin, seconds in zip(begins, ends)]
+    spans = [span for run in runs for span in (Span("compute", COMPUTE, *run), Span("step", RUN, *run))]
+    (tmp_path / "trace.json").write_text(json.dumps(chrome_trace([spans])))
+    report_on(
+        artifact,
+        tmp_path / "report.html",
+        ReportOptions(machine=machine, trace=tmp_path / "trace.json", prompt=32),
+    )
+    assert "a decode step, measured on rank 0, the median of 3: 4 ms" in (tmp_path / "report.html").read_text()
+
+
 def test_without_a_machine_there_are_no_times(artifact: Path, tmp_path: Path) -> None:
     report_on(artifact, tmp_path / "report.html")
     assert "Predicted times" not in (tmp_path / "report.html").read_text()
@@ -141,9 +155,15 @@ def test_the_frontier_shows_what_was_chosen() -> None:
     other = {"forms": ["kraken", "kraken"], "seconds": 0.008, "spared": 0.9, "kl": 0.3}
     choice = {"budget": "KL at most 0.2", "best": one, "frontier": [one, other], "standard_seconds": 0.012}
     section = frontier_section(choice)
-    assert [row[1:] for row in section.rows] == [("10", "chosen"), ("8", "")]
-    assert section.header[1] == "predicted ms of the load"
-    assert section.pictures[0].svg.count("<circle") == 2
+    assert section.rows == [
+        ("standard", "0", "12", ""),
+        ("1 kraken, 1 standard", "0.1", "10", "chosen"),
+        ("2 kraken", "0.3", "8", ""),
+    ]
+    assert section.header[2] == "predicted ms of the load"
+    assert section.pictures[0].svg.count("<circle") == 3
     in_bytes = frontier_section({**choice, "standard_seconds": None})
-    assert [row[1] for row in in_bytes.rows] == ["50", "90"]
+    assert [row[2] for row in in_bytes.rows] == ["0", "50", "90"]
+    nothing = frontier_section({**choice, "best": None})
+    assert [row[3] for row in nothing.rows] == ["chosen", "", ""]
     assert frontier([Point(1.0, 0.0, "alone")], "x", "y").count("<circle") == 1

@@ -46,11 +46,12 @@ def verify(command_line: CommandLine) -> None:
         arguments, options = command_line.options(VerifyCommand, VerifyOptions)
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.verify import verify_artifact
+        from kraken_compiler.quality.plot import plot_quality, require_plot
 
+        if arguments.plot is not None:
+            require_plot(arguments.plot)
         result = verify_artifact(arguments.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
         if arguments.plot is not None:
-            from kraken_compiler.quality.plot import plot_quality
-
             plot_quality(arguments.plot, result.quality, result.sensitivity)
         if output.json:
             print_json(result.to_dict())

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,25 @@ from kraken_compiler.backends.registry import chosen_backends, lanes_in
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
-from kraken_compiler.errors import UsageError, VerificationError
+from kraken_compiler.commands.auto import AutoChoice, Picker
+from kraken_compiler.errors import UsageError, VerificationError, os_errors_as
 from kraken_compiler.ir.forms import DELAYED, STANDARD
-from kraken_compiler.ir.program import LaneProgram, Split
-from kraken_compiler.ir.schedule import AUTO, OVERLAPS, ROWS, TOKENS
-from kraken_compiler.ir.shards import AFFINITY, ORDER
+from kraken_compiler.ir.program import LaneProgram, Recognized, Split
+from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, OVERLAPS, ROWS, TOKENS
+from kraken_compiler.ir.shards import AFFINITY, ORDER, Assignment
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.latency.forms import seconds_of_forms
 from kraken_compiler.latency.machine import Machine, load_machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
 from kraken_compiler.options.dtypes import dtype_named
-from kraken_compiler.passes.lower import lower_native, lower_split, require_embedding, split_source
+from kraken_compiler.passes import stages
+from kraken_compiler.passes.lower import FormChoice, find_degree, lower_native, lower_split, require_embedding
 from kraken_compiler.passes.manager import PassRunner
 from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
-from kraken_compiler.passes.stages import with_halves
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
 from kraken_compiler.quality.budget import Budget, Choice, SecondsOf, perplexity_increase
@@ -48,7 +49,7 @@ from kraken_compiler.quality.forms_within import forms_within
 from kraken_compiler.quality.measure import with_quality
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import undisturbed
-from kraken_compiler.text import require_text
+from kraken_compiler.text import ENCODING, replace_text, require_text
 from kraken_compiler.texts.read import TextChoice, sample_text, token_ids
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
@@ -70,6 +71,7 @@ class CompileResult:
         calibration: What calibration did; None if there was none.
         choice: How the forms were chosen; None if they were given.
         latencies: Predicted times, for every degree that a plan was asked for; none without a machine.
+        auto: What was picked for the least predicted time; None if that was not asked for.
     """
 
     report: Report
@@ -79,6 +81,7 @@ class CompileResult:
     calibration: Calibration | None = None
     choice: Choice | None = None
     latencies: tuple[LatencyTable, ...] = ()
+    auto: AutoChoice | None = None
 
 
 def compile_model(
@@ -149,41 +152,48 @@ class _Compile:
         self.comparisons: tuple[Comparison, ...] = ()
         self.skipped: tuple[str, ...] = ()
         self.choice: Choice | None = None
+        self.auto: AutoChoice | None = None
         self.calibration: Calibration | None = None
         self.verification: Verification | None = None
 
     def run(self) -> CompileResult:
         """Compile, or plan."""
-        options = self.options
-        candidates = (self.model, options.text, *self.texts)
+        candidates = (self.model, self.options.text, *self.texts)
         inputs = [Path(one) for one in candidates if isinstance(one, str | os.PathLike)]
         # From the beginning: a rival must hear of it before it has worked for hours.
         place = self.directory
-        with reserved(place, options.force, inputs) if place is not None else nullcontext() as reservation:
+        with reserved(place, self.options.force, inputs) if place is not None else nullcontext() as reservation:
             captured = self._capture()
             runner = PassRunner(self.dumps)
             # A plan reads no weight, so there is nothing to choose lanes by.
             by_affinity = self.lanes == AFFINITY and reservation is not None
-            choice = self._lane_choice(captured) if by_affinity and captured.lanes is None else None
+            lane_choice = self._lane_choice(captured) if by_affinity and captured.lanes is None else None
             latencies = []
-            for degree in self.degrees:
-                split = None
-                if captured.lanes is None:
-                    with self.show.stage("split"):
-                        split = split_source(
-                            captured.program, degree, runner, embedding=options.embedding, assign=choice
-                        )
-                    self.notes = (*self.notes, *(choice.notes if choice is not None else ()))
-                program = self._rewrite(captured, split, degree, runner)
-                if self.machine is not None and reservation is None:
-                    latencies.append(self._latencies(captured, split, program, self.machine))
+            split: Split | None = None
+            if self.options.auto:
+                split, program = self._picked(captured, lane_choice, runner)
+            else:
+                recognized = self._recognized(captured, runner)
+                for degree in self.degrees:
+                    split = self._split(recognized, degree, lane_choice, runner)
+                    program = self._in_form(captured, split, degree, runner)
+                    if self.machine is not None and reservation is None:
+                        latencies.append(self._latencies(captured, split, program, self.machine))
             report = make_report(program, runner.history, self.notes)
             if reservation is None:
-                return CompileResult(report, notes=self.notes, latencies=tuple(latencies))
+                return CompileResult(report, notes=self.notes, latencies=tuple(latencies), auto=self.auto)
             program, read = self._compare_and_calibrate(captured, split, program)
             report = report.with_halves(program)
             artifact_directory = self._write(captured, program, read, report, reservation)
-        return CompileResult(report, self.verification, artifact_directory, self.notes, self.calibration, self.choice)
+        return CompileResult(
+            report,
+            self.verification,
+            artifact_directory,
+            self.notes,
+            self.calibration,
+            self.choice,
+            auto=self.auto,
+        )
 
     def _budget(self) -> Budget | None:
         options = self.options
@@ -201,24 +211,112 @@ class _Compile:
         return Budget(options.max_kl, options.max_perplexity_increase)
 
     def _machine(self) -> Machine | None:
-        degree, machine = self.options.degree, self.options.machine
+        degree, machine, auto = self.options.degree, self.options.machine, self.options.auto
         self.degrees = degree if isinstance(degree, Sequence) else (degree,)
-        if machine is not None and self.directory is not None and self.budget is None:
-            raise UsageError("--machine predicts times for --plan, or for a budget: --max-kl")
-        if len(self.degrees) > 1 and machine is None:
-            raise UsageError("one --degree is compiled at a time; several can be compared: --plan --machine")
+        self.load = Load(self.options.prompt, 1, self.options.new_tokens)
+        if auto:
+            self._require_auto()
+        elif machine is not None and self.directory is not None and self.budget is None:
+            raise UsageError("--machine predicts times for --plan, for --auto, or for a budget: --max-kl")
+        elif len(self.degrees) > 1 and (machine is None or self.directory is not None):
+            raise UsageError(
+                "one --degree is compiled at a time; several can be compared: --plan --machine, or chosen from: --auto"
+            )
         return load_machine(machine) if machine is not None else None
 
-    def _seconds_of(self, split: Split, machine: Machine) -> SecondsOf:
-        """Predicted times of the load that the options describe, for forms of the layers."""
-        predictor, load = Predictor(machine), Load(self.options.prompt, 1, self.options.new_tokens)
+    def _require_auto(self) -> None:
+        """Refuse what says otherwise than `--auto`."""
+        options = self.options
+        if options.machine is None:
+            raise UsageError("--auto needs a --machine, whose predicted times it goes by: a .toml file, or a name")
+        given = {
+            "--form": options.form != "kraken",
+            "--layers": options.layers is not None,
+            "--overlap": options.overlap != AUTO,
+        }
+        wrong = next((name for name, is_given in given.items() if is_given), None)
+        if wrong is not None:
+            raise UsageError(f"{wrong}: --auto chooses forms and overlap itself; leave one of the two out")
+        if self.texts and self.budget is None:
+            raise UsageError("--calibrate: without a budget (--max-kl) --auto changes no form; leave it out")
 
-        @cache
-        def seconds(forms: tuple[str, ...]) -> float:
-            program = lower_split(split, forms, overlap=AUTO)
-            return predictor.fastest(RunGraphs.of(program), load).total
+    def _picked(
+        self, captured: Capture, lane_choice: LaneChoice | None, runner: PassRunner
+    ) -> tuple[Split, LaneProgram]:
+        """The program of the least predicted time. Recognised once, and split once for every degree."""
+        assert self.machine is not None, "--auto needs one"
+        recognized = self._recognized(captured, runner)
+        if recognized is None:
+            raise UsageError("--auto: a Kraken model has the lanes and the form that it was trained with; leave it out")
+        picker = Picker(
+            predictor=Predictor(self.machine),
+            load=self.load,
+            embedding=self.options.embedding,
+            limit=_max_positions(captured.config),
+            dumps=self.dumps,
+            show=self.show,
+        )
+        notes: dict[int, tuple[str, ...]] = {}
 
-        return seconds
+        def assign(planned: Split) -> Assignment:
+            assert lane_choice is not None, "it is asked for"
+            assignment = lane_choice(planned)
+            notes[len(planned.shards[0].owned)] = lane_choice.notes
+            return assignment
+
+        def search(split: Split, seconds_of: SecondsOf) -> Choice:
+            return self._within_budget(captured, split, seconds_of, f"{split.degree}.")
+
+        degrees = [degree for degree in self.degrees if degree is not None]
+        pick = picker.pick(
+            recognized,
+            degrees,
+            runner.history,
+            assign if lane_choice is not None else None,
+            search if self.budget is not None else None,
+        )
+        self.auto, self.choice = pick.auto, pick.auto.choice
+        self.notes = (*self.notes, *notes.get(pick.auto.degree, ()))
+        if self.choice is not None:
+            _keep_costs(self._costs_file(f"{pick.auto.degree}."), self._costs_file())
+        runner.history[:] = pick.history
+        overlap = TOKENS if pick.auto.in_halves else NO_OVERLAP
+        return pick.split, self._rewrite(captured, pick.split, None, runner, pick.auto.forms, overlap)
+
+    def _recognized(self, captured: Capture, runner: PassRunner) -> Recognized | None:
+        """The model's layers; None of a model that has lanes of its own."""
+        return stages.recognize(captured.program, runner) if captured.lanes is None else None
+
+    def _split(
+        self, recognized: Recognized | None, degree: int | None, lane_choice: LaneChoice | None, runner: PassRunner
+    ) -> Split | None:
+        if recognized is None:
+            return None
+        with self.show.stage("split"):
+            lanes = find_degree(degree, recognized.layers)
+            found = stages.split(recognized, lanes, runner, embedding=self.options.embedding, assign=lane_choice)
+        self.notes = (*self.notes, *(lane_choice.notes if lane_choice is not None else ()))
+        return found
+
+    def _in_form(self, captured: Capture, split: Split | None, degree: int | None, runner: PassRunner) -> LaneProgram:
+        """The lane program in the form that was asked for, or in the forms that a budget allows."""
+        form = self.options.form
+        if split is not None and self.budget is not None:
+            predictor = Predictor(self.machine) if self.machine is not None else None
+            seconds_of = seconds_of_forms(split, predictor, self.load) if predictor is not None else None
+            self.choice = self._within_budget(captured, split, seconds_of)
+            form = _best(self.choice)
+        return self._rewrite(captured, split, degree, runner, form, self.options.overlap)
+
+    def _within_budget(self, captured: Capture, split: Split, seconds_of: SecondsOf | None, which: str = "") -> Choice:
+        assert self.budget is not None, "there is something to keep to"
+        tokens, passes = self.options.calibrate_tokens, self.options.calibrate_passes
+        costs = self._costs_file(which)
+        return forms_within(captured, split, self.texts, tokens, passes, self.budget, self.show, costs, seconds_of)
+
+    def _costs_file(self, which: str = "") -> Path:
+        """Where the costs of single layers are kept for the next search; they hold for one degree."""
+        return Path(f"{self.directory}.{which}sensitivity.json")
 
     def _latencies(
         self, captured: Capture, split: Split | None, program: LaneProgram, machine: Machine
@@ -230,7 +328,7 @@ class _Compile:
             beside = {} if split is None or name == STANDARD.name else {STANDARD.name: lower_split(split, STANDARD)}
             forms_of = {**beside, name: program}
             graphs = {
-                form: RunGraphs.of(one if one.cached is None else with_halves(one, TOKENS))
+                form: RunGraphs.of(one if one.cached is None else stages.with_halves(one, TOKENS))
                 for form, one in forms_of.items()
             }
             most = [limit for limit in (_max_positions(captured.config), _cache_limit(program)) if limit is not None]
@@ -264,34 +362,27 @@ class _Compile:
         form = options.form if self.budget is None else DELAYED.name
         return LaneChoice(captured, form, options.layers, self.texts, options.calibrate_tokens, self.show)
 
-    def _rewrite(self, captured: Capture, split: Split | None, degree: int | None, runner: PassRunner) -> LaneProgram:
-        """The lane program in the form that was asked for, in the forms that a budget allows, or in the model's own."""
-        options, form = self.options, self.options.form
-        if split is not None and self.budget is not None:
-            costs = Path(f"{self.directory}.sensitivity.json")
-            self.choice = forms_within(
-                captured,
-                split,
-                self.texts,
-                options.calibrate_tokens,
-                options.calibrate_passes,
-                self.budget,
-                self.show,
-                costs,
-                self._seconds_of(split, self.machine) if self.machine is not None else None,
-            )
-            form = _best(self.choice)
+    def _rewrite(
+        self,
+        captured: Capture,
+        split: Split | None,
+        degree: int | None,
+        runner: PassRunner,
+        form: FormChoice,
+        overlap: str,
+    ) -> LaneProgram:
+        """The lane program in a form, or in the model's own."""
         with self.show.stage("rewrite"):
             if split is None:
                 assert captured.lanes is not None, "it has no split"
                 self._require_no_form()
-                program = lower_native(captured.program, captured.lanes, degree, overlap=options.overlap, runner=runner)
+                program = lower_native(captured.program, captured.lanes, degree, overlap=overlap, runner=runner)
             else:
-                program = lower_split(split, form, options.layers, overlap=options.overlap, runner=runner)
+                program = lower_split(split, form, self.options.layers, overlap=overlap, runner=runner)
         if program.no_cache and token_input(program) is not None:
             no_cache = f"no KV cache, generation recomputes the prefix for every token: {program.no_cache}"
             self.notes = (*self.notes, no_cache)
-        if options.overlap == TOKENS and program.cached is None:
+        if overlap == TOKENS and program.cached is None:
             self.notes = (*self.notes, "prefills are not read as two halves, which takes a KV cache")
         self.notes = (*self.notes, *_no_halves(program))
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
@@ -326,9 +417,10 @@ class _Compile:
             program, self.notes = with_rules(program, check.rules), (*self.notes, *check.notes)
             if check.rules and program.rows is not None:
                 # Perhaps not every number of rows suits it.
-                program = with_halves(replace(program, rows=None), ROWS)
+                program = stages.with_halves(replace(program, rows=None), ROWS)
                 self.notes = (*self.notes, *_no_halves(program))
-        if self.texts:
+        # What a search has left in standard form is the source's already.
+        if self.texts and not (self.auto is not None and is_exact(program)):
             self.calibration = calibrate_on_text(
                 captured,
                 standard,
@@ -352,6 +444,8 @@ class _Compile:
             manifest_report["calibration"] = self.calibration.to_dict()
         if self.choice is not None:
             manifest_report["choice"] = self.choice.to_dict()
+        if self.auto is not None:
+            manifest_report["auto"] = self.auto.to_dict()
         lanes = Reference(program, read_from_source(program, read))
         verify = self.options.verify
         with self.show.steps("write and check" if verify else "write") as advance:
@@ -407,6 +501,13 @@ def _require_apart(directory: Path, dumps: Path) -> None:
     place = resolved(dumps)
     if resolved(directory) in (place, *place.parents):
         raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")
+
+
+def _keep_costs(found: Path, place: Path) -> None:
+    """Have the costs of single layers of the degree that was picked where those of a compile lie."""
+    if found.exists():
+        with os_errors_as(f"cannot write {place}"):
+            replace_text(place, found.read_text(ENCODING))
 
 
 def _best(choice: Choice) -> tuple[str, ...]:

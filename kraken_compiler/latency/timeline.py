@@ -109,8 +109,7 @@ def lay_out(
             builder.gather(node, sizes[node].bytes)
         else:
             builder.compute(node.name, costs[node])
-    builder.timeline.seconds = builder.now + machine.launch.step
-    builder.timeline.spent["launches"] = builder.timeline.spent.get("launches", 0.0) + machine.launch.step
+    builder.end(machine.launch.step)
     return builder.timeline
 
 
@@ -156,6 +155,11 @@ class _Builder:
         self._carry(node.name, whole - busy)
         self._wait_until(node.name, self.link_free)
         self._take(node.name, "busy", "reduces", busy)
+
+    def end(self, step: float) -> None:
+        """What a run of the whole program takes besides."""
+        self._take("run", "launch", "launches", step)
+        self.timeline.seconds = self.now
 
     def _carry(self, name: str, seconds: float) -> None:
         """Take the link, from now on or from when it is free."""

@@ -53,10 +53,18 @@ class CompileOptions(CommandOptions):
         typer.Option(
             parser=degrees_in,
             metavar="INTEGER",
-            help="Number of lanes; several for --plan --machine. (default: the visible accelerators, else the smallest "
-            "valid degree above 1)",
+            help="Number of lanes; several for --plan --machine, or for --auto. (default: the visible accelerators, "
+            "else the smallest valid degree above 1)",
         ),
     ] = None
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto",
+            help="Choose degree, overlap and, within a budget, forms: those of the least predicted time of --prompt "
+            "and --new-tokens on --machine.",
+        ),
+    ] = False
     form: Annotated[
         Any,
         CommandLineType(str),
@@ -140,12 +148,12 @@ class CompileOptions(CommandOptions):
     machine: Annotated[
         str | None,
         typer.Option(
-            help="With --plan, predict times on this machine; with a budget, save most of its time. A .toml"
+            help="With --plan, predict times on this machine; with a budget or --auto, save most of its time. A .toml"
             " file (of kraken-probe, say), or a100-40gb-sxm, a100-80gb-sxm, h100-sxm, h200-sxm, l40s-pcie."
         ),
     ] = None
     prompt: Annotated[
-        int, typer.Option(min=2, help="Tokens of a prompt, for a budget on a machine. (default: 2048)")
+        int, typer.Option(min=2, help="Tokens of a prompt, for a budget on a machine and --auto. (default: 2048)")
     ] = 2048
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that are generated behind it, for the same. (default: 256)")

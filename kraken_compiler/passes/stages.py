@@ -11,7 +11,8 @@ Each runs one pipeline of `pipelines.py`. A runner that goes from stage to stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -73,18 +74,19 @@ def split(
     Raises:
         UnsupportedModelError: A branch cannot be cut so; the hint names another degree only if that was found to work.
     """
-    try:
-        planned = _run_pipeline(Split, recognized, plan_over(degree), runner)
+    with _hints_of_degrees(recognized, degree):
+        planned = plan(recognized, degree, runner)
         return cut(planned, assign(planned) if assign is not None else {}, runner, embedding=embedding)
-    except UnsupportedModelError as error:
-        if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
-            raise
-        hint = _degree_hint(recognized, degree)
-        rejections = [
-            replace(rejection, hint=hint) if rejection.hint == DEGREE_HINT else rejection
-            for rejection in error.rejections
-        ]
-        raise UnsupportedModelError(rejections) from None
+
+
+def plan(recognized: Recognized, degree: int, runner: PassRunner | None = None) -> Split:
+    """Find the parts that lanes have, and cut nothing: the dear half of `split`, for who cuts more than once.
+
+    Raises:
+        UnsupportedModelError: See `split`.
+    """
+    with _hints_of_degrees(recognized, degree):
+        return _run_pipeline(Split, recognized, plan_over(degree), runner)
 
 
 def cut(planned: Split, assignment: Assignment, runner: PassRunner | None = None, *, embedding: str = AUTO) -> Split:
@@ -144,6 +146,22 @@ def _run_pipeline(
     result = (runner or PassRunner()).run(program.copy(), pipeline)
     assert isinstance(result, stage)
     return result
+
+
+@contextmanager
+def _hints_of_degrees(recognized: Recognized, degree: int) -> Iterator[None]:
+    """Where a rejection says that another degree may do, let it name one that does."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if all(rejection.hint != DEGREE_HINT for rejection in error.rejections):
+            raise
+        hint = _degree_hint(recognized, degree)
+        rejections = [
+            replace(rejection, hint=hint) if rejection.hint == DEGREE_HINT else rejection
+            for rejection in error.rejections
+        ]
+        raise UnsupportedModelError(rejections) from None
 
 
 def _degree_hint(recognized: Recognized, degree: int) -> str:

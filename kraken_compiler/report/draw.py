@@ -67,7 +67,7 @@ def timeline(bars: Sequence[Bar], streams: Sequence[str], begin: float, end: flo
         anchor = ("start", "middle", "middle", "middle", "end")[part]
         x = _LABEL + (at - begin) * scale
         parts.append(
-            f'<text x="{x:.1f}" y="{height - 3:g}" text-anchor="{anchor}" class="axis">{at * 1e3:.4g} ms</text>'
+            f'<text x="{x:.1f}" y="{height - 3:g}" text-anchor="{anchor}" class="axis">{at * 1e3:.3g} ms</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -113,13 +113,13 @@ class Point:
 
 def frontier(points: Sequence[Point], x_title: str, y_title: str) -> str:
     """Points of quality against what is saved."""
-    width, height, left, bottom = 560.0, 300.0, 60.0, 40.0
+    width, height, left, right, bottom = 560.0, 300.0, 60.0, 60.0, 40.0
     most_x, most_y = (max([*values, 1e-12]) * 1.08 for values in ([one.x for one in points], [one.y for one in points]))
     least_x = min(one.x for one in points) * 0.92
 
     def place(point: Point) -> tuple[float, float]:
         across = (point.x - least_x) / (most_x - least_x)
-        return left + across * (width - left - 10), height - bottom - point.y / most_y * (height - bottom - 10)
+        return left + across * (width - left - right), height - bottom - point.y / most_y * (height - bottom - 10)
 
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" class="frontier" role="img">']
     parts.append(f'<path d="M{left} 5V{height - bottom}H{width - 5}" fill="none" stroke="#999"/>')
@@ -132,8 +132,8 @@ def frontier(points: Sequence[Point], x_title: str, y_title: str) -> str:
         )
     for share in (0.0, 0.5, 1.0):
         at = least_x + (most_x - least_x) * share
-        x = left + share * (width - left - 10)
-        parts.append(f'<text x="{x:.1f}" y="{height - 22:g}" text-anchor="middle" class="axis">{at:.4g}</text>')
+        x = left + share * (width - left - right)
+        parts.append(f'<text x="{x:.1f}" y="{height - 22:g}" text-anchor="middle" class="axis">{at:.3g}</text>')
     parts.append(f'<text x="{width / 2:g}" y="{height - 5:g}" text-anchor="middle">{escape(x_title)}</text>')
     parts.append(f'<text x="4" y="14">{escape(y_title)}</text>')
     return "".join([*parts, "</svg>"])

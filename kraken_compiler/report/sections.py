@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kraken_compiler.artifact.manifest import Manifest
+from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.latency.predict import Prediction
 from kraken_compiler.latency.table import LatencyTable, milliseconds, times_text
 from kraken_compiler.latency.timeline import STREAMS, Timeline
@@ -31,7 +32,7 @@ _MEASURED_KEY = [
         ("computes", "compute"),
         ("begins a sum", "busy"),
         ("waits", "wait"),
-        ("a sum on its way", "reduce"),
+        ("a sum, from its start to the end of its wait", "reduce"),
     )
 ]
 _ZOOM = 0.12
@@ -47,7 +48,7 @@ def model_section(manifest: Manifest, report: Mapping[str, Any]) -> Section:
         ("forms", _counted(manifest.forms)),
         ("backends", ", ".join(manifest.backends)),
         ("function", "the source's" if report.get("exact") else "changed"),
-        ("parameters of a lane", ", ".join(f"{lane['parameters']:,}" for lane in report.get("lanes", ()))),
+        ("parameters of a lane", ", ".join(dict.fromkeys(f"{one['parameters']:,}" for one in report.get("lanes", ())))),
         ("element type", manifest.dtype),
         ("compiled with", f"kraken-compiler {manifest.kraken_compiler}, torch {manifest.torch}"),
     ]
@@ -120,33 +121,34 @@ def timeline_section(prediction: Prediction, runs: Sequence[Sequence[Span]]) -> 
         ("a decode step", prediction.decode, STEP),
     ):
         pictures += _predicted(name, one)
-        measured = next(
-            (spans for spans in runs if any(span.stream == RUN and span.name == run for span in spans)), None
-        )
-        if measured is not None:
-            pictures += _measured(f"{name}, measured", measured)
-    return Section("Where the time goes", (), pictures=pictures)
+        measured = sorted((spans for spans in runs if _run(spans).name == run), key=lambda spans: _run(spans).end)
+        if measured:
+            # First runs are slower than what follows.
+            several = f", the median of {len(measured)}" if len(measured) > 1 else ""
+            pictures += _measured(f"{name}, measured on rank 0{several}", measured[len(measured) // 2])
+    compiled = "Predicted are programs that are compiled, as with kraken-run --compile."
+    return Section("Where the time goes", (compiled,), pictures=pictures)
 
 
 def frontier_section(choice: Mapping[str, Any]) -> Section:
     """The choices of forms that a search has measured."""
     timed = choice.get("standard_seconds") is not None
     best = (choice.get("best") or {}).get("forms")
-    points = [
+    standard = choice["standard_seconds"] * 1e3 if timed else 0.0
+    points = [Point(standard, 0.0, STANDARD.name, best is None)]
+    points += [
         Point(
             one["seconds"] * 1e3 if timed else one["spared"] * 100,
             one["kl"],
-            f"{_counted(one['forms'])}: KL {one['kl']:.4f}",
+            _counted(one["forms"]),
             one["forms"] == best,
         )
         for one in choice["frontier"]
     ]
-    x = "predicted ms of the load" if timed else "% of the standard form's bytes that nobody waits for"
-    rows = [(point.label, f"{point.x:.4g}", "chosen" if point.chosen else "") for point in points]
+    x = "predicted ms of the load" if timed else "% of standard's bytes not waited for"
+    rows = [(point.label, f"{point.y:.3g}", f"{point.x:.4g}", "chosen" if point.chosen else "") for point in points]
     picture = Picture.of("KL to the source against what is saved; red: chosen", frontier(points, x, "KL"))
-    return Section(
-        "Choice of forms", (f"Budget: {choice['budget']}.",), ("forms", x, ""), rows, (picture,) if points else ()
-    )
+    return Section("Choice of forms", (f"Budget: {choice['budget']}.",), ("forms", "KL", x, ""), rows, (picture,))
 
 
 def runs_of(spans: Sequence[Span]) -> list[list[Span]]:
@@ -160,7 +162,7 @@ def runs_of(spans: Sequence[Span]) -> list[list[Span]]:
 
 def _predicted(name: str, one: Timeline) -> list[Picture]:
     bars = [Bar(event.stream, event.kind, event.name, event.begin, event.end) for event in one.events]
-    waits = f"of which {milliseconds(one.waited)} waiting; {milliseconds(one.hidden)} ms of sums are hidden"
+    waits = f"of which {milliseconds(one.waited)} ms waiting; {milliseconds(one.hidden)} ms of sums are hidden"
     title = f"{name}, predicted: {milliseconds(one.seconds)} ms, {waits}"
     return _pictures(title, bars, STREAMS, one.seconds, _PREDICTED_KEY)
 
@@ -178,10 +180,16 @@ def _measured(name: str, spans: Sequence[Span]) -> list[Picture]:
         for span in spans
         if span.stream in (COMPUTE, LINK)
     ]
-    (run,) = (span for span in spans if span.stream == RUN)
+    seconds = _run(spans).end
     waits = sum(bar.end - bar.begin for bar in bars if bar.kind == "wait")
-    title = f"{name} on rank 0: {milliseconds(run.end)} ms, of which {milliseconds(waits)} in waits"
-    return _pictures(title, bars, (COMPUTE, LINK), run.end, _MEASURED_KEY)
+    title = f"{name}: {milliseconds(seconds)} ms, of which {milliseconds(waits)} ms in waits"
+    return _pictures(title, bars, (COMPUTE, LINK), seconds, _MEASURED_KEY)
+
+
+def _run(spans: Sequence[Span]) -> Span:
+    """The whole of a run, in its record."""
+    (run,) = (span for span in spans if span.stream == RUN)
+    return run
 
 
 def _pictures(
