@@ -17,7 +17,6 @@ import tempfile
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 # The packages come first: this folder also has an `onnx`.
 sys.path.append(sys.path.pop(0))
@@ -25,14 +24,13 @@ sys.path.append(sys.path.pop(0))
 from ttft_parts import contenders
 from ttft_parts.contenders import BOUND
 from ttft_parts.measure import Plan, run
-from ttft_parts.network import UNLIMITED, network
-from ttft_parts.ranks import started
+from ttft_parts.network import UNLIMITED
+from ttft_parts.probed_hosts import probed
 from ttft_parts.report import table
 from ttft_parts.script import names
 from ttft_parts.workloads import WORKLOADS, Workload
 
 from kraken_compiler.capture import capture
-from kraken_compiler.commands.probe import tiny_artifact
 from kraken_compiler.latency.machine import Machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.options.dtypes import dtype_named
@@ -59,7 +57,10 @@ def main() -> int:
     options = parser.parse_args()
     workload = WORKLOADS[options.workload]
     prompts = tuple(map(int, options.prompts))
-    machines = _machines(options.links, options.dtype, workload.degree)
+    machines = {
+        link: Machine.model_validate({"name": f"two hosts, {link}", **figures})
+        for link, figures in probed(options.links, options.dtype, workload.degree)
+    }
     plan = Plan(
         workload=workload,
         dtypes=options.dtype,
@@ -87,27 +88,6 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
-
-
-def _machines(links: tuple[str, ...], dtypes: tuple[str, ...], degree: int) -> dict[str, Machine]:
-    """What the hosts do, by link."""
-    found: dict[str, Machine] = {}
-    figures: dict[str, Any] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="kraken-probe-") as folder,
-        network(degree, "auto") as where,
-        started(where, degree, Path(folder) / "ranks", {}, "ttft_parts.probe_rank") as ranks,
-    ):
-        for link in links:
-            where.set_link(link)
-            if not figures:
-                artifact = tiny_artifact(Path(folder), degree, dtypes[0])
-                figures = ranks.tell("probe", dtypes=list(dtypes), artifact=str(artifact))[0]
-            else:
-                figures = {**figures, "all_reduce": ranks.tell("probe_sums")[0]}
-            found[link] = Machine.model_validate({"name": f"two hosts, {link}", **figures})
-        where.set_link(UNLIMITED)
-    return found
 
 
 def _predicted(workload: Workload, plan: Plan, machines: dict[str, Machine], work: Path) -> dict[Cell, Times]:

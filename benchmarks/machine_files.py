@@ -1,6 +1,7 @@
-"""Writes the ready-made GPU machines of `kraken_compiler/latency/machines` from published figures.
+"""Writes the ready-made machines of `kraken_compiler/latency/machines`: GPUs as published, CPU hosts as measured here.
 
-    python benchmarks/machine_files.py
+    python benchmarks/machine_files.py                 # the GPUs
+    python benchmarks/machine_files.py --hosts 1,10    # two hosts of one core each, by their link's Gbit/s (root)
 
 Peaks and bandwidths are the data sheets', all-reduces those of AIConfigurator's public measurement database (2026). How
 much of a peak a product reaches follows from its 128 x 128 tiles: fewer than the device has multiprocessors leave some
@@ -9,9 +10,23 @@ of them idle. `kraken-probe` measures the same on a machine at hand, which is al
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+# The packages come first: this folder also has an `onnx`.
+sys.path.append(sys.path.pop(0))
+
+from ttft_parts.probed_hosts import probed
+from ttft_parts.script import names
+
+from kraken_compiler.latency.probe import DTYPES, machine_toml
+
+HOSTS = 2
+FOLDER = Path(str(files("kraken_compiler.latency").joinpath("machines")))
 
 ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
 COLUMNS = (64, 256, 1024, 4096, 16384, 65536)
@@ -89,10 +104,22 @@ DEVICES = (
 
 
 def main() -> None:
-    folder = Path(str(files("kraken_compiler.latency").joinpath("machines")))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hosts", type=names, help="measure two hosts here instead, with links of these rates")
+    rates = parser.parse_args().hosts
+    if rates:
+        write_hosts(rates)
+        return
     for device in DEVICES:
-        (folder / f"{device.file}.toml").write_text(toml(device))
+        (FOLDER / f"{device.file}.toml").write_text(toml(device))
         print(f"{device.file}.toml")
+
+
+def write_hosts(rates: Sequence[str]) -> None:
+    """Measure two hosts of one core each, and write a machine for every rate of their link, in Gbit/s."""
+    for rate, figures in probed(rates, DTYPES, HOSTS):
+        name = f"two CPU hosts of one core each, {rate} Gbit/s"
+        (FOLDER / f"two-cpu-hosts-{rate}gbit.toml").write_text(machine_toml(name, figures))
 
 
 def toml(device: Device) -> str:

@@ -22,8 +22,9 @@ from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.errors import UsageError, os_errors_as
 from kraken_compiler.latency.machine import Machine, parse_machine
 from kraken_compiler.latency.predict import Load, Predictor
-from kraken_compiler.latency.probe import DTYPES, Figures, Note, figure_count, machine_toml, probe, require_dtype
+from kraken_compiler.latency.probe import DTYPES, Figures, Note, figure_count, machine_toml, probe
 from kraken_compiler.native import KrakenConfig, KrakenLM
+from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.options.probe import ProbeOptions
 from kraken_compiler.progress import Advance, Progress, Silent
 from kraken_compiler.ranks.run_ranks import run_ranks
@@ -64,7 +65,7 @@ def probe_machine(
         raise UsageError(f"{path}: there is no such directory")
     dtypes = list(options.dtypes) or list(DTYPES)
     for name in dtypes:
-        require_dtype(name)
+        dtype_named(name)
     if "RANK" in os.environ:
         figures = _as_rank(dtypes, show)
     else:
