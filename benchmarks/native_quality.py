@@ -13,6 +13,7 @@ was interrupted goes on; --plot draws the curves.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -33,6 +34,7 @@ from kraken_compiler.native import KrakenConfig
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.surroundings import fast_products
 from kraken_compiler.texts.read import text_files
+from kraken_compiler.training.devices import training_device
 from kraken_compiler.training.from_scratch.build import new_model, trainer_of
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.from_scratch.tokenizer import train_tokenizer
@@ -102,11 +104,13 @@ def main() -> int:
         evaluate_tokens=65536,
     )
     tokenizer = train_tokenizer((parts_of_text(file, settings.hold_out)[0] for file in files), size.vocabulary)
-    text = read_rows(files, [], tokenizer, size.vocabulary, CONTEXT, settings)
+    text = read_rows(files, [], tokenizer, size.vocabulary, CONTEXT, settings, joined=True)
     trained = settings.steps * settings.batch * CONTEXT
     print(f"{text.train.numel():,} tokens, of which every model reads {trained:,}; {text.held_out.numel():,} held out")
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = Runs(options.out, f"{options.size}, {settings.steps} steps of {settings.batch} rows", size, text, settings)
+    rows = hashlib.sha256(text.train.numpy().tobytes() + text.held_out.numpy().tobytes()).hexdigest()[:8]
+    what = f"{options.size}, {settings.steps} steps of {settings.batch} rows of {rows}, {settings.precision}"
+    runs = Runs(options.out, what, size, text, settings)
     names = (STANDARD, *(f"kraken-{degree}" for degree in DEGREES))
     for rate in options.rates:
         for name in names:
@@ -164,7 +168,7 @@ class Runs:
             trainer = standard_trainer(self._size, settings)
         else:
             config = kraken_config(self._size, int(name.partition("-")[2]))
-            trainer = trainer_of(new_model(config, settings.seed), NextToken(), settings, device())
+            trainer = trainer_of(new_model(config, settings.seed), NextToken(), settings, training_device())
         parameters = sum(parameter.numel() for parameter in trainer.parameters.trained().values())
         folder = self._path.parent / key.replace(", ", "-").replace(" ", "_")
         state = open_state(folder, {"run": key}, restart=False)
@@ -176,10 +180,6 @@ class Runs:
         return {"parameters": parameters, "seconds": seconds, "curve": outcome.held_out, **outcome.after}
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def standard_trainer(size: Size, settings: TrainSettings) -> Trainer:
     """A GPT-2 of transformers, with its own first weights, as a lane program of one lane that computes all of it."""
     torch.manual_seed(settings.seed)
@@ -187,8 +187,8 @@ def standard_trainer(size: Size, settings: TrainSettings) -> Trainer:
     captured = capture(model)
     program, _ = lower(captured.program, 1, STANDARD, cached=False)
     read_lane = read_from_source(program, captured.store.read)
-    where = device()
-    parameters = LaneParameters.of_all_lanes(program, lambda spec, lane: read_lane(spec, lane).clone(), where)
+    where = training_device()
+    parameters = LaneParameters.of_all_lanes(program, read_lane, where)
     count = sum(parameter.numel() for parameter in parameters.trained().values())
     assert count == sum(parameter.numel() for parameter in model.parameters()), "embedding and head are one"
     return Trainer(LaneRunner(program, device=where), parameters, NextToken(), settings, device=where)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kraken_compiler.capture import Capture, capture
@@ -74,6 +75,16 @@ def test_training_brings_lanes_closer_to_the_source(family: str) -> None:
     assert record.tokens == 6 * 64 * 24
     assert after.kl < before.kl
     assert "kept" in record.line()
+
+
+def test_the_users_model_stays_bitwise() -> None:
+    """What all lanes hold is the user's own tensor where nothing had to be cut or converted."""
+    model = SUPPORTED["gpt2"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    captured = capture(model)
+    program, weights = lanes_of(captured)
+    assert trained(captured, program, weights, passes=1).steps
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_layers_before_the_first_changed_one_stay_bitwise() -> None:

@@ -57,7 +57,8 @@ def train(command_line: CommandLine) -> None:
         from kraken_compiler.commands.train import train_model
 
         quiet = output.quiet or output.json
-        with TrainingBar("train", "loss", quiet) as bar:
+        objective = "loss" if options.teacher is None else "KL"
+        with TrainingBar("train", objective, quiet) as bar:
             result = train_model(config, settings, options, progress=ConsoleProgress(quiet), watch=bar)
         if output.json:
             print_json(result.to_dict())
@@ -75,6 +76,7 @@ def _summary(result: TrainResult) -> list[str]:
         f"{config.width}, vocabulary {config.vocabulary:,}",
         f"trained   {result.settings.steps} steps, {trained:,} tokens ({share}){resumption}",
         f"held out  perplexity {before} -> {after}",
+        *(f"note      {note}" for note in result.notes),
     ]
 
 

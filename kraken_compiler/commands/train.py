@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
+from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.tokenizer_files import read_tokenizer
 from kraken_compiler.capture import Capture, capture
-from kraken_compiler.errors import InputFileError, UsageError, VerificationError, os_errors_as
-from kraken_compiler.native.config import KrakenConfig
+from kraken_compiler.errors import InputFileError, KrakenError, UsageError, VerificationError, os_errors_as
+from kraken_compiler.native.config import LEARNED, KrakenConfig
 from kraken_compiler.native.directory import load_native, save_native
 from kraken_compiler.native.model import KrakenLM
 from kraken_compiler.options.train import TrainOptions
@@ -25,7 +25,9 @@ from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import fast_products
-from kraken_compiler.texts.read import load_tokenizer, text_files
+from kraken_compiler.text import json_text
+from kraken_compiler.texts.read import load_tokenizer, longest_row, require_one_text, text_files
+from kraken_compiler.texts.token_files import spread
 from kraken_compiler.training.devices import training_device, with_precision
 from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.training.from_scratch.build import (
@@ -50,8 +52,9 @@ from kraken_compiler.training.watch import TensorBoard, ToAll, Watch
 RECORD_FILE = "training.json"
 _ROWS_SEEN = 64
 """Of a text, to find out what is in the stream of a standard model."""
+_ROWS_AT_ONCE = 4
 _AGREEMENT = 0.01
-"""By how much the written model's loss may differ from that of the trained lanes, relative: rounding differs."""
+"""Nats, or the share, by which the written model's loss may differ from that of the trained lanes: rounding differs."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,22 @@ class TrainResult:
     Attributes:
         directory: The model.
         config: Its sizes and kinds.
+        objective: What was made small: "loss", or with a teacher "kl".
         outcome: What the held-out part of the texts showed.
         settings: How it was trained.
         tokens: How many tokens were trained on, and how many there are.
         resumed_from: Steps that an earlier part of the run had done.
+        notes: What a user should know, one sentence each.
     """
 
     directory: Path
     config: KrakenConfig
+    objective: str
     outcome: Outcome
     settings: TrainSettings
     tokens: tuple[int, int]
     resumed_from: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -84,9 +91,10 @@ class TrainResult:
             "trained_on_tokens": self.tokens[0],
             "tokens_of_the_texts": self.tokens[1],
             "resumed_from": self.resumed_from,
+            "notes": list(self.notes),
             "before": self.outcome.before,
             "after": self.outcome.after,
-            "held_out": [{"step": step, "loss": loss} for step, loss in self.outcome.held_out],
+            "held_out": [{"step": step, self.objective: value} for step, value in self.outcome.held_out],
         }
 
 
@@ -126,35 +134,42 @@ def train_model(
     require_timeout(options.timeout)
     if options.output is None:
         raise UsageError("say where the model goes: -o DIR")
-    target = Path(options.output).absolute()
-    _require_free(target)
     if not options.texts and not options.tokens:
         raise UsageError("name something to train on: --text FILE or DIR, or --tokens FILE")
+    if settings.ranks not in (None, config.degree) and settings.batch < settings.processes:
+        raise UsageError(f"--batch {settings.batch}: {settings.processes} processes need a row each")
+    target = resolved(options.output)
+    folder = target.with_name(f"{target.name}.train")
+    _require_free(target, [Path(path) for path in (options.tensorboard,) if path is not None], options.texts)
     settings = with_precision(settings, settings.processes)
     texts = [file for path in options.texts for file in text_files(Path(path), "--text")]
     begin, teacher = _standard_models(config, options, show)
     with show.stage("read the texts"):
         tokenizer = _tokenizer(config, options.tokenizer, begin or teacher, texts, settings)
         tokens = [Path(path) for path in options.tokens]
-        text = read_rows(texts, tokens, tokenizer, config.vocabulary, config.context, settings)
-    folder = target.with_name(f"{target.name}.train")
-    with show.stage("first weights"):
-        model = new_model(config, settings.seed) if begin is None else upcycled(config, begin, text.train[:_ROWS_SEEN])
-    origins = {
-        name: None if one is None else one.origin.sha256 for name, one in (("from", begin), ("teacher", teacher))
-    }
-    state = open_state(folder, {**_identity(config, text, tokenizer, settings), **origins}, options.restart)
-    objective = NextToken.name if teacher is None else Distillation.name
-    board = TensorBoard(Path(options.tensorboard), objective, state.step) if options.tensorboard else None
-    watches = [one for one in (watch, board) if one is not None]
+        longest = min([config.context, *(longest_row(one, config.context) for one in (begin, teacher) if one)])
+        text = read_rows(texts, tokens, tokenizer, config.vocabulary, longest, settings, joined=True)
+    state = open_state(folder, _identity(config, text, settings, begin, teacher), options.restart)
     with Lock(folder):
+        model = _first_model(config, begin if state.step == 0 else None, text, settings, folder, show)
+        board = _board(options, teacher, state)
         try:
+            watches = [one for one in (watch, board) if one is not None]
             outcome = _train(model, teacher, text, settings, options, folder, state, ToAll(*watches))
         finally:
             if board is not None:
                 board.close()
-        trained = settings.steps * settings.batch * text.train.shape[1]
-        result = TrainResult(target, config, outcome, settings, (trained, text.train.numel()), state.step)
+        counts = (settings.steps * settings.batch * text.train.shape[1], text.train.numel())
+        result = TrainResult(
+            target,
+            config,
+            _objective_name(teacher),
+            outcome,
+            settings,
+            counts,
+            state.step,
+            _notes(config, text),
+        )
         with show.stage("write and check"):
             _write(result, text, tokenizer, folder)
     remove_run(folder)
@@ -188,16 +203,56 @@ def _standard_models(
     """The model that the first weights are taken from, and the teacher."""
     found: dict[str, Capture] = {}
     for option, path in (("--from", options.begin), ("--teacher", options.teacher)):
-        if path is not None and str(path) not in found:
-            with show.stage("capture"):
-                captured = found[str(path)] = capture(path)
-            count = vocabulary(captured.program)
-            if captured.lanes is not None:
-                raise UsageError(f"{option} {path}: is a Kraken model; name a standard one")
-            if count != config.vocabulary:
-                raise UsageError(f"{option} {path}: has {count} tokens, the model that is trained {config.vocabulary}")
+        if path is None or str(path) in found:
+            continue
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"{option}: name the model's file or directory; ranks open it themselves")
+        with show.stage("capture"):
+            captured = found[str(path)] = capture(path, dtype=torch.float32)
+        if captured.lanes is not None:
+            raise UsageError(f"{option} {path}: is a Kraken model; name a standard one")
+        require_one_text(captured.program, f"{option} {path}")
+        count = vocabulary(captured.program)
+        if count != config.vocabulary:
+            raise UsageError(f"{option} {path}: has {count} tokens, the model that is trained {config.vocabulary}")
     begin, teacher = (None if path is None else found[str(path)] for path in (options.begin, options.teacher))
     return begin, teacher
+
+
+def _first_model(
+    config: KrakenConfig,
+    begin: Capture | None,
+    text: TrainingText,
+    settings: TrainSettings,
+    folder: Path,
+    show: Progress,
+) -> KrakenLM:
+    """The model before the first step; where there is a checkpoint, its weights take the place of any others."""
+    if begin is None:
+        return new_model(config, settings.seed)
+    try:
+        with show.stage("take first weights"):
+            return upcycled(config, begin, spread(text.train, _ROWS_SEEN))
+    except KrakenError:
+        remove_run(folder)  # there is nothing to go on with
+        raise
+
+
+def _board(options: TrainOptions, teacher: Capture | None, state: RunState) -> TensorBoard | None:
+    if options.tensorboard is None:
+        return None
+    return TensorBoard(Path(options.tensorboard), _objective_name(teacher), state.step)
+
+
+def _objective_name(teacher: Capture | None) -> str:
+    return NextToken.name if teacher is None else Distillation.name
+
+
+def _notes(config: KrakenConfig, text: TrainingText) -> tuple[str, ...]:
+    row = text.train.shape[1]
+    if config.positions == LEARNED and row < config.context:
+        return (f"rows have {row} tokens: positions {row} to {config.context - 1} are as they were drawn",)
+    return ()
 
 
 def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path) -> None:
@@ -212,7 +267,7 @@ def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path
             save_native(model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            (partial / RECORD_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (partial / RECORD_FILE).write_text(json_text(result.to_dict()) + "\n", encoding="utf-8")
             _require_trained(partial, result, text)
             if target.exists():
                 target.rmdir()
@@ -224,12 +279,14 @@ def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path
 
 def _require_trained(directory: Path, result: TrainResult, text: TrainingText) -> None:
     """Read the model back and measure it on the held-out text, where the lanes were measured."""
-    model = load_native(directory)
+    device = training_device()
+    model = load_native(directory).to(device)
     bfloat16 = result.settings.precision == BFLOAT16
-    with torch.no_grad(), fast_products(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        loss = NextToken().measure(model, torch.split(text.held_out, result.settings.batch)).loss
+    rows = torch.split(text.held_out.to(device), _ROWS_AT_ONCE)
+    with torch.no_grad(), fast_products(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        loss = NextToken().measure(model, rows).loss
     trained = math.log(result.outcome.after["perplexity"])
-    if not math.isclose(loss, trained, rel_tol=_AGREEMENT):
+    if not math.isclose(loss, trained, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT):
         raise VerificationError(f"the model's loss is {loss:.5g} where that of the trained lanes is {trained:.5g}")
 
 
@@ -248,6 +305,8 @@ def _tokenizer(
                 "set the model's vocabulary to as many"
             )
         return tokenizer
+    if standard is not None and standard.origin.tokenizer is not None:
+        return standard.origin.tokenizer.load()
     if not texts:
         return None
     if standard is not None:
@@ -255,19 +314,31 @@ def _tokenizer(
     return train_tokenizer((parts_of_text(path, settings.hold_out)[0] for path in texts), config.vocabulary)
 
 
-def _identity(config: KrakenConfig, text: TrainingText, tokenizer: Any, settings: TrainSettings) -> dict[str, Any]:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if tokenizer is not None else ""
+def _identity(
+    config: KrakenConfig,
+    text: TrainingText,
+    settings: TrainSettings,
+    begin: Capture | None,
+    teacher: Capture | None,
+) -> dict[str, Any]:
     return {
         "model": config.to_dict(),
-        "tokenizer": hashlib.sha256(os.fsencode(vocabulary)).hexdigest(),
         "texts": text.hashes,
+        "rows": hashlib.sha256(text.train.numpy().tobytes()).hexdigest(),
+        "from": None if begin is None else begin.origin.sha256,
+        "teacher": None if teacher is None else teacher.origin.sha256,
         **settings.identity(),
     }
 
 
-def _require_free(target: Path) -> None:
+def _require_free(target: Path, others: Sequence[Path], texts: Sequence[Any]) -> None:
+    """Make sure that a model can be written, and that nothing that is written is a text of the next run."""
     with os_errors_as(f"--output {target}"):
         if not target.parent.is_dir():
             raise UsageError(f"--output {target}: there is no directory {target.parent}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"--output {target}: is there and not empty; choose another, or remove it")
+    for text in map(resolved, texts):
+        inside = next((path for path in (target, *map(resolved, others)) if path.is_relative_to(text)), None)
+        if inside is not None:
+            raise UsageError(f"{inside} lies inside --text {text}, which is read whole; write elsewhere")

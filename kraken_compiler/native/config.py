@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,6 +65,10 @@ class KrakenConfig:
             raise UsageError(f"{self.heads} heads are no multiple of {self.keys} key and value heads")
         if self.positions == ROTARY and self.head % 2:
             raise UsageError(f"rotary positions turn pairs: heads of {self.head} are odd")
+        for name in ("expansion", "rotary_base", "norm_epsilon"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} of a Kraken model must be a number above 0, not {value}")
         if self.inside < 1:
             raise UsageError(f"an expansion of {self.expansion} leaves no FFN")
 

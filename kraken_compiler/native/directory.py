@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,21 @@ def save_native(model: KrakenLM, directory: Path) -> None:
     Raises:
         InputFileError: It cannot be written.
     """
-    with os_errors_as(f"cannot write {directory}"):
+    with os_errors_as(f"cannot write {directory}"), _safetensors_errors_as(f"cannot write {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, "architectures": ["KrakenLM"], **model.config.to_dict()}
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
         save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+@contextmanager
+def _safetensors_errors_as(what: str) -> Iterator[None]:
+    """Turn what safetensors says of a full disk into an `InputFileError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputFileError(f"{what}: {error}") from error
 
 
 def load_native(directory: Path, dtype: torch.dtype | None = None) -> KrakenLM:

@@ -15,7 +15,7 @@ from kraken_compiler.options.shared import CHECK_TIMEOUT, Timeout
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(CommandOptions):
-    """Options of a training from scratch; `begin` and `teacher` are models as `compile` takes them."""
+    """Options of a training from scratch; `begin` and `teacher` are files and directories as `compile` takes them."""
 
     texts: Annotated[
         Sequence[Any],

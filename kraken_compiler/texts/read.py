@@ -1,4 +1,4 @@
-"""The tokens that a rewritten model is measured on."""
+"""Texts as tokens: to measure a rewritten model on, to calibrate it on, and to train on."""
 
 from __future__ import annotations
 
@@ -193,9 +193,10 @@ def text_files(path: Path, option: str) -> list[Path]:
     Raises:
         InputFileError: The directory has none.
     """
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file())
+    with os_errors_as(f"{option}: cannot read {path}"):
+        if not path.is_dir():
+            return [path]
+        found = sorted(file for file in path.rglob("*") if file.is_file())
     if not found:
         raise InputFileError(f"{option}: there is no file in {path}")
     return found

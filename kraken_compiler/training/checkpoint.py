@@ -64,6 +64,9 @@ def load_checkpoint(trainer: Trainer, folder: Path, state: RunState) -> None:
         raise InputFileError(f"{path}: damaged (its hash differs); begin anew with --restart")
     entries = read_header(path)
     parameters = trainer.parameters.trained()
+    shapes = {f"weight/{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
+    if any(name not in entries or tuple(entries[name].shape) != shape for name, shape in shapes.items()):
+        raise InputFileError(f"{path}: holds other weights than those that are trained; begin anew with --restart")
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(read_tensor(name, entries[f"weight/{name}"]))

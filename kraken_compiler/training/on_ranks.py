@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
+from kraken_compiler.errors import os_errors_as
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.training.loop import Outcome
 from kraken_compiler.training.rows import TrainingText
 from kraken_compiler.training.watch import SilentWatch, ToFile, Watch, pass_on
+from kraken_compiler.weights.io.safetensors_writer import new_safetensors
 
 ROWS_FILE, _EVENTS = "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2
@@ -44,7 +44,12 @@ def train_on_ranks(
         RankFailedError: A rank died or hung.
         UsageError, InputFileError: See `train`.
     """
-    save_file({"train": text.train, "held_out": text.held_out}, folder / ROWS_FILE)
+    rows = {"train": text.train, "held_out": text.held_out}
+    with new_safetensors(
+        folder / ROWS_FILE, {name: (one.dtype, tuple(one.shape)) for name, one in rows.items()}
+    ) as file:
+        for name, one in rows.items():
+            file.append(name, one)
     with _event_listener(folder / _EVENTS, watch):
         outcome = run_ranks(function, count, payload, timeout=timeout)[0]
     held_out = tuple((int(step), float(loss)) for step, loss in outcome.pop("held_out"))
@@ -59,7 +64,8 @@ def rank_watch(ranks: Ranks, folder: Path) -> Watch:
 @contextmanager
 def _event_listener(path: Path, watch: Watch) -> Iterator[None]:
     """Pass on what rank 0 writes to a file, until it has ended and all is read."""
-    path.write_text("")
+    with os_errors_as(f"{path}: cannot be written"):
+        path.write_text("")
     end = threading.Event()
 
     def listen() -> None:

@@ -44,7 +44,7 @@ class LaneParameters(nn.Module):
 
         Args:
             table: The weight table.
-            read: Gives a weight as the program takes it; what it gives is changed by training.
+            read: Gives a weight as the program takes it, which may be the user's own tensor: what is trained is a copy.
             device: Where they go.
             trained: Whether a weight is trained, of those that a model learns; None means all.
         """
@@ -53,11 +53,11 @@ class LaneParameters(nn.Module):
         self.trainable = nn.ModuleDict()
         self.fixed: dict[str, Tensor] = {}
         for name, spec in table.items():
-            value = read(spec).to(device)
+            value = read(spec)
             if is_trained(spec) and (trained is None or trained(spec)):
-                self.trainable[name] = TrainedWeight(value.float())
+                self.trainable[name] = TrainedWeight(value.to(device, torch.float32, copy=True))
             else:
-                self.fixed[name] = value
+                self.fixed[name] = value.to(device)
 
     @classmethod
     def of_all_lanes(

@@ -40,6 +40,8 @@ def read_rows(
     vocabulary: int,
     longest: int,
     settings: RunSettings,
+    *,
+    joined: bool = False,
 ) -> TrainingText:
     """Read files of text and of token ids.
 
@@ -50,6 +52,7 @@ def read_rows(
         vocabulary: How many tokens the model has.
         longest: Most tokens of a row that the model takes.
         settings: Say how long a row is and how much is held out.
+        joined: Texts follow one another, with the tokenizer's end of a text between; else no row holds parts of two.
 
     Raises:
         UsageError: There is too little of it.
@@ -58,16 +61,23 @@ def read_rows(
     streams = [read_token_file(path, vocabulary, "--tokens") for path in tokens]
     # A row of a token file is a document, which may be short.
     length = min([longest, settings.sequence, *(ids.shape[1] for ids in streams if ids.ndim == 2)])
+    if length < 2:
+        raise UsageError("rows of one token have no next one: --sequence and the model's context must be at least 2")
     parts = [_split_text(tokenizer, path, settings.hold_out, vocabulary) for path in texts]
+    if joined and parts:
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        train, held_out = ([token for part in parts for ids in part[side] for token in (*ids, *end)] for side in (0, 1))
+        parts = [([train], [held_out])]
     parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
-    train, held_out = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
-    if not len(train) or not len(held_out):
+    rows, aside = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
+    if not len(rows) or not len(aside):
         count = sum(len(ids) for part in parts for side in part for ids in side)
         raise UsageError(
-            f"the texts are too short: {count:,} tokens give {len(train)} rows of {length} to train on and "
-            f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows)"
+            f"the texts are too short: {count:,} tokens give {len(rows)} rows of {length} to train on and "
+            f"{len(aside)} held out; both need one (a smaller --sequence makes shorter rows, a larger --hold-out "
+            "holds out more)"
         )
-    return TrainingText(train, spread(held_out, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
+    return TrainingText(rows, spread(aside, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
 
 
 def parts_of_text(path: Path, hold_out: float) -> tuple[str, str]:
@@ -77,7 +87,9 @@ def parts_of_text(path: Path, hold_out: float) -> tuple[str, str]:
         InputFileError: It cannot be read.
     """
     text = read_text(path, "--text")
-    cut = text.find("\n", round(len(text) * (1 - hold_out))) + 1 or round(len(text) * (1 - hold_out))
+    end = round(len(text) * (1 - hold_out))
+    # Where no line ends soon, within a line: not all of the end may go.
+    cut = text.find("\n", end, end + (len(text) - end) // 2) + 1 or end
     return text[:cut], text[cut:]
 
 

@@ -1,8 +1,9 @@
 """The folder of a run that is not finished: its settings, and the last checkpoint.
 
-    OUT.heal/
+    OUT.heal/, OUT.train/
       state.json                    settings, step, what was evaluated, sha256 of the files that belong to the step
       step-100.rank-0.safetensors   trained weights, AdamW's moments, the random generator
+      rows.safetensors, first/      what ranks read: token ids, and first weights; events.jsonl is what they say
       lane-0.safetensors ...        the result, once all steps are done, with `shared.safetensors`
 
 A file is written under another name, and renamed when it is whole; `state.json` names the others, and is replaced last.
@@ -33,8 +34,10 @@ _WITHOUT_VALUES = {
     "artifact": "another artifact",
     "source": "another source model",
     "model": "another model",
-    "tokenizer": "another tokenizer",
+    "from": "another model to begin with",
+    "teacher": "another teacher",
     "texts": "other texts",
+    "rows": "other rows of tokens",
 }
 """What has changed of a run, where the values themselves say nothing to people."""
 _RUN_FILES = re.compile(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.registry import keeper_of_lanes, require_lanes
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.quality.healing.lora import add_lora
@@ -42,8 +38,7 @@ def trainer_of_all_lanes(
     program, read_lane = lanes.program, lanes.read_lane
     parameters = _parameters(LaneParameters.of_all_lanes(program, read_lane, device), settings, settings.seed)
     student = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
-    weights = _on_device(lane_weights(source.weights, 0, source.reader(read)), device)
-    objective = Distillation(logits_of(LaneRunner(source, device=device), lambda: weights))
+    objective = Distillation.from_source(source, read, device)
     return Trainer(student, parameters, objective, settings, device=device)
 
 
@@ -82,7 +77,3 @@ def _parameters(parameters: LaneParameters, settings: HealSettings, seed: int) -
     if settings.lora is not None:
         add_lora(parameters, settings.lora, seed)
     return parameters
-
-
-def _on_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in weights.items()}

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.from_native import capture_native
+from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.lanes.collectives import OnRanks
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
@@ -25,7 +27,7 @@ from kraken_compiler.training.from_scratch.settings import TrainSettings
 from kraken_compiler.training.objective import NextToken, Objective
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import Alone, Peers, RankPeers, Replicas
-from kraken_compiler.training.trainer import Trainer, logits_of
+from kraken_compiler.training.trainer import Trainer
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 
 
@@ -49,9 +51,7 @@ def objective_from(teacher: Capture | None, device: torch.device) -> Objective:
     if teacher is None:
         return NextToken()
     program, _ = lower(teacher.program, 1, "standard", cached=False)
-    weights = lane_weights(program.weights, 0, program.reader(teacher.store.read))
-    on_device = {name: value.to(device) for name, value in weights.items()}
-    return Distillation(logits_of(LaneRunner(program, device=device), lambda: on_device))
+    return Distillation.from_source(program, teacher.store.read, device)
 
 
 def trainer_of(
@@ -75,11 +75,11 @@ def trainer_of(
     read_lane = read_from_source(program, read)
     if communicator is not None and communicator.degree == program.degree:
         lane = communicator.rank
-        parameters = LaneParameters(program.weights, lambda spec: read_lane(spec, lane).clone(), device)
+        parameters = LaneParameters(program.weights, lambda spec: read_lane(spec, lane), device)
         runner = LaneRunner(program, OnRanks(communicator), recompute=settings.gradient_checkpointing, device=device)
         peers: Peers = RankPeers(communicator, device)
     else:
-        parameters = LaneParameters.of_all_lanes(program, lambda spec, lane: read_lane(spec, lane).clone(), device)
+        parameters = LaneParameters.of_all_lanes(program, read_lane, device)
         runner = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
         peers = Alone() if communicator is None else Replicas(communicator, device)
     return Trainer(runner, parameters, objective, settings, peers=peers, device=device)
@@ -105,9 +105,9 @@ def fill_from_lanes(model: KrakenLM, program: LaneProgram, folder: Path) -> None
     """
     tensors = model.state_dict()
     filled = set()
-    shared = load_file(folder / SHARED_FILE)
+    shared = _tensors(folder / SHARED_FILE)
     for lane in range(program.degree):
-        own = load_file(folder / lane_file_name(lane))
+        own = _tensors(folder / lane_file_name(lane))
         for spec in program.weights.values():
             name = lane_source(spec.source, lane)
             if name in tensors:
@@ -115,3 +115,10 @@ def fill_from_lanes(model: KrakenLM, program: LaneProgram, folder: Path) -> None
                 filled.add(name)
     missing = tensors.keys() - filled
     assert not missing, f"no lane has {sorted(missing)[:3]}"
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputFileError(f"{path}: cannot be read: {error}") from error

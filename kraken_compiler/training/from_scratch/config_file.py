@@ -55,7 +55,7 @@ def _config(table: Mapping[str, Any]) -> KrakenConfig:
             kind = {str: "text", float: "a number"}.get(wanted, "a whole number")
             raise UsageError(f"{key} must be {kind}, not {value!r}")
     preset = table.get(_PRESET)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise UsageError(f"there is no preset '{preset}'; choose from {', '.join(PRESETS)}")
     begin = PRESETS[preset] if preset is not None else KrakenConfig()
     return replace(begin, **{key: value for key, value in table.items() if key != _PRESET})

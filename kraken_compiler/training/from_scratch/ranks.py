@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from kraken_compiler.capture import capture
@@ -25,6 +26,7 @@ from kraken_compiler.training.watch import Watch
 
 _FIRST = "first"
 """Directory of the first weights, in the folder of the run."""
+_BUILD_SECONDS = 600.0
 
 
 def train_native_on_ranks(
@@ -66,12 +68,13 @@ def train_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One rank's part of `train_native_on_ranks`."""
     folder, settings = Path(payload["folder"]), TrainSettings(**payload["settings"])
     device = rank_device(None, ranks.place)
-    ranks.status.computes_here = device.type == "cpu"
+    ranks.status.progress("building what is trained", _BUILD_SECONDS)
     communicator = communicator_of(ranks, device)
     model = load_native(Path(payload["model"]))
-    teacher = None if payload["teacher"] is None else capture(payload["teacher"])
+    teacher = None if payload["teacher"] is None else capture(payload["teacher"], dtype=torch.float32)
     objective = objective_from(teacher, device)
     trainer = trainer_of(model, objective, settings, device, communicator)
+    ranks.status.computes_here = device.type == "cpu"
     rows = load_file(folder / ROWS_FILE)
     state = read_state(folder)
     # All ranks must have read the state before one of them writes the next.

@@ -42,8 +42,6 @@ class TrainSettings(RunSettings):
     def check(self) -> None:
         super().check()
         require(self.ranks is None or self.ranks >= 1, "ranks", self.ranks, "must be at least 1")
-        if self.ranks is not None:
-            require(self.batch >= self.ranks, "batch", self.batch, f"{self.ranks} processes need a row each")
 
     @property
     def processes(self) -> int:

@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     Raises:
         UsageError: The vocabulary does not hold the bytes, or packages are not installed.
     """
-    if vocabulary <= _BYTES + 1:
+    if vocabulary < _BYTES + 1:
         raise UsageError(
             f"a vocabulary of {vocabulary} is too small for a tokenizer: {_BYTES} bytes and the end of a text"
         )
@@ -43,5 +43,5 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    made: Any = PreTrainedTokenizerFast
-    return made(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
