@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.read import open_artifact
-from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.artifact.reservation import Reservation, reserved
-from kraken_compiler.artifact.tokenizer_files import generation_config
 from kraken_compiler.backends.base import Reference
 from kraken_compiler.backends.registry import chosen_backends, lanes_in
 from kraken_compiler.backends.write_artifact import write_artifact
 from kraken_compiler.capture import Capture, Model, capture
 from kraken_compiler.capture.example_inputs import ExampleInputs
 from kraken_compiler.commands.auto import AutoChoice, Picker
+from kraken_compiler.commands.compile_checks import (
+    asked_budget,
+    asked_degrees,
+    asked_machine,
+    require_apart,
+    require_checkable,
+    require_no_form,
+)
+from kraken_compiler.commands.source_record import max_positions, source_record, tokenizer_notes, tokenizer_saver
 from kraken_compiler.errors import UsageError, VerificationError, os_errors_as
 from kraken_compiler.ir.forms import DELAYED, STANDARD
 from kraken_compiler.ir.program import LaneProgram, Recognized, Split
-from kraken_compiler.ir.schedule import AUTO, NO_OVERLAP, OVERLAPS, ROWS, TOKENS
+from kraken_compiler.ir.schedule import NO_OVERLAP, OVERLAPS, ROWS, TOKENS
 from kraken_compiler.ir.shards import AFFINITY, ORDER, Assignment
 from kraken_compiler.ir.source_reader import SourceReader
-from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.latency.forms import seconds_of_forms
-from kraken_compiler.latency.machine import Machine, load_machine
+from kraken_compiler.latency.machine import Machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.table import LatencyTable, latency_table
 from kraken_compiler.options.compile import CompileOptions
@@ -39,7 +41,7 @@ from kraken_compiler.options.dtypes import dtype_named
 from kraken_compiler.passes import stages
 from kraken_compiler.passes.lower import FormChoice, find_degree, lower_native, lower_split, require_embedding
 from kraken_compiler.passes.manager import PassRunner
-from kraken_compiler.passes.sample_inputs import text_input, token_input, vocabulary
+from kraken_compiler.passes.sample_inputs import token_input
 from kraken_compiler.progress import Progress, Silent
 from kraken_compiler.quality.assignment.on_model import LaneChoice, require_lanes_choice
 from kraken_compiler.quality.budget import Budget, Choice, SecondsOf, perplexity_increase
@@ -50,13 +52,11 @@ from kraken_compiler.quality.measure import with_quality
 from kraken_compiler.ranks.environment import require_timeout
 from kraken_compiler.surroundings import undisturbed
 from kraken_compiler.text import ENCODING, replace_text, require_text
-from kraken_compiler.texts.read import TextChoice, sample_text, token_ids
+from kraken_compiler.texts.read import TextChoice
 from kraken_compiler.verify.against_model import compare_with_model, with_rules
 from kraken_compiler.verify.compare import Comparison
 from kraken_compiler.verify.report import Report, is_exact, make_report
 from kraken_compiler.verify.verification import Verification, verify_programs
-
-_POSITIONS_NAMES = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,13 @@ class _Compile:
         self.texts = [Path(one) for one in options.calibrate]
         self.dumps = Path(options.dump_directory) if options.dump_directory is not None else None
         self.dtype = dtype_named(options.dtype)
-        self.budget = self._budget()
-        self.machine = self._machine()
-        self._require_checkable()
+        self.degrees = asked_degrees(options)
+        self.load = Load(options.prompt, 1, options.new_tokens)
+        self.budget = asked_budget(options, is_plan=directory is None)
+        self.machine = asked_machine(options, is_plan=directory is None)
+        require_checkable(options, self.backends)
         if directory is not None and self.dumps is not None:
-            _require_apart(directory, self.dumps)
+            require_apart(directory, self.dumps)
         if directory is not None and isinstance(model, str | os.PathLike):
             # Before the work: what an artifact notes of its source is text.
             require_text(os.path.abspath(model), "the path of MODEL, which the artifact notes")
@@ -195,51 +197,6 @@ class _Compile:
             auto=self.auto,
         )
 
-    def _budget(self) -> Budget | None:
-        options = self.options
-        if options.max_kl is None and options.max_perplexity_increase is None:
-            return None
-        if self.directory is None:
-            option = "--max-kl" if options.max_kl is not None else "--max-ppl-increase"
-            raise UsageError(
-                f"{option} chooses forms by calibrating, which --plan does not: it reads no weight; leave one out"
-            )
-        if options.form != "kraken" or options.layers is not None:
-            raise UsageError("a budget chooses the forms itself; leave --form and --layers out")
-        if not self.texts:
-            raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
-        return Budget(options.max_kl, options.max_perplexity_increase)
-
-    def _machine(self) -> Machine | None:
-        degree, machine, auto = self.options.degree, self.options.machine, self.options.auto
-        self.degrees = degree if isinstance(degree, Sequence) else (degree,)
-        self.load = Load(self.options.prompt, 1, self.options.new_tokens)
-        if auto:
-            self._require_auto()
-        elif machine is not None and self.directory is not None and self.budget is None:
-            raise UsageError("--machine predicts times for --plan, for --auto, or for a budget: --max-kl")
-        elif len(self.degrees) > 1 and (machine is None or self.directory is not None):
-            raise UsageError(
-                "one --degree is compiled at a time; several can be compared: --plan --machine, or chosen from: --auto"
-            )
-        return load_machine(machine) if machine is not None else None
-
-    def _require_auto(self) -> None:
-        """Refuse what says otherwise than `--auto`."""
-        options = self.options
-        if options.machine is None:
-            raise UsageError("--auto needs a --machine, whose predicted times it goes by: a .toml file, or a name")
-        given = {
-            "--form": options.form != "kraken",
-            "--layers": options.layers is not None,
-            "--overlap": options.overlap != AUTO,
-        }
-        wrong = next((name for name, is_given in given.items() if is_given), None)
-        if wrong is not None:
-            raise UsageError(f"{wrong}: --auto chooses forms and overlap itself; leave one of the two out")
-        if self.texts and self.budget is None:
-            raise UsageError("--calibrate: without a budget (--max-kl) --auto changes no form; leave it out")
-
     def _picked(
         self, captured: Capture, lane_choice: LaneChoice | None, runner: PassRunner
     ) -> tuple[Split, LaneProgram]:
@@ -252,7 +209,7 @@ class _Compile:
             predictor=Predictor(self.machine),
             load=self.load,
             embedding=self.options.embedding,
-            limit=_max_positions(captured.config),
+            limit=max_positions(captured.config),
             dumps=self.dumps,
             show=self.show,
         )
@@ -331,16 +288,8 @@ class _Compile:
                 form: RunGraphs.of(one if one.cached is None else stages.with_halves(one, TOKENS))
                 for form, one in forms_of.items()
             }
-            most = [limit for limit in (_max_positions(captured.config), _cache_limit(program)) if limit is not None]
+            most = [limit for limit in (max_positions(captured.config), _cache_limit(program)) if limit is not None]
             return latency_table(graphs, Predictor(machine), most=min(most, default=None))
-
-    def _require_checkable(self) -> None:
-        uncheckable = [backend.name for backend in self.backends if not backend.gives_reference]
-        if self.options.verify and uncheckable:
-            raise UsageError(
-                f"nothing here can check what the backend '{uncheckable[0]}' writes; pass --no-verify to write it "
-                "unchecked"
-            )
 
     def _capture(self) -> Capture:
         with self.show.stage("capture"):
@@ -353,7 +302,7 @@ class _Compile:
                 require_weights=self.directory is not None,
                 hash_early=self.directory is not None,
             )
-            self.notes = (*captured.notes, *_tokenizer_notes(captured))
+            self.notes = (*captured.notes, *tokenizer_notes(captured))
         return captured
 
     def _lane_choice(self, captured: Capture) -> LaneChoice:
@@ -375,7 +324,7 @@ class _Compile:
         with self.show.stage("rewrite"):
             if split is None:
                 assert captured.lanes is not None, "it has no split"
-                self._require_no_form()
+                require_no_form(self.options)
                 program = lower_native(captured.program, captured.lanes, degree, overlap=overlap, runner=runner)
             else:
                 program = lower_split(split, form, self.options.layers, overlap=overlap, runner=runner)
@@ -387,20 +336,6 @@ class _Compile:
         self.notes = (*self.notes, *_no_halves(program))
         self.notes = (*self.notes, *(backend.cannot_run for backend in self.backends if backend.cannot_run))
         return program
-
-    def _require_no_form(self) -> None:
-        """A Kraken model has the form that it was trained in."""
-        options = self.options
-        given = {
-            "--form": options.form != "kraken",
-            "--layers": options.layers is not None,
-            "--lanes": options.lanes is not None,
-            "--calibrate": bool(self.texts),
-            "--embedding": options.embedding != AUTO,
-        }
-        wrong = next((name for name, is_given in given.items() if is_given), None)
-        if wrong is not None:
-            raise UsageError(f"{wrong}: a Kraken model runs in the form that it was trained in; leave it out")
 
     def _compare_and_calibrate(
         self, captured: Capture, split: Split | None, program: LaneProgram
@@ -453,10 +388,10 @@ class _Compile:
                 program,
                 program.reader(read),
                 reservation.target,
-                source=_source(captured, self.options.input_specs, self.dtype),
+                source=source_record(captured, self.options.input_specs, self.dtype),
                 backends=self.backends,
                 digest=(lambda: captured.origin.sha256) if captured.origin.path else None,
-                tokenizer_saver=_tokenizer_saver(captured),
+                tokenizer_saver=tokenizer_saver(captured),
                 report=manifest_report,
                 options=self.options.noted(),
                 check=(lambda partial: self._check(partial, captured, lanes)) if verify else None,
@@ -496,13 +431,6 @@ def _no_halves(program: LaneProgram) -> list[str]:
     return [f"{what} as two halves: {reason}" for what, reason in reasons.items() if reason]
 
 
-def _require_apart(directory: Path, dumps: Path) -> None:
-    """Refuse graphs in the artifact's own directory: files that are none of its own would keep it from its place."""
-    place = resolved(dumps)
-    if resolved(directory) in (place, *place.parents):
-        raise UsageError(f"--dump-graphs {dumps}: is or lies in the artifact's directory; choose another one")
-
-
 def _keep_costs(found: Path, place: Path) -> None:
     """Have the costs of single layers of the degree that was picked where those of a compile lie."""
     if found.exists():
@@ -529,60 +457,3 @@ def _require_within(budget: Budget, calibration: Calibration) -> None:
             f"is {quality.kl:.3g}, its perplexity {perplexity_increase(quality):+.1%}; lower the budget, or calibrate "
             "on more text"
         )
-
-
-def _source(captured: Capture, input_specs: Sequence[str], dtype: torch.dtype | None) -> Source:
-    origin = captured.origin
-    path = Path(origin.path).absolute() if origin.path else None
-    return Source(
-        kind=origin.kind,
-        name=path.name if path else origin.model_class,
-        path=str(path) if path else "",
-        model_class=origin.model_class,
-        answer_begins=_answer_begins(captured),
-        max_positions=_max_positions(captured.config),
-        input_specs=tuple(input_specs),
-        dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
-    )
-
-
-def _answer_begins(captured: Capture) -> tuple[int, ...]:
-    """The tokens that an encoder-decoder's answer begins with, as transformers takes them when it generates."""
-    config = captured.config
-    if config is None or not reads_source(captured.program.inputs):
-        return ()
-    directory = Path(captured.origin.path or "")
-    own = (generation_config(directory, of_config=False) if captured.origin.kind == "huggingface" else None) or {}
-    settings = {**config, **{name: value for name, value in own.items() if value is not None}}
-    start, forced_start = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
-    start = settings.get("bos_token_id") if start is None else start
-    return tuple(token for token in (start, forced_start) if type(token) is int) if type(start) is int else ()
-
-
-def _max_positions(config: dict[str, Any] | None) -> int | None:
-    """The longest sequence by the source's config, or by the part of it that describes the language model."""
-    parts = [config, *(config.get(name) for name in ("text_config", "decoder"))] if config else []
-    limits = [part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS_NAMES]
-    return next((limit for limit in limits if type(limit) is int and limit > 0), None)
-
-
-def _tokenizer_notes(captured: Capture) -> tuple[str, ...]:
-    """Notes for a user on the source's tokenizer, which is refused here if it is damaged."""
-    if captured.origin.tokenizer is None:
-        return ()
-    notes, tokenizer = captured.origin.tokenizer.check()
-    vocabulary_size = vocabulary(captured.program) if text_input(captured.program) is not None else len(tokenizer)
-    if len(tokenizer) <= vocabulary_size:
-        return notes
-    # Tokens that a few texts have are no reason to refuse a model; some models ship with them.
-    token_ids(tokenizer, sample_text(), vocabulary_size, str(captured.origin.path))
-    return (
-        *notes,
-        f"the tokenizer has {len(tokenizer)} tokens, the model knows {vocabulary_size}; "
-        "text with the others is refused",
-    )
-
-
-def _tokenizer_saver(captured: Capture) -> Callable[[Path], None] | None:
-    tokenizer = captured.origin.tokenizer
-    return tokenizer.save if tokenizer is not None else None

@@ -210,9 +210,9 @@ def test_a_model_that_does_not_say(tmp_path: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_who_says_how_many(config: dict[str, Any] | None, limit: int | None) -> None:
-    from kraken_compiler.commands.compile import _max_positions
+    from kraken_compiler.commands.source_record import max_positions
 
-    assert _max_positions(config) == limit
+    assert max_positions(config) == limit
 
 
 # out -----------------------------------------------------------------------------------------------------------------

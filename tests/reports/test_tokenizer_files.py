@@ -142,7 +142,7 @@ def test_a_token_more_than_the_model_has(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from kraken_compiler.capture import capture
-    from kraken_compiler.commands.compile import _tokenizer_notes
+    from kraken_compiler.commands.source_record import tokenizer_notes
     from kraken_compiler.texts.read import TextChoice, evaluation_text
 
     model = Path(shutil.copytree(llama, tmp_path / "model"))
@@ -151,7 +151,7 @@ def test_a_token_more_than_the_model_has(llama: Path, tmp_path: Path) -> None:
     larger.add_tokens(["w97"])
     larger.save_pretrained(model)
     captured = capture(model)
-    (note,) = _tokenizer_notes(captured)
+    (note,) = tokenizer_notes(captured)
     assert note == "the tokenizer has 98 tokens, the model knows 97; text with the others is refused"
     (tmp_path / "text").write_text("w3 w4 w97 w5")
     text = evaluation_text(captured, TextChoice(tmp_path / "text"))
