@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 # Eager attention in float32, fused and decomposed norms, ALiBi, and plain code: one of each kind keeps this fast.
-KINDS = ("llama", "gpt_neo", "gptj", "bloom", "cohere", "falcon_alibi", "plain_in_place")
+KINDS = ("llama", "gemma3", "gpt_neo", "gptj", "bloom", "cohere", "falcon_alibi", "plain_in_place")
 
 
 @pytest.mark.parametrize("name", KINDS)

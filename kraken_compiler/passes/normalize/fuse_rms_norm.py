@@ -42,25 +42,39 @@ def _fuse(rsqrt: fx.Node, weights: set[fx.Node]) -> bool | Rejection:
     (last,) = rsqrt.users
     if last.target is not aten.mul.Tensor or set(args_of(last)) != {x, rsqrt}:
         return near_miss("what the root of the mean square scales is not what was squared", last)
-    # A model in half precision computes the norm in float32 and casts back; the fused kernel does the same inside.
+    width = shape_of(x)[-1]
+    weight = None
     if x.target in _CASTS:
+        # A model in half precision computes the norm in float32 and casts back, before or after its weight; the fused
+        # kernel does the same inside.
         narrow = args_of(x)[0]
         assert isinstance(narrow, fx.Node)
-        cast = _only_user(last)
+        weight, product = _weight(last, width, weights)
+        cast = _only_user(product if product is not None else last)
         if cast is None or cast.target not in _CASTS or value_of(cast).dtype != value_of(narrow).dtype:
             return near_miss("a norm in a wider dtype is not cast back", last)
         x, last = narrow, cast
-    width = shape_of(x)[-1]
-    weight = None
-    product = _only_user(last)
-    if product is not None and product.target is aten.mul.Tensor:
-        other = args_of(product)[1] if args_of(product)[0] is last else args_of(product)[0]
-        if isinstance(other, fx.Node) and other in weights and shape_of(other) == (width,):
-            same_dtype = value_of(other).dtype == value_of(x).dtype == value_of(product).dtype
-            weight, last = (other, product) if same_dtype else (None, last)
+    if weight is None:
+        other, product = _weight(last, width, weights)
+        if (
+            other is not None
+            and product is not None
+            and value_of(other).dtype == value_of(x).dtype == value_of(product).dtype
+        ):
+            weight, last = other, product
     with last.graph.inserting_before(last):
         replace(last, last.graph.call_function(aten.rms_norm.default, (x, [width], weight, epsilon)))
     return True
+
+
+def _weight(normalized: fx.Node, width: object, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+    """The weight that a normalised value is multiplied with and nothing else, and that product."""
+    product = _only_user(normalized)
+    if product is not None and product.target is aten.mul.Tensor:
+        other = args_of(product)[1] if args_of(product)[0] is normalized else args_of(product)[0]
+        if isinstance(other, fx.Node) and other in weights and shape_of(other) == (width,):
+            return other, product
+    return None, None
 
 
 def _normalized_operand(rsqrt: fx.Node) -> tuple[fx.Node, float] | Rejection | None:

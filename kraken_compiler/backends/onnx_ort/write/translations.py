@@ -5,7 +5,7 @@ Annotations are read by the exporter: a parameter without a number's type is an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir
@@ -17,6 +17,7 @@ from kraken_compiler.backends.onnx_ort.format import DOMAIN, DOMAIN_VERSION
 from kraken_compiler.backends.onnx_ort.write import attention_ops
 from kraken_compiler.backends.onnx_ort.write.schemas import register_schemas
 
+_ONE = onnx_ir.tensor([1.0])
 op: Any = opset23  # its stubs know no value that is still to be computed
 
 
@@ -46,6 +47,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.kraken.wait.default: wait,
         torch.ops.kraken.all_gather.default: gather,
         torch.ops.aten.square.default: square,
+        torch.ops.aten.rms_norm.default: _rms_norm,
         torch.ops.kraken.dequantize.default: dequantize,
         torch.ops.kraken.expert_linear.default: _expert_linear,
         torch.ops.kraken.lane_embedding.default: _lane_embedding,
@@ -53,6 +55,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.kraken_onnx.capped_attention.default: _capped_attention,
         torch.ops.kraken_onnx.attention_mask.default: _mask,
     }
+
+
+def _rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """In the type of x, whatever the weight's: in ONNX Runtime both must be one."""
+    if weight is None:
+        weight = op.CastLike(op.ConstantOfShape(op.Shape(x, start=-len(normalized_shape)), value=_ONE), x)
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+    if weight.dtype == x.dtype:
+        return op.RMSNormalization(x, weight, axis=-len(normalized_shape), epsilon=epsilon)
+    normed = op.RMSNormalization(op.CastLike(x, weight), weight, axis=-len(normalized_shape), epsilon=epsilon)
+    return op.CastLike(normed, x)
 
 
 def _expert_linear(x: Any, weight: Any, bias: Any, experts: Any) -> Any:
