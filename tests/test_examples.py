@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kraken_compiler.texts.read import sample_text
+
 pytestmark = pytest.mark.slow
 
 
@@ -44,6 +46,15 @@ def test_heal_with_trainer(root: Path, tmp_path: Path) -> None:
     printed = _run(str(root / "examples/heal_with_trainer.py"), cwd=tmp_path)
     before, after = (float(word) for word in printed.splitlines()[-1].split() if word[:1].isdigit())
     assert after < 0.8 * before
+
+
+def test_train_kraken(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(sample_text() * 4)
+    arguments = ("--text", "text.txt", "--steps", "2", "--tokens", "4")
+    printed = _run(str(root / "examples/train_kraken.py"), *arguments, cwd=tmp_path, timeout=250)
+    assert "2 steps, 4,096 tokens" in printed
+    assert "2 ranks against the lanes in one process" in printed
+    assert "\nThe Prime Minister" in printed
 
 
 @pytest.mark.real
