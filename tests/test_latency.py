@@ -80,7 +80,7 @@ def test_values_between_points_lie_on_lines_in_logarithmic_scales() -> None:
 def test_machines_that_are_there(name: str) -> None:
     found = load_machine(name)
     assert found.product_seconds(1, 2048, 8192, 1024, "bfloat16", 2) > 0
-    assert {table.ranks for table in found.all_reduce} == {2, 4, 8}
+    assert {table.ranks for table in found.all_reduce} == ({2} if "hosts" in name else {2, 4, 8})
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def test_parameters_follow_from_the_sizes() -> None:
         ({"degree": 0}, "at least one of its degree"),
         ({"norm": "batch"}, "norm of a Kraken model: choose from layer, rms"),
         ({"positions": "rotary", "width": 36}, "heads of 9 are odd"),
-        ({"expansion": 0.0}, "leaves no FFN"),
+        ({"expansion": 0.0}, "expansion of a Kraken model must be a number above 0"),
+        ({"expansion": 0.001}, "leaves no FFN"),
     ],
 )
 def test_sizes_that_cannot_be(changes: dict[str, Any], message: str) -> None:

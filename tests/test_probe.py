@@ -48,9 +48,9 @@ def test_figures_are_a_machine(tmp_path: Path) -> None:
     assert "products    float32" in found.lines()[2]
 
 
-def test_an_unknown_element_type_is_refused() -> None:
+def test_an_unknown_element_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--dtype int64"):
-        probe(alone(), ["int64"], lambda done, total: None)
+        probe_machine(tmp_path / "here.toml", ProbeOptions(dtypes=("int64",)))
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path) -> None:

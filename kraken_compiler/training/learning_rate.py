@@ -46,5 +46,6 @@ def rows_of_step(rows: Tensor, settings: RunSettings, step: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _order(seed: int, turn: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed << 20) + turn)
+    # Every pass has a seed of its own; torch takes 63 bits.
+    generator = torch.Generator().manual_seed(((seed << 20) + turn) % (1 << 63))
     return torch.randperm(count, generator=generator)

@@ -11,8 +11,7 @@ from kraken_compiler.errors import UsageError
 
 BFLOAT16 = "bfloat16"
 PRECISIONS = ("float32", BFLOAT16)
-_SEEDS = 1 << 43
-"""Every pass over the rows has a seed of its own, made of this one and of its number."""
+_SEEDS = 1 << 63
 
 _OF_NO_CONSEQUENCE = ("save_every", "evaluate_every")
 """Settings that may change from one part of a run to the next: the weights that come out are the same."""
@@ -80,7 +79,7 @@ class RunSettings:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "must not be negative")
         require(0 < self.hold_out < 1, "hold_out", self.hold_out, "must lie between 0 and 1")
-        require(-_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "must lie between -2^43 and 2^43")
+        require(-_SEEDS <= self.seed < _SEEDS, "seed", self.seed, "must have at most 64 bits")
         is_known = self.precision is None or self.precision in PRECISIONS
         require(is_known, "precision", self.precision, f"choose from {', '.join(PRECISIONS)}")
 
