@@ -49,7 +49,7 @@ def test_heal_with_trainer(root: Path, tmp_path: Path) -> None:
 
 
 def test_train_kraken(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(sample_text() * 4)
+    (tmp_path / "text.txt").write_text(sample_text() * 16)
     arguments = ("--text", "text.txt", "--steps", "2", "--tokens", "4")
     printed = _run(str(root / "examples/train_kraken.py"), *arguments, cwd=tmp_path, timeout=250)
     assert "2 steps, 4,096 tokens" in printed
