@@ -12,13 +12,11 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
     set_up_interpreter,
-    set_up_logging,
 )
 from kraken_compiler.errors import UsageError
 from kraken_compiler.options.command_line import CommandLine, Output, command
@@ -58,8 +56,7 @@ class CompileCommand:
 def compile_command(command_line: CommandLine) -> None:
     """Compile, and show the result."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         arguments, options = command_line.options(CompileCommand, CompileOptions)
         if arguments.model is None:
             raise UsageError("name the MODEL to compile, on the command line or as 'model' in the config file")
@@ -69,7 +66,7 @@ def compile_command(command_line: CommandLine) -> None:
         from kraken_compiler.commands.compile import compile_model
 
         directory = arguments.output or Path(f"{_name_of(Path(arguments.model))}.kraken")
-        progress = ConsoleProgress(output.quiet or output.json)
+        progress = ConsoleProgress(quiet)
         result = compile_model(arguments.model, None if arguments.plan else directory, options, progress=progress)
         if arguments.plot is not None:
             _plot(arguments.plot, result, options)

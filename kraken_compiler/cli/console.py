@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -21,6 +21,9 @@ from kraken_compiler.errors import InputFileError, KrakenError
 from kraken_compiler.progress import Advance
 from kraken_compiler.standard_streams import prepare_streams, tell, write_out
 from kraken_compiler.text import json_text
+
+if TYPE_CHECKING:
+    from kraken_compiler.options.command_line import Output
 
 EXIT_CODES = "Exit codes: 0 done, 2 usage, 3 unsupported model, 4 verification failed, 5 bad artifact or input file."
 
@@ -120,6 +123,21 @@ def set_up_interpreter() -> None:
     gc.set_threshold(100_000, 50, 100)
     atexit.register(gc.freeze)
     sys.setswitchinterval(0.0005)
+
+
+@contextmanager
+def around_command(output: Output) -> Iterator[bool]:
+    """What every command does around its work: the log, errors as exit codes, quiet libraries.
+
+    Args:
+        output: How it was asked to write.
+
+    Returns:
+        Whether it shows no progress.
+    """
+    set_up_logging(output.verbose)
+    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+        yield output.quiet or output.json
 
 
 @contextmanager

@@ -13,12 +13,10 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
-    set_up_logging,
 )
 from kraken_compiler.cli.training_bar import TrainingBar
 from kraken_compiler.options.command_line import CommandLine, command
@@ -49,17 +47,14 @@ class HealCommand:
 def heal(command_line: CommandLine) -> None:
     """Heal, and show the result."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         arguments, options, settings = command_line.options(HealCommand, HealOptions, HealSettings)
         options = replace(options, texts=[*options.texts, *arguments.more_texts])
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.heal import heal_artifact
 
-        with TrainingBar("heal", "KL", output.quiet or output.json) as bar:
-            result = heal_artifact(
-                arguments.artifact, settings, options, progress=ConsoleProgress(output.quiet or output.json), watch=bar
-            )
+        with TrainingBar("heal", "KL", quiet) as bar:
+            result = heal_artifact(arguments.artifact, settings, options, progress=ConsoleProgress(quiet), watch=bar)
         if output.json:
             print_json(result.to_dict())
         elif not output.quiet:

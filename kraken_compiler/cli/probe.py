@@ -11,12 +11,10 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
-    set_up_logging,
 )
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.probe import ProbeOptions
@@ -32,13 +30,12 @@ class ProbeCommand:
 def probe(command_line: CommandLine) -> None:
     """Measure, and say where the figures are."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         arguments, options = command_line.options(ProbeCommand, ProbeOptions)
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.probe import probe_machine
 
-        machine = probe_machine(arguments.output, options, progress=ConsoleProgress(output.quiet or output.json))
+        machine = probe_machine(arguments.output, options, progress=ConsoleProgress(quiet))
         if machine is None:
             return
         if output.json:

@@ -11,12 +11,10 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
-    set_up_logging,
 )
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
@@ -36,13 +34,12 @@ class ReportCommand:
 def report(command_line: CommandLine) -> None:
     """Write the page, and say where it is."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         arguments, options = command_line.options(ReportCommand, ReportOptions)
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.report import report_on
 
-        progress = ConsoleProgress(output.quiet or output.json)
+        progress = ConsoleProgress(quiet)
         report_on(arguments.artifact, arguments.output, options, progress=progress)
         if output.json:
             print_json({"report": str(arguments.output)})

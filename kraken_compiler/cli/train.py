@@ -11,12 +11,10 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
-    set_up_logging,
 )
 from kraken_compiler.cli.training_bar import TrainingBar
 from kraken_compiler.options.command_line import CommandLine, command
@@ -47,8 +45,7 @@ class TrainCommand:
 def train(command_line: CommandLine) -> None:
     """Train, and show the result."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         path = command_line.values["config"]
         config = model_in(path)
         whole = replace(command_line, config=path)
@@ -56,7 +53,6 @@ def train(command_line: CommandLine) -> None:
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.train import train_model
 
-        quiet = output.quiet or output.json
         objective = "loss" if options.teacher is None else "KL"
         with TrainingBar("train", objective, quiet) as bar:
             result = train_model(config, settings, options, progress=ConsoleProgress(quiet), watch=bar)

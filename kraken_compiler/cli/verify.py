@@ -11,12 +11,10 @@ import typer
 from kraken_compiler.cli.console import (
     EXIT_CODES,
     ConsoleProgress,
-    errors_as_exit_codes,
+    around_command,
     print_json,
     print_lines,
-    quiet_libraries,
     run_app,
-    set_up_logging,
 )
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY
@@ -41,8 +39,7 @@ class VerifyCommand:
 def verify(command_line: CommandLine) -> None:
     """Verify, and show the result."""
     output = command_line.output
-    set_up_logging(output.verbose)
-    with errors_as_exit_codes(output.json, output.quiet), quiet_libraries(output.verbose):
+    with around_command(output) as quiet:
         arguments, options = command_line.options(VerifyCommand, VerifyOptions)
         # Imported late, so that --help does not load torch.
         from kraken_compiler.commands.verify import verify_artifact
@@ -50,7 +47,7 @@ def verify(command_line: CommandLine) -> None:
 
         if arguments.plot is not None:
             require_plot(arguments.plot)
-        result = verify_artifact(arguments.artifact, options, progress=ConsoleProgress(output.quiet or output.json))
+        result = verify_artifact(arguments.artifact, options, progress=ConsoleProgress(quiet))
         if arguments.plot is not None:
             plot_quality(arguments.plot, result.quality, result.sensitivity)
         if output.json:

@@ -41,7 +41,7 @@ from kraken_compiler.training.parameters import is_trained
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
 from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.training.watch import SilentWatch, TensorBoard, ToAll, Watch
+from kraken_compiler.training.watch import Watch, watching
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -136,23 +136,10 @@ def heal_artifact(
         text = read_texts(captured, [Path(name) for name in texts], [Path(name) for name in tokens], settings)
     folder = target.absolute().with_name(f"{target.name}.heal")
     state = open_state(folder, _identity(artifact, captured, text, settings), restart)
-    board = TensorBoard(Path(tensorboard), Distillation.name, state.step) if tensorboard is not None else None
-    watches = [one for one in (watch, board) if one is not None]
+    curves = Path(tensorboard) if tensorboard is not None else None
     with Lock(folder):
-        try:
-            outcome = _train(
-                artifact,
-                captured,
-                text,
-                settings,
-                folder,
-                state,
-                ToAll(*watches) if watches else SilentWatch(),
-                timeout,
-            )
-        finally:
-            if board is not None:
-                board.close()
+        with watching(watch, curves, Distillation.name, state.step) as watches:
+            outcome = _train(artifact, captured, text, settings, folder, state, watches, timeout)
         record = HealingRecord(
             steps=settings.steps,
             tokens=settings.steps * settings.batch * text.train.shape[1],

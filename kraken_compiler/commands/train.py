@@ -47,7 +47,7 @@ from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText, parts_of_text, read_rows
 from kraken_compiler.training.settings import BFLOAT16
 from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.training.watch import TensorBoard, ToAll, Watch
+from kraken_compiler.training.watch import Watch, watching
 
 RECORD_FILE = "training.json"
 _ROWS_SEEN = 64
@@ -140,7 +140,8 @@ def train_model(
         raise UsageError(f"--batch {settings.batch}: {settings.processes} processes need a row each")
     target = resolved(options.output)
     folder = target.with_name(f"{target.name}.train")
-    _require_free(target, [Path(path) for path in (options.tensorboard,) if path is not None], options.texts)
+    curves = Path(options.tensorboard) if options.tensorboard is not None else None
+    _require_free(target, curves, options.texts)
     settings = with_precision(settings, settings.processes)
     texts = [file for path in options.texts for file in text_files(Path(path), "--text")]
     begin, teacher = _standard_models(config, options, show)
@@ -152,13 +153,8 @@ def train_model(
     state = open_state(folder, _identity(config, text, settings, begin, teacher), options.restart)
     with Lock(folder):
         model = _first_model(config, begin if state.step == 0 else None, text, settings, folder, show)
-        board = _board(options, teacher, state)
-        try:
-            watches = [one for one in (watch, board) if one is not None]
-            outcome = _train(model, teacher, text, settings, options, folder, state, ToAll(*watches))
-        finally:
-            if board is not None:
-                board.close()
+        with watching(watch, curves, _objective_name(teacher), state.step) as watches:
+            outcome = _train(model, teacher, text, settings, options, folder, state, watches)
         counts = (settings.steps * settings.batch * text.train.shape[1], text.train.numel())
         result = TrainResult(
             target,
@@ -238,12 +234,6 @@ def _first_model(
         raise
 
 
-def _board(options: TrainOptions, teacher: Capture | None, state: RunState) -> TensorBoard | None:
-    if options.tensorboard is None:
-        return None
-    return TensorBoard(Path(options.tensorboard), _objective_name(teacher), state.step)
-
-
 def _objective_name(teacher: Capture | None) -> str:
     return NextToken.name if teacher is None else Distillation.name
 
@@ -305,12 +295,10 @@ def _tokenizer(
                 "set the model's vocabulary to as many"
             )
         return tokenizer
-    if standard is not None and standard.origin.tokenizer is not None:
-        return standard.origin.tokenizer.load()
+    if standard is not None and (texts or standard.origin.tokenizer is not None):
+        return load_tokenizer(standard, "--text", "give token ids with --tokens FILE")
     if not texts:
         return None
-    if standard is not None:
-        return load_tokenizer(standard, "--text", "give token ids with --tokens FILE")
     return train_tokenizer((parts_of_text(path, settings.hold_out)[0] for path in texts), config.vocabulary)
 
 
@@ -331,14 +319,15 @@ def _identity(
     }
 
 
-def _require_free(target: Path, others: Sequence[Path], texts: Sequence[Any]) -> None:
+def _require_free(target: Path, curves: Path | None, texts: Sequence[Any]) -> None:
     """Make sure that a model can be written, and that nothing that is written is a text of the next run."""
     with os_errors_as(f"--output {target}"):
         if not target.parent.is_dir():
             raise UsageError(f"--output {target}: there is no directory {target.parent}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"--output {target}: is there and not empty; choose another, or remove it")
+    written = [target] if curves is None else [target, resolved(curves)]
     for text in map(resolved, texts):
-        inside = next((path for path in (target, *map(resolved, others)) if path.is_relative_to(text)), None)
+        inside = next((path for path in written if path.is_relative_to(text)), None)
         if inside is not None:
             raise UsageError(f"{inside} lies inside --text {text}, which is read whole; write elsewhere")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
-from kraken_compiler.options.shared import CHECK_TIMEOUT, Force, Source, Timeout, TrustPickle
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Curves, Force, Restart, Source, Timeout, TrustPickle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,8 @@ class HealOptions(CommandOptions):
         CommandLineType(Path | None),
         typer.Option("--output", "-o", help="The new artifact. (default: DIR's name .healed.kraken)"),
     ] = None
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; without, an unfinished run is resumed.")] = (
-        False
-    )
-    tensorboard: Annotated[
-        Any, CommandLineType(Path | None), typer.Option(help="Directory for TensorBoard curves.")
-    ] = None
+    restart: Restart = False
+    tensorboard: Curves = None
     source: Source = None
     trust_pickle: TrustPickle = False
     force: Force = False

@@ -28,6 +28,8 @@ Source = Annotated[
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Open files that can run any code when they are opened.")
 ]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; without, an unfinished run is resumed.")]
+Curves = Annotated[Any, CommandLineType(Path | None), typer.Option(help="Directory for TensorBoard curves.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there; no other files are.")]
 Timeout = Annotated[
     float,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
-from kraken_compiler.options.shared import CHECK_TIMEOUT, Timeout
+from kraken_compiler.options.shared import CHECK_TIMEOUT, Curves, Restart, Timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,6 @@ class TrainOptions(CommandOptions):
     output: Annotated[
         Any, CommandLineType(Path | None), typer.Option("--output", "-o", help="Directory for the model.")
     ] = None
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; without, an unfinished run is resumed.")] = (
-        False
-    )
-    tensorboard: Annotated[
-        Any, CommandLineType(Path | None), typer.Option(help="Directory for TensorBoard curves.")
-    ] = None
+    restart: Restart = False
+    tensorboard: Curves = None
     timeout: Timeout = CHECK_TIMEOUT

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from kraken_compiler.capture import Capture
-from kraken_compiler.errors import InputFileError
+from kraken_compiler.errors import InputFileError, os_errors_as
 from kraken_compiler.ir.program import Split
 from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import lane_logits, recorded
@@ -212,10 +212,8 @@ def _read(path: Path) -> Sensitivity | None:
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:
-    try:
+    with os_errors_as(f"{path}: cannot be written"):
         replace_text(path, json_text(sensitivity.to_dict()))
-    except OSError as error:
-        raise InputFileError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _text(cost: RunCost | None) -> str:

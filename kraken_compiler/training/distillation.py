@@ -12,7 +12,7 @@ from torch import Tensor
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.ir.weight_table import lane_weights
-from kraken_compiler.lanes.evaluate import Quality, evaluate
+from kraken_compiler.lanes.evaluate import evaluate
 from kraken_compiler.lanes.logits import LogitsOf
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.training.loss import distillation_loss
@@ -58,16 +58,10 @@ class Distillation:
         student_TV = student(ids).flatten(0, 1)
         return distillation_loss(student_TV[begin:end], teacher_TV[begin - before : end - before]) / tokens
 
-    def compare(
-        self, student: LogitsOf, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None
-    ) -> Quality:
-        """Compare the student with its teacher. See `measure`."""
-        return evaluate(self._teacher, student, batches, "the held-out part of the texts", progress)
-
     def measure(
         self, student: LogitsOf, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None
     ) -> Measurement:
         """See `Objective.measure`."""
-        quality = asdict(self.compare(student, batches, progress))
+        quality = asdict(evaluate(self._teacher, student, batches, "the held-out part of the texts", progress))
         del quality["by_position"]
         return Measurement(quality["kl"], quality)

@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from kraken_compiler.errors import os_errors_as
 from kraken_compiler.ranks.run_ranks import run_ranks
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.training.loop import Outcome
+from kraken_compiler.training.loop import Outcome, train
 from kraken_compiler.training.rows import TrainingText
+from kraken_compiler.training.state import read_state
+from kraken_compiler.training.trainer import Trainer
 from kraken_compiler.training.watch import SilentWatch, ToFile, Watch, pass_on
 from kraken_compiler.weights.io.safetensors_writer import new_safetensors
 
-ROWS_FILE, _EVENTS = "rows.safetensors", "events.jsonl"
+_ROWS, _EVENTS = "rows.safetensors", "events.jsonl"
 _LISTEN_SECONDS = 0.2
 
 
@@ -32,7 +36,7 @@ def train_on_ranks(
     """Call a function on ranks that trains, and returns its `Outcome` as plain values.
 
     Args:
-        function: "package.module:function", see `run_ranks`; it finds the rows in `ROWS_FILE`.
+        function: "package.module:function", see `run_ranks`; it calls `train_on_rank`.
         count: Number of ranks.
         payload: What it is given.
         text: What is trained on.
@@ -45,9 +49,7 @@ def train_on_ranks(
         UsageError, InputFileError: See `train`.
     """
     rows = {"train": text.train, "held_out": text.held_out}
-    with new_safetensors(
-        folder / ROWS_FILE, {name: (one.dtype, tuple(one.shape)) for name, one in rows.items()}
-    ) as file:
+    with new_safetensors(folder / _ROWS, {name: (one.dtype, tuple(one.shape)) for name, one in rows.items()}) as file:
         for name, one in rows.items():
             file.append(name, one)
     with _event_listener(folder / _EVENTS, watch):
@@ -56,9 +58,14 @@ def train_on_ranks(
     return Outcome(**outcome, held_out=held_out)
 
 
-def rank_watch(ranks: Ranks, folder: Path) -> Watch:
-    """What a rank of `train_on_ranks` tells what happens."""
-    return ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
+def train_on_rank(trainer: Trainer, ranks: Ranks, folder: Path) -> Outcome:
+    """One rank's part of `train_on_ranks`, once it has built what it trains."""
+    rows = load_file(folder / _ROWS)
+    # All ranks must have read the state before one of them writes the next.
+    state = read_state(folder)
+    ranks.barrier()
+    watch = ToFile(folder / _EVENTS) if ranks.rank == 0 else SilentWatch()
+    return train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
 
 
 @contextmanager

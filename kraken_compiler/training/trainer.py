@@ -14,7 +14,7 @@ from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.training.objective import Measurement, Objective
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import Alone, Peers
-from kraken_compiler.training.settings import RunSettings
+from kraken_compiler.training.settings import BFLOAT16, RunSettings
 
 
 class DivergenceError(Exception):
@@ -159,7 +159,7 @@ class Trainer:
         return self.peers.has_alike(self.parameters.shared(name))
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.precision == BFLOAT16)
 
 
 def logits_of(runner: LaneRunner, weights: Callable[[], dict[str, Tensor]]) -> LogitsOf:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,3 +149,26 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
+
+
+@contextmanager
+def watching(watch: Watch | None, curves: Path | None, objective: str, first_step: int) -> Iterator[Watch]:
+    """All that observe a run: the caller's, and TensorBoard if it was asked for, whose log is closed at the end.
+
+    Args:
+        watch: The caller's.
+        curves: Directory of the log.
+        objective, first_step: See `TensorBoard`.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+    own = () if watch is None else (watch,)
+    if curves is None:
+        yield ToAll(*own)
+        return
+    board = TensorBoard(curves, objective, first_step)
+    try:
+        yield ToAll(*own, board)
+    finally:
+        board.close()

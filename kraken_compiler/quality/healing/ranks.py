@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.registry import DEFAULT_BACKEND, backend_class, backend_named
 from kraken_compiler.backends.write_artifact import write_artifact
@@ -21,11 +19,10 @@ from kraken_compiler.quality.healing.settings import HealSettings
 from kraken_compiler.ranks.communicators.agreement import THE_ARTIFACT, Claims
 from kraken_compiler.ranks.communicators.join import communicator_of, rank_device
 from kraken_compiler.ranks.session import Ranks
-from kraken_compiler.training.loop import Outcome, train
-from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks
+from kraken_compiler.training.loop import Outcome
+from kraken_compiler.training.on_ranks import train_on_rank, train_on_ranks
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
-from kraken_compiler.training.state import read_state
 from kraken_compiler.training.watch import Watch
 
 _TEACHER = "teacher.kraken"
@@ -86,12 +83,7 @@ def heal_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     ranks.status.computes_in = backend_class(DEFAULT_BACKEND).computes_in
     communicator = communicator_of(ranks, device)
     trainer = trainer_of_one_lane(artifact, teacher, HealSettings(**payload["settings"]), communicator, device)
-    rows = load_file(folder / ROWS_FILE)
-    # All ranks must have read the state before one of them writes the next.
-    state = read_state(folder)
-    ranks.barrier()
-    watch = rank_watch(ranks, folder)
-    outcome = train(trainer, rows["train"], rows["held_out"], folder, state, watch, ranks.status.progress)
+    outcome = train_on_rank(trainer, ranks, folder)
     merge_lora(trainer.parameters)
     write_results(trainer, folder, artifact.manifest.degree)
     return asdict(outcome)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from kraken_compiler.capture import Capture
 from kraken_compiler.capture.from_native import capture_native
-from kraken_compiler.errors import InputFileError
 from kraken_compiler.ir.program import LaneProgram
 from kraken_compiler.ir.source_reader import SourceReader
 from kraken_compiler.lanes.collectives import OnRanks
-from kraken_compiler.lanes.reference import read_from_source
+from kraken_compiler.lanes.reference import read_from_lane_files, read_from_source
 from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.model import KrakenLM
@@ -105,20 +101,14 @@ def fill_from_lanes(model: KrakenLM, program: LaneProgram, folder: Path) -> None
     """
     tensors = model.state_dict()
     filled = set()
-    shared = _tensors(folder / SHARED_FILE)
+    read_lane = read_from_lane_files(
+        [folder / lane_file_name(lane) for lane in range(program.degree)], folder / SHARED_FILE
+    )
     for lane in range(program.degree):
-        own = _tensors(folder / lane_file_name(lane))
         for spec in program.weights.values():
             name = lane_source(spec.source, lane)
             if name in tensors:
-                tensors[name].copy_((shared if spec.shared else own)[spec.name])
+                tensors[name].copy_(read_lane(spec, lane))
                 filled.add(name)
     missing = tensors.keys() - filled
     assert not missing, f"no lane has {sorted(missing)[:3]}"
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputFileError(f"{path}: cannot be read: {error}") from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from kraken_compiler.capture import capture
 from kraken_compiler.native.directory import load_native, save_native
@@ -17,11 +16,10 @@ from kraken_compiler.ranks.communicators.join import communicator_of, rank_devic
 from kraken_compiler.ranks.session import Ranks
 from kraken_compiler.training.from_scratch.build import objective_from, trainer_of
 from kraken_compiler.training.from_scratch.settings import TrainSettings
-from kraken_compiler.training.loop import Outcome, train
-from kraken_compiler.training.on_ranks import ROWS_FILE, rank_watch, train_on_ranks
+from kraken_compiler.training.loop import Outcome
+from kraken_compiler.training.on_ranks import train_on_rank, train_on_ranks
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
-from kraken_compiler.training.state import read_state
 from kraken_compiler.training.watch import Watch
 
 _FIRST = "first"
@@ -75,12 +73,6 @@ def train_rank(payload: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     objective = objective_from(teacher, device)
     trainer = trainer_of(model, objective, settings, device, communicator)
     ranks.status.computes_here = device.type == "cpu"
-    rows = load_file(folder / ROWS_FILE)
-    state = read_state(folder)
-    # All ranks must have read the state before one of them writes the next.
-    ranks.barrier()
-    outcome = train(
-        trainer, rows["train"], rows["held_out"], folder, state, rank_watch(ranks, folder), ranks.status.progress
-    )
+    outcome = train_on_rank(trainer, ranks, folder)
     write_results(trainer, folder, model.config.degree)
     return asdict(outcome)

@@ -24,6 +24,7 @@ from kraken_compiler.ir.shards import WHOLE
 from kraken_compiler.ir.weight_table import lane_weights
 from kraken_compiler.ops.op_sets import ATTENTIONS, EMBEDDING, LINEAR, NORMS
 from kraken_compiler.passes.lower import lower
+from kraken_compiler.passes.stages import recognize
 
 _HINT = "Train from scratch, or distil from this model without taking its weights (--teacher)."
 
@@ -84,8 +85,8 @@ def taken_apart(captured: Capture) -> Standard:
     Raises:
         UnsupportedModelError: It has parts that no Kraken model has.
     """
-    whole, _ = lower(captured.program, 1, "standard", embedding=WHOLE, cached=False)
-    counts = {branch.kv_heads for branch in whole.layers.branches if branch.kind == "attention"}
+    layers = recognize(captured.program).layers
+    counts = {branch.kv_heads for branch in layers.branches if branch.kind == "attention"}
     if len(counts) != 1:
         raise unsupported("its layers have no attention, or each another number of KV heads", ())
     program, _ = lower(captured.program, counts.pop(), "standard", embedding=WHOLE, cached=False)

@@ -162,8 +162,9 @@ def _filled(model: KrakenLM, parts: Standard, projection_Cw: Tensor, share: floa
         model.norm.weight.copy_(config.degree * scale * (projection_Cw**2).T @ gain)  # type: ignore[operator]
         if config.norm != RMS_NORM:
             model.norm.bias.copy_(config.degree * projection_Cw.T @ parts.final.shift.expand(width))  # type: ignore[operator]
+        heads = _spread(len(parts.layers[0].groups), config.keys, config.degree)
         for number, layer in enumerate(parts.layers):
-            heads = _spread(len(layer.groups), config.keys, config.degree)
+            bias = torch.stack([group[3].bias for group in layer.groups]).sum(0) / config.degree
             order = (layer.down.weight.norm(dim=0) * layer.ffn[-1].weight.norm(dim=1)).argsort(descending=True)
             columns = _dealt(order, config.inside, config.degree)
             for lane in range(config.degree):
@@ -172,7 +173,6 @@ def _filled(model: KrakenLM, parts: Standard, projection_Cw: Tensor, share: floa
                 for at, module in enumerate((into.attention.query, into.attention.key, into.attention.value)):
                     _set(module, [reading(group[at], layer.norms[0]) for group, _ in taken])
                 outs = [group[3].weight * part for group, part in taken]
-                bias = torch.stack([group[3].bias for group in layer.groups]).sum(0) / config.degree
                 _set(into.attention.out, [Affine(projection_Cw.T @ torch.cat(outs, 1), projection_Cw.T @ bias)])
                 chosen, shares = columns[lane]
                 modules = (into.ffn.up,) if into.ffn.gate is None else (into.ffn.gate, into.ffn.up)
@@ -200,9 +200,8 @@ def _spread(count: int, each: int, lanes: int) -> list[list[tuple[int, int]]]:
 
 def _dealt(order: Tensor, each: int, lanes: int) -> list[tuple[Tensor, Tensor]]:
     """Which columns every lane takes, `each` of them, those that matter most first; and one over how many have each."""
-    places = torch.arange(each * lanes) % len(order)
     if each * lanes <= len(order):
-        dealt = order[places].view(each, lanes).T
+        dealt = order[: each * lanes].view(each, lanes).T
     else:
         dealt = torch.stack(
             [order[(torch.arange(each) + lane * len(order) // lanes) % len(order)] for lane in range(lanes)]
