@@ -29,6 +29,7 @@ from kraken_compiler.passes.lower import lower
 from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.quality.budget import Payloads, traffic
 from kraken_compiler.quality.healing.settings import HealSettings
+from kraken_compiler.training.distillation import Distillation
 from kraken_compiler.verify.report import make_report
 from kraken_compiler.weights.io.safetensors_format import read_header
 from tests.healing_models import captured, rows, trainer_for
@@ -167,7 +168,7 @@ def test_healing_trains_a_tied_table_once() -> None:
     parameter = trainer.parameters.trained()[f"{spec.name}.weight"]
     ids = rows(2)
     teacher = torch.randn(ids.numel(), VOCABULARY, generator=torch.Generator().manual_seed(1))
-    trainer._teacher = lambda _: teacher.view(*ids.shape, VOCABULARY).clone()
+    trainer.objective = Distillation(lambda _: teacher.view(*ids.shape, VOCABULARY).clone())
     trainer.loss(ids).backward()
     source = SUPPORTED[TIED]()
     logs = source(ids).logits.log_softmax(-1).flatten(0, 1)
@@ -188,9 +189,9 @@ def test_low_rank_updates_of_a_tied_table_are_one() -> None:
     trainer = trainer_for(TIED, "kraken", replace(SETTINGS, lora=2))
     (spec,) = vocabularies([*trainer.parameters.table.values()])
     assert len([name for name in trainer.parameters.trained() if name.startswith(f"{spec.name}.")]) == 2
-    before = trainer.step(rows(2), 1e-2).kl
+    before = trainer.step(rows(2), 1e-2).loss
     for _ in range(5):
-        after = trainer.step(rows(2), 1e-2).kl
+        after = trainer.step(rows(2), 1e-2).loss
     assert after < before
 
 
