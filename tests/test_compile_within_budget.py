@@ -88,6 +88,8 @@ def test_a_budget_on_a_machine_saves_time(llama: Path, words: Path, tmp_path: Pa
     frontier = [candidate["seconds"] for candidate in choice["frontier"]]  # type: ignore[index]
     assert frontier == sorted(frontier, reverse=True)
     assert "--machine predicts times for" in refused(2, llama, "--machine", machine)
+    too_long = ("--max-kl", "10", "--calibrate", words, "--machine", machine, "--prompt", "1000000")
+    assert "describe a shorter load" in refused(2, llama, *too_long, "-o", tmp_path / "none")
 
 
 def test_a_budget_that_cannot_be_kept(

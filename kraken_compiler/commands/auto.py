@@ -217,7 +217,7 @@ class Picker:
             for one in self._worth_a_search(list(found.values())):
                 if assign is not None:
                     one.split = cut(one.planned, assign(one.planned), one.runner, embedding=self.embedding)
-                choice = search(one.split, seconds_of_forms(one.split, self.predictor, self.load))
+                choice = search(one.split, seconds_of_forms(one.split, self.predictor, self.load, self.limit))
                 one.times = replace(one.times, choice=choice)
         best = min(found.values(), key=lambda one: one.times.seconds)
         return Pick(self._choice(best, found, left_out, search is not None), best.split, tuple(best.runner.history))

@@ -259,8 +259,10 @@ class _Compile:
         """The lane program in the form that was asked for, or in the forms that a budget allows."""
         form = self.options.form
         if split is not None and self.budget is not None:
-            predictor = Predictor(self.machine) if self.machine is not None else None
-            seconds_of = seconds_of_forms(split, predictor, self.load) if predictor is not None else None
+            seconds_of = None
+            if self.machine is not None:
+                limit = max_positions(captured.config)
+                seconds_of = seconds_of_forms(split, Predictor(self.machine), self.load, limit)
             self.choice = self._within_budget(captured, split, seconds_of)
             form = _best(self.choice)
         return self._rewrite(captured, split, degree, runner, form, self.options.overlap)

@@ -59,7 +59,7 @@ class LoadTimes:
             UsageError: It has no KV cache, takes no sequence that long, or the machine lacks figures.
         """
         graphs = RunGraphs.of(lower_split(split, form, overlap=AUTO))
-        _require_fits(load, min((one for one in (limit, graphs.plan.limit) if one is not None), default=None))
+        _require_fits(load, graphs, limit)
         ways = [False, True] if graphs.split is not None and load.prompt > 1 else [False]
         times = [predictor.predict(graphs, load, halves=halves).total for halves in ways]
         silent = (predictor.predict(graphs, load, halves=halves, silent=True) for halves in ways)
@@ -67,8 +67,21 @@ class LoadTimes:
         return cls(times[0], times[1] if len(times) > 1 else None, bound)
 
 
-def seconds_of_forms(split: Split, predictor: Predictor, load: Load) -> Callable[[tuple[str, ...]], float]:
-    """The function that predicts a load for forms of the layers, with the prompt read as is faster."""
+def seconds_of_forms(
+    split: Split, predictor: Predictor, load: Load, limit: int | None = None
+) -> Callable[[tuple[str, ...]], float]:
+    """The function that predicts a load for forms of the layers, with the prompt read as is faster.
+
+    Args:
+        split: The program.
+        predictor: Knows the machine.
+        load: What it is asked for.
+        limit: The longest sequence that the model takes; None if only the program's caches bound it.
+
+    Raises:
+        UsageError: It has no KV cache or takes no sequence that long; at once, before a search for forms begins.
+    """
+    _require_fits(load, RunGraphs.of(lower_split(split, STANDARD, overlap=AUTO)), limit)
 
     @cache
     def seconds(forms: tuple[str, ...]) -> float:
@@ -89,9 +102,10 @@ def _unavoidable(one: Timeline, machine: Machine) -> float:
     return sum(event.end - event.begin for event in kernels) + launches
 
 
-def _require_fits(load: Load, limit: int | None) -> None:
-    if limit is not None and load.prompt + load.new_tokens > limit:
+def _require_fits(load: Load, graphs: RunGraphs, limit: int | None) -> None:
+    most = min((one for one in (limit, graphs.plan.limit) if one is not None), default=None)
+    if most is not None and load.prompt + load.new_tokens > most:
         raise UsageError(
-            f"--prompt {load.prompt} and --new-tokens {load.new_tokens}: the model takes sequences of {limit} tokens; "
+            f"--prompt {load.prompt} and --new-tokens {load.new_tokens}: the model takes sequences of {most} tokens; "
             "describe a shorter load"
         )
