@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 # Tests start many small processes; more than one thread each would only make them wait for one another.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+# K/N: share K of N of the slow tests; empty is all.
+SHARE ?=
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -39,8 +41,9 @@ demo: $(VENV)/.models ## compile a real language model for three devices and let
 test: $(VENV)/.models ## run the quick tests, and one real run of each backend (4 minutes)
 	@$(PYTEST) -m "not slow or end_to_end" --durations-file=build/durations-quick.txt $(PYTEST_ARGS)
 
-test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models
-	@$(PYTEST) -m "slow and not end_to_end" --durations-file=build/durations-slow.txt $(PYTEST_ARGS)
+test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models (SHARE=0/4 a quarter)
+	@$(PYTEST) -m "slow and not end_to_end" $(if $(SHARE),--share $(SHARE)) \
+		--durations-file=build/durations-slow.txt $(PYTEST_ARGS)
 
 test-newest: $(VENV)/.models $(NEWEST)/.torch ## run what reads torch's own output under the newest torch, and artifacts across versions
 	@KRAKEN_OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(TEST_ENV) \

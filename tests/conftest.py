@@ -15,7 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from kraken_compiler.passes.manager import PassRunner
-from tests.quick_tests import Durations, SlowMarks
+from tests.quick_tests import Durations, Share, SlowMarks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,10 +29,13 @@ def _programs_are_checked_after_every_pass() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--durations-file", type=Path, help="write how long tests took into this file")
+    parser.addoption("--share", metavar="K/N", help="run share K (0-based) of N of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SlowMarks())
+    if config.getoption("--share") is not None:
+        config.pluginmanager.register(Share(config.getoption("--share")))
     path: Path | None = config.getoption("--durations-file")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Durations(path))

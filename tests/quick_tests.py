@@ -1,4 +1,4 @@
-"""What keeps `make test` within minutes: the guard of tests without the mark `slow`, and the record of durations.
+"""What keeps tests within minutes: the guard of those without the mark `slow`, shares of all, the record of durations.
 
 `make test` runs the tests that start no process and take moments, and one real run of each backend (`end_to_end`).
 `make test-all` runs the others, which are marked `slow`. A test that should be marked and is not fails.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,27 @@ class SlowMarks:
             # Kept, too: what starts the process may be in another thread, or carry on without it.
             self._offence = f"starts a process ({event})"
             pytest.fail(_advice(self._offence))
+
+
+class Share:
+    """Runs one of several shares of the tests: every test is in one of them, by its name.
+
+    Args:
+        text: "K/N": share K, 0-based, of N.
+    """
+
+    def __init__(self, text: str) -> None:
+        number, _, count = text.partition("/")
+        self._number, self._count = int(number), int(count)
+        if not 0 <= self._number < self._count:
+            raise pytest.UsageError(f"--share {text}: there are shares 0/{count} to {self._count - 1}/{count}")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        taken, left = [], []
+        for item in items:
+            (taken if zlib.crc32(item.nodeid.encode()) % self._count == self._number else left).append(item)
+        items[:] = taken
+        config.hook.pytest_deselected(items=left)
 
 
 class Durations:
