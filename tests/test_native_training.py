@@ -332,6 +332,7 @@ def test_a_standard_models_weights_are_a_better_beginning(family: str, tmp_path:
 def test_a_standard_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     ids = torch.randint(64, (4, 20))
     llama = WHOLE_MODELS["llama"]
+    sources = {family: capture(standard_model(family)) for family in ("qwen3", "untied", "llama", "gpt2")}
     for family, config, match in (
         ("qwen3", llama, "computes something that no Kraken model does|other norms than one before"),
         ("untied", llama, "computes something that no Kraken model does"),
@@ -342,7 +343,7 @@ def test_a_standard_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ("gpt2", replace(WHOLE_MODELS["gpt2"], norm="rms"), "norms that subtract the mean: 1 in that model, 0"),
     ):
         with pytest.raises((UsageError, UnsupportedModelError), match=match):
-            upcycled(config, capture(standard_model(family)), ids)
+            upcycled(config, sources[family], ids)
     standard_model("llama").save_pretrained(tmp_path / "standard")
     np.save(tmp_path / "tokens.npy", np.zeros(900, dtype=np.int64))
     with pytest.raises(UsageError, match=r"--teacher .*: has 64 tokens, the model that is trained 50"):
