@@ -41,7 +41,7 @@ demo: $(VENV)/.models ## compile a real language model for three devices and let
 test: $(VENV)/.models ## run the quick tests, and one real run of each backend (4 minutes)
 	@$(PYTEST) -m "not slow or end_to_end" --durations-file=build/durations-quick.txt $(PYTEST_ARGS)
 
-test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models (SHARE=0/4 a quarter)
+test-all: $(VENV)/.models ## run all that `make test` leaves out: ranks, artifacts, every family of models (SHARE=0/10 a tenth)
 	@$(PYTEST) -m "slow and not end_to_end" $(if $(SHARE),--share $(SHARE)) \
 		--durations-file=build/durations-slow.txt $(PYTEST_ARGS)
 

@@ -78,7 +78,9 @@ def test_an_artifact_becomes_a_better_artifact(place: Path, tmp_path: Path) -> N
     output, board = tmp_path / "out.kraken", tmp_path / "board"
     texts = (place / "words.txt", place / "more" / "words.txt")
     arguments = ("--steps", "12", "--evaluate-every", "6", *QUICK, "-o", output, "--tensorboard", board)
-    answer = healed(place / "llama.kraken", "--text", *texts, *arguments)
+    (place / "few.txt").write_text("w3 w4 w5")
+    answer = healed(place / "llama.kraken", "--text", *texts, place / "few.txt", *arguments)
+    assert answer["notes"] == ["1 of 3 texts have no row of 12 tokens and are left out: few.txt"]
     record = answer["healed"]
     assert record["kl_after"] < 0.95 * record["kl_before"]
     assert [entry["step"] for entry in answer["held_out"]] == [0, 6, 12]
@@ -201,6 +203,15 @@ def test_what_is_wrong_is_one_line(place: Path, tmp_path: Path) -> None:
     )
     np.save(tmp_path / "real.npy", np.array([0.5]))
     assert "not whole numbers" in refused(5, artifact, "--tokens", tmp_path / "real.npy", *few)
+    content = (place / "ids.npy").read_bytes()
+    for damaged in (b"", content[:40], b"PK" + content, content[:20] + b"(((" + content[23:]):
+        (tmp_path / "damaged.npy").write_bytes(damaged)
+        assert "is no .npy file of numbers" in refused(5, artifact, "--tokens", tmp_path / "damaged.npy", *few)
+    save_file({"ids": torch.ones(8, dtype=torch.bfloat16)}, tmp_path / "real.safetensors")
+    assert "bfloat16 [8], not whole numbers" in refused(5, artifact, "--tokens", tmp_path / "real.safetensors", *few)
+    inside = ("--tensorboard", tmp_path / "out.kraken" / "curves")
+    assert "which the run writes" in refused(2, artifact, *text, *few, *inside)
+    assert "is no directory" in refused(2, artifact, *text, *few, "--tensorboard", tmp_path / "short.txt")
     (tmp_path / "ids.txt").write_text("1 2 3")
     assert ".npy or .safetensors" in refused(5, artifact, "--tokens", tmp_path / "ids.txt", *few)
     assert "nowhere does not exist" in refused(5, artifact, *ids, *few, "--source", place / "nowhere")

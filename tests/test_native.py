@@ -98,7 +98,11 @@ def test_parameters_follow_from_the_sizes() -> None:
         ({"norm": "batch"}, "norm of a Kraken model: choose from layer, rms"),
         ({"positions": "rotary", "width": 36}, "heads of 9 are odd"),
         ({"expansion": 0.0}, "expansion of a Kraken model must be a number above 0"),
-        ({"expansion": 0.001}, "leaves no FFN"),
+        ({"expansion": 0.001}, "makes no FFN"),
+        ({"expansion": 1e307}, "makes no FFN"),
+        ({"expansion": "2"}, "expansion of a Kraken model must be a number above 0"),
+        ({"width": 48.0}, "width of a Kraken model must be a whole number, not 48.0"),
+        ({"layers": True}, "layers of a Kraken model must be a whole number"),
     ],
 )
 def test_sizes_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -255,6 +259,7 @@ def test_a_plan_tells_its_times() -> None:
     assert result.report.data["exact"]
     assert result.report.data["lanes"][0]["heads"] == LLAMA.heads
     (table,) = result.latencies
+    assert [line.split()[2:] for line in table.lines() if line.startswith("batch")][1][:2] == ["native", "computes"]
     (load, *_) = table.rows
     assert (load.prompt, list(table.rows[load])) == (128, ["native", "native, two halves", "no communication"])
     prefill = table.rows[load]["native"].prefill

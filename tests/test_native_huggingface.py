@@ -10,7 +10,7 @@ import torch
 
 import kraken_compiler
 from kraken_compiler.capture import capture
-from kraken_compiler.errors import UnsupportedModelError
+from kraken_compiler.errors import UnsupportedModelError, UsageError
 from kraken_compiler.native.directory import load_native
 from kraken_compiler.native.huggingface import KrakenForCausalLM, KrakenHubConfig
 
@@ -76,6 +76,55 @@ def test_labels_that_are_left_out_cost_nothing(model: KrakenForCausalLM) -> None
     logits = model(ids).logits
     wanted = torch.nn.functional.cross_entropy(logits[0, :3], ids[0, 1:4])
     torch.testing.assert_close(model(ids, labels=labels).loss, wanted)
+
+
+def test_losses_of_parts_of_a_batch_add_up(model: KrakenForCausalLM) -> None:
+    ids = torch.randint(100, (4, 8))
+    whole = model(ids, labels=ids).loss
+    count = ids[:, 1:].numel()
+    parts = [model(half, labels=half, num_items_in_batch=count).loss for half in ids.split(2)]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+def test_padding_is_on_the_right_or_refused(model: KrakenForCausalLM) -> None:
+    ids = torch.randint(100, (2, 6))
+    everywhere = torch.ones_like(ids)
+    generated = model.generate(ids, attention_mask=everywhere, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, model.generate(ids, max_new_tokens=3, do_sample=False))
+    right, left = everywhere.clone(), everywhere.clone()
+    right[0, 4:] = left[0, :2] = 0
+    assert torch.equal(model(ids, attention_mask=right).logits[0, :4], model(ids).logits[0, :4])
+    with pytest.raises(UsageError, match="padded on the left"):
+        model(ids, attention_mask=left)
+    for mask in (left, right):
+        with pytest.raises(UsageError, match="one by one"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(100, (8, 16))]
+
+    def first_norm(batch: int, accumulated: int) -> float:
+        torch.manual_seed(0)
+        model = KrakenForCausalLM(KrakenHubConfig(**CONFIG, max_position_embeddings=64))
+        options = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(model=model, args=options, train_dataset=rows)
+        trainer.train()
+        return next(float(record["grad_norm"]) for record in trainer.state.log_history if "grad_norm" in record)
+
+    assert first_norm(2, 4) == pytest.approx(first_norm(8, 1), rel=1e-3)
 
 
 @pytest.mark.slow

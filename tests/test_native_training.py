@@ -90,7 +90,10 @@ def test_loss_and_gradients_are_the_models(config: KrakenConfig) -> None:
 
 
 def test_what_is_written_is_what_was_trained(tokens: Path, tmp_path: Path) -> None:
+    other_work = tmp_path / ".model.partial" / "of a compile"
+    other_work.mkdir(parents=True)
     result = train_model(GPT, SETTINGS, tokens=[tokens], output=tmp_path / "model")
+    assert other_work.exists()
     assert result.outcome.after["loss"] < result.outcome.before["loss"] < 1.1 * math.log(GPT.vocabulary)
     model = load_native(tmp_path / "model")
     assert model.config == GPT
@@ -191,6 +194,9 @@ def test_what_cannot_be_trained_is_refused(tokens: Path, tmp_path: Path) -> None
     refused("lies inside --text", texts=[tmp_path], tokens=[])
     refused("--ranks 0: must be at least 1", replace(SETTINGS, ranks=0))
     refused("the texts are too short", replace(SETTINGS, hold_out=0.999))
+    refused("--output /: name a directory in it", output=Path("/"))
+    for curves in (output / "logs", tmp_path / "model.train"):
+        refused("--tensorboard .*: lies in .*, which the run writes", tensorboard=curves)
     output.mkdir()
     (output / "mine").write_text("keep")
     with pytest.raises(UsageError, match="is there and not empty"):
@@ -199,7 +205,7 @@ def test_what_cannot_be_trained_is_refused(tokens: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "config"), [(2, GPT), (3, GPT), (3, LLAMA), (2, LLAMA)])
+@pytest.mark.parametrize(("ranks", "config"), [(2, GPT), (3, GPT), (3, LLAMA), (2, LLAMA), (1, replace(GPT, degree=1))])
 def test_ranks_train_what_one_process_does(ranks: int, config: KrakenConfig, tokens: Path, tmp_path: Path) -> None:
     """As many ranks as lanes have a lane each; of any other number all have all lanes."""
     # Unclipped: AdamW forgives a wrong factor of the gradient, its norm does not.

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kraken_compiler._torch_compat import largest_size
 from kraken_compiler.capture import Capture, capture
 from kraken_compiler.errors import InputFileError, UsageError
 from kraken_compiler.lanes.evaluate import evaluate
-from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text, token_batches
+from kraken_compiler.texts.read import TextChoice, TokenText, evaluation_text, longest_row, token_batches
 from tests.quick_tests import mostly_slow
 from tests.test_cli_compile import save_model
 from tests.zoo import SUPPORTED, token_batch
@@ -228,3 +229,18 @@ def test_texts_that_cannot_be_read(with_tokenizer: Capture, tmp_path: Path) -> N
     (tmp_path / "short").write_text("w5")
     with pytest.raises(UsageError, match="is too short"):
         list(opened(with_tokenizer, tmp_path / "short"))
+
+
+@pytest.mark.parametrize(("positions", "rows"), [(1024, 400), (300, 300)])
+def test_rows_are_as_long_as_asked_where_the_model_takes_them(positions: int, rows: int) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+    )
+    captured = capture(LlamaForCausalLM(config).eval())
+    assert longest_row(captured, 400) == rows
+    assert longest_row(captured) == 256

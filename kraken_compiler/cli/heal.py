@@ -68,7 +68,8 @@ def _summary(result: HealResult) -> list[str]:
     resumption = f", resumed after step {result.resumed_from}" if result.resumed_from else ""
     return [
         f"healed    {record.steps} steps, {record.tokens:,} tokens{resumption}; on the held-out text KL to the source "
-        f"{number_text(before, '.3g')} -> {number_text(record.kl_after, '.3g')} nats/token{less}"
+        f"{number_text(before, '.3g')} -> {number_text(record.kl_after, '.3g')} nats/token{less}",
+        *(f"note      {note}" for note in result.notes),
     ]
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from kraken_compiler.training.parameters import is_trained
 from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText
 from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.training.watch import Watch, watching
+from kraken_compiler.training.watch import Watch, require_curves_apart, watching
 from kraken_compiler.verify.verification import Verification, verify_programs
 from kraken_compiler.weights.lane_file_names import SHARED_FILE, lane_file_name
 from kraken_compiler.weights.lane_tensors import lane_tensor_reader, with_lane_tensors
@@ -59,6 +59,7 @@ class HealResult:
         outcome: What the held-out part of the texts showed.
         resumed_from: Steps that an earlier part of the run had done.
         verification: The program contract of the new artifact.
+        notes: What people should know.
     """
 
     directory: Path
@@ -66,6 +67,7 @@ class HealResult:
     outcome: Outcome
     resumed_from: int
     verification: Verification
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -73,6 +75,7 @@ class HealResult:
             "artifact": str(self.directory),
             "healed": self.record.model_dump(mode="json"),
             "resumed_from": self.resumed_from,
+            "notes": list(self.notes),
             "before": self.outcome.before,
             "after": self.outcome.after,
             "held_out": [{"step": step, "kl": kl} for step, kl in self.outcome.held_out],
@@ -126,6 +129,9 @@ def heal_artifact(
     where = source if source is not None else artifact.manifest.source.path
     inputs = [Path(one) for one in (path, *texts, *tokens, where) if one and isinstance(one, str | os.PathLike)]
     _check_output(path, target, force, inputs)
+    folder = target.absolute().with_name(f"{target.name}.heal")
+    curves = Path(tensorboard) if tensorboard is not None else None
+    require_curves_apart(curves, target, folder)
     settings = with_precision(settings, artifact.manifest.degree if settings.ranks else 1)
     with show.stage("capture"):
         captured = source_of(artifact, source, example_inputs=example_inputs, trust_pickle=trust_pickle)
@@ -134,9 +140,7 @@ def heal_artifact(
     _require_trainable(path, captured.program)
     with show.stage("read the texts"):
         text = read_texts(captured, [Path(name) for name in texts], [Path(name) for name in tokens], settings)
-    folder = target.absolute().with_name(f"{target.name}.heal")
     state = open_state(folder, _identity(artifact, captured, text, settings), restart)
-    curves = Path(tensorboard) if tensorboard is not None else None
     with Lock(folder):
         with watching(watch, curves, Distillation.name, state.step) as watches:
             outcome = _train(artifact, captured, text, settings, folder, state, watches, timeout)
@@ -151,7 +155,7 @@ def heal_artifact(
         with reserved(target, force, inputs) as reservation:
             result = _write(artifact, captured, folder, reservation, record, outcome, state.step, timeout, show)
     remove_run(folder)
-    return result
+    return replace(result, notes=text.notes)
 
 
 def _train(
@@ -243,6 +247,7 @@ def _identity(artifact: Artifact, captured: Capture, text: TrainingText, setting
         "artifact": hashlib.sha256(manifest).hexdigest(),
         "source": captured.origin.sha256,
         "texts": text.hashes,
+        "rows": text.digest(),
         **settings.identity(),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -47,7 +46,7 @@ from kraken_compiler.training.results import write_results
 from kraken_compiler.training.rows import TrainingText, parts_of_text, read_rows
 from kraken_compiler.training.settings import BFLOAT16
 from kraken_compiler.training.state import Lock, RunState, open_state, remove_run
-from kraken_compiler.training.watch import Watch, watching
+from kraken_compiler.training.watch import Watch, require_curves_apart, watching
 
 RECORD_FILE = "training.json"
 _ROWS_SEEN = 64
@@ -139,9 +138,12 @@ def train_model(
     if settings.ranks not in (None, config.degree) and settings.batch < settings.processes:
         raise UsageError(f"--batch {settings.batch}: {settings.processes} processes need a row each")
     target = resolved(options.output)
+    if not target.name:
+        raise UsageError(f"--output {options.output}: name a directory in it")
     folder = target.with_name(f"{target.name}.train")
     curves = Path(options.tensorboard) if options.tensorboard is not None else None
     _require_free(target, curves, options.texts)
+    require_curves_apart(curves, target, folder)
     settings = with_precision(settings, settings.processes)
     texts = [file for path in options.texts for file in text_files(Path(path), "--text")]
     begin, teacher = _standard_models(config, options, show)
@@ -241,8 +243,9 @@ def _objective_name(teacher: Capture | None) -> str:
 def _notes(config: KrakenConfig, text: TrainingText) -> tuple[str, ...]:
     row = text.train.shape[1]
     if config.positions == LEARNED and row < config.context:
-        return (f"rows have {row} tokens: positions {row} to {config.context - 1} are as they were drawn",)
-    return ()
+        drawn = f"rows have {row} tokens: positions {row} to {config.context - 1} are as they were drawn"
+        return (*text.notes, drawn)
+    return text.notes
 
 
 def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path) -> None:
@@ -250,7 +253,7 @@ def _write(result: TrainResult, text: TrainingText, tokenizer: Any, folder: Path
     target = result.directory
     model = new_model(result.config, result.settings.seed)
     fill_from_lanes(model, trained_program(model)[0], folder)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = folder / "model"
     with os_errors_as(f"cannot write {target}"):
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -312,7 +315,7 @@ def _identity(
     return {
         "model": config.to_dict(),
         "texts": text.hashes,
-        "rows": hashlib.sha256(text.train.numpy().tobytes()).hexdigest(),
+        "rows": text.digest(),
         "from": None if begin is None else begin.origin.sha256,
         "teacher": None if teacher is None else teacher.origin.sha256,
         **settings.identity(),

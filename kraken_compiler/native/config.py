@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 from kraken_compiler.errors import UsageError
@@ -54,7 +55,10 @@ class KrakenConfig:
             UsageError: One cannot be; says which.
         """
         for name in ("layers", "width", "heads", "degree", "vocabulary", "context", "keys"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise UsageError(f"{name} of a Kraken model must be a whole number, not {value!r}")
+            if value < 1:
                 raise UsageError(f"a Kraken model needs at least one of its {name}")
         for name, kinds in (("ffn", FFNS), ("norm", NORMS), ("positions", POSITIONS)):
             if getattr(self, name) not in kinds:
@@ -67,10 +71,10 @@ class KrakenConfig:
             raise UsageError(f"rotary positions turn pairs: heads of {self.head} are odd")
         for name in ("expansion", "rotary_base", "norm_epsilon"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not isinstance(value, float | int) or not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} of a Kraken model must be a number above 0, not {value}")
-        if self.inside < 1:
-            raise UsageError(f"an expansion of {self.expansion} leaves no FFN")
+        if not math.isfinite(self.width * self.expansion) or self.inside < 1:
+            raise UsageError(f"an expansion of {self.expansion} makes no FFN")
 
     @property
     def keys(self) -> int:

@@ -97,7 +97,7 @@ def native_config(directory: Path) -> KrakenConfig | None:
     path = directory / CONFIG_FILE
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever reads other models' configs says what is wrong
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         return None

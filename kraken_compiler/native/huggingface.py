@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from kraken_compiler.errors import UsageError
 from kraken_compiler.native.config import KrakenConfig
 from kraken_compiler.native.directory import MODEL_TYPE
 from kraken_compiler.native.model import KrakenLM
@@ -78,20 +78,39 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-un
     def _init_weights(self, module: Any) -> None:
         """Leave the weights as `KrakenLM` has made them."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
         """Logits, and with `labels` the loss.
 
         Args:
             input_ids: int64 [B, T]; rows that are shorter are padded on the right.
-            labels: The same, with -100 where nothing is to be predicted.
+            attention_mask: [B, T], 0 where a row is padded. No token sees what is on its right.
+            labels: As `input_ids`, with -100 where nothing is to be predicted.
+            num_items_in_batch: How many tokens the loss is the mean of, where they are those of several batches, as
+                `Trainer` asks when it accumulates gradients; None means those of this one.
+
+        Raises:
+            UsageError: A row is padded on the left.
         """
+        if attention_mask is not None and not bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            raise UsageError("a row is padded on the left, where every token sees it; pad rows on the right")
         logits = self.model(input_ids)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise UsageError("generate continues rows of one length; give rows of other lengths one by one")
         return {"input_ids": input_ids}
 
     def get_input_embeddings(self) -> Any:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kraken_compiler.quality.harness import HarnessModel
 
 OPTION = "--choices"
-_LONGEST = 2048
-_QUESTIONS_AT_ONCE, _ROWS_AT_ONCE = 32, 16
+_LONGEST = 1024
+_QUESTIONS_AT_ONCE, _ROWS_AT_ONCE = 32, 4
 
 
 class Question(BaseModel):

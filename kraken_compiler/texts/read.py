@@ -19,7 +19,14 @@ from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ir.size_checks import longest_allowed, token_rules
 from kraken_compiler.lanes.derived_inputs import find_derived
-from kraken_compiler.passes.sample_inputs import position_limit, sample_inputs, text_input, token_input, vocabulary
+from kraken_compiler.passes.sample_inputs import (
+    NO_LIMIT,
+    position_limit,
+    sample_inputs,
+    text_input,
+    token_input,
+    vocabulary,
+)
 from kraken_compiler.text import ENCODING, not_utf8
 from kraken_compiler.texts.token_files import is_token_file, read_token_file, token_rows
 
@@ -312,11 +319,11 @@ def _proven_limit(program: Program) -> int:
     spec = text_input(program)
     assert spec is not None
     ids = next(node.meta["val"] for node in program.graph.nodes if node.name == spec.name)
-    return largest_size(ids.shape[1]) or _ROW
+    return largest_size(ids.shape[1]) or NO_LIMIT
 
 
 def _config_limit(config: dict[str, Any] | None) -> int:
-    """The longest sequence that the source's config allows; a lower bound for tables that the graph hides."""
+    """The longest sequence that the source's config allows: the graph hides some tables. Without one a short one."""
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
     limits = [config[name] for name in names if isinstance(config.get(name), int)] if config else []
     return min(limits, default=_ROW)

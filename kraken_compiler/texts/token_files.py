@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -36,9 +38,7 @@ def read_token_file(path: Path, vocabulary_size: int, option: str) -> TokenIds:
     """
     ids = _array(path, option)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2) or not ids.size:
-        raise InputFileError(
-            f"{option}: {path} holds {ids.dtype} {list(ids.shape)}, not whole numbers [tokens] or [rows, tokens]"
-        )
+        raise _not_ids(option, path, str(ids.dtype), ids.shape)
     if ids.shape[-1] < 2:
         raise InputFileError(f"{option}: {path} holds {list(ids.shape)} tokens; nothing follows from a single one")
     if ids.min() < 0 or ids.max() >= vocabulary_size:
@@ -73,13 +73,22 @@ def _array(path: Path, option: str) -> TokenIds:
         if len(entries) != 1:
             raise InputFileError(f"{option}: {path} holds {len(entries)} tensors; it must be one")
         ((name, entry),) = entries.items()
-        return read_tensor(name, entry).numpy()
+        tensor = read_tensor(name, entry)
+        if tensor.is_floating_point() or tensor.is_complex():  # some of these numpy does not have
+            raise _not_ids(option, path, str(tensor.dtype).removeprefix("torch."), tensor.shape)
+        return tensor.numpy()
     if not is_token_file(path):
         raise InputFileError(f"{option}: {path}: must be a .npy or .safetensors file of token ids")
     try:
-        ids: TokenIds = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            # `np.load` takes archives, too.
+            ids: TokenIds = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise InputFileError(f"{option}: cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:
         raise InputFileError(f"{option}: {path} is no .npy file of numbers: {error}") from error
     return ids
+
+
+def _not_ids(option: str, path: Path, dtype: str, shape: Sequence[int]) -> InputFileError:
+    return InputFileError(f"{option}: {path} holds {dtype} {list(shape)}, not whole numbers [tokens] or [rows, tokens]")

@@ -33,6 +33,6 @@ def write_results(trainer: Trainer, folder: Path, degree: int) -> None:
         for spec, value in trainer.parameters.results():
             if not spec.shared:
                 for at, lane in enumerate(lanes):
-                    own[lane].append(spec.name, value[at] if peers.parts == 1 else value)
+                    own[lane].append(spec.name, value[at] if value.ndim > len(spec.shape) else value)
             elif common is not None:
                 common.append(spec.name, value)

@@ -17,6 +17,8 @@ from kraken_compiler.texts.read import read_text, token_ids
 from kraken_compiler.texts.token_files import TokenIds, read_token_file, spread
 from kraken_compiler.training.settings import RunSettings
 
+_MOST_NAMES = 3
+
 
 @dataclass(frozen=True)
 class TrainingText:
@@ -25,12 +27,18 @@ class TrainingText:
     Attributes:
         train: What is trained on.
         held_out: What is not; the last part of every file.
-        hashes: sha256 of every file, by its name.
+        hashes: sha256 of every file that gave rows, by its name.
+        notes: What people should know of the rows.
     """
 
     train: Tensor
     held_out: Tensor
     hashes: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """sha256 of all token ids: other texts have another one, and so has another tokenizer."""
+        return hashlib.sha256(self.train.numpy().tobytes() + self.held_out.numpy().tobytes()).hexdigest()
 
 
 def read_rows(
@@ -69,6 +77,8 @@ def read_rows(
         train, held_out = ([token for part in parts for ids in part[side] for token in (*ids, *end)] for side in (0, 1))
         parts = [([train], [held_out])]
     parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
+    files = [*texts, *tokens]
+    short = [] if joined else [path for path, part in zip(files, parts, strict=True) if not _fills_row(part[0], length)]
     rows, aside = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
     if not len(rows) or not len(aside):
         count = sum(len(ids) for part in parts for side in part for ids in side)
@@ -77,7 +87,14 @@ def read_rows(
             f"{len(aside)} held out; both need one (a smaller --sequence makes shorter rows, a larger --hold-out "
             "holds out more)"
         )
-    return TrainingText(rows, spread(aside, max(1, settings.evaluate_tokens // length)), _hashes(*texts, *tokens))
+    notes = []
+    if length < settings.sequence:
+        notes.append(f"rows have {length} tokens, not {settings.sequence}: the model or the files have no longer ones")
+    if short:
+        names = ", ".join(path.name for path in short[:_MOST_NAMES]) + (", ..." if len(short) > _MOST_NAMES else "")
+        notes.append(f"{len(short)} of {len(files)} texts have no row of {length} tokens and are left out: {names}")
+    evaluated = spread(aside, max(1, settings.evaluate_tokens // length))
+    return TrainingText(rows, evaluated, _hashes(*(path for path in files if path not in short)), tuple(notes))
 
 
 def parts_of_text(path: Path, hold_out: float) -> tuple[str, str]:
@@ -105,6 +122,10 @@ def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[list[list[int]], list
     if ids.ndim == 1:
         return [ids[:cut].tolist()], [ids[cut:].tolist()]
     return ids[:cut].tolist(), ids[cut:].tolist()
+
+
+def _fills_row(streams: list[list[int]], length: int) -> bool:
+    return any(len(ids) >= length for ids in streams)
 
 
 def _rows(streams: list[list[int]], length: int) -> Tensor:

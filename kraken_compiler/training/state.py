@@ -4,6 +4,7 @@
       state.json                    settings, step, what was evaluated, sha256 of the files that belong to the step
       step-100.rank-0.safetensors   trained weights, AdamW's moments, the random generator
       rows.safetensors, first/      what ranks read: token ids, and first weights; events.jsonl is what they say
+      model/                        what comes of it, until it is checked
       lane-0.safetensors ...        the result, once all steps are done, with `shared.safetensors`
 
 A file is written under another name, and renamed when it is whole; `state.json` names the others, and is replaced last.
@@ -42,7 +43,7 @@ _WITHOUT_VALUES = {
 """What has changed of a run, where the values themselves say nothing to people."""
 _RUN_FILES = re.compile(
     r"(state\.json|step-\d+\.rank-\d+\.safetensors|lane-\d+\.safetensors|shared\.safetensors|rows\.safetensors)"
-    r"(\.partial)?|lock|events\.jsonl|first|\.?teacher\.kraken(\.partial)?"
+    r"(\.partial)?|lock|events\.jsonl|first|model|\.?teacher\.kraken(\.partial)?"
 )
 """Names of all that a run puts into its folder."""
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kraken_compiler.errors import UsageError
+from kraken_compiler.artifact.replaceable import resolved
+from kraken_compiler.errors import UsageError, os_errors_as
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class TensorBoard:
 
         Raises:
             UsageError: tensorboard is not installed.
+            InputFileError: The directory cannot be written.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -131,7 +133,8 @@ class TensorBoard:
             raise UsageError(
                 f"--tensorboard needs packages that are not installed: pip install 'kraken-compiler[heal]' ({error})"
             ) from error
-        self._writer: Any = SummaryWriter(str(directory), purge_step=first_step + 1)
+        with os_errors_as(f"--tensorboard {directory}: cannot be written"):
+            self._writer: Any = SummaryWriter(str(directory), purge_step=first_step + 1)
         self._objective = objective
 
     def stepped(self, record: StepRecord) -> None:
@@ -151,6 +154,22 @@ class TensorBoard:
         self._writer.close()
 
 
+def require_curves_apart(curves: Path | None, *places: Path) -> None:
+    """Make sure that curves go into a directory, and not where a run keeps its state or writes its result.
+
+    Raises:
+        UsageError: They do not.
+    """
+    if curves is None:
+        return
+    target = resolved(curves)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--tensorboard {curves}: is no directory")
+    for place in map(resolved, places):
+        if place in (target, *target.parents):
+            raise UsageError(f"--tensorboard {curves}: lies in {place}, which the run writes; choose another directory")
+
+
 @contextmanager
 def watching(watch: Watch | None, curves: Path | None, objective: str, first_step: int) -> Iterator[Watch]:
     """All that observe a run: the caller's, and TensorBoard if it was asked for, whose log is closed at the end.
@@ -161,7 +180,7 @@ def watching(watch: Watch | None, curves: Path | None, objective: str, first_ste
         objective, first_step: See `TensorBoard`.
 
     Raises:
-        UsageError: tensorboard is not installed.
+        UsageError, InputFileError: See `TensorBoard`.
     """
     own = () if watch is None else (watch,)
     if curves is None:
