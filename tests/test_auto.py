@@ -164,6 +164,7 @@ def test_no_choice_of_forms_beats_the_bound(machines: dict[str, Path], name: str
     choices += random.Random(0).sample(list(itertools.product(("standard", *CHANGES), repeat=layers)), 4)
     assert all(times.bound < seconds_of(forms) for forms in choices)
     assert seconds_of(("standard",) * layers) == times.fastest
+    assert seconds_of_forms(split, predictor, load, overlap="none")(("standard",) * layers) == times.at_once
 
 
 def within(llama: Path, words: Path, target: Path, machine: Path, *options: str) -> dict[str, Any]:

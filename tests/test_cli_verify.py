@@ -206,7 +206,7 @@ def test_costs_by_layer_and_their_plot(place: Path, artifact: Path, tmp_path: Pa
     assert whole["kl"] == pytest.approx(found["quality"]["kl"], rel=1e-3), "the artifact's form is in all layers"
     assert len(found["quality"]["by_position"]["kl"]) > 16
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert Path(f"{artifact}.sensitivity.json").exists()
+    assert Path(f"{artifact}.by-layer.json").exists()
     assert "kraken there alone" in invoke(artifact, "--by-layer").stdout
     several = verified(artifact, "--source", place / "llama", "--forms", "kraken,delayed", "--plot", plot)
     assert {cost["form"] for cost in several["sensitivity"]["costs"]} == {"kraken", "delayed"}

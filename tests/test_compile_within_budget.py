@@ -88,6 +88,10 @@ def test_a_budget_on_a_machine_saves_time(llama: Path, words: Path, tmp_path: Pa
     frontier = [candidate["seconds"] for candidate in choice["frontier"]]  # type: ignore[index]
     assert frontier == sorted(frontier, reverse=True)
     assert "--machine predicts times for" in refused(2, llama, "--machine", machine)
+    alone = ("--degree", "1", "--max-kl", "10", "--calibrate", words, "-o", tmp_path / "none")
+    assert "no form of any layer saves time on that machine" in refused(2, llama, *alone, *load)
+    few = ("--max-kl", "10", "--calibrate", words, "--calibrate-tokens", "64", "-o", tmp_path / "none")
+    assert "fits some rows of text and measures on others, and there are" in refused(2, llama, *few)
     too_long = ("--max-kl", "10", "--calibrate", words, "--machine", machine, "--prompt", "1000000")
     assert "describe a shorter load" in refused(2, llama, *too_long, "-o", tmp_path / "none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,9 @@ def test_machines_that_are_there(name: str) -> None:
         ("weights = [1e3, 1e5]", "weights = [1e3, 1e5]\ncolumns = [1, 2]", "by weights or by columns"),
         ("queries = [1]", "queries = [0]", "greater than 0"),
         ('source = "made up"\nranks', "ranks", "source: Field required"),
+        ("eager = 1e-5", "eager = inf", "launch.eager: Input should be a finite number"),
+        ("eager = 1e-5", "eager = " + 5000 * "1", "is no TOML"),
+        ("eager = 1e-5", "eager = " + 5000 * "[", "is no TOML"),
     ],
 )
 def test_what_is_no_machine_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -259,3 +263,31 @@ def test_neighbours_that_move_numbers_are_one_kernel(tmp_path: Path) -> None:
     assert [fused[node].seconds for node in (once, twice)] == pytest.approx([numbers / 1e10] * 2)
     assert [sum(cost.launches for cost in costs.values()) for costs in (eager, fused)] == [6, 3]
     assert fused[first] == eager[first]
+
+
+def test_parts_of_a_packed_product_are_read_where_they_are_used(tmp_path: Path) -> None:
+    """As of two products: a split, and what takes a part of it, only say where numbers lie."""
+    graph = torch.fx.Graph()
+    x, weight, last = (graph.placeholder(name) for name in ("x", "weight", "last"))
+    aten = torch.ops.aten
+    both = graph.call_function(aten.neg.default, (graph.call_function(aten.linear.default, (x, weight)),))
+    parts = graph.call_function(aten.split.Tensor, (both, 20, -1))
+    gate, up = (graph.call_function(operator.getitem, (parts, place)) for place in (0, 1))
+    activated = graph.call_function(aten.silu.default, (gate,))
+    inside = graph.call_function(aten.mul.Tensor, (activated, up))
+    packed = graph.call_function(aten.linear.default, (inside, weight))
+    halves = graph.call_function(aten.split.Tensor, (packed, 20, -1))
+    one = graph.call_function(operator.getitem, (halves, 0))
+    turned = graph.call_function(aten.neg.default, (one,))
+    graph.output(graph.call_function(aten.linear.default, (turned, last)))
+    given = {
+        "x": Sized((10, 20), torch.float32),
+        "weight": Sized((40, 20), torch.float32),
+        "last": Sized((20, 20), torch.float32),
+    }
+    costs = node_costs(graph, Sizer().sizes(graph, given), machine(tmp_path), fused=True)
+    numbers = 4 * 200
+    assert costs[both].seconds == pytest.approx(2 * numbers / 1e10), "reads what a product wrote; its readers join it"
+    assert [costs[node].seconds for node in (activated, inside)] == pytest.approx([0.0, numbers / 1e10])
+    assert costs[turned].seconds == pytest.approx(2 * numbers / 1e10), "reads a part of a product, and is read by one"
+    assert [costs[node].launches for node in (both, activated, inside, turned)] == [0, 0, 1, 1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kraken_compiler.artifact.read import open_artifact
 from kraken_compiler.commands.compile import compile_model
 from kraken_compiler.commands.report import report_on
 from kraken_compiler.errors import InputFileError, UsageError
@@ -17,7 +18,7 @@ from kraken_compiler.options.report import ReportOptions
 from kraken_compiler.ranks.trace import COMPUTE, LINK, RUN, Span, chrome_trace, spans_of_chrome
 from kraken_compiler.report.draw import Bar, Point, frontier, timeline
 from kraken_compiler.report.page import Section, page
-from kraken_compiler.report.sections import frontier_section, runs_of
+from kraken_compiler.report.sections import frontier_section, quality_section, runs_of
 from tests.test_cli_compile import save_model
 from tests.test_latency import TOML
 
@@ -115,17 +116,62 @@ def test_without_a_machine_there_are_no_times(artifact: Path, tmp_path: Path) ->
 
 def test_costs_of_layers_are_shown_where_they_are_known(artifact: Path, tmp_path: Path) -> None:
     costs = [{"form": "kraken", "first": layer, "last": layer, "kl": 0.125, "top1_agreement": 1.0} for layer in (0, 1)]
-    record: dict[str, Any] = {"source": "", "degree": 2, "lanes": "", "text": "", "tokens": 1, "digest": ""}
-    file = Path(f"{artifact}.sensitivity.json")
-    file.write_text(json.dumps(record | {"calibrated": 0, "costs": costs}))
-    try:
+    costs[1]["kl"] = None
+    source = open_artifact(artifact).manifest.source.sha256
+    record: dict[str, Any] = {"source": source, "degree": 2, "lanes": "", "text": "", "tokens": 1, "digest": ""}
+    file = Path(f"{artifact}.by-layer.json")
+
+    def shown(**changes: Any) -> str:
+        file.write_text(json.dumps(record | {"calibrated": 0, "costs": costs} | changes))
         report_on(artifact, tmp_path / "report.html")
-        assert (tmp_path / "report.html").read_text().count("<td>0.125</td>") == 2
+        return (tmp_path / "report.html").read_text()
+
+    try:
+        assert shown().count("<td>0.125</td>") == shown().count("<td>not a number</td>") == 1
+        assert "<td>0.125</td>" not in shown(degree=3) + shown(source="another")
+        for content in ("null", "3", '"abc"', "[]"):
+            file.write_text(content)
+            with pytest.raises(InputFileError, match="is no record of sensitivities"):
+                report_on(artifact, tmp_path / "report.html")
     finally:
         file.unlink()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"traceEvents": [{"ph": "X"}]}', '{"traceEvents": 3}'])
+def test_what_is_no_number_is_shown_as_such() -> None:
+    quality = {
+        "text": "t",
+        "kl": None,
+        "top1_agreement": 0.5,
+        "perplexity": None,
+        "source_perplexity": 2.0,
+        "tokens": 9,
+    }
+    found = quality_section({"calibration": {"quality": [{"before": quality, "after": quality}]}})
+    assert found is not None
+    assert found.rows[0][1:4] == ("not a number", "50.0%", "not a number")
+    one = {"forms": ["kraken"], "kl": None, "spared": 0.5}
+    rows = frontier_section({"budget": "b", "frontier": [one, {**one, "kl": 0.5}], "best": None}).rows
+    assert [row[1] for row in rows] == ["0", "0.5"]
+
+
+def test_a_timeline_is_of_a_prompt_that_fits(artifact: Path, tmp_path: Path, machine: str) -> None:
+    report_on(artifact, tmp_path / "report.html", ReportOptions(machine=machine))
+    assert "a prefill of 32 tokens, predicted" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UsageError, match="the model takes sequences of 64 tokens"):
+        report_on(artifact, tmp_path / "report.html", ReportOptions(machine=machine, prompt=100_000))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"traceEvents": [{"ph": "X", "name": "k", "pid": 0, "tid": 9, "ts": 0, "dur": 1}]}',
+        '{"traceEvents": [{"ph": "X"}]}',
+        '{"traceEvents": 3}',
+    ],
+)
 def test_what_is_no_trace_is_refused(artifact: Path, tmp_path: Path, machine: str, content: str) -> None:
     file = tmp_path / "trace.json"
     file.write_text(content)

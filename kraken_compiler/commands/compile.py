@@ -262,7 +262,7 @@ class _Compile:
             seconds_of = None
             if self.machine is not None:
                 limit = max_positions(captured.config)
-                seconds_of = seconds_of_forms(split, Predictor(self.machine), self.load, limit)
+                seconds_of = seconds_of_forms(split, Predictor(self.machine), self.load, limit, self.options.overlap)
             self.choice = self._within_budget(captured, split, seconds_of)
             form = _best(self.choice)
         return self._rewrite(captured, split, degree, runner, form, self.options.overlap)
@@ -442,6 +442,9 @@ def _keep_costs(found: Path, place: Path) -> None:
 
 def _best(choice: Choice) -> tuple[str, ...]:
     if choice.best is None:
+        if not choice.frontier:
+            where = "time on that machine" if choice.standard_seconds is not None else "communication"
+            raise UsageError(f"no form of any layer saves {where} beside standard: leave the budget out")
         least = min(choice.frontier, key=lambda candidate: candidate.used)
         raise VerificationError(
             f"no layer can change its form within the budget ({choice.budget}); the least that was tried costs KL "

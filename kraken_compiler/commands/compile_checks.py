@@ -16,7 +16,13 @@ from kraken_compiler.quality.budget import Budget
 
 
 def asked_degrees(options: CompileOptions) -> tuple[int | None, ...]:
-    """The degrees that were asked for; None is the compiler's own choice."""
+    """The degrees that were asked for; None is the compiler's own choice.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if isinstance(options.degree, Sequence) and not options.degree:
+        raise UsageError("--degree: name one, or leave it out")
     return tuple(options.degree) if isinstance(options.degree, Sequence) else (options.degree,)
 
 

@@ -59,6 +59,8 @@ def probe_machine(
     """
     options = options if options is not None else ProbeOptions()
     path, show = Path(output), progress or Silent()
+    if path.is_dir() or not path.name:
+        raise UsageError(f"--output {path}: is a directory; name a file")
     if path.exists() and not options.force:
         raise UsageError(f"{path} is there; pass --force to replace it")
     if not path.absolute().parent.is_dir():

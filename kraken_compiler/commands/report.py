@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kraken_compiler.artifact.manifest import REPORT_FILE
 from kraken_compiler.artifact.read import Artifact, open_artifact
 from kraken_compiler.backends.registry import backends_of
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
+from kraken_compiler.latency.forms import require_fits
 from kraken_compiler.latency.machine import load_machine
 from kraken_compiler.latency.predict import Load, Predictor, RunGraphs
 from kraken_compiler.latency.table import latency_table
@@ -21,6 +23,9 @@ from kraken_compiler.ranks.trace import Span, spans_of_chrome
 from kraken_compiler.report import sections
 from kraken_compiler.report.page import Section, page
 from kraken_compiler.text import replace_text
+
+PROMPT = 512
+"""Tokens of the prompt whose timeline is drawn, where the model takes as many."""
 
 
 def report_on(
@@ -49,7 +54,7 @@ def report_on(
     manifest = artifact.manifest
     report = _json(artifact.path(REPORT_FILE))
     runs = sections.runs_of(_first_rank(options.trace)) if options.trace is not None else []
-    costs = costs_alone(Path(f"{artifact.directory}.sensitivity.json"))
+    costs = _costs(artifact)
     found: list[Section | None] = [
         sections.model_section(manifest, report),
         sections.quality_section(report),
@@ -62,7 +67,7 @@ def report_on(
             predictor, graphs = Predictor(load_machine(options.machine)), _graphs(artifact)
             limits = (manifest.source.max_positions, graphs.plan.limit)
             most = min((limit for limit in limits if limit is not None), default=None)
-            prediction = predictor.fastest(graphs, Load(options.prompt))
+            prediction = predictor.fastest(graphs, _load(options.prompt, most))
             found += [
                 sections.times_section(latency_table({"as compiled": graphs}, predictor, most=most)),
                 sections.timeline_section(prediction, runs),
@@ -73,6 +78,25 @@ def report_on(
     text = page(title, str(artifact.directory), [section for section in found if section is not None])
     with os_errors_as(f"--output: cannot write {path}"):
         replace_text(path, text)
+
+
+def _load(prompt: int | None, most: int | None) -> Load:
+    """The load whose timeline is drawn, of a prompt that was asked for or of one that fits."""
+    if prompt is None:
+        prompt = PROMPT if most is None else min(PROMPT, max(1, most // 2))
+    load = Load(prompt)
+    if most is not None:
+        load = replace(load, new_tokens=max(1, min(load.new_tokens, most - prompt)))
+    require_fits(load, most)
+    return load
+
+
+def _costs(artifact: Artifact) -> dict[tuple[str, int], float]:
+    """What forms cost in single layers: as a search within a budget found, or else `kraken-verify --by-layer`."""
+    manifest = artifact.manifest
+    files = (Path(f"{artifact.directory}.{name}.json") for name in ("sensitivity", "by-layer"))
+    found = (costs_alone(file, manifest.source.sha256, manifest.degree) for file in files)
+    return next((costs for costs in found if costs), {})
 
 
 def _graphs(artifact: Artifact) -> RunGraphs:
@@ -89,7 +113,7 @@ def _graphs(artifact: Artifact) -> RunGraphs:
 def _first_rank(path: Path) -> list[Span]:
     try:
         return spans_of_chrome(_json(path), 0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputFileError(f"--trace: {path} is no trace of kraken-run") from error
 
 

@@ -45,7 +45,7 @@ def verify_artifact(
         options: What is asked for; None takes the keywords.
         example_inputs, progress: See `compile_model`.
         keywords: Options by name, e.g. `source`: the source model, where it is not where it was when it was compiled.
-            What `by_layer` has measured is remembered in `DIRECTORY.sensitivity.json`.
+            What `by_layer` has measured is remembered in `DIRECTORY.by-layer.json`.
 
     Raises:
         InputFileError: The artifact or the source is damaged, or the source is not the one that was compiled.
@@ -125,7 +125,7 @@ def verify_artifact(
         reason = "no costs by layer: a Kraken model runs in the form that it was trained in"
         return replace(result, skipped=(*result.skipped, reason))
     if by_layer and split is not None:
-        cache, own = Path(f"{path}.sensitivity.json"), artifact.manifest.forms
+        cache, own = Path(f"{path}.by-layer.json"), artifact.manifest.forms
         costs = sensitivity_of(captured, split, forms or own, len(own), choice, cache, show)
         if isinstance(costs, str):
             return replace(result, skipped=(*result.skipped, costs))

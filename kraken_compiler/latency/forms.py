@@ -59,7 +59,7 @@ class LoadTimes:
             UsageError: It has no KV cache, takes no sequence that long, or the machine lacks figures.
         """
         graphs = RunGraphs.of(lower_split(split, form, overlap=AUTO))
-        _require_fits(load, graphs, limit)
+        require_fits(load, _least(limit, graphs.plan.limit))
         ways = [False, True] if graphs.split is not None and load.prompt > 1 else [False]
         times = [predictor.predict(graphs, load, halves=halves).total for halves in ways]
         silent = (predictor.predict(graphs, load, halves=halves, silent=True) for halves in ways)
@@ -68,7 +68,7 @@ class LoadTimes:
 
 
 def seconds_of_forms(
-    split: Split, predictor: Predictor, load: Load, limit: int | None = None
+    split: Split, predictor: Predictor, load: Load, limit: int | None = None, overlap: str = AUTO
 ) -> Callable[[tuple[str, ...]], float]:
     """The function that predicts a load for forms of the layers, with the prompt read as is faster.
 
@@ -77,15 +77,16 @@ def seconds_of_forms(
         predictor: Knows the machine.
         load: What it is asked for.
         limit: The longest sequence that the model takes; None if only the program's caches bound it.
+        overlap: How the program overlaps, as `lower` takes it.
 
     Raises:
         UsageError: It has no KV cache or takes no sequence that long; at once, before a search for forms begins.
     """
-    _require_fits(load, RunGraphs.of(lower_split(split, STANDARD, overlap=AUTO)), limit)
+    require_fits(load, _least(limit, RunGraphs.of(lower_split(split, STANDARD, overlap=overlap)).plan.limit))
 
     @cache
     def seconds(forms: tuple[str, ...]) -> float:
-        return predictor.fastest(RunGraphs.of(lower_split(split, forms, overlap=AUTO)), load).total
+        return predictor.fastest(RunGraphs.of(lower_split(split, forms, overlap=overlap)), load).total
 
     return seconds
 
@@ -102,10 +103,18 @@ def _unavoidable(one: Timeline, machine: Machine) -> float:
     return sum(event.end - event.begin for event in kernels) + launches
 
 
-def _require_fits(load: Load, graphs: RunGraphs, limit: int | None) -> None:
-    most = min((one for one in (limit, graphs.plan.limit) if one is not None), default=None)
+def require_fits(load: Load, most: int | None) -> None:
+    """Make sure that a model takes a load's sequences, of at most so many tokens.
+
+    Raises:
+        UsageError: It does not.
+    """
     if most is not None and load.prompt + load.new_tokens > most:
         raise UsageError(
             f"--prompt {load.prompt} and --new-tokens {load.new_tokens}: the model takes sequences of {most} tokens; "
             "describe a shorter load"
         )
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((one for one in limits if one is not None), default=None)

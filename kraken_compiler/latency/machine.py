@@ -65,11 +65,11 @@ class Memory(_Table):
 class Launch(_Table):
     """Seconds of the host for a kernel (`eager`), and between two that run as one graph or compiled (`compiled`)."""
 
-    eager: Annotated[float, Field(ge=0)]
-    compiled: Annotated[float, Field(ge=0)]
+    eager: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    compiled: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     ahead: bool = False
     """The host begins kernels while the device still computes others, as for GPUs; a kernel waits for both."""
-    step: Annotated[float, Field(ge=0)] = 0.0
+    step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Seconds for every run of the whole program: what the host does before and after it."""
 
 
@@ -253,12 +253,12 @@ def parse_machine(text: str, where: str) -> Machine:
     """
     try:
         return Machine.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise InputFileError(f"--machine: {where} is no TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise InputFileError(f"--machine: {where}: {place}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"--machine: {where} is no TOML: {error}") from error
 
 
 def _for_dtype(tables: Sequence[Figures], dtype: str, machine: str, what: str) -> Figures:

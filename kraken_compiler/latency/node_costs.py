@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,12 +117,17 @@ def _moves_numbers(node: fx.Node) -> bool:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Who reads a node's numbers, through views of them as well."""
-    return [reader for user in node.users for reader in (_readers(user) if is_view(user) else [user])]
+    return [reader for user in node.users for reader in (_readers(user) if _shows(user) else [user])]
+
+
+def _shows(node: fx.Node) -> bool:
+    """True for a view, and for what takes one of several results."""
+    return is_view(node) or node.target is operator.getitem
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """The node whose numbers a view shows."""
-    while is_view(node) and node.all_input_nodes:
+    while _shows(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

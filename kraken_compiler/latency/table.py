@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.latency.predict import Load, Prediction, Predictor, RunGraphs
 from kraken_compiler.text import table
 
@@ -49,13 +50,15 @@ class LatencyTable:
     def lines(self) -> list[str]:
         """Two tables for people: what everything takes, and where the time of the changed form goes."""
         names = list(next(iter(self.rows.values())))
-        asked = next((name for name in names if name not in ("standard", SILENT) and HALVES not in name), "standard")
+        reference = _reference(names)
+        asked = next((name for name in names if name not in (reference, SILENT) and HALVES not in name), reference)
+        shown = tuple(dict.fromkeys((asked, reference)))
         times = [
             [str(load.batch), str(load.prompt), *(times_text(predictions[name]) for name in names)]
             for load, predictions in self.rows.items()
         ]
         parts = [
-            [str(load.batch), str(load.prompt), *_parts(predictions[asked]), *_parts(predictions["standard"])]
+            [str(load.batch), str(load.prompt), *(part for name in shown for part in _parts(predictions[name]))]
             for load, predictions in self.rows.items()
         ]
         kinds = ("computes", "waits", "hides")
@@ -64,7 +67,7 @@ class LatencyTable:
             *table(["batch", "prompt", *names], times),
             "",
             "where the time to the first token goes, ms",
-            *table(["batch", "prompt", *(f"{name} {kind}" for name in (asked, "standard") for kind in kinds)], parts),
+            *table(["batch", "prompt", *(f"{name} {kind}" for name in shown for kind in kinds)], parts),
             *self.notes,
         ]
 
@@ -115,14 +118,20 @@ def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:
         for one in tables:
             predictions = {name: value for name, value in one.rows[load].items() if name != SILENT}
             best = min(predictions, key=lambda name: predictions[name].ttft)
-            cells += [times_text(predictions["standard"]), f"{times_text(predictions[best])} {best}"]
+            cells += [times_text(predictions[_reference(list(predictions))]), f"{times_text(predictions[best])} {best}"]
         rows.append(cells)
-    header = [f"{one.degree}: {what}" for one in tables for what in ("standard", "fastest")]
+    reference = _reference(list(next(iter(tables[0].rows.values()))))
+    header = [f"{one.degree}: {what}" for one in tables for what in (reference, "fastest")]
     return [
         f"predicted on {tables[0].machine}, by devices: time to the first token / per following token, ms",
         *table(["batch", "prompt", *header], rows),
         *dict.fromkeys(note for one in tables for note in one.notes),
     ]
+
+
+def _reference(names: Sequence[str]) -> str:
+    """What others are compared with: a model that has lanes of its own has no standard form."""
+    return STANDARD.name if STANDARD.name in names else names[0]
 
 
 def times_text(prediction: Prediction) -> str:

@@ -21,6 +21,10 @@ class ReportOptions(CommandOptions):
     trace: Annotated[
         Path | None, typer.Option(help="A trace of kraken-run --trace, to be shown beside what is predicted.")
     ] = None
-    prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt whose timeline is drawn. (default: 512)")] = (
-        512
-    )
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of the prompt whose timeline is drawn. (default: 512, or half of what the model takes)",
+        ),
+    ] = None

@@ -247,15 +247,10 @@ def choose_forms(
     """
     all_standard = (STANDARD.name,) * _count(costs)
     standard_seconds = seconds_of(all_standard) if seconds_of is not None else None
+    saved = _savings(branches, all_standard, payloads, seconds_of)
 
     def traffic_of(forms: Sequence[str]) -> Traffic:
         return traffic(branches, forms, payloads)
-
-    def saved(forms: tuple[str, ...]) -> float:
-        """Share of the standard form's bytes that nobody waits for, or of its time that is saved."""
-        if seconds_of is None or standard_seconds is None:
-            return traffic_of(forms).spared
-        return 1 - seconds_of(forms) / standard_seconds
 
     steps = _steps(costs, saved)
     path = list(itertools.accumulate(steps, _with_step, initial=all_standard))
@@ -277,6 +272,24 @@ def choose_forms(
     candidates.sort(key=lambda candidate: (saved(candidate.forms), candidate.kl))
     within = [candidate for candidate in candidates if candidate.within]
     return Choice(str(budget), within[-1] if within else None, tuple(candidates), standard_seconds)
+
+
+def saves_nothing(
+    branches: Sequence[Branch], layers: int, payloads: Payloads = Payloads(), seconds_of: SecondsOf | None = None
+) -> bool:
+    """Whether no form of any layer alone saves anything, so that there is nothing to search; see `choose_forms`."""
+    saved = _savings(branches, (STANDARD.name,) * layers, payloads, seconds_of)
+    return not any(saved(_alone(form, layer, layers)) > _NOTHING for form in CHANGES for layer in range(layers))
+
+
+def _savings(
+    branches: Sequence[Branch], standard: tuple[str, ...], payloads: Payloads, seconds_of: SecondsOf | None
+) -> Callable[[tuple[str, ...]], float]:
+    """The share of the standard form's bytes that nobody waits for in others, or of its time that they save."""
+    if seconds_of is None:
+        return lambda forms: traffic(branches, forms, payloads).spared
+    seconds, standard_seconds = seconds_of, seconds_of(standard)
+    return lambda forms: 1 - seconds(forms) / standard_seconds
 
 
 _FINE = 1 / 40
@@ -312,9 +325,9 @@ def _steps(costs: Mapping[str, Sequence[float]], saved: Callable[[tuple[str, ...
         while forms:
             changes = []
             for form in forms:
-                alone = tuple(form if other == layer else STANDARD.name for other in range(layers))
-                more = saved(alone) - share
-                if more > _NOTHING:
+                more = saved(_alone(form, layer, layers)) - share
+                # What is no number is no cost: that form is not for this layer.
+                if more > _NOTHING and math.isfinite(costs[form][layer]):
                     extra = costs[form][layer] - cost
                     changes.append((extra / more, -more, _Step(layer, form, extra, extra / more)))
             if not changes:
@@ -324,6 +337,11 @@ def _steps(costs: Mapping[str, Sequence[float]], saved: Callable[[tuple[str, ...
             share, cost = share - less, cost + step.cost
             forms.remove(step.form)
     return sorted(steps, key=lambda step: step.rate)
+
+
+def _alone(form: str, layer: int, layers: int) -> tuple[str, ...]:
+    """The forms of all layers where one alone is changed."""
+    return tuple(form if other == layer else STANDARD.name for other in range(layers))
 
 
 def _count(costs: Mapping[str, Sequence[float]]) -> int:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.forms import STANDARD
 from kraken_compiler.ir.program import LaneProgram, Split
 from kraken_compiler.lanes.evaluate import Quality, evaluate
 from kraken_compiler.lanes.logits import inputs_function, lane_logits, recorded
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.lower import lower_split
 from kraken_compiler.progress import Progress
-from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, SecondsOf, choose_forms
+from kraken_compiler.quality.budget import CHANGES, Budget, Choice, Payloads, SecondsOf, choose_forms, saves_nothing
 from kraken_compiler.quality.calibration.on_text import fit_and_train
 from kraken_compiler.quality.calibration.rows import CalibrationText, calibration_text, long_rows
 from kraken_compiler.quality.calibration.single_layers import SingleLayers
@@ -61,9 +63,14 @@ def forms_within(
         UsageError: The model reads no text, or the texts are too short.
         InputFileError: A text or the cache cannot be read.
     """
+    standard = lower_split(split, "standard", cached=False)
+    branches, payloads, layers = standard.layers.branches, Payloads.of(standard.plan), len(standard.layers.layers)
+    if saves_nothing(branches, layers, payloads, seconds_of):
+        # Before layers are measured for half an hour.
+        seconds = None if seconds_of is None else seconds_of((STANDARD.name,) * layers)
+        return Choice(str(budget), None, standard_seconds=seconds)
     text, evaluation_batches = _part_aside(calibration_text(captured, paths, tokens))
     name = f"a part of {', '.join(map(str, paths))}"
-    standard = lower_split(split, "standard", cached=False)
     costs = _costs_of_layers(captured, split, standard, text, evaluation_batches[0], name, show, cache)
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     source_logits = [source(ids) for ids in evaluation_batches]
@@ -74,12 +81,21 @@ def forms_within(
         weights = fit_and_train(captured, standard, program, text, passes, show, title).weights
         return evaluate(recorded(source_logits), lane_logits(program, weights.read_lane), evaluation_batches, name)
 
-    return choose_forms(standard.layers.branches, costs, measure, budget, Payloads.of(standard.plan), seconds_of)
+    return choose_forms(branches, costs, measure, budget, payloads, seconds_of)
 
 
 def _part_aside(text: CalibrationText) -> tuple[CalibrationText, list[Tensor]]:
-    """Take the last long rows that are fitted out of a text, to measure on them."""
-    rows, short = long_rows(text.fitted)
+    """Take the last long rows that are fitted out of a text, to measure on them.
+
+    Raises:
+        UsageError: There are too few.
+    """
+    rows, short = long_rows(text.fitted) if text.fitted else (torch.empty(0, 0), [])
+    if len(rows) < 2:
+        raise UsageError(
+            f"--calibrate: a search within a budget fits some rows of text and measures on others, and there are "
+            f"{len(rows)} to fit; give more text, or more --calibrate-tokens"
+        )
     count = min(_MOST_EVALUATION_ROWS, max(1, len(rows) // 6))
     fitted = (*torch.split(rows[:-count], 2 * _ROWS_AT_ONCE), *short)
     return replace(text, fitted=fitted), list(torch.split(rows[-count:], _ROWS_AT_ONCE))

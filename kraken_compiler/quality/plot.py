@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def require_plot(path: Path) -> None:
         raise InputFileError(f"--plot: cannot write {path}: it is a directory")
     if not path.absolute().parent.is_dir():
         raise InputFileError(f"--plot: cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputFileError(f"--plot: cannot write {path}: {path.parent} is not writable")
 
 
 def _pyplot() -> Any:

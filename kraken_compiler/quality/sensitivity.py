@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -178,8 +179,12 @@ def _measure(
     return replace(sensitivity, costs=tuple(costs))
 
 
-def costs_alone(path: Path) -> dict[tuple[str, int], float]:
+def costs_alone(path: Path, source: str, degree: int) -> dict[tuple[str, int], float]:
     """What forms cost in single layers, from a file that remembers them; nothing if there is none.
+
+    Args:
+        path: The file.
+        source, degree: Of the model in question; costs of another one are left out.
 
     Returns:
         KL by form and layer.
@@ -188,7 +193,9 @@ def costs_alone(path: Path) -> dict[tuple[str, int], float]:
         InputFileError: The file cannot be read, or is none of these.
     """
     found = _read(path)
-    alone = [] if found is None else [cost for cost in found.costs if cost.first == cost.last]
+    if found is None or (found.source, found.degree) != (source, degree):
+        return {}
+    alone = [cost for cost in found.costs if cost.first == cost.last]
     return {(cost.form, cost.first): cost.kl for cost in alone}
 
 
@@ -201,14 +208,20 @@ def _load(path: Path, empty: Sensitivity) -> Sensitivity:
 def _read(path: Path) -> Sensitivity | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        costs = tuple(RunCost(**cost) for cost in data.pop("costs"))
+        costs = tuple(_cost(**cost) for cost in data.pop("costs"))
         return Sensitivity(**data, costs=costs)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputFileError(f"{path}: is no record of sensitivities; remove it to measure again") from error
+
+
+def _cost(form: str, first: int, last: int, kl: float | None, top1_agreement: float | None) -> RunCost:
+    """A cost as a file has it, where null is what JSON has no number for."""
+    numbers = (math.nan if value is None else float(value) for value in (kl, top1_agreement))
+    return RunCost(str(form), int(first), int(last), *numbers)
 
 
 def _save(path: Path, sensitivity: Sensitivity) -> None:

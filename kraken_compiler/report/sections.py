@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from kraken_compiler.latency.timeline import STREAMS, Timeline
 from kraken_compiler.ranks.trace import COMPUTE, LINK, PREFILL, RUN, STEP, Span
 from kraken_compiler.report.draw import COLORS, Bar, Point, frontier, timeline
 from kraken_compiler.report.page import Picture, Section
+from kraken_compiler.text import number_text
 
 _PREDICTED_KEY = [
     (name, COLORS[kind])
@@ -89,7 +91,7 @@ def layers_section(manifest: Manifest, report: Mapping[str, Any], costs: Mapping
                 str(len(reduces)),
                 f"{sum(reduce.bytes_per_token for reduce in reduces):,}",
                 ", ".join(str(windows.get(reduce.index, 0)) for reduce in reduces),
-                "" if cost is None else f"{cost:.3g}",
+                "" if cost is None else number_text(cost, ".3g"),
             )
         )
     texts = () if costs else ("What a form costs in a layer alone is not known: kraken-verify --by-layer measures it.",)
@@ -144,6 +146,7 @@ def frontier_section(choice: Mapping[str, Any]) -> Section:
             one["forms"] == best,
         )
         for one in choice["frontier"]
+        if one["kl"] is not None  # beyond all numbers
     ]
     x = "predicted ms of the load" if timed else "% of standard's bytes not waited for"
     rows = [(point.label, f"{point.y:.3g}", f"{point.x:.4g}", "chosen" if point.chosen else "") for point in points]
@@ -204,13 +207,10 @@ def _pictures(
 
 
 def _quality(one: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        f"{one['kl']:.3g}",
-        f"{one['top1_agreement']:.1%}",
-        f"{one['perplexity']:.4g}",
-        f"{one['source_perplexity']:.4g}",
-        f"{one['tokens']:,}",
-    )
+    specs = {"kl": ".3g", "top1_agreement": ".1%", "perplexity": ".4g", "source_perplexity": ".4g"}
+    # JSON has null where there is no number.
+    numbers = (number_text(math.nan if one[name] is None else one[name], spec) for name, spec in specs.items())
+    return (*numbers, f"{one['tokens']:,}")
 
 
 def _counted(forms: Sequence[str]) -> str:
