@@ -88,6 +88,11 @@ def test_what_was_measured_is_remembered(
     measure_sensitivity(captured, other, [("kraken", (1, 1))], BATCHES[:1], "numbers", cache=cache)
     assert len(lowered) == 4, "other columns on the lanes"
 
+    measure_sensitivity(
+        captured, other, [("kraken", (1, 1))], BATCHES[:1], "numbers", calibrated=BATCHES[1:], cache=cache
+    )
+    assert len(lowered) == 5, "calibrated on something"
+
     cache.write_text("nonsense")
     with pytest.raises(InputFileError, match="is no record of sensitivities"):
         measure_sensitivity(captured, split, [("kraken", (1, 1))], BATCHES, "numbers", cache=cache)

@@ -49,9 +49,8 @@ def test_calibrated_layers_cost_less(single: SingleLayers) -> None:
     unseen = batches(1, 2)
     split = split_source(source.program, 2)
     before = measure_sensitivity(source, split, wanted, unseen, "numbers")
-    after = measure_sensitivity(
-        source, split, wanted, unseen, "numbers", calibrated=single.tokens, reader=single.reader
-    )
+    after = measure_sensitivity(source, split, wanted, unseen, "numbers", calibrated=single.ids, reader=single.reader)
     assert "not calibrated" in before.lines()[0]
-    assert f"each calibrated on {single.tokens:,} tokens" in after.lines()[0]
+    tokens = sum(ids.numel() for ids in single.ids)
+    assert f"each calibrated on {tokens:,} tokens" in after.lines()[0]
     assert sum(after.cost(FORM, layer) for layer in range(3)) < sum(before.cost(FORM, layer) for layer in range(3))

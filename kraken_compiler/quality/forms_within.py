@@ -130,7 +130,7 @@ def _costs_of_layers(
             [(form, (layer, layer)) for form in CHANGES for layer in order],
             [evaluation_batch],
             name,
-            calibrated=single.tokens,
+            calibrated=single.ids,
             reader=single.reader,
             cache=cache,
             advance=advance,

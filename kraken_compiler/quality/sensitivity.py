@@ -60,7 +60,7 @@ class Sensitivity:
         degree: Number of lanes.
         lanes: Hash of the heads and columns that they have, "" for the order of the files.
         text, tokens: What was read, and how much of it.
-        digest: Hash of the token ids.
+        digest: Hash of the token ids, of those that layers were calibrated on, and of the weights' element types.
         calibrated: How many tokens every layer was calibrated on by itself; 0 if the weights are the source's.
         costs: In the order in which they were asked for.
     """
@@ -120,7 +120,7 @@ def measure_sensitivity(
     batches: Sequence[Tensor],
     text: str,
     *,
-    calibrated: int = 0,
+    calibrated: Sequence[Tensor] = (),
     reader: Reader | None = None,
     cache: Path | None = None,
     advance: Advance | None = None,
@@ -133,7 +133,7 @@ def measure_sensitivity(
         form_runs: Form names and runs of layers.
         batches: Token ids, int64 [B, S]; the source's logits for all of them are kept in memory.
         text: What the tokens are, for the record.
-        calibrated: How many tokens the weights of `reader` were calibrated on, for the record.
+        calibrated: The token ids that the weights of `reader` were calibrated on.
         reader: Gives the weights of single layers; None takes the source's.
         cache: A file that remembers costs; those of another model, split, text or calibration are forgotten.
         advance: Is told how many runs are done.
@@ -142,10 +142,12 @@ def measure_sensitivity(
         UsageError: An unknown form.
         InputFileError: The cache cannot be read or written.
     """
-    tokens = sum(ids.numel() for ids in batches)
-    digest = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in batches)).hexdigest()
+    tokens, calibrated_tokens = (sum(ids.numel() for ids in several) for several in (batches, calibrated))
+    dtypes = sorted({str(spec.torch_dtype) for spec in split.weights.values()})
+    content = [*(ids.numpy().tobytes() for ids in (*batches, *calibrated)), repr(dtypes).encode()]
+    digest = hashlib.sha256(b"".join(content)).hexdigest()
     lanes = hashlib.sha256(repr(sorted(split.assignment.items())).encode()).hexdigest() if split.assignment else ""
-    empty = Sensitivity(captured.origin.sha256, split.degree, lanes, text, tokens, digest, calibrated, ())
+    empty = Sensitivity(captured.origin.sha256, split.degree, lanes, text, tokens, digest, calibrated_tokens, ())
     sensitivity = _load(cache, empty) if cache is not None else empty
     order = list(dict.fromkeys(form_runs))
     missing_runs = [(form, run) for form, run in order if sensitivity.of(form, run) is None]

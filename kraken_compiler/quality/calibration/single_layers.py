@@ -52,9 +52,9 @@ class SingleLayers:
         self._layer_of: dict[str, int] = {}
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens that they are calibrated on."""
-        return sum(inputs[0].numel() for inputs in self._batches)
+    def ids(self) -> list[Tensor]:
+        """The token ids that they are calibrated on."""
+        return [inputs[0] for inputs in self._batches]
 
     def in_order(self) -> list[int]:
         """All layers, group by group, so that every group is calibrated once."""
