@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kraken_compiler.commands.transform import transform
+from kraken_compiler.errors import UsageError
 from kraken_compiler.lanes.module import LaneModule
 from tests.test_cli_compile import save_model
 
@@ -80,6 +81,10 @@ def test_likelihoods_are_the_models(model: tuple[LaneModule, Any]) -> None:
         wanted, wanted_greedy = direct(lanes, ids, count)
         assert value == pytest.approx(wanted, abs=1e-4)
         assert greedy == wanted_greedy
+
+    short = HarnessModel.of(lanes, tokenizer, max_length=4)
+    with pytest.raises(UsageError, match="a continuation has 5 tokens, the model reads 4 at once"):
+        short.log_probabilities([("w5", " w6 w7 w8 w9 w10")])
 
     text = " ".join(f"w{number % 80 + 3}" for number in range(90))
     (rolled,) = harness.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)

@@ -42,6 +42,7 @@ def test_a_line_is_a_question(tmp_path: Path) -> None:
         ([{**GOOD, "answer": True}], "line 1: answer: Input should be a valid integer"),
         ([{**GOOD, "choices": [" w7"]}], "line 1: choices: List should have at least 2 items"),
         ([{**GOOD, "choices": ["", " w7"]}], "line 1: Value error, a choice is empty"),
+        ([{**GOOD, "context": " \n"}], "line 1: Value error, the context is blank"),
         ([{**GOOD, "context": ""}], "line 1: context: String should have at least 1 character"),
         ([{"context": "w5", "choices": [" w7", " w8"]}], "line 1: answer: Field required"),
         ([{**GOOD, "question": "?"}], "line 1: question: Extra inputs are not permitted"),

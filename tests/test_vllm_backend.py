@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kraken_compiler.backends.vllm.run.environment import server
+from kraken_compiler.backends.base import EngineSettings
+from kraken_compiler.backends.vllm.run.engine import VllmEngine
+from kraken_compiler.backends.vllm.run.environment import THREADS_BIND, engine_environment, server
+from kraken_compiler.backends.vllm.run.options import EngineOptions
 from kraken_compiler.cli.compile import app as compile_app
 from kraken_compiler.cli.run import app as run_app
 from kraken_compiler.cli.serve import app as serve_app
@@ -88,7 +94,8 @@ def test_what_cannot_be_done_is_said_in_one_line(
 ) -> None:
     out, _ = compiled
     assert "needs vLLM: pip install" in one_line(RUN, out, "--input-ids", "1,2", "--backend", "vllm")
-    assert "needs vLLM: pip install" in one_line(SERVE, out)
+    assert "has no tokenizer: name one with --tokenizer DIR" in one_line(SERVE, out)
+    assert "needs vLLM: pip install" in one_line(SERVE, out, "--skip-tokenizer-init")
     assert f"has {DEGREE} lanes, so --tensor-parallel-size 2 is refused" in one_line(
         SERVE, out, "--tensor-parallel-size", "2"
     )
@@ -127,6 +134,46 @@ def test_a_model_that_keeps_no_keys_and_values_is_refused(tmp_path: Path) -> Non
             Bidirectional().eval(), tmp_path / "out", degree=2, backends=["vllm"], example_inputs=(ids,)
         )
     assert not (tmp_path / "out").exists()
+
+
+class _Params:
+    """Stands for vLLM's."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def clone(self) -> _Params:
+        return _Params(self.seed)
+
+
+def test_rows_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[_Params] = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(TokensPrompt=dict))
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._requests = 0
+    engine._engine = SimpleNamespace(add_request=lambda name, prompt, params: added.append(params))
+    for seed in (7, 7, None):
+        engine._add([[1, 2], [1, 2]], _Params(seed))
+    seeds = [params.seed for params in added]
+    assert seeds[:2] == seeds[2:4]
+    assert seeds[0] != seeds[1]
+    assert seeds[4:] == [None, None]
+
+
+def test_threads_that_were_asked_for_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with engine_environment(EngineSettings(threads=4)):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ[THREADS_BIND]) == ("4", "nobind")
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert THREADS_BIND not in os.environ
+    with engine_environment(EngineSettings()):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_options_of_another_kind_are_refused() -> None:
+    for given in ("own", 5, None):
+        with pytest.raises(ValueError, match="kraken takes an object"):
+            EngineOptions.of(SimpleNamespace(additional_config={"kraken": given}))  # type: ignore[arg-type]
 
 
 def test_without_a_package_called_vllm_its_module_is_run(monkeypatch: pytest.MonkeyPatch) -> None:

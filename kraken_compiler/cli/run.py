@@ -62,6 +62,8 @@ def run(options: RunOptions) -> None:
         if engine is not None:
             if options.reduce_dtype is not None:
                 raise UsageError(f"--reduce-dtype does not go with the {backend.name} backend, whose engine sends sums")
+            if options.timeout is not None:
+                raise UsageError(f"--timeout does not go with the {backend.name} backend, whose engine runs the ranks")
             if options.trace is not None:
                 raise UsageError(f"--trace does not go with the {backend.name} backend, whose engine runs the ranks")
             with engine as text_engine:

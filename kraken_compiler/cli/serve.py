@@ -113,6 +113,12 @@ def serve_command(directory: Path, others: list[str]) -> list[str]:
                 f"{directory} has {degree} lanes, so {name} {value} is refused; leave it out, or compile "
                 "for that degree"
             )
+    names = {option.partition("=")[0] for option in others}
+    if artifact.tokenizer is None and not names & {"--tokenizer", "--skip-tokenizer-init"}:
+        raise UsageError(
+            f"{directory} has no tokenizer: name one with --tokenizer DIR, or serve token ids with "
+            "--skip-tokenizer-init"
+        )
     require_vllm("kraken-serve")
     has_size = any(option.partition("=")[0] in _TENSOR_PARALLEL for option in others)
     size = [] if has_size else ["--tensor-parallel-size", str(degree)]

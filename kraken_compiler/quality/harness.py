@@ -142,6 +142,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        longest = max(len(continuation) for _, _, continuation in pairs)
+        if longest > self.max_length:
+            raise UsageError(f"a continuation has {longest} tokens, the model reads {self.max_length} at once")
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in pairs]
         log_probs = F.log_softmax(self._logits([row[:-1] for row in rows]).float(), dim=-1)
         answers = []

@@ -49,6 +49,8 @@ class Question(BaseModel):
     def _is_complete(self) -> Question:
         if self.answer >= len(self.choices):
             raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
+        if not self.context.strip():
+            raise ValueError("the context is blank")
         if not all(self.choices):
             raise ValueError("a choice is empty")
         return self
@@ -140,9 +142,9 @@ def measure_accuracy(
     tokenizer = load_tokenizer(captured, OPTION, "it cannot read questions")
     text = "".join((questions[0].context, questions[0].choices[0]))
     ids = token_ids(tokenizer, text, vocabulary(captured.program), OPTION)
-    if len(ids) < 2 or not is_causal(source, torch.tensor([ids])):
-        raise UsageError(f"{OPTION}: the model reads what follows a token, too; it does not continue texts")
     longest = longest_row(captured, _LONGEST)
+    if min(len(ids), longest) < 2 or not is_causal(source, torch.tensor([ids[:longest]])):
+        raise UsageError(f"{OPTION}: the model reads what follows a token, too; it does not continue texts")
     models = [HarnessModel(logits_of, tokenizer, longest, _ROWS_AT_ONCE) for logits_of in (source, rewritten)]
     source_answers: list[int] = []
     answers: list[int] = []

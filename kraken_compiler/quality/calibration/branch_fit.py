@@ -274,7 +274,9 @@ def _factor(projection: Any, contribution: Any) -> float | None:
     if before.shape != after.shape:
         return None
     factor = float((before * after).sum() / (before * before).sum().clamp_min(1e-300))
-    return factor if factor and torch.allclose(after, factor * before, rtol=1e-3, atol=1e-6) else None
+    # A half type rounds every product.
+    tolerance = max(1e-3, torch.finfo(per_lane(contribution, 1)[0].dtype).eps)
+    return factor if factor and torch.allclose(after, factor * before, rtol=tolerance, atol=1e-6) else None
 
 
 def _record(what: str, fit: Fit) -> FitRecord:

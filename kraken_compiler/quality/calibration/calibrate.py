@@ -101,7 +101,9 @@ def _importance(standard: LaneProgram, read_lane: ReadLane, batches: Sequence[li
     Where rows of single tokens add to a position, all tokens there together count what those of the longest rows would.
     """
     longest = max(batches, key=lambda inputs: inputs[0].shape[-1])
-    received_S = attention_received(standard, read_lane, [value[:_ATTENTION_ROWS] for value in longest])
+    # What has one dim is of positions, as cache_position is.
+    some = [value[:_ATTENTION_ROWS] if value.ndim > 1 else value for value in longest]
+    received_S = attention_received(standard, read_lane, some)
     rows_S = torch.zeros(len(received_S))
     for inputs in batches:
         rows_S[: inputs[0].shape[-1]] += len(inputs[0])

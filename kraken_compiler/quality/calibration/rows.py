@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.size_checks import BATCH, SEQUENCE, token_rules
+from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.lanes.logits import is_causal, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.sample_inputs import vocabulary
@@ -118,7 +120,12 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
 
     rows = [text_rows for text in texts if (text_rows := _rows(text, quota, row, tokenize))]
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
-    singles = bool(rows) and is_causal(source, torch.tensor(rows[0][:_UNSEEN_ROWS_AT_ONCE]))
+    rules = token_rules(captured.program.call, captured.program.inputs)
+    singles = (
+        bool(rows)
+        and broken_rule(rules, {BATCH: 1, SEQUENCE: 1}) is None
+        and is_causal(source, torch.tensor(rows[0][:_UNSEEN_ROWS_AT_ONCE]))
+    )
     return divide(rows, count, singles=singles)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import deque
@@ -16,7 +17,7 @@ from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import EngineSettings
 from kraken_compiler.backends.sequences import require_tokens, token_bytes
 from kraken_compiler.backends.vllm.run.environment import engine_environment
-from kraken_compiler.errors import UsageError
+from kraken_compiler.errors import RankFailedError, UsageError, first_line
 from kraken_compiler.standard_streams import tell
 
 if TYPE_CHECKING:
@@ -107,8 +108,12 @@ class VllmEngine:
 
         names = [str(self._requests + row) for row in range(len(prompts))]
         self._requests += len(names)
-        for name, prompt in zip(names, prompts):
-            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params.clone())
+        for row, (name, prompt) in enumerate(zip(names, prompts)):
+            of_row = params.clone()
+            if params.seed is not None:
+                # vLLM draws the same numbers for all requests of one seed.
+                of_row.seed = _seed_of_row(params.seed, row)
+            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), of_row)
         return names
 
     def idle(self) -> None:
@@ -147,21 +152,34 @@ def vllm_engine(artifact: Artifact, settings: EngineSettings, *, compiled: bool)
         assert cache is not None, "only programs with a KV cache are written"
         limits = [limit for limit in (cache.plan.limit, artifact.manifest.source.max_positions) if limit is not None]
         capacity = settings.capacity or min([_CAPACITY, *limits])
-        llm = LLM(
-            model=str(artifact.directory),
-            tensor_parallel_size=artifact.manifest.degree,
-            max_model_len=capacity,
-            max_num_seqs=max(settings.rows, 1),
-            enforce_eager=not compiled,
-            kv_cache_memory_bytes=_CACHE_BYTES + settings.rows * capacity * _token_bytes(artifact),
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            max_logprobs=-1 if settings.checking else 20,
-        )
+        if limits and capacity > min(limits):
+            raise UsageError(f"--max-context {capacity}: the model takes {min(limits)} tokens")
+        try:
+            llm = LLM(
+                model=str(artifact.directory),
+                tensor_parallel_size=artifact.manifest.degree,
+                max_model_len=capacity,
+                max_num_seqs=max(settings.rows, 1),
+                enforce_eager=not compiled,
+                kv_cache_memory_bytes=_CACHE_BYTES + settings.rows * capacity * _token_bytes(artifact),
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                max_logprobs=-1 if settings.checking else 20,
+            )
+        except ValueError as error:
+            raise UsageError(f"vLLM refuses it: {' '.join(str(error).split())}") from error
+        except RuntimeError as error:
+            raise RankFailedError(f"vLLM could not start: {first_line(error)}") from error
     try:
         yield VllmEngine(artifact, llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _seed_of_row(seed: int, row: int) -> int:
+    """A seed of 63 bits that depends on nothing but the arguments."""
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + row.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _token_bytes(artifact: Artifact) -> int:

@@ -55,10 +55,12 @@ class EngineConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         share_host(vllm_config)
         EngineOptions.of(vllm_config)
         vllm_config.load_config.load_format = LOAD_FORMAT
-        # What vLLM compiled is kept by its configuration: an artifact of another content must not find it.
+        # What vLLM compiled is kept by its configuration: an artifact of another content must not find it, nor ranks on
+        # one host what ranks of several have compiled, whose sums are other calls.
         vllm_config.additional_config = {
             **vllm_config.additional_config,
             OPTIONS_KEY + "_artifact": artifact.fingerprint(),
+            OPTIONS_KEY + "_ranks_of_a_host": vllm_config.parallel_config.local_world_size,
         }
         compilation = vllm_config.compilation_config
         compilation.inductor_compile_config = {**KEEP_THE_ORDER, **compilation.inductor_compile_config}

@@ -41,21 +41,26 @@ def server(model: str) -> list[str]:
 
 @contextmanager
 def engine_environment(settings: EngineSettings) -> Iterator[None]:
-    """Set the environment for processes of vLLM that start meanwhile; what the user has set is left."""
+    """Set the environment for processes of vLLM that start meanwhile.
+
+    What the user has set is left, but for the threads where their number was asked for.
+    """
     defaults = {
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "INFO" if settings.verbose else "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        **({THREADS_BIND: "nobind"} if settings.threads else {}),
-        **({"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}),
     }
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
+    asked = {THREADS_BIND: "nobind", "OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
+    before = {name: os.environ.get(name) for name in (*defaults, *asked)}
+    os.environ.update({**defaults, **os.environ, **asked})
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def serve_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -36,6 +36,8 @@ class EngineOptions:
         """
         extra = vllm_config.additional_config
         given = extra.get(OPTIONS_KEY, {}) if isinstance(extra, dict) else {}
+        if not isinstance(given, dict):
+            raise ValueError(f"--additional-config: {OPTIONS_KEY} takes an object like {{'collectives': '{OWN}'}}")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:

@@ -23,7 +23,7 @@ def write_engine_files(
     """Write a lane program for vLLM; see `Backend.write`.
 
     Raises:
-        UsageError: vLLM cannot run it: it has no program with a KV cache, or heads of several kinds.
+        UsageError: vLLM cannot run it, e.g. because it has no program with a KV cache.
     """
     if program.cached is None:
         reason = f": {program.no_cache}" if program.no_cache else ""

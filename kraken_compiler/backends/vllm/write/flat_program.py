@@ -25,7 +25,7 @@ from kraken_compiler.ops.engine_attention import ENGINE_ATTENTION
 from kraken_compiler.ops.op_sets import PROJECTIONS
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten, calls, descendants, module_path
 from kraken_compiler.passes.graph_tools import replace as replace_node
-from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of
+from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, is_tensor, refresh_shapes, same_size, shape_of
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,23 @@ class _Flattener:
 
     def _attention(self, node: fx.Node, number: int) -> EngineAttention | Rejection:
         query, key, value = args_of(node)[:3]
-        slopes, sinks = argument(node, 8, "slopes"), argument(node, 12, "sinks")
-        heads, head_size = (int(shape_of(query)[dim]) for dim in (1, 3))
-        kv_heads, value_size = (int(shape_of(value)[dim]) for dim in (1, 3))
+        width = int(shape_of(value)[3])
+        # An engine's heads have one size: the rest of the smaller ones is zeros, which add nothing to a product.
+        size = max(width, int(shape_of(query)[3]))
         scale = argument(node, 10, "scale")
+        scale = float(int(shape_of(query)[3]) ** -0.5 if scale is None else scale)
+        query, key, value = (self._padded(operand, size, node) for operand in (query, key, value))
+        slopes, sinks = argument(node, 8, "slopes"), argument(node, 12, "sinks")
+        heads, kv_heads = (int(shape_of(operand)[1]) for operand in (query, value))
         if heads % kv_heads:
             reason = f"{heads} query heads share {kv_heads} KV heads unevenly"
             return Rejection(reason, (node.name,), module_path(node))
         attention = EngineAttention(
             heads=heads,
             kv_heads=kv_heads,
-            head_size=head_size,
-            value_size=value_size,
-            scale=float(head_size**-0.5 if scale is None else scale),
+            head_size=size,
+            value_size=size,
+            scale=scale,
             window=int(argument(node, 9, "window", 0)),
             softcap=float(argument(node, 11, "softcap", 0.0)),
             slopes=None if slopes is None else self.plan.tables.index(slopes.name),
@@ -135,9 +139,28 @@ class _Flattener:
         )
         with self.graph.inserting_before(node):
             new = self.graph.call_function(ENGINE_ATTENTION, (query, key, value, number))
-        new.meta = dict(node.meta)
+            if width == size:
+                new.meta = dict(node.meta)
+            else:
+                compute_shape(self._named(new, node), fake_mode_of(self.graph))
+                new = self.graph.call_function(aten.slice.Tensor, (new, 3, 0, width))
+                new.meta = dict(node.meta)
         replace_node(node, new)
         return attention
+
+    def _padded(self, operand: fx.Node, size: int, before: fx.Node) -> fx.Node:
+        """Heads of a size, with zeros behind those that are smaller."""
+        missing = size - int(shape_of(operand)[3])
+        if not missing:
+            return operand
+        with self.graph.inserting_before(before):
+            padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, [0, missing]))
+        return compute_shape(self._named(padded, before), fake_mode_of(self.graph))
+
+    def _named(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """The node, of another's module."""
+        node.meta = {name: value for name, value in like.meta.items() if name != "val"}
+        return node
 
     def _prepared(self, node: fx.Node) -> int:
         """Let a value that follows from weights alone be computed at load; returns its number among the outputs."""
