@@ -120,8 +120,7 @@ def serve_command(directory: Path, others: list[str]) -> list[str]:
             "--skip-tokenizer-init"
         )
     require_vllm("kraken-serve")
-    has_size = any(option.partition("=")[0] in _TENSOR_PARALLEL for option in others)
-    size = [] if has_size else ["--tensor-parallel-size", str(degree)]
+    size = [] if names & {*_TENSOR_PARALLEL} else ["--tensor-parallel-size", str(degree)]
     return [*server(str(directory)), *size, *others]
 
 

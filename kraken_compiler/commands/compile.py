@@ -290,8 +290,8 @@ class _Compile:
                 form: RunGraphs.of(one if one.cached is None else stages.with_halves(one, TOKENS))
                 for form, one in forms_of.items()
             }
-            most = [limit for limit in (max_positions(captured.config), _cache_limit(program)) if limit is not None]
-            return latency_table(graphs, Predictor(machine), most=min(most, default=None))
+            most = next(iter(graphs.values())).longest(max_positions(captured.config))
+            return latency_table(graphs, Predictor(machine), most=most)
 
     def _capture(self) -> Capture:
         with self.show.stage("capture"):
@@ -420,10 +420,6 @@ class _Compile:
     def _text(self) -> TextChoice:
         """The text that a changed form is measured on."""
         return TextChoice.of(self.options.text, self.options.text_tokens)
-
-
-def _cache_limit(program: LaneProgram) -> int | None:
-    return program.cached.plan.limit if program.cached is not None else None
 
 
 def _no_halves(program: LaneProgram) -> list[str]:

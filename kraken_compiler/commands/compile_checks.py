@@ -21,9 +21,10 @@ def asked_degrees(options: CompileOptions) -> tuple[int | None, ...]:
     Raises:
         UsageError: There is none.
     """
-    if isinstance(options.degree, Sequence) and not options.degree:
+    degrees = tuple(options.degree) if isinstance(options.degree, Sequence) else (options.degree,)
+    if not degrees:
         raise UsageError("--degree: name one, or leave it out")
-    return tuple(options.degree) if isinstance(options.degree, Sequence) else (options.degree,)
+    return degrees
 
 
 def asked_budget(options: CompileOptions, *, is_plan: bool) -> Budget | None:

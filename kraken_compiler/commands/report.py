@@ -24,7 +24,7 @@ from kraken_compiler.report import sections
 from kraken_compiler.report.page import Section, page
 from kraken_compiler.text import replace_text
 
-PROMPT = 512
+_PROMPT = 512
 """Tokens of the prompt whose timeline is drawn, where the model takes as many."""
 
 
@@ -65,8 +65,7 @@ def report_on(
     if options.machine is not None:
         with show.stage("predict"):
             predictor, graphs = Predictor(load_machine(options.machine)), _graphs(artifact)
-            limits = (manifest.source.max_positions, graphs.plan.limit)
-            most = min((limit for limit in limits if limit is not None), default=None)
+            most = graphs.longest(manifest.source.max_positions)
             prediction = predictor.fastest(graphs, _load(options.prompt, most))
             found += [
                 sections.times_section(latency_table({"as compiled": graphs}, predictor, most=most)),
@@ -83,7 +82,7 @@ def report_on(
 def _load(prompt: int | None, most: int | None) -> Load:
     """The load whose timeline is drawn, of a prompt that was asked for or of one that fits."""
     if prompt is None:
-        prompt = PROMPT if most is None else min(PROMPT, max(1, most // 2))
+        prompt = _PROMPT if most is None else min(_PROMPT, max(1, most // 2))
     load = Load(prompt)
     if most is not None:
         load = replace(load, new_tokens=max(1, min(load.new_tokens, most - prompt)))

@@ -59,7 +59,7 @@ class LoadTimes:
             UsageError: It has no KV cache, takes no sequence that long, or the machine lacks figures.
         """
         graphs = RunGraphs.of(lower_split(split, form, overlap=AUTO))
-        require_fits(load, _least(limit, graphs.plan.limit))
+        require_fits(load, graphs.longest(limit))
         ways = [False, True] if graphs.split is not None and load.prompt > 1 else [False]
         times = [predictor.predict(graphs, load, halves=halves).total for halves in ways]
         silent = (predictor.predict(graphs, load, halves=halves, silent=True) for halves in ways)
@@ -82,7 +82,7 @@ def seconds_of_forms(
     Raises:
         UsageError: It has no KV cache or takes no sequence that long; at once, before a search for forms begins.
     """
-    require_fits(load, _least(limit, RunGraphs.of(lower_split(split, STANDARD, overlap=overlap)).plan.limit))
+    require_fits(load, RunGraphs.of(lower_split(split, STANDARD, overlap=overlap)).longest(limit))
 
     @cache
     def seconds(forms: tuple[str, ...]) -> float:
@@ -114,7 +114,3 @@ def require_fits(load: Load, most: int | None) -> None:
             f"--prompt {load.prompt} and --new-tokens {load.new_tokens}: the model takes sequences of {most} tokens; "
             "describe a shorter load"
         )
-
-
-def _least(*limits: int | None) -> int | None:
-    return min((one for one in limits if one is not None), default=None)

@@ -35,6 +35,7 @@ def _ascending(values: list[float]) -> list[float]:
     return values
 
 
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Values = Annotated[list[Positive], Field(min_length=1)]
 Places = Annotated[Values, AfterValidator(_ascending)]
@@ -65,11 +66,11 @@ class Memory(_Table):
 class Launch(_Table):
     """Seconds of the host for a kernel (`eager`), and between two that run as one graph or compiled (`compiled`)."""
 
-    eager: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    compiled: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    eager: NotNegative
+    compiled: NotNegative
     ahead: bool = False
     """The host begins kernels while the device still computes others, as for GPUs; a kernel waits for both."""
-    step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    step: NotNegative = 0.0
     """Seconds for every run of the whole program: what the host does before and after it."""
 
 

@@ -95,8 +95,8 @@ def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: 
 
 
 def is_view(node: fx.Node) -> bool:
-    """True for operators that only say otherwise how numbers lie."""
-    return isinstance(node.target, OpOverload) and op_name(node.target) in _VIEWS
+    """True for operators that only say otherwise how numbers lie, or take one of several results."""
+    return node.target is operator.getitem or (isinstance(node.target, OpOverload) and op_name(node.target) in _VIEWS)
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -117,17 +117,12 @@ def _moves_numbers(node: fx.Node) -> bool:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Who reads a node's numbers, through views of them as well."""
-    return [reader for user in node.users for reader in (_readers(user) if _shows(user) else [user])]
-
-
-def _shows(node: fx.Node) -> bool:
-    """True for a view, and for what takes one of several results."""
-    return is_view(node) or node.target is operator.getitem
+    return [reader for user in node.users for reader in (_readers(user) if is_view(user) else [user])]
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """The node whose numbers a view shows."""
-    while _shows(node) and node.all_input_nodes:
+    while is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

@@ -91,6 +91,10 @@ class RunGraphs:
     plan: CachePlan
     degree: int
 
+    def longest(self, limit: int | None) -> int | None:
+        """The longest sequence that caches and a limit of the model's own allow; None if nothing bounds it."""
+        return min((one for one in (limit, self.plan.limit) if one is not None), default=None)
+
     @classmethod
     def of(cls, program: LaneProgram) -> Self:
         """Those of a program in memory.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -100,3 +102,18 @@ def collective_timeout(timeout: float | None) -> float:
     # The launcher's watchdog sees all ranks and can tell which one hangs and which only takes long to load or to
     # compute, so it is given the first word.
     return float(under_launcher) + _BACKSTOP_SECONDS
+
+
+@contextmanager
+def with_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for child processes; whoever starts them passes on ours and takes no others."""
+    old_values = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in old_values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -19,7 +19,7 @@ from kraken_compiler import errors
 from kraken_compiler.errors import InputFileError, KrakenError, RankFailedError, UsageError
 from kraken_compiler.ranks import start_rank
 from kraken_compiler.ranks.communicators.rendezvous import RENDEZVOUS
-from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT, require_timeout
+from kraken_compiler.ranks.environment import DEFAULT_TIMEOUT, require_timeout, with_environment
 from kraken_compiler.ranks.heartbeat import (
     LOGS,
     RUN_DIRECTORY,
@@ -93,7 +93,7 @@ def launch(
             monitor_interval=0.05,
         )
         watchdog = Watchdog(directory, degree, timeout)
-        with _reserved_port() as port, _environment(_rank_environment(degree, directory, timeout, port)), watchdog:
+        with _reserved_port() as port, with_environment(_rank_environment(degree, directory, timeout, port)), watchdog:
             try:
                 elastic_launch(config, sys.executable)("-P", start_rank.__file__, module, *arguments)
             except ChildFailedError as error:
@@ -182,21 +182,6 @@ def _log_tail(directory: Path, rank: int) -> str:
     logs = sorted((directory / LOGS).glob(f"*/attempt_*/{rank}/stderr.log"))
     lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
     return "\n".join(lines[-_LOG_TAIL_LINES:])
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for child processes; the elastic launcher passes on ours and takes no others."""
-    old_values = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in old_values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

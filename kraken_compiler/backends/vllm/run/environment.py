@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kraken_compiler.backends.base import EngineSettings
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ranks.environment import with_environment
 
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -51,16 +52,9 @@ def engine_environment(settings: EngineSettings) -> Iterator[None]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     asked = {THREADS_BIND: "nobind", "OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
-    before = {name: os.environ.get(name) for name in (*defaults, *asked)}
-    os.environ.update({**defaults, **os.environ, **asked})
-    try:
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    with with_environment({**unset, **asked}):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def serve_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -115,11 +115,10 @@ class _Flattener:
 
     def _attention(self, node: fx.Node, number: int) -> EngineAttention | Rejection:
         query, key, value = args_of(node)[:3]
-        width = int(shape_of(value)[3])
-        # An engine's heads have one size: the rest of the smaller ones is zeros, which add nothing to a product.
-        size = max(width, int(shape_of(query)[3]))
+        head_size, value_size = (int(shape_of(operand)[3]) for operand in (query, value))
         scale = argument(node, 10, "scale")
-        scale = float(int(shape_of(query)[3]) ** -0.5 if scale is None else scale)
+        # An engine's heads have one size: the rest of the smaller ones is zeros, which add nothing to a product.
+        size = max(head_size, value_size)
         query, key, value = (self._padded(operand, size, node) for operand in (query, key, value))
         slopes, sinks = argument(node, 8, "slopes"), argument(node, 12, "sinks")
         heads, kv_heads = (int(shape_of(operand)[1]) for operand in (query, value))
@@ -131,7 +130,7 @@ class _Flattener:
             kv_heads=kv_heads,
             head_size=size,
             value_size=size,
-            scale=scale,
+            scale=float(head_size**-0.5 if scale is None else scale),
             window=int(argument(node, 9, "window", 0)),
             softcap=float(argument(node, 11, "softcap", 0.0)),
             slopes=None if slopes is None else self.plan.tables.index(slopes.name),
@@ -139,12 +138,9 @@ class _Flattener:
         )
         with self.graph.inserting_before(node):
             new = self.graph.call_function(ENGINE_ATTENTION, (query, key, value, number))
-            if width == size:
-                new.meta = dict(node.meta)
-            else:
-                compute_shape(self._named(new, node), fake_mode_of(self.graph))
-                new = self.graph.call_function(aten.slice.Tensor, (new, 3, 0, width))
-                new.meta = dict(node.meta)
+            if value_size < size:
+                new = self.graph.call_function(aten.slice.Tensor, (self._shaped(new, node), 3, 0, value_size))
+        new.meta = dict(node.meta)
         replace_node(node, new)
         return attention
 
@@ -155,12 +151,12 @@ class _Flattener:
             return operand
         with self.graph.inserting_before(before):
             padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, [0, missing]))
-        return compute_shape(self._named(padded, before), fake_mode_of(self.graph))
+        return self._shaped(padded, before)
 
-    def _named(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        """The node, of another's module."""
-        node.meta = {name: value for name, value in like.meta.items() if name != "val"}
-        return node
+    def _shaped(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """The node, with its own shape and what is known of another besides."""
+        node.meta = dict(like.meta)
+        return compute_shape(node, fake_mode_of(self.graph))
 
     def _prepared(self, node: fx.Node) -> int:
         """Let a value that follows from weights alone be computed at load; returns its number among the outputs."""
