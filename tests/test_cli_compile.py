@@ -36,14 +36,16 @@ pytestmark = pytest.mark.slow
 LOSSLESS = ("--degree", "2", "--form", "standard")
 
 
-def save_tokenizer(path: Path) -> None:
-    """A tokenizer of 97 words: w3 w4 ... w96."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def save_tokenizer(path: Path, *, template: str = "$A") -> None:
+    """A tokenizer of 97 words: w3 w4 ... w96; `template` says what stands around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 97))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special_tokens = [(word, words.index(word)) for word in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -37,9 +37,10 @@ _ROW = 256
 _ROWS_AT_ONCE = 4
 _RANDOM_BATCHES = 2
 _PIECE_CHARACTERS = 1 << 20
+_WORD = "a"
 
-Tokenize = Callable[[str, bool], list[int]]
-"""Text and whether it is the beginning of one -> token ids."""
+Tokenize = Callable[[str], list[int]]
+"""Text -> token ids, without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,14 @@ def evaluation_text(captured: Capture, choice: TextChoice) -> TokenText | str:
         return TokenText("random tokens (the model has no tokenizer)", count, lambda text: iter(batches))
     tokenizer = load_tokenizer(captured, "--text")
 
-    def tokenize(text: str, first: bool) -> list[int]:
-        return token_ids(tokenizer, text, vocabulary(program), "--text", special=first)
+    def tokenize(text: str) -> list[int]:
+        return token_ids(tokenizer, text, vocabulary(program), "--text", special=False)
 
     with _open_text(path) as (_, size):
         expected_tokens = limit or size
     name = str(path) if path is not None else "the built-in sample"
-    return TokenText(name, expected_tokens, lambda text: _batches_of(text, path, tokenize, row, limit))
+    begin = beginning_of_text(tokenizer)
+    return TokenText(name, expected_tokens, lambda text: _batches_of(text, path, tokenize, begin, row, limit))
 
 
 def load_tokenizer(captured: Capture, option: str, instead: str = "give token ids in a .npy file") -> Any:
@@ -165,6 +167,23 @@ def token_ids(tokenizer: Any, text: str, vocabulary_size: int, option: str, *, s
             "they do not belong together"
         )
     return ids
+
+
+def beginning_of_text(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer begins every text with, as most of Llama's and Gemma's kind do.
+
+    A model that was trained so has seen no text without them, so every row that it is measured, calibrated or healed on
+    begins with them, wherever in a text it is from.
+
+    Args:
+        tokenizer: A `transformers.PreTrainedTokenizerBase`.
+    """
+    whole, plain = (
+        tokenizer(_WORD, verbose=False, add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    begin: list[int] = whole[: next(starts, 0)]
+    return begin
 
 
 def sample_text() -> str:
@@ -216,19 +235,33 @@ def longest_row(captured: Capture, limit: int = _ROW) -> int:
     return longest_allowed(token_rules(program.call, program.inputs), most)
 
 
-def token_batches(ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT_ONCE) -> Iterator[Tensor]:
+def token_batches(
+    ids: Iterator[int], sequence: int = _ROW, rows: int = _ROWS_AT_ONCE, begin: Sequence[int] = ()
+) -> Iterator[Tensor]:
     """Cut a stream of token ids into batches [rows, sequence]; the rest that fills no row is left out.
 
     A stream shorter than one row gives one batch of that length, or none if it has fewer than two tokens.
+
+    Args:
+        ids: The stream.
+        sequence: Tokens of a row.
+        rows: Rows of a batch.
+        begin: What every row begins with.
     """
+    own = sequence - len(begin)
     first = True
-    while chunk := list(islice(ids, rows * sequence)):
-        whole = len(chunk) // sequence
+    while chunk := list(islice(ids, rows * own)):
+        whole = len(chunk) // own
         if whole:
-            yield torch.tensor(chunk[: whole * sequence]).view(whole, sequence)
-        elif first and len(chunk) > 1:
-            yield torch.tensor([chunk])
+            yield beginning_with(begin, torch.tensor(chunk[: whole * own]).view(whole, own))
+        elif first and len(chunk) + len(begin) > 1:
+            yield beginning_with(begin, torch.tensor([chunk]))
         first = False
+
+
+def beginning_with(begin: Sequence[int], rows: Tensor) -> Tensor:
+    """Rows of tokens, int64 [rows, sequence], behind the tokens that every one begins with."""
+    return torch.cat((torch.tensor(begin, dtype=torch.int64).expand(len(rows), -1), rows), 1)
 
 
 def _token_file_text(program: Program, path: Path, row: int, limit: int | None) -> TokenText:
@@ -239,10 +272,12 @@ def _token_file_text(program: Program, path: Path, row: int, limit: int | None) 
 
 
 def _batches_of(
-    text: TokenText, path: Path | None, tokenize: Tokenize, row: int, limit: int | None
+    text: TokenText, path: Path | None, tokenize: Tokenize, begin: list[int], row: int, limit: int | None
 ) -> Iterator[Tensor]:
     empty = True
-    for batch in token_batches(islice(_ids_of(text, path, tokenize, limit), limit), row):
+    row = max(row, len(begin) + 1)
+    most = None if limit is None else limit - len(begin) * -(-limit // row)
+    for batch in token_batches(islice(_ids_of(text, path, tokenize, limit), most), row, begin=begin):
         empty = False
         yield batch
     if empty:
@@ -253,7 +288,7 @@ def _ids_of(text: TokenText, path: Path | None, tokenize: Tokenize, limit: int |
     count = bytes_read = 0
     with _open_text(path) as (file, size):
         for piece in _pieces(file, path, text.name):
-            ids = tokenize(piece, count == 0)
+            ids = tokenize(piece)
             count += len(ids)
             bytes_read += len(piece.encode())
             whole = round(count * size / bytes_read)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kraken_compiler.errors import UsageError
-from kraken_compiler.texts.read import read_text, token_ids
-from kraken_compiler.texts.token_files import TokenIds, read_token_file, spread
+from kraken_compiler.texts.read import beginning_of_text, beginning_with, read_text, token_ids
+from kraken_compiler.texts.token_files import TokenIds, read_token_file, spread, token_rows
 from kraken_compiler.training.settings import RunSettings
 
 _MOST_NAMES = 3
@@ -71,29 +72,33 @@ def read_rows(
     length = min([longest, settings.sequence, *(ids.shape[1] for ids in streams if ids.ndim == 2)])
     if length < 2:
         raise UsageError("rows of one token have no next one: --sequence and the model's context must be at least 2")
-    parts = [_split_text(tokenizer, path, settings.hold_out, vocabulary) for path in texts]
-    if joined and parts:
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        train, held_out = ([token for part in parts for ids in part[side] for token in (*ids, *end)] for side in (0, 1))
-        parts = [([train], [held_out])]
-    parts += [_split_tokens(ids, settings.hold_out) for ids in streams]
-    files = [*texts, *tokens]
-    short = [] if joined else [path for path, part in zip(files, parts, strict=True) if not _fills_row(part[0], length)]
-    rows, aside = (_rows([ids for part in parts for ids in part[side]], length) for side in (0, 1))
-    if not len(rows) or not len(aside):
-        count = sum(len(ids) for part in parts for side in part for ids in side)
+    begin = beginning_of_text(tokenizer) if texts else []
+    documents = [_split_text(tokenizer, path, settings.hold_out, vocabulary) for path in texts]
+    if joined and documents:
+        documents, begin = [_joined(documents, begin, tokenizer.eos_token_id)], []
+    parts = [_split_tokens(ids, settings.hold_out) for ids in streams]
+    own = max(1, length - len(begin))
+    row_pairs = [
+        *(tuple(beginning_with(begin, token_rows(ids, own)) for ids in part) for part in documents),
+        *(tuple(token_rows(ids, length) for ids in part) for part in parts),
+    ]
+    rows, held_out = (torch.cat(side) for side in zip(*row_pairs, strict=True))
+    if not len(rows) or not len(held_out):
+        count = sum(ids.size for part in (*documents, *parts) for ids in part)
         raise UsageError(
             f"the texts are too short: {count:,} tokens give {len(rows)} rows of {length} to train on and "
-            f"{len(aside)} held out; both need one (a smaller --sequence makes shorter rows, a larger --hold-out "
+            f"{len(held_out)} held out; both need one (a smaller --sequence makes shorter rows, a larger --hold-out "
             "holds out more)"
         )
+    files = [*texts, *tokens]
+    short = [] if joined else [path for path, pair in zip(files, row_pairs, strict=True) if not len(pair[0])]
     notes = []
     if length < settings.sequence:
         notes.append(f"rows have {length} tokens, not {settings.sequence}: the model or the files have no longer ones")
     if short:
         names = ", ".join(path.name for path in short[:_MOST_NAMES]) + (", ..." if len(short) > _MOST_NAMES else "")
         notes.append(f"{len(short)} of {len(files)} texts have no row of {length} tokens and are left out: {names}")
-    evaluated = spread(aside, max(1, settings.evaluate_tokens // length))
+    evaluated = spread(held_out, max(1, settings.evaluate_tokens // length))
     return TrainingText(rows, evaluated, _hashes(*(path for path in files if path not in short)), tuple(notes))
 
 
@@ -110,28 +115,28 @@ def parts_of_text(path: Path, hold_out: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _split_text(
-    tokenizer: Any, path: Path, hold_out: float, vocabulary: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    train, held_out = (token_ids(tokenizer, part, vocabulary, "--text") for part in parts_of_text(path, hold_out))
-    return [train], [held_out]
+def _split_text(tokenizer: Any, path: Path, hold_out: float, vocabulary: int) -> tuple[TokenIds, TokenIds]:
+    train, held_out = (
+        np.array(token_ids(tokenizer, part, vocabulary, "--text", special=False), np.int64)
+        for part in parts_of_text(path, hold_out)
+    )
+    return train, held_out
 
 
-def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[list[list[int]], list[list[int]]]:
+def _joined(
+    documents: Sequence[tuple[TokenIds, TokenIds]], begin: list[int], end: int | None
+) -> tuple[TokenIds, TokenIds]:
+    """The beginnings of all texts one after the other, and the ends that are held out."""
+    before, after = np.array(begin, np.int64), np.array([] if end is None else [end], np.int64)
+    train, held_out = (
+        np.concatenate([piece for part in documents for piece in (before, part[side], after)]) for side in (0, 1)
+    )
+    return train, held_out
+
+
+def _split_tokens(ids: TokenIds, hold_out: float) -> tuple[TokenIds, TokenIds]:
     cut = round(len(ids) * (1 - hold_out))
-    if ids.ndim == 1:
-        return [ids[:cut].tolist()], [ids[cut:].tolist()]
-    return ids[:cut].tolist(), ids[cut:].tolist()
-
-
-def _fills_row(streams: list[list[int]], length: int) -> bool:
-    return any(len(ids) >= length for ids in streams)
-
-
-def _rows(streams: list[list[int]], length: int) -> Tensor:
-    """Whole rows of streams; the rest of a stream that fills none is left out."""
-    rows = [torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length) for ids in streams]
-    return torch.cat(rows) if rows else torch.empty((0, length), dtype=torch.int64)
+    return ids[:cut], ids[cut:]
 
 
 def _hashes(*paths: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from kraken_compiler.lanes.logits import is_causal, lane_logits
 from kraken_compiler.lanes.reference import read_from_source
 from kraken_compiler.passes.sample_inputs import vocabulary
 from kraken_compiler.texts.read import (
+    beginning_of_text,
     load_tokenizer,
     longest_row,
     read_text,
@@ -118,11 +119,14 @@ def calibration_text(captured: Capture, paths: Sequence[Path], tokens: int) -> C
     def tokenize(text: str) -> list[int]:
         return token_ids(tokenizer(), text, vocabulary(captured.program), "--calibrate", special=False)
 
-    rows = [text_rows for text in texts if (text_rows := _rows(text, quota, row, tokenize))]
+    begin = [] if all(isinstance(text, np.ndarray) for text in texts) else beginning_of_text(tokenizer())
+    rows = [text_rows for text in texts if (text_rows := _rows(text, quota, row, tokenize, begin))]
     source = lane_logits(captured.program, read_from_source(captured.program, captured.store.read))
     rules = token_rules(captured.program.call, captured.program.inputs)
+    # Where every text begins with the same tokens, every row has them, and the next ones have them before them.
     singles = (
         bool(rows)
+        and not begin
         and broken_rule(rules, {BATCH: 1, SEQUENCE: 1}) is None
         and is_causal(source, torch.tensor(rows[0][:_UNSEEN_ROWS_AT_ONCE]))
     )
@@ -192,18 +196,19 @@ def _read_file(captured: Capture, file: Path) -> str | TokenIds:
     return read_text(file, "--calibrate")
 
 
-def _rows(text: str | TokenIds, count: int, row: int, tokenize: Tokenize) -> list[list[int]]:
-    """At most `count` rows of `row` tokens, spread over a text."""
+def _rows(text: str | TokenIds, count: int, row: int, tokenize: Tokenize, begin: list[int]) -> list[list[int]]:
+    """At most `count` rows of `row` tokens, spread over a text; those of text begin as every text begins."""
     if not isinstance(text, str):
         return spread(token_rows(text, row), count).tolist()
-    span = row * _CHARACTERS_PER_TOKEN
+    own = max(1, row - len(begin))
+    span = own * _CHARACTERS_PER_TOKEN
     if len(text) <= count * span:
         ids = tokenize(text)
-        return [ids[start : start + row] for start in range(0, len(ids) - row + 1, row)][:count]
+        return [begin + ids[start : start + own] for start in range(0, len(ids) - own + 1, own)][:count]
     step = len(text) // count
     starts = [number * step for number in range(count)]
     pieces = (tokenize(_from_line_start(text, start, span)) for start in starts)
-    return [ids[:row] for ids in pieces if len(ids) >= row]
+    return [begin + ids[:own] for ids in pieces if len(ids) >= own]
 
 
 def _from_line_start(text: str, start: int, length: int) -> str:
