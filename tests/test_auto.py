@@ -247,7 +247,7 @@ def test_degrees_that_cannot_be_had_are_left_out_unless_they_are_named(
 
 def test_a_kraken_model_has_its_degree(machines: dict[str, Path]) -> None:
     config = KrakenConfig(layers=2, width=16, heads=1, degree=2, vocabulary=64, context=64)
-    with pytest.raises(UsageError, match="--auto: a Kraken model has the lanes"):
+    with pytest.raises(UsageError, match="--auto: a Kraken model runs in the form that it was trained in"):
         compile_model(KrakenLM(config).eval(), None, auto=True, machine=str(machines["four"]))
 
 

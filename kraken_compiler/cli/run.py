@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kraken_compiler.cli.console import EXIT_CODES, errors_as_exit_codes, quiet_libraries, run_app, set_up_logging
+from kraken_compiler.cli.console import EXIT_CODES, around_command, run_app
 from kraken_compiler.errors import UsageError
 from kraken_compiler.generate.request import NEW_TOKENS, RunOptions, options_app
+from kraken_compiler.options.command_line import Output
 
 _DESCRIPTION = """Run an artifact on this machine, one process per lane, and print the continuation of prompts.
 
@@ -26,8 +27,7 @@ _CHUNK = 1 << 16
 
 def run(options: RunOptions) -> None:
     """Start the ranks, and wait for them."""
-    set_up_logging(options.verbose)
-    with errors_as_exit_codes(options.json), quiet_libraries(options.verbose):
+    with around_command(Output(json=options.json, verbose=options.verbose)):
         options.check()
         # Imported late, so that --help answers at once.
         from kraken_compiler.artifact.read import open_artifact

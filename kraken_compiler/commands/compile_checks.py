@@ -3,19 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from kraken_compiler.artifact.replaceable import resolved
 from kraken_compiler.backends.base import Backend
 from kraken_compiler.errors import UsageError
-from kraken_compiler.ir.schedule import AUTO
+from kraken_compiler.ir.schedule import AUTO, OVERLAPS
+from kraken_compiler.ir.shards import AFFINITY, ORDER
 from kraken_compiler.latency.machine import Machine, load_machine
+from kraken_compiler.latency.predict import Load
 from kraken_compiler.options.compile import CompileOptions
+from kraken_compiler.passes.lower import require_embedding
+from kraken_compiler.quality.assignment.on_model import require_lanes_choice
 from kraken_compiler.quality.budget import Budget
 
 
-def asked_degrees(options: CompileOptions) -> tuple[int | None, ...]:
+@dataclass(frozen=True)
+class Asked:
+    """What a rewrite is asked for.
+
+    Attributes:
+        options: As they were given.
+        is_plan: Nothing is written, and no weight is read.
+        degrees: The degrees; None is the compiler's own choice.
+        lanes: How lanes get their heads and columns.
+        texts: What is calibrated on.
+        budget: What may be lost, if forms are chosen by that.
+        machine: The machine whose times are predicted, if any.
+        load: What it is asked for.
+        dumps: Where the graphs of all passes go, if anywhere.
+    """
+
+    options: CompileOptions
+    is_plan: bool
+    degrees: tuple[int | None, ...]
+    lanes: str
+    texts: tuple[Path, ...]
+    budget: Budget | None
+    machine: Machine | None
+    load: Load
+    dumps: Path | None
+
+    @classmethod
+    def of(cls, options: CompileOptions, *, is_plan: bool) -> Self:
+        """Read the options.
+
+        Raises:
+            UsageError: One of them is none of its choices, or does not go with another.
+            InputFileError: The machine's file cannot be read.
+        """
+        if options.overlap not in OVERLAPS:
+            raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
+        require_embedding(options.embedding)
+        # Without text the model is run for nothing else, and is of little use in a form that changes it.
+        lanes = options.lanes or (AFFINITY if options.calibrate else ORDER)
+        require_lanes_choice(lanes)
+        return cls(
+            options,
+            is_plan,
+            _asked_degrees(options),
+            lanes,
+            tuple(Path(one) for one in options.calibrate),
+            _asked_budget(options, is_plan=is_plan),
+            _asked_machine(options, is_plan=is_plan),
+            Load(options.prompt, 1, options.new_tokens),
+            Path(options.dump_directory) if options.dump_directory is not None else None,
+        )
+
+
+def _asked_degrees(options: CompileOptions) -> tuple[int | None, ...]:
     """The degrees that were asked for; None is the compiler's own choice.
 
     Raises:
@@ -27,7 +85,7 @@ def asked_degrees(options: CompileOptions) -> tuple[int | None, ...]:
     return degrees
 
 
-def asked_budget(options: CompileOptions, *, is_plan: bool) -> Budget | None:
+def _asked_budget(options: CompileOptions, *, is_plan: bool) -> Budget | None:
     """What may be lost, if a budget was named.
 
     Raises:
@@ -47,7 +105,7 @@ def asked_budget(options: CompileOptions, *, is_plan: bool) -> Budget | None:
     return Budget(options.max_kl, options.max_perplexity_increase)
 
 
-def asked_machine(options: CompileOptions, *, is_plan: bool) -> Machine | None:
+def _asked_machine(options: CompileOptions, *, is_plan: bool) -> Machine | None:
     """The machine whose times are predicted, if one was named.
 
     Raises:
@@ -59,7 +117,7 @@ def asked_machine(options: CompileOptions, *, is_plan: bool) -> Machine | None:
         _require_auto(options, has_budget)
     elif options.machine is not None and not is_plan and not has_budget:
         raise UsageError("--machine predicts times for --plan, for --auto, or for a budget: --max-kl")
-    elif len(asked_degrees(options)) > 1 and (options.machine is None or not is_plan):
+    elif len(_asked_degrees(options)) > 1 and (options.machine is None or not is_plan):
         raise UsageError(
             "one --degree is compiled at a time; several can be compared: --plan --machine, or chosen from: --auto"
         )
@@ -95,6 +153,7 @@ def require_no_form(options: CompileOptions) -> None:
             "--lanes": options.lanes is not None,
             "--calibrate": bool(options.calibrate),
             "--embedding": options.embedding != AUTO,
+            "--auto": options.auto,
         },
         "a Kraken model runs in the form that it was trained in; leave it out",
     )

@@ -121,7 +121,7 @@ def test_before_the_weights(
     """A compile and a plan end with one line, and no lane is made before."""
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     damaged(llama, model, name)
-    monkeypatch.setattr("kraken_compiler.commands.compile.stages", None)
+    monkeypatch.setattr("kraken_compiler.commands.rewriting.stages", None)
     options = ["--plan"] if plan else ["-o", tmp_path / "out"]
     line = refused(5, model, "--degree", "2", *options, watched=tmp_path)
     assert "the tokenizer cannot be loaded" in line
@@ -132,7 +132,7 @@ def test_another_model_s_tokenizer(llama: Path, tmp_path: Path, monkeypatch: pyt
     """One that makes tokens of plain text which the model does not know is no tokenizer of this model."""
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     tokenizer().save_pretrained(model)  # of 259 tokens, of which plain text has some beyond the model's 97
-    monkeypatch.setattr("kraken_compiler.commands.compile.stages", None)
+    monkeypatch.setattr("kraken_compiler.commands.rewriting.stages", None)
     line = refused(5, model, "--degree", "2", "-o", tmp_path / "out")
     assert "the model knows 0 to 96: they do not belong together" in line
 
