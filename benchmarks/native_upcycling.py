@@ -1,0 +1,89 @@
+"""Is it worth beginning a Kraken model with the weights of a standard one?
+
+    python benchmarks/own_tokens.py streams --rows 4096
+    python benchmarks/native_upcycling.py streams/model --tokens streams/fit.npy --steps 240 --rates 1e-3,2e-3
+
+A Kraken model that has the layers and heads of a standard one, and lanes as wide as their heads, is trained on the
+same rows four times: from first weights that are drawn or from the standard model's (`--from`), on the next token or on
+the standard model's predictions (`--teacher`), every one at every learning rate. Perplexity is that of rows which
+nobody was trained on. What is printed comes from `kraken-train`'s own records, which stay in OUT: a call that was
+interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from ttft_parts.report import table
+
+from kraken_compiler.cli.console import ConsoleProgress
+from kraken_compiler.commands.train import RECORD_FILE, train_model
+from kraken_compiler.native import KrakenConfig
+from kraken_compiler.training.from_scratch.settings import TrainSettings
+
+WAYS = {"drawn": {}, "upcycled": {"begin": None}, "drawn, distilled": {"teacher": None}}
+WAYS["upcycled, distilled"] = {**WAYS["upcycled"], **WAYS["drawn, distilled"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a GPT-2 whose embedding is its head, as a directory")
+    parser.add_argument("--tokens", type=Path, required=True, help="token ids, [rows, tokens] in a .npy file")
+    parser.add_argument("--degree", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), default=(1e-3, 2e-3))
+    parser.add_argument("--out", type=Path, default=Path("native-upcycling"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = kraken_config(options.model, options.degree)
+    records = {(way, rate): _record(options, config, way, rate) for way, rate in product(WAYS, options.rates)}
+    count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(options.model).parameters())
+    trained = next(iter(records.values()))["trained_on_tokens"]
+    print(f"{config.parameters:,} parameters, {config.degree} lanes of width {config.width}; standard: {count:,}")
+    print(f"perplexity of held-out rows before training and after {trained:,} tokens, by learning rate\n")
+    rows = []
+    for way in WAYS:
+        runs = [records[way, rate] for rate in options.rates]
+        after = [f"{run['after']['perplexity']:.2f}" for run in runs]
+        rows.append((way, f"{runs[0]['before']['perplexity']:.1f}", *after))
+    print("\n".join(table(("first weights", "before", *(f"at {rate:g}" for rate in options.rates)), rows)))
+    return 0
+
+
+def kraken_config(model: Path, degree: int) -> KrakenConfig:
+    """The Kraken model that can begin with the weights of a GPT-2."""
+    standard = AutoConfig.from_pretrained(model)
+    heads = standard.num_attention_heads // degree
+    return KrakenConfig(
+        layers=standard.num_hidden_layers,
+        width=standard.hidden_size // degree,
+        heads=heads,
+        degree=degree,
+        vocabulary=standard.vocab_size,
+        context=standard.max_position_embeddings,
+    )
+
+
+def _record(options: argparse.Namespace, config: KrakenConfig, way: str, rate: float) -> dict[str, Any]:
+    name = f"{way.replace(', ', '-')}-{rate:g}-{options.steps}"
+    target = options.out / name
+    if not target.exists():
+        settings = TrainSettings(
+            steps=options.steps, batch=options.batch, sequence=config.context, learning_rate=rate, precision="float32"
+        )
+        standard_models = dict.fromkeys(WAYS[way], str(options.model))
+        with ConsoleProgress(quiet=False).stage(name):
+            train_model(config, settings, tokens=[options.tokens], output=target, **standard_models)
+    record: dict[str, Any] = json.loads((target / RECORD_FILE).read_text())
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main())
