@@ -102,6 +102,20 @@ def test_a_model_that_computes_no_numbers() -> None:
     assert "KL to the source not a number nats/token" in quality.lines()[0]
 
 
+def test_tokens_that_neither_model_ever_gives_count_nothing() -> None:
+    source, rewritten = table_model(0), table_model(1)
+    never = torch.arange(VOCAB) >= VOCAB - 3
+    ids = torch.arange(VOCAB - 3)[None]
+    masked = evaluate(
+        lambda ids: source(ids).masked_fill(never, -math.inf),
+        lambda ids: rewritten(ids).masked_fill(never, -math.inf),
+        [ids],
+        "numbers",
+    )
+    without = evaluate(lambda ids: source(ids)[..., ~never], lambda ids: rewritten(ids)[..., ~never], [ids], "numbers")
+    assert masked == without
+
+
 def test_half_precision_logits_are_compared_in_full() -> None:
     model = table_model(0)
     quality = evaluate(model, lambda ids: model(ids).bfloat16(), [torch.arange(VOCAB)[None]], "numbers")

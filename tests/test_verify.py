@@ -311,6 +311,27 @@ def test_errors() -> None:
     assert all(map(math.isnan, largest_errors((one[0], nan[0]), one)))
 
 
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_what_is_filled_in_hides_no_error(fill: float) -> None:
+    want = torch.tensor([[1.0, -4.0, fill], [2.0, 3.0, fill]])
+    assert errors(want, want) == (0, 0)
+    wrong = want.clone()
+    wrong[0, 0] += 0.5
+    assert errors(wrong, want) == (0.5, 0.125)
+    wrong[1, 2] = -5.0
+    assert not errors(wrong, want)[1] < 0.5, "and it must be filled in alike"
+    everywhere = torch.full((4,), fill)
+    assert errors(everywhere, everywhere) == (0, 0)
+    once = torch.tensor([1.0, -math.inf])
+    assert errors(once, once) == (0, 0)
+    assert not errors(torch.zeros(4), everywhere)[1] < 0.5
+
+
+def test_large_values_are_a_measure_where_they_are_computed() -> None:
+    want = torch.tensor([1000.0, 1000.5, 1.0, 2.0])
+    assert errors(want + torch.tensor([0.0, 0.0, 0.1, 0.0]), want)[1] == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_a_rank_that_computes_nan_is_never_hidden_by_others() -> None:
     want = (torch.ones(2, 3),)
     wrong = (torch.tensor([[1.0, math.nan, math.inf], [1.0, 1.0, 1.0]]),)

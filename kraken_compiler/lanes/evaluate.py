@@ -166,13 +166,19 @@ def _compare_row(row: Tensor, p_SV: Tensor, q_SV: Tensor) -> list[Tensor]:
     following = row[1:, None]
     ones = torch.ones(row.shape[0], dtype=torch.float64)
     return [
-        F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double(),
+        divergence(log_q, log_p).double(),
         (log_p.argmax(-1) == log_q.argmax(-1)).double(),
         -log_q[:-1].gather(-1, following)[:, 0].double(),
         -log_p[:-1].gather(-1, following)[:, 0].double(),
         ones,
         ones[1:],
     ]
+
+
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) in nats, [...], of logarithms of probabilities [..., V]; what p never gives counts nothing."""
+    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    return terms.masked_fill_(log_p == -math.inf, 0.0).sum(-1)
 
 
 def _exp(value: float) -> float:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken_compiler.lanes.evaluate import divergence
+
 _ELEMENTS_AT_ONCE = 1 << 23
 """Log-probabilities in float32 that are held at a time: 32 MiB of each model's."""
 
@@ -40,7 +42,7 @@ class _Distillation(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         for q_logits, p_logits in zip(torch.split(student_TV, rows), torch.split(teacher_TV, rows), strict=True):
             log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (q_logits, p_logits))
-            total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            total += divergence(log_q, log_p).sum()
             if needs_gradient:
                 p_logits.copy_(log_q.exp_().sub_(log_p.exp_()))
         if needs_gradient:

@@ -13,7 +13,7 @@ from kraken_compiler.generate.sampling import Sampling
 from kraken_compiler.ir.size_checks import require_generation
 from kraken_compiler.lanes.reference import StreamingProgram
 from kraken_compiler.passes.sample_inputs import sample_inputs
-from kraken_compiler.verify.compare import Comparison, largest_errors
+from kraken_compiler.verify.compare import Comparison, largest_errors, without_fill
 from kraken_compiler.verify.noise import measure_noise
 from kraken_compiler.verify.tolerances import computed_dtypes, rank_tolerance
 
@@ -82,7 +82,8 @@ def _worst_choice(
             token = chosen[step]
             assert token is not None, "nothing ends a row"
             scores = of_row.double()
-            worst = max(worst, ((scores.max() - scores[token]) / scores.abs().max()).item())
+            computed, _ = without_fill(scores, scores)
+            worst = max(worst, ((scores.max() - scores[token]) / computed.abs().max()).item())
             row.append(token)
         if step + 1 < NEW_TOKENS:
             logits = _last_logits(streaming, rows)
