@@ -228,12 +228,45 @@ def test_attention_masks_follow_the_sequence() -> None:
     assert captured.program.inputs[1].shape == ("batch", 1, "sequence", "sequence")
 
 
+class Scaled(Model):
+    """Numbers and flags among its arguments, with defaults."""
+
+    def forward(
+        self, ids: Tensor, start: int = 0, scale: float = 1.0, causal: bool = True, extra: Any = None
+    ) -> Tensor:
+        assert extra is None
+        return self.embed(ids) * scale + start + (0 if causal else 5)
+
+
+@pytest.mark.parametrize(
+    ("captured_with", "call", "wrong"),
+    [
+        ({}, {}, None),
+        ({}, {"start": 0, "causal": True, "extra": None}, None),
+        ({}, {"start": 3}, "compiled with start=0 and cannot be called with another value"),
+        ({}, {"causal": None}, "compiled with causal=True and cannot be called with another value"),
+        ({"start": 3}, {"start": 3}, None),
+        ({"start": 3}, {}, "compiled with start=3, and a call that leaves it out means 0: give start=3"),
+        ({"start": 0, "causal": True}, {}, None),
+        ({"scale": 2.0}, {"scale": 2.0, "causal": False}, "compiled with causal=True"),
+    ],
+)
+def test_numbers_that_a_call_leaves_out(captured_with: dict[str, Any], call: dict[str, Any], wrong: str | None) -> None:
+    model = Scaled()
+    captured = capture(model, example_inputs={"ids": IDS, **captured_with})
+    if wrong is None:
+        assert torch.equal(run(captured, IDS, **call), model(IDS, **call))
+    else:
+        with pytest.raises(UsageError, match=wrong):
+            run(captured, IDS, **call)
+
+
 def test_bad_calls_name_the_argument_and_the_way_out() -> None:
     captured = capture(Model(), example_inputs=example(double=True))
     with pytest.raises(UsageError, match="compiled with double=True and cannot be called with another value"):
         run(captured, IDS, torch.ones(2, 16), double=False)
     with pytest.raises(UsageError, match="needs the argument 'mask'; it takes ids, mask"):
-        run(captured, IDS)
+        run(captured, IDS, double=True)
     with pytest.raises(UsageError, match=r"without the argument 'extra', so it may only be None; .*--input extra="):
         run(captured, IDS, torch.ones(2, 16), extra=IDS)
     with pytest.raises(UsageError, match="no argument 'masc'; it takes ids, mask"):
@@ -243,8 +276,8 @@ def test_bad_calls_name_the_argument_and_the_way_out() -> None:
     with pytest.raises(UsageError, match="takes 4 positional arguments, 5 were given"):
         run(captured, IDS, IDS, IDS, IDS, IDS)
     with pytest.raises(UsageError, match=r"'ids' of .* must have shape \[batch, sequence\], got \[2\]"):
-        run(captured, IDS[:, 0], torch.ones(2, 16))
-    assert run(captured, IDS, torch.ones(2, 16), extra=None)["hidden"].shape == (2, 16, 8)
+        run(captured, IDS[:, 0], torch.ones(2, 16), double=True)
+    assert run(captured, IDS, torch.ones(2, 16), double=True, extra=None)["hidden"].shape == (2, 16, 8)
 
 
 def test_example_inputs_are_asked_for() -> None:

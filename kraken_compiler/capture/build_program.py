@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,20 @@ Scalar = bool | int | float | str | None
 
 
 def build_program(
-    exported: ExportedProgram, *, parameters: Sequence[str] = (), model_class: str = ""
+    exported: ExportedProgram,
+    *,
+    parameters: Sequence[str] = (),
+    defaults: Mapping[str, Scalar] | None = None,
+    implied: Sequence[str] = (),
+    model_class: str = "",
 ) -> tuple[Program, tuple[str, ...]]:
     """Turn an exported program into ours, on the CPU; the graph is taken over, not copied.
 
     Args:
         exported: The traced model, free of in-place ops.
         parameters: Names of `forward`'s parameters in positional order; those of the captured call if unknown.
+        defaults: What `forward` takes for arguments that a call leaves out, as far as that is known.
+        implied: Names of arguments that the captured call had though the user did not give them.
         model_class: The source model's class.
 
     Returns:
@@ -88,6 +95,8 @@ def build_program(
         out_tree=compat.tree_dumps(compat.out_spec(exported)),
         out_names=tuple(names),
         model_class=model_class,
+        defaults=dict(defaults or {}),
+        implied=tuple(implied),
         none_inputs={
             name: nones
             for name, (_, args) in call_inputs.items()

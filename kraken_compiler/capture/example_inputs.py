@@ -45,10 +45,12 @@ class CallExample:
     Attributes:
         args: Positional arguments; empty unless the signature forces them.
         kwargs: Named arguments.
+        implied: Names of those that the user did not give.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    implied: tuple[str, ...] = ()
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> CallExample:
         """The same call with every tensor replaced."""
@@ -56,7 +58,7 @@ class CallExample:
         def leaf(value: Any) -> Any:
             return function(value) if isinstance(value, Tensor) else value
 
-        return CallExample(compat.tree_map(leaf, self.args), compat.tree_map(leaf, self.kwargs))
+        return CallExample(compat.tree_map(leaf, self.args), compat.tree_map(leaf, self.kwargs), self.implied)
 
     @contextmanager
     def spelled_out(self, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -331,7 +333,7 @@ def _without_cache(model: nn.Module, example: CallExample) -> CallExample:
         return example
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return example
-    return CallExample(kwargs=example.kwargs | {"use_cache": False})
+    return CallExample(kwargs=example.kwargs | {"use_cache": False}, implied=("use_cache",))
 
 
 def _required_dynamic(tensor: Tensor) -> range:

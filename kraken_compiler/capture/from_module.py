@@ -58,8 +58,13 @@ def capture_module(
         example = resolve(model, example_inputs, input_specs)
         exported = export_module(model, example)
         training_notes = training_mode_notes(model, example)
-    parameters = forward_parameters(model)
-    program, notes = build_program(exported, parameters=parameters, model_class=class_name(model))
+    program, notes = build_program(
+        exported,
+        parameters=forward_parameters(model),
+        defaults=forward_defaults(model),
+        implied=example.implied,
+        model_class=class_name(model),
+    )
     refuse_unread(program, model, example)
     store = MemoryStore(exported.state_dict)
     origin = Origin(
@@ -82,6 +87,12 @@ def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     if any(p.kind in (kinds.POSITIONAL_ONLY, kinds.VAR_POSITIONAL) for p in parameters):
         return ()
     return tuple(p.name for p in parameters if p.kind in named_kinds)
+
+
+def forward_defaults(model: nn.Module) -> dict[str, bool | int | float | str | None]:
+    """What `forward` takes for arguments that a call leaves out, where that is a single value."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str | None)}
 
 
 def class_name(model: nn.Module) -> str:

@@ -36,6 +36,8 @@ class CallSpec:
         out_tree: The serialized pytree of the output.
         out_names: A name for every output leaf, for when the output class is not importable.
         model_class: The source model's class, for messages.
+        defaults: Values of arguments that a call leaves out, where they are single values; none if they are not known.
+        implied: Arguments that were fixed at capture though nobody gave them: a call need not, either.
         none_inputs: For a captured argument, which of its leaves were None; the others are tensors.
         none_outputs: Which leaves of the output were None; the others are the graph's outputs, in order.
         sizes: What the sizes of the inputs must keep to for the program to be the model's, see `ir/size_rules.py`.
@@ -47,6 +49,8 @@ class CallSpec:
     out_tree: str
     out_names: tuple[str, ...]
     model_class: str = ""
+    defaults: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    implied: tuple[str, ...] = ()
     none_inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     none_outputs: tuple[int, ...] = ()
     sizes: tuple[str, ...] = ()

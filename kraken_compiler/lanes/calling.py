@@ -39,9 +39,9 @@ def bind(call: CallSpec, inputs: Sequence[InputSpec], args: Sequence[Any], kwarg
             program was not compiled for.
     """
     arguments = _by_name(call, args, kwargs)
-    for name, value in arguments.items():
+    for name in dict.fromkeys([*arguments, *call.constants]):
         if name not in call.trees:
-            _check_constant(call, name, value)
+            _check_constant(call, name, arguments.get(name, _NO_VALUE))
     by_argument = {name: _tensors_of(call, name, arguments.get(name, _NO_VALUE)) for name in call.trees}
     next_index = dict.fromkeys(call.trees, 0)
     tensors: list[Tensor] = []
@@ -81,22 +81,33 @@ def _by_name(call: CallSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _check_constant(call: CallSpec, name: str, value: Any) -> None:
-    if value is None:
+    """Require that an argument which is no tensor is, given or left out, what it was at capture."""
+    default = call.defaults.get(name, _NO_VALUE)
+    is_given = value is not _NO_VALUE
+    if not is_given or (value is None and default is _NO_VALUE):
+        value = default
+    # Where defaults are not known, as of an archive, whoever gives nothing means what was captured.
+    if value is _NO_VALUE or (name in call.implied and value is None):
         return
-    if name in call.constants:
-        constant = call.constants[name]
-        if type(value) is type(constant) and value == constant:
-            return
-        raise UsageError(
-            f"{_model(call)} was compiled with {name}={constant!r} and cannot be called with another value; "
-            f"compile it again with example_inputs that hold {name}={_brief(value)}"
-        )
-    if name in call.parameters:
+    if name not in call.constants and name not in call.parameters:
+        raise UsageError(f"{_model(call)} has no argument '{name}'; it takes {', '.join(call.trees)}")
+    captured = call.constants.get(name, default)
+    if type(value) is type(captured) and value == captured:
+        return
+    if captured is _NO_VALUE or captured is None:
         raise UsageError(
             f"{_model(call)} was compiled without the argument '{name}', so it may only be None; to use it, compile "
             f"again with an example of it (--input {name}=DTYPE[SIZES] or example_inputs={{'{name}': ...}})"
         )
-    raise UsageError(f"{_model(call)} has no argument '{name}'; it takes {', '.join(call.trees)}")
+    if not is_given:
+        raise UsageError(
+            f"{_model(call)} was compiled with {name}={captured!r}, and a call that leaves it out means {value!r}: "
+            f"give {name}={captured!r}, or compile it again without"
+        )
+    raise UsageError(
+        f"{_model(call)} was compiled with {name}={captured!r} and cannot be called with another value; "
+        f"compile it again with example_inputs that hold {name}={_brief(value)}"
+    )
 
 
 def _tensors_of(call: CallSpec, name: str, value: Any) -> list[Tensor]:

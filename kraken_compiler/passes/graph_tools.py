@@ -90,6 +90,18 @@ def grain_of(weight: fx.Node) -> int:
     return grain(weight.meta["val"].shape[-1], scale.meta["val"].shape[-1], bits)
 
 
+def value_ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes whose values `node` depends on, itself included; not those of which only the shape is read."""
+    seen, todo = {node}, [node]
+    while todo:
+        reader = todo.pop()
+        if reader.target in SHAPE_ONLY:
+            continue
+        todo += [operand for operand in reader.all_input_nodes if operand not in seen]
+        seen.update(reader.all_input_nodes)
+    return seen
+
+
 def near_miss(reason: str, node: fx.Node) -> Rejection:
     """The reason for which a matcher that expected something else at `node` does not fire."""
     return Rejection(reason, (node.name,), module_path(node))

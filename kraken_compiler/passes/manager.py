@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class PassRunner:
         dump_directory: Where to write the graph as text after every pass.
         progress: Called with each pass's name before it runs.
         history: One record for every pass so far.
+        near: What passes so far have nearly matched, and why they did not.
         checks: Whether every program is checked after every pass, as tests do.
     """
 
@@ -44,6 +45,7 @@ class PassRunner:
     dump_directory: Path | None = None
     progress: Callable[[str], None] | None = None
     history: list[PassRecord] = field(default_factory=list)
+    near: list[Rejection] = field(default_factory=list)
 
     def run(self, program: Program, pipeline: Sequence[Pass[Any]]) -> Program:
         """Run `pipeline` over `program`, whose graph and tables are changed.
@@ -69,7 +71,8 @@ class PassRunner:
         start_time = time.perf_counter()
         result = step.run(program)
         if result.rejections:
-            raise UnsupportedModelError(result.rejections)
+            raise UnsupportedModelError(tuple(map(self._explained, result.rejections)))
+        self.near += result.near
         program = result.program or program
         program.graph.eliminate_dead_code()
         program.graph.lint()
@@ -85,6 +88,11 @@ class PassRunner:
             _dump(program, self.dump_directory / f"{len(self.history):02d}-{step.name}.txt")
         self.history.append(record)
         return program
+
+    def _explained(self, rejection: Rejection) -> Rejection:
+        """A rejection with the reason for which an earlier pass has left its node as it is."""
+        near = next((near for near in self.near if not set(near.nodes).isdisjoint(rejection.nodes)), None)
+        return rejection if near is None else replace(rejection, reason=f"{rejection.reason}: {near.reason}")
 
 
 def _by_reason(near: Sequence[Rejection]) -> dict[str, list[Rejection]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -23,8 +25,11 @@ _RESHAPES = frozenset(
 """Operators that a model may apply to token ids before it looks them up (GPT-2 flattens them)."""
 
 
+_COMPARISONS = frozenset(getattr(torch.ops.aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge"))
+
+
 def sample_inputs(
-    program: Program, batch: int, sequence: int, seed: int = 0, *, padded: bool = False
+    program: Program, batch: int, sequence: int, seed: int = 0, *, padded: bool = False, flags: bool = True
 ) -> dict[str, Tensor]:
     """Random inputs of a given batch and sequence size.
 
@@ -34,16 +39,20 @@ def sample_inputs(
         program: The program, before or after lowering.
         batch, sequence: Sizes for the program's symbolic dims; fixed dims keep theirs.
         seed: Seed of the random numbers.
-        padded: Have what may be a mask end in zeros, more of them in every row.
+        padded: Have what may be a mask end in zeros, more of them in every row, and have among the token ids those that
+            the model compares ids with: padding is more than a number there.
+        flags: What flags are; padding is the other.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = all_sizes(program, batch, sequence) or {"batch": batch, "sequence": sequence}
     inputs = {}
     for spec in program.inputs:
         shape = [sizes.get(size, sequence) if isinstance(size, str) else size for size in spec.shape]
-        inputs[spec.name] = _random(spec, shape, _rows(program, spec.name), generator)
+        inputs[spec.name] = _random(spec, shape, _rows(program, spec.name), generator, flags)
         if padded and _may_be_mask(program, spec):
             _pad(inputs[spec.name])
+        if padded:
+            _strew(inputs[spec.name], _compared_numbers(program, spec.name))
     return inputs
 
 
@@ -75,17 +84,37 @@ def _may_be_mask(program: Program, spec: InputSpec) -> bool:
 
 
 def _pad(mask: Tensor) -> None:
-    """Row r ends in r zeros, as a batch of texts of different lengths; something stays."""
+    """Row r ends in r zeros, or other flags, as a batch of texts of different lengths; something stays."""
     for row in range(1, len(mask)):
-        mask[row, ..., max(1, mask.shape[-1] - row) :] = 0
+        end = mask[row, ..., max(1, mask.shape[-1] - row) :]
+        end.copy_(~end if mask.dtype == torch.bool else torch.zeros_like(end))
 
 
-def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torch.Generator) -> Tensor:
+def _strew(ids: Tensor, numbers: list[int]) -> None:
+    """Put numbers in place of others: at the beginning of every second row, at the end of the others."""
+    for row in range(len(ids) if numbers and ids.dim() > 1 else 0):
+        count = min(row + 1, ids.shape[-1] - 1)
+        places = slice(0, count) if row % 2 else slice(ids.shape[-1] - count, None)
+        ids[row, ..., places] = numbers[row % len(numbers)]
+
+
+def _compared_numbers(program: Program, name: str) -> list[int]:
+    """The rows of an embedding that an input is compared with; none of what indexes no embedding."""
+    rows = _rows(program, name)
+    found = {
+        node.args[1]
+        for node in program.graph.nodes
+        if node.target in _COMPARISONS and isinstance(node.args[1], int) and _reshaped(node.args[0]) == name
+    }
+    return sorted(number for number in found if rows is not None and 0 <= number < rows)
+
+
+def _random(spec: InputSpec, shape: list[int], rows: int | None, generator: torch.Generator, flags: bool) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     if rows is None:
-        return torch.ones(shape, dtype=dtype)
+        return torch.full(shape, flags, dtype=dtype) if dtype == torch.bool else torch.ones(shape, dtype=dtype)
     return torch.randint(rows, shape, generator=generator).to(dtype)
 
 
@@ -131,7 +160,11 @@ def _rows_of(program: Program, table: fx.Node) -> int | None:
 
 def index_of(lookup: fx.Node) -> str:
     """Name of the node whose numbers a lookup takes, whatever their shape."""
-    node = lookup.args[1]
+    return _reshaped(lookup.args[1])
+
+
+def _reshaped(node: Any) -> str:
+    """Name of the node that some number of reshapes begin with."""
     while isinstance(node, fx.Node) and node.target in _RESHAPES:
         node = node.args[0]
     assert isinstance(node, fx.Node)

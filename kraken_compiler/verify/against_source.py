@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def compare_with_source(
         padded: Let masks hide tokens.
 
     Raises:
-        ModelFailedError: The model raised an error.
+        ModelFailedError: The model raised an error, or computes what is no number.
     """
     run = lanes or _streaming(standard, read).run_flat
     # Of a model with lanes of its own one lane was captured, which by itself computes something else.
@@ -58,9 +59,8 @@ def compare_with_source(
     inside = computed_dtypes(source)
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        sample = sample_inputs(source, batch, sequence, seed, padded=padded)
-        inputs = [*sample.values()]
-        want = _run_model(model, inputs) if model is not None else _streaming(source, read).run_flat(inputs)
+        run_source = partial(_run_model, model) if model is not None else _streaming(source, read).run_flat
+        inputs, want = _sample(source, run_source, (batch, sequence), seed, padded)
         dtypes = {one.dtype for one in want if one.is_floating_point()} | inside
         tolerance, noise = source_tolerance(dtypes), None
         try:
@@ -87,7 +87,7 @@ def compare_with_source(
         known = relative <= tolerance or is_native
         diverging = "" if known else _diverging(source, standard, read, inputs, tolerance)
         if not known and not diverging and model is not None:
-            diverging = "what torch.export captured, which is not what the model computes at this size"
+            diverging = _not_captured(run_source, _streaming(source, read).run_flat, inputs, want, tolerance)
         comparisons.append(_comparison((batch, sequence), absolute, relative, tolerance, diverging, wrong, noise))
     if is_native:
         return [replace(comparison, what="lanes against the source") for comparison in comparisons]
@@ -117,6 +117,40 @@ def _run_model(model: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: 
     except Exception as error:
         # The model's own code may raise anything at sizes or values that it does not take.
         raise ModelFailedError(f"the model itself fails there ({typed_line(error)})") from error
+
+
+def _sample(
+    source: Program, run_source: Run, size: tuple[int, int], seed: int, padded: bool
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Inputs on which the source computes numbers, and what it computes.
+
+    Flags may say what is seen or what is hidden: where all are hidden, a softmax is over nothing.
+    """
+    has_flags = any(spec.dtype == "bool" for spec in source.inputs)
+    for flags in (True, False) if has_flags else (True,):
+        inputs = [*sample_inputs(source, *size, seed, padded=padded, flags=flags).values()]
+        want = run_source(inputs)
+        if not any(bool(one.isnan().any()) for one in want):
+            return inputs, want
+    raise ModelFailedError("what the model itself computes there is no number (NaN)")
+
+
+def _not_captured(model: Run, captured: Run, inputs: list[Tensor], want: tuple[Tensor, ...], tolerance: float) -> str:
+    """What differs, where the stream of the lanes is that of the captured program."""
+
+    def differs(run: Run) -> bool:
+        have = run(inputs)
+        shapes = [[one.shape for one in outputs] for outputs in (have, want)]
+        return shapes[0] != shapes[1] or not largest_errors(have, want)[1] <= tolerance
+
+    if differs(model):
+        return "the model itself, which computes something else when it is called again: it keeps or draws something"
+    if differs(captured):
+        return (
+            "what torch.export captured, which is not what the model computes: its code asks for these sizes, or "
+            "whether it is traced"
+        )
+    return "what follows the layers, or how their attention was read: please report the model"
 
 
 def _diverging(

@@ -12,12 +12,24 @@ from torch import Tensor, nn
 
 import kraken_compiler
 from kraken_compiler.capture import capture
-from kraken_compiler.errors import UnsupportedModelError
+from kraken_compiler.errors import UnsupportedModelError, VerificationError
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.verify.compare import errors
 from tests.lane_decoder import LaneDecoder
-from tests.reports.small_models import COLUMNS, EXAMPLE, FFN, HEADS, LM, TOLERANCE, Attention, D, relative_error, tokens
+from tests.reports.small_models import (
+    COLUMNS,
+    EXAMPLE,
+    FFN,
+    HEADS,
+    LM,
+    TOLERANCE,
+    VOCABULARY,
+    Attention,
+    D,
+    relative_error,
+    tokens,
+)
 from tests.test_cache_families import one_by_one
 
 pytestmark = pytest.mark.slow
@@ -188,6 +200,30 @@ class EmptyWrites(FFN):
         return self.down(hidden) + self.down(self.up(x_BSD))
 
 
+class GatedHalves(Attention):
+    """Half of what a head gives gates the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(D, 4 * D)
+
+    def split(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.qkv(x_BSD).split([D, D, 2 * D], -1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given, gate = super().attend(q, k, v).chunk(2, -1)
+        return given * gate.sigmoid()
+
+
+class UnusedIds(LM):
+    """Ids that are never given."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).masked_fill(torch.arange(VOCABULARY) >= VOCABULARY - 7, -torch.inf)
+
+
 EXACT = {
     "temperatures": lambda: LM(Temperatures),
     "best keys": lambda: LM(BestKeys),
@@ -202,6 +238,8 @@ EXACT = {
     "moved dims": lambda: LM(MovedDims),
     "token shift": TokenShift,
     "empty writes": lambda: LM(ffn=EmptyWrites),
+    "gated halves": lambda: LM(GatedHalves),
+    "unused ids": UnusedIds,
 }
 
 
@@ -302,7 +340,15 @@ class Conditional(FFN):
         return super().forward(torch.cond(self.condition(x_BSD), lambda x: 3 * x, lambda x: x.clone(), (x_BSD,)))
 
 
+class FoldedHeads(Attention):
+    """Heads are part of the batch."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))).view(q.shape)
+
+
 REFUSED = {
+    "folded heads": (lambda: LM(FoldedHeads), "attention.0", "scaled_dot", "no dim of heads by themselves"),
     "a branch on a size": (
         lambda: LM(ffn=partial(Conditional, lambda x: x.shape[1] > 20)),
         "ffn.0",
@@ -403,7 +449,9 @@ def test_a_size_that_is_no_number_for_a_few_tokens() -> None:
     assert "cannot be found out on a few tokens: a size is divided by one that is 0 there" in rejection.reason
 
 
-@pytest.mark.parametrize(("name", "degree"), [("batch norm", 3), ("column factors", 3), ("moved dims", 3)])
+@pytest.mark.parametrize(
+    ("name", "degree"), [("batch norm", 3), ("column factors", 3), ("moved dims", 3), ("gated halves", 2)]
+)
 def test_is_exact_with_padding_and_a_cache(name: str, degree: int) -> None:
     model = EXACT[name]()
     source = capture(model, example_inputs=EXAMPLE)
@@ -465,3 +513,62 @@ def test_operators_that_cannot_be_batched_run_lane_by_lane(monkeypatch: pytest.M
     assert relative_error(lanes, model, 3, 11) <= TOLERANCE
     lanes(torch.ones(2, 5, dtype=torch.int64)).sum().backward()
     assert all(parameter.grad is not None for parameter in lanes.parameters())
+
+
+class TokensForColumns(LM):
+    """The numbers of a token are taken for those of others."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x_BSD = super().embed(ids)
+        return x_BSD + x_BSD.reshape(len(x_BSD), D, x_BSD.shape[1]).transpose(1, 2)
+
+
+def test_a_reshape_that_takes_tokens_for_something_else_has_no_cache() -> None:
+    source = capture(TokensForColumns(), example_inputs=EXAMPLE)
+    program, _ = lower(source.program, 2, "standard")
+    assert "takes the sequence for another dim" in program.no_cache
+
+
+class CountsCalls(LM):
+    calls = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(ids) * self.calls
+
+
+class AsksForGradients(LM):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * (2 if torch.is_grad_enabled() else 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"), [(CountsCalls, "when it is called again"), (AsksForGradients, "whether it is traced")]
+)
+def test_what_the_model_does_that_its_trace_does_not(model: Callable[[], nn.Module], cause: str) -> None:
+    with pytest.raises(VerificationError, match=cause):
+        kraken_compiler.transform(model(), 2, "standard", example_inputs=EXAMPLE)
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, to which a true flag means that a token is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, D), nn.Linear(D, VOCABULARY)
+        layer = nn.TransformerEncoderLayer(D, HEADS, COLUMNS, batch_first=True)
+        # Nested tensors have zeros where tokens are hidden, and only where it is not traced.
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.eval()
+
+    def forward(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        return self.head(self.layers(self.tokens(ids), src_key_padding_mask=hidden))
+
+
+def test_flags_that_hide_everything_are_not_what_is_compared() -> None:
+    model = Encoder()
+    example = (*EXAMPLE, torch.zeros(2, 16, dtype=torch.bool))
+    lanes = kraken_compiler.transform(model, 2, "standard", example_inputs=example)
+    hidden = torch.arange(9) >= torch.tensor([9, 6, 4])[:, None]
+    with torch.no_grad():
+        assert errors(lanes(tokens(3, 9), hidden), model(tokens(3, 9), hidden))[1] <= TOLERANCE

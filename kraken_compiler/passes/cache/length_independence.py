@@ -20,7 +20,7 @@ from torch import fx
 from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR, SHAPE_ONLY
-from kraken_compiler.passes.cache.mixing import dims_along
+from kraken_compiler.passes.cache.mixing import dims_along, size_groups
 from kraken_compiler.passes.choosing import UNTAGGED_POINTWISE
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import (
@@ -361,7 +361,7 @@ def _argument_by_name(node: fx.Node, name: str) -> Any:
 
 def _same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
     """True if both shapes have the same symbolic sizes in the same order and equal products of plain ones between."""
-    if _groups(before) == _groups(after):
+    if size_groups(before) == size_groups(after):
         return True
     first, second = list(before), list(after)
     while first and second and same_size(first[-1], second[-1]):
@@ -369,13 +369,3 @@ def _same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
         second.pop()
     # Where only the first dim varies, an element's place in memory does not depend on how long that is.
     return not any(symbols_of(size) for size in (*first[1:], *second[1:]))
-
-
-def _groups(shape: Sequence[Any]) -> list[Any]:
-    groups: list[Any] = [1]
-    for size in shape:
-        if symbols_of(size):
-            groups += [str(size.node.expr), 1]
-        else:
-            groups[-1] *= int(size)
-    return groups

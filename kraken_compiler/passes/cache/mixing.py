@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -150,6 +151,17 @@ def _holds(size: Any, sequence: Any) -> bool:
 
 
 def _swaps(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """True for a reshape to sizes of unknown number in another order: what was one dim is taken for another."""
+    """True for a reshape after which a dim of unknown size lies elsewhere: what was one dim is taken for another."""
     orders = [[str(size.node.expr) for size in shape if symbols_of(size)] for shape in (before, after)]
-    return orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    return size_groups(before) != size_groups(after) and sorted(orders[0]) == sorted(orders[1])
+
+
+def size_groups(shape: Sequence[Any]) -> list[Any]:
+    """The sizes of unknown number in their order, and between them the products of the others."""
+    groups: list[Any] = [1]
+    for size in shape:
+        if symbols_of(size):
+            groups += [str(size.node.expr), 1]
+        else:
+            groups[-1] *= int(size)
+    return groups

@@ -35,6 +35,7 @@ from kraken_compiler.passes.shapes import (
     compute_shape,
     fake_mode_of,
     is_tensor,
+    is_tensor_or_tuple,
     same_size,
     shape_of,
     symbols_of,
@@ -117,8 +118,10 @@ class StepBuilder:
     def _can_take_picked(self, node: fx.Node, tail: set[fx.Node]) -> bool:
         """True if tokens can be picked of what a node of the tail takes from before it."""
         for operand in node.all_input_nodes:
-            if operand in tail or operand not in self.on_tokens or not is_tensor(operand):
+            if operand in tail or operand not in self.on_tokens or not is_tensor_or_tuple(operand):
                 continue
+            if not is_tensor(operand):
+                return False
             shape = shape_of(operand)
             if len(shape) != 3 or not all(map(same_size, shape[:2], shape_of(self.tokens))):
                 return False

@@ -9,7 +9,8 @@ Three-dimensional products over batch * heads (baddbmm, bmm) are brought back to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
-from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace
+from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace, value_ancestors
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -32,8 +33,14 @@ class FuseAttention(Pass[Program]):
     name: ClassVar[str] = "fuse-attention"
 
     def run(self, program: Program) -> PassResult:
+        inputs = frozenset(spec.name for spec in program.inputs)
         nodes = calls(program.graph, aten.softmax.int, aten._softmax.default)
-        return PassResult.of(_fuse(node) for node in nodes)
+        return PassResult.of(_with_softmax(_fuse(node, inputs), node.name) for node in nodes)
+
+
+def _with_softmax(outcome: bool | Rejection, softmax: str) -> bool | Rejection:
+    """An outcome that also names the softmax, which is what stays if nothing is written in its place."""
+    return replace_fields(outcome, nodes=(*outcome.nodes, softmax)) if isinstance(outcome, Rejection) else outcome
 
 
 @dataclass
@@ -51,9 +58,11 @@ class _Scores:
     sinks: fx.Node | None = None
     sizes: list[Any] | None = None
     """The arguments of the reshape to [batch, heads, queries, keys], if the product has three dims."""
+    fills: list[tuple[fx.Node, Any, fx.Node]] = field(default_factory=list)
+    """Where scores are replaced: the condition, what takes their place, and the node that does it."""
 
 
-def _fuse(softmax: fx.Node) -> bool | Rejection:
+def _fuse(softmax: fx.Node, inputs: frozenset[str]) -> bool | Rejection:
     product = _follow(softmax)
     if product is None:
         return False
@@ -69,6 +78,9 @@ def _fuse(softmax: fx.Node) -> bool | Rejection:
             return scores
         if scores.sizes is None and len(shape_of(scores.query)) != 4:
             return near_miss("the products of an attention have three dims, and none are its heads", softmax)
+    fill = next((reason for one in scores.fills if (reason := _wrong_fill(*one, inputs))), None)
+    if fill is not None:
+        return fill
     query, key, value = scores.query, scores.key, args_of(product)[1]
     dtype, out_dtype = value_of(query).dtype, value_of(product).dtype
     with graph.inserting_before(product):
@@ -245,6 +257,7 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     scores = _parse(scores_node, graph) if _is_tensor(scores_node) else near_miss("what is masked is a number", node)
     if isinstance(scores, Rejection):
         return scores
+    scores.fills.append((condition, low, node))
     dtype = value_of(scores.query).dtype
     if not isinstance(low, fx.Node):
         low = graph.call_function(aten.full.default, ([], low), {"dtype": dtype, "device": torch.device("cpu")})
@@ -252,6 +265,44 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     pair = (rest, low) if keep else (low, rest)
     scores.bias = graph.call_function(aten.where.self, (condition, *pair))
     return scores
+
+
+_HIDES = -1e3
+"""A score that is as low or lower has no probability beside any other: exp(-1000) is 0 in every type."""
+_ABSORBS = -(2.0**29)
+"""A score that is as low or lower stays what it is in float32 when the product is added to it: it is off by 32."""
+
+
+def _wrong_fill(condition: fx.Node, low: Any, node: fx.Node, inputs: frozenset[str]) -> Rejection | None:
+    """Why scores that are replaced are not what the number that takes their place, added to them, would be.
+
+    A replaced score is that number, and a sum keeps what the query and the key make of it. Both are nothing beside a
+    score that is not replaced. Where all keys of a query may be hidden, as inputs decide, the number must be so low
+    that the sum is the number.
+    """
+    value = _number(low)
+    if value is None or value <= max(_ABSORBS, torch.finfo(value_of(node).dtype).min):
+        return None
+    if value > _HIDES:
+        return near_miss(f"scores are set to {value:g}, which hides nothing: only numbers below {_HIDES:g} do", node)
+    if any(one.name in inputs for one in value_ancestors(condition)):
+        return near_miss(
+            f"scores are set to {value:g} where the inputs say so, and a token that sees no key at all would see all "
+            "alike, which an additive mask does not give; use -inf or torch.finfo(dtype).min",
+            node,
+        )
+    return None
+
+
+def _number(low: Any) -> float | None:
+    """What takes the place of scores, if the graph says it."""
+    while isinstance(low, fx.Node) and low.target in (*_CASTS, aten.expand.default, aten.reshape.default):
+        low = args_of(low)[0]
+    if isinstance(low, fx.Node) and low.target is aten.full.default:
+        low = args_of(low)[1]
+    elif isinstance(low, fx.Node) and low.target is aten.scalar_tensor.default:
+        low = args_of(low)[0]
+    return float(low) if isinstance(low, int | float) else None
 
 
 def _parse_product(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:

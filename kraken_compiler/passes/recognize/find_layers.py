@@ -175,6 +175,8 @@ def _measure(
     attentions = [node for node in nodes if node.target in ATTENTIONS]
     if len(attentions) > 1:
         return _reject("a branch holds more than one attention", attentions[1], _BRANCH_HINT)
+    if attentions and len(shape_of(attentions[0])) != 4:
+        return _reject("an attention has no dim of heads by themselves", attentions[0], _ATTENTION_HINT)
     projections = find_projections(part, nodes, weights, join.before)
     if isinstance(projections, Rejection):
         return projections
