@@ -25,6 +25,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 CAPPED_ATTENTION = torch.ops.kraken.capped_attention.default
 ATTENTIONS = frozenset({ATTENTION, CAPPED_ATTENTION})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default})
+MASKED_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 SHAPE_ONLY = frozenset(
     {
         aten.sym_size.int,

@@ -63,15 +63,10 @@ _DECODERS = (
     family("biogpt", "biogpt", {**SIZES, "max_position_embeddings": 64}),
     family("ctrl", "ctrl", {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 64, "dff": 96}),
     family("gpt_bigcode", "gpt_bigcode", GPT_SIZES, kv_heads=1),
+    # Its table of distances ends at 64 tokens.
+    family("mpt", "mpt", {"d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 64}),
 )
 _WITHOUT_CACHE = (
-    # Its table of ALiBi slopes ends at 64 tokens.
-    family(
-        "mpt",
-        "mpt",
-        {"d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 64},
-        no_cache="its mask cannot be computed for 66 tokens",
-    ),
     encoder("electra", "electra", BERT_SIZES, embedding_size=32),
     encoder("ernie", "ernie", BERT_SIZES),
     encoder("esm", "esm", BERT_SIZES, pad_token_id=0, mask_token_id=3),

@@ -21,7 +21,7 @@ from kraken_compiler.errors import first_line
 from kraken_compiler.ir.program import Program
 from kraken_compiler.passes.cache.positional_values import constant_of, draws, evaluate
 from kraken_compiler.passes.sample_inputs import token_input
-from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of
+from kraken_compiler.passes.shapes import is_tensor, shape_of, symbols_of, value_of
 
 _LONGEST = 1 << 17
 _MOST_ELEMENTS = 1 << 25
@@ -82,6 +82,20 @@ def lengths_to_try(program: Program, nodes: Sequence[fx.Node], most_elements: in
     return lengths[: max(count, 2)]
 
 
+def longest_within(program: Program, nodes: Sequence[fx.Node], most_bytes: int, longest: int) -> int:
+    """The longest sequence, up to a given one, at which no value of a graph takes more than some bytes.
+
+    Args:
+        program: A lane program whose only input is its tokens.
+        nodes: The graph.
+        most_bytes: Of memory.
+        longest: The longest sequence to consider.
+    """
+    return bisect.bisect_right(
+        range(1, longest + 1), most_bytes, key=lambda length: _elements(program, nodes, length, in_bytes=True)
+    )
+
+
 def numbers_in(program: Program, nodes: Iterable[fx.Node]) -> set[int]:
     """The numbers among the arguments of operators and the values of small constants, as whole ones, without signs."""
     numbers: set[int] = set()
@@ -113,10 +127,14 @@ def _numbers(argument: Any) -> Iterator[int]:
         yield int(argument)
 
 
-def _elements(program: Program, nodes: Sequence[fx.Node], length: int) -> int:
-    """Elements of the largest value at a length; every other size of unknown number counts as one row."""
+def _elements(program: Program, nodes: Sequence[fx.Node], length: int, *, in_bytes: bool = False) -> int:
+    """Elements of the largest value at a length, or bytes; every other size of unknown number counts as one row."""
     (sequence,) = symbols_of(shape_of(_tokens(program))[1]) or (None,)
-    sizes = [shape_of(node) for node in nodes if is_tensor(node)]
+    sizes = [
+        (*shape_of(node), value_of(node).element_size()) if in_bytes else shape_of(node)
+        for node in nodes
+        if is_tensor(node)
+    ]
     numbers = {symbol: 1 for shape in sizes for size in shape for symbol in symbols_of(size)} | {sequence: length}
 
     def number(size: Any) -> int:

@@ -35,7 +35,7 @@ from kraken_compiler.passes.shapes import (
     value_of,
 )
 
-_ELEMENTS_KEPT = frozenset(
+ELEMENTS_KEPT = frozenset(
     {
         aten.unsqueeze.default,
         aten.squeeze.dim,
@@ -68,14 +68,14 @@ _ELEMENTS_KEPT = frozenset(
 )
 """Every element of the result comes from the elements at the same places, wherever a dim ends."""
 
-_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints})
-_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints})
+RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _FILLED = SHAPE_ONLY | {
     aten.zeros.default,
     aten.ones.default,
     aten.full.default,
     aten.empty.memory_format,
-    *_RANGES,
+    *RANGES,
 }
 _ALONG_DIM = {
     aten.cat.default: 1,
@@ -106,12 +106,15 @@ class LengthIndependence:
 
     Args:
         tokens: The token input, [batch, sequence].
+
+    Attributes:
+        sequence: The size of the tokens' second dim.
     """
 
     def __init__(self, tokens: fx.Node) -> None:
         self._tokens = tokens
-        batch, self._sequence = shape_of(tokens)
-        self._count_symbols = symbols_of(batch) | symbols_of(self._sequence)
+        batch, self.sequence = shape_of(tokens)
+        self._count_symbols = symbols_of(batch) | symbols_of(self.sequence)
         self._steady: dict[fx.Node, bool] = {tokens: False}
         self._shifted: dict[fx.Node, bool] = {}
 
@@ -140,7 +143,7 @@ class LengthIndependence:
     def may_differ_by_row(self, node: fx.Node) -> bool:
         """True if the numbers of a batch's rows are among what `node` is computed from."""
         batch = symbols_of(shape_of(self._tokens)[0])
-        ranges = (one for one in ancestors(node) if one.target in _RANGES)
+        ranges = (one for one in ancestors(node) if one.target in RANGES)
         ends = (end for one in ranges if isinstance(end := _range(one)[1], fx.Node))
         return any(bool(symbols_of(end.meta["val"]) & batch) for end in ends)
 
@@ -187,7 +190,7 @@ class LengthIndependence:
             return False
         if target is aten.diff.default:
             return len(args_of(node)) < 5 and "append" not in node.kwargs
-        if torch.Tag.pointwise in target.tags or target in _ELEMENTS_KEPT or target in UNTAGGED_POINTWISE:
+        if torch.Tag.pointwise in target.tags or target in ELEMENTS_KEPT or target in UNTAGGED_POINTWISE:
             return True
         if not any(self._varies(one, dim) for one in tensors if is_tensor(one) for dim in range(len(shape_of(one)))):
             return all(not self._varies(node, dim) for dim in range(len(shape_of(node)))) if is_tensor(node) else True
@@ -196,7 +199,7 @@ class LengthIndependence:
     def _is_filled(self, node: fx.Node) -> bool:
         """A constant of any shape, or the numbers of the tokens from the first one on."""
         target = node.target
-        if target in _RANGES:
+        if target in RANGES:
             start, _, step = _range(node)
             return not isinstance(start, fx.Node) and not isinstance(step, fx.Node)
         shapes = {one for name in SHAPE_ARGUMENTS for one in _nodes(_argument_by_name(node, name))}
@@ -221,12 +224,12 @@ class LengthIndependence:
 
     def _keeps_places(self, node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
         target, operand = node.target, tensors[0]
-        if target in _RESHAPES:
-            return _same_groups(shape_of(operand), shape_of(node))
+        if target in RESHAPES:
+            return same_groups(shape_of(operand), shape_of(node))
         if target in _ALONG_DIM:
             rank = len(shape_of(operand)) + (target is aten.stack.default)
             dims = dims_along(node, _ALONG_DIM[target], rank)
-            if target is aten.cumsum.default and same_size(shape_of(operand)[dims[0]], self._sequence):
+            if target is aten.cumsum.default and same_size(shape_of(operand)[dims[0]], self.sequence):
                 return True
             if target is aten.stack.default:
                 return True
@@ -262,12 +265,12 @@ class LengthIndependence:
             return all(self.is_shifted(one) for one in node.all_input_nodes if is_tensor(one)) and not node.kwargs
         if target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
             return self._is_scaled(node)
-        if target in (aten.neg.default, *_ELEMENTS_KEPT) and target not in _MOVING:
+        if target in (aten.neg.default, *ELEMENTS_KEPT) and target not in _MOVING:
             operand = node.all_input_nodes[0]
             # What is rounded to whole numbers is not shifted by what it was shifted by before.
             is_rounding = value_of(operand).is_floating_point() and not value_of(node).is_floating_point()
             return not is_rounding and self.is_shifted(operand)
-        if target in _RESHAPES:
+        if target in RESHAPES:
             operand = values[0]
             same_end = bool(shape_of(operand)) and same_size(shape_of(operand)[-1], shape[-1])
             return same_end and self.is_shifted(operand)
@@ -326,11 +329,11 @@ def _range(node: fx.Node) -> tuple[Any, Any, Any]:
 
 def _counts_up(node: fx.Node) -> bool:
     """True for the numbers from a first one that is not negative, in whatever shape."""
-    while node.target in (*_ELEMENTS_KEPT, *_RESHAPES, aten.slice.Tensor, aten.add.Tensor):
+    while node.target in (*ELEMENTS_KEPT, *RESHAPES, aten.slice.Tensor, aten.add.Tensor):
         if node.target is aten.add.Tensor and not (isinstance(args_of(node)[1], int) and args_of(node)[1] >= 0):
             return False
         node = node.all_input_nodes[0]
-    start, _, step = _range(node) if node.target in _RANGES else (-1, 0, 0)
+    start, _, step = _range(node) if node.target in RANGES else (-1, 0, 0)
     return isinstance(start, int) and isinstance(step, int) and start >= 0 and step > 0
 
 
@@ -359,7 +362,7 @@ def _argument_by_name(node: fx.Node, name: str) -> Any:
     return node.kwargs.get(name)
 
 
-def _same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
+def same_groups(before: Sequence[Any], after: Sequence[Any]) -> bool:
     """True if both shapes have the same symbolic sizes in the same order and equal products of plain ones between."""
     if size_groups(before) == size_groups(after):
         return True
