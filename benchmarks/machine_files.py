@@ -11,6 +11,7 @@ of them idle. `kraken-probe` measures the same on a machine at hand, which is al
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Device:
     file: str
     name: str
     peak: float
+    peak32: float
     multiprocessors: int
     bandwidth: float
     cache: float
@@ -94,12 +96,21 @@ ALL_REDUCES = {
     ),
 }
 DEVICES = (
-    Device("a100-40gb-sxm", "A100-40GB SXM with NVSwitch", 312e12, 108, 1.555e12, 40e6, "a100"),
-    Device("a100-40gb-sxm-nccl", "A100-40GB SXM with NVSwitch, NCCL alone", 312e12, 108, 1.555e12, 40e6, "a100, NCCL"),
-    Device("a100-80gb-sxm", "A100-80GB SXM with NVSwitch", 312e12, 108, 2.039e12, 40e6, "a100"),
-    Device("h100-sxm", "H100 SXM with NVSwitch", 989e12, 132, 3.35e12, 50e6, "h100"),
-    Device("h200-sxm", "H200 SXM with NVSwitch", 989e12, 132, 4.8e12, 50e6, "h100"),
-    Device("l40s-pcie", "L40S on PCIe 4.0 x16, no NVLink", 362e12, 142, 0.864e12, 96e6, "l40s"),
+    Device("a100-40gb-sxm", "A100-40GB SXM with NVSwitch", 312e12, 19.5e12, 108, 1.555e12, 40e6, "a100"),
+    Device(
+        "a100-40gb-sxm-nccl",
+        "A100-40GB SXM with NVSwitch, NCCL alone",
+        312e12,
+        19.5e12,
+        108,
+        1.555e12,
+        40e6,
+        "a100, NCCL",
+    ),
+    Device("a100-80gb-sxm", "A100-80GB SXM with NVSwitch", 312e12, 19.5e12, 108, 2.039e12, 40e6, "a100"),
+    Device("h100-sxm", "H100 SXM with NVSwitch", 989e12, 66.9e12, 132, 3.35e12, 50e6, "h100"),
+    Device("h200-sxm", "H200 SXM with NVSwitch", 989e12, 66.9e12, 132, 4.8e12, 50e6, "h100"),
+    Device("l40s-pcie", "L40S on PCIe 4.0 x16, no NVLink", 362e12, 91.6e12, 142, 0.864e12, 96e6, "l40s"),
 )
 
 
@@ -124,8 +135,8 @@ def write_hosts(rates: Sequence[str]) -> None:
 
 def toml(device: Device) -> str:
     """A machine file."""
-    peak = f"{device.peak / 1e12:g} TFLOP/s"
-    rates = ",\n    ".join(_list([_rate(device, rows, columns) for columns in COLUMNS]) for rows in ROWS)
+    half = _computing(device, device.peak, "", ("bfloat16", "float16"))
+    full = _computing(device, device.peak32, " without tensor cores, torch's default", ("float32",))
     reduces = "".join(_all_reduce(reduces) for reduces in ALL_REDUCES[device.all_reduces])
     return f"""# Written by benchmarks/machine_files.py from published figures.
 name = "{device.name}"
@@ -141,10 +152,18 @@ eager = 4e-6
 compiled = 1.5e-6
 step = 5e-5
 ahead = true
+{half}{full}{reduces}"""
 
+
+def _computing(device: Device, peak: float, how: str, dtypes: Sequence[str]) -> str:
+    """The tables of products and of attention for element types of a peak."""
+    rates = ",\n    ".join(_list([_rate(device, peak, rows, columns) for columns in COLUMNS]) for rows in ROWS)
+    of_peak = f"{peak / 1e12:g} TFLOP/s{how}"
+    names = json.dumps([*dtypes])
+    return f"""
 [[products]]
-source = "{BEST:.0%} of the data sheet's {peak}, times t / (t + {device.multiprocessors // 2}) for t tiles"
-dtypes = ["bfloat16", "float16"]
+source = "{BEST:.0%} of the data sheet's {of_peak}, times t / (t + {device.multiprocessors // 2}) for t tiles"
+dtypes = {names}
 rows = {_list(ROWS)}
 columns = {_list(COLUMNS)}
 rate = [
@@ -152,19 +171,19 @@ rate = [
 ]
 
 [[attention]]
-source = "of {peak}: causal flash attention"
-dtypes = ["bfloat16", "float16"]
+source = "of {of_peak}: causal flash attention"
+dtypes = {names}
 queries = {_list(QUERIES)}
-rate = {_list([share * device.peak for share in ATTENTION])}
-{reduces}"""
+rate = {_list([share * peak for share in ATTENTION])}
+"""
 
 
-def _rate(device: Device, rows: int, columns: int) -> float:
+def _rate(device: Device, peak: float, rows: int, columns: int) -> float:
     """FLOP/s of a product; rows that do not fill a tile are computed in vain."""
     height = next((few for few in FEWER_ROWS if rows <= few), TILE)
     split = SPLIT if height == TILE else SPLIT_OF_FEW
     tiles = -(-rows // height) * max(1.0, columns / TILE) * split
-    return device.peak * BEST * tiles / (tiles + device.multiprocessors / 2) * min(1.0, rows / height)
+    return peak * BEST * tiles / (tiles + device.multiprocessors / 2) * min(1.0, rows / height)
 
 
 def _all_reduce(reduces: Reduces) -> str:

@@ -231,6 +231,18 @@ def test_what_does_not_go_with_it(llama: Path, machines: dict[str, Path], words:
     assert "chosen from: --auto" in refused(2, llama, *budget, "--degree", "2,4")
 
 
+def test_a_text_that_nothing_would_read_is_refused(llama: Path, words: Path, tmp_path: Path) -> None:
+    """It went unopened: a file that is not there was accepted without a word."""
+    absent, out = tmp_path / "absent.txt", ("-o", tmp_path / "out")
+    assert "--text: --no-verify measures no quality" in refused(2, llama, "--no-verify", "--text", absent, *out)
+    tokens = refused(2, llama, "--no-verify", "--text-tokens", "9", *out)
+    assert "--text-tokens: --no-verify measures no quality" in tokens
+    assert "--text: --plan runs no model" in refused(2, llama, "--plan", "--text", words)
+    # What is calibrated is measured all the same.
+    read = refused(5, llama, "--no-verify", "--calibrate", words, "--text", absent, "--degree", "2", *out)
+    assert str(absent) in read
+
+
 def test_degrees_that_cannot_be_had_are_left_out_unless_they_are_named(
     llama: Path, machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

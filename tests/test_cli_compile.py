@@ -336,6 +336,7 @@ def test_help_is_fast_and_names_the_exit_codes() -> None:
     code = "import sys\nfrom kraken_compiler.cli import compile, run, verify\nprint('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     text = " ".join(done("--help").stdout.split())
+    assert "torch, onnx or vllm; several" in " ".join(text.replace("│", " ").split())
     for words in ("--degree", "--form", "3 unsupported model", "4 verification failed"):
         assert words in text
 

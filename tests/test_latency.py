@@ -109,16 +109,48 @@ def test_what_is_no_machine_is_refused(tmp_path: Path, old: str, new: str, messa
         machine(tmp_path, TOML.replace(old, new))
 
 
-def test_what_a_machine_does_not_say_is_not_guessed(tmp_path: Path, programs: dict[str, RunGraphs]) -> None:
+def test_what_a_machine_does_not_say_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no machine 'h1000'.*h100-sxm"):
         load_machine("h1000")
     found = machine(tmp_path)
     with pytest.raises(UsageError, match="has no all-reduce among 4 ranks; it has them for: 2"):
         found.reduces(4)
-    with pytest.raises(UsageError, match="no figures for products in float16; it has: float32"):
-        found.product_seconds(1, 1, 1, 1, "float16", 2)
-    with pytest.raises(UsageError, match="no figures for products in float32; it has: bfloat16, float16"):
-        Predictor(load_machine("h100-sxm")).predict(programs["standard"], Load(16))
+    with pytest.raises(UsageError, match="no figures for products in quarter; it has: float32"):
+        found.product_seconds(1, 1, 1, 1, "quarter", 2)
+
+
+def test_an_element_type_without_figures_takes_those_of_the_nearest(
+    tmp_path: Path, programs: dict[str, RunGraphs]
+) -> None:
+    """A router in float32 must not fail the plan of a model in bfloat16."""
+    in_half = machine(tmp_path, TOML.replace("float32", "bfloat16"))
+    exact = in_half.product_seconds(1, 100, 100, 1000, "bfloat16", 1)
+    assert in_half.product_seconds(1, 100, 100, 1000, "float32", 1) == pytest.approx(2 * exact)
+    assert in_half.product_seconds(1, 100, 100, 1000, "float16", 1) == exact
+    attention = in_half.attention_seconds(1e9, 16, 0, "bfloat16")
+    assert in_half.attention_seconds(
+        1e9,
+        16,
+        0,
+        "float64",
+    ) == pytest.approx(4 * attention)
+    # Narrower numbers are at least as fast.
+    assert machine(tmp_path).product_seconds(1, 100, 100, 1000, "bfloat16", 1) == exact
+    assert (in_half.note_on_products("bfloat16"), in_half.note_on_attention("bfloat16")) == ("", "")
+    lines = latency_table(programs, Predictor(in_half), prompts=(16,), batches=(1,)).lines()
+    assert lines[-2:] == [
+        f"{what} in float32 are estimated from figures for bfloat16, at 0.5 times their speed: the machine's file has "
+        "none of their own"
+        for what in ("products", "attention")
+    ]
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_machines_that_are_there_have_figures_for_float32(name: str) -> None:
+    found = load_machine(name)
+    assert (found.note_on_products("float32"), found.note_on_attention("float32")) == ("", "")
+    half, full = (found.product_seconds(1, 2048, 4096, 4096, dtype, 2) for dtype in ("bfloat16", "float32"))
+    assert "hosts" in name or full > 2 * half, "by default torch multiplies it without tensor cores"
 
 
 def test_products_take_what_is_longer_of_computing_and_moving(tmp_path: Path) -> None:

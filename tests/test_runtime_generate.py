@@ -112,6 +112,31 @@ def test_ragged_rows_are_the_rows_alone(name: str, sampling: Sampling) -> None:
         assert together[0] == continuation(lambda ids: logits_of(model, ids), prompts[0], 6)
 
 
+def say_the_sum(ids: Array) -> Array:
+    """A model that says the sum of the whole text, tokens behind a position included, and how long it is."""
+    return np.eye(100, dtype=np.float32)[np.broadcast_to((ids + 1).sum(axis=1, keepdims=True), ids.shape)]
+
+
+@pytest.mark.parametrize("takes_fewer_rows", [True, False])
+def test_rows_never_notice_those_beside_them(takes_fewer_rows: bool) -> None:
+    """Programs without a cache often have none because they are not causal, or depend on the length."""
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    seen: set[tuple[int, ...]] = set()
+
+    def whole(ids: Array) -> Array:
+        seen.add(ids.shape)
+        return say_the_sum(ids)
+
+    decoder = RecomputingDecoder(whole, 4, 20, takes_fewer_rows=takes_fewer_rows)
+    alone = [list(generate(RecomputingDecoder(say_the_sum, 1, 20), [prompt], 3)) for prompt in prompts]
+    together = zip(*generate(decoder, prompts, 3))
+    assert [list(row) for row in together] == [[token for (token,) in row] for row in alone]
+    if takes_fewer_rows:
+        assert (2, 1) in seen, "rows of one length run together"
+    else:
+        assert {batch for batch, _ in seen} == {4}
+
+
 def test_a_model_that_gives_the_last_logits_only() -> None:
     decoder = RecomputingDecoder(lambda ids: count_up(ids)[:, -1:], 2, 20)
     assert list(generate(decoder, [[3, 7, 8], [40]], 3)) == [[9, 41], [10, 42], [11, 43]]

@@ -68,6 +68,8 @@ class Source(_Record):
         answer_begins: The tokens that an encoder-decoder's answer begins with; none for other models, or if its config
             does not say.
         max_positions: The longest sequence that its config says it was made for; None if it does not say.
+        stop_tokens: The tokens that end a text, by the model's configs and its tokenizer; None in an artifact of an
+            older version, which noted none.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class Source(_Record):
     model_class: str = ""
     answer_begins: tuple[int, ...] = ()
     max_positions: Annotated[int, Field(ge=1)] | None = None
+    stop_tokens: tuple[int, ...] | None = None
 
 
 class SplitRecord(_Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,6 +94,15 @@ def stop_tokens(path: Path) -> tuple[int, ...]:
     return _ids(_object(path).get(_EOS), path)
 
 
+def stop_tokens_of_model(directory: Path) -> tuple[int, ...]:
+    """The tokens that a model directory's generation config names as those that end a text, else its config.
+
+    Raises:
+        InputFileError: A file is damaged.
+    """
+    return _ids((generation_config(directory) or {}).get(_EOS), directory)
+
+
 def generation_config(directory: Path, *, of_config: bool = True) -> dict[str, Any] | None:
     """The generation config of a model directory; None if it needs none.
 
@@ -110,9 +119,14 @@ def generation_config(directory: Path, *, of_config: bool = True) -> dict[str, A
     if not of_config or (settings is not None and _ids(settings.get(_EOS), own_path)):
         return settings
     config = _object(model_path) if model_path.is_file() else {}
-    parts = (config, *(config[name] for name in _NESTED if isinstance(config.get(name), dict)))
-    eos = next((part[_EOS] for part in parts if part.get(_EOS) is not None), None)
+    eos = eos_in_config(config)
     return {**(settings or {}), _EOS: eos} if _ids(eos, model_path) else settings
+
+
+def eos_in_config(config: Mapping[str, Any]) -> Any:
+    """What a model's config, or that of its language model, names as the tokens that end a text; None if nothing."""
+    parts = (config, *(config[name] for name in _NESTED if isinstance(config.get(name), dict)))
+    return next((part[_EOS] for part in parts if part.get(_EOS) is not None), None)
 
 
 def _save(tokenizer: Any, directory: Path, source: str) -> None:

@@ -23,6 +23,9 @@ _OWN_ROWS = {
 DEFAULT_BACKEND = next(iter(_OWN_ROWS))
 """The backend where nobody names one; it keeps the lanes themselves, too."""
 
+BACKEND_NAMES = " or ".join((", ".join([*_OWN_ROWS][:-1]), [*_OWN_ROWS][-1]))
+"""The names of this package's backends as text, for the help of options."""
+
 GROUP = "kraken_compiler.backends"
 """The entry points of other packages' backends."""
 

@@ -146,6 +146,7 @@ class Capture:
         model: Opens the model itself, to compare with; None if there is none to run.
         frozen: Names of the weights that the source does not train.
         lanes: How many lanes the model itself has, of which the program is one; None for a model that has none yet.
+        stop_tokens: The tokens that its configs name as those that end a text; its tokenizer may have others.
     """
 
     program: Program
@@ -156,6 +157,7 @@ class Capture:
     model: OpenModel | None = field(default=None, repr=False, compare=False)
     frozen: frozenset[str] = frozenset()
     lanes: int | None = None
+    stop_tokens: tuple[int, ...] = ()
 
     @property
     def has_values(self) -> bool:

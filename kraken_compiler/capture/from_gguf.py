@@ -78,7 +78,8 @@ def capture_gguf(
         digest=digest,
         tokenizer=TokenizerSource(str(path.parent), path.name, headers) if file.has_tokenizer else None,
     )
-    return replace(capture, notes=(*capture.notes, *notes))
+    # What the class of its config says by default is nothing that the file says: its tokenizer does.
+    return replace(capture, notes=(*capture.notes, *notes), stop_tokens=())
 
 
 def _load(path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kraken_compiler.artifact.tokenizer_files import stop_tokens_of_model
 from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs, resolve
@@ -247,7 +248,10 @@ def _capture_without_values(
         tokenizer=contents.tokenizer,
     )
     reference = _reference(contents, meta, store, example, program.inputs)
-    return Capture(program, store, origin, config_dict(model), (*notes, *meta.notes), reference)
+    stop_tokens = stop_tokens_of_model(contents.parts.base)
+    return Capture(
+        program, store, origin, config_dict(model), (*notes, *meta.notes), reference, stop_tokens=stop_tokens
+    )
 
 
 def _reference(

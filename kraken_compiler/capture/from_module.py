@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kraken_compiler.artifact.tokenizer_files import eos_in_config
 from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors
 from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, refuse_unread, resolve
@@ -76,7 +77,16 @@ def capture_module(
     )
     frozen = frozenset(name for name, tensor in exported.state_dict.items() if not tensor.requires_grad)
     open_model = partial(module_reference, model, example, program.inputs)
-    return Capture(program, store, origin, config_dict(model), (*notes, *training_notes), open_model, frozen)
+    return Capture(
+        program,
+        store,
+        origin,
+        config_dict(model),
+        (*notes, *training_notes),
+        open_model,
+        frozen,
+        stop_tokens=_stop_tokens(model),
+    )
 
 
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -106,3 +116,11 @@ def config_dict(model: nn.Module) -> dict[str, Any] | None:
         return None
     config: Any = model.config
     return dict(config.to_dict())
+
+
+def _stop_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The tokens that end a text of a Hugging Face model, as its own `generate` takes them; none for other modules."""
+    generation: Any = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    eos = eos_in_config(config_dict(model) or {}) if eos is None else eos
+    return tuple(one for one in (eos if isinstance(eos, list) else [eos]) if type(one) is int)

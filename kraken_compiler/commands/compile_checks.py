@@ -57,6 +57,7 @@ class Asked:
         if options.overlap not in OVERLAPS:
             raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
         require_embedding(options.embedding)
+        _require_text_is_read(options, is_plan=is_plan)
         # Without text the model is run for nothing else, and is of little use in a form that changes it.
         lanes = options.lanes or (AFFINITY if options.calibrate else ORDER)
         require_lanes_choice(lanes)
@@ -103,6 +104,19 @@ def _asked_budget(options: CompileOptions, *, is_plan: bool) -> Budget | None:
     if not options.calibrate:
         raise UsageError("a budget needs --calibrate TEXT: layers are chosen by what they cost when calibrated")
     return Budget(options.max_kl, options.max_perplexity_increase)
+
+
+def _require_text_is_read(options: CompileOptions, *, is_plan: bool) -> None:
+    """Refuse a text to measure on where nothing is measured: its file would not even be opened.
+
+    Raises:
+        UsageError: It is so.
+    """
+    given = {"--text": options.text is not None, "--text-tokens": options.text_tokens is not None}
+    if is_plan:
+        _refuse(given, "--plan runs no model, so no quality is measured; leave one of the two out")
+    elif not options.verify and not options.calibrate:
+        _refuse(given, "--no-verify measures no quality, which is what the text is for; leave one of the two out")
 
 
 def _asked_machine(options: CompileOptions, *, is_plan: bool) -> Machine | None:

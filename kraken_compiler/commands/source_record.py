@@ -11,6 +11,7 @@ import torch
 from kraken_compiler.artifact.manifest import Source
 from kraken_compiler.artifact.tokenizer_files import generation_config
 from kraken_compiler.capture import Capture
+from kraken_compiler.generate.tokenizer import TextCodec
 from kraken_compiler.lanes.derived_inputs import reads_source
 from kraken_compiler.passes.sample_inputs import text_input, vocabulary
 from kraken_compiler.texts.read import sample_text, token_ids
@@ -35,6 +36,7 @@ def source_record(captured: Capture, input_specs: Sequence[str], dtype: torch.dt
         model_class=origin.model_class,
         answer_begins=_answer_begins(captured),
         max_positions=max_positions(captured.config),
+        stop_tokens=_stop_tokens(captured),
         input_specs=tuple(input_specs),
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "",
     )
@@ -51,6 +53,14 @@ def _answer_begins(captured: Capture) -> tuple[int, ...]:
     start, forced_start = settings.get("decoder_start_token_id"), settings.get("forced_bos_token_id")
     start = settings.get("bos_token_id") if start is None else start
     return tuple(token for token in (start, forced_start) if type(token) is int) if type(start) is int else ()
+
+
+def _stop_tokens(captured: Capture) -> tuple[int, ...]:
+    """The tokens that end a text, by the model's configs and its tokenizer: they hold for token ids as for texts."""
+    tokenizer = captured.origin.tokenizer
+    if tokenizer is None:
+        return captured.stop_tokens
+    return tuple(sorted(TextCodec(tokenizer.load(), captured.stop_tokens).eos))
 
 
 def max_positions(config: dict[str, Any] | None) -> int | None:

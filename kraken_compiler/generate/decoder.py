@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from kraken_compiler.artifact.manifest import Manifest
 from kraken_compiler.backends.base import RankModel
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.size_checks import BATCH, token_rules
+from kraken_compiler.ir.size_rules import names_in
 from kraken_compiler.lanes.derived_inputs import logits_function, reads_source
 
 Array = npt.NDArray[Any]
@@ -102,7 +104,8 @@ class CacheDecoder(SplitDecoder, Protocol):
 class RecomputingDecoder:
     """A decoder for a program without a cache: it reads all there is again for every token.
 
-    Rows of different lengths are padded on the right, which a causal model does not notice.
+    Rows of one length run together and are never padded: many a program has no cache because what it computes of a
+    token depends on those behind it, or on how many there are.
 
     Attributes:
         batch, capacity, identical_on_all_ranks: See `Decoder`.
@@ -117,6 +120,7 @@ class RecomputingDecoder:
         in_halves: Callable[[Array], Array] | None = None,
         *,
         identical_on_all_ranks: bool = False,
+        takes_fewer_rows: bool = True,
     ) -> None:
         """Wrap a language model.
 
@@ -126,6 +130,7 @@ class RecomputingDecoder:
             capacity: Most tokens of a row.
             in_halves: The same, run as two halves of the rows; None if nothing does.
             identical_on_all_ranks: Whether these logits are; of any function nothing is known.
+            takes_fewer_rows: False if it must always be given the whole batch's number of rows.
         """
         self.batch = batch
         self.capacity = capacity
@@ -134,6 +139,7 @@ class RecomputingDecoder:
         self.split_from: int | None = None
         self._in_halves = in_halves
         self._logits_of = logits_of
+        self._takes_fewer_rows = takes_fewer_rows
         self._ids = np.zeros((batch, 0), np.int64)
         self._lengths = np.zeros(batch, np.int64)
 
@@ -161,13 +167,19 @@ class RecomputingDecoder:
         self._lengths = np.zeros_like(self._lengths)
 
     def _last_logits(self) -> Array:
-        is_long = self.split_from is not None and self._ids.shape[1] >= self.split_from
-        logits = (self._in_halves if self._in_halves is not None and is_long else self._logits_of)(self._ids)
-        if logits.shape[1] == self._ids.shape[1]:
-            return logits[np.arange(self.batch), self._lengths - 1]
-        # The model gives the logits of the last position only, so no row may be padded.
-        rows = [self._logits_of(row[None, :length])[:, -1].copy() for row, length in zip(self._ids, self._lengths)]
-        return np.concatenate(rows)
+        logits: dict[int, Array] = {}
+        for length, rows in rows_by_length(self._lengths.tolist()):
+            logits |= zip(rows, self._logits_of_rows(self._ids[rows, :length])[: len(rows), -1].copy())
+        return np.stack([logits[row] for row in range(self.batch)])
+
+    def _logits_of_rows(self, ids: Array) -> Array:
+        """Logits of rows of one length; if the model takes whole batches only, those of copies follow."""
+        if not self._takes_fewer_rows:
+            ids = np.resize(ids, (self.batch, ids.shape[1]))
+        is_long = self.split_from is not None and ids.shape[1] >= self.split_from
+        if self._in_halves is not None and is_long and len(ids) == self.batch:
+            return self._in_halves(ids)
+        return self._logits_of(ids)
 
 
 class SeparateRows:
@@ -219,7 +231,12 @@ def decoder_of(
     if decoder is not None:
         return decoder
     logits_of: Callable[..., Array] = logits_function(manifest.inputs, manifest.call, model.run)
-    recomputing = partial(RecomputingDecoder, identical_on_all_ranks=model.identical_on_all_ranks)
+    rules = token_rules(manifest.call, manifest.inputs)
+    recomputing = partial(
+        RecomputingDecoder,
+        identical_on_all_ranks=model.identical_on_all_ranks,
+        takes_fewer_rows=not any(BATCH in names_in(rule) for rule in rules),
+    )
     if not reads_source(manifest.inputs):
         in_halves = None
         if model.can_cut_rows and batch > 1:
@@ -232,6 +249,16 @@ def decoder_of(
 
     # It reads source and answer again for every token.
     return SeparateRows(list(map(row, sources)))
+
+
+def rows_by_length(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """The lengths that rows have, and the numbers of the rows of each, longest first.
+
+    Args:
+        lengths: Of every row.
+    """
+    for length in sorted(set(lengths), reverse=True):
+        yield length, [row for row, of_row in enumerate(lengths) if of_row == length]
 
 
 def check_capacity(tokens: int, capacity: int) -> None:

@@ -15,7 +15,7 @@ from kraken_compiler.generate.engine import IDLE_SECONDS, GenerationRequest
 from kraken_compiler.generate.lines import Lines
 from kraken_compiler.generate.request import CHAT_TOKENS, CONTEXT, NEW_TOKENS, RunOptions
 from kraken_compiler.generate.sampling import Sampling
-from kraken_compiler.generate.tokenizer import TextCodec
+from kraken_compiler.generate.tokenizer import TextCodec, noted_stop_tokens
 from kraken_compiler.ir.size_checks import longest_allowed, token_rules
 from kraken_compiler.standard_streams import write_out
 
@@ -255,6 +255,7 @@ def _request(
         raise UsageError("the prompt has no tokens")
     seed = options.seed if options.seed is not None else secrets.randbits(_SEED_BITS)
     new_tokens = options.max_new_tokens or new_tokens if capacity is None else new_tokens
+    stop_tokens = codec.eos if codec is not None else noted_stop_tokens(engine.artifact)
     sources: Sequence[Sequence[int]] = ()
     if engine.reads_source:
         sources, prompts = prompts, [_answer_begins(engine)] * len(prompts)
@@ -263,7 +264,7 @@ def _request(
         max_new_tokens=new_tokens,
         capacity=capacity or options.max_context or max(map(len, prompts)) + new_tokens,
         sampling=Sampling(options.temperature, options.top_k, options.top_p, seed),
-        eos=sorted(codec.eos) if codec is not None and not options.ignore_eos else (),
+        eos=() if options.ignore_eos else sorted(stop_tokens),
         sources=sources,
     )
 

@@ -15,7 +15,14 @@ import typer
 
 from kraken_compiler.artifact.read import Artifact
 from kraken_compiler.backends.base import Backend
-from kraken_compiler.backends.registry import backend_named, backend_of, backend_rows, options_of, require_backend
+from kraken_compiler.backends.registry import (
+    BACKEND_NAMES,
+    backend_named,
+    backend_of,
+    backend_rows,
+    options_of,
+    require_backend,
+)
 from kraken_compiler.errors import InputFileError, UsageError, os_errors_as
 from kraken_compiler.options.command_line import CommandLine, command
 from kraken_compiler.options.command_options import COMMAND_LINE_ONLY, CommandOptions
@@ -111,7 +118,9 @@ class RunOptions(CommandOptions):
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False
     backend: Annotated[
         str | None,
-        typer.Option(help="Whose programs to run: torch or onnx. (default: the first of these that the artifact has)"),
+        typer.Option(
+            help=f"Whose programs to run: {BACKEND_NAMES}. (default: the first of these that the artifact has)"
+        ),
     ] = None
     threads: Annotated[
         int | None,

@@ -57,7 +57,7 @@ class TextCodec:
         require_tokenizer(artifact)
         artifact.verify(*artifact.tokenizer_files)
         assert artifact.tokenizer is not None
-        return cls(read_tokenizer(artifact.tokenizer), _generation_eos(artifact), template)
+        return cls(read_tokenizer(artifact.tokenizer), sorted(noted_stop_tokens(artifact)), template)
 
     @property
     def can_chat(self) -> bool:
@@ -127,10 +127,20 @@ def require_tokenizer(artifact: Artifact) -> None:
         raise UsageError(f"{artifact.directory} has no tokenizer; give token ids with --input-ids 1,2,3")
 
 
-def _generation_eos(artifact: Artifact) -> tuple[int, ...]:
-    """The EOS ids of a generation config beside the tokenizer, which may be a list."""
+def noted_stop_tokens(artifact: Artifact) -> frozenset[int]:
+    """The tokens that end a text, as far as an artifact notes them: no tokenizer is loaded.
+
+    Raises:
+        InputFileError: A file of it is missing, truncated or tampered with.
+    """
+    if artifact.manifest.source.stop_tokens is not None:
+        return frozenset(artifact.manifest.source.stop_tokens)
+    # Older versions noted what a generation config says only, and that beside a tokenizer.
     name = next((name for name in artifact.tokenizer_files if name.endswith(f"/{GENERATION_CONFIG}")), None)
-    return stop_tokens(artifact.path(name)) if name is not None else ()
+    if name is None:
+        return frozenset()
+    artifact.verify(name)
+    return frozenset(stop_tokens(artifact.path(name)))
 
 
 def _cleans_up(tokenizer: Any) -> bool:

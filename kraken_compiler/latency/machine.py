@@ -7,11 +7,14 @@
     [[attention]]                   # FLOP/s of attention, by queries
     [[all_reduce]]                  # seconds of one, by bytes, for every number of ranks
 
-Between points figures are interpolated in logarithmic scales. Nothing else is assumed about a machine anywhere.
+Between points figures are interpolated in logarithmic scales. Of an element type that has no table the nearest one that
+has stands in, a wider type at half the speed of one of half its bits. Nothing else is assumed about a machine anywhere.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -202,20 +205,32 @@ class Machine(BaseModel):
             compiled: Whether a compiled program multiplies, which may call another library.
 
         Raises:
-            UsageError: The machine has no figures for this element type.
+            UsageError: The machine has no figures for this element type, nor for one like it.
         """
-        tables = [one for one in self.products if one.compiled in (None, compiled)]
-        table = _for_dtype(tables, dtype, self.name, "products")
-        seconds = 2.0 * batch * rows * inside * columns / table.at(rows, inside, columns)
+        table, stands_in = self._products(dtype, compiled)
+        rate = table.at(rows, inside, columns) * _speed(dtype, stands_in)
+        seconds = 2.0 * batch * rows * inside * columns / rate
         if table.includes_memory:
             return seconds
         return max(seconds, self.memory.seconds(float(size) * batch * (rows * inside + (inside + rows) * columns)))
 
     def attention_seconds(self, flops: float, queries: int, moved: float, dtype: str) -> float:
         """Time of an attention of so many floating-point operations that moves so many bytes."""
-        table = _for_dtype(self.attention, dtype, self.name, "attention")
-        seconds = flops / between(table.queries, table.rate, queries)
+        table, stands_in = _nearest(self.attention, dtype, self.name, "attention")
+        seconds = flops / between(table.queries, table.rate, queries) / _speed(dtype, stands_in)
         return seconds if table.includes_memory else max(seconds, self.memory.seconds(moved))
+
+    def note_on_products(self, dtype: str, *, compiled: bool = True) -> str:
+        """What a user should know of the times of products in an element type; "" if there are figures for it."""
+        return _note("products", dtype, self._products(dtype, compiled)[1])
+
+    def note_on_attention(self, dtype: str) -> str:
+        """What a user should know of the times of attention in an element type; "" if there are figures for it."""
+        return _note("attention", dtype, _nearest(self.attention, dtype, self.name, "attention")[1])
+
+    def _products(self, dtype: str, compiled: bool) -> tuple[Products, str]:
+        tables = [one for one in self.products if one.compiled in (None, compiled)]
+        return _nearest(tables, dtype, self.name, "products")
 
 
 def load_machine(name: str) -> Machine:
@@ -262,12 +277,40 @@ def parse_machine(text: str, where: str) -> Machine:
         raise InputFileError(f"--machine: {where} is no TOML: {error}") from error
 
 
-def _for_dtype(tables: Sequence[Figures], dtype: str, machine: str, what: str) -> Figures:
-    for table in tables:
-        if dtype in table.dtypes:
-            return table
-    there = ", ".join(name for table in tables for name in table.dtypes)
-    raise UsageError(f"machine '{machine}' has no figures for {what} in {dtype}; it has: {there}")
+def _nearest(tables: Sequence[Figures], dtype: str, machine: str, what: str) -> tuple[Figures, str]:
+    """The table for an element type, or that for the one of the nearest number of bits; and which type that is."""
+    there = [(table, name) for table in tables for name in table.dtypes]
+    exact = [entry for entry in there if entry[1] == dtype]
+    similar = exact or [entry for entry in there if _bits(entry[1]) and _bits(dtype)]
+    if not similar:
+        names = ", ".join(name for _, name in there) or "none"
+        raise UsageError(f"machine '{machine}' has no figures for {what} in {dtype}; it has: {names}")
+    return min(similar, key=lambda entry: abs(math.log2(_share_of_bits(dtype, entry[1]))))
+
+
+def _speed(dtype: str, stands_in: str) -> float:
+    """Speed of an element type over that of the one whose figures stand in: wider numbers take longer."""
+    return min(1.0, _share_of_bits(dtype, stands_in))
+
+
+def _share_of_bits(dtype: str, stands_in: str) -> float:
+    return 1.0 if dtype == stands_in else _bits(stands_in) / _bits(dtype)
+
+
+def _note(what: str, dtype: str, stands_in: str) -> str:
+    if dtype == stands_in:
+        return ""
+    speed = _speed(dtype, stands_in)
+    how = "at their speed" if speed == 1.0 else f"at {speed:g} times their speed"
+    return (
+        f"{what} in {dtype} are estimated from figures for {stands_in}, {how}: the machine's file has none of their own"
+    )
+
+
+def _bits(dtype: str) -> int:
+    """Bits of a number by the name of its type; 0 if it says none."""
+    found = re.search(r"\d+", dtype)
+    return int(found.group()) if found else 0
 
 
 def _require_pairs(places: Sequence[Any], values: Sequence[Any], what: str, of: str) -> None:

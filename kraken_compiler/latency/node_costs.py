@@ -43,11 +43,13 @@ class Cost:
         kind: One of `KINDS`.
         seconds: What it computes or moves.
         launches: Kernels that the host starts for it.
+        note: What a user should know of it; "" if nothing.
     """
 
     kind: str
     seconds: float
     launches: int = 1
+    note: str = ""
 
 
 FREE = Cost(OTHER, 0.0, 0)
@@ -64,7 +66,7 @@ def node_costs(graph: fx.Graph, sizes: Mapping[fx.Node, Any], machine: Machine, 
             written nor read.
 
     Raises:
-        UsageError: The machine has no figures for an element type.
+        UsageError: The machine has no figures for an element type, nor for one like it.
     """
     costs = {}
     for node in graph.nodes:
@@ -88,7 +90,7 @@ def _cost(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine, fused: 
         dtype = str(result.dtype).removeprefix("torch.")
         size = result.dtype.itemsize
         seconds = machine.product_seconds(batch, rows, inside, columns, dtype, size, compiled=fused)
-        return Cost(PRODUCT, seconds)
+        return Cost(PRODUCT, seconds, note=machine.note_on_products(dtype, compiled=fused))
     joined = fused and all(map(_moves_numbers, _readers(node)))
     moved = (0 if joined else _bytes(result)) + _bytes_read(node, sizes, fused)
     return Cost(OTHER, machine.memory.seconds(moved), 0 if joined else 1)
@@ -165,7 +167,8 @@ def _attention(node: fx.Node, sizes: Mapping[fx.Node, Any], machine: Machine) ->
     rows = query.numbers // max(1, queries * width)
     flops = 2.0 * rows * queries * seen * (width + value.shape[-1])
     dtype = str(query.dtype).removeprefix("torch.")
-    return Cost(ATTENTION, machine.attention_seconds(flops, queries, 2 * query.bytes + moved_keys, dtype))
+    seconds = machine.attention_seconds(flops, queries, 2 * query.bytes + moved_keys, dtype)
+    return Cost(ATTENTION, seconds, note=machine.note_on_attention(dtype))
 
 
 def _is_causal(node: fx.Node) -> bool:

@@ -64,6 +64,11 @@ class Prediction:
         return {"ttft": self.ttft, "tpot": self.tpot, **runs}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of these times."""
+        return tuple(dict.fromkeys((*self.prefill.notes, *self.decode.notes)))
+
+    @property
     def total(self) -> float:
         """Seconds of all of it."""
         return self.ttft + (self.load.new_tokens - 1) * self.tpot

@@ -22,7 +22,7 @@ class LatencyTable:
         machine: Its name.
         degree: How many devices there are.
         rows: By load, a prediction by what runs: a form, one with prefills in two halves, or without communication.
-        notes: What is not in it, and why.
+        notes: What is not in it, and why; which figures others stand in for.
     """
 
     machine: str
@@ -107,7 +107,10 @@ def latency_table(
         predictions[SILENT] = predictor.predict(first, load, silent=True)
     left_out = dict.fromkeys(load.prompt for load in loads if load not in rows)
     note = f"prompts of {', '.join(map(str, left_out))} tokens are left out: the model takes {most}"
-    return LatencyTable(predictor.machine.name, first.degree, rows, (note,) if left_out else ())
+    estimated = dict.fromkeys(
+        note for predictions in rows.values() for prediction in predictions.values() for note in prediction.notes
+    )
+    return LatencyTable(predictor.machine.name, first.degree, rows, (*((note,) if left_out else ()), *estimated))
 
 
 def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:

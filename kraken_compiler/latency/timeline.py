@@ -53,6 +53,7 @@ class Timeline:
         waited: Seconds in which the device waits for sums.
         carried: Seconds in which the link carries sums.
         events: All of it, in order.
+        notes: What a user should know of these times, each once.
     """
 
     seconds: float = 0.0
@@ -60,6 +61,7 @@ class Timeline:
     waited: float = 0.0
     carried: float = 0.0
     events: list[Event] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The sums as plain values, in seconds; without the events."""
@@ -110,6 +112,7 @@ def lay_out(
         else:
             builder.compute(node.name, costs[node])
     builder.end(machine.launch.step)
+    builder.timeline.notes = tuple(dict.fromkeys(cost.note for cost in costs.values() if cost.note))
     return builder.timeline
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BeforeValidator
 
-from kraken_compiler.backends.registry import DEFAULT_BACKEND
+from kraken_compiler.backends.registry import BACKEND_NAMES, DEFAULT_BACKEND
 from kraken_compiler.errors import UsageError
 from kraken_compiler.ir.schedule import AUTO
 from kraken_compiler.options.command_options import CommandLineType, CommandOptions
@@ -101,7 +101,7 @@ class CompileOptions(CommandOptions):
     backends: Annotated[
         Sequence[str],
         CommandLineType(list[str]),
-        typer.Option("--backend", help="torch or onnx; several separated by commas, or repeated. (default: torch)"),
+        typer.Option("--backend", help=f"{BACKEND_NAMES}; several separated by commas, or repeated. (default: torch)"),
         BeforeValidator(names_in),
     ] = (DEFAULT_BACKEND,)
     dtype: Annotated[

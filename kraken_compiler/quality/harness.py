@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken_compiler.errors import UsageError
+from kraken_compiler.generate.decoder import rows_by_length
 from kraken_compiler.lanes.logits import LogitsOf, logits_function
 from kraken_compiler.lanes.module import LaneModule
 from kraken_compiler.passes.sample_inputs import position_limit
@@ -50,7 +51,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Wrap a model.
 
         Args:
-            logits_of: Token ids int64 [B, S] -> logits [B, S, V]; causal, so that padding behind a row changes nothing.
+            logits_of: Token ids int64 [B, S] -> logits [B, S, V].
             tokenizer: A `transformers.PreTrainedTokenizerBase`.
             max_length: Most tokens that the model takes.
             batch: Rows that run at once.
@@ -130,7 +131,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # Longest first: a batch that is too large for the memory shows at once, and little is padding.
+        # Longest first: a batch that is too large for the memory shows at once, and rows of one length come together.
         order = Collator(requests, sort_fn=lambda pair: (-len(pair[1]) - len(pair[2]), tuple(pair[1] + pair[2])))
         scores: list[tuple[float, bool]] = []
         for chunk in order.get_batched(n=self._batch):
@@ -146,11 +147,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if longest > self.max_length:
             raise UsageError(f"a continuation has {longest} tokens, the model reads {self.max_length} at once")
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in pairs]
-        log_probs = F.log_softmax(self._logits([row[:-1] for row in rows]).float(), dim=-1)
         answers = []
-        for row, (_, _, continuation), log_prob_SV in zip(rows, pairs, log_probs, strict=True):
+        for row, (_, _, continuation), logits_SV in zip(rows, pairs, self._logits([row[:-1] for row in rows])):
             targets = torch.tensor(row[len(row) - len(continuation) :])
-            says = log_prob_SV[len(row) - 1 - len(targets) : len(row) - 1]
+            says = F.log_softmax(logits_SV[len(row) - 1 - len(targets) :].float(), dim=-1)
             value = says.gather(-1, targets[:, None]).sum().item()
             answers.append((value, bool((says.argmax(-1) == targets).all())))
         return answers
@@ -181,7 +181,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         new_ids: list[int] = []
         text = ""
         while len(new_ids) < limit:
-            token = int(self._logits([ids + new_ids])[0, -1].argmax())
+            token = int(self._logits([ids + new_ids])[0][-1].argmax())
             if token == self.eot_token_id:
                 break
             new_ids.append(token)
@@ -191,9 +191,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 return text[: min(at)]
         return text
 
-    def _logits(self, rows: Sequence[list[int]]) -> Tensor:
-        """Logits [B, S, V] of rows of different lengths; what lies behind a row's end means nothing."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.eot_token_id] * (longest - len(row)) for row in rows])
-        with torch.inference_mode():
-            return self._logits_of(ids)
+    def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        """Logits [S, V] of every row; those of one length run together, and none is padded."""
+        logits: dict[int, Tensor] = {}
+        for _, numbers in rows_by_length(list(map(len, rows))):
+            with torch.inference_mode():
+                logits |= zip(numbers, self._logits_of(torch.tensor([rows[number] for number in numbers])))
+        return [logits[number] for number in range(len(rows))]

@@ -68,5 +68,16 @@ def test_rejects_autocast_that_casts() -> None:
     assert "without autocast" in rejection.hint
 
 
+def test_names_other_operators_of_higher_order_as_what_they_are() -> None:
+    """Only some of them branch or loop: transformers' masks export as `flat_apply`, a call of a function."""
+    start = captured(NoGrad(), hidden(4))
+    (product,) = (node for node in start.program.graph.nodes if node.target is torch.ops.aten.mul.Tensor)
+    for operator, reason in (("flat_apply", "operator of higher order ('flat_apply')"), ("cond", "branches or loops")):
+        product.target = getattr(torch.ops.higher_order, operator)
+        rejection = start.rejection(InlineRegions())
+        assert reason in rejection.reason
+        assert rejection.hint
+
+
 def test_leaves_a_plain_graph_alone() -> None:
     check_untouched(InlineRegions(), captured(nn.Linear(4, 4), hidden(4)))

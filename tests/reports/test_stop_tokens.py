@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from kraken_compiler.artifact.tokenizer_files import generation_config
+from kraken_compiler.artifact.read import open_artifact
+from kraken_compiler.artifact.tokenizer_files import generation_config, read_tokenizer
+from kraken_compiler.capture import capture
 from kraken_compiler.capture.captured_model import TokenizerSource
+from kraken_compiler.commands.source_record import source_record
 from kraken_compiler.errors import InputFileError
 from kraken_compiler.generate.tokenizer import TextCodec
 from tests.reports.text_functions import END, said, with_tokenizer
+from tests.test_cli_compile import save_model
 from tests.test_runtime_text import tokenizer
+from tests.toy_lane_program import edit_manifest, write_toy
+from tests.zoo import SUPPORTED
+
+EOS_40 = {"eos_token_id": 40}
 
 
 def model_files(directory: Path, config: dict[str, Any], generation: dict[str, Any] | None, eos: bool) -> Path:
@@ -73,6 +83,40 @@ def test_a_run_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (result["ids"], result["text"], result["finish_reason"]) == ([33, 34], "BC", "eos")
     said(artifact, [33, 34, 40, 35], prompt=["hi"], ignore_eos=True)
     assert capsys.readouterr().out == "BCID\n"
+
+
+def test_token_ids_stop_where_text_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No tokenizer is loaded for them: what ends a text is the model's, and the artifact notes it."""
+    toy = write_toy(tmp_path / "noted", 2)
+    edit_manifest(toy, source={"kind": "module", "name": "toy", "stop_tokens": [7, 40]})
+    noted = open_artifact(toy)
+    older = with_tokenizer(
+        tmp_path / "older", TokenizerSource(str(model_files(tmp_path / "model", EOS_40, {}, eos=False))).save
+    )
+    for artifact in (noted, older):
+        said(artifact, [33, 34, 40, 35], input_ids=["1"], json=True)
+        (result,) = json.loads(capsys.readouterr().out)["results"]
+        assert (result["ids"], result["finish_reason"]) == ([33, 34], "eos")
+        said(artifact, [33, 34, 40, 35], input_ids=["1"], ignore_eos=True)
+        assert capsys.readouterr().out == "33,34,40,35\n"
+
+
+def test_an_artifact_notes_what_ends_a_text(tmp_path: Path) -> None:
+    model: Any = SUPPORTED["llama"]()
+    save_model("llama", tmp_path / "plain", tokenizer=False)
+    save_model("llama", tmp_path / "with")
+    for place in ("plain", "with"):
+        (tmp_path / place / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    tokenizers_own = read_tokenizer(tmp_path / "with").eos_token_id
+    assert tokenizers_own not in (5, 9)
+    model.generation_config.eos_token_id = [4, 6]
+    noted = [
+        source_record(capture(one), (), None).stop_tokens for one in (tmp_path / "plain", tmp_path / "with", model)
+    ]
+    assert noted == [(5, 9), tuple(sorted({5, 9, tokenizers_own})), (4, 6)]
+    model.generation_config.eos_token_id = None
+    assert source_record(capture(model), (), None).stop_tokens == (model.config.eos_token_id,)
+    assert source_record(capture(nn.Linear(2, 2), example_inputs=(torch.zeros(2, 2),)), (), None).stop_tokens == ()
 
 
 @pytest.mark.parametrize("value", ["7", 7.0, True, [7, None], {"id": 7}])

@@ -21,6 +21,8 @@ from kraken_compiler.passes.graph_tools import args_of, module_path
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_BRANCHING = {"cond", "switch", "while_loop", "scan", "associative_scan", "map", "map_impl"}
+"""Names of the operators of higher order that branch or loop; the others call a function once."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,19 @@ class InlineRegions(Pass[Program]):
                     return PassResult(matches, (Rejection(reason, (region.name,), module_path(region), hint),))
                 _inline(program.module, region)
                 matches += 1
-        branching_nodes = [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]
-        return PassResult(matches, tuple(map(_reject, branching_nodes[:1])))
+        other_nodes = [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]
+        return PassResult(matches, tuple(map(_reject, other_nodes[:1])))
 
 
 def _reject(node: fx.Node) -> Rejection:
-    reason = f"its forward branches or loops inside the graph ('{node.target}'), and lanes run one straight graph"
-    hint = "Choose values with torch.where, or ask for sizes with a plain `if`, whose branch is kept and held to."
+    if str(node.target) in _BRANCHING:
+        reason = f"its forward branches or loops inside the graph ('{node.target}'), and lanes run one straight graph"
+        hint = "Choose values with torch.where, or ask for sizes with a plain `if`, whose branch is kept and held to."
+    else:
+        reason = (
+            f"its graph calls a function through an operator of higher order ('{node.target}'), which lanes cannot run"
+        )
+        hint = "Compute the same with plain tensor operators, in the module's own code."
     return Rejection(reason, (node.name,), module_path(node), hint)
 
 
