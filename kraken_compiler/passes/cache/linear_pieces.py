@@ -22,9 +22,15 @@ from torch import Tensor, fx
 
 from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ops.op_sets import MASKED_FILLS, SHAPE_ONLY
+from kraken_compiler.ops.op_sets import DEQUANTIZE, MASKED_FILLS, SHAPE_ONLY
 from kraken_compiler.passes.cache.compare_lengths import RUN_ERRORS, size_bound
-from kraken_compiler.passes.cache.length_independence import RANGES, RESHAPES, LengthIndependence, same_groups
+from kraken_compiler.passes.cache.length_independence import (
+    ELEMENTS_KEPT,
+    RANGES,
+    RESHAPES,
+    LengthIndependence,
+    same_groups,
+)
 from kraken_compiler.passes.cache.positional_values import evaluate_all
 from kraken_compiler.passes.choosing import COMPARISONS, UNTAGGED_POINTWISE, WHERE
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
@@ -44,30 +50,14 @@ _BENDS = frozenset(
     {aten.abs.default, aten.relu.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 )
 _TRIANGLES = frozenset({aten.tril.default, aten.triu.default})
-_SAME_NUMBERS = frozenset(
-    {
-        aten.neg.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.movedim.int,
-        aten.expand.default,
-        aten.expand_as.default,
-        aten.broadcast_to.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.lift_fresh_copy.default,
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
-        aten._to_copy.default,
-    }
-)
+_SAME_NUMBERS = {aten.neg.default} | ELEMENTS_KEPT - {
+    aten.outer.default,
+    aten.polar.default,
+    aten.complex.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+    DEQUANTIZE,
+}
 """Operators after which every number stands at the same positions, whatever the order of the dims."""
 
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -191,7 +181,6 @@ class _Pieces:
 
     def _rule(self, node: fx.Node) -> Callable[[fx.Node], Form | None]:
         """The rule for an operator whose operands' forms are known."""
-        target = node.target
         rules: dict[Any, Callable[[fx.Node], Form | None]] = {
             aten.slice.Tensor: self._cut,
             aten.repeat.default: self._repeated,
@@ -199,6 +188,7 @@ class _Pieces:
             aten.cumsum.default: self._running_sum,
             aten.index.Tensor: self._indexed,
             aten.index_select.default: self._selected,
+            aten.select.int: self._selected,
             **dict.fromkeys(RESHAPES, self._reshaped),
             **dict.fromkeys(_TRIANGLES, self._triangle),
             **dict.fromkeys(COMPARISONS, self._comparison),
@@ -208,12 +198,12 @@ class _Pieces:
             **dict.fromkeys(_SAME_NUMBERS, self._operand_form),
             **dict.fromkeys(_BENDS, self._bent),
         }
-        return rules.get(target, self._pointwise)
+        return rules.get(node.target, self._pointwise)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The tensors whose numbers an operator reads."""
-        read = args_of(node)[:1] if node.target in (aten.expand_as.default,) else None
-        return [one for one in (read or node.all_input_nodes) if isinstance(one, fx.Node) and is_tensor(one)]
+        operands = node.all_input_nodes[:1] if node.target is aten.expand_as.default else node.all_input_nodes
+        return [one for one in operands if is_tensor(one)]
 
     def _growing(self, node: fx.Node) -> list[int]:
         """The dims of a value that are as long as the sequence."""
@@ -233,12 +223,10 @@ class _Pieces:
         if not form or not form & Form.LINEAR:
             return form
         dtype = value_of(node).dtype
-        rounds_off = any(value_of(one).is_floating_point() for one in self._operands(node)) and (
-            not dtype.is_floating_point
-        )
-        if rounds_off or not (dtype in _EXACT or dtype.is_floating_point):
-            return None
-        return form if dtype in _EXACT else Form.PIECES
+        if dtype.is_floating_point:
+            return form if dtype in _EXACT else Form.PIECES
+        is_rounded = any(value_of(one).is_floating_point() for one in self._operands(node))
+        return form if dtype in _EXACT and not is_rounded else None
 
     def _joined(self, node: fx.Node) -> Form | None:
         """The form of what is taken from one of several values, number by number."""
@@ -249,11 +237,9 @@ class _Pieces:
 
     def _pointwise(self, node: fx.Node) -> Form | None:
         """The form of any function of values that are fixed, perhaps in pieces."""
-        target = node.target
-        form = self._joined(node)
-        is_pointwise = target in UNTAGGED_POINTWISE or (
-            isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
-        )
+        target, form = node.target, self._joined(node)
+        is_tagged = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+        is_pointwise = is_tagged or target in UNTAGGED_POINTWISE
         return form if is_pointwise and form is not None and not form & Form.LINEAR else None
 
     def _sum(self, node: fx.Node) -> Form | None:
@@ -332,8 +318,10 @@ class _Pieces:
     def _cut(self, node: fx.Node) -> Form | None:
         operand = args_of(node)[0]
         dim, start, step = (argument(node, *one) for one in ((1, "dim", 0), (2, "start"), (4, "step", 1)))
-        if self._growing(operand) == self._growing(node):
-            return self._operand_form(node) if (start or 0) == 0 and step == 1 else None
+        growing = self._growing(operand)
+        if growing == self._growing(node):
+            is_beginning = (start or 0) == 0 and step == 1
+            return self._operand_form(node) if is_beginning or dim % len(shape_of(operand)) not in growing else None
         rows, start = shape_of(operand)[dim], start or 0
         if step != 1 or not isinstance(rows, int) or not isinstance(start, int) or start < 0:
             return None
