@@ -31,9 +31,15 @@ PER_TOKEN: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "norm and residual": lambda m, flat, x: flat + m.norm(flat),
     "two flattened tensors": lambda m, flat, x: flat * x.cos().reshape(-1, 4),
     "weight per column": lambda m, flat, x: flat * m.norm.weight + 1,
+    "gathered columns": lambda m, flat, x: flat.gather(-1, flat.topk(4, -1)[1]),
+    "columns taken along": lambda m, flat, x: flat.take_along_dim(flat.topk(4, -1)[1], 1),
+    "scattered columns": lambda m, flat, x: (0 * flat).scatter(1, flat.topk(4, -1)[1], flat),
+    "one number scattered": lambda m, flat, x: flat.scatter(1, flat.topk(2, -1)[1], 0.5),
 }
 ACROSS_TOKENS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "running sum": lambda m, flat, x: flat.cumsum(0),
+    "gathered tokens": lambda m, flat, x: flat.gather(0, (flat > 0).long()),
+    "taken of all numbers": lambda m, flat, x: flat.take_along_dim((flat > 0).long()),
     "product of tokens": lambda m, flat, x: (flat @ flat.t()) @ flat,
     "softmax over tokens": lambda m, flat, x: torch.softmax(flat, 0),
     "positions in the flat order": lambda m, flat, x: flat * torch.arange(flat.shape[0])[:, None],

@@ -5,16 +5,19 @@
 %o = linear(cat([%heads, gelu(%f)], -1), %v)           %o = linear(%heads, slice(%v, 1, 0, 64))
                                                             + linear(gelu(%f), slice(%v, 1, 64, 160))
 
-The two are then branches of their own: attention is divided by heads, the FFN by columns.
+The two are then branches of their own: attention is divided by heads, the FFN by columns. A factor of a sum of
+projections, as of routed and shared experts, becomes one of its terms for the same reason: a branch ends in a sum.
+
+%r = add(%x, mul(add(%a, %b), 0.2))            ->      %r = add(%x, add(mul(%a, 0.2), mul(%b, 0.2)))
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -23,7 +26,7 @@ from kraken_compiler.ops.op_sets import ATTENTIONS, LINEAR, PROJECTIONS
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, replace
 from kraken_compiler.passes.normalize.canonicalize_linear import weight_derived
-from kraken_compiler.passes.shapes import shape_of
+from kraken_compiler.passes.shapes import compute_shape, fake_mode_of, same_shape, shape_of
 
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 _DISTRIBUTIVE = frozenset(
@@ -48,7 +51,10 @@ class SeparateParallel(Pass[Program]):
         linears = [node for node in calls(program.graph, LINEAR) if args_of(node)[1] in weights]
         outputs = sum(_separate_output(node) for node in linears)
         inputs = sum(_separate_input(node) for node in calls(program.graph, LINEAR) if args_of(node)[1] in weights)
-        return PassResult(outputs + inputs)
+        sums = 0
+        while any(_separate_sum(node, weights) for node in calls(program.graph, aten.add.Tensor)):
+            sums += 1
+        return PassResult(outputs + inputs + sums)
 
 
 def _nearest(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
@@ -96,8 +102,8 @@ def _separate_output(linear: fx.Node) -> bool:
     bias, terms = argument(linear, 2, "bias"), list[fx.Node]()
     for part, (start, stop) in zip(parts, _bounds(map(int, widths))):
         with linear.graph.inserting_before(linear):
-            columns = linear.graph.call_function(aten.slice.Tensor, (weight, 1, start, stop))
-            terms.append(linear.graph.call_function(LINEAR, (part, columns, None if terms else bias)))
+            columns = _call(linear.graph, aten.slice.Tensor, weight, 1, start, stop)
+            terms.append(_call(linear.graph, LINEAR, part, columns, None if terms else bias))
         terms[-1].meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
     _replace_by_sum(linear, terms)
     return True
@@ -109,28 +115,76 @@ def _bounds(widths: Iterable[int]) -> list[tuple[int, int]]:
 
 def _replace_by_sum(node: fx.Node, terms: list[fx.Node]) -> None:
     """Put the sum of `terms` in place of `node`, behind the casts and factors that follow: a branch ends in its sum."""
-    graph = node.graph
+    graph, passed = node.graph, list[fx.Node]()
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target not in _DISTRIBUTIVE or args_of(user).count(node) != 1:
-            break
-        if user.target is aten.div.Tensor and args_of(user)[0] is not node:
+        if not _distributes(user, node):
             break
         with graph.inserting_before(user):
             terms = [_copy(user, node, term) for term in terms]
+        passed.append(node)
         node = user
     total = terms[0]
     with graph.inserting_before(node):
         for term in terms[1:]:
-            total = graph.call_function(aten.add.Tensor, (total, term))
+            total = _call(graph, aten.add.Tensor, total, term)
     total.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
     replace(node, total)
+    for unread in reversed(passed):
+        graph.erase_node(unread)
+
+
+def _separate_sum(total: fx.Node, weights: Set[fx.Node]) -> bool:
+    """The factors behind a sum of projections, which another sum follows, become factors of its terms."""
+    terms = list(args_of(total)[:2])
+    if not all(
+        isinstance(term, fx.Node) and same_shape(term, total) and _is_projected(term, weights) for term in terms
+    ):
+        return False
+    if argument(total, 2, "alpha", 1) != 1 or not _is_scaled_term(total):
+        return False
+    _replace_by_sum(total, terms)
+    return True
+
+
+def _is_projected(node: fx.Node, weights: Set[fx.Node]) -> bool:
+    """True if a value that is read once is a projection, or a sum of them, behind factors: never the stream itself."""
+    if len(node.users) != 1:
+        return False
+    if node.target in PROJECTIONS:
+        return args_of(node)[1] in weights
+    if node.target is aten.add.Tensor:
+        return all(_is_projected(operand, weights) for operand in node.all_input_nodes)
+    is_linear = node.target in _DISTRIBUTIVE or node.target is aten.sum.dim_IntList
+    return is_linear and any(_is_projected(operand, weights) for operand in node.all_input_nodes)
+
+
+def _is_scaled_term(node: fx.Node) -> bool:
+    """True if nothing but distributive operators, at least one, stands between a value and the sum that reads it."""
+    last = node
+    while len(last.users) == 1:
+        (user,) = last.users
+        if user.target is aten.add.Tensor:
+            return last is not node
+        if not _distributes(user, last):
+            return False
+        last = user
+    return False
+
+
+def _distributes(user: fx.Node, operand: fx.Node) -> bool:
+    is_divisor = user.target is aten.div.Tensor and args_of(user)[0] is not operand
+    return user.target in _DISTRIBUTIVE and args_of(user).count(operand) == 1 and not is_divisor
 
 
 def _copy(user: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node:
     copy = user.graph.node_copy(user, lambda operand: new if operand is old else operand)
     copy.meta = {"nn_module_stack": user.meta.get("nn_module_stack", {})}
-    return copy
+    return compute_shape(copy, fake_mode_of(user.graph))
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    return compute_shape(graph.call_function(target, args), fake_mode_of(graph))
 
 
 def _separate_input(linear: fx.Node) -> bool:

@@ -38,6 +38,10 @@ _ALONG_DIM: dict[Any, tuple[int, str, Any]] = {
     aten.slice.Tensor: (1, "dim", 0),
     aten.select.int: (1, "dim", None),
     aten.cumsum.default: (1, "dim", None),
+    aten.gather.default: (1, "dim", None),
+    aten.scatter.src: (1, "dim", None),
+    aten.scatter.value: (1, "dim", None),
+    aten.take_along_dim.default: (2, "dim", None),
 }
 """Operators that work along a dim: position, name and default of the argument that says along which."""
 
@@ -98,6 +102,8 @@ def _per_token(node: fx.Node, twins: dict[fx.Node, _Twin]) -> _Twin | None:
     if node.target is aten.repeat_interleave.self_int:
         return _repeat(node, twins)
     if node.target in _ALONG_DIM:
+        if len(flat) < len(operands):
+            return None
         dims = _moved_dims(node, twins[source].leading - 1)
         return None if dims is None else _copy_unflat(node, twins, dims)
     if node.target in _LAST_DIM:
@@ -130,6 +136,8 @@ def _moved_dims(node: fx.Node, shift: int) -> tuple[Any, ...] | None:
     place, name, default = _ALONG_DIM[node.target]
     rank = len(shape_of(args_of(node)[0])) + (node.target is aten.unsqueeze.default)
     value = argument(node, place, name, default)
+    if value is None:
+        return None
     dims = [int(dim) % rank for dim in (value if isinstance(value, (list, tuple)) else [value])]
     if 0 in dims or name in node.kwargs or not dims:
         return None
