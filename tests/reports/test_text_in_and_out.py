@@ -71,7 +71,7 @@ def test_where_a_file_is_no_text(tmp_path: Path, content: bytes, place: str) -> 
         prompts_in(path, content)
     with pytest.raises(InputFileError, match=rf"--calibrate: .*p is not UTF-8 text {place}"):
         read_text(path, "--calibrate")
-    text = Text("p", 1, lambda text: _batches_of(text, path, lambda piece, first: [1] * len(piece), 2, None))
+    text = Text("p", 1, lambda text: _batches_of(text, path, lambda piece: [1] * len(piece), [], 2, None))
     with pytest.raises(InputFileError, match=rf"--text: .*p is not UTF-8 text {place}"):
         list(text)
 
@@ -82,11 +82,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert read_text(path, "--text") == "ab\ncd"
     pieces: list[str] = []
 
-    def tokenize(piece: str, first: bool) -> list[int]:
+    def tokenize(piece: str) -> list[int]:
         pieces.append(piece)
         return [1, 2]
 
-    assert len(list(Text("t", 1, lambda text: _batches_of(text, path, tokenize, 2, None)))) == 1
+    assert len(list(Text("t", 1, lambda text: _batches_of(text, path, tokenize, [], 2, None)))) == 1
     assert pieces == ["ab\ncd"]
     path.write_bytes(MARK + b"degree = 3")
     assert merged(command_options(CompileOptions), path, {})["degree"] == 3
