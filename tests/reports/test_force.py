@@ -104,7 +104,8 @@ def test_the_working_directory_stays(work: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_text_inside_the_artifact_stays(work: Path) -> None:
     artifact = work / "old.kraken"
-    line = refused(work, "-o", artifact, "--text", artifact / "report.json")
+    calibrated = ("--form", "kraken", "--calibrate", work / "model")
+    line = refused(work, "-o", artifact, *calibrated, "--text", artifact / "report.json")
     assert "report.json, which is read" in line
     (work / "again").symlink_to(artifact / "lanes")
     line = refused(work, "-o", artifact, "--form", "kraken", "--calibrate", work / "again")
