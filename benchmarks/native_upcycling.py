@@ -27,8 +27,13 @@ from kraken_compiler.commands.train import RECORD_FILE, train_model
 from kraken_compiler.native import KrakenConfig
 from kraken_compiler.training.from_scratch.settings import TrainSettings
 
-WAYS = {"drawn": {}, "upcycled": {"begin": None}, "drawn, distilled": {"teacher": None}}
-WAYS["upcycled, distilled"] = {**WAYS["upcycled"], **WAYS["drawn, distilled"]}
+WAYS = {
+    "drawn": (),
+    "upcycled": ("begin",),
+    "drawn, distilled": ("teacher",),
+    "upcycled, distilled": ("begin", "teacher"),
+}
+"""The options of `kraken-train` that take the standard model."""
 
 
 def main() -> int:

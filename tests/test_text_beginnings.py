@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kraken_compiler.capture import Capture, capture
+from kraken_compiler.errors import UsageError
 from kraken_compiler.quality.calibration.rows import calibration_text
 from kraken_compiler.quality.healing.data import read_texts
 from kraken_compiler.quality.healing.settings import HealSettings
@@ -59,6 +60,14 @@ def test_a_limit_counts_all_tokens_of_rows(captured: Capture, text: Path) -> Non
     assert sum(batch.numel() for batch in tokens) == 3 * ROW
     tokens = evaluation_text(captured, TextChoice(text, limit=2))
     assert [batch.tolist() for batch in tokens] == [[[BEGIN, 3]]]
+
+
+def test_a_limit_that_leaves_room_for_nothing_but_the_beginning(text: Path, tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path / "llama", tokenizer=False)
+    save_tokenizer(path, template="<s> <s> <s> $A")
+    tokens = evaluation_text(capture(path), TextChoice(text, limit=2))
+    with pytest.raises(UsageError, match="is too short to measure anything on"):
+        list(tokens)
 
 
 def test_rows_to_calibrate_on(captured: Capture, text: Path) -> None:

@@ -12,18 +12,11 @@ import torch
 from torch import nn
 
 from kraken_compiler.artifact.tokenizer_files import stop_tokens_of_model
-from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, files_digester
 from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs, resolve
 from kraken_compiler.capture.export_module import export_module
 from kraken_compiler.capture.from_adapter import with_adapter
-from kraken_compiler.capture.from_module import (
-    capture_module,
-    class_name,
-    config_dict,
-    forward_defaults,
-    forward_parameters,
-)
+from kraken_compiler.capture.from_module import capture_module, class_name, config_dict, program_of
 from kraken_compiler.capture.from_quantized_directory import capture_quantized_directory
 from kraken_compiler.capture.huggingface_model import (
     architecture_of,
@@ -228,13 +221,7 @@ def _capture_without_values(
     with fake_parameters(model) as mode:
         # The inputs must belong to the parameters' fake mode, or torch.export makes a second one.
         exported = export_module(model, example.map_tensors(mode.from_tensor), allow_strict=False)
-    program, notes = build_program(
-        exported,
-        parameters=forward_parameters(model),
-        defaults=forward_defaults(model),
-        implied=example.implied,
-        model_class=class_name(model),
-    )
+    program, notes = program_of(exported, model, example)
     expected = expected_tensors(model, exported.state_dict)
     store = CheckpointStore(checkpoint, meta.reading.sources, expected, contents.parts.base)
     if checkpoint is not None:

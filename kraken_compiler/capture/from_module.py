@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from kraken_compiler.artifact.tokenizer_files import eos_in_config
 from kraken_compiler.capture.build_program import build_program
 from kraken_compiler.capture.captured_model import Capture, Origin, TokenizerSource, digest_tensors
-from kraken_compiler.capture.example_inputs import ExampleInputs, is_huggingface, refuse_unread, resolve
+from kraken_compiler.capture.example_inputs import CallExample, ExampleInputs, is_huggingface, refuse_unread, resolve
 from kraken_compiler.capture.export_module import export_module, training_mode_notes
 from kraken_compiler.capture.live_weights import offloaded_weights, require_weights
 from kraken_compiler.capture.quantized_weights import refuse_conversion
 from kraken_compiler.capture.run_source import module_reference
 from kraken_compiler.capture.unwrap import unwrap
 from kraken_compiler.errors import UsageError
+from kraken_compiler.ir.program import Program
 from kraken_compiler.weights.store import MemoryStore
 
 
@@ -59,13 +61,7 @@ def capture_module(
         example = resolve(model, example_inputs, input_specs)
         exported = export_module(model, example)
         training_notes = training_mode_notes(model, example)
-    program, notes = build_program(
-        exported,
-        parameters=forward_parameters(model),
-        defaults=forward_defaults(model),
-        implied=example.implied,
-        model_class=class_name(model),
-    )
+    program, notes = program_of(exported, model, example)
     refuse_unread(program, model, example)
     store = MemoryStore(exported.state_dict)
     origin = Origin(
@@ -89,7 +85,18 @@ def capture_module(
     )
 
 
-def forward_parameters(model: nn.Module) -> tuple[str, ...]:
+def program_of(exported: ExportedProgram, model: nn.Module, example: CallExample) -> tuple[Program, tuple[str, ...]]:
+    """The program of a traced module, which is called as the module is; see `build_program`."""
+    return build_program(
+        exported,
+        parameters=_forward_parameters(model),
+        defaults=_forward_defaults(model),
+        implied=example.implied,
+        model_class=class_name(model),
+    )
+
+
+def _forward_parameters(model: nn.Module) -> tuple[str, ...]:
     """Names that `forward` accepts, in positional order; those that only a name can give come last."""
     kinds = inspect.Parameter
     named_kinds = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
@@ -99,7 +106,7 @@ def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in named_kinds)
 
 
-def forward_defaults(model: nn.Module) -> dict[str, bool | int | float | str | None]:
+def _forward_defaults(model: nn.Module) -> dict[str, bool | int | float | str | None]:
     """What `forward` takes for arguments that a call leaves out, where that is a single value."""
     parameters = inspect.signature(model.forward).parameters.values()
     return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str | None)}

@@ -115,7 +115,7 @@ class _Compile:
         self.model, self.directory, self.options = model, directory, options
         self.example_inputs, self.show = example_inputs, show
         require_timeout(options.timeout)
-        self.asked = Asked.of(options, is_plan=directory is None)
+        self.asked = Asked.of(options, directory)
         self.backends = chosen_backends(options.backends, options.backend_options)
         self.dtype = dtype_named(options.dtype)
         require_checkable(options, self.backends)
@@ -138,7 +138,7 @@ class _Compile:
         place = self.directory
         with reserved(place, self.options.force, inputs) if place is not None else nullcontext() as reservation:
             captured = self._capture()
-            rewritten = rewrite(captured, self.asked, place, self.show)
+            rewritten = rewrite(captured, self.asked, self.show)
             cannot_run = (backend.cannot_run for backend in self.backends if backend.cannot_run)
             self.notes = (*self.notes, *rewritten.notes, *cannot_run)
             report = make_report(rewritten.program, rewritten.history, self.notes)

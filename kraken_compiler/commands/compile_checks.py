@@ -26,7 +26,7 @@ class Asked:
 
     Attributes:
         options: As they were given.
-        is_plan: Nothing is written, and no weight is read.
+        directory: Where the artifact goes; None of a plan, which writes nothing and reads no weight.
         degrees: The degrees; None is the compiler's own choice.
         lanes: How lanes get their heads and columns.
         texts: What is calibrated on.
@@ -37,7 +37,7 @@ class Asked:
     """
 
     options: CompileOptions
-    is_plan: bool
+    directory: Path | None
     degrees: tuple[int | None, ...]
     lanes: str
     texts: tuple[Path, ...]
@@ -47,13 +47,18 @@ class Asked:
     dumps: Path | None
 
     @classmethod
-    def of(cls, options: CompileOptions, *, is_plan: bool) -> Self:
+    def of(cls, options: CompileOptions, directory: Path | None) -> Self:
         """Read the options.
+
+        Args:
+            options: As they were given.
+            directory: Where the artifact goes; None of a plan.
 
         Raises:
             UsageError: One of them is none of its choices, or does not go with another.
             InputFileError: The machine's file cannot be read.
         """
+        is_plan = directory is None
         if options.overlap not in OVERLAPS:
             raise UsageError(f"--overlap {options.overlap}: choose from {', '.join(OVERLAPS)}")
         require_embedding(options.embedding)
@@ -63,7 +68,7 @@ class Asked:
         require_lanes_choice(lanes)
         return cls(
             options,
-            is_plan,
+            directory,
             _asked_degrees(options),
             lanes,
             tuple(Path(one) for one in options.calibrate),

@@ -52,30 +52,29 @@ class Rewritten:
     latencies: tuple[LatencyTable, ...] = ()
 
 
-def rewrite(captured: Capture, asked: Asked, directory: Path | None, show: Progress) -> Rewritten:
+def rewrite(captured: Capture, asked: Asked, show: Progress) -> Rewritten:
     """Rewrite a model.
 
     Args:
         captured: The model.
-        asked: What is asked for.
-        directory: Where the artifact goes, beside which a search keeps what it has measured; None of a plan.
+        asked: What is asked for. Beside the artifact a search keeps what it has measured.
         show: Is told how far it is.
 
     Raises:
         UsageError, UnsupportedModelError: See `lower`.
         VerificationError: No form keeps to the budget.
     """
-    return _Rewriting(captured, asked, directory, show).run()
+    return _Rewriting(captured, asked, show).run()
 
 
 class _Rewriting:
     """One rewrite, step by step."""
 
-    def __init__(self, captured: Capture, asked: Asked, directory: Path | None, show: Progress) -> None:
-        self.captured, self.asked, self.directory, self.show = captured, asked, directory, show
+    def __init__(self, captured: Capture, asked: Asked, show: Progress) -> None:
+        self.captured, self.asked, self.show = captured, asked, show
         self.runner = PassRunner(asked.dumps)
         # A plan reads no weight, so there is nothing to choose lanes by; a Kraken model has its own.
-        by_affinity = asked.lanes == AFFINITY and not asked.is_plan and captured.lanes is None
+        by_affinity = asked.lanes == AFFINITY and asked.directory is not None and captured.lanes is None
         self.lane_choice = self._lane_choice() if by_affinity else None
         self.notes: tuple[str, ...] = ()
         self.choice: Choice | None = None
@@ -94,7 +93,7 @@ class _Rewriting:
         else:
             for degree in self.asked.degrees:
                 split, program = self._of_degree(recognized, degree)
-                if self.asked.machine is not None and self.asked.is_plan:
+                if self.asked.machine is not None and self.asked.directory is None:
                     latencies.append(self._latencies(split, program, self.asked.machine))
         return Rewritten(
             program,
@@ -197,7 +196,7 @@ class _Rewriting:
 
     def _costs_file(self, which: str = "") -> Path:
         """Where the costs of single layers are kept for the next search; they hold for one degree."""
-        return Path(f"{self.directory}.{which}sensitivity.json")
+        return Path(f"{self.asked.directory}.{which}sensitivity.json")
 
     def _latencies(self, split: Split | None, program: LaneProgram, machine: Machine) -> LatencyTable:
         """Predicted times of a plan: the standard form's, and those of the form that was asked for."""

@@ -279,9 +279,11 @@ def parse_machine(text: str, where: str) -> Machine:
 
 def _nearest(tables: Sequence[Figures], dtype: str, machine: str, what: str) -> tuple[Figures, str]:
     """The table for an element type, or that for the one of the nearest number of bits; and which type that is."""
+    exact = next((table for table in tables if dtype in table.dtypes), None)
+    if exact is not None:
+        return exact, dtype
     there = [(table, name) for table in tables for name in table.dtypes]
-    exact = [entry for entry in there if entry[1] == dtype]
-    similar = exact or [entry for entry in there if _bits(entry[1]) and _bits(dtype)]
+    similar = [entry for entry in there if _bits(entry[1]) and _bits(dtype)]
     if not similar:
         names = ", ".join(name for _, name in there) or "none"
         raise UsageError(f"machine '{machine}' has no figures for {what} in {dtype}; it has: {names}")

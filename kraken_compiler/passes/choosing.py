@@ -24,6 +24,12 @@ UNTAGGED_POINTWISE = frozenset(WHERE) | {
 }
 """Pointwise, but not all are tagged so."""
 
+
+def is_pointwise(target: Any) -> bool:
+    """True for an operator of torch's whose result has at every place what it makes of the numbers there."""
+    return target in UNTAGGED_POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
 _TAKE_NUMBERS = frozenset({*WHERE, aten.masked_fill.Scalar, aten.mul.Tensor, aten.to.dtype})
 """Operators that take a number in a condition's place."""
 

@@ -11,6 +11,7 @@ from kraken_compiler.ir.calls import DECODER_IDS
 from kraken_compiler.ir.program import InputSpec, Program
 from kraken_compiler.ir.size_rules import broken_rule
 from kraken_compiler.ops.op_sets import EMBEDDING, LANE_EMBEDDING
+from kraken_compiler.passes.choosing import COMPARISONS
 from kraken_compiler.passes.position_lookups import longest_sequence, lookups
 
 NO_LIMIT = 1 << 30
@@ -23,9 +24,6 @@ _RESHAPES = frozenset(
     for name in ("view", "reshape", "_unsafe_view", "unsqueeze", "expand", "alias", "contiguous", "clone", "_to_copy")
 )
 """Operators that a model may apply to token ids before it looks them up (GPT-2 flattens them)."""
-
-
-_COMPARISONS = frozenset(getattr(torch.ops.aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge"))
 
 
 def sample_inputs(
@@ -104,7 +102,7 @@ def _compared_numbers(program: Program, name: str) -> list[int]:
     found = {
         node.args[1]
         for node in program.graph.nodes
-        if node.target in _COMPARISONS and isinstance(node.args[1], int) and _reshaped(node.args[0]) == name
+        if node.target in COMPARISONS and isinstance(node.args[1], int) and _reshaped(node.args[0]) == name
     }
     return sorted(number for number in found if rows is not None and 0 <= number < rows)
 

@@ -276,7 +276,7 @@ def _batches_of(
 ) -> Iterator[Tensor]:
     empty = True
     row = max(row, len(begin) + 1)
-    most = None if limit is None else limit - len(begin) * -(-limit // row)
+    most = None if limit is None else max(0, limit - len(begin) * -(-limit // row))
     for batch in token_batches(islice(_ids_of(text, path, tokenize, limit), most), row, begin=begin):
         empty = False
         yield batch

@@ -57,9 +57,9 @@ def compare_with_source(
     # Of a model with lanes of its own one lane was captured, which by itself computes something else.
     is_native = NATIVE in standard.plan.forms
     inside = computed_dtypes(source)
+    run_source = partial(_run_model, model) if model is not None else _streaming(source, read).run_flat
     comparisons = []
     for seed, (batch, sequence) in enumerate(sizes):
-        run_source = partial(_run_model, model) if model is not None else _streaming(source, read).run_flat
         inputs, want = _sample(source, run_source, (batch, sequence), seed, padded)
         dtypes = {one.dtype for one in want if one.is_floating_point()} | inside
         tolerance, noise = source_tolerance(dtypes), None

@@ -21,7 +21,7 @@ from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ops import collectives as ops  # noqa: F401  (registers the collective ops)
 from kraken_compiler.ops.op_sets import DEQUANTIZE, LINEAR, SHAPE_ONLY
 from kraken_compiler.passes.cache.mixing import dims_along, size_groups
-from kraken_compiler.passes.choosing import UNTAGGED_POINTWISE
+from kraken_compiler.passes.choosing import is_pointwise
 from kraken_compiler.passes.graph_tools import ancestors, args_of, argument, aten
 from kraken_compiler.passes.shapes import (
     SHAPE_ARGUMENTS,
@@ -190,7 +190,7 @@ class LengthIndependence:
             return False
         if target is aten.diff.default:
             return len(args_of(node)) < 5 and "append" not in node.kwargs
-        if torch.Tag.pointwise in target.tags or target in ELEMENTS_KEPT or target in UNTAGGED_POINTWISE:
+        if is_pointwise(target) or target in ELEMENTS_KEPT:
             return True
         if not any(self._varies(one, dim) for one in tensors if is_tensor(one) for dim in range(len(shape_of(one)))):
             return all(not self._varies(node, dim) for dim in range(len(shape_of(node)))) if is_tensor(node) else True

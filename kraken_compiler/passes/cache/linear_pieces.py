@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kraken_compiler._torch_compat import OpOverload
 from kraken_compiler.ir.program import Program
 from kraken_compiler.ops.op_sets import DEQUANTIZE, MASKED_FILLS, SHAPE_ONLY
 from kraken_compiler.passes.cache.compare_lengths import RUN_ERRORS, size_bound
@@ -32,7 +31,7 @@ from kraken_compiler.passes.cache.length_independence import (
     same_groups,
 )
 from kraken_compiler.passes.cache.positional_values import evaluate_all
-from kraken_compiler.passes.choosing import COMPARISONS, UNTAGGED_POINTWISE, WHERE
+from kraken_compiler.passes.choosing import COMPARISONS, WHERE, is_pointwise
 from kraken_compiler.passes.graph_tools import args_of, argument, aten
 from kraken_compiler.passes.shapes import is_tensor, same_size, shape_of, symbols_of, value_of
 
@@ -237,10 +236,8 @@ class _Pieces:
 
     def _pointwise(self, node: fx.Node) -> Form | None:
         """The form of any function of values that are fixed, perhaps in pieces."""
-        target, form = node.target, self._joined(node)
-        is_tagged = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
-        is_pointwise = is_tagged or target in UNTAGGED_POINTWISE
-        return form if is_pointwise and form is not None and not form & Form.LINEAR else None
+        form = self._joined(node)
+        return form if is_pointwise(node.target) and form is not None and not form & Form.LINEAR else None
 
     def _sum(self, node: fx.Node) -> Form | None:
         left, right = args_of(node)[:2]

@@ -18,7 +18,7 @@ from torch import fx
 
 from kraken_compiler.errors import Rejection
 from kraken_compiler.ir.program import Program
-from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION
+from kraken_compiler.ops.op_sets import ATTENTION, CAPPED_ATTENTION, MASKED_FILLS
 from kraken_compiler.passes.compiler_pass import Pass, PassResult
 from kraken_compiler.passes.graph_tools import args_of, argument, aten, calls, near_miss, replace, value_ancestors
 from kraken_compiler.passes.shapes import is_tensor, refresh_shapes, same_size, shape_of, value_of
@@ -249,7 +249,7 @@ def _parse_mask(node: fx.Node, graph: fx.Graph) -> _Scores | Rejection:
     if node.target in (aten.where.self, aten.where.ScalarOther):
         condition, scores_node, low = args_of(node)[:3]
         keep = True
-    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+    elif node.target in MASKED_FILLS:
         scores_node, condition, low = args_of(node)[:3]
         keep = False
     else:
