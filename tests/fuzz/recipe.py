@@ -98,8 +98,7 @@ class Recipe:
     @property
     def refusal(self) -> str:
         """Words of the reason for which the model is refused; "" if it must be taken."""
-        of_the_sum = self.branch_scale != 1.0 or self.place == "sandwich"
-        refused = self.ffn == "experts" and of_the_sum
+        refused = self.ffn == "experts" and self.place == "sandwich"
         return "stands between the branch's output projection and the residual stream" if refused else ""
 
     @property
