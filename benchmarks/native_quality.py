@@ -1,13 +1,14 @@
 """Does a Kraken model that is trained from scratch predict as well as a standard one of as many parameters?
 
     python benchmarks/quality_texts.py texts
-    python benchmarks/native_quality.py texts/general --size 3M --tokens 4e6 --rates 1e-3,2e-3,4e-3 --out native-quality
+    python benchmarks/native_quality.py texts/general --size 3M --tokens 1e6 --batch 4 --out native-quality
 
 A GPT-2 and Kraken models of 2 and 4 lanes, of as many parameters within 2 %, are trained on the same rows of the same
-texts in the same order, by the same loop, once at every learning rate; at the best one of each, further seeds follow
-(of the first weights and of the order of the rows). Perplexity is that of the last part of every text, which nobody was
-trained on. The tokenizer is learnt from the other parts. Every run that has ended is kept in OUT, so that a call that
-was interrupted goes on; --plot draws the curves.
+texts in the same order, by the same loop. All are tuned alike: with every learning rate and every standard deviation of
+the embedding's first weights on few tokens, then with the best of these on all tokens, once with every seed (of the
+first weights and of the order of the rows). Perplexity is that of the last part of every text, which nobody was trained
+on. The tokenizer is learnt from the other parts. Every run that has ended is kept in OUT, so that a call that was
+interrupted goes on, and calls with other --models may run beside each other; --plot draws the curves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -48,6 +50,7 @@ from kraken_compiler.training.watch import StepRecord
 
 STANDARD = "standard"
 DEGREES = (2, 4)
+MODELS = (STANDARD, *(f"kraken-{degree}" for degree in DEGREES))
 CONTEXT = 256
 WITHIN = 0.02
 
@@ -95,7 +98,7 @@ def main() -> int:
     size = SIZES[options.size]
     files = [file for path in options.texts for file in text_files(path, "TEXTS")]
     settings = TrainSettings(
-        steps=round(options.tokens / (options.batch * CONTEXT)),
+        steps=_steps(options.tokens, options),
         sequence=CONTEXT,
         batch=options.batch,
         precision=options.precision,
@@ -109,21 +112,12 @@ def main() -> int:
     print(f"{text.train.numel():,} tokens, of which every model reads {trained:,}; {text.held_out.numel():,} held out")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = hashlib.sha256(text.train.numpy().tobytes() + text.held_out.numpy().tobytes()).hexdigest()[:8]
-    what = f"{options.size}, {settings.steps} steps of {settings.batch} rows of {rows}, {settings.precision}"
-    runs = Runs(options.out, what, size, text, settings)
-    names = (STANDARD, *(f"kraken-{degree}" for degree in DEGREES))
-    for rate in options.rates:
-        for name in names:
-            runs.get(name, rate, options.seeds[0])
-    best = {
-        name: min(options.rates, key=lambda rate, n=name: runs.get(n, rate, options.seeds[0])["loss"]) for name in names
-    }
-    for seed in options.seeds[1:]:
-        for name in names:
-            runs.get(name, best[name], seed)
-    print("\n".join(report(runs, names, best, options)))
+    runs = Runs(options.out, f"{options.size}, rows {rows}, {settings.precision}", size, text, settings)
+    tuned = {name: _tuned(runs, name, options) for name in options.models}
+    ended = {name: [runs.get(name, tuned[name][0], seed) for seed in options.seeds] for name in options.models}
+    print("\n".join(report(tuned, ended)))
     if options.plot:
-        _plot(runs, names, best, options)
+        _plot(ended, options)
     return 0
 
 
@@ -133,44 +127,78 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="3M")
     parser.add_argument("--tokens", type=float, default=4e6, help="how many each model reads")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--rates", type=_numbers, default=(1e-3, 2e-3, 4e-3), help="learning rates that are tried")
+    parser.add_argument("--tuning-tokens", type=float, default=3e5, help="how many each reads while it is tuned")
+    parser.add_argument("--rates", type=_numbers, default=(1e-3, 2e-3), help="learning rates that are tried")
+    parser.add_argument(
+        "--deviations",
+        type=_numbers,
+        default=(0.02, 0.05, 0.1),
+        help="of the embedding's first weights, that are tried",
+    )
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS), help="which to train")
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("native-quality"))
     parser.add_argument("--plot", type=Path, help="write the curves of the best runs there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"no model is called {', '.join(sorted(unknown))}: choose from {', '.join(MODELS)}")
+    return options
+
+
+def _steps(tokens: float, options: argparse.Namespace) -> int:
+    return round(tokens / (options.batch * CONTEXT))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split(",")))
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What is tuned of a model.
+
+    Attributes:
+        rate: The highest learning rate.
+        deviation: Standard deviation of the embedding's first weights.
+    """
+
+    rate: float
+    deviation: float
+
+    def __str__(self) -> str:
+        return f"rate {self.rate:g}, embedding {self.deviation:g}"
+
+
 class Runs:
     """The runs there are, and those that are made when they are asked for."""
 
     def __init__(self, out: Path, what: str, size: Size, text: TrainingText, settings: TrainSettings) -> None:
-        self._path, self._what = out / "runs.json", what
+        self._out, self._what = out, what
         self._size, self._text, self._settings = size, text, settings
-        self.found: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
-    def get(self, name: str, rate: float, seed: int) -> dict[str, Any]:
-        """The run of a model at a learning rate with a seed: parameters, seconds, curve, loss and perplexity."""
-        key = f"{self._what}, {name}, {rate:g}, seed {seed}"
-        if key not in self.found:
-            self.found[key] = self._run(key, name, replace(self._settings, learning_rate=rate, seed=seed))
-            self._path.write_text(json.dumps(self.found, indent=1))
-        return self.found[key]
+    def get(self, name: str, tuning: Tuning, seed: int, steps: int | None = None) -> dict[str, Any]:
+        """The run of a model with a seed: parameters, seconds, curve, loss and perplexity. None takes all steps."""
+        settings = replace(self._settings, learning_rate=tuning.rate, seed=seed, steps=steps or self._settings.steps)
+        key = f"{self._what}, {settings.steps} steps of {settings.batch}, {name}, {tuning}, seed {seed}"
+        folder = self._out / key.replace(", ", "-").replace(" ", "_")
+        record = folder.with_name(folder.name + ".json")
+        if not record.exists():
+            record.write_text(json.dumps({"run": key, **self._run(key, name, tuning, settings, folder)}, indent=1))
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
 
-    def _run(self, key: str, name: str, settings: TrainSettings) -> dict[str, Any]:
+    def _run(self, key: str, name: str, tuning: Tuning, settings: TrainSettings, folder: Path) -> dict[str, Any]:
         if name == STANDARD:
-            trainer = standard_trainer(self._size, settings)
+            trainer = standard_trainer(self._size, tuning, settings)
         else:
-            config = kraken_config(self._size, int(name.partition("-")[2]))
+            config = replace(
+                kraken_config(self._size, int(name.partition("-")[2])), embedding_deviation=tuning.deviation
+            )
             trainer = trainer_of(new_model(config, settings.seed), NextToken(), settings, training_device())
         parameters = sum(parameter.numel() for parameter in trainer.parameters.trained().values())
-        folder = self._path.parent / key.replace(", ", "-").replace(" ", "_")
         state = open_state(folder, {"run": key}, restart=False)
         began = time.perf_counter()
         with fast_products():
@@ -180,10 +208,21 @@ class Runs:
         return {"parameters": parameters, "seconds": seconds, "curve": outcome.held_out, **outcome.after}
 
 
-def standard_trainer(size: Size, settings: TrainSettings) -> Trainer:
+def _tuned(runs: Runs, name: str, options: argparse.Namespace) -> tuple[Tuning, dict[Tuning, float]]:
+    """The best of what is tried for a model, and the perplexity of each on few tokens."""
+    tried = {
+        tuning: runs.get(name, tuning, options.seeds[0], _steps(options.tuning_tokens, options))["perplexity"]
+        for tuning in (Tuning(*values) for values in product(options.rates, options.deviations))
+    }
+    return min(tried, key=lambda tuning: tried[tuning]), tried
+
+
+def standard_trainer(size: Size, tuning: Tuning, settings: TrainSettings) -> Trainer:
     """A GPT-2 of transformers, with its own first weights, as a lane program of one lane that computes all of it."""
     torch.manual_seed(settings.seed)
     model = GPT2LMHeadModel(_gpt2(size)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(tuning.deviation / model.config.initializer_range)
     captured = capture(model)
     program, _ = lower(captured.program, 1, STANDARD, cached=False)
     read_lane = read_from_source(program, captured.store.read)
@@ -232,39 +271,35 @@ def kraken_config(size: Size, degree: int) -> KrakenConfig:
     return nearest
 
 
-def report(runs: Runs, names: tuple[str, ...], best: dict[str, float], options: argparse.Namespace) -> list[str]:
-    """Every model's perplexity at every rate, and at the best one over all seeds."""
-    header = ("model", "parameters", *(f"at {rate:g}" for rate in options.rates), "seeds", "perplexity", "to standard")
+def report(tuned: dict[str, tuple[Tuning, dict[Tuning, float]]], ended: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Every model's perplexity with all that was tried on few tokens, and with the best of it on all, by seed."""
+    tried = [tuning for _, perplexities in tuned.values() for tuning in perplexities]
+    lines = ["", "tuning: perplexity after few tokens", ""]
+    rows = [(str(tuning), *(f"{tuned[name][1][tuning]:.1f}" for name in tuned)) for tuning in dict.fromkeys(tried)]
+    lines += table(("", *tuned), rows)
+    means = {name: fmean(run["perplexity"] for run in runs) for name, runs in ended.items()}
     rows = []
-    means = {}
-    for name in names:
-        tried = [runs.get(name, rate, options.seeds[0]) for rate in options.rates]
-        seeds = [runs.get(name, best[name], seed)["perplexity"] for seed in options.seeds]
-        means[name] = fmean(seeds)
-        spread = f" +- {stdev(seeds):.2f}" if len(seeds) > 1 else ""
+    for name, runs in ended.items():
+        seeds = [run["perplexity"] for run in runs]
+        spread = f" +- {stdev(seeds):.1f}" if len(seeds) > 1 else ""
+        compared = f"{means[name] / means[STANDARD] - 1:+.1%}" if STANDARD in means else ""
+        each = " ".join(f"{one:.1f}" for one in seeds)
         rows.append(
-            (
-                name,
-                f"{tried[0]['parameters']:,}",
-                *(f"{one['perplexity']:.2f}" for one in tried),
-                str(len(seeds)),
-                f"{means[name]:.2f}{spread}",
-                f"{means[name] / means[STANDARD] - 1:+.1%}",
-            )
+            (name, f"{runs[0]['parameters']:,}", str(tuned[name][0]), each, f"{means[name]:.1f}{spread}", compared)
         )
-    return ["", *table(header, rows)]
+    header = ("model", "parameters", "tuned", "perplexity by seed", "mean", "to standard")
+    return [*lines, "", *table(header, rows)]
 
 
-def _plot(runs: Runs, names: tuple[str, ...], best: dict[str, float], options: argparse.Namespace) -> None:
+def _plot(ended: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for number, name in enumerate(names):
-        curves = [runs.get(name, best[name], seed)["curve"] for seed in options.seeds]
-        for curve in curves:
-            steps, losses = zip(*curve[1:])
+    for number, (name, runs) in enumerate(ended.items()):
+        for run in runs:
+            steps, losses = zip(*run["curve"][1:])
             tokens = [step * options.batch * CONTEXT / 1e6 for step in steps]
-            axes.plot(tokens, losses, color=f"C{number}", linewidth=1, label=name if curve is curves[0] else None)
+            axes.plot(tokens, losses, color=f"C{number}", linewidth=1, label=name if run is runs[0] else None)
     axes.set(xlabel="million tokens", ylabel="loss on held-out text, nats")
     axes.legend()
     figure.savefig(options.plot, dpi=110)

@@ -32,6 +32,8 @@ class KrakenConfig:
         positions: How positions are told, one of `POSITIONS`.
         rotary_base: Base of rotary positions.
         norm_epsilon: Added to a norm's variance.
+        embedding_deviation: Standard deviation of the embedding's first weights. GPT-2's, which the paper has, suits
+            its learning rate of 2.5e-4; where the rate is higher a larger one keeps the size of a step in proportion.
     """
 
     layers: int = 12
@@ -47,6 +49,7 @@ class KrakenConfig:
     positions: str = LEARNED
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
+    embedding_deviation: float = 0.02
 
     def __post_init__(self) -> None:
         """Check the sizes.
@@ -69,7 +72,7 @@ class KrakenConfig:
             raise UsageError(f"{self.heads} heads are no multiple of {self.keys} key and value heads")
         if self.positions == ROTARY and self.head % 2:
             raise UsageError(f"rotary positions turn pairs: heads of {self.head} are odd")
-        for name in ("expansion", "rotary_base", "norm_epsilon"):
+        for name in ("expansion", "rotary_base", "norm_epsilon", "embedding_deviation"):
             value = getattr(self, name)
             if not isinstance(value, float | int) or not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} of a Kraken model must be a number above 0, not {value}")

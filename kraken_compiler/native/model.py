@@ -130,6 +130,8 @@ class KrakenLM(nn.Module):
         self.lanes = nn.ModuleList(KrakenLane(config) for _ in range(config.degree))
         self.norm = norm_of(config)
         self.apply(_initialise)
+        with torch.no_grad():
+            self.embedding.weight.mul_(config.embedding_deviation / _DEVIATION)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.normal_(parameter, std=_DEVIATION / math.sqrt(2 * config.layers))
