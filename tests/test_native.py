@@ -89,6 +89,20 @@ def test_parameters_follow_from_the_sizes() -> None:
         assert config.parameters == pytest.approx(sizes[name.split("-")[1]], rel=0.02)
 
 
+def test_the_first_embedding_has_the_deviation_that_is_asked_for() -> None:
+    first, wide = (_drawn(replace(GPT, embedding_deviation=deviation)) for deviation in (0.02, 0.1))
+    assert wide.embedding.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    torch.testing.assert_close(wide.embedding.weight, 5 * first.embedding.weight)
+    others = dict(first.named_parameters())
+    for name, parameter in wide.named_parameters():
+        assert name == "embedding.weight" or torch.equal(parameter, others[name])
+
+
+def _drawn(config: KrakenConfig) -> KrakenLM:
+    torch.manual_seed(0)
+    return KrakenLM(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -103,6 +117,7 @@ def test_parameters_follow_from_the_sizes() -> None:
         ({"expansion": "2"}, "expansion of a Kraken model must be a number above 0"),
         ({"width": 48.0}, "width of a Kraken model must be a whole number, not 48.0"),
         ({"layers": True}, "layers of a Kraken model must be a whole number"),
+        ({"embedding_deviation": 0.0}, "embedding_deviation of a Kraken model must be a number above 0"),
     ],
 )
 def test_sizes_that_cannot_be(changes: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ _START = re.compile(r"^(?:(\w+) = )?torch\.ops\.(?:kraken_rank\.start|_c10d_func
 _WAIT = re.compile(r"torch\.ops\.(?:kraken_rank\.wait|_c10d_functional\.wait_tensor)" + _FIRST)
 _GEMM = re.compile(
     r"extern_kernels\.\w*mm\w*\(|torch\.ops\.(?:kraken_rank\.linear|mkldnn\._linear_pointwise|mkl\._mkl_linear|"
-    r"aten\.\w*(?:mm|linear)|aten\._scaled_dot_product\w*|kraken\.(?:cached_)?attention)\b|"
+    r"aten\.\w*(?:mm|linear)|aten\._scaled_dot_product\w*|kraken\.(?:(?:cached_)?attention|expert_linear))\b|"
     r"(?:triton_tem|cpp)_fused_\w*mm_\w*(?:\.run)?\("
 )
 
