@@ -1,7 +1,7 @@
 """Is it worth beginning a Kraken model with the weights of a standard one?
 
     python benchmarks/own_tokens.py streams --rows 4096
-    python benchmarks/native_upcycling.py streams/model --tokens streams/fit.npy --steps 240 --rates 1e-3,2e-3
+    python benchmarks/native_upcycling.py streams/model --tokens streams/fit.npy --steps 160
 
 A Kraken model that has the layers and heads of a standard one, and lanes as wide as their heads, is trained on the
 same rows four times: from first weights that are drawn or from the standard model's (`--from`), on the next token or on
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,14 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a GPT-2 whose embedding is its head, as a directory")
     parser.add_argument("--tokens", type=Path, required=True, help="token ids, [rows, tokens] in a .npy file")
     parser.add_argument("--degree", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), default=(1e-3, 2e-3))
+    parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), default=(5e-4, 1e-3, 2e-3))
+    parser.add_argument("--deviation", type=float, default=0.1, help="of the embedding's weights where they are drawn")
     parser.add_argument("--out", type=Path, default=Path("native-upcycling"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    config = kraken_config(options.model, options.degree)
+    config = replace(kraken_config(options.model, options.degree), embedding_deviation=options.deviation)
     records = {(way, rate): _record(options, config, way, rate) for way, rate in product(WAYS, options.rates)}
     count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(options.model).parameters())
     trained = next(iter(records.values()))["trained_on_tokens"]
