@@ -135,6 +135,21 @@ def test_the_choice_in_one_line_and_only_among_the_degrees_that_are_named(
     assert picked(llama, "--machine", machines["four"], "--plan", "--degree", "2")["auto"]["degree"] == 2
 
 
+@pytest.fixture(scope="module")
+def in_half(machines: dict[str, Path]) -> Path:
+    """A machine whose figures are all for another element type than the model's."""
+    path = machines["slow"].with_name("half.toml")
+    path.write_text(machines["slow"].read_text().replace("float32", "bfloat16"))
+    return path
+
+
+ESTIMATED = "products in float32 are estimated from figures for bfloat16"
+
+
+def test_what_a_machine_has_no_figures_for_is_noted(llama: Path, in_half: Path) -> None:
+    assert ESTIMATED in " ".join(picked(llama, "--machine", in_half, "--plan")["report"]["notes"])
+
+
 def test_an_artifact_of_what_was_picked(llama: Path, machines: dict[str, Path], tmp_path: Path) -> None:
     result = compile_model(
         llama,
@@ -168,8 +183,17 @@ def test_no_choice_of_forms_beats_the_bound(machines: dict[str, Path], name: str
 
 
 def within(llama: Path, words: Path, target: Path, machine: Path, *options: str) -> dict[str, Any]:
-    calibrate = ("--calibrate", words, "--calibrate-tokens", "4096", "--calibrate-passes", "0", "--no-verify")
-    return picked(llama, "--machine", machine, "-o", target, *calibrate, *options)
+    return picked(llama, "--machine", machine, "-o", target, *calibrated(words), *options)
+
+
+def calibrated(words: Path) -> tuple[str | Path, ...]:
+    return "--calibrate", words, "--calibrate-tokens", "4096", "--calibrate-passes", "0", "--no-verify"
+
+
+@pytest.mark.slow
+def test_what_a_search_had_to_estimate_is_noted(llama: Path, words: Path, in_half: Path, tmp_path: Path) -> None:
+    budget = ("--degree", "2", "--machine", in_half, "--max-kl", "10", *LOAD)
+    assert ESTIMATED in done(llama, *budget, *calibrated(words), "-o", tmp_path / "out").stdout
 
 
 @pytest.mark.slow

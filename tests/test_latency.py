@@ -128,12 +128,7 @@ def test_an_element_type_without_figures_takes_those_of_the_nearest(
     assert in_half.product_seconds(1, 100, 100, 1000, "float32", 1) == pytest.approx(2 * exact)
     assert in_half.product_seconds(1, 100, 100, 1000, "float16", 1) == exact
     attention = in_half.attention_seconds(1e9, 16, 0, "bfloat16")
-    assert in_half.attention_seconds(
-        1e9,
-        16,
-        0,
-        "float64",
-    ) == pytest.approx(4 * attention)
+    assert in_half.attention_seconds(1e9, 16, 0, "float64") == pytest.approx(4 * attention)
     # Narrower numbers are at least as fast.
     assert machine(tmp_path).product_seconds(1, 100, 100, 1000, "bfloat16", 1) == exact
     assert (in_half.note_on_products("bfloat16"), in_half.note_on_attention("bfloat16")) == ("", "")

@@ -137,7 +137,7 @@ class _Rewriting:
             search if self.asked.budget is not None else None,
         )
         self.auto, self.choice = pick.auto, pick.auto.choice
-        self.notes = notes.get(pick.auto.degree, ())
+        self.notes = (*notes.get(pick.auto.degree, ()), *picker.predictor.notes)
         if self.choice is not None:
             _keep_costs(self._costs_file(f"{pick.auto.degree}."), self._costs_file())
         self.runner.history[:] = pick.history
@@ -155,11 +155,13 @@ class _Rewriting:
         self.notes = (*self.notes, *(self.lane_choice.notes if self.lane_choice is not None else ()))
         form: FormChoice = options.form
         if self.asked.budget is not None:
+            predictor = Predictor(self.asked.machine) if self.asked.machine is not None else None
             seconds_of = None
-            if self.asked.machine is not None:
-                limit, predictor = max_positions(self.captured.config), Predictor(self.asked.machine)
+            if predictor is not None:
+                limit = max_positions(self.captured.config)
                 seconds_of = seconds_of_forms(split, predictor, self.asked.load, limit, options.overlap)
             self.choice = self._within_budget(split, seconds_of)
+            self.notes = (*self.notes, *(predictor.notes if predictor is not None else ()))
             form = _best(self.choice)
         return split, self._in_form(split, degree, form, options.overlap)
 

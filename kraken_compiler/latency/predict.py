@@ -152,7 +152,13 @@ class RunGraphs:
 
 
 class Predictor:
-    """Predicts programs on one machine; the shapes of operators are found once for all of them."""
+    """Predicts programs on one machine; the shapes of operators are found once for all of them.
+
+    Attributes:
+        machine: The machine.
+        fused, recorded: See `__init__`.
+        notes: What has been estimated so far because the machine lacks figures, a line each.
+    """
 
     def __init__(self, machine: Machine, *, fused: bool = True, recorded: bool | None = None) -> None:
         """Prepare.
@@ -164,6 +170,7 @@ class Predictor:
         """
         self.machine, self.fused = machine, fused
         self.recorded = fused if recorded is None else recorded
+        self.notes: tuple[str, ...] = ()
         self._sizer = Sizer()
 
     def predict(self, graphs: RunGraphs, load: Load, *, halves: bool = False, silent: bool = False) -> Prediction:
@@ -181,7 +188,9 @@ class Predictor:
         past = load.prompt + load.new_tokens // 2
         decode = self._run(graphs, load.batch, 1, past, halves=False, silent=silent)
         prefill = self._run(graphs, load.batch, load.prompt, 0, halves=halves, silent=silent)
-        return Prediction(load, prefill, decode)
+        prediction = Prediction(load, prefill, decode)
+        self.notes = tuple(dict.fromkeys((*self.notes, *prediction.notes)))
+        return prediction
 
     def fastest(self, graphs: RunGraphs, load: Load) -> Prediction:
         """The times of a load with its prompt read at once or as two halves, as is faster. See `predict`."""
