@@ -107,10 +107,8 @@ def latency_table(
         predictions[SILENT] = predictor.predict(first, load, silent=True)
     left_out = dict.fromkeys(load.prompt for load in loads if load not in rows)
     note = f"prompts of {', '.join(map(str, left_out))} tokens are left out: the model takes {most}"
-    estimated = dict.fromkeys(
-        note for predictions in rows.values() for prediction in predictions.values() for note in prediction.notes
-    )
-    return LatencyTable(predictor.machine.name, first.degree, rows, (*((note,) if left_out else ()), *estimated))
+    notes = (*((note,) if left_out else ()), *predictor.notes)
+    return LatencyTable(predictor.machine.name, first.degree, rows, notes)
 
 
 def compared_lines(tables: Sequence[LatencyTable]) -> list[str]:

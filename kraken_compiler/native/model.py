@@ -130,7 +130,7 @@ class KrakenLM(nn.Module):
         self.lanes = nn.ModuleList(KrakenLane(config) for _ in range(config.degree))
         self.norm = norm_of(config)
         self.apply(_initialise)
-        with torch.no_grad():
+        with torch.no_grad():  # Scaled and not drawn anew: a seed gives the same other weights at every deviation.
             self.embedding.weight.mul_(config.embedding_deviation / _DEVIATION)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "ffn.down.weight")):
