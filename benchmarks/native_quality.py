@@ -4,11 +4,12 @@
     python benchmarks/native_quality.py texts/general --size 3M --tokens 1e6 --batch 4 --out native-quality
 
 A GPT-2 and Kraken models of 2 and 4 lanes, of as many parameters within 2 %, are trained on the same rows of the same
-texts in the same order, by the same loop. All are tuned alike: with every learning rate and every standard deviation of
-the embedding's first weights on few tokens, then with the best of these on all tokens, once with every seed (of the
-first weights and of the order of the rows). Perplexity is that of the last part of every text, which nobody was trained
-on. The tokenizer is learnt from the other parts. Every run that has ended is kept in OUT, so that a call that was
-interrupted goes on, and calls with other --models may run beside each other; --plot draws the curves.
+texts in the same order, by the same loop. All are tuned alike: with every learning rate, every multiple of it for the
+embeddings and every standard deviation of the embedding's first weights on few tokens, then with the best of these on
+all tokens, once with every seed (of the first weights and of the order of the rows). Perplexity is that of the last
+part of every text, which nobody was trained on. The tokenizer is learnt from the other parts. Every run that has ended
+is kept in OUT, so that a call that was interrupted goes on, and calls with other --models may run beside each other;
+--plot draws the curves.
 """
 
 from __future__ import annotations
@@ -130,6 +131,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tuning-tokens", type=float, default=3e5, help="how many each reads while it is tuned")
     parser.add_argument("--rates", type=_numbers, default=(1e-3, 2e-3), help="learning rates that are tried")
     parser.add_argument(
+        "--embedding-rates",
+        type=_numbers,
+        default=(1.0, 4.0),
+        help="multiples of the learning rate that are tried for embeddings",
+    )
+    parser.add_argument(
         "--deviations",
         type=_numbers,
         default=(0.02, 0.05, 0.1),
@@ -162,14 +169,16 @@ class Tuning:
 
     Attributes:
         rate: The highest learning rate.
+        embedding_rate: The embeddings' learning rate, as a multiple of it.
         deviation: Standard deviation of the embedding's first weights.
     """
 
     rate: float
+    embedding_rate: float
     deviation: float
 
     def __str__(self) -> str:
-        return f"rate {self.rate:g}, embedding {self.deviation:g}"
+        return f"rate {self.rate:g}, embedding {self.deviation:g}, its rate {self.embedding_rate:g}"
 
 
 class Runs:
@@ -181,7 +190,13 @@ class Runs:
 
     def get(self, name: str, tuning: Tuning, seed: int, steps: int | None = None) -> dict[str, Any]:
         """The run of a model with a seed: parameters, seconds, curve, loss and perplexity. None takes all steps."""
-        settings = replace(self._settings, learning_rate=tuning.rate, seed=seed, steps=steps or self._settings.steps)
+        settings = replace(
+            self._settings,
+            learning_rate=tuning.rate,
+            embedding_rate=tuning.embedding_rate,
+            seed=seed,
+            steps=steps or self._settings.steps,
+        )
         key = f"{self._what}, {settings.steps} steps of {settings.batch}, {name}, {tuning}, seed {seed}"
         folder = self._out / key.replace(", ", "-").replace(" ", "_")
         record = folder.with_name(folder.name + ".json")
@@ -212,7 +227,9 @@ def _tuned(runs: Runs, name: str, options: argparse.Namespace) -> tuple[Tuning, 
     """The best of what is tried for a model, and the perplexity of each on few tokens."""
     tried = {
         tuning: runs.get(name, tuning, options.seeds[0], _steps(options.tuning_tokens, options))["perplexity"]
-        for tuning in (Tuning(*values) for values in product(options.rates, options.deviations))
+        for tuning in (
+            Tuning(*values) for values in product(options.rates, options.embedding_rates, options.deviations)
+        )
     }
     return min(tried, key=lambda tuning: tried[tuning]), tried
 
@@ -230,7 +247,8 @@ def standard_trainer(size: Size, tuning: Tuning, settings: TrainSettings) -> Tra
     parameters = LaneParameters.of_all_lanes(program, read_lane, where)
     count = sum(parameter.numel() for parameter in parameters.trained().values())
     assert count == sum(parameter.numel() for parameter in model.parameters()), "embedding and head are one"
-    return Trainer(LaneRunner(program, device=where), parameters, NextToken(), settings, device=where)
+    runner = LaneRunner(program, device=where)
+    return Trainer(runner, parameters, NextToken(), settings, device=where, embedding_rate=settings.embedding_rate)
 
 
 def _gpt2(size: Size) -> GPT2Config:

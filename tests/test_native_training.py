@@ -89,6 +89,25 @@ def test_loss_and_gradients_are_the_models(config: KrakenConfig) -> None:
     assert seen == set(wanted), "every parameter is trained, and the embedding is one with the head"
 
 
+def test_embeddings_have_a_rate_of_their_own() -> None:
+    settings = replace(SETTINGS, weight_decay=0.0, embedding_rate=5.0)
+    trainer = trainer_of(new_model(GPT, seed=3), NextToken(), settings, torch.device("cpu"))
+    table = trainer.parameters.table
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.trained().items()}
+    trainer.step(torch.arange(3 * 17).view(3, 17) % GPT.vocabulary, 1e-3)
+    moved = {
+        table[trainer.parameters.weight_name(name)].source: (parameter - before[name]).abs().max().item()
+        for name, parameter in trainer.parameters.trained().items()
+    }
+    # AdamW's first step moves what has a gradient by its rate; a bias of keys has none.
+    embeddings = {"embedding.weight", "positions.weight"}
+    assert embeddings < moved.keys()
+    for source, most in moved.items():
+        if source.endswith("key.bias"):
+            continue
+        assert most == pytest.approx(5e-3 if source in embeddings else 1e-3, rel=0.05), source
+
+
 def test_what_is_written_is_what_was_trained(tokens: Path, tmp_path: Path) -> None:
     other_work = tmp_path / ".model.partial" / "of a compile"
     other_work.mkdir(parents=True)

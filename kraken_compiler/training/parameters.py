@@ -93,11 +93,15 @@ class LaneParameters(nn.Module):
 
     def shared(self, name: str) -> bool:
         """True if all lanes hold a trained parameter alike; `name` is as `trained` gives it."""
-        return self.table[name.partition(".")[0]].shared
+        return self.table[self.weight_name(name)].shared
 
     def is_matrix(self, name: str) -> bool:
         """True for a trained parameter of two dims or more in the model; `name` is as `trained` gives it."""
-        return len(self.table[name.partition(".")[0]].shape) > 1
+        return len(self.table[self.weight_name(name)].shape) > 1
+
+    def weight_name(self, name: str) -> str:
+        """The weight of a trained parameter, as the table names it; `name` is as `trained` gives it."""
+        return name.partition(".")[0]
 
     def results(self) -> Iterator[tuple[WeightSpec, Tensor]]:
         """The trained weights in the program's element type; LoRA's updates must have been merged."""

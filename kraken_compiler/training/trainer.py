@@ -9,12 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kraken_compiler.ir.program import Program
 from kraken_compiler.lanes.logits import LogitsOf, logits_function
 from kraken_compiler.lanes.runner import LaneRunner
+from kraken_compiler.ops.op_sets import EMBEDDING
 from kraken_compiler.training.objective import Measurement, Objective
 from kraken_compiler.training.parameters import LaneParameters
 from kraken_compiler.training.peers import Alone, Peers
 from kraken_compiler.training.settings import BFLOAT16, RunSettings
+
+_RATE_MULTIPLE = "rate_multiple"
+"""What a step's learning rate is multiplied by, in a group of the optimizer."""
 
 
 class DivergenceError(Exception):
@@ -54,6 +59,7 @@ class Trainer:
         *,
         peers: Peers | None = None,
         device: torch.device | str = "cpu",
+        embedding_rate: float = 1.0,
     ) -> None:
         """Prepare to train.
 
@@ -64,19 +70,27 @@ class Trainer:
             settings: The run's.
             peers: Who trains together; None means that this process has all lanes.
             device: Where it computes.
+            embedding_rate: The learning rate of weights whose rows are looked up, as a multiple of all others'.
         """
         self.parameters, self.objective, self.settings = parameters, objective, settings
         self.peers: Peers = peers or Alone()
         self._device = torch.device(device)
         self._student = logits_of(student, parameters.operands)
         self._trained_parameters = parameters.trained()
-        matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
+        looked_up = _looked_up(student.program)
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in self._trained_parameters.items():
-            (matrices if parameters.is_matrix(name) else others).append(parameter)
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+            weight_decay = settings.weight_decay if parameters.is_matrix(name) else 0.0
+            multiple = embedding_rate if parameters.weight_name(name) in looked_up else 1.0
+            groups.setdefault((weight_decay, multiple), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=settings.peak, betas=settings.betas, fused=True
+            [
+                {"params": members, "weight_decay": weight_decay, _RATE_MULTIPLE: multiple}
+                for (weight_decay, multiple), members in groups.items()
+            ],
+            lr=settings.peak,
+            betas=settings.betas,
+            fused=True,
         )
 
     def step(self, ids: Tensor, learning_rate: float) -> StepResult:
@@ -100,7 +114,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise DivergenceError("the gradient")
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group[_RATE_MULTIPLE]
         self.optimizer.step()
         return StepResult(mean, norm)
 
@@ -171,3 +185,8 @@ def logits_of(runner: LaneRunner, weights: Callable[[], dict[str, Tensor]]) -> L
     """
     program = runner.program
     return logits_function(program.inputs, program.call, lambda inputs: runner.run_flat(weights(), inputs))
+
+
+def _looked_up(program: Program) -> set[str]:
+    """The weights whose rows are looked up: embeddings of tokens and positions."""
+    return {node.args[0].name for node in program.graph.nodes if node.target is EMBEDDING} & program.weights.keys()

@@ -78,7 +78,15 @@ def trainer_of(
         parameters = LaneParameters.of_all_lanes(program, read_lane, device)
         runner = LaneRunner(program, recompute=settings.gradient_checkpointing, device=device)
         peers = Alone() if communicator is None else Replicas(communicator, device)
-    return Trainer(runner, parameters, objective, settings, peers=peers, device=device)
+    return Trainer(
+        runner,
+        parameters,
+        objective,
+        settings,
+        peers=peers,
+        device=device,
+        embedding_rate=settings.embedding_rate,
+    )
 
 
 def trained_program(model: KrakenLM) -> tuple[LaneProgram, SourceReader]:
