@@ -36,6 +36,7 @@ from kraken_compiler.lanes.runner import LaneRunner
 from kraken_compiler.native import KrakenConfig
 from kraken_compiler.passes.lower import lower
 from kraken_compiler.surroundings import fast_products
+from kraken_compiler.text import replace_text
 from kraken_compiler.texts.read import text_files
 from kraken_compiler.training.devices import training_device
 from kraken_compiler.training.from_scratch.build import new_model, trainer_of
@@ -201,7 +202,8 @@ class Runs:
         folder = self._out / key.replace(", ", "-").replace(" ", "_")
         record = folder.with_name(folder.name + ".json")
         if not record.exists():
-            record.write_text(json.dumps({"run": key, **self._run(key, name, tuning, settings, folder)}, indent=1))
+            result = self._run(key, name, tuning, settings, folder)
+            replace_text(record, json.dumps({"run": key, **result}, indent=1))
         found: dict[str, Any] = json.loads(record.read_text())
         return found
 

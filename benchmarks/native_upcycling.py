@@ -5,9 +5,9 @@
 
 A Kraken model that has the layers and heads of a standard one, and lanes as wide as their heads, is trained on the
 same rows four times: from first weights that are drawn or from the standard model's (`--from`), on the next token or on
-the standard model's predictions (`--teacher`), every one at every learning rate. Perplexity is that of rows which
-nobody was trained on. What is printed comes from `kraken-train`'s own records, which stay in OUT: a call that was
-interrupted goes on where it was.
+the standard model's predictions (`--teacher`), every one at every learning rate and every multiple of it for the
+embeddings. Perplexity is that of rows which nobody was trained on. What is printed comes from `kraken-train`'s own
+records, which stay in OUT: a call that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -44,23 +44,26 @@ def main() -> int:
     parser.add_argument("--degree", type=int, default=2)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), default=(5e-4, 1e-3, 2e-3))
+    parser.add_argument("--rates", type=_numbers, default=(5e-4, 1e-3, 2e-3))
+    parser.add_argument("--embedding-rates", type=_numbers, default=(1.0, 8.0), help="multiples, for embeddings")
     parser.add_argument("--deviation", type=float, default=0.1, help="of the embedding's weights where they are drawn")
     parser.add_argument("--out", type=Path, default=Path("native-upcycling"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     config = replace(kraken_config(options.model, options.degree), embedding_deviation=options.deviation)
-    records = {(way, rate): _record(options, config, way, rate) for way, rate in product(WAYS, options.rates)}
+    tried = tuple(product(options.rates, options.embedding_rates))
+    records = {(way, rates): _record(options, config, way, *rates) for way, rates in product(WAYS, tried)}
     count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(options.model).parameters())
     trained = next(iter(records.values()))["trained_on_tokens"]
     print(f"{config.parameters:,} parameters, {config.degree} lanes of width {config.width}; standard: {count:,}")
     print(f"perplexity of held-out rows before training and after {trained:,} tokens, by learning rate\n")
     rows = []
     for way in WAYS:
-        runs = [records[way, rate] for rate in options.rates]
+        runs = [records[way, rates] for rates in tried]
         after = [f"{run['after']['perplexity']:.2f}" for run in runs]
         rows.append((way, f"{runs[0]['before']['perplexity']:.1f}", *after))
-    print("\n".join(table(("first weights", "before", *(f"at {rate:g}" for rate in options.rates)), rows)))
+    columns = (f"{rate:g}, embeddings x{multiple:g}" for rate, multiple in tried)
+    print("\n".join(table(("first weights", "before", *columns), rows)))
     return 0
 
 
@@ -78,12 +81,23 @@ def kraken_config(model: Path, degree: int) -> KrakenConfig:
     )
 
 
-def _record(options: argparse.Namespace, config: KrakenConfig, way: str, rate: float) -> dict[str, Any]:
-    name = f"{way.replace(', ', '-')}-{rate:g}-{options.steps}"
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def _record(
+    options: argparse.Namespace, config: KrakenConfig, way: str, rate: float, embedding_rate: float
+) -> dict[str, Any]:
+    name = f"{way.replace(', ', '-')}-{rate:g}-{embedding_rate:g}-{options.steps}"
     target = options.out / name
     if not target.exists():
         settings = TrainSettings(
-            steps=options.steps, batch=options.batch, sequence=config.context, learning_rate=rate, precision="float32"
+            steps=options.steps,
+            batch=options.batch,
+            sequence=config.context,
+            learning_rate=rate,
+            embedding_rate=embedding_rate,
+            precision="float32",
         )
         standard_models = dict.fromkeys(WAYS[way], str(options.model))
         with ConsoleProgress(quiet=False).stage(name):
